@@ -1,0 +1,378 @@
+//! One failure, three faces: the HTTP status, the JSON-RPC number and the close code of every [`Code`].
+//!
+//! The table is `proto-docs/errors.md`; codes are forever, new ones may be added.
+
+use std::{borrow::Cow, fmt, time::Duration};
+
+use serde_json::{Map, Value};
+
+/// A stable, machine-readable reason. The comment says when it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// Not JSON.
+    ParseError,
+    /// JSON, but no request; an empty batch; a batch that is too long.
+    InvalidRequest,
+    /// A missing, unknown or malformed member or parameter.
+    InvalidParams,
+    /// `after` cannot be read.
+    InvalidPosition,
+    Unauthorized,
+    TokenExpired,
+    Forbidden,
+    /// No such route or consumer.
+    NotFound,
+    /// No such `weir.*` method, no `/` in the name, or the provider says so.
+    MethodNotFound,
+    MethodNotAllowed,
+    NotAcceptable,
+    Conflict,
+    WrongMode,
+    LeaseLost,
+    /// The same idempotency key with another body.
+    KeyReused,
+    /// Somebody else holds the service exclusively.
+    ServiceTaken,
+    TooLarge,
+    /// A browser's body that is not declared JSON.
+    UnsupportedMediaType,
+    /// The provider answered with an error.
+    ServiceError,
+    UpgradeRequired,
+    RateLimited,
+    /// Subscriptions, calls in flight or consumers of this identity.
+    LimitReached,
+    Cancelled,
+    Internal,
+    /// The provider died after the call was written.
+    ProviderGone,
+    /// Neither result nor error, or too large.
+    BadReply,
+    NoProvider,
+    Busy,
+    /// Surely not placed.
+    BusUnavailable,
+    Overloaded,
+    Draining,
+    Timeout,
+    /// Perhaps placed: repeat with the same key.
+    Unconfirmed,
+    // Connections only:
+    DeadPeer,
+    Slow,
+    Replaced,
+    Kicked,
+    Protocol,
+}
+
+/// What a client may do with the same request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// Send it again, after `retry_after_ms`.
+    Yes,
+    /// Only with an idempotency key, or if the method is idempotent.
+    Key,
+    /// Change something first.
+    No,
+}
+
+/// Whether the work may have happened. HTTP: 503 is `No`, 502 and 504 are `Maybe`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executed {
+    No,
+    Maybe,
+}
+
+struct Face {
+    name: &'static str,
+    title: &'static str,
+    http: u16,
+    rpc: i32,
+    close: u16,
+    again: Again,
+}
+
+impl Code {
+    /// Every code, in the order of the documented table.
+    pub const ALL: [Code; 38] = {
+        use Code::*;
+        [
+            ParseError,
+            InvalidRequest,
+            InvalidParams,
+            InvalidPosition,
+            Unauthorized,
+            TokenExpired,
+            Forbidden,
+            NotFound,
+            MethodNotFound,
+            MethodNotAllowed,
+            NotAcceptable,
+            Conflict,
+            WrongMode,
+            LeaseLost,
+            KeyReused,
+            ServiceTaken,
+            TooLarge,
+            UnsupportedMediaType,
+            ServiceError,
+            UpgradeRequired,
+            RateLimited,
+            LimitReached,
+            Cancelled,
+            Internal,
+            ProviderGone,
+            BadReply,
+            NoProvider,
+            Busy,
+            BusUnavailable,
+            Overloaded,
+            Draining,
+            Timeout,
+            Unconfirmed,
+            DeadPeer,
+            Slow,
+            Replaced,
+            Kicked,
+            Protocol,
+        ]
+    };
+
+    #[rustfmt::skip]
+    const fn face(self) -> Face {
+        use Again::{Key, No, Yes};
+        const fn face(name: &'static str, title: &'static str, http: u16, rpc: i32, close: u16, again: Again) -> Face {
+            Face { name, title, http, rpc, close, again }
+        }
+        match self {
+            Code::ParseError => face("parse_error", "Not JSON", 400, -32700, 4502, No),
+            Code::InvalidRequest => face("invalid_request", "Not a request", 400, -32600, 0, No),
+            Code::InvalidParams => face("invalid_params", "Invalid parameters", 400, -32602, 0, No),
+            Code::InvalidPosition => face("invalid_position", "Unreadable position", 400, -32030, 0, No),
+            Code::Unauthorized => face("unauthorized", "No or bad credentials", 401, -32001, 4500, No),
+            Code::TokenExpired => face("token_expired", "The token has expired", 401, -32002, 4003, No),
+            Code::Forbidden => face("forbidden", "Not permitted", 403, -32003, 4501, No),
+            Code::NotFound => face("not_found", "Not found", 404, -32004, 0, No),
+            Code::MethodNotFound => face("method_not_found", "No such method", 404, -32601, 0, No),
+            Code::MethodNotAllowed => face("method_not_allowed", "Method not allowed", 405, -32600, 0, No),
+            Code::NotAcceptable => face("not_acceptable", "Not acceptable", 406, -32600, 0, No),
+            Code::Conflict => face("conflict", "Conflict", 409, -32031, 0, No),
+            Code::WrongMode => face("wrong_mode", "Wrong mode of consumer", 409, -32032, 0, No),
+            Code::LeaseLost => face("lease_lost", "The lease is lost", 409, -32033, 0, No),
+            Code::KeyReused => face("key_reused", "The key was used for another event", 409, -32034, 0, No),
+            Code::ServiceTaken => face("service_taken", "The service is taken", 409, -32025, 0, No),
+            Code::TooLarge => face("too_large", "Too large", 413, -32005, 1009, No),
+            Code::UnsupportedMediaType => face("unsupported_media_type", "Unsupported media type", 415, -32600, 0, No),
+            Code::ServiceError => face("service_error", "The service answered with an error", 422, -32000, 0, No),
+            Code::UpgradeRequired => face("upgrade_required", "Upgrade required", 426, -32600, 0, No),
+            Code::RateLimited => face("rate_limited", "Too many requests", 429, -32006, 4002, Yes),
+            Code::LimitReached => face("limit_reached", "A limit is reached", 429, -32007, 0, No),
+            Code::Cancelled => face("cancelled", "Cancelled by the caller", 499, -32024, 0, Key),
+            Code::Internal => face("internal", "Internal error", 500, -32603, 1011, Key),
+            Code::ProviderGone => face("provider_gone", "The provider is gone", 502, -32022, 0, Key),
+            Code::BadReply => face("bad_reply", "The provider's reply is unusable", 502, -32026, 0, Key),
+            Code::NoProvider => face("no_provider", "Nobody provides the service", 503, -32020, 0, Yes),
+            Code::Busy => face("busy", "Every provider is busy", 503, -32021, 0, Yes),
+            Code::BusUnavailable => face("bus_unavailable", "The bus is away", 503, -32010, 0, Yes),
+            Code::Overloaded => face("overloaded", "Overloaded", 503, -32011, 1013, Yes),
+            Code::Draining => face("draining", "Draining", 503, -32012, 1012, Yes),
+            Code::Timeout => face("timeout", "No answer in time", 504, -32023, 0, Key),
+            Code::Unconfirmed => face("unconfirmed", "The publish is unconfirmed", 504, -32013, 0, Key),
+            Code::DeadPeer => face("dead_peer", "The peer is dead", 408, -32603, 4000, Yes),
+            Code::Slow => face("slow", "The peer reads too slowly", 408, -32603, 4001, Yes),
+            Code::Replaced => face("replaced", "Replaced by another connection", 409, -32603, 4004, Yes),
+            Code::Kicked => face("kicked", "Kicked", 403, -32603, 4503, No),
+            Code::Protocol => face("protocol", "Protocol violation", 400, -32600, 4502, No),
+        }
+    }
+
+    /// The name on every wire, as `no_provider`.
+    pub const fn as_str(self) -> &'static str {
+        self.face().name
+    }
+
+    /// A short sentence for `title` of RFC 9457.
+    pub const fn title(self) -> &'static str {
+        self.face().title
+    }
+
+    /// HTTP status. Codes that only end connections have one too, for completeness; it is never sent.
+    pub const fn status(self) -> u16 {
+        self.face().http
+    }
+
+    /// JSON-RPC error number.
+    pub const fn number(self) -> i32 {
+        self.face().rpc
+    }
+
+    /// WebSocket close code, where the code can end a connection. Up to 4499 reconnect, from 4500 don't.
+    pub const fn close(self) -> Option<u16> {
+        match self.face().close {
+            0 => None,
+            code => Some(code),
+        }
+    }
+
+    pub const fn again(self) -> Again {
+        self.face().again
+    }
+
+    /// Whether the work may have happened, for the codes where that is a question.
+    pub const fn executed(self) -> Option<Executed> {
+        match self.status() {
+            503 => Some(Executed::No),
+            502 | 504 => Some(Executed::Maybe),
+            _ => None,
+        }
+    }
+}
+
+impl Executed {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Executed::No => "no",
+            Executed::Maybe => "maybe",
+        }
+    }
+}
+
+/// A request that failed: a [`Code`], a sentence for humans, and what a client needs to go on.
+#[derive(Clone, Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone, Debug)]
+struct Inner {
+    code: Code,
+    detail: Cow<'static, str>,
+    executed: Option<Executed>,
+    retry_after: Option<Duration>,
+    data: Map<String, Value>,
+}
+
+impl Error {
+    /// `detail` is a sentence for the person who reads it: what was wrong, and the remedy. Never a secret.
+    pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
+        let retry_after = match code {
+            Code::BusUnavailable | Code::Overloaded | Code::Draining => Some(Duration::from_secs(2)),
+            Code::NoProvider | Code::Busy | Code::RateLimited => Some(Duration::from_secs(1)),
+            _ => None,
+        };
+        Error(Box::new(Inner { code, detail: detail.into(), executed: code.executed(), retry_after, data: Map::new() }))
+    }
+
+    /// Something a client sent is missing, unknown or malformed.
+    pub fn params(detail: impl Into<Cow<'static, str>>) -> Self {
+        Error::new(Code::InvalidParams, detail)
+    }
+
+    /// A bug. Logs `cause` under an id that the answer carries; the cause itself stays inside.
+    pub fn internal(cause: impl fmt::Display) -> Self {
+        let id = format!("{:08x}", fastrand::u32(..));
+        tracing::error!(%id, %cause, "internal error");
+        Error::new(Code::Internal, format!("internal error {id}; its cause is in the log of this node")).with("id", id)
+    }
+
+    pub fn executed(mut self, executed: Executed) -> Self {
+        self.0.executed = Some(executed);
+        self
+    }
+
+    pub fn retry_after(mut self, after: Duration) -> Self {
+        self.0.retry_after = Some(after);
+        self
+    }
+
+    /// Adds a member beside `code` (to `data` over JSON-RPC, to the problem document over HTTP).
+    pub fn with(mut self, name: &'static str, value: impl Into<Value>) -> Self {
+        self.0.data.insert(name.to_owned(), value.into());
+        self
+    }
+
+    pub fn code(&self) -> Code {
+        self.0.code
+    }
+
+    pub fn detail(&self) -> &str {
+        &self.0.detail
+    }
+
+    pub fn retry_after_ms(&self) -> Option<u64> {
+        self.0.retry_after.map(|after| after.as_millis() as u64)
+    }
+
+    /// `code`, `executed`, `retry_after_ms` and what [`with`](Self::with) added: `error.data` of JSON-RPC,
+    /// and the members beside the standard ones of a problem document.
+    pub fn data(&self) -> Map<String, Value> {
+        let mut data = Map::new();
+        data.insert("code".into(), self.code().as_str().into());
+        if let Some(executed) = self.0.executed {
+            data.insert("executed".into(), executed.as_str().into());
+        }
+        if let Some(ms) = self.retry_after_ms() {
+            data.insert("retry_after_ms".into(), ms.into());
+        }
+        data.extend(self.0.data.clone());
+        data
+    }
+
+    /// The `error` member of a JSON-RPC response: exactly `code`, `message` and `data`.
+    /// Clients end the connection over any other member (jsonrpsee denies unknown fields).
+    pub fn to_rpc(&self) -> Value {
+        serde_json::json!({ "code": self.code().number(), "message": self.detail(), "data": self.data() })
+    }
+
+    /// An RFC 9457 problem document.
+    pub fn to_problem(&self) -> Value {
+        let code = self.code();
+        let mut problem = Map::new();
+        problem.insert("type".into(), format!("urn:weir:error:{}", code.as_str()).into());
+        problem.insert("title".into(), code.title().into());
+        problem.insert("status".into(), code.status().into());
+        problem.insert("detail".into(), self.detail().into());
+        problem.extend(self.data());
+        Value::Object(problem)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code().as_str(), self.detail())
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// What most of weir returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn names_and_numbers_are_distinct() {
+        let names: HashSet<_> = Code::ALL.iter().map(|code| code.as_str()).collect();
+        assert_eq!(names.len(), Code::ALL.len());
+        let own: Vec<_> =
+            Code::ALL.iter().map(|code| code.number()).filter(|n| (-32099..=-32001).contains(n)).collect();
+        assert_eq!(own.len(), own.iter().collect::<HashSet<_>>().len());
+    }
+
+    #[test]
+    fn the_status_says_whether_it_may_have_run() {
+        assert_eq!(Code::NoProvider.executed(), Some(Executed::No));
+        assert_eq!(Code::Timeout.executed(), Some(Executed::Maybe));
+        assert_eq!(Code::InvalidParams.executed(), None);
+    }
+
+    #[test]
+    fn an_rpc_error_has_three_members() {
+        let error = Error::new(Code::Busy, "all full").with("service", "jwt").to_rpc();
+        let members: Vec<_> = error.as_object().unwrap().keys().collect();
+        assert_eq!(members, ["code", "data", "message"]);
+        assert_eq!(error["data"]["executed"], "no");
+        assert_eq!(error["data"]["service"], "jwt");
+    }
+}

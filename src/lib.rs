@@ -1,0 +1,8 @@
+//! **weir** is one binary that services, browsers and batch jobs all connect to. Services call each other through it
+//! over WebSocket, browsers stream from it over SSE, batch consumers read from it by durable long-poll; all of them
+//! see the same channels, because all of them are cursors over one bus.
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod event;
+pub mod position;
