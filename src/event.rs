@@ -13,6 +13,10 @@ use crate::{
     position::{Epoch, Position},
 };
 
+mod incoming;
+
+pub use incoming::{Incoming, Text, unreadable};
+
 /// Longest channel name, in bytes.
 pub const MAX_CHANNEL: usize = 255;
 /// Longest `type`, `from`, `key`, service and method name, in bytes.

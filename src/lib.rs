@@ -3,6 +3,8 @@
 //! see the same channels, because all of them are cursors over one bus.
 #![forbid(unsafe_code)]
 
+pub mod auth;
 pub mod error;
 pub mod event;
 pub mod position;
+pub mod transport;

@@ -1,0 +1,3 @@
+//! Ways in and out. A transport decodes, calls the bus or the hub, and encodes; transports do not import each other.
+
+pub mod query;

@@ -1,0 +1,259 @@
+//! The parameters of a URL, and what all readers say in them: which channels, from where, which types.
+
+use std::{borrow::Cow, time::Duration};
+
+use crate::{
+    error::{Code, Error, Result},
+    event::{Channel, label},
+    position::{After, Start},
+};
+
+/// Most parameters in one URL. More than any request needs, few enough to search through one by one.
+const MAX_PARAMETERS: usize = 256;
+
+/// The decoded parameters of a URL. Each is taken by whoever understands it; [`finish`](Self::finish) refuses the rest.
+#[derive(Debug, Default)]
+pub struct Query<'a> {
+    left: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+}
+
+/// Where a reader said to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// The default of the transport.
+    Unsaid,
+    /// A position, a token, an offset, `earliest` or `now`, as sent: reading it can fail.
+    After(String),
+    /// So many events before the head.
+    Last(u64),
+}
+
+// === impl Query ===
+
+impl<'a> Query<'a> {
+    /// `text` is what follows the `?`. Values are UTF-8 under percent-encoding, `+` is a space; commas mean nothing.
+    pub fn parse(text: Option<&'a str>) -> Result<Self> {
+        let mut left = Vec::new();
+        for pair in text.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+            if left.len() == MAX_PARAMETERS {
+                return Err(Error::params(format!("more than {MAX_PARAMETERS} parameters")));
+            }
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            left.push((decode(name, true)?, decode(value, true)?));
+        }
+        Ok(Query { left })
+    }
+
+    /// The value of a parameter that may be given once.
+    pub fn take(&mut self, name: &str) -> Result<Option<Cow<'a, str>>> {
+        let Some(at) = self.left.iter().position(|(given, _)| given == name) else { return Ok(None) };
+        let (_, value) = self.left.swap_remove(at);
+        if self.left.iter().any(|(given, _)| given == name) {
+            return Err(Error::params(format!("{name} is given more than once")));
+        }
+        Ok(Some(value))
+    }
+
+    /// Every value of a parameter that may be repeated, in order.
+    pub fn take_all(&mut self, name: &str) -> Vec<Cow<'a, str>> {
+        let mut taken = Vec::new();
+        // `retain` cannot move out; an emptied value is a value nobody sees again.
+        self.left.retain_mut(|(given, value)| {
+            let matches = given == name;
+            if matches {
+                taken.push(std::mem::take(value));
+            }
+            !matches
+        });
+        taken
+    }
+
+    /// The repeated `channel`, without repetitions. There may be none.
+    ///
+    /// `most` is the value of the limit called `limit`.
+    pub fn channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
+        let mut channels = Vec::new();
+        for name in self.take_all("channel") {
+            let channel = Channel::parse(&name)?;
+            if !channels.contains(&channel) {
+                channels.push(channel);
+            }
+        }
+        if channels.len() > most {
+            return Err(Error::params(format!("{} channels, {limit} is {most}", channels.len())).with("limit", limit));
+        }
+        Ok(channels)
+    }
+
+    /// As [`channels`](Self::channels), where there must be one at least.
+    pub fn some_channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
+        let channels = self.channels(most, limit)?;
+        if channels.is_empty() {
+            // The likely mistake gets its own hint, before "channel is missing" hides it.
+            self.hint()?;
+            return Err(Error::params("channel is missing: say ?channel=NAME"));
+        }
+        Ok(channels)
+    }
+
+    /// The repeated `type`.
+    pub fn types(&mut self) -> Result<Vec<String>> {
+        let types = self.take_all("type");
+        types.iter().try_for_each(|kind| label("type", kind))?;
+        Ok(types.into_iter().map(Cow::into_owned).collect())
+    }
+
+    /// Where to start. What a client resumes with wins over what its URL says, for an `EventSource` reconnects with both:
+    /// the header `Last-Event-ID`, then `last_event_id` (or `lastEventId`), then `after` or `last`.
+    pub fn begin(&mut self, last_event_id: Option<&str>) -> Result<Begin> {
+        let resumed = match (self.take("last_event_id")?, self.take("lastEventId")?) {
+            (None, given) | (given, _) => given,
+        };
+        let (after, last) = (self.take("after")?, self.number("last")?);
+        if after.is_some() && last.is_some() {
+            return Err(Error::params("after and last exclude each other"));
+        }
+        Ok(match (last_event_id.map(Cow::Borrowed).or(resumed.as_deref().map(Cow::Borrowed)).or(after), last) {
+            (Some(after), _) => Begin::After(after.into_owned()),
+            (None, Some(last)) => Begin::Last(last),
+            (None, None) => Begin::Unsaid,
+        })
+    }
+
+    /// A whole number.
+    pub fn number(&mut self, name: &str) -> Result<Option<u64>> {
+        let Some(text) = self.take(name)? else { return Ok(None) };
+        match text.parse() {
+            Ok(number) if !text.starts_with('+') => Ok(Some(number)),
+            _ => Err(Error::params(format!("{name} is a whole number"))),
+        }
+    }
+
+    /// A [`duration`].
+    pub fn duration(&mut self, name: &str) -> Result<Option<Duration>> {
+        self.take(name)?.map(|text| duration(name, &text)).transpose()
+    }
+
+    /// Refuses parameters that nobody took, unless they begin with `_`.
+    pub fn finish(self) -> Result<()> {
+        self.hint()?;
+        match self.left.iter().find(|(name, _)| !name.starts_with('_')) {
+            Some((name, _)) => Err(Error::params(format!("unknown parameter {name:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn hint(&self) -> Result<()> {
+        if self.left.iter().any(|(name, _)| name == "channels") {
+            return Err(Error::params("there is no parameter channels: repeat channel, as ?channel=a&channel=b"));
+        }
+        Ok(())
+    }
+}
+
+// === impl Begin ===
+
+impl Begin {
+    /// Where each of `channels` starts. Fails with `invalid_position` on what cannot be read.
+    pub fn starts(&self, channels: &[Channel], default: Start) -> Result<Vec<Start>> {
+        match self {
+            Begin::Unsaid => Ok(vec![default; channels.len()]),
+            Begin::Last(last) => Ok(vec![Start::Last(*last); channels.len()]),
+            Begin::After(text) => {
+                let after: After =
+                    text.parse().map_err(|error| Error::new(Code::InvalidPosition, format!("after is {error}")))?;
+                after.starts(channels)
+            }
+        }
+    }
+}
+
+/// Reads `500ms`, `5s` or `2m`. A bare number is refused: nobody knows whether it is seconds.
+pub fn duration(name: &str, text: &str) -> Result<Duration> {
+    let bad = || Error::params(format!("{name} is a duration: write 5s or 500ms or 2m, not {text:?}"));
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    let unit = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        _ => return Err(bad()),
+    };
+    number.checked_mul(unit).map(Duration::from_millis).ok_or_else(bad)
+}
+
+/// Undoes percent-encoding; `plus` says whether `+` is a space (in a query, not in a path).
+pub fn decode(text: &str, plus: bool) -> Result<Cow<'_, str>> {
+    if !text.bytes().any(|byte| byte == b'%' || plus && byte == b'+') {
+        return Ok(Cow::Borrowed(text));
+    }
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        out.push(match byte {
+            b'+' if plus => b' ',
+            b'%' => {
+                let mut digit = || bytes.next().and_then(|byte| char::from(byte).to_digit(16));
+                match (digit(), digit()) {
+                    (Some(high), Some(low)) => (high << 4 | low) as u8,
+                    _ => return Err(Error::params("the URL has a % that two hexadecimal digits do not follow")),
+                }
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(out).map(Cow::Owned).map_err(|_| Error::params("the URL is not UTF-8 under its percent-encoding"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn query(text: &str) -> Query<'_> {
+        Query::parse(Some(text)).unwrap()
+    }
+
+    #[test]
+    fn channels_repeat_and_commas_are_letters() {
+        let mut query = query("channel=a,b&channel=50%25&channel=x+y&channel=a,b&_=1");
+        let channels = query.some_channels(3, "limits.poll_channels").unwrap();
+        assert_eq!(channels.iter().map(Channel::as_str).collect::<Vec<_>>(), ["a,b", "50%", "x y"]);
+        assert!(query.finish().is_ok());
+    }
+
+    #[test]
+    fn what_is_unknown_is_refused() {
+        assert!(query("chanel=a").finish().is_err());
+        assert!(query("channels=a,b").finish().unwrap_err().detail().contains("repeat channel"));
+        assert!(query("channels=a").some_channels(1, "x").unwrap_err().detail().contains("repeat channel"));
+        assert!(query("a=1&a=2").take("a").is_err());
+        assert!(Query::parse(Some("a=%ff")).is_err());
+        assert!(Query::parse(Some("a=%4")).is_err());
+        assert!(query("channel=a&channel=b").channels(1, "limits.x").is_err());
+    }
+
+    #[test]
+    fn a_resumed_reader_ignores_its_url() {
+        let begin = |text: &'static str, header| query(text).begin(header);
+        let after = |text: &str| Begin::After(text.to_owned());
+        assert_eq!(begin("after=earliest", None).unwrap(), after("earliest"));
+        assert_eq!(begin("after=earliest", Some("k3Vq00-1")).unwrap(), after("k3Vq00-1"));
+        assert_eq!(begin("last=3&lastEventId=k3Vq00-2", None).unwrap(), after("k3Vq00-2"));
+        assert_eq!(begin("last=3", None).unwrap(), Begin::Last(3));
+        assert_eq!(begin("", None).unwrap(), Begin::Unsaid);
+        assert!(begin("last=3&after=now", None).is_err());
+        assert!(begin("last=-3", None).is_err());
+        let channels = [Channel::parse("a").unwrap()];
+        assert_eq!(after("what").starts(&channels, Start::Now).unwrap_err().code(), Code::InvalidPosition);
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration("wait", "500ms").unwrap(), Duration::from_millis(500));
+        assert_eq!(duration("wait", "2m").unwrap(), Duration::from_secs(120));
+        for bad in ["5", "", "s", "-5s", "5 s", "5h", "1.5s", "99999999999999999999s", "18446744073709551615m"] {
+            assert!(duration("wait", bad).is_err(), "{bad}");
+        }
+    }
+}
