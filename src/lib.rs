@@ -4,6 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod auth;
+pub mod config;
+pub mod duration;
 pub mod error;
 pub mod event;
 pub mod position;

@@ -1,0 +1,315 @@
+//! One setting: where its value is kept, how it is read from a file or from text, how it is written back.
+
+use std::{fmt, net::SocketAddr, time::Duration};
+
+use toml::de::DeValue;
+use tracing_subscriber::filter::Targets;
+
+use super::ChannelRule;
+use crate::duration;
+
+/// What a part of the configuration is made of, in the order in which it is shown.
+pub(super) enum Item<'a> {
+    Section { key: String, doc: &'static str },
+    Setting(Setting<'a>),
+}
+
+/// A key, its explanation, and the place that its value goes to.
+pub(super) struct Setting<'a> {
+    pub key: String,
+    pub doc: &'static str,
+    pub slot: Slot<'a>,
+}
+
+/// The closed set of things a setting can be.
+pub(super) enum Slot<'a> {
+    Flag(&'a mut bool),
+    /// A number of things, at least one.
+    Count(&'a mut usize),
+    /// A number of bytes, at least one: `16MiB`, or plain.
+    Size(&'a mut usize),
+    /// A duration longer than nothing.
+    Time(&'a mut Duration),
+    /// A duration that may be `0s`.
+    Pause(&'a mut Duration),
+    Addresses(&'a mut Vec<SocketAddr>),
+    /// Empty text is none.
+    Address(&'a mut Option<SocketAddr>),
+    Origins(&'a mut Vec<String>),
+    Pattern(&'a mut String),
+    Backend(&'a mut Backend),
+    Level(&'a mut Level),
+    Format(&'a mut Format),
+    Rules(&'a mut Vec<ChannelRule>),
+}
+
+/// Where a value was found decides how it looks: text has no types, a file does.
+pub(super) enum Given<'a> {
+    Text(&'a str),
+    Toml(&'a DeValue<'a>),
+}
+
+/// What keeps the channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// In this process, for as long as it lives.
+    Memory,
+}
+
+/// What is logged: a level, or levels by target as in `info,weir=debug`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Level(String);
+
+/// How a line of the log looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
+    Text,
+    Json,
+}
+
+// === impl Slot ===
+
+impl Slot<'_> {
+    /// Replaces the value, or says in a sentence why not. [`Slot::Rules`] are tables and read by the loader.
+    pub fn read(&mut self, given: &Given<'_>) -> Result<(), String> {
+        match self {
+            Slot::Flag(to) => **to = given.flag()?,
+            Slot::Count(to) => **to = given.whole("a whole number")?,
+            Slot::Size(to) => **to = given.size()?,
+            Slot::Time(to) => {
+                let time = duration::parse(&given.text("a duration as \"5s\"")?)?;
+                if time.is_zero() {
+                    return Err("must be longer than nothing".into());
+                }
+                **to = time;
+            }
+            Slot::Pause(to) => **to = duration::parse(&given.text("a duration as \"5s\"")?)?,
+            Slot::Addresses(to) => {
+                let list: Vec<_> = given.list()?.iter().map(|text| address(text)).collect::<Result<_, _>>()?;
+                if list.is_empty() {
+                    return Err("needs an address".into());
+                }
+                **to = list;
+            }
+            Slot::Address(to) => {
+                let text = given.text("an address")?;
+                **to = if text.is_empty() { None } else { Some(address(&text)?) };
+            }
+            Slot::Origins(to) => {
+                let list = given.list()?;
+                list.iter().try_for_each(|text| origin(text))?;
+                **to = list;
+            }
+            Slot::Pattern(to) => {
+                let text = given.text("a pattern")?;
+                if text.is_empty() {
+                    return Err("an empty pattern matches nothing; * matches every channel".into());
+                }
+                **to = text;
+            }
+            Slot::Backend(to) => match given.text("a name")?.as_str() {
+                "memory" => **to = Backend::Memory,
+                other => return Err(format!("{other:?} is no backend; there is: memory")),
+            },
+            Slot::Level(to) => **to = Level::parse(&given.text("a level")?)?,
+            Slot::Format(to) => match given.text("a name")?.as_str() {
+                "auto" => **to = Format::Auto,
+                "text" => **to = Format::Text,
+                "json" => **to = Format::Json,
+                other => return Err(format!("{other:?} is no format; there are: auto, text, json")),
+            },
+            Slot::Rules(_) => return Err("needs a list of tables, as [{ match = \"*\", keep = { count = 5 } }]".into()),
+        }
+        Ok(())
+    }
+}
+
+/// The value as TOML.
+impl fmt::Display for Slot<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Slot::Flag(value) => write!(f, "{value}"),
+            Slot::Count(value) => write!(f, "{value}"),
+            Slot::Size(value) => write_size(**value, f),
+            Slot::Time(value) | Slot::Pause(value) => write!(f, "\"{}\"", duration::format(**value)),
+            Slot::Addresses(list) => write_list(list.iter().map(|address| address.to_string()), f),
+            Slot::Address(None) => f.write_str("\"\""),
+            Slot::Address(Some(address)) => write!(f, "\"{address}\""),
+            Slot::Origins(list) => write_list(list.iter().cloned(), f),
+            Slot::Pattern(text) => f.write_str(&quoted(text)),
+            Slot::Backend(Backend::Memory) => f.write_str("\"memory\""),
+            Slot::Level(Level(text)) => f.write_str(&quoted(text)),
+            Slot::Format(Format::Auto) => f.write_str("\"auto\""),
+            Slot::Format(Format::Text) => f.write_str("\"text\""),
+            Slot::Format(Format::Json) => f.write_str("\"json\""),
+            // Shown as tables of their own.
+            Slot::Rules(_) => Ok(()),
+        }
+    }
+}
+
+// === impl Given ===
+
+impl Given<'_> {
+    fn text(&self, wanted: &str) -> Result<String, String> {
+        match self {
+            Given::Text(text) => Ok((*text).to_owned()),
+            Given::Toml(DeValue::String(text)) => Ok(text.clone().into_owned()),
+            // The commonest mistake with durations gets its own answer.
+            Given::Toml(DeValue::Integer(number)) if wanted.starts_with("a duration") => {
+                Ok(number.as_str().replace('_', ""))
+            }
+            Given::Toml(other) => Err(format!("needs {wanted}, not {}", kind(other))),
+        }
+    }
+
+    fn flag(&self) -> Result<bool, String> {
+        match self {
+            Given::Text("true") | Given::Toml(DeValue::Boolean(true)) => Ok(true),
+            Given::Text("false") | Given::Toml(DeValue::Boolean(false)) => Ok(false),
+            Given::Text(text) => Err(format!("needs true or false, not {text:?}")),
+            Given::Toml(other) => Err(format!("needs true or false, not {}", kind(other))),
+        }
+    }
+
+    fn whole(&self, wanted: &str) -> Result<usize, String> {
+        let parsed = match self {
+            Given::Text(text) => text.replace('_', "").parse().map_err(|_| format!("needs {wanted}, not {text:?}"))?,
+            Given::Toml(DeValue::Integer(number)) => {
+                let text = number.as_str();
+                usize::from_str_radix(&text.replace('_', ""), number.radix())
+                    .map_err(|_| format!("needs {wanted}, not {text}"))?
+            }
+            Given::Toml(other) => return Err(format!("needs {wanted}, not {}", kind(other))),
+        };
+        if parsed == 0 { Err("must be at least 1".into()) } else { Ok(parsed) }
+    }
+
+    fn size(&self) -> Result<usize, String> {
+        const WANTED: &str = "a number of bytes, plain or as \"16MiB\"";
+        let text = match self {
+            Given::Text(text) => *text,
+            Given::Toml(DeValue::String(text)) => text.as_ref(),
+            Given::Toml(_) => return self.whole(WANTED),
+        };
+        let split = text.find(|c: char| !c.is_ascii_digit() && c != '_').unwrap_or(text.len());
+        let (number, unit) = text.split_at(split);
+        let factor = match unit.trim_start() {
+            "" | "B" => 1,
+            "kB" | "KB" => 1_000,
+            "MB" => 1_000_000,
+            "GB" => 1_000_000_000,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            _ => return Err(format!("needs {WANTED}, not {text:?}; the units are KiB, MiB, GiB, kB, MB and GB")),
+        };
+        let number = Given::Text(number)
+            .whole(WANTED)
+            .map_err(|reason| if number.is_empty() { format!("needs {WANTED}, not {text:?}") } else { reason })?;
+        number.checked_mul(factor).ok_or_else(|| format!("{text} is more than this machine can count"))
+    }
+
+    /// A list, or text with commas between.
+    fn list(&self) -> Result<Vec<String>, String> {
+        match self {
+            Given::Toml(DeValue::Array(items)) => {
+                items.iter().map(|item| Given::Toml(item.get_ref()).text("a list of text")).collect()
+            }
+            other => {
+                let text = other.text("a list, or text with commas")?;
+                Ok(text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect())
+            }
+        }
+    }
+}
+
+// === impl Level ===
+
+impl Level {
+    pub(super) fn info() -> Self {
+        Level("info".into())
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        // Tracing itself takes `louder` for the name of a target, of which everything is wanted.
+        const NAMES: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+        let known = |part: &str| NAMES.contains(&part.rsplit_once('=').map_or(part, |(_, level)| level));
+        if text.split(',').all(known) && text.parse::<Targets>().is_ok() {
+            return Ok(Level(text.to_owned()));
+        }
+        Err(format!(
+            "{text:?} is no level: write one of {}, or by target as \"info,weir::rpc=debug\"",
+            NAMES.join(", ")
+        ))
+    }
+
+    /// What tracing filters by.
+    pub fn targets(&self) -> Targets {
+        // `parse` has tried it.
+        self.0.parse().unwrap_or_default()
+    }
+}
+
+// ===
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    // A name would have to be looked up, and could mean several; this one everybody writes.
+    let numeric = match text.strip_prefix("localhost:") {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None => text.to_owned(),
+    };
+    numeric.parse().map_err(|_| {
+        format!("{text:?} is not an address with a port: write 127.0.0.1:8000, 0.0.0.0:8000 or [::1]:8000")
+    })
+}
+
+fn origin(text: &str) -> Result<(), String> {
+    if text == "*" {
+        return Ok(());
+    }
+    // `null` is what sandboxed frames and local files send: whoever allows it allows every page.
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    match host {
+        Some(host)
+            if !host.is_empty() && !host.contains(['/', '?', '#', '@', ' ']) && !host.contains(char::is_control) =>
+        {
+            Ok(())
+        }
+        _ => Err(format!(
+            "{text:?} is not an origin: write https://example.com or https://*.example.com, without a path"
+        )),
+    }
+}
+
+fn kind(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "text",
+        DeValue::Integer(_) => "a number",
+        DeValue::Float(_) => "a fraction",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+/// JSON's text is TOML's, but for DEL.
+pub(super) fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
+}
+
+fn write_list(items: impl Iterator<Item = String>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let items: Vec<_> = items.map(|item| quoted(&item)).collect();
+    write!(f, "[{}]", items.join(", "))
+}
+
+fn write_size(bytes: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let units = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("GB", 1_000_000_000), ("MB", 1_000_000)];
+    match units.into_iter().find(|(_, unit)| bytes.is_multiple_of(*unit)) {
+        Some((name, unit)) => write!(f, "\"{}{name}\"", bytes / unit),
+        None => write!(f, "{bytes}"),
+    }
+}

@@ -1,0 +1,163 @@
+use super::*;
+
+fn read(file: &str, environment: &[(&str, &str)], flags: &[Override]) -> Result<Loaded, String> {
+    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    load::from(Some(("weir.toml".into(), Ok(file.into()))), environment, flags).map_err(|problems| problems.to_string())
+}
+
+fn file() -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config.toml")
+}
+
+const HEAD: &str = "\
+# Every setting of weir with its default. A file needs only what it changes: weir --config FILE, or WEIR_CONFIG.
+# The environment wins over the file (WEIR__SSE__HEARTBEAT=15s, lists with commas), flags win over both.
+# Durations are 500ms, 5s, 2m, 1h, 30d; sizes are plain bytes, or 512KiB, 16MiB, 8MB. `weir config check` finds mistakes.
+# Generated from src/config.rs by `UPDATE=1 cargo test config`.
+
+";
+
+#[test]
+fn the_file_in_the_repository_is_the_defaults() {
+    let expected = HEAD.to_owned() + &Config::default().to_toml(true, &BTreeMap::new());
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(file(), &expected).unwrap();
+    }
+    let text = std::fs::read_to_string(file()).unwrap();
+    assert!(text == expected, "config.toml is out of date: UPDATE=1 cargo test config");
+    let loaded = read(&text, &[], &[]).unwrap();
+    assert_eq!(loaded.config, Config::default());
+    let mut config = Config::default();
+    let mut items = Vec::new();
+    config.items("", &mut items);
+    for item in items {
+        let (key, doc) = match &item {
+            Item::Section { key, doc } => (key, doc),
+            Item::Setting(setting) => (&setting.key, &setting.doc),
+        };
+        assert!(!doc.trim().is_empty(), "{key} is not explained");
+        if let Item::Setting(setting) = &item {
+            assert!(loaded.sources.contains_key(&setting.key), "{key} is not in config.toml");
+        }
+    }
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let text = "sse.heartbeat = \"15s\"\n[ws]\nping = \"10s\"\n[server]\nlisten = \"127.0.0.1:1, [::1]:2\"\n";
+    let flag = Override { flag: "--listen", key: "server.listen", value: "127.0.0.1:9".into() };
+    let only_file = read(text, &[], &[]).unwrap().config;
+    assert_eq!(only_file.server.listen, ["127.0.0.1:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
+    let environment = [("WEIR__SSE__HEARTBEAT", "16s"), ("WEIR__SERVER__LISTEN", "127.0.0.1:5"), ("WEIR_URL", "x")];
+    let loaded = read(text, &environment, &[flag]).unwrap();
+    assert_eq!(loaded.config.sse.heartbeat, seconds(16));
+    assert_eq!(loaded.config.ws.ping, seconds(10));
+    assert_eq!(loaded.config.server.listen, ["127.0.0.1:9".parse().unwrap()]);
+    assert_eq!(loaded.sources["server.listen"], Source::Flag("--listen"));
+    assert_eq!(loaded.sources["ws.ping"].to_string(), "weir.toml:3");
+    assert_eq!(loaded.sources["sse.heartbeat"].to_string(), "WEIR__SSE__HEARTBEAT");
+}
+
+#[test]
+fn everything_wrong_is_reported_at_once() {
+    let text = r#"
+sse.hearbeat = "5s"
+colour = 1
+[rpc]
+timeout = 5
+[limits]
+batch = 0
+event = "lots"
+header = 100
+[server]
+listen = "here"
+[cors]
+origins = ["null"]
+[[channels]]
+match = "a*"
+keep = { count = -1, wiegth = 3 }
+[[channels]]
+keep.age = "1d"
+"#;
+    let environment =
+        [("WEIR__LOG__LEVEL", "louder"), ("WEIR__BUS__REDIS__URL", "redis://x"), ("WEIR__HEARTBEAT", "5s")];
+    let problems = read(text, &environment, &[]).unwrap_err();
+    let mut expected: Vec<&str> = r#"weir.toml:2: sse.hearbeat: unknown key; did you mean sse.heartbeat?
+weir.toml:3: colour: unknown key
+weir.toml:5: rpc.timeout: 5 of what? write 5s or 5ms
+weir.toml:7: limits.batch: must be at least 1
+weir.toml:8: limits.event: needs a number of bytes, plain or as "16MiB", not "lots"; the units are KiB, MiB, GiB, kB, MB and GB
+weir.toml:9: limits.header: must be at least 8KiB
+weir.toml:11: server.listen: "here" is not an address with a port: write 127.0.0.1:8000, 0.0.0.0:8000 or [::1]:8000
+weir.toml:13: cors.origins: "null" is not an origin: write https://example.com or https://*.example.com, without a path
+weir.toml:16: channels[0].keep.count: needs a whole number, not -1
+weir.toml:16: channels[0].keep.wiegth: unknown key
+weir.toml:17: channels[1]: has no `match`: which channels is it for?
+WEIR__BUS__REDIS__URL: bus.redis.url: unknown key
+WEIR__HEARTBEAT: heartbeat: unknown key; did you mean sse.heartbeat?
+WEIR__LOG__LEVEL: log.level: "louder" is no level: write one of error, warn, info, debug, trace, off, or by target as "info,weir::rpc=debug""#
+        .lines()
+        .collect();
+    let mut lines: Vec<&str> = problems.lines().collect();
+    expected.sort_unstable();
+    lines.sort_unstable();
+    assert_eq!(lines, expected);
+}
+
+#[test]
+fn a_file_that_is_no_toml_says_where() {
+    let problems = read("[sse]\nheartbeat = \n[ws]\nping = \"1s\"\n", &[], &[]).unwrap_err();
+    assert!(problems.starts_with("weir.toml:2: "), "{problems}");
+    let missing = load(Some(std::path::Path::new("/no/such/weir.toml")), [], &[]).unwrap_err();
+    assert!(missing.to_string().starts_with("/no/such/weir.toml: cannot be read: "), "{missing}");
+}
+
+#[test]
+fn nobody_listens_to_the_world_by_accident() {
+    let problems =
+        read("server.listen = [\"0.0.0.0:8000\", \"127.0.0.1:1\"]\nadmin.listen = \"[::]:9\"", &[], &[]).unwrap_err();
+    assert_eq!(problems.lines().count(), 2);
+    assert!(problems.starts_with("weir.toml:1: server.listen: 0.0.0.0:8000 can be reached from other machines"));
+    assert!(problems.contains("auth.allow_anonymous = true"));
+    let environment = [("WEIR__AUTH__ALLOW_ANONYMOUS", "true"), ("WEIR__SERVER__LISTEN", "0.0.0.0:8000")];
+    assert!(!read("", &environment, &[]).unwrap().config.is_loopback_only());
+    assert!(Config::default().is_loopback_only());
+}
+
+#[test]
+fn rules_come_in_order_and_what_they_leave_out_is_the_default() {
+    let text = "[[channels]]\nmatch = \"live/*\"\nkeep.count = 5\n[[channels]]\nmatch = \"*\"\n[channels.keep]\nbytes = \"1MiB\"";
+    let rules = read(text, &[], &[]).unwrap().config.channels;
+    assert_eq!(rules[0], ChannelRule { pattern: "live/*".into(), keep: Keep { count: 5, ..Keep::default() } });
+    assert_eq!(rules[1].keep, Keep { bytes: MIB, ..Keep::default() });
+    let from_text = [("WEIR__CHANNELS", r#"[{match="live/*", keep.count=5}]"#)];
+    assert_eq!(read(text, &from_text, &[]).unwrap().config.channels, rules[..1]);
+    let wrong = [("WEIR__CHANNELS", "live/*")];
+    assert!(read(text, &wrong, &[]).unwrap_err().starts_with("WEIR__CHANNELS: channels: "));
+}
+
+#[test]
+fn what_is_shown_is_read_back() {
+    let text = r#"
+server.listen = ["127.0.0.1:0", "[::1]:8000"]
+admin.listen = "localhost:9000"
+cors.origins = ["https://*.example.com", "http://localhost:3000"]
+log.level = "info,weir::rpc=debug"
+limits.event = 999_999
+limits.frame = 0x20_0000
+limits.queued = 10000000
+rpc.wait_for_provider = "0s"
+[[channels]]
+match = "say \"hi\"\u0007"
+keep.age = "90s"
+[[channels]]
+match = "*"
+"#;
+    let loaded = read(text, &[], &[]).unwrap();
+    let shown = loaded.config.to_toml(false, &loaded.sources);
+    assert!(shown.contains("event = 999999  # weir.toml:6\n"), "{shown}");
+    assert_eq!(read(&shown, &[], &[]).unwrap().config, loaded.config);
+    let empty = read("channels = []", &[], &[]).unwrap().config;
+    assert!(empty.channels.is_empty());
+    assert_eq!(read(&empty.to_toml(true, &BTreeMap::new()), &[], &[]).unwrap().config, empty);
+}

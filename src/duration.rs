@@ -1,0 +1,112 @@
+//! One grammar for spans of time, wherever a person writes one: `500ms`, `5s`, `2m`, `1h`, `30d`.
+//!
+//! A bare number is refused: nobody agrees whether `timeout=5` means seconds or milliseconds.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+/// Longer than anything weir waits for, and short enough to be added to a clock without overflow.
+pub const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+const UNITS: [(&str, u64); 5] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+
+/// Reads a duration, as `5s`. The error is a sentence for whoever wrote the text.
+pub fn parse(text: &str) -> Result<Duration, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    if digits == 0 {
+        return Err(format!("{text:?} is not a duration: write 500ms, 5s, 2m, 1h or 30d"));
+    }
+    if unit.is_empty() {
+        return Err(format!("{text} of what? write {text}s or {text}ms"));
+    }
+    let Some((_, ms)) = UNITS.into_iter().find(|(name, _)| *name == unit) else {
+        return Err(format!(
+            "{text:?} is not a duration: the units are ms, s, m, h and d, and one number has one unit"
+        ));
+    };
+    let parsed = number.parse::<u64>().ok().and_then(|number| number.checked_mul(ms)).map(Duration::from_millis);
+    parsed.filter(|parsed| *parsed <= LONGEST).ok_or_else(|| format!("{text} is too long: at most 36500d"))
+}
+
+/// The shortest text that [`parse`] reads back, to the millisecond.
+pub fn format(duration: Duration) -> String {
+    let ms = duration.as_millis() as u64;
+    let (name, unit) =
+        UNITS.into_iter().rev().find(|(_, unit)| ms != 0 && ms.is_multiple_of(*unit)).unwrap_or(("s", 1_000));
+    format!("{}{name}", ms / unit)
+}
+
+/// For `#[serde(deserialize_with = "duration::deserialize")]` on a `Duration` of a query or a JSON body.
+pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    Written::deserialize(from)?.read().map_err(D::Error::custom)
+}
+
+/// For `#[serde(default, deserialize_with = "duration::optional")]` on an `Option<Duration>`.
+pub fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    Option::<Written>::deserialize(from)?.map(|written| written.read().map_err(D::Error::custom)).transpose()
+}
+
+/// JSON may hold a number where a duration belongs; it deserves the hint, not "invalid type".
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Text(String),
+    Number(serde_json::Number),
+}
+
+impl Written {
+    fn read(&self) -> Result<Duration, String> {
+        match self {
+            Written::Text(text) => parse(text),
+            Written::Number(number) => parse(&number.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_is_read() {
+        for (text, ms) in [("0s", 0), ("500ms", 500), ("5s", 5_000), ("2m", 120_000), ("1h", 3_600_000)] {
+            assert_eq!(parse(text), Ok(Duration::from_millis(ms)));
+            assert_eq!(format(Duration::from_millis(ms)), text);
+        }
+        assert_eq!(parse("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(format(Duration::from_secs(172_800)), "2d");
+    }
+
+    #[test]
+    fn what_is_refused_and_how() {
+        assert_eq!(parse("5").unwrap_err(), "5 of what? write 5s or 5ms");
+        for bad in ["", "s", "-5s", "1.5s", "5 s", "5sec", "1h30m", "36501d", "99999999999999999999ms", "5S"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn in_json_and_queries() {
+        #[derive(Deserialize)]
+        struct Params {
+            #[serde(default, deserialize_with = "optional")]
+            timeout: Option<Duration>,
+        }
+        let read = |json| serde_json::from_str::<Params>(json).map(|params| params.timeout);
+        assert_eq!(read(r#"{"timeout":"5s"}"#).unwrap(), Some(Duration::from_secs(5)));
+        assert_eq!(read("{}").unwrap(), None);
+        assert_eq!(read(r#"{"timeout":null}"#).unwrap(), None);
+        assert!(read(r#"{"timeout":5}"#).unwrap_err().to_string().starts_with("5 of what?"));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_is_read_back(ms in 0..=LONGEST.as_millis() as u64) {
+            let duration = Duration::from_millis(ms);
+            prop_assert_eq!(parse(&format(duration)), Ok(duration));
+        }
+    }
+}
