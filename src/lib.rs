@@ -4,9 +4,12 @@
 #![forbid(unsafe_code)]
 
 pub mod auth;
+pub mod backend;
+pub mod bus;
 pub mod config;
 pub mod duration;
 pub mod error;
 pub mod event;
+pub mod pattern;
 pub mod position;
 pub mod transport;

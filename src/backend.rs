@@ -1,0 +1,3 @@
+//! What the bus is plugged onto. Only `app` names one of these.
+
+pub mod memory;

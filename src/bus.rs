@@ -1,0 +1,217 @@
+//! [`Bus`]: what everybody calls to publish, read and wait. Over it the transports, under it a backend.
+
+mod format;
+mod log;
+mod ring;
+mod subscription;
+mod topic;
+
+use std::{collections::HashMap, sync::Arc};
+
+pub use self::{
+    format::{Filter, Format, index},
+    log::{Act, Consumer, Gap, Info, Limit, Log, Page, Placed, Reason, Tail},
+    ring::{Keep, KeyLimits, Ring},
+    subscription::{Added, Delivery, Item, Parked, Subscriptions},
+    topic::{Clock, Config, Rule, Topic, Topics},
+};
+use crate::{
+    error::{Error, Result},
+    event::{Channel, Draft, Event},
+    position::{Position, Start},
+};
+
+/// A filtered read looks at most at so many events: what it has passed is in `next`.
+const MAX_SCAN: usize = 10_000;
+
+/// The core. Fan-out, replay, limits and order are written here, once; what lies in which place is the backend's.
+pub struct Bus {
+    log: Arc<dyn Log>,
+    topics: Arc<Topics>,
+}
+
+/// A channel in use on this node, and filled, while this lives. Watch before you read: what comes after the watch
+/// wakes you, so nothing is lost in between.
+pub struct Watch {
+    topic: Arc<Topic>,
+    _tail: Tail,
+}
+
+/// Some drafts could not be placed. The rest may have been.
+#[derive(Debug)]
+pub struct PublishFailed {
+    pub error: Error,
+    /// One entry per draft.
+    pub placed: Vec<Option<Placed>>,
+}
+
+impl Bus {
+    /// `topics` are those that the backend fills.
+    pub fn new(log: Arc<dyn Log>, topics: Arc<Topics>) -> Self {
+        Bus { log, topics }
+    }
+
+    /// The channels in use on this node.
+    pub fn topics(&self) -> &Topics {
+        &self.topics
+    }
+
+    /// Unix milliseconds.
+    pub fn now(&self) -> u64 {
+        self.topics.now()
+    }
+
+    /// Places drafts: one atomic step per channel, in the order in which the channels first appear. Stops at the
+    /// first failure. `subject` is who publishes, the scope of idempotency keys.
+    pub async fn publish(&self, subject: &str, drafts: Vec<(Channel, Draft)>) -> Result<Vec<Placed>, PublishFailed> {
+        let count = drafts.len();
+        let mut order: Vec<Channel> = Vec::new();
+        let mut steps: HashMap<Channel, (Vec<usize>, Vec<Draft>)> = HashMap::new();
+        for (at, (channel, draft)) in drafts.into_iter().enumerate() {
+            let (indexes, drafts) = steps.entry(channel.clone()).or_insert_with(|| {
+                order.push(channel);
+                Default::default()
+            });
+            indexes.push(at);
+            drafts.push(draft);
+        }
+        let mut placed = vec![None; count];
+        for channel in order {
+            let Some((indexes, drafts)) = steps.remove(&channel) else { continue };
+            match self.log.append(&channel, subject, drafts).await {
+                Ok(here) => indexes.into_iter().zip(here).for_each(|(at, here)| placed[at] = Some(here)),
+                Err(error) => return Err(PublishFailed { error, placed }),
+            }
+        }
+        Ok(placed.into_iter().flatten().collect())
+    }
+
+    /// Places one draft.
+    pub async fn publish_one(&self, subject: &str, channel: &Channel, draft: Draft) -> Result<Placed> {
+        let placed = self.log.append(channel, subject, vec![draft]).await?;
+        placed.first().copied().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))
+    }
+
+    /// Puts channels into use, in their order.
+    pub async fn watch(&self, channels: &[Channel]) -> Result<Vec<Watch>> {
+        let mut watches = Vec::with_capacity(channels.len());
+        for channel in channels {
+            let topic = self.topics.with(channel, |topic, ring| {
+                ring.join();
+                topic.clone()
+            });
+            // Joined before the await: if that fails or is dropped, the watch leaves again.
+            let mut watch = Watch { topic, _tail: Tail::default() };
+            watch._tail = self.log.tail(&watch.topic).await?;
+            watches.push(watch);
+        }
+        Ok(watches)
+    }
+
+    /// Up to `limit` events that pass the filter. `next` passes everything that was looked at.
+    pub async fn read(&self, channel: &Channel, start: Start, limit: Limit, filter: Option<&Filter>) -> Result<Page> {
+        let Some(filter) = filter else { return self.log.read(channel, start, limit).await };
+        let scan = Limit { events: limit.events.max(256), bytes: limit.bytes };
+        let mut page = self.log.read(channel, start, scan).await?;
+        let mut shown: Vec<Arc<Event>> = Vec::new();
+        let (mut bytes, mut scanned) = (0, 0);
+        loop {
+            for event in std::mem::take(&mut page.events) {
+                if filter.matches(&event) {
+                    bytes += event.size();
+                    if shown.len() == limit.events || (bytes > limit.bytes && !shown.is_empty()) {
+                        page.more = true;
+                        page.events = shown;
+                        return Ok(page);
+                    }
+                    shown.push(event.clone());
+                }
+                scanned += 1;
+                page.next = event.position();
+            }
+            if !page.more || scanned >= MAX_SCAN || shown.len() == limit.events {
+                page.events = shown;
+                return Ok(page);
+            }
+            let gap = page.gap.take();
+            page = self.log.read(channel, Start::After(page.next), scan).await?;
+            if page.gap.is_some() && (gap.is_some() || !shown.is_empty()) {
+                // Trimmed while we read. What we have comes first; the reader meets this gap at its next read.
+                let after = page.gap.as_ref().and_then(|gap| gap.after).unwrap_or(page.next);
+                return Ok(Page { events: shown, next: after, more: true, gap });
+            }
+            page.gap = page.gap.or(gap);
+        }
+    }
+
+    /// What is known of a channel.
+    pub async fn inspect(&self, channel: &Channel) -> Result<Info> {
+        self.log.inspect(channel).await
+    }
+
+    /// Where a reader is who has seen everything.
+    pub async fn head(&self, channel: &Channel) -> Result<Position> {
+        Ok(self.log.read(channel, Start::Now, Limit { events: 1, bytes: 0 }).await?.next)
+    }
+
+    /// Channels that have a log, by name.
+    pub async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Info>> {
+        self.log.list(prefix, after, limit).await
+    }
+
+    /// Removes the events before `before`, or the log.
+    pub async fn remove(&self, channel: &Channel, before: Option<Position>) -> Result<()> {
+        self.log.remove(channel, before).await
+    }
+
+    /// Where `consumer` is in a channel.
+    pub async fn cursor(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
+        self.log.cursor(consumer, channel, Act::Get).await
+    }
+
+    /// Moves a cursor forward. An older position changes nothing.
+    pub async fn commit(&self, consumer: &str, channel: &Channel, to: Position) -> Result<()> {
+        self.log.cursor(consumer, channel, Act::Commit(to)).await.map(drop)
+    }
+
+    /// Moves a cursor anywhere.
+    pub async fn seek(&self, consumer: &str, channel: &Channel, to: Position) -> Result<()> {
+        self.log.cursor(consumer, channel, Act::Seek(to)).await.map(drop)
+    }
+
+    /// All cursors of a consumer.
+    pub async fn consumer(&self, name: &str) -> Result<Option<Consumer>> {
+        self.log.consumer(name).await
+    }
+
+    /// Consumers, by name.
+    pub async fn consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Consumer>> {
+        self.log.consumers(prefix, after, limit).await
+    }
+
+    /// Forgets a consumer. False if there was none.
+    pub async fn forget(&self, consumer: &str) -> Result<bool> {
+        self.log.forget(consumer).await
+    }
+}
+
+impl Watch {
+    pub fn channel(&self) -> &Channel {
+        self.topic.channel()
+    }
+
+    /// The first position of `start`, and what is missing before it.
+    pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
+        self.topic.resolve(start)
+    }
+
+    fn lock(&self) -> parking_lot::MutexGuard<'_, Ring> {
+        self.topic.lock()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.topic.lock().leave();
+    }
+}

@@ -1,0 +1,78 @@
+//! How a transport wants its events ([`Format`]), and which of them ([`Filter`]).
+
+use std::{borrow::Borrow, fmt, sync::Arc};
+
+use bytes::Bytes;
+
+use crate::{
+    error::Result,
+    event::{self, Channel, Event},
+};
+
+/// A wire format: a leaf that a transport defines as a `static`. A frame is `open`, one or more `event`, `close`,
+/// all appended to one buffer; it is made once and shared by every reader that needs the same.
+pub struct Format {
+    /// Distinguishes formats in a ring's memory of frames. Unique in the program.
+    pub index: usize,
+    pub open: fn(&mut Vec<u8>),
+    pub event: fn(&Channel, &Event, &mut Vec<u8>),
+    pub close: fn(&mut Vec<u8>),
+}
+
+/// Indexes of all formats, in one place so that no two are the same.
+pub mod index {
+    pub const NONE: usize = 0;
+    pub const WS: usize = 1;
+    pub const SSE: usize = 2;
+    pub const SSE_BARE: usize = 3;
+    pub const SSE_DATA: usize = 4;
+    pub const SSE_DATA_BARE: usize = 5;
+}
+
+impl Format {
+    /// For readers that only want to know when there is something.
+    pub const NONE: &'static Format = &Format { index: index::NONE, open: |_| {}, event: |_, _, _| {}, close: |_| {} };
+
+    /// One frame of these events.
+    pub fn encode<E: Borrow<Arc<Event>>>(&self, channel: &Channel, events: impl IntoIterator<Item = E>) -> Bytes {
+        let mut out = Vec::with_capacity(512);
+        (self.open)(&mut out);
+        for event in events {
+            (self.event)(channel, event.borrow(), &mut out);
+        }
+        (self.close)(&mut out);
+        // Exact: frames are remembered.
+        Bytes::from(out.into_boxed_slice())
+    }
+}
+
+impl fmt::Debug for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Format({})", self.index)
+    }
+}
+
+/// Events of these types only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// As JSON text, as events hold them.
+    kinds: Box<[Box<[u8]>]>,
+}
+
+impl Filter {
+    /// `None` for no types at all: everything passes.
+    pub fn new<S: AsRef<str>>(kinds: &[S]) -> Result<Option<Self>> {
+        let json = |kind: &S| {
+            event::label("type", kind.as_ref())?;
+            let mut out = Vec::new();
+            event::write_json_str(kind.as_ref(), &mut out);
+            Ok(out.into_boxed_slice())
+        };
+        let kinds = kinds.iter().map(json).collect::<Result<Box<[_]>>>()?;
+        Ok((!kinds.is_empty()).then_some(Filter { kinds }))
+    }
+
+    pub fn matches(&self, event: &Event) -> bool {
+        event.kind_json().is_some_and(|kind| self.kinds.iter().any(|wanted| **wanted == *kind.as_bytes()))
+    }
+}

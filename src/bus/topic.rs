@@ -1,0 +1,348 @@
+//! [`Topic`], a channel in use on this node, and [`Topics`], all of them.
+//!
+//! A million names that came and went cost nothing: a topic without events, readers and keys leaves the table, and
+//! what is remembered of its end is bounded.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::BuildHasher,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use indexmap::IndexMap;
+use parking_lot::{Mutex, MutexGuard};
+
+use super::{
+    log::Gap,
+    ring::{Keep, KeyLimits, Past, Ring},
+};
+use crate::{
+    error::{Code, Error, Result},
+    event::Channel,
+    pattern::Pattern,
+    position::{Position, Start},
+};
+
+const SHARDS: usize = 64;
+/// What a topic costs beside its events, in bytes.
+const TOPIC_COST: usize = 360;
+/// Ended lives remembered per shard, 65,536 in all.
+const ENDS: usize = 1024;
+/// An empty topic stays for so long, since who wrote once writes again.
+const LINGER: Duration = Duration::from_secs(60);
+/// Topics looked at when the budget asks for the oldest event. As in Redis's approximate LRU: a few are enough.
+const SAMPLES: usize = 5;
+
+/// Retention by name: the first pattern that matches.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    pub pattern: Pattern,
+    pub keep: Keep,
+}
+
+/// What the bus may use, and how long it remembers.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub rules: Vec<Rule>,
+    /// Where no rule matches.
+    pub keep: Keep,
+    /// Memory of all events and topics, in bytes.
+    pub budget: usize,
+    pub keys: KeyLimits,
+    /// A consumer that was not heard of for so long is forgotten.
+    pub consumer_idle: Duration,
+    pub max_consumers: usize,
+}
+
+/// The bus's idea of time, Unix milliseconds. Tests own theirs.
+#[derive(Clone, Debug, Default)]
+pub enum Clock {
+    #[default]
+    System,
+    Manual(Arc<AtomicU64>),
+}
+
+pub struct Topic {
+    channel: Channel,
+    keep: Keep,
+    clock: Clock,
+    ring: Mutex<Ring>,
+}
+
+pub struct Topics {
+    shards: Box<[Mutex<Shard>]>,
+    hasher: foldhash::fast::RandomState,
+    config: Config,
+    clock: Clock,
+    /// Bytes of all rings and topics.
+    used: AtomicUsize,
+    /// The next shard to sweep.
+    hand: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Shard {
+    /// Indexed, so that a sweep and a sample cost no more than what they look at.
+    topics: IndexMap<Channel, Arc<Topic>, foldhash::fast::RandomState>,
+    ends: HashMap<u64, End, foldhash::fast::RandomState>,
+    order: VecDeque<u64>,
+    /// From this second on, a channel that is neither here nor among `ends` is known to have had no log.
+    horizon: u64,
+}
+
+/// How a log ended whose topic has left the table.
+struct End {
+    past: Past,
+    /// From this second on there was no log.
+    absent: u64,
+}
+
+// === impl Clock ===
+
+impl Clock {
+    /// Unix milliseconds.
+    pub fn now(&self) -> u64 {
+        match self {
+            Clock::System => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+            Clock::Manual(now) => now.load(Relaxed),
+        }
+    }
+}
+
+// === impl Topic ===
+
+impl Topic {
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    pub fn keep(&self) -> &Keep {
+        &self.keep
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock()
+    }
+
+    /// See [`Ring::resolve`].
+    pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
+        self.lock().resolve(&self.channel, start, self.clock.now())
+    }
+}
+
+// === impl Topics ===
+
+impl Topics {
+    pub fn new(config: Config, clock: Clock) -> Self {
+        // A position of the second in which a process before this one ended must not pass for one of this.
+        let horizon = clock.now() / 1000 + 1;
+        let shard = || Mutex::new(Shard { horizon, ..Default::default() });
+        Topics {
+            shards: (0..SHARDS).map(|_| shard()).collect(),
+            hasher: Default::default(),
+            config,
+            clock,
+            used: AtomicUsize::new(0),
+            hand: AtomicUsize::new(0),
+        }
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Unix milliseconds.
+    pub fn now(&self) -> u64 {
+        self.clock.now()
+    }
+
+    /// Memory in use, in bytes.
+    pub fn used(&self) -> usize {
+        self.used.load(Relaxed)
+    }
+
+    /// Topics in the table.
+    pub fn count(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().topics.len()).sum()
+    }
+
+    /// Subscriptions of all topics.
+    pub fn readers(&self) -> usize {
+        self.shards
+            .iter()
+            .map(|shard| shard.lock().topics.values().map(|topic| topic.lock().readers() as usize).sum::<usize>())
+            .sum()
+    }
+
+    /// The topic, if the channel is in use.
+    pub fn get(&self, channel: &Channel) -> Option<Arc<Topic>> {
+        self.shard(self.hasher.hash_one(channel)).lock().topics.get(channel).cloned()
+    }
+
+    /// What would be known of a channel that is not in use, without putting it into use.
+    pub fn passing(&self, channel: &Channel) -> Ring {
+        let hash = self.hasher.hash_one(channel);
+        let shard = self.shard(hash).lock();
+        match shard.ends.get(&hash) {
+            Some(end) => Ring::new(end.absent.max(shard.horizon), Some(end.past)),
+            None => Ring::new(shard.horizon, None),
+        }
+    }
+
+    /// Does `work` with the ring of a channel that is in use from now on.
+    pub fn with<R>(&self, channel: &Channel, work: impl FnOnce(&Arc<Topic>, &mut Ring) -> R) -> R {
+        loop {
+            let topic = self.open(channel);
+            let mut ring = topic.lock();
+            // Between the two locks the sweep may have taken it away.
+            if !ring.retired {
+                return work(&topic, &mut ring);
+            }
+        }
+    }
+
+    fn open(&self, channel: &Channel) -> Arc<Topic> {
+        let hash = self.hasher.hash_one(channel);
+        let mut shard = self.shard(hash).lock();
+        if let Some(topic) = shard.topics.get(channel) {
+            return topic.clone();
+        }
+        let horizon = shard.horizon;
+        let (absent, past) = match shard.ends.remove(&hash) {
+            Some(end) => (end.absent.max(horizon), Some(end.past)),
+            None => (horizon, None),
+        };
+        let keep = self.config.rules.iter().find(|rule| rule.pattern.matches(channel.as_str()));
+        let topic = Arc::new(Topic {
+            channel: channel.clone(),
+            keep: keep.map_or(self.config.keep, |rule| rule.keep),
+            clock: self.clock.clone(),
+            ring: Mutex::new(Ring::new(absent, past)),
+        });
+        shard.topics.insert(channel.clone(), topic.clone());
+        self.used.fetch_add(TOPIC_COST, Relaxed);
+        topic
+    }
+
+    fn shard(&self, hash: u64) -> &Mutex<Shard> {
+        // The table itself uses the low bits, and the top seven.
+        &self.shards[(hash >> 48) as usize % SHARDS]
+    }
+
+    /// Calls `visit` with every topic, a shard locked at a time.
+    pub fn each(&self, mut visit: impl FnMut(&Arc<Topic>)) {
+        for shard in &self.shards {
+            shard.lock().topics.values().for_each(&mut visit);
+        }
+    }
+
+    // === memory ===
+
+    /// Says that a ring grew or shrank.
+    pub fn account(&self, before: usize, after: usize) {
+        match after.checked_sub(before) {
+            Some(grown) => self.used.fetch_add(grown, Relaxed),
+            None => self.used.fetch_sub(before - after, Relaxed),
+        };
+    }
+
+    /// Keeps the budget: lets go of old events until there is room for `bytes`.
+    pub fn reserve(&self, bytes: usize) -> Result<()> {
+        let mut tries = 0;
+        while self.used() + bytes > self.config.budget {
+            tries += 1;
+            if tries > 1000 || !self.relieve() {
+                return Err(Error::new(
+                    Code::Overloaded,
+                    format!("bus.memory.budget of {} bytes is used up", self.config.budget),
+                )
+                .with("limit", "bus.memory.budget"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Halves the ring with the oldest event among a few that chance picks. False if there was none.
+    fn relieve(&self) -> bool {
+        let mut oldest: Option<(u64, Arc<Topic>)> = None;
+        let mut seen = 0;
+        // Every shard at most once: chance says where to begin.
+        let start = fastrand::usize(..SHARDS);
+        for at in 0..SHARDS {
+            let shard = self.shards[(start + at) % SHARDS].lock();
+            if shard.topics.is_empty() {
+                continue;
+            }
+            let from = fastrand::usize(..shard.topics.len());
+            for i in 0..shard.topics.len().min(2 * SAMPLES) {
+                let topic = &shard.topics[(from + i) % shard.topics.len()];
+                if let Some(time) = topic.lock().oldest() {
+                    seen += 1;
+                    if oldest.as_ref().is_none_or(|(found, _)| time < *found) {
+                        oldest = Some((time, topic.clone()));
+                    }
+                }
+            }
+            if seen >= SAMPLES {
+                break;
+            }
+        }
+        let Some((_, topic)) = oldest else { return false };
+        let mut ring = topic.lock();
+        let before = ring.bytes();
+        ring.relieve();
+        self.account(before, ring.bytes());
+        true
+    }
+
+    /// One part of the housekeeping: age, keys, frames nobody needs, topics nobody uses. All of it after 64 calls.
+    pub fn sweep(&self) {
+        let now = self.now();
+        let mut shard = self.shards[self.hand.fetch_add(1, Relaxed) % SHARDS].lock();
+        let mut at = 0;
+        while at < shard.topics.len() {
+            let topic = shard.topics[at].clone();
+            let mut ring = topic.lock();
+            let before = ring.bytes();
+            ring.trim(&topic.keep, now);
+            ring.expire_keys(&self.config.keys, now);
+            ring.cool();
+            self.account(before, ring.bytes());
+            let quiet = ring.time().is_none_or(|time| time + (LINGER.as_millis() as u64) < now);
+            if ring.is_idle() && quiet {
+                ring.retired = true;
+                if let Some(past) = ring.past() {
+                    let absent = ring.end(now);
+                    shard.remember(self.hasher.hash_one(&topic.channel), End { past, absent });
+                }
+                shard.topics.swap_remove_index(at);
+                self.used.fetch_sub(TOPIC_COST, Relaxed);
+            } else {
+                at += 1;
+            }
+        }
+        if shard.topics.capacity() > 64 && shard.topics.capacity() > shard.topics.len() * 4 {
+            shard.topics.shrink_to_fit();
+        }
+    }
+}
+
+// === impl Shard ===
+
+impl Shard {
+    fn remember(&mut self, hash: u64, end: End) {
+        if self.ends.insert(hash, end).is_none() {
+            self.order.push_back(hash);
+        }
+        while self.order.len() > ENDS {
+            // Whoever was given a position before this end can no longer be told what came after.
+            if let Some(end) = self.order.pop_front().and_then(|hash| self.ends.remove(&hash)) {
+                self.horizon = self.horizon.max(end.absent);
+            }
+        }
+    }
+}
