@@ -10,6 +10,8 @@ pub mod config;
 pub mod duration;
 pub mod error;
 pub mod event;
+pub mod metrics;
 pub mod pattern;
 pub mod position;
+pub mod telemetry;
 pub mod transport;
