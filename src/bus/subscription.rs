@@ -243,13 +243,9 @@ impl Subscriptions {
     /// Parked, ready and running subscriptions: always all of them.
     #[cfg(test)]
     pub(super) fn whereabouts(&self) -> (usize, usize, usize) {
-        let ready = self
-            .inbox
-            .ready
-            .lock()
-            .iter()
-            .filter(|(slot, life)| self.subs.get(*slot as usize).is_some_and(|sub| sub.life == *life));
-        let ready = ready.count();
+        let inbox = self.inbox.ready.lock();
+        let mine = |(slot, life): &&(u32, u32)| self.subs.get(*slot as usize).is_some_and(|sub| sub.life == *life);
+        let ready = inbox.iter().filter(mine).count();
         let unparked = self.subs.iter().filter(|(_, sub)| sub.parking.is_none()).count();
         (self.subs.len() - unparked - ready, ready, self.run.len())
     }
