@@ -1,0 +1,115 @@
+//! Every route of weir, and the rules that hold for all of them.
+
+pub mod error;
+pub mod extract;
+pub mod origin;
+
+use std::{panic::AssertUnwindSafe, sync::Arc};
+
+use axum::{
+    Router,
+    body::Body,
+    http::{HeaderValue, Method, Request, StatusCode, Uri},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http::header;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+use crate::error::{Code, Error};
+use extract::Refused;
+use origin::{Origins, Page};
+
+/// What handlers share.
+pub struct Gateway {
+    /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
+    pub draining: CancellationToken,
+}
+
+/// A listener's way in: the rules for every request, then the routes.
+pub struct Door {
+    router: Router,
+    origins: Origins,
+}
+
+impl Door {
+    pub fn new(router: Router, origins: Origins) -> Self {
+        Door { router, origins }
+    }
+
+    /// Answers one request. Never fails, and never panics.
+    pub async fn answer<B>(self: Arc<Self>, request: Request<B>) -> Response
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<axum::BoxError>,
+    {
+        let (mut head, body) = request.into_parts();
+        let page = self.origins.page(&head);
+        let mut answer = match self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)) {
+            Err(error) if head.uri.path() != "/v1/ws" => error.into_response(),
+            checked => {
+                if let Err(error) = checked {
+                    head.extensions.insert(Refused(error));
+                }
+                let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
+                let method = head.method.clone();
+                let request = Request::from_parts(head, Body::new(body));
+                // Unwind safety: what a handler shares is behind locks that do not poison, and it is gone otherwise.
+                let mut answer = match AssertUnwindSafe(self.router.clone().oneshot(request)).catch_unwind().await {
+                    Ok(Ok(answer)) => answer,
+                    Ok(Err(never)) => match never {},
+                    Err(panic) => Error::internal(cause(&*panic)).into_response(),
+                };
+                if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
+                    answer = not_allowed(&answer, &method);
+                    if let Some(asked) = preflight {
+                        let allow = answer.headers()[header::ALLOW].clone();
+                        page.preflight(&asked, allow, answer.headers_mut());
+                    }
+                }
+                answer
+            }
+        };
+        finish(page, &mut answer);
+        answer
+    }
+}
+
+/// What every answer says.
+fn finish(page: Page, answer: &mut Response) {
+    let headers = answer.headers_mut();
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    page.mark(headers);
+}
+
+/// The router's bare 405 knows what the path takes. `OPTIONS` asks for just that.
+fn not_allowed(bare: &Response, method: &Method) -> Response {
+    let takes = bare.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok()).unwrap_or_default();
+    let takes: Vec<_> =
+        takes.split(',').map(str::trim).filter(|method| !method.is_empty()).chain(["OPTIONS"]).collect();
+    let takes = takes.join(", ");
+    let mut answer = match *method {
+        Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
+        _ => Error::new(Code::MethodNotAllowed, format!("this path takes {takes}")).into_response(),
+    };
+    // Method names only: always a legal value.
+    let allow = HeaderValue::from_str(&takes).unwrap_or(HeaderValue::from_static("OPTIONS"));
+    answer.headers_mut().insert(header::ALLOW, allow);
+    answer
+}
+
+async fn not_found(uri: Uri) -> Error {
+    Error::new(Code::NotFound, format!("there is no {}; GET /openapi.json lists what there is", uri.path()))
+}
+
+fn cause(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panic: {}", text.unwrap_or("without a message"))
+}
+
+/// Every route.
+pub fn router(gateway: Arc<Gateway>) -> Router {
+    Router::new().fallback(not_found).with_state(gateway)
+}
