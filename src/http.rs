@@ -9,7 +9,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use axum::{
     Router,
     body::Body,
-    http::{HeaderValue, Method, Request, StatusCode, Uri},
+    http::{HeaderValue, Method, Request, StatusCode, Uri, Version},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -18,12 +18,21 @@ use http::header;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use crate::error::{Code, Error};
+use crate::{
+    bus::Bus,
+    config::Config,
+    error::{Code, Error},
+    metrics::{Metrics, Status},
+    pattern::Pattern,
+};
 use extract::Refused;
 use origin::{Origins, Page};
 
 /// What handlers share.
 pub struct Gateway {
+    pub bus: Arc<Bus>,
+    pub config: Arc<Config>,
+    pub metrics: Arc<Metrics>,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,
 }
@@ -32,11 +41,16 @@ pub struct Gateway {
 pub struct Door {
     router: Router,
     origins: Origins,
+    gateway: Arc<Gateway>,
 }
 
 impl Door {
-    pub fn new(router: Router, origins: Origins) -> Self {
-        Door { router, origins }
+    /// `loopback`: only this machine can reach the listener.
+    pub fn new(gateway: Arc<Gateway>, loopback: bool) -> Self {
+        let allowed = gateway.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
+        // Nobody has credentials yet.
+        let origins = Origins { loopback, anonymous: true, allowed };
+        Door { router: router(gateway.clone()), origins, gateway }
     }
 
     /// Answers one request. Never fails, and never panics.
@@ -46,6 +60,7 @@ impl Door {
         B::Error: Into<axum::BoxError>,
     {
         let (mut head, body) = request.into_parts();
+        let version = head.version;
         let page = self.origins.page(&head);
         let mut answer = match self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)) {
             Err(error) if head.uri.path() != "/v1/ws" => error.into_response(),
@@ -72,16 +87,21 @@ impl Door {
                 answer
             }
         };
-        finish(page, &mut answer);
+        self.finish(page, version, &mut answer);
         answer
     }
-}
 
-/// What every answer says.
-fn finish(page: Page, answer: &mut Response) {
-    let headers = answer.headers_mut();
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    page.mark(headers);
+    /// What every answer says.
+    fn finish(&self, page: Page, version: Version, answer: &mut Response) {
+        self.gateway.metrics.requests[Status::of(answer.status().as_u16())].add(1);
+        let headers = answer.headers_mut();
+        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+        page.mark(headers);
+        // Whoever comes back, comes back to a node that stays. (HTTP/2 has a frame for it, not a header.)
+        if self.gateway.draining.is_cancelled() && version <= Version::HTTP_11 {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
 }
 
 /// The router's bare 405 knows what the path takes. `OPTIONS` asks for just that.

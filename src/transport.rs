@@ -1,6 +1,7 @@
 //! Ways in and out. A transport decodes, calls the bus or the hub, and encodes; transports do not import each other.
 
 pub mod egress;
+pub mod longpoll;
 pub mod query;
 pub mod takeover;
 pub mod wheel;

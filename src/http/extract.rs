@@ -13,11 +13,9 @@ use http_body_util::BodyExt;
 use super::Gateway;
 use crate::{
     auth::Identity,
+    duration,
     error::{Code, Error, Result},
 };
-
-/// A body that takes longer than this to arrive is given up.
-const BODY_TIME: Duration = Duration::from_secs(30);
 
 /// Why a request must not go on, for the one route that tells browsers so in its own way: a refused WebSocket upgrade
 /// is completed and closed with the code, for a failed one says nothing to them.
@@ -78,12 +76,13 @@ fn media_type(headers: &HeaderMap) -> Option<&str> {
     Some(headers.get(header::CONTENT_TYPE)?.to_str().ok()?.split(';').next()?.trim())
 }
 
-/// The whole body, at most `limit` bytes; `name` is what the limit is called.
-pub async fn read_body(body: Body, limit: usize, name: &'static str) -> Result<Bytes> {
+/// The whole body, at most `limit` bytes (`name` is what the limit is called), if it arrives within `time`.
+pub async fn read_body(body: Body, limit: usize, name: &'static str, time: Duration) -> Result<Bytes> {
     // The timer costs nothing where the body came with the head: it is registered when it is first waited for.
-    tokio::time::timeout(BODY_TIME, collect(body, limit, name))
-        .await
-        .unwrap_or_else(|_| Err(Error::new(Code::InvalidRequest, "the body did not arrive within 30s")))
+    tokio::time::timeout(time, collect(body, limit, name)).await.unwrap_or_else(|_| {
+        let time = duration::format(time);
+        Err(Error::new(Code::InvalidRequest, format!("the body did not arrive within {time} (limits.body_time)")))
+    })
 }
 
 async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Bytes> {
@@ -129,7 +128,7 @@ mod tests {
     async fn body(frames: &[&'static str], limit: usize) -> Result<Bytes> {
         let frames: Vec<_> =
             frames.iter().map(|frame| Ok::<_, Infallible>(Bytes::from_static(frame.as_bytes()))).collect();
-        read_body(Body::from_stream(stream::iter(frames)), limit, "limits.x").await
+        read_body(Body::from_stream(stream::iter(frames)), limit, "limits.x", Duration::MAX).await
     }
 
     #[tokio::test]
@@ -138,7 +137,10 @@ mod tests {
         assert_eq!(body(&["abc"], 10).await.unwrap(), "abc");
         assert_eq!(body(&["abc", "d", "efgh"], 8).await.unwrap(), "abcdefgh");
         assert_eq!(body(&["abc", "d", "efgh"], 7).await.unwrap_err().code(), Code::TooLarge);
-        assert_eq!(read_body(Body::from("abc"), 2, "limits.x").await.unwrap_err().code(), Code::TooLarge);
+        assert_eq!(
+            read_body(Body::from("abc"), 2, "limits.x", Duration::MAX).await.unwrap_err().code(),
+            Code::TooLarge
+        );
     }
 
     #[test]

@@ -1,0 +1,403 @@
+//! Reading by request: a page of what there is, and waiting for what is not there yet (a *long-poll*).
+//!
+//! `GET /v1/events` and `weir.read` are this. Nothing is kept between two requests but, for a named consumer, its
+//! cursors: the next `after` is the acknowledgement.
+
+use std::{future::poll_fn, sync::Arc, time::Duration};
+
+use serde::Deserialize;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::query::{Begin, Query};
+use crate::{
+    auth::Identity,
+    bus::{Bus, Filter, Format, Gap, Limit, Subscriptions},
+    config::Limits,
+    duration,
+    error::{Code, Error, Result},
+    event::{Channel, Text, write_json_str},
+    position::{After, Position, Start, Token},
+};
+
+const DEFAULT_LIMIT: usize = 100;
+/// How long a poll that finds nothing waits while this node drains: a fast answer would be asked again at once.
+const DRAIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a reader asks for, checked.
+#[derive(Debug)]
+pub struct Reading {
+    channels: Vec<Channel>,
+    begin: Begin,
+    filter: Option<Filter>,
+    limit: Limit,
+    wait: Duration,
+    /// Events to wait for.
+    min: usize,
+    consumer: Option<Consuming>,
+}
+
+/// A reader whose place weir keeps.
+#[derive(Debug)]
+struct Consuming {
+    name: String,
+    /// Where to begin if it has no cursor yet.
+    start: Start,
+    /// Commit what is handed out.
+    auto: bool,
+}
+
+/// What a reader gets.
+#[derive(Debug)]
+pub struct Answer {
+    /// Events as JSON, with commas between.
+    events: Vec<u8>,
+    count: usize,
+    next: Vec<Position>,
+    more: bool,
+    gaps: Vec<Gap>,
+    new: bool,
+}
+
+/// The same, as written: every member optional, nothing checked.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked<'a> {
+    #[serde(borrow, default)]
+    channels: Vec<Text<'a>>,
+    #[serde(borrow)]
+    after: Option<Text<'a>>,
+    last: Option<u64>,
+    #[serde(borrow, default, rename = "type")]
+    kinds: Vec<Text<'a>>,
+    limit: Option<u64>,
+    #[serde(borrow)]
+    wait: Option<Text<'a>>,
+    min: Option<u64>,
+    #[serde(borrow)]
+    consumer: Option<Text<'a>>,
+    #[serde(borrow)]
+    start: Option<Text<'a>>,
+    #[serde(borrow)]
+    commit: Option<Text<'a>>,
+}
+
+// === impl Reading ===
+
+impl Reading {
+    /// From the parameters of `GET /v1/events`; `last_event_id` is the header.
+    pub fn from_query(mut query: Query<'_>, last_event_id: Option<&str>, limits: &Limits) -> Result<Self> {
+        let channels = query.some_channels(limits.stream_channels, "limits.stream_channels")?;
+        let begin = query.begin(last_event_id)?;
+        let kinds = query.types()?;
+        let asked = Asked {
+            limit: query.number("limit")?,
+            wait: query.take("wait")?.map(Text),
+            min: query.number("min")?,
+            consumer: query.take("consumer")?.map(Text),
+            start: query.take("start")?.map(Text),
+            commit: query.take("commit")?.map(Text),
+            ..Asked::default()
+        };
+        query.finish()?;
+        Self::check(channels, begin, &kinds, asked, limits)
+    }
+
+    /// From the params of `weir.read`: the same names, `channels` and `type` being lists.
+    pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
+        let mut asked: Asked<'_> = serde_json::from_str(params).map_err(|error| crate::event::unreadable(&error))?;
+        let mut channels = Vec::new();
+        for name in std::mem::take(&mut asked.channels) {
+            let channel = Channel::parse(&name)?;
+            if !channels.contains(&channel) {
+                channels.push(channel);
+            }
+            if channels.len() > limits.stream_channels {
+                return Err(too_many("channels", "limits.stream_channels", limits.stream_channels));
+            }
+        }
+        if channels.is_empty() {
+            return Err(Error::params("channels is missing: a list of names"));
+        }
+        let begin = match (asked.after.take(), asked.last) {
+            (Some(_), Some(_)) => return Err(Error::params("after and last exclude each other")),
+            (Some(after), None) => Begin::After(after.0.into_owned()),
+            (None, Some(last)) => Begin::Last(last),
+            (None, None) => Begin::Unsaid,
+        };
+        let kinds: Vec<_> = std::mem::take(&mut asked.kinds);
+        let kinds: Vec<&str> = kinds.iter().map(|kind| &**kind).collect();
+        Self::check(channels, begin, &kinds, asked, limits)
+    }
+
+    fn check<S: AsRef<str>>(
+        channels: Vec<Channel>,
+        begin: Begin,
+        kinds: &[S],
+        asked: Asked<'_>,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let events = asked.limit.map_or(DEFAULT_LIMIT.min(limits.page_events), |limit| limit as usize);
+        if events == 0 || events > limits.page_events {
+            return Err(too_many("limit", "limits.page_events", limits.page_events));
+        }
+        let wait = match &asked.wait {
+            Some(text) => duration::parse(text).map_err(|error| Error::params(format!("wait: {error}")))?,
+            None => Duration::ZERO,
+        };
+        if wait > limits.wait {
+            let most = duration::format(limits.wait);
+            return Err(Error::params(format!("wait is at most {most} (limits.wait)")).with("limit", "limits.wait"));
+        }
+        let min = asked.min.unwrap_or(1) as usize;
+        if min == 0 || min > events {
+            return Err(Error::params(format!("min is 1 to limit, which is {events}")));
+        }
+        let consumer = match asked.consumer {
+            Some(name) => Some(Consuming {
+                name: name.0.into_owned(),
+                start: match asked.start.as_deref() {
+                    None | Some("earliest") => Start::Earliest,
+                    Some("now") => Start::Now,
+                    Some(_) => return Err(Error::params("start is earliest or now")),
+                },
+                auto: match asked.commit.as_deref() {
+                    None | Some("manual") => false,
+                    Some("auto") => true,
+                    Some(_) => return Err(Error::params("commit is manual or auto")),
+                },
+            }),
+            None if asked.start.is_some() || asked.commit.is_some() => {
+                return Err(Error::params("start and commit are about a consumer: name it with consumer"));
+            }
+            None => None,
+        };
+        let filter = Filter::new(kinds)?;
+        let limit = Limit { events, bytes: limits.page_bytes };
+        Ok(Reading { channels, begin, filter, limit, wait, min, consumer })
+    }
+
+    /// Asks whether `identity` may read this.
+    pub fn permit(&self, identity: &Identity) -> Result<()> {
+        for channel in &self.channels {
+            let _ = identity.may_subscribe(channel)?;
+        }
+        if let Some(consumer) = &self.consumer {
+            let _ = identity.may_consume(&consumer.name)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the reader is willing to wait.
+    pub fn waits(&self) -> bool {
+        !self.wait.is_zero()
+    }
+
+    /// Reads, and waits if there is nothing and the reader asked to. Dropping it gives everything back.
+    ///
+    /// While `draining`, nobody is kept: who waits gets what there is, an empty page if nothing.
+    pub async fn answer(&self, bus: &Bus, draining: &CancellationToken) -> Result<Answer> {
+        let (starts, new) = self.starts(bus).await?;
+        let mut answer = Answer { events: Vec::new(), count: 0, next: Vec::new(), more: false, gaps: Vec::new(), new };
+        self.begin(bus, starts, &mut answer).await?;
+        if self.waits() && !self.is_enough(&answer) {
+            self.wait(bus, draining, &mut answer).await?;
+        }
+        if let Some(Consuming { name, auto: true, .. }) = &self.consumer {
+            for (channel, next) in self.channels.iter().zip(&answer.next) {
+                bus.commit(name, channel, *next).await?;
+            }
+        }
+        Ok(answer)
+    }
+
+    /// Where to read from, and whether the consumer is new.
+    async fn starts(&self, bus: &Bus) -> Result<(Vec<Start>, bool)> {
+        let Some(consumer) = &self.consumer else {
+            return Ok((self.begin.starts(&self.channels, Start::Earliest)?, false));
+        };
+        match &self.begin {
+            Begin::Unsaid => {}
+            Begin::After(after) => commit(bus, &consumer.name, &self.channels, after).await?,
+            Begin::Last(_) => {
+                return Err(Error::params("a consumer reads on from its cursor: there is start=now, and seek"));
+            }
+        }
+        let mut starts = Vec::with_capacity(self.channels.len());
+        let mut new = true;
+        for channel in &self.channels {
+            let cursor = match bus.cursor(&consumer.name, channel).await? {
+                Some(cursor) => {
+                    new = false;
+                    cursor
+                }
+                // Kept from the first poll on, or what is published between two polls from `now` would be lost.
+                None => {
+                    let at = bus.watch(std::slice::from_ref(channel)).await?[0].resolve(consumer.start).0;
+                    bus.seek(&consumer.name, channel, at).await?;
+                    at
+                }
+            };
+            starts.push(Start::After(cursor));
+        }
+        Ok((starts, new))
+    }
+
+    /// The first look. After it, `answer.next` knows a position of every channel.
+    async fn begin(&self, bus: &Bus, starts: Vec<Start>, answer: &mut Answer) -> Result<()> {
+        if let ([channel], [start]) = (&*self.channels, &*starts) {
+            let page = bus.read(channel, *start, self.limit, self.filter.as_ref()).await?;
+            answer.next.push(page.next);
+            answer.more = page.more;
+            answer.gaps.extend(page.gap);
+            answer.push(channel, &page.events);
+            return Ok(());
+        }
+        // Of several, the page may be full before all were looked at: then the token needs a position nevertheless.
+        for (channel, start) in self.channels.iter().zip(starts) {
+            let at = match start {
+                Start::After(position) => position,
+                start => {
+                    let (at, gap) = bus.watch(std::slice::from_ref(channel)).await?[0].resolve(start);
+                    answer.gaps.extend(gap);
+                    at
+                }
+            };
+            answer.next.push(at);
+        }
+        self.more(bus, answer).await
+    }
+
+    /// Reads on in every channel, in turns of equal shares so that a busy one does not fill the page alone.
+    async fn more(&self, bus: &Bus, answer: &mut Answer) -> Result<()> {
+        let mut open: Vec<usize> = (0..self.channels.len()).collect();
+        while !open.is_empty() && !self.is_full(answer) {
+            let share = ((self.limit.events - answer.count) / open.len()).max(1);
+            let mut unread = Vec::new();
+            for (turn, at) in open.iter().enumerate() {
+                if self.is_full(answer) {
+                    unread.extend_from_slice(&open[turn..]);
+                    break;
+                }
+                let limit = Limit {
+                    events: share.min(self.limit.events - answer.count),
+                    bytes: self.limit.bytes - answer.events.len(),
+                };
+                let start = Start::After(answer.next[*at]);
+                let page = bus.read(&self.channels[*at], start, limit, self.filter.as_ref()).await?;
+                answer.next[*at] = page.next;
+                answer.gaps.extend(page.gap);
+                answer.push(&self.channels[*at], &page.events);
+                if page.more {
+                    unread.push(*at);
+                }
+            }
+            open = unread;
+        }
+        // What was not looked at may have more: who asks again finds out.
+        answer.more = !open.is_empty();
+        Ok(())
+    }
+
+    /// Waits for enough, and reads it.
+    async fn wait(&self, bus: &Bus, draining: &CancellationToken, answer: &mut Answer) -> Result<()> {
+        let mut deadline = Instant::now() + self.wait;
+        // What is published from here on wakes us; what came since the first look is found at the first poll.
+        let mut subscriptions = Subscriptions::new(Format::NONE);
+        let mut slots = Vec::with_capacity(self.channels.len());
+        for (watch, next) in bus.watch(&self.channels).await?.into_iter().zip(&answer.next) {
+            slots.push(subscriptions.add(watch, Start::After(*next), None).slot);
+        }
+        if draining.is_cancelled() {
+            deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
+        }
+        let mut alarm = std::pin::pin!(tokio::time::sleep_until(deadline));
+        let mut leaving = std::pin::pin!(draining.cancelled());
+        let drained = draining.is_cancelled();
+        while !self.is_enough(answer) {
+            tokio::select! {
+                biased;
+                () = poll_fn(|cx| subscriptions.poll_changed(cx)) => {}
+                () = &mut leaving, if !drained => break,
+                () = &mut alarm => break,
+            }
+            self.more(bus, answer).await?;
+            for (slot, next) in slots.iter().zip(&answer.next) {
+                subscriptions.seek(*slot, Start::After(*next));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_full(&self, answer: &Answer) -> bool {
+        answer.count >= self.limit.events || answer.events.len() >= self.limit.bytes
+    }
+
+    /// A gap is told at once: who waits for news of a channel wants to know that some are lost.
+    fn is_enough(&self, answer: &Answer) -> bool {
+        answer.count >= self.min || self.is_full(answer) || !answer.gaps.is_empty()
+    }
+
+    /// Appends the page: `{"events":[…],"next":"…","more":false,"gaps":[]}`.
+    pub fn write_json(&self, answer: &Answer, out: &mut Vec<u8>) {
+        out.reserve(answer.events.len() + 128);
+        out.extend_from_slice(br#"{"events":["#);
+        out.extend_from_slice(&answer.events);
+        out.extend_from_slice(br#"],"next":""#);
+        // A token has only characters that JSON leaves alone.
+        out.extend_from_slice(Token::encode(&self.channels, &answer.next).as_bytes());
+        out.extend_from_slice(br#"","more":"#);
+        out.extend_from_slice(if answer.more { b"true" } else { b"false" });
+        out.extend_from_slice(br#","gaps":"#);
+        // Writing into a Vec cannot fail.
+        let _ = serde_json::to_writer(&mut *out, &answer.gaps);
+        if let Some(consumer) = &self.consumer {
+            out.extend_from_slice(br#","consumer":{"name":"#);
+            write_json_str(&consumer.name, out);
+            out.extend_from_slice(if answer.new { br#","new":true}"# } else { b"}" });
+        }
+        out.push(b'}');
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    fn push(&mut self, channel: &Channel, events: &[Arc<crate::event::Event>]) {
+        for event in events {
+            if self.count > 0 {
+                self.events.push(b',');
+            }
+            event.write_json(channel, &mut self.events);
+            self.count += 1;
+        }
+    }
+}
+
+/// Moves the cursors of `consumer` forward to `after`, a token of these channels or the position of the only one.
+pub async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str) -> Result<()> {
+    let unreadable = |error| Error::new(Code::InvalidPosition, format!("after is {error}"));
+    let after: After = after.parse().map_err(unreadable)?;
+    if !matches!(after, After::Position(_) | After::Token(_)) {
+        return Err(Error::params("a consumer commits a position or a token; seek is the way to anywhere else"));
+    }
+    let starts = after.starts(channels)?;
+    let mut positions = Vec::with_capacity(channels.len());
+    for (channel, start) in channels.iter().zip(starts) {
+        let Start::After(position) = start else { continue };
+        // Forward only: a cursor beyond the head could never come back by itself.
+        let info = bus.inspect(channel).await?;
+        if position.epoch == info.epoch && position.offset > info.top && !info.epoch.is_absent() {
+            return Err(Error::new(Code::InvalidPosition, format!("{position} lies ahead of channel {channel}")));
+        }
+        positions.push((channel, position));
+    }
+    for (channel, position) in positions {
+        bus.commit(consumer, channel, position).await?;
+    }
+    Ok(())
+}
+
+fn too_many(what: &str, limit: &'static str, most: usize) -> Error {
+    Error::params(format!("{what}: 1 to {most} ({limit})")).with("limit", limit)
+}
