@@ -1,0 +1,240 @@
+// Chromium: its EventSource, WebSocket and fetch, its CORS, and weir's own page.
+
+import assert from "node:assert/strict";
+import { once } from "node:events";
+import http from "node:http";
+import { after, before, test } from "node:test";
+import { chromium } from "playwright-core";
+import { Relay, Weir, until, within } from "../../support/weir.mjs";
+
+let browser;
+
+before(async () => {
+  browser = await chromium.launch({
+    executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+    args: [
+      "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+      "--disable-background-networking", "--disable-component-update", "--disable-sync",
+      // Names of strangers that lead here: what a foreign page and a rebound name look like to weir.
+      "--host-resolver-rules=MAP *.example 127.0.0.1",
+    ],
+  });
+});
+after(() => browser?.close());
+
+/** A page of its own context; whatever it logs or throws is kept. */
+async function open(t, url) {
+  const context = await browser.newContext();
+  t.after(() => context.close());
+  const page = await context.newPage();
+  page.lines = [];
+  page.faults = [];
+  page.on("console", message => (message.type() === "error" ? page.faults : page.lines).push(message.text()));
+  page.on("pageerror", error => page.faults.push(String(error)));
+  await page.goto(url);
+  return page;
+}
+
+/** An empty page on an origin that is not weir's. */
+async function elsewhere(t, html = "<!doctype html><title>elsewhere</title>") {
+  const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end(html));
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  t.after(() => server.close());
+  t.after(() => server.closeAllConnections());
+  return server.address().port;
+}
+
+/** In the page: a stream that writes down all it hears in `window.heard`. */
+const listen = (page, url) =>
+  page.evaluate(url => {
+    const heard = (window.heard = { data: [], opens: 0, named: [], states: [] });
+    const source = (window.source = new EventSource(url));
+    source.onmessage = event => heard.data.push(JSON.parse(event.data).data);
+    source.addEventListener("weir.open", () => (heard.opens += 1));
+    for (const name of ["weir.gap", "weir.retry"]) source.addEventListener(name, event => heard.named.push([name, JSON.parse(event.data)]));
+    source.onerror = () => heard.states.push(source.readyState);
+  }, url);
+const heard = page => page.evaluate(() => window.heard);
+const hears = (page, what, probe) => until(what, async () => probe(await heard(page)));
+
+test("GET / is a page to try it: it watches, publishes and calls", async t => {
+  const weir = await Weir.start(t);
+  const page = await open(t, `${weir.url}/`);
+  assert.match(await page.title(), /weir/i);
+  await until("the page's stream", async () => {
+    const { channels } = await weir.json("GET", "/v1/channels?prefix=");
+    return channels.some(channel => channel.readers > 0);
+  });
+  const [watched] = (await weir.json("GET", "/v1/channels?prefix=")).channels.filter(channel => channel.readers > 0);
+  await weir.publish(watched.channel, { text: "from the test" });
+  await until("the event on the page", async () => (await page.innerText("body")).includes("from the test"));
+  const button = page.locator("button, input[type=submit]").first();
+  const before = (await weir.json("GET", `/v1/channels?channel=${watched.channel}`)).top;
+  await button.click();
+  await until("the page's own event", async () => (await weir.json("GET", `/v1/channels?channel=${watched.channel}`)).top > before);
+  assert.deepEqual(page.faults.filter(fault => !fault.includes("favicon")), []);
+  if (process.env.SCREENSHOT) await page.screenshot({ path: process.env.SCREENSHOT });
+});
+
+test("EventSource", async t => {
+  const weir = await Weir.start(t);
+
+  await t.test("cut, cut before the first event, and cut again: nothing lost, nothing twice", async t => {
+    const relay = await Relay.start(t, weir.port);
+    const page = await open(t, `${relay.url}/health/live`);
+    await listen(page, "/v1/sse?channel=orders");
+    await hears(page, "the opening", ({ opens }) => opens === 1);
+    relay.refuse(true);
+    relay.cut();
+    await weir.publish("orders", 0);
+    relay.refuse(false);
+    await hears(page, "the event that was missed", ({ data }) => data.length === 1);
+    for (let n = 1; n < 20; n += 1) {
+      if (n === 10) relay.cut();
+      await weir.publish("orders", n);
+    }
+    await hears(page, "all events", ({ data }) => data.length >= 20);
+    const { data, named } = await heard(page);
+    assert.deepEqual(data, Array.from({ length: 20 }, (_, n) => n));
+    assert.deepEqual(named, []);
+  });
+
+  await t.test("a drain and a restart: it comes back by itself and is told of the new life", async t => {
+    const first = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
+    const page = await open(t, `${first.url}/health/live`);
+    await listen(page, "/v1/sse?channel=life");
+    await hears(page, "the opening", ({ opens }) => opens === 1);
+    await first.publish("life", "first");
+    await hears(page, "the first event", ({ data }) => data.length === 1);
+    first.kill("SIGTERM");
+    await hears(page, "weir.retry", ({ named }) => named.some(([name, data]) => name === "weir.retry" && data.code === "draining"));
+    assert.equal((await within("the exit", first.exited)).code, 0);
+    const second = await Weir.start(t, { port: first.port });
+    await second.publish("life", "second");
+    await hears(page, "the second event", ({ data }) => data.length === 2);
+    const { data, named, states } = await heard(page);
+    assert.deepEqual(data, ["first", "second"]);
+    assert.equal(named.find(([name]) => name === "weir.gap")?.[1].reason, "reset");
+    assert.ok(!states.includes(2), "the browser gave up");
+  });
+
+  await t.test("killed without a word: the same", async t => {
+    const first = await Weir.start(t);
+    const page = await open(t, `${first.url}/health/live`);
+    await listen(page, "/v1/sse?channel=killed");
+    await hears(page, "the opening", ({ opens }) => opens === 1);
+    await first.kill();
+    const second = await Weir.start(t, { port: first.port });
+    await second.publish("killed", "back");
+    await hears(page, "the event", ({ data }) => data.includes("back"));
+  });
+});
+
+test("from another origin", async t => {
+  const weir = await Weir.start(t);
+  const port = await elsewhere(t);
+
+  for (const host of ["127.0.0.1", "localhost"]) {
+    await t.test(`on ${host}, another port: streams, publishes, calls, opens sockets`, async t => {
+      const page = await open(t, `http://${host}:${port}/`);
+      await listen(page, `${weir.url}/v1/sse?channel=cors-${host}`);
+      await hears(page, "the opening", ({ opens }) => opens === 1);
+      const placed = await page.evaluate(async url => {
+        const answer = await fetch(url, {
+          method: "POST",
+          headers: { "content-type": "application/json", "idempotency-key": "k1", traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01" },
+          body: '{"n":1}',
+        });
+        return { status: answer.status, body: await answer.json() };
+      }, `${weir.url}/v1/events?channel=cors-${host}`);
+      assert.equal(placed.status, 201);
+      await hears(page, "the event", ({ data }) => data.length === 1);
+      const resumed = await page.evaluate(async ([url, id]) => {
+        const answer = await fetch(url, { headers: { accept: "text/event-stream", "last-event-id": id } });
+        const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+        let text = "";
+        while (!text.includes('"n":1')) text += (await reader.read()).value;
+        await reader.cancel();
+        return text;
+      }, [`${weir.url}/v1/sse?channel=cors-${host}`, `${placed.body.epoch}-0`]);
+      assert.match(resumed, /event: weir\.open/);
+      const retry = await page.evaluate(async url => {
+        const answer = await fetch(url, { method: "POST", headers: { "content-type": "application/json" }, body: "{}" });
+        return [answer.status, answer.headers.get("retry-after")];
+      }, `${weir.url}/v1/services/nobody/home`);
+      assert.equal(retry[0], 503);
+      assert.match(retry[1], /^\d+$/);
+      const pong = await page.evaluate(url => new Promise((resolve, reject) => {
+        const ws = new WebSocket(url, "weir.v1");
+        ws.onopen = () => ws.send('{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":[1]}');
+        ws.onmessage = event => resolve(event.data);
+        ws.onclose = event => reject(new Error(`closed with ${event.code}`));
+      }), weir.ws);
+      assert.deepEqual(JSON.parse(pong).result, [1]);
+    });
+  }
+
+  await t.test("a stranger's page can neither read, publish, nor talk", async t => {
+    const page = await open(t, `http://shop.example:${port}/`);
+    const top = async () => (await weir.json("GET", "/v1/channels?channel=private")).top ?? 0;
+    await weir.publish("private", "secret");
+    const before = await top();
+    const outcome = await page.evaluate(async ([url, ws]) => {
+      const attempt = async run => {
+        try {
+          return await run();
+        } catch (error) {
+          return error.name;
+        }
+      };
+      return {
+        read: await attempt(async () => (await fetch(`${url}/v1/events?channel=private`)).text()),
+        publish: await attempt(async () => (await fetch(`${url}/v1/events?channel=private`, { method: "POST", headers: { "content-type": "application/json" }, body: "1" })).status),
+        simple: await attempt(async () => (await fetch(`${url}/v1/events?channel=private`, { method: "POST", mode: "no-cors", body: "1" })).type),
+        form: await attempt(async () => (await fetch(`${url}/v1/services/weir/echo`, { method: "POST", mode: "no-cors", body: new URLSearchParams({ a: 1 }) })).type),
+        stream: await new Promise(resolve => {
+          const source = new EventSource(`${url}/v1/sse?channel=private&last=1`);
+          source.onmessage = event => resolve(event.data);
+          source.onerror = () => source.readyState === 2 && resolve("closed");
+        }),
+        socket: await new Promise(resolve => {
+          const socket = new WebSocket(ws);
+          socket.onopen = () => socket.send('{"jsonrpc":"2.0","id":1,"method":"weir.publish","params":{"channel":"private","data":1}}');
+          socket.onclose = event => resolve([event.code, event.reason]);
+        }),
+      };
+    }, [weir.url, weir.ws]);
+    assert.equal(outcome.read, "TypeError");
+    assert.equal(outcome.publish, "TypeError");
+    assert.equal(outcome.simple, "opaque"); // sent without asking, and refused: nothing was placed
+    assert.equal(outcome.stream, "closed");
+    assert.deepEqual(outcome.socket, [4501, "forbidden"]); // not 1006, which says nothing
+    assert.equal(await top(), before);
+  });
+
+  await t.test("a name that was bound to this machine afterwards (DNS rebinding) gets nothing", async t => {
+    await weir.publish("rebound", "secret");
+    const page = await open(t, `http://rebind.example:${weir.port}/v1/events?channel=rebound`);
+    assert.ok(!(await page.content()).includes("secret"));
+    const status = await page.evaluate(async () => (await fetch("/v1/events?channel=rebound")).status);
+    assert.equal(status, 403);
+  });
+});
+
+test("a WebSocket is told of the drain and closed with a code, never 1006", async t => {
+  const weir = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "1s" } });
+  const page = await open(t, `${weir.url}/health/live`);
+  await page.evaluate(url => new Promise(resolve => {
+    window.ws = new WebSocket(url);
+    window.got = [];
+    ws.onmessage = event => window.got.push(JSON.parse(event.data)) && resolve();
+    ws.onclose = event => (window.end = { code: event.code, reason: event.reason, clean: event.wasClean });
+    ws.onopen = () => ws.send('{"jsonrpc":"2.0","id":1,"method":"weir.ping"}');
+  }), weir.ws);
+  weir.kill("SIGTERM");
+  const end = await until("the close", () => page.evaluate(() => window.end));
+  assert.ok(end.code === 1001 || end.code === 1012, `closed with ${end.code}`);
+  assert.equal(end.clean, true);
+  assert.deepEqual((await page.evaluate(() => window.got)).slice(1).map(message => message.method), ["weir.drain"]);
+});

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Runs every check of weir on a fresh Debian machine with Rust, or only some: tests/run.sh [STEP…]
+# Installs what is missing and says so. A second run finds it all in place. See tests/README.md.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+# Settings of whoever runs this are not settings of the weirs under test.
+for name in "${!WEIR_@}"; do unset "$name"; done
+
+STEPS=(fmt clippy rust node python openapi docs abuse)
+wanted=("${@:-${STEPS[@]}}")
+wants() { [[ " ${wanted[*]} " == *" $1 "* ]]; }
+for step in "${wanted[@]}"; do
+    [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "no such step: $step (there are: ${STEPS[*]})" >&2; exit 2; }
+done
+
+target=${CARGO_TARGET_DIR:-$PWD/target}
+work=$target/tests               # the virtual environment, logs
+venv=$work/venv
+mkdir -p "$work"
+export WEIR_BIN=$target/debug/weir
+export CHROMIUM=${CHROMIUM:-/usr/bin/chromium}
+
+# --- what is missing ---
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf '\nCANNOT GO ON: %s\n' "$*" >&2; exit 1; }
+
+apt_updated=
+packages() { # the Debian packages named, for a reason
+    local why=$1; shift
+    say "installing $* ($why)"
+    local root=()
+    [[ $(id -u) == 0 ]] || root=(sudo -n)
+    command -v apt-get >/dev/null || die "$why: please install $*; this is no Debian"
+    local log=$work/apt.log
+    export DEBIAN_FRONTEND=noninteractive
+    if [[ -z $apt_updated ]]; then "${root[@]}" apt-get update -q >"$log" 2>&1 || die "apt-get update failed: $(tail -3 "$log")"; apt_updated=yes; fi
+    "${root[@]}" apt-get install -y -q --no-install-recommends "$@" >>"$log" 2>&1 || die "apt-get install $* failed: $(tail -5 "$log")"
+}
+
+toolchain() {
+    command -v cargo >/dev/null || { [[ -x $HOME/.cargo/bin/cargo ]] && export PATH=$HOME/.cargo/bin:$PATH; }
+    command -v cargo >/dev/null || die "no cargo: install Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer with rustup"
+    command -v cc >/dev/null || packages "a C compiler, for the allocator" build-essential
+    # rustup brings the two with its default profile; a minimal one lacks them.
+    if wants fmt && ! cargo fmt --version >/dev/null 2>&1; then say "installing rustfmt"; rustup component add rustfmt || die "no rustfmt"; fi
+    if wants clippy && ! cargo clippy --version >/dev/null 2>&1; then say "installing clippy"; rustup component add clippy || die "no clippy"; fi
+}
+
+node_modules() {
+    command -v node >/dev/null && command -v npm >/dev/null || packages "Node.js" nodejs npm
+    (($(node -p 'process.versions.node.split(".")[0]') >= 20)) || die "Node.js 20 or newer is needed; this is $(node --version)"
+    local stamp; stamp=$(sha256sum tests/package-lock.json | cut -c1-64)
+    [[ $(cat tests/node_modules/.stamp 2>/dev/null) == "$stamp" ]] && return
+    say "installing the npm packages of tests/package-lock.json"
+    (cd tests && npm ci --no-audit --no-fund) >"$work/npm.log" 2>&1 || die "npm ci failed: $(tail -20 "$work/npm.log")"
+    echo "$stamp" >tests/node_modules/.stamp
+}
+
+browser() {
+    [[ -x $CHROMIUM ]] || packages "a browser" chromium
+    [[ -x $CHROMIUM ]] || die "no browser at $CHROMIUM"
+}
+
+virtual_environment() {
+    command -v python3 >/dev/null || packages "Python" python3
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed; this is $(python3 --version)"
+    local stamp; stamp=$({ cat tests/clients/python/requirements.txt; python3 --version; } | sha256sum | cut -c1-64)
+    [[ $(cat "$venv/.stamp" 2>/dev/null) == "$stamp" ]] && return
+    python3 -c 'import venv, ensurepip' 2>/dev/null || packages "virtual environments" python3-venv
+    say "installing the Python packages of tests/clients/python/requirements.txt"
+    rm -rf "$venv"
+    { python3 -m venv "$venv" && "$venv/bin/pip" install -q --disable-pip-version-check -r tests/clients/python/requirements.txt; } >"$work/pip.log" 2>&1 || die "pip install failed: $(tail -20 "$work/pip.log")"
+    echo "$stamp" >"$venv/.stamp"
+}
+
+# --- the steps ---
+
+passed=() failed=() skipped=()
+began=$SECONDS
+step() { # name, what it is, command…
+    local name=$1 what=$2; shift 2
+    wants "$name" || return 0
+    say "$name: $what"
+    local start=$SECONDS
+    if timeout --kill-after=10 1500 "$@"; then
+        passed+=("$name"); printf -- '-- %s passed in %d s\n' "$name" $((SECONDS - start))
+    else
+        failed+=("$name"); printf -- '-- %s FAILED after %d s\n' "$name" $((SECONDS - start))
+    fi
+}
+
+toolchain
+step fmt "is the source formatted" cargo fmt --all --check
+step clippy "lints, all of them errors" cargo clippy --locked --quiet --all-targets -- -D warnings
+step rust "unit, property and integration tests" cargo test --locked --quiet
+
+clients=()
+for name in node python openapi docs abuse; do wants "$name" && clients+=("$name"); done
+if ((${#clients[@]})); then
+    say "building the binary that clients will meet"
+    if cargo build --locked --quiet --bin weir; then
+        if wants node || wants docs; then node_modules; browser; fi
+        if wants python || wants openapi || wants abuse; then virtual_environment; fi
+        # One file at a time: a suite that races with another for two cores is a suite that fails now and then.
+        step node "client libraries of npm, and Chromium" node --test --test-concurrency=1 --test-reporter=spec tests/clients/node/*.test.mjs
+        step python "client libraries of PyPI" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/clients/python
+        step openapi "the served OpenAPI against the server, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
+        step docs "the examples of README.md and proto-docs/" node --test --test-reporter=spec tests/docs/*.test.mjs
+        step abuse "clients that stall, lie, shout and vanish" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
+    else
+        failed+=("build"); skipped+=("${clients[@]}")
+    fi
+fi
+
+# --- the summary ---
+
+say "summary, after $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
+for name in "${passed[@]}"; do echo "   ok      $name"; done
+for name in "${skipped[@]}"; do echo "   skipped $name"; done
+for name in "${failed[@]}"; do echo "   FAILED  $name"; done
+echo "steps: ${#passed[@]} passed, ${#failed[@]} failed, ${#skipped[@]} skipped"
+((${#failed[@]} == 0))
