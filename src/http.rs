@@ -1,5 +1,6 @@
 //! Every route of weir, and the rules that hold for all of them.
 
+pub mod api;
 pub mod error;
 pub mod extract;
 pub mod origin;
@@ -11,6 +12,7 @@ use axum::{
     body::Body,
     http::{HeaderValue, Method, Request, StatusCode, Uri, Version},
     response::{IntoResponse, Response},
+    routing::{get, post},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -131,5 +133,14 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Every route.
 pub fn router(gateway: Arc<Gateway>) -> Router {
-    Router::new().fallback(not_found).with_state(gateway)
+    use api::{channels, consumers, events};
+    Router::new()
+        .route("/v1/events", get(events::get).post(events::publish).delete(events::delete))
+        .route("/v1/channels", get(channels::get))
+        .route("/v1/consumers", get(consumers::list))
+        .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))
+        .route("/v1/consumers/{name}/commit", post(consumers::commit))
+        .route("/v1/consumers/{name}/seek", post(consumers::seek))
+        .fallback(not_found)
+        .with_state(gateway)
 }

@@ -15,7 +15,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 use super::topic::Topic;
 use crate::{
     error::Result,
-    event::{Channel, Draft, Event},
+    event::{Channel, Draft, Event, write_json_str},
     position::{Epoch, Position, Start},
 };
 
@@ -83,6 +83,22 @@ pub struct Placed {
     pub time: u64,
     /// The key had been used for the same event: this is where it is since then.
     pub duplicate: bool,
+}
+
+impl Placed {
+    /// Appends the answer to a publish: `{"channel":…,"epoch":…,"offset":…,"time":…}`, and `"duplicate":true` if so.
+    pub fn write_json(&self, channel: &Channel, out: &mut Vec<u8>) {
+        out.reserve(channel.as_str().len() + 96);
+        out.extend_from_slice(br#"{"channel":"#);
+        write_json_str(channel.as_str(), out);
+        out.extend_from_slice(br#","epoch":""#);
+        out.extend_from_slice(&self.position.epoch.text());
+        out.extend_from_slice(br#"","offset":"#);
+        out.extend_from_slice(itoa::Buffer::new().format(self.position.offset).as_bytes());
+        out.extend_from_slice(br#","time":"#);
+        out.extend_from_slice(itoa::Buffer::new().format(self.time).as_bytes());
+        out.extend_from_slice(if self.duplicate { br#","duplicate":true}"# } else { b"}" });
+    }
 }
 
 /// How much one read may answer.

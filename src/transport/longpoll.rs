@@ -17,6 +17,7 @@ use crate::{
     duration,
     error::{Code, Error, Result},
     event::{Channel, Text, write_json_str},
+    metrics::{Metrics, Transport},
     position::{After, Position, Start, Token},
 };
 
@@ -363,6 +364,13 @@ impl Reading {
 // === impl Answer ===
 
 impl Answer {
+    /// Adds what is handed out, `bytes` as written, to the metrics.
+    pub fn count(&self, metrics: &Metrics, transport: Transport, bytes: usize) {
+        metrics.delivered[transport].add(self.count as u64);
+        metrics.delivered_bytes[transport].add(bytes as u64);
+        self.gaps.iter().for_each(|gap| metrics.gap(gap.reason.as_str()));
+    }
+
     fn push(&mut self, channel: &Channel, events: &[Arc<crate::event::Event>]) {
         for event in events {
             if self.count > 0 {
@@ -385,15 +393,30 @@ pub async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str
     let mut positions = Vec::with_capacity(channels.len());
     for (channel, start) in channels.iter().zip(starts) {
         let Start::After(position) = start else { continue };
-        // Forward only: a cursor beyond the head could never come back by itself.
-        let info = bus.inspect(channel).await?;
-        if position.epoch == info.epoch && position.offset > info.top && !info.epoch.is_absent() {
-            return Err(Error::new(Code::InvalidPosition, format!("{position} lies ahead of channel {channel}")));
-        }
+        check_ahead(bus, channel, position).await?;
         positions.push((channel, position));
     }
     for (channel, position) in positions {
         bus.commit(consumer, channel, position).await?;
+    }
+    Ok(())
+}
+
+/// As [`commit`] of a consumer that exists. A token does not hold names: it is of `channels`, or else of all that the
+/// consumer reads.
+pub async fn commit_named(bus: &Bus, consumer: &str, channels: Option<Vec<Channel>>, after: &str) -> Result<()> {
+    let Some(known) = bus.consumer(consumer).await? else {
+        return Err(Error::new(Code::NotFound, format!("there is no consumer {consumer}")));
+    };
+    let channels = channels.unwrap_or_else(|| known.cursors.into_iter().map(|(channel, _)| channel).collect());
+    commit(bus, consumer, &channels, after).await
+}
+
+/// Refuses a position that the channel has not reached: a cursor there could never come back by committing.
+pub async fn check_ahead(bus: &Bus, channel: &Channel, position: Position) -> Result<()> {
+    let info = bus.inspect(channel).await?;
+    if position.epoch == info.epoch && position.offset > info.top && !info.epoch.is_absent() {
+        return Err(Error::new(Code::InvalidPosition, format!("{position} lies ahead of channel {channel}")));
     }
     Ok(())
 }

@@ -44,11 +44,16 @@ impl<'a> Query<'a> {
         Ok(Query { left })
     }
 
+    /// Whether a parameter is given and was not taken.
+    pub fn has(&self, name: &str) -> bool {
+        self.left.iter().any(|(given, _)| given == name)
+    }
+
     /// The value of a parameter that may be given once.
     pub fn take(&mut self, name: &str) -> Result<Option<Cow<'a, str>>> {
         let Some(at) = self.left.iter().position(|(given, _)| given == name) else { return Ok(None) };
         let (_, value) = self.left.swap_remove(at);
-        if self.left.iter().any(|(given, _)| given == name) {
+        if self.has(name) {
             return Err(Error::params(format!("{name} is given more than once")));
         }
         Ok(Some(value))
@@ -85,15 +90,25 @@ impl<'a> Query<'a> {
         Ok(channels)
     }
 
+    /// The parameter `channel` where it may be given once.
+    pub fn channel(&mut self) -> Result<Option<Channel>> {
+        self.take("channel")?.map(|name| Channel::parse(&name)).transpose()
+    }
+
+    /// The parameter `channel` where there must be one.
+    pub fn one_channel(&mut self) -> Result<Channel> {
+        self.channel()?.map_or_else(|| Err(self.no_channel()), Ok)
+    }
+
     /// As [`channels`](Self::channels), where there must be one at least.
     pub fn some_channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
         let channels = self.channels(most, limit)?;
-        if channels.is_empty() {
-            // The likely mistake gets its own hint, before "channel is missing" hides it.
-            self.hint()?;
-            return Err(Error::params("channel is missing: say ?channel=NAME"));
-        }
-        Ok(channels)
+        if channels.is_empty() { Err(self.no_channel()) } else { Ok(channels) }
+    }
+
+    fn no_channel(&self) -> Error {
+        // The likely mistake gets its own hint.
+        self.hint().err().unwrap_or_else(|| Error::params("channel is missing: say ?channel=NAME"))
     }
 
     /// The repeated `type`.
@@ -144,7 +159,7 @@ impl<'a> Query<'a> {
     }
 
     fn hint(&self) -> Result<()> {
-        if self.left.iter().any(|(name, _)| name == "channels") {
+        if self.has("channels") {
             return Err(Error::params("there is no parameter channels: repeat channel, as ?channel=a&channel=b"));
         }
         Ok(())

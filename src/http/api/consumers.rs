@@ -1,0 +1,195 @@
+//! `/v1/consumers`: named readers whose place weir keeps.
+
+use std::{borrow::Cow, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{Request, StatusCode, request::Parts},
+    response::Response,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{Listing, to_json};
+use crate::{
+    auth::Identity,
+    bus::{Consumer, Limit},
+    error::{Code, Error, Result},
+    event::{Channel, unreadable},
+    http::{
+        Gateway,
+        extract::{declared, read_body},
+    },
+    position::{Position, Start},
+    transport::{
+        longpoll,
+        query::{Begin, Query, decode},
+    },
+};
+
+/// Largest body of a request about a consumer, in bytes. A token and a channel name fit many times.
+const MAX_BODY: usize = 64 * 1024;
+
+/// `GET /v1/consumers`.
+pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+    let mut query = Query::parse(head.uri.query())?;
+    let listing = Listing::take(&mut query)?;
+    query.finish()?;
+    let _ = identity.may_administer()?;
+    let mut found = gateway.bus.consumers(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
+    let page = listing.page(&mut found, |consumer| &consumer.name);
+    let mut consumers = Vec::with_capacity(found.len());
+    for consumer in found {
+        consumers.push(Shown::of(&gateway, consumer).await?);
+    }
+    Ok(to_json(&Consumers { consumers, page }))
+}
+
+/// `GET /v1/consumers/N`.
+pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+    Query::parse(head.uri.query())?.finish()?;
+    let name = name(&head, "")?;
+    let _ = identity.may_consume(&name)?;
+    let consumer = gateway.bus.consumer(&name).await?.ok_or_else(|| unknown(&name))?;
+    Ok(to_json(&Shown::of(&gateway, consumer).await?))
+}
+
+/// `POST /v1/consumers/N/commit`.
+pub async fn commit(
+    State(gateway): State<Arc<Gateway>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<StatusCode> {
+    let (name, Commit { after, channels }) = read(&gateway, request, "/commit").await?;
+    let _ = identity.may_consume(&name)?;
+    let channels = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
+    longpoll::commit_named(&gateway.bus, &name, channels.transpose()?, &after).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/consumers/N/seek`.
+pub async fn seek(
+    State(gateway): State<Arc<Gateway>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<StatusCode> {
+    let (name, Seek { channel, after }) = read(&gateway, request, "/seek").await?;
+    let channel = Channel::parse(&channel)?;
+    let _ = identity.may_consume(&name)?;
+    let _ = identity.may_subscribe(&channel)?;
+    if gateway.bus.consumer(&name).await?.is_none() {
+        return Err(unknown(&name));
+    }
+    let start = Begin::After(after).starts(std::slice::from_ref(&channel), Start::Earliest)?[0];
+    let at = match start {
+        // As given: the reader is told of the gap, if there is one, when it reads.
+        Start::After(position) => {
+            longpoll::check_ahead(&gateway.bus, &channel, position).await?;
+            position
+        }
+        start => gateway.bus.watch(std::slice::from_ref(&channel)).await?[0].resolve(start).0,
+    };
+    gateway.bus.seek(&name, &channel, at).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `DELETE /v1/consumers/N`.
+pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<StatusCode> {
+    Query::parse(head.uri.query())?.finish()?;
+    let name = name(&head, "")?;
+    let _ = identity.may_consume(&name)?;
+    match gateway.bus.forget(&name).await? {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(unknown(&name)),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Commit {
+    after: String,
+    /// What the token is of, if not all channels of the consumer.
+    channels: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Seek {
+    channel: String,
+    after: String,
+}
+
+#[derive(Serialize)]
+struct Consumers {
+    consumers: Vec<Shown>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    page: Option<String>,
+}
+
+/// A consumer as it is shown.
+#[derive(Serialize)]
+struct Shown {
+    name: Box<str>,
+    mode: &'static str,
+    channels: Vec<Lag>,
+    seen: u64,
+    expires: u64,
+}
+
+/// How far a cursor is behind.
+#[derive(Serialize)]
+struct Lag {
+    channel: String,
+    position: Position,
+    top: Position,
+    /// Events that can still be read.
+    lag: u64,
+    /// Age of the oldest of them, in milliseconds.
+    lag_ms: u64,
+}
+
+impl Shown {
+    async fn of(gateway: &Gateway, consumer: Consumer) -> Result<Self> {
+        let mut channels = Vec::with_capacity(consumer.cursors.len());
+        for (channel, position) in &consumer.cursors {
+            channels.push(Lag::of(gateway, channel, *position).await?);
+        }
+        let Consumer { name, seen, expires, .. } = consumer;
+        Ok(Shown { name, mode: "cursor", channels, seen, expires })
+    }
+}
+
+impl Lag {
+    async fn of(gateway: &Gateway, channel: &Channel, position: Position) -> Result<Self> {
+        let bus = &gateway.bus;
+        // The oldest unread event, and so the place from which the cursor really reads on.
+        let page = bus.read(channel, Start::After(position), Limit { events: 1, bytes: 0 }, None).await?;
+        let info = bus.inspect(channel).await?;
+        let top = bus.head(channel).await?;
+        let (lag, lag_ms) = match page.events.first() {
+            Some(event) => (info.top.saturating_sub(event.offset) + 1, bus.now().saturating_sub(event.time)),
+            None => (0, 0),
+        };
+        Ok(Lag { channel: channel.as_str().to_owned(), position, top, lag, lag_ms })
+    }
+}
+
+async fn read<T: DeserializeOwned>(gateway: &Gateway, request: Request<Body>, action: &str) -> Result<(String, T)> {
+    let (head, body) = request.into_parts();
+    declared(&head.headers)?;
+    Query::parse(head.uri.query())?.finish()?;
+    let name = name(&head, action)?;
+    let body = read_body(body, MAX_BODY, "64 KiB", gateway.config.limits.body_time).await?;
+    Ok((name, serde_json::from_slice(&body).map_err(|error| unreadable(&error))?))
+}
+
+/// The name in `/v1/consumers/NAME`, before `action`.
+fn name(head: &Parts, action: &str) -> Result<String> {
+    let path = head.uri.path();
+    let name = path.strip_prefix("/v1/consumers/").and_then(|rest| rest.strip_suffix(action)).unwrap_or_default();
+    decode(name, false).map(Cow::into_owned)
+}
+
+fn unknown(name: &str) -> Error {
+    Error::new(Code::NotFound, format!("there is no consumer {name}"))
+}

@@ -1,0 +1,295 @@
+//! `/v1/events`: publish, read, trim and delete.
+
+use std::{fmt, sync::Arc};
+
+use axum::{
+    body::{Body, Bytes},
+    extract::State,
+    http::{HeaderMap, Method, Request, StatusCode, request::Parts},
+    response::Response,
+};
+use http::{HeaderValue, header};
+use serde::{
+    Deserializer,
+    de::{SeqAccess, Visitor},
+};
+use serde_json::value::RawValue;
+
+use super::{super::error::problem, json};
+use crate::{
+    auth::Identity,
+    bus::Placed,
+    error::{Code, Error, Result},
+    event::{self, Channel, Data, Draft, Incoming, unreadable},
+    http::{
+        Gateway,
+        extract::{declared, is_ndjson, read_body, text},
+    },
+    metrics::Transport,
+    position::Position,
+    transport::{longpoll::Reading, query::Query},
+};
+
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
+/// What a body was read as.
+enum Publish {
+    /// Answered by an object.
+    One(Channel, Draft),
+    /// Answered by an array.
+    Many(Vec<(Channel, Draft)>),
+}
+
+/// `POST /v1/events`.
+pub async fn publish(
+    State(gateway): State<Arc<Gateway>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<Response> {
+    let (head, body) = request.into_parts();
+    declared(&head.headers)?;
+    let limits = &gateway.config.limits;
+    let body = read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?;
+    let answer = match read(&head, &body, &gateway) {
+        Ok(Publish::One(channel, draft)) => publish_one(&gateway, &identity, channel, draft).await,
+        Ok(Publish::Many(events)) => publish_many(&gateway, &identity, events).await,
+        Err(error) => Err(error),
+    };
+    answer.inspect_err(|error| gateway.metrics.publish_failed(error.code()))
+}
+
+async fn publish_one(gateway: &Gateway, identity: &Identity, channel: Channel, draft: Draft) -> Result<Response> {
+    let subject = identity.may_publish(&channel)?.subject();
+    let size = draft.size();
+    let placed = gateway.bus.publish_one(subject, &channel, draft).await?;
+    count(gateway, &placed, size);
+    let mut out = Vec::new();
+    placed.write_json(&channel, &mut out);
+    Ok(json(if placed.duplicate { StatusCode::OK } else { StatusCode::CREATED }, out))
+}
+
+async fn publish_many(gateway: &Gateway, identity: &Identity, events: Vec<(Channel, Draft)>) -> Result<Response> {
+    // All are asked for before any is placed.
+    for (channel, _) in &events {
+        let _ = identity.may_publish(channel)?;
+    }
+    let names: Vec<(Channel, usize)> = events.iter().map(|(channel, draft)| (channel.clone(), draft.size())).collect();
+    match gateway.bus.publish(identity.subject(), events).await {
+        Ok(placed) => {
+            let mut out = Vec::with_capacity(names.len() * 96);
+            out.push(b'[');
+            for ((channel, size), placed) in names.iter().zip(&placed) {
+                if out.len() > 1 {
+                    out.push(b',');
+                }
+                placed.write_json(channel, &mut out);
+                count(gateway, placed, *size);
+            }
+            out.push(b']');
+            let repeated = placed.iter().all(|placed| placed.duplicate);
+            Ok(json(if repeated { StatusCode::OK } else { StatusCode::CREATED }, out))
+        }
+        Err(failed) => {
+            let placed = names.iter().zip(&failed.placed).map(|((channel, size), placed)| {
+                let mut out = Vec::new();
+                match placed {
+                    Some(placed) => {
+                        count(gateway, placed, *size);
+                        placed.write_json(channel, &mut out);
+                    }
+                    None => out.extend_from_slice(b"null"),
+                }
+                serde_json::from_slice(&out).unwrap_or_default()
+            });
+            let placed: Vec<serde_json::Value> = placed.collect();
+            gateway.metrics.publish_failed(failed.error.code());
+            let mut document = failed.error.to_problem();
+            document["placed"] = placed.into();
+            Ok(problem(&failed.error, document))
+        }
+    }
+}
+
+fn count(gateway: &Gateway, placed: &Placed, size: usize) {
+    let metrics = &gateway.metrics;
+    if placed.duplicate {
+        metrics.duplicates.add(1);
+    } else {
+        metrics.published[Transport::Http].add(1);
+        metrics.published_bytes[Transport::Http].add(size as u64);
+    }
+}
+
+/// Reads a request to publish, in any of its forms.
+fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
+    let limit = gateway.config.limits.event;
+    let header_key = text(&head.headers, IDEMPOTENCY_KEY);
+    let Some(query) = head.uri.query() else {
+        return read_events(head, body, header_key, gateway);
+    };
+    let mut query = Query::parse(Some(query))?;
+    let Some(channel) = query.channel()? else {
+        query.finish().map_err(|error| match error.detail() {
+            detail if detail.starts_with("unknown parameter") => {
+                Error::params(format!("{detail}: without channel in the URL, the body is the whole event"))
+            }
+            _ => error,
+        })?;
+        return read_events(head, body, header_key, gateway);
+    };
+    let (kind, from, key) = (query.take("type")?, query.take("from")?, query.take("key")?);
+    query.finish()?;
+    let key = one_key(header_key, key.as_deref())?;
+    let raw;
+    let data = match std::str::from_utf8(body) {
+        Ok("") => Data::None,
+        Ok(text) => match serde_json::from_str::<&RawValue>(text) {
+            Ok(json) => {
+                raw = json;
+                Data::Json(raw)
+            }
+            Err(_) => Data::Text(text),
+        },
+        Err(_) => Data::Bytes(body),
+    };
+    let parts = event::Parts { kind: kind.as_deref(), from: from.as_deref(), meta: None, data, key };
+    Ok(Publish::One(channel, Draft::new(parts, limit)?))
+}
+
+/// Reads whole events: an object, an array, or lines.
+fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &Gateway) -> Result<Publish> {
+    let limits = &gateway.config.limits;
+    let text = std::str::from_utf8(body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
+    let lines = is_ndjson(&head.headers);
+    let mut events = Vec::new();
+    if text.trim_ascii_start().starts_with('[') && !lines {
+        let mut reader = serde_json::Deserializer::from_str(text);
+        events = reader.deserialize_seq(Events { most: limits.publish_events }).map_err(|error| unreadable(&error))?;
+        reader.end().map_err(|error| unreadable(&error))?;
+    } else {
+        let mut reader = serde_json::Deserializer::from_str(text).into_iter::<Incoming<'_>>();
+        while let Some(event) = reader.next() {
+            let event = event.map_err(|error| unreadable(&error))?;
+            events.push(event);
+            if events.len() > limits.publish_events {
+                break;
+            }
+        }
+        if let [event] = &mut events[..]
+            && !lines
+        {
+            let key = one_key(header_key, event.key.as_deref())?.map(str::to_owned);
+            event.key = key.map(|key| event::Text(key.into()));
+            let (channel, draft) = event.draft(limits.event)?;
+            return Ok(Publish::One(channel, draft));
+        }
+    }
+    if events.is_empty() {
+        return Err(Error::new(Code::InvalidRequest, "there is no event in the body"));
+    }
+    if events.len() > limits.publish_events {
+        let most = limits.publish_events;
+        return Err(Error::new(Code::TooLarge, format!("more than {most} events (limits.publish_events)"))
+            .with("limit", "limits.publish_events"));
+    }
+    if header_key.is_some() {
+        return Err(Error::params("Idempotency-Key is about one event: give each of several its own member key"));
+    }
+    let draft =
+        |(at, event): (usize, &Incoming<'_>)| event.draft(limits.event).map_err(|error| error.with("event", at));
+    Ok(Publish::Many(events.iter().enumerate().map(draft).collect::<Result<_>>()?))
+}
+
+/// The header and the member are the same thing; both may be given if they agree.
+fn one_key<'a>(header: Option<&'a str>, member: Option<&'a str>) -> Result<Option<&'a str>> {
+    match (header, member) {
+        (Some(header), Some(member)) if header != member => {
+            Err(Error::params("Idempotency-Key and key differ: give one of them"))
+        }
+        (header, member) => Ok(header.or(member)),
+    }
+}
+
+/// Reads an array up to one event more than is allowed: what a client sends cannot make us keep more.
+struct Events {
+    most: usize,
+}
+
+impl<'de> Visitor<'de> for Events {
+    type Value = Vec<Incoming<'de>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array of events")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
+        let mut events = Vec::new();
+        while let Some(event) = array.next_element()? {
+            events.push(event);
+            if events.len() > self.most {
+                while array.next_element::<serde::de::IgnoredAny>()?.is_some() {}
+                break;
+            }
+        }
+        Ok(events)
+    }
+}
+
+/// `GET /v1/events`.
+pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+    let (head, _) = request.into_parts();
+    let mut answer = page(&gateway, &identity, &head).await?;
+    answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
+    Ok(answer)
+}
+
+async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Response> {
+    let query = Query::parse(head.uri.query())?;
+    let reading = Reading::from_query(query, text(&head.headers, "last-event-id"), &gateway.config.limits)?;
+    reading.permit(identity)?;
+    if head.method == Method::HEAD {
+        return Ok(json(StatusCode::OK, Bytes::new()));
+    }
+    let answer = reading.answer(&gateway.bus, &gateway.draining).await?;
+    let mut out = Vec::new();
+    reading.write_json(&answer, &mut out);
+    answer.count(&gateway.metrics, Transport::Poll, out.len());
+    Ok(json(StatusCode::OK, out))
+}
+
+/// `DELETE /v1/events`.
+pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<StatusCode> {
+    let mut query = Query::parse(head.uri.query())?;
+    let channel = query.one_channel()?;
+    let before = query.take("before")?;
+    query.finish()?;
+    let before = match before {
+        Some(text) => Some(text.parse::<Position>().map_err(|_| {
+            Error::new(Code::InvalidPosition, "before is the position of the first event to keep, as EPOCH-OFFSET")
+        })?),
+        None => None,
+    };
+    let _ = identity.may_administer()?;
+    let _ = identity.may_publish(&channel)?;
+    gateway.bus.remove(&channel, before).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Whether the client would rather have a stream than a page: `text/event-stream` is among what it accepts, and
+/// `application/json` is not, or comes later.
+pub fn prefers_stream(headers: &HeaderMap) -> bool {
+    let ranges = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let mut ranges = ranges.flat_map(|value| value.split(','));
+    let wanted = ranges.find_map(|range| {
+        let mut parts = range.split(';').map(str::trim);
+        let kind = parts.next().unwrap_or_default();
+        let refused = parts.any(|part| matches!(part.strip_prefix("q="), Some("0" | "0.0" | "0.00" | "0.000")));
+        match kind {
+            _ if refused => None,
+            kind if kind.eq_ignore_ascii_case("text/event-stream") => Some(true),
+            kind if kind.eq_ignore_ascii_case("application/json") => Some(false),
+            _ => None,
+        }
+    });
+    wanted.unwrap_or(false)
+}
