@@ -1,6 +1,7 @@
 //! Every route of weir, and the rules that hold for all of them.
 
 pub mod api;
+pub mod connection;
 pub mod error;
 pub mod extract;
 pub mod origin;
@@ -16,16 +17,17 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
-use http::header;
+use http::{header, request::Parts};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::{
     bus::Bus,
     config::Config,
-    error::{Code, Error},
+    error::{Again, Code, Error},
     metrics::{Metrics, Status},
     pattern::Pattern,
+    transport::sse::{self, Sse},
 };
 use extract::Refused;
 use origin::{Origins, Page};
@@ -35,6 +37,7 @@ pub struct Gateway {
     pub bus: Arc<Bus>,
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,
+    pub sse: Arc<Sse>,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,
 }
@@ -64,8 +67,12 @@ impl Door {
         let (mut head, body) = request.into_parts();
         let version = head.version;
         let page = self.origins.page(&head);
-        let mut answer = match self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)) {
-            Err(error) if head.uri.path() != "/v1/ws" => error.into_response(),
+        let admitted = match head.extensions.get::<Refused>() {
+            Some(Refused(error)) => Err(error.clone()),
+            None => self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)),
+        };
+        let mut answer = match admitted {
+            Err(error) if head.uri.path() != "/v1/ws" => refusal(&head, error),
             checked => {
                 if let Err(error) = checked {
                     head.extensions.insert(Refused(error));
@@ -106,6 +113,12 @@ impl Door {
     }
 }
 
+/// What a request that must not go on hears. A stream hears in-band of what will pass.
+fn refusal(head: &Parts, error: Error) -> Response {
+    let stream = head.uri.path() == "/v1/sse" || sse::is_wanted(&head.headers);
+    if stream && error.code().again() == Again::Yes { sse::refusal(&error) } else { error.into_response() }
+}
+
 /// The router's bare 405 knows what the path takes. `OPTIONS` asks for just that.
 fn not_allowed(bare: &Response, method: &Method) -> Response {
     let takes = bare.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok()).unwrap_or_default();
@@ -133,9 +146,10 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Every route.
 pub fn router(gateway: Arc<Gateway>) -> Router {
-    use api::{channels, consumers, events};
+    use api::{channels, consumers, events, stream};
     Router::new()
         .route("/v1/events", get(events::get).post(events::publish).delete(events::delete))
+        .route("/v1/sse", get(stream::get))
         .route("/v1/channels", get(channels::get))
         .route("/v1/consumers", get(consumers::list))
         .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))

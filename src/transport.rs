@@ -3,5 +3,6 @@
 pub mod egress;
 pub mod longpoll;
 pub mod query;
+pub mod sse;
 pub mod takeover;
 pub mod wheel;

@@ -4,6 +4,7 @@ pub mod channels;
 pub mod consumers;
 pub mod events;
 pub mod services;
+pub mod stream;
 
 use axum::{
     body::{Body, Bytes},

@@ -81,6 +81,11 @@ impl Wheel {
         self.now.load(Relaxed)
     }
 
+    /// `time` in ticks, rounded up; at least one.
+    pub fn ticks(time: Duration) -> u32 {
+        u32::try_from(time.as_millis().div_ceil(TICK.as_millis())).unwrap_or(u32::MAX / 2).max(1)
+    }
+
     /// The time from tick `since` to tick `now`.
     pub fn span(since: u32, now: u32) -> Duration {
         TICK * now.saturating_sub(since)
@@ -88,7 +93,7 @@ impl Wheel {
 
     /// A timer that fires after `after`, rounded up to ticks.
     pub fn timer(self: &Arc<Self>, after: Duration) -> Timer {
-        let due = self.now() + ticks(after);
+        let due = self.now() + Wheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
         let key = self.buckets[bucket as usize].lock().insert(Seat { due, leave: false, waker: None }) as u32;
         self.seats.fetch_add(1, Relaxed);
@@ -98,7 +103,7 @@ impl Wheel {
     /// Calls on every connection to leave, spread evenly over `window`; those that come later too.
     pub fn drain(&self, window: Duration) {
         let now = self.now();
-        self.drained.store(now + ticks(window), Relaxed);
+        self.drained.store(now + Wheel::ticks(window), Relaxed);
         self.drain.store(now, Relaxed);
     }
 
@@ -167,10 +172,6 @@ async fn turn(wheel: Weak<Wheel>) {
     }
 }
 
-fn ticks(time: Duration) -> u32 {
-    (time.as_millis().div_ceil(TICK.as_millis()) as u32).max(1)
-}
-
 // === impl Timer ===
 
 impl Timer {
@@ -183,27 +184,33 @@ impl Timer {
         &self.wheel
     }
 
-    /// Fires after `after` from now instead, rounded up to ticks. Poll afterwards.
+    /// Fires after `after` from now instead, rounded up to ticks.
     pub fn reset(&mut self, after: Duration) {
-        let due = self.wheel.now() + ticks(after);
+        let due = self.wheel.now() + Wheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
         self.due = due;
-        if bucket == self.bucket {
-            if let Some(seat) = self.wheel.buckets[bucket as usize].lock().get_mut(self.key as usize) {
-                seat.due = due;
-            }
-            return;
+        if bucket != self.bucket {
+            let seat = self.wheel.buckets[self.bucket as usize].lock().try_remove(self.key as usize);
+            let Some(seat) = seat else { return };
+            self.key = self.wheel.buckets[bucket as usize].lock().insert(seat) as u32;
+            self.bucket = bucket;
         }
-        let seat = self.wheel.buckets[self.bucket as usize].lock().try_remove(self.key as usize);
-        let Some(mut seat) = seat else { return };
+        let mut bucket = self.wheel.buckets[bucket as usize].lock();
+        let Some(seat) = bucket.get_mut(self.key as usize) else { return };
         seat.due = due;
-        self.key = self.wheel.buckets[bucket as usize].lock().insert(seat) as u32;
-        self.bucket = bucket;
+        if self.wheel.now() >= due {
+            // The hand may have passed while the seat was moved: it will not come back for half a minute.
+            self.task = 0;
+            if let Some(waker) = seat.waker.take() {
+                drop(bucket);
+                waker.wake();
+            }
+        }
     }
 
     /// As [`reset`](Self::reset), but never later than what is set already.
     pub fn at_most(&mut self, after: Duration) {
-        if self.wheel.now() + ticks(after) < self.due {
+        if self.wheel.now() + Wheel::ticks(after) < self.due {
             self.reset(after);
         }
     }
@@ -301,7 +308,7 @@ mod tests {
             timer.reset(after);
             let before = count.0.load(Relaxed);
             assert_eq!(timer.poll(&mut cx), Poll::Pending);
-            turn(&wheel, ticks(after) - 1);
+            turn(&wheel, Wheel::ticks(after) - 1);
             assert_eq!(timer.poll(&mut cx), Poll::Pending, "{after:?}");
             turn(&wheel, 1);
             assert_eq!((timer.poll(&mut cx), count.0.load(Relaxed)), (Poll::Ready(Due::Time), before + 1), "{after:?}");

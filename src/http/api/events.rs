@@ -27,7 +27,7 @@ use crate::{
     },
     metrics::Transport,
     position::Position,
-    transport::{longpoll::Reading, query::Query},
+    transport::{longpoll::Reading, query::Query, sse},
 };
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
@@ -238,7 +238,10 @@ impl<'de> Visitor<'de> for Events {
 /// `GET /v1/events`.
 pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
     let (head, _) = request.into_parts();
-    let mut answer = page(&gateway, &identity, &head).await?;
+    let mut answer = match sse::is_wanted(&head.headers) {
+        true => gateway.sse.open(&identity, &head).await?,
+        false => page(&gateway, &identity, &head).await?,
+    };
     answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
     Ok(answer)
 }

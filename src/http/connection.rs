@@ -1,0 +1,561 @@
+//! Serves accepted connections: HTTP/1 or HTTP/2 by the first bytes, in hyper, until a response
+//! [takes its connection over](crate::transport::takeover).
+//!
+//! Hyper reads the request and writes the head of the response. The connection leaves at the first flush after the
+//! body was asked for: then the head is surely whole on its way, for `into_parts()` silently drops what is unwritten.
+//! (Therefore `pipeline_flush` must never be switched on: it reports a flush that did not happen.)
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU32, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use axum::body::Body as AxumBody;
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http_body::{Body, Frame, SizeHint};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpListener,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{Door, extract::Refused};
+use crate::{
+    error::{Code, Error},
+    metrics::{Connected, Metrics, Transport},
+    transport::{
+        takeover::{Framing, Io, Seat, Taken, Takeover},
+        wheel::{Due, Timer, Wheel},
+    },
+};
+
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How often a connection inside hyper is looked at.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// What a connection may take and how long.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Open connections. A few more are answered with `overloaded`; beyond those, connections are closed unread.
+    pub connections: usize,
+    /// From the first byte of a request (or the opening of the connection) to the end of its head.
+    pub header_timeout: Duration,
+    /// How long a connection is kept open between two requests.
+    pub idle_timeout: Duration,
+    /// How long a peer may read nothing of what waits for it.
+    pub stall_timeout: Duration,
+    /// Bytes of a request's head.
+    pub header_bytes: usize,
+    /// Requests at once on one HTTP/2 connection.
+    pub h2_streams: u32,
+}
+
+/// The address of the peer: an extension of every request.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub SocketAddr);
+
+/// The open connections of one App. Cheap to clone.
+#[derive(Clone)]
+pub struct Connections(Arc<Inner>);
+
+struct Inner {
+    limits: Limits,
+    wheel: Arc<Wheel>,
+    metrics: Arc<Metrics>,
+    tracker: TaskTracker,
+    h1: http1::Builder,
+    h2: http2::Builder<TokioExecutor>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            connections: 100_000,
+            header_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
+            stall_timeout: Duration::from_secs(30),
+            header_bytes: 16 * 1024,
+            h2_streams: 200,
+        }
+    }
+}
+
+// === impl Connections ===
+
+impl Connections {
+    pub fn new(limits: Limits, wheel: Arc<Wheel>, metrics: Arc<Metrics>) -> Self {
+        let mut h1 = http1::Builder::new();
+        // Hyper's own timer would be a Sleep per connection, and would also end idle keep-alive connections; the
+        // wheel does both. A buffer of less than 8 KiB makes hyper panic.
+        h1.header_read_timeout(None)
+            .max_header_size(limits.header_bytes)
+            .max_buf_size(limits.header_bytes.max(64 * 1024))
+            .half_close(false)
+            .writev(false);
+        let mut h2 = http2::Builder::new(TokioExecutor::new());
+        h2.timer(TokioTimer::new())
+            .keep_alive_interval(Duration::from_secs(25))
+            .keep_alive_timeout(Duration::from_secs(20))
+            .max_concurrent_streams(limits.h2_streams)
+            .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+            .initial_stream_window_size(64 * 1024)
+            .initial_connection_window_size(1024 * 1024)
+            .max_send_buf_size(64 * 1024);
+        Connections(Arc::new(Inner { limits, wheel, metrics, tracker: TaskTracker::new(), h1, h2 }))
+    }
+
+    /// Accepts clients of `door` until `stop`, and closes the listener. Open connections go on: see [`Wheel::drain`] and
+    /// [`closed`](Self::closed).
+    pub async fn accept(&self, listener: TcpListener, door: Arc<Door>, stop: CancellationToken) {
+        let mut stopped = pin!(stop.cancelled());
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = &mut stopped => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((socket, peer)) => {
+                    // Refused only for sockets that are gone already.
+                    let _ = socket.set_nodelay(true);
+                    // Idle streams would notice a vanished peer only after a quarter of an hour of retransmissions.
+                    let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stall_timeout * 2));
+                    self.serve(Io::Tcp(socket), peer, &door);
+                }
+                // The connection died in the queue: the next one may be well.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => {
+                    // Out of descriptors or memory, as a rule: going on at once would only burn the processor.
+                    tracing::error!(%error, open = self.len(), "cannot accept connections");
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            }
+        }
+    }
+
+    /// Serves one connection in a task of its own.
+    pub fn serve(&self, io: Io, peer: SocketAddr, door: &Arc<Door>) {
+        let inner = self.0.clone();
+        let seat = Seat::new(inner.tracker.token());
+        let (open, cap) = (self.len(), inner.limits.connections);
+        if open > cap {
+            inner.metrics.connections_refused.add(1);
+            // Some are told why; a flood of them is not worth a task each.
+            if open > cap + cap / 16 + 16 {
+                tracing::debug!(%peer, open, "closed a connection beyond the cap");
+                return;
+            }
+        }
+        let connected = inner.metrics.connected(Transport::Http);
+        let client = Client { inner, door: door.clone(), peer, refuse: open > cap };
+        tokio::spawn(drive(client, io, seat, connected));
+    }
+
+    /// Open connections, in hyper or taken over.
+    pub fn len(&self) -> usize {
+        self.0.tracker.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.tracker.is_empty()
+    }
+
+    /// Waits until the last connection is closed. To be called when nothing is accepted any more.
+    pub async fn closed(&self) {
+        self.0.tracker.close();
+        self.0.tracker.wait().await;
+    }
+}
+
+// === One connection ===
+
+/// What the parts of one connection tell each other. All run in one task; the atomics only satisfy `Send`.
+struct Desk {
+    wheel: Arc<Wheel>,
+    stage: AtomicU8,
+    take: Mutex<Option<(Takeover, Framing)>>,
+    /// Ticks since when: a head is being read, no request is in work, nothing could be written. 0: it is not so.
+    reading: AtomicU32,
+    quiet: AtomicU32,
+    blocked: AtomicU32,
+}
+
+/// The stages of a leave.
+const HTTP: u8 = 0;
+/// A stream's response was handed to hyper, with a body that never ends ([`Reply::Never`]).
+const ARMED: u8 = 1;
+/// Hyper asked that body for data: the head is encoded.
+const ENCODED: u8 = 2;
+/// Hyper flushed: the head is written.
+const FLUSHED: u8 = 3;
+
+impl Desk {
+    fn new(wheel: &Arc<Wheel>) -> Self {
+        Desk {
+            wheel: wheel.clone(),
+            stage: AtomicU8::new(HTTP),
+            take: Mutex::new(None),
+            // Whoever connects and says nothing is not welcome for longer than one who hesitates in a head.
+            reading: AtomicU32::new(wheel.now()),
+            quiet: AtomicU32::new(wheel.now()),
+            blocked: AtomicU32::new(0),
+        }
+    }
+
+    fn advance(&self, from: u8, to: u8) {
+        let _ = self.stage.compare_exchange(from, to, Relaxed, Relaxed);
+    }
+
+    fn is(&self, stage: u8) -> bool {
+        self.stage.load(Relaxed) == stage
+    }
+
+    /// Why the connection must end now.
+    fn fault(&self, limits: &Limits) -> Option<Code> {
+        let longer = |since: &AtomicU32, limit| match since.load(Relaxed) {
+            0 => false,
+            since => Wheel::span(since, self.wheel.now()) >= limit,
+        };
+        if longer(&self.blocked, limits.stall_timeout) {
+            Some(Code::Slow)
+        } else if self.quiet.load(Relaxed) != 0 && longer(&self.reading, limits.header_timeout) {
+            Some(Code::Timeout)
+        } else {
+            None
+        }
+    }
+
+    fn is_idle(&self, limits: &Limits) -> bool {
+        let quiet = self.quiet.load(Relaxed);
+        quiet != 0 && self.reading.load(Relaxed) == 0 && Wheel::span(quiet, self.wheel.now()) >= limits.idle_timeout
+    }
+}
+
+/// Who is on the other end.
+#[derive(Clone)]
+struct Client {
+    inner: Arc<Inner>,
+    door: Arc<Door>,
+    peer: SocketAddr,
+    refuse: bool,
+}
+
+async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected) {
+    let inner = &client.inner;
+    let desk = Arc::new(Desk::new(&inner.wheel));
+    let mut timer = inner.wheel.timer(LOOK);
+    let Some((pre, h2)) = sniff(inner, &desk, &mut timer, &mut io).await else { return };
+    let io = TokioIo::new(HookIo { io, pre, desk: desk.clone() });
+    if h2 {
+        // Boxed: the future of this function should be no larger than HTTP/1 needs.
+        return Box::pin(drive_h2(client, io, seat, connected, desk, timer)).await;
+    }
+
+    let service = service_fn(|request| call(&client, &desk, request));
+    let mut connection = inner.h1.serve_connection(io, service);
+    let left = std::future::poll_fn(|cx| {
+        while let Poll::Ready(due) = timer.poll(cx) {
+            if due == Due::Leave || desk.is_idle(&inner.limits) {
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            if due == Due::Time {
+                if let Some(fault) = desk.fault(&inner.limits) {
+                    connected.because(fault);
+                    return Poll::Ready(false);
+                }
+                timer.reset(LOOK);
+            }
+        }
+        match Pin::new(&mut connection).poll(cx) {
+            Poll::Pending if desk.is(FLUSHED) => Poll::Ready(true),
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) => {
+                connected.done();
+                // A 101 ends the connection without closing it; everything else has closed it.
+                Poll::Ready(desk.is(HTTP))
+            }
+            Poll::Ready(Err(error)) => {
+                tracing::debug!(peer = %client.peer, %error, "a connection failed");
+                Poll::Ready(false)
+            }
+        }
+    })
+    .await;
+    let taken = if left { desk.take.lock().take() } else { None };
+    let Some((takeover, framing)) = taken else { return };
+    connected.done();
+    let parts = connection.into_parts();
+    if let Some(take) = takeover.claim() {
+        // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
+        take(Taken { io: parts.io.into_inner().io, early: parts.read_buf, framing, seat });
+    }
+}
+
+async fn drive_h2(
+    client: Client,
+    io: TokioIo<HookIo>,
+    _seat: Seat,
+    mut connected: Connected,
+    desk: Arc<Desk>,
+    mut timer: Timer,
+) {
+    let inner = client.inner.clone();
+    let peer = client.peer;
+    let own = desk.clone();
+    let service = service_fn(move |request| {
+        // Requests outlive the call: each runs in a task.
+        let (client, desk) = (client.clone(), own.clone());
+        async move { call(&client, &desk, request).await }
+    });
+    let mut connection = pin!(inner.h2.serve_connection(io, service));
+    std::future::poll_fn(|cx| {
+        while let Poll::Ready(due) = timer.poll(cx) {
+            if due == Due::Leave {
+                connection.as_mut().graceful_shutdown();
+            } else {
+                // Heads are hyper's business here, and pings tell whether anybody is there.
+                desk.reading.store(0, Relaxed);
+                if let Some(fault) = desk.fault(&inner.limits) {
+                    connected.because(fault);
+                    return Poll::Ready(());
+                }
+                timer.reset(LOOK);
+            }
+        }
+        connection.as_mut().poll(cx).map(|ended| match ended {
+            Ok(()) => connected.done(),
+            Err(error) => tracing::debug!(%peer, %error, "an HTTP/2 connection failed"),
+        })
+    })
+    .await;
+}
+
+/// Reads as much as it takes to know whether the client speaks HTTP/2. `None`: it went, or took too long.
+async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Option<(Pre, bool)> {
+    let mut pre = Pre { bytes: [0; PREFACE.len()], at: 0, len: 0 };
+    let h2 = std::future::poll_fn(|cx| {
+        loop {
+            match timer.poll(cx) {
+                // No request was begun: nothing is lost.
+                Poll::Ready(Due::Leave) => return Poll::Ready(None),
+                Poll::Ready(Due::Time) if desk.fault(&inner.limits).is_some() => return Poll::Ready(None),
+                Poll::Ready(Due::Time) => timer.reset(LOOK),
+                Poll::Pending => break,
+            }
+        }
+        loop {
+            let mut buf = ReadBuf::new(&mut pre.bytes[pre.len as usize..]);
+            match ready!(Pin::new(&mut *io).poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => pre.len += buf.filled().len() as u8,
+                _ => return Poll::Ready(None),
+            }
+            let got = &pre.bytes[..pre.len as usize];
+            if got != &PREFACE[..got.len()] {
+                return Poll::Ready(Some(false));
+            }
+            if got.len() == PREFACE.len() {
+                return Poll::Ready(Some(true));
+            }
+        }
+    })
+    .await?;
+    Some((pre, h2))
+}
+
+/// One request: the answer, and the decision whether it takes the connection along.
+async fn call(
+    client: &Client,
+    desk: &Arc<Desk>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Reply>, Infallible> {
+    desk.reading.store(0, Relaxed);
+    desk.quiet.store(0, Relaxed);
+    let (version, head) = (request.version(), request.method() == Method::HEAD);
+    request.extensions_mut().insert(Peer(client.peer));
+    if client.refuse {
+        let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
+        request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));
+    }
+    let mut response = client.door.clone().answer(request).await;
+    if client.refuse && version <= Version::HTTP_11 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Some(takeover) = response.extensions_mut().remove::<Takeover>()
+        && version <= Version::HTTP_11
+        && !head
+    {
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            *desk.take.lock() = Some((takeover, Framing::UntilClose));
+        } else if is_plain_stream(&response) {
+            let framing = if version == Version::HTTP_11 { Framing::Chunked } else { Framing::UntilClose };
+            *desk.take.lock() = Some((takeover, framing));
+            desk.advance(HTTP, ARMED);
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            // The ordinary body goes here: it never ran.
+            return Ok(response.map(|_| Reply::Never(desk.clone())));
+        }
+    }
+    Ok(response.map(|body| Reply::Body(body, Done(desk.clone()))))
+}
+
+/// Whether the body that the head announces is what the takeover will write: a layer may have encoded it.
+fn is_plain_stream(response: &Response<AxumBody>) -> bool {
+    response.status() == StatusCode::OK
+        && !response.headers().contains_key(header::CONTENT_ENCODING)
+        && !response.headers().contains_key(header::CONTENT_LENGTH)
+}
+
+// === The body ===
+
+/// What hyper gets to send.
+enum Reply {
+    Body(AxumBody, #[expect(dead_code, reason = "held for its drop")] Done),
+    /// Announces a body that is somebody else's to write.
+    Never(Arc<Desk>),
+}
+
+/// The request is answered, to the last byte or the breaking off, when this is dropped.
+struct Done(Arc<Desk>);
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.0.quiet.store(self.0.wheel.now(), Relaxed);
+    }
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        match self.get_mut() {
+            Reply::Body(body, _) => Pin::new(body).poll_frame(cx),
+            Reply::Never(desk) => {
+                desk.advance(ARMED, ENCODED);
+                Poll::Pending
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Reply::Body(body, _) => body.is_end_stream(),
+            Reply::Never(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Reply::Body(body, _) => body.size_hint(),
+            Reply::Never(_) => SizeHint::default(),
+        }
+    }
+}
+
+// === The IO ===
+
+/// Replays what was sniffed, and sees when hyper flushes and when the peer stops reading.
+struct HookIo {
+    io: Io,
+    pre: Pre,
+    desk: Arc<Desk>,
+}
+
+struct Pre {
+    bytes: [u8; PREFACE.len()],
+    at: u8,
+    len: u8,
+}
+
+impl HookIo {
+    fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match result {
+            Poll::Ready(_) => self.desk.blocked.store(0, Relaxed),
+            Poll::Pending if self.desk.blocked.load(Relaxed) == 0 => {
+                self.desk.blocked.store(self.desk.wheel.now(), Relaxed);
+            }
+            Poll::Pending => {}
+        }
+        result
+    }
+}
+
+impl AsyncRead for HookIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        if this.pre.at < this.pre.len {
+            let pre = &this.pre.bytes[this.pre.at as usize..this.pre.len as usize];
+            let n = pre.len().min(buf.remaining());
+            buf.put_slice(&pre[..n]);
+            this.pre.at += n as u8;
+            // And reads on: after a first read of only 24 bytes hyper would reserve a second buffer.
+        }
+        let read = Pin::new(&mut this.io).poll_read(cx, buf);
+        if buf.filled().len() == before {
+            return read;
+        }
+        if this.desk.quiet.load(Relaxed) != 0 && this.desk.reading.load(Relaxed) == 0 {
+            this.desk.reading.store(this.desk.wheel.now(), Relaxed);
+        }
+        match read {
+            // An error will come again.
+            Poll::Pending | Poll::Ready(Err(_)) => Poll::Ready(Ok(())),
+            Poll::Ready(Ok(())) => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl AsyncWrite for HookIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.io).poll_write(cx, bytes);
+        this.wrote(result)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.io).poll_write_vectored(cx, slices);
+        this.wrote(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(Pin::new(&mut this.io).poll_flush(cx))?;
+        // Hyper calls this only when its write buffer is empty.
+        this.desk.advance(ENCODED, FLUSHED);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+    }
+}

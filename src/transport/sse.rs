@@ -1,0 +1,241 @@
+//! Server-sent events: `GET /v1/sse`, and `GET /v1/events` for whoever accepts `text/event-stream`.
+//!
+//! An `EventSource` gives up for good at any status but 200. So what is wrong for ever (a parameter, a permission) is
+//! a status, and what will pass (a drain, an overload) is a stream that says `weir.retry` and ends.
+
+mod frame;
+mod session;
+mod stream;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{body::Body, response::Response};
+use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
+
+use self::{
+    session::Offer,
+    stream::{Ids, Stream},
+};
+use crate::{
+    auth::Identity,
+    bus::{Bus, Filter, Format, Gap, Reason, Subscriptions},
+    error::{Again, Code, Error, Result},
+    event::Channel,
+    metrics::Metrics,
+    position::{Position, Start},
+    transport::{
+        query::{Begin, Query},
+        wheel::Wheel,
+    },
+};
+
+const EVENT_STREAM: &str = "text/event-stream";
+
+/// What all streams of an App share.
+pub struct Sse {
+    bus: Arc<Bus>,
+    wheel: Arc<Wheel>,
+    metrics: Arc<Metrics>,
+    settings: Settings,
+}
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// A heartbeat goes out this often, give or take a quarter.
+    pub heartbeat: Duration,
+    /// How long a peer may take nothing of what waits for it.
+    pub stalled: Duration,
+    /// Channels of one stream.
+    pub channels: usize,
+}
+
+/// What a client asked for.
+struct Asked {
+    channels: Vec<Channel>,
+    begin: Begin,
+    filter: Option<Arc<Filter>>,
+    bare_data: bool,
+    ids_of_all: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { heartbeat: Duration::from_secs(20), stalled: Duration::from_secs(30), channels: 100 }
+    }
+}
+
+/// Whether a request to a path with several representations wants a stream.
+pub fn is_wanted(headers: &HeaderMap) -> bool {
+    accepted(headers).any(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM))
+}
+
+/// Whether a client can read a stream, as far as it says.
+pub fn is_acceptable(headers: &HeaderMap) -> bool {
+    !headers.contains_key(header::ACCEPT)
+        || accepted(headers)
+            .any(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM) || kind.eq_ignore_ascii_case("text/*") || kind == "*/*")
+}
+
+/// The media types of `Accept` that are not excluded by `q=0`.
+fn accepted(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            let kind = parts.next()?;
+            let refused = parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse() == Ok(0.0));
+            (!refused).then_some(kind)
+        })
+}
+
+/// A stream that only says when to come back.
+pub fn refusal(error: &Error) -> Response {
+    let after = error.retry_after_ms().unwrap_or_default().max(retry_ms().into());
+    stream(Body::from(frame::text(&frame::retry(error.code().as_str(), after, true))))
+}
+
+fn stream(body: Body) -> Response {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
+    // nginx would hold back what is small.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+/// When to reconnect. Different for each client: all of them lose their streams at the same moment.
+fn retry_ms() -> u16 {
+    fastrand::u16(1_000..4_000)
+}
+
+/// `base`, give or take a quarter.
+fn jitter(base: Duration) -> Duration {
+    base.mul_f64(fastrand::f64() / 2.0 + 0.75)
+}
+
+// === impl Sse ===
+
+impl Sse {
+    pub fn new(bus: Arc<Bus>, wheel: Arc<Wheel>, metrics: Arc<Metrics>, settings: Settings) -> Self {
+        Sse { bus, wheel, metrics, settings }
+    }
+
+    /// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
+    pub async fn open(self: &Arc<Self>, identity: &Identity, head: &Parts) -> Result<Response> {
+        match self.try_open(identity, head).await {
+            Err(error) if error.code().again() == Again::Yes => Ok(refusal(&error)),
+            opened => opened,
+        }
+    }
+
+    async fn try_open(self: &Arc<Self>, identity: &Identity, head: &Parts) -> Result<Response> {
+        if !is_acceptable(&head.headers) {
+            return Err(Error::new(
+                Code::NotAcceptable,
+                "this is a stream of text/event-stream, which Accept excludes",
+            ));
+        }
+        let asked = self.read(head)?;
+        for channel in &asked.channels {
+            let _permit = identity.may_subscribe(channel)?;
+        }
+        if head.method == Method::HEAD {
+            return Ok(stream(Body::empty()));
+        }
+        if self.wheel.is_draining() {
+            return Err(Error::new(Code::Draining, "this node is leaving"));
+        }
+        let offer = self.begin(asked).await?;
+        let takeover = offer.takeover();
+        let mut response = stream(Body::new(offer.body()));
+        response.extensions_mut().insert(takeover);
+        Ok(response)
+    }
+
+    fn read(&self, head: &Parts) -> Result<Asked> {
+        let mut query = Query::parse(head.uri.query())?;
+        let channels = query.some_channels(self.settings.channels, "limits.stream_channels")?;
+        let filter = Filter::new(&query.types()?)?.map(Arc::new);
+        // Whatever is in it: what is no position is answered by a gap.
+        let last_event_id = head.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
+        let begin = query.begin(last_event_id.as_deref())?;
+        let bare_data = match query.take("format")?.as_deref() {
+            None | Some("event") => false,
+            Some("data") => true,
+            Some(_) => return Err(Error::params("format is event or data")),
+        };
+        let ids_of_all = match query.take("ids")?.as_deref() {
+            None => false,
+            Some("all") => true,
+            Some(_) => return Err(Error::params("ids is all, or left out")),
+        };
+        query.finish()?;
+        Ok(Asked { channels, begin, filter, bare_data, ids_of_all })
+    }
+
+    /// The positions are taken here: what is published while the head of the response is on its way is not missed.
+    async fn begin(self: &Arc<Self>, asked: Asked) -> Result<Offer> {
+        let Asked { channels, begin, filter, bare_data, ids_of_all } = asked;
+        let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
+            Ok(starts) => (starts, false),
+            // Never a status: that would end an EventSource for good.
+            Err(error) if error.code() == Code::InvalidPosition => (vec![Start::Now; channels.len()], true),
+            Err(error) => return Err(error),
+        };
+        let (format, ids): (&'static Format, _) = match (channels.len(), bare_data) {
+            (1, false) => (&frame::EVENT, Ids::Shared),
+            (1, true) => (&frame::DATA, Ids::Shared),
+            (_, false) => (&frame::EVENT_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
+            (_, true) => (&frame::DATA_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
+        };
+        let mut subs = Subscriptions::new(format);
+        let mut gaps = Vec::new();
+        let watches = self.bus.watch(&channels).await?;
+        for (watch, start) in watches.into_iter().zip(starts) {
+            let added = subs.add(watch, start, filter.clone());
+            gaps.extend(added.gap);
+            if unreadable {
+                gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
+            }
+        }
+        let (stream, first) = Stream::begin(self.clone(), subs, gaps, ids, filter.is_some());
+        Ok(Offer::new(stream, first))
+    }
+}
+
+/// The reader said where it was, and nobody understood. It goes on at `at`.
+fn bad_position(channel: Channel, at: Position) -> Gap {
+    let next = if at.epoch.is_absent() { at } else { Position { offset: at.offset + 1, ..at } };
+    Gap { channel, reason: Reason::BadPosition, after: None, next, missed: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_accept_means() {
+        let headers = |accept: &'static str| HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]);
+        for (accept, acceptable, wanted) in [
+            ("text/event-stream", true, true),
+            ("application/json, Text/Event-Stream;q=0.5", true, true),
+            ("*/*", true, false),
+            ("text/*;q=0.1", true, false),
+            ("application/json", false, false),
+            ("text/event-stream;q=0", false, false),
+            ("text/event-stream; q=0.0, */*", true, false),
+            ("", false, false),
+        ] {
+            assert_eq!(
+                (is_acceptable(&headers(accept)), is_wanted(&headers(accept))),
+                (acceptable, wanted),
+                "{accept}"
+            );
+        }
+        assert_eq!((is_acceptable(&HeaderMap::new()), is_wanted(&HeaderMap::new())), (true, false));
+    }
+}

@@ -1,0 +1,234 @@
+//! Server-sent events as bytes, and nothing else: the [`Format`]s that rings share, and weir's own blocks.
+//!
+//! Everything is encoded as one HTTP/1.1 chunk with a size of fixed width, so that one allocation serves both ways out:
+//! a socket gets the chunk as it is, HTTP/2 and HTTP/1.0 get its [`text`].
+
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+
+use crate::{
+    bus::{Format, Gap, index},
+    event::{Channel, Event, write_json_str},
+    position::Position,
+};
+
+/// What is in front of the text of a chunk, and behind it.
+const HEAD: &[u8] = b"000000\r\n";
+const TAIL: &[u8] = b"\r\n";
+/// The end of a chunked body.
+pub const END: &[u8] = b"0\r\n\r\n";
+/// A comment that keeps proxies awake. No empty line follows: two common clients would deliver an empty event.
+pub const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
+
+/// Whole envelopes, each with its position as `id:`. For readers of one channel.
+pub static EVENT: Format = Format { index: index::SSE, open, event: event::<true>, close };
+/// Without `id:`. For readers of several channels, whose token is theirs alone.
+pub static EVENT_BARE: Format = Format { index: index::SSE_BARE, open, event: event::<false>, close };
+/// `event:` is the type, `data:` the bare data.
+pub static DATA: Format = Format { index: index::SSE_DATA, open, event: data::<true>, close };
+pub static DATA_BARE: Format = Format { index: index::SSE_DATA_BARE, open, event: data::<false>, close };
+
+fn open(out: &mut Vec<u8>) {
+    out.extend_from_slice(HEAD);
+}
+
+/// Closes the chunk that is all of `out`: at most 16 MiB, where the largest event has one.
+fn close(out: &mut Vec<u8>) {
+    let mut size = out.len() - HEAD.len();
+    debug_assert!(size < 1 << 24);
+    for digit in out[..6].iter_mut().rev() {
+        *digit = b"0123456789abcdef"[size & 15];
+        size >>= 4;
+    }
+    out.extend_from_slice(TAIL);
+}
+
+fn event<const ID: bool>(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
+    if ID {
+        id(event.position(), out);
+    }
+    out.extend_from_slice(b"data: ");
+    event.write_json(channel, out);
+    out.extend_from_slice(b"\n\n");
+}
+
+fn data<const ID: bool>(_: &Channel, event: &Event, out: &mut Vec<u8>) {
+    if ID {
+        id(event.position(), out);
+    }
+    if let Some(kind) = event.kind_json() {
+        out.extend_from_slice(b"event: ");
+        // No type has control characters: it is one line.
+        with_string(kind, |kind| out.extend_from_slice(kind.as_bytes()));
+        out.push(b'\n');
+    }
+    match event.data_json().or(event.data_base64()) {
+        Some(text) if text.starts_with('"') => with_string(text, |text| lines(text, out)),
+        Some(json) => lines(json, out),
+        // Not left out: a block without data is never dispatched.
+        None => lines("", out),
+    }
+    out.push(b'\n');
+}
+
+fn id(position: Position, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"id: ");
+    out.extend_from_slice(&position.epoch.text());
+    out.push(b'-');
+    out.extend_from_slice(itoa::Buffer::new().format(position.offset).as_bytes());
+    out.push(b'\n');
+}
+
+/// Calls `then` with the string that a JSON text means.
+fn with_string(json: &str, then: impl FnOnce(&str)) {
+    let inner = json.get(1..json.len().saturating_sub(1)).unwrap_or_default();
+    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
+        return then(inner);
+    }
+    match serde_json::from_str::<String>(json) {
+        Ok(text) => then(&text),
+        // A lone surrogate is legal JSON and no string: it stays as it was written.
+        Err(_) => then(inner),
+    }
+}
+
+/// A `data:` line for each line, whatever ends it.
+fn lines(text: &str, out: &mut Vec<u8>) {
+    let mut rest = text.as_bytes();
+    loop {
+        out.extend_from_slice(b"data: ");
+        let end = memchr::memchr2(b'\n', b'\r', rest);
+        out.extend_from_slice(&rest[..end.unwrap_or(rest.len())]);
+        out.push(b'\n');
+        let Some(end) = end else { return };
+        rest = &rest[end..];
+        rest = rest.strip_prefix(b"\r\n").unwrap_or(&rest[1..]);
+    }
+}
+
+// === weir's own blocks ===
+
+/// The first block: where the reader is. A dispatched event with an `id:`, for an `EventSource` that loses its
+/// connection before the first event must come back to here; an `id:` alone is not remembered by all clients.
+pub fn opening<'a>(retry_ms: u16, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
+    let mut out = start();
+    line(&mut out, format_args!("retry: {retry_ms}"));
+    named(&mut out, Some(id), "weir.open");
+    out.extend_from_slice(br#"{"channels":["#);
+    for (i, (channel, position)) in at.into_iter().enumerate() {
+        out.extend_from_slice(if i == 0 { br#"{"channel":"# } else { br#",{"channel":"# });
+        write_json_str(channel.as_str(), &mut out);
+        out.extend_from_slice(format!(r#","position":"{position}"}}"#).as_bytes());
+    }
+    out.extend_from_slice(b"]}");
+    finish(out)
+}
+
+/// History is missing here.
+pub fn gap(id: &str, gap: &Gap) -> Bytes {
+    let mut out = start();
+    named(&mut out, Some(id), "weir.gap");
+    // Plain data, written to memory: it cannot fail.
+    let _ = serde_json::to_writer(&mut out, gap);
+    finish(out)
+}
+
+/// Where the reader is, when no event of its channels can say so.
+pub fn position(id: &str) -> Bytes {
+    let mut out = start();
+    named(&mut out, Some(id), "weir.position");
+    out.extend_from_slice(b"{}");
+    finish(out)
+}
+
+/// The stream ends here, and the client should be back after `after_ms`. No `id:`, so that it keeps its own.
+/// `retry` says so again for an `EventSource`, which has not read a `retry:` on this stream.
+pub fn retry(code: &str, after_ms: u64, retry: bool) -> Bytes {
+    let mut out = start();
+    if retry {
+        line(&mut out, format_args!("retry: {after_ms}"));
+    }
+    named(&mut out, None, "weir.retry");
+    out.extend_from_slice(format!(r#"{{"code":"{code}","after_ms":{after_ms}}}"#).as_bytes());
+    finish(out)
+}
+
+fn start() -> Vec<u8> {
+    let mut out = Vec::with_capacity(256);
+    open(&mut out);
+    out
+}
+
+fn finish(mut out: Vec<u8>) -> Bytes {
+    out.extend_from_slice(b"\n\n");
+    close(&mut out);
+    out.into()
+}
+
+fn named(out: &mut Vec<u8>, id: Option<&str>, event: &str) {
+    if let Some(id) = id {
+        line(out, format_args!("id: {id}"));
+    }
+    line(out, format_args!("event: {event}"));
+    out.extend_from_slice(b"data: ");
+}
+
+fn line(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+    let mut line = String::new();
+    let _ = writeln!(line, "{text}");
+    out.extend_from_slice(line.as_bytes());
+}
+
+// === taking chunks apart ===
+
+/// The text of a chunk.
+pub fn text(chunk: &Bytes) -> Bytes {
+    chunk.slice(HEAD.len()..chunk.len() - TAIL.len())
+}
+
+/// The last `id:` of a chunk whose blocks each begin with one.
+pub fn last_id(chunk: &[u8]) -> &[u8] {
+    let text = &chunk[HEAD.len()..chunk.len() - TAIL.len()];
+    let block = &text[last_block(text)..];
+    let line = &block[..memchr::memchr(b'\n', block).unwrap_or(block.len())];
+    line.strip_prefix(b"id: ").unwrap_or_default()
+}
+
+/// Where the last block begins. Every block ends with an empty line, and none has one inside.
+fn last_block(text: &[u8]) -> usize {
+    memchr::memmem::rfind(&text[..text.len().saturating_sub(2)], b"\n\n").map_or(0, |at| at + 2)
+}
+
+/// Puts `id` before the last of the `count` blocks of a chunk; `chunked` says whether the pieces are to be chunks.
+/// Shares the bytes of the chunk.
+///
+/// Not before the first: an `id:` is remembered when its block is dispatched, and whoever broke off then would never
+/// get the blocks behind it.
+pub fn with_id(chunk: &Bytes, count: u32, id: &str, chunked: bool, mut push: impl FnMut(Bytes)) {
+    let text = text(chunk);
+    let id = format!("id: {id}\n");
+    let cut = if count > 1 { last_block(&text) } else { 0 };
+    match (chunked, cut) {
+        (false, _) => {
+            push(text.slice(..cut));
+            push(id.into());
+            push(text.slice(cut..));
+        }
+        (true, 0) => {
+            push(format!("{:06x}\r\n{id}\r\n", id.len()).into());
+            push(chunk.clone());
+        }
+        (true, _) => {
+            push(format!("{cut:06x}\r\n").into());
+            push(text.slice(..cut));
+            // Both in one: nobody minds an `id:` in the chunk of its block.
+            push(format!("\r\n{:06x}\r\n{id}", id.len() + text.len() - cut).into());
+            push(chunk.slice(HEAD.len() + cut..));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "frame_tests.rs"]
+mod tests;

@@ -1,0 +1,305 @@
+//! [`Stream`]: what one reader gets, in which order, whatever carries it.
+
+use std::{
+    hash::BuildHasher,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{Sse, frame, jitter};
+use crate::{
+    bus::{Delivery, Gap, Item, Subscriptions},
+    error::Code,
+    event::Channel,
+    metrics::{Connected, Transport},
+    position::{Position, Token},
+    transport::{
+        egress::Egress,
+        takeover::Framing,
+        wheel::{Due, Timer, Wheel},
+    },
+};
+
+/// Bytes of one write. More waits for the next turn, so that nobody waits for a reader that is far behind.
+const TURN: usize = 64 * 1024;
+/// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
+const LONG_TOKEN: usize = 64;
+const TOKEN_PAUSE: Duration = Duration::from_secs(1);
+
+/// Where a reader's `id:` lines come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ids {
+    /// One channel: they are inside the shared frames.
+    Shared,
+    /// Several channels: a token before the last frame of each write, or not so often if it is long.
+    Token,
+    /// Several channels: a token before every frame.
+    Each,
+}
+
+/// One reader's subscriptions, and all that is said to it beside events.
+pub(super) struct Stream {
+    subs: Subscriptions,
+    sse: Arc<Sse>,
+    timer: Timer,
+    connected: Connected,
+    /// Ticks: when the next heartbeat is due, and when the last token went out.
+    beat: u32,
+    told_at: u32,
+    /// Fingerprint of the last `id:` that the reader got. Kept where positions move without an event.
+    told: u64,
+    /// Events and bytes handed over since they were last added to the metrics.
+    events: u32,
+    bytes: u64,
+    /// What the `retry:` of the first block said.
+    retry_ms: u16,
+    ids: Ids,
+    filtered: bool,
+    /// The last token was long, and so will be the next.
+    long: bool,
+    /// Events went out after the last token: it is due within [`TOKEN_PAUSE`].
+    owed: bool,
+    ended: bool,
+}
+
+/// What waits to be written, in chunks or as bare text.
+pub(super) struct Chunks {
+    pub egress: Egress,
+    framing: Framing,
+}
+
+/// What [`Stream::poll`] found.
+pub(super) enum Turn {
+    /// There may be more at once: come back after the write.
+    Full,
+    /// The reader has everything, and its task will be woken.
+    Idle,
+    /// What was pushed is the last.
+    Ended,
+}
+
+impl Stream {
+    /// A stream that has begun: `subs` hold all its channels, in slots counted from 0, and `gaps` are what is missing
+    /// before them. Also returns the first blocks, as chunks.
+    pub fn begin(sse: Arc<Sse>, subs: Subscriptions, gaps: Vec<Gap>, ids: Ids, filtered: bool) -> (Self, Vec<Bytes>) {
+        let beat = jitter(sse.settings.heartbeat);
+        let timer = sse.wheel.timer(beat);
+        sse.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
+        let mut stream = Stream {
+            connected: sse.metrics.connected(Transport::Sse),
+            beat: timer.now() + Wheel::ticks(beat),
+            told_at: timer.now(),
+            told: 0,
+            subs,
+            timer,
+            events: 0,
+            bytes: 0,
+            retry_ms: super::retry_ms(),
+            ids,
+            filtered,
+            long: false,
+            owed: false,
+            ended: false,
+            sse,
+        };
+        let id = stream.tell();
+        let mut first = vec![frame::opening(stream.retry_ms, &id, stream.places())];
+        for gap in gaps {
+            stream.sse.metrics.gap(gap.reason.as_str());
+            first.push(frame::gap(&id, &gap));
+        }
+        (stream, first)
+    }
+
+    /// Pushes what it is time for: a heartbeat, a token that is owed, the end.
+    ///
+    /// To be called at every turn, also while the peer does not read (then `blocked` is true, and nothing but the end
+    /// is pushed): the timer would otherwise never be asked again.
+    pub fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Chunks) {
+        while let Poll::Ready(due) = self.timer.poll(cx) {
+            match due {
+                Due::Leave => self.end(Code::Draining, out),
+                Due::Time => {
+                    self.tick(blocked || self.ended, out);
+                    let next =
+                        if self.owed { self.beat.min(self.told_at + Wheel::ticks(TOKEN_PAUSE)) } else { self.beat };
+                    self.timer.reset(Wheel::span(self.timer.now(), next));
+                }
+            }
+        }
+    }
+
+    fn tick(&mut self, silent: bool, out: &mut Chunks) {
+        let now = self.timer.now();
+        let heartbeat = now >= self.beat;
+        if heartbeat {
+            self.beat = now + Wheel::ticks(jitter(self.sse.settings.heartbeat));
+            self.report();
+            out.egress.relax();
+        }
+        if silent {
+            return;
+        }
+        if heartbeat {
+            out.push(Bytes::from_static(frame::HEARTBEAT));
+        }
+        let overdue = self.owed && Wheel::span(self.told_at, now) >= TOKEN_PAUSE;
+        if overdue || (heartbeat && self.filtered && fingerprint(self.id().as_bytes()) != self.told) {
+            out.push(frame::position(&self.tell()));
+        }
+    }
+
+    /// Pushes what comes next, about as much as fits one write.
+    pub fn poll(&mut self, cx: &mut Context<'_>, out: &mut Chunks) -> Turn {
+        if self.ended {
+            return Turn::Ended;
+        }
+        // Not pushed before it is known whether it is the last of this write, and takes the token.
+        let mut last: Option<(Bytes, u32)> = None;
+        let turn = loop {
+            if out.egress.len() + last.as_ref().map_or(0, |(bytes, _)| bytes.len()) >= TURN {
+                break Turn::Full;
+            }
+            let Poll::Ready(Delivery { item, .. }) = self.subs.poll_next(cx) else { break Turn::Idle };
+            match item {
+                Item::Events { bytes, count } => {
+                    self.events += count;
+                    self.bytes += bytes.len() as u64;
+                    match self.ids {
+                        Ids::Shared => {
+                            if self.filtered {
+                                self.told = fingerprint(frame::last_id(&bytes));
+                            }
+                            out.push(bytes);
+                        }
+                        Ids::Each => {
+                            let id = self.tell();
+                            out.push_with_id(&bytes, count, &id);
+                        }
+                        Ids::Token => {
+                            if let Some((bytes, _)) = last.replace((bytes, count)) {
+                                out.push(bytes);
+                            }
+                        }
+                    }
+                }
+                Item::Gap(gap) => {
+                    if let Some((bytes, _)) = last.take() {
+                        out.push(bytes);
+                    }
+                    self.sse.metrics.gap(gap.reason.as_str());
+                    out.push(frame::gap(&self.tell(), &gap));
+                }
+            }
+        };
+        if let Some((bytes, count)) = last {
+            let quiet = Wheel::span(self.told_at, self.timer.now());
+            if self.long && quiet < TOKEN_PAUSE {
+                out.push(bytes);
+                self.owed = true;
+                self.timer.at_most(TOKEN_PAUSE - quiet);
+            } else {
+                let id = self.tell();
+                out.push_with_id(&bytes, count, &id);
+            }
+        }
+        turn
+    }
+
+    /// Says that the stream ends, and why. Nothing comes after it.
+    pub fn end(&mut self, code: Code, out: &mut Chunks) {
+        if !self.ended {
+            self.ended = true;
+            self.connected.because(code);
+            out.push(frame::retry(code.as_str(), self.retry_ms.into(), false));
+            out.end();
+        }
+    }
+
+    /// Has the task woken within `time`.
+    pub fn look_within(&mut self, time: Duration) {
+        self.timer.at_most(time);
+    }
+
+    /// Why the connection will have been closed.
+    pub fn connected(&mut self) -> &mut Connected {
+        &mut self.connected
+    }
+
+    /// Ticks since the wheel's start.
+    pub fn now(&self) -> u32 {
+        self.timer.now()
+    }
+
+    /// How long a peer may take nothing of what waits for it.
+    pub fn patience(&self) -> Duration {
+        self.sse.settings.stalled
+    }
+
+    /// The position or token of everything that was pushed, to be said now.
+    fn tell(&mut self) -> String {
+        let id = self.id();
+        self.told = fingerprint(id.as_bytes());
+        self.told_at = self.timer.now();
+        self.long = id.len() > LONG_TOKEN;
+        self.owed = false;
+        id
+    }
+
+    fn id(&self) -> String {
+        let (channels, positions): (Vec<Channel>, Vec<Position>) =
+            self.places().map(|(channel, position)| (channel.clone(), position)).unzip();
+        Token::encode(&channels, &positions)
+    }
+
+    fn places(&self) -> impl Iterator<Item = (&Channel, Position)> {
+        (0..self.subs.len() as u32).filter_map(|slot| Some((self.subs.channel(slot)?, self.subs.position(slot)?)))
+    }
+
+    fn report(&mut self) {
+        self.sse.metrics.delivered[Transport::Sse].add(std::mem::take(&mut self.events).into());
+        self.sse.metrics.delivered_bytes[Transport::Sse].add(std::mem::take(&mut self.bytes));
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.report();
+        self.sse.metrics.subscriptions[Transport::Sse].add(-(self.subs.len() as i64));
+    }
+}
+
+fn fingerprint(id: &[u8]) -> u64 {
+    foldhash::fast::FixedState::with_seed(0).hash_one(id)
+}
+
+// === impl Chunks ===
+
+impl Chunks {
+    /// `first` are chunks, whatever the framing.
+    pub fn new(framing: Framing, first: Vec<Bytes>) -> Self {
+        let mut chunks = Chunks { egress: Egress::new(), framing };
+        first.into_iter().for_each(|chunk| chunks.push(chunk));
+        chunks
+    }
+
+    pub fn push(&mut self, chunk: Bytes) {
+        self.egress.push(match self.framing {
+            Framing::Chunked => chunk,
+            Framing::UntilClose => frame::text(&chunk),
+        });
+    }
+
+    fn push_with_id(&mut self, chunk: &Bytes, count: u32, id: &str) {
+        frame::with_id(chunk, count, id, self.framing == Framing::Chunked, |piece| self.egress.push(piece));
+    }
+
+    fn end(&mut self) {
+        if self.framing == Framing::Chunked {
+            self.egress.push(Bytes::from_static(frame::END));
+        }
+    }
+}
