@@ -14,5 +14,6 @@ pub mod http;
 pub mod metrics;
 pub mod pattern;
 pub mod position;
+pub mod rpc;
 pub mod telemetry;
 pub mod transport;

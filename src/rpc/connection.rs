@@ -1,0 +1,438 @@
+//! What a transport does with the hub on behalf of one connection.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::Ordering::{Relaxed, SeqCst},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::value::{RawValue, to_raw_value};
+
+use super::{
+    Answer, Call, Hub, Provide, ServiceInfo, busy, no_provider,
+    pending::{CallId, Conn, Live, Registration, Tag},
+    services::{Abandoned, New, Request, Service},
+};
+use crate::{
+    duration,
+    error::{Code, Error, Executed, Result},
+    event::label,
+};
+
+/// A connection's hold on the hub. Dropping it withdraws its services, whose calls then fail as `provider_gone`, and
+/// cancels the calls that it made.
+///
+/// One task uses it: calls are written to a provider in the order in which they are made here.
+pub struct Connection {
+    hub: Arc<Hub>,
+    conn: Arc<Conn>,
+}
+
+/// A registration that was accepted. The provider gets calls once this is dropped, so that a transport can answer first.
+#[must_use = "calls begin when it is dropped"]
+pub struct Provided {
+    hub: Arc<Hub>,
+    service: Arc<Service>,
+    conn: Arc<Conn>,
+    provider: u32,
+    /// How many provide the service now.
+    pub providers: usize,
+    /// Of exclusive providers.
+    pub fence: Option<u64>,
+}
+
+/// What became of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replied {
+    Answered,
+    /// After the deadline; delivered if the caller asked for that.
+    Late,
+    /// Nobody waits for it: cancelled, unknown, or another provider's.
+    Unmatched,
+}
+
+impl Connection {
+    pub(super) fn new(hub: Arc<Hub>, conn: Arc<Conn>) -> Self {
+        Connection { hub, conn }
+    }
+
+    /// Makes a call. [`Peer::answer`](super::Peer::answer) is called once, perhaps before this returns.
+    ///
+    /// Two calls in flight may have the same id: both are made and both answered, since what their caller makes of that
+    /// is its own affair, and an error under that id would be taken for the answer of the first.
+    pub fn call(&self, to: Tag, call: &Call<'_>) {
+        if let Err((to, error)) = self.enter(to, call) {
+            self.hub.count_failed(error.code());
+            self.conn.peer.answer(&to, Answer::Failed(error));
+        }
+    }
+
+    /// Sends a notification: to one provider, whatever it has to do already; no answer, no error.
+    pub fn notify(&self, call: &Call<'_>) {
+        self.hub.notify(call);
+    }
+
+    /// Cancels the calls in flight under `id`, which are answered as `cancelled`. Returns how many there were.
+    pub fn cancel(&self, id: &[u8]) -> usize {
+        let cancelled: Vec<Live> = {
+            let mut live = self.conn.live.lock();
+            let found: Vec<usize> = live.iter().filter(|(_, call)| call.tag.id() == id).map(|(at, _)| at).collect();
+            found.into_iter().map(|at| live.remove(at)).collect()
+        };
+        let count = cancelled.len();
+        for call in cancelled {
+            let executed = self.hub.abandon(&call);
+            let error = Error::new(Code::Cancelled, "cancelled by the caller").executed(executed);
+            self.hub.count_failed(Code::Cancelled);
+            self.conn.peer.answer(&call.tag, Answer::Failed(error));
+        }
+        count
+    }
+
+    /// A provider's reply. [`Answer::bad_reply`] for one that cannot be passed on.
+    pub fn reply(&self, id: CallId, answer: Answer<'_>) -> Replied {
+        let tally = &self.hub.tally;
+        let provides = self.conn.provides.lock();
+        if let Some(registration) = provides.get(id.slot()) {
+            let finished = registration.service.state.lock().finish(id, registration.provider, &self.conn);
+            if let Some((done, after)) = finished {
+                let then = after.is_something().then(|| (registration.service.clone(), after));
+                drop(provides);
+                let outcome = match &answer {
+                    Answer::Result(_) => Some(&tally.results),
+                    Answer::Error(_) => Some(&tally.errors),
+                    Answer::Failed(error) => self.hub.failed_counter(error.code()),
+                };
+                let answered = done.caller.settle(done.live, done.seq, answer);
+                match (answered, outcome) {
+                    (true, Some(outcome)) => outcome.fetch_add(1, Relaxed),
+                    _ => tally.unmatched.fetch_add(1, Relaxed),
+                };
+                if let Some((service, after)) = then {
+                    self.hub.after(&service, after);
+                }
+                return if answered { Replied::Answered } else { Replied::Unmatched };
+            }
+        }
+        drop(provides);
+        let Some(call) = self.hub.late.take(id, &self.conn) else {
+            tally.unmatched.fetch_add(1, Relaxed);
+            return Replied::Unmatched;
+        };
+        tally.late.fetch_add(1, Relaxed);
+        if let Some(tag) = &call.tag {
+            call.caller.peer.late(tag, answer);
+        }
+        Replied::Late
+    }
+
+    /// Registers this connection as a provider, or changes how it is registered.
+    ///
+    /// # Errors
+    /// `service_taken`; `limit_reached`; `invalid_params` for names and numbers that are none.
+    pub fn provide(&self, ask: &Provide<'_>) -> Result<Provided> {
+        self.hub.check_provide(ask)?;
+        loop {
+            let service = self.hub.find_or_create(ask.service);
+            match self.register(&service, ask) {
+                Some(Ok(provided)) => return Ok(provided),
+                Some(Err(error)) => {
+                    self.hub.forget(&service, self.hub.clock.now(), false);
+                    return Err(error);
+                }
+                // It was forgotten at this moment.
+                None => {}
+            }
+        }
+    }
+
+    /// Ends a registration: no new calls; those in flight may still be answered. Returns how many that are.
+    ///
+    /// # Errors
+    /// `not_found` if this connection does not provide the service.
+    pub fn withdraw(&self, service: &str) -> Result<usize> {
+        let unknown = || Error::new(Code::NotFound, format!("this connection does not provide {service}"));
+        let service = self.hub.find(service).ok_or_else(unknown)?;
+        let registered = self.conn.provides.lock().iter().any(|(_, mine)| Arc::ptr_eq(&mine.service, &service));
+        registered.then(|| self.leave(&service)).flatten().ok_or_else(unknown)
+    }
+
+    /// Ends all registrations, as [`withdraw`](Self::withdraw) does: for a node that drains.
+    pub fn withdraw_all(&self) -> usize {
+        let services: Vec<_> = self.conn.provides.lock().iter().map(|(_, mine)| mine.service.clone()).collect();
+        services.iter().filter_map(|service| self.leave(service)).sum()
+    }
+
+    /// Calls made and not answered.
+    pub fn in_flight(&self) -> usize {
+        self.conn.live.lock().len()
+    }
+
+    /// See [`Hub::services`].
+    pub fn services(&self, prefix: &str, limit: usize) -> Vec<ServiceInfo> {
+        self.hub.services(prefix, limit)
+    }
+
+    fn enter(&self, tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
+        let hub = &*self.hub;
+        let timeout = match hub.check(call) {
+            Ok(timeout) => timeout,
+            Err(error) => return Err((tag, error)),
+        };
+        if call.service == Hub::BUILT_IN {
+            return self.built_in(tag, call);
+        }
+        let request = Request::of(call);
+        loop {
+            let service = match (hub.find(call.service), request.wait) {
+                (Some(service), _) => service,
+                (None, Some(1..)) => hub.find_or_create(call.service),
+                (None, _) => return Err((tag, no_provider(call.service))),
+            };
+            let now = hub.clock.now();
+            let mut live = self.conn.live.lock();
+            if live.len() >= hub.config.calls {
+                let detail = format!("{} calls of this connection are in flight, which is the most", live.len());
+                return Err((tag, Error::new(Code::LimitReached, detail).with("limit", "calls")));
+            }
+            let vacant = live.vacant_entry();
+            let mut state = service.state.lock();
+            if state.dead {
+                continue;
+            }
+            let seq = hub.next_seq();
+            let caller = Some((self.conn.clone(), vacant.key() as u32));
+            let new = New { seq, caller, deadline: now + u64::from(timeout), timeout };
+            if !state.has_room() {
+                return Err((tag, busy(call.service)));
+            }
+            let chosen = if state.is_queued() { None } else { state.pick(&[], false) };
+            let (index, target) = match chosen {
+                Some(provider) => {
+                    let (index, target) = state.place(new, provider);
+                    (index, Some(target))
+                }
+                None if state.has_active() && !state.is_flushing() => return Err((tag, busy(call.service))),
+                None => match hub.may_wait(call.service, &state, &request) {
+                    Ok((until, ticket)) => (state.enqueue(new, until, request.store(ticket)), None),
+                    Err(error) => return Err((tag, error)),
+                },
+            };
+            let starts = hub.starts_ticking(&mut state);
+            drop(state);
+            // Nobody answers before this is here: the right to answer is taken under the lock that `live` holds.
+            vacant.insert(Live { tag, service: service.clone(), index, seq, late: call.late });
+            drop(live);
+            if starts {
+                hub.ticking.lock().push(service.clone());
+            }
+            if let Some(target) = target {
+                hub.deliver(&service, target, &request, Some((index, seq)));
+            }
+            return Ok(());
+        }
+    }
+
+    fn built_in(&self, tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
+        let time;
+        let result = match call.method {
+            "echo" => call.params.unwrap_or(RawValue::NULL),
+            "time" => {
+                time = wall_clock();
+                &time
+            }
+            method => {
+                let detail = format!("the service weir has the methods echo and time, and no {method}");
+                return Err((tag, Error::new(Code::MethodNotFound, detail)));
+            }
+        };
+        self.hub.tally.results.fetch_add(1, Relaxed);
+        self.conn.peer.answer(&tag, Answer::Result(result));
+        Ok(())
+    }
+
+    /// None: `service` is dead.
+    fn register(&self, service: &Arc<Service>, ask: &Provide<'_>) -> Option<Result<Provided>> {
+        let hub = &self.hub;
+        let mut provides = self.conn.provides.lock();
+        let mut state = service.state.lock();
+        if state.dead {
+            return None;
+        }
+        let mine = provides
+            .iter()
+            .find(|(_, mine)| Arc::ptr_eq(&mine.service, service) && state.is_of(mine.provider, &self.conn))
+            .map(|(_, mine)| mine.provider);
+        if mine.is_none() && provides.len() >= hub.config.provides.min(CallId::SLOTS) {
+            let detail = format!("this connection provides {} services, which is the most", provides.len());
+            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "provides")));
+        }
+        if !state.counted && hub.provided.load(Relaxed) >= hub.config.services {
+            let detail = "as many services as this node takes have providers";
+            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "services")));
+        }
+        let slot = provides.vacant_key() as u16;
+        let registered = match state.provide(&service.name, &self.conn, mine, slot, ask) {
+            Ok(registered) => registered,
+            Err(error) => return Some(Err(error)),
+        };
+        if mine.is_none() {
+            provides.insert(Registration { service: service.clone(), provider: registered.provider });
+        }
+        hub.touched(service, &mut state);
+        drop(state);
+        drop(provides);
+        if let Some(removed) = registered.replaced {
+            let (old, slot) = (removed.provider.conn.clone(), usize::from(removed.provider.slot));
+            old.peer.withdrawn(&service.name, "replaced");
+            hub.late.retain(&old, |id, call| !(Arc::ptr_eq(call.provider(), &old) && id.slot() == slot));
+            hub.removed(service, removed);
+        }
+        Some(Ok(Provided {
+            hub: hub.clone(),
+            service: service.clone(),
+            conn: self.conn.clone(),
+            provider: registered.provider,
+            providers: registered.providers,
+            fence: registered.fence,
+        }))
+    }
+
+    /// None: this connection does not provide it, or withdrew it already.
+    fn leave(&self, service: &Arc<Service>) -> Option<usize> {
+        let provides = self.conn.provides.lock();
+        let mut state = service.state.lock();
+        let (_, mine) = provides
+            .iter()
+            .find(|(_, mine)| Arc::ptr_eq(&mine.service, service) && state.is_of(mine.provider, &self.conn))?;
+        let (in_flight, after) = state.withdraw(mine.provider);
+        self.hub.touched(service, &mut state);
+        drop(state);
+        drop(provides);
+        self.hub.after(service, after);
+        Some(in_flight as usize)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let Connection { hub, conn } = self;
+        conn.closed.store(true, SeqCst);
+        // Its own calls first, or those that it made to itself would be answered.
+        let live = std::mem::take(&mut *conn.live.lock());
+        for (_, call) in live {
+            hub.count_failed(Code::Cancelled);
+            hub.abandon(&call);
+        }
+        let provides = std::mem::take(&mut *conn.provides.lock());
+        for (_, Registration { service, provider }) in provides {
+            let mut state = service.state.lock();
+            let Some(removed) = state.remove_conn(provider, conn) else { continue };
+            hub.touched(&service, &mut state);
+            drop(state);
+            hub.removed(&service, removed);
+        }
+        hub.late.retain(conn, |_, call| !Arc::ptr_eq(&call.caller, conn) && !Arc::ptr_eq(call.provider(), conn));
+        hub.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Drop for Provided {
+    fn drop(&mut self) {
+        self.service.state.lock().start(self.provider, &self.conn);
+        self.hub.flush(&self.service);
+    }
+}
+
+impl Hub {
+    /// Sends a notification; see [`Connection::notify`].
+    pub fn notify(&self, call: &Call<'_>) {
+        if self.check(call).is_err() || call.service == Hub::BUILT_IN {
+            return;
+        }
+        self.tally.notifications.fetch_add(1, Relaxed);
+        let request = Request::of(call);
+        loop {
+            let service = match (self.find(call.service), request.wait) {
+                (Some(service), _) => service,
+                (None, Some(1..)) => self.find_or_create(call.service),
+                (None, _) => return,
+            };
+            let mut state = service.state.lock();
+            if state.dead {
+                continue;
+            }
+            let chosen = if state.is_queued() { None } else { state.pick(&[], true) };
+            if let Some(provider) = chosen {
+                let target = state.notify(provider);
+                drop(state);
+                return self.deliver(&service, target, &request, None);
+            }
+            if self.wait_notification(&service, &mut state, &request) {
+                drop(state);
+                self.ticking.lock().push(service);
+            }
+            return;
+        }
+    }
+
+    /// Gives a call up whose `Live` was taken. Whether it may have run.
+    fn abandon(&self, call: &Live) -> Executed {
+        let (abandoned, after) = call.service.state.lock().abandon(call.index, call.seq);
+        let executed = match abandoned {
+            Abandoned::Waiting => Executed::No,
+            Abandoned::Gone | Abandoned::With(None) => Executed::Maybe,
+            Abandoned::With(Some((provider, id))) => {
+                provider.peer.cancel(id);
+                Executed::Maybe
+            }
+        };
+        self.after(&call.service, after);
+        executed
+    }
+
+    /// Refuses what cannot be called. Returns the timeout in milliseconds.
+    fn check(&self, call: &Call<'_>) -> Result<u32> {
+        label("method", call.method)?;
+        label("service", call.service)?;
+        if call.method.contains('/') {
+            return Err(Error::params("a method has no / in its name"));
+        }
+        let most = self.config.max_timeout;
+        let Some(timeout) = call.timeout else { return Ok(self.config.timeout.min(most).as_millis() as u32) };
+        if timeout > most || call.wait.is_some_and(|wait| wait > most) {
+            return Err(Error::params(format!("timeout and wait are at most {}", duration::format(most))));
+        }
+        if timeout < Duration::from_millis(1) {
+            return Err(Error::params("a timeout is at least 1ms"));
+        }
+        Ok(timeout.as_millis() as u32)
+    }
+
+    fn check_provide(&self, ask: &Provide<'_>) -> Result<()> {
+        label("service", ask.service)?;
+        if ["weir", "rpc.", "$"].iter().any(|own| ask.service.starts_with(own)) {
+            return Err(Error::params("names of services do not begin with weir, rpc. or $"));
+        }
+        for method in ask.methods {
+            label("method", method)?;
+        }
+        if ask.methods.len() > 1_000 {
+            return Err(Error::params("a provider declares at most 1000 methods"));
+        }
+        if ask.concurrency == 0 {
+            return Err(Error::params("concurrency is at least 1"));
+        }
+        if ask.takeover && !ask.exclusive {
+            return Err(Error::params("takeover is for exclusive providers"));
+        }
+        Ok(())
+    }
+}
+
+fn wall_clock() -> Box<RawValue> {
+    let ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+    to_raw_value(&serde_json::json!({ "time": ms })).unwrap_or_else(|_| RawValue::NULL.to_owned())
+}

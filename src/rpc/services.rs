@@ -1,0 +1,746 @@
+//! One service: who provides it, which calls are with whom, and who waits for a provider.
+//!
+//! Everything here happens under the service's one lock and touches no connection. What has to be written or answered is
+//! returned, and done by the hub when the lock is free.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use parking_lot::Mutex;
+use serde_json::value::RawValue;
+use slab::Slab;
+
+use super::{
+    Call, Names, Provide,
+    pending::{CallId, Conn},
+};
+use crate::error::{Code, Error, Result};
+
+pub(super) struct Service {
+    pub name: Arc<str>,
+    pub state: Mutex<State>,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    /// No longer in the hub's table: whoever still holds it looks again.
+    pub dead: bool,
+    providers: Slab<Provider>,
+    /// Providers that are on their way out.
+    leaving: usize,
+    /// Keys of the providers that take calls.
+    active: Vec<u32>,
+    /// Which of equals is next.
+    turn: usize,
+    entries: Slab<Entry>,
+    /// Who waits, in order. May hold ids of calls that waited.
+    queue: VecDeque<(u32, u64)>,
+    waiting: usize,
+    /// Somebody is writing what waited; newcomers line up behind, or they would be written before it.
+    flushing: bool,
+    /// No entry is due earlier.
+    earliest: u64,
+    /// The hub looks at this service in every sweep.
+    pub ticking: bool,
+    /// The last number given to an exclusive provider.
+    pub fence: u64,
+    /// When the last provider left.
+    pub left: Option<u64>,
+    /// Is in the hub's list of names whose provider left.
+    pub remembered: bool,
+    /// Counts as a service that has a provider.
+    pub counted: bool,
+    /// Is in the hub's list of changes.
+    pub dirty: bool,
+    /// Providers as last told.
+    pub announced: usize,
+    pub replaced: bool,
+}
+
+pub(super) struct Provider {
+    pub conn: Arc<Conn>,
+    /// Index in its connection's `provides`.
+    pub slot: u16,
+    subject: Box<str>,
+    stage: Stage,
+    concurrency: u32,
+    in_flight: u32,
+    names: Names,
+    meta: bool,
+    fence: Option<u64>,
+    methods: Box<[Box<str>]>,
+    /// First of its entries.
+    head: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Registered, but its transport has not told it yet.
+    Starting,
+    Active,
+    /// Withdrawn: finishes its calls and then goes.
+    Leaving,
+}
+
+/// A call that is with a provider or waits for one.
+pub(super) struct Entry {
+    seq: u64,
+    /// None: a notification, which is here only while it waits.
+    caller: Option<(Arc<Conn>, u32)>,
+    due: u64,
+    deadline: u64,
+    timeout: u32,
+    place: Place,
+}
+
+enum Place {
+    With {
+        provider: u32,
+        previous: u32,
+        next: u32,
+    },
+    Waiting(Box<Stored>),
+    /// On its way from one to the other, while the lock is held.
+    Nowhere,
+}
+
+/// No entry.
+const NONE: u32 = u32::MAX;
+
+/// What is written to a provider, but for what depends on the provider.
+#[derive(Clone, Copy)]
+pub(super) struct Request<'a> {
+    pub method: &'a str,
+    pub params: Option<&'a RawValue>,
+    pub caller: &'a str,
+    pub traceparent: Option<&'a str>,
+    pub wait: Option<u64>,
+}
+
+/// A [`Request`] that waits.
+pub(super) struct Stored {
+    method: Box<str>,
+    params: Option<Box<RawValue>>,
+    caller: Box<str>,
+    traceparent: Option<Box<str>>,
+    wait: Option<u64>,
+    _room: Ticket,
+}
+
+/// How much may wait, on the whole node.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    calls: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+/// A place in the [`Room`], given back on drop.
+pub(super) struct Ticket {
+    room: Arc<Room>,
+    bytes: usize,
+}
+
+/// Where a call is to be written.
+pub(super) struct Target {
+    pub conn: Arc<Conn>,
+    pub provider: u32,
+    /// None: a notification.
+    pub id: Option<CallId>,
+    pub names: Names,
+    pub meta: bool,
+    pub fence: Option<u64>,
+    pub deadline: u64,
+}
+
+/// A new call.
+pub(super) struct New {
+    pub seq: u64,
+    pub caller: Option<(Arc<Conn>, u32)>,
+    pub deadline: u64,
+    pub timeout: u32,
+}
+
+/// Who waits for the answer of a call that left the table.
+pub(super) struct Done {
+    pub caller: Arc<Conn>,
+    pub live: u32,
+    pub seq: u64,
+}
+
+/// What is left to do when calls have left a provider.
+#[derive(Default)]
+#[must_use]
+pub(super) struct After {
+    /// Registrations that have finished.
+    pub closed: Vec<(Arc<Conn>, u16)>,
+    /// A slot is free and somebody waits for it.
+    pub flush: bool,
+}
+
+pub(super) struct Expired {
+    pub done: Done,
+    pub timeout: u32,
+    pub why: Overdue,
+}
+
+pub(super) enum Overdue {
+    /// Written, and not answered in time.
+    Unanswered { provider: Arc<Conn>, id: CallId },
+    /// Waited until its own deadline.
+    Unwritten,
+    /// Waited as long as calls wait for a provider. `full`: there is one by now, but it is busy.
+    Unprovided { full: bool },
+}
+
+/// A call that its caller gave up.
+pub(super) enum Abandoned {
+    /// It was answered at the same moment.
+    Gone,
+    Waiting,
+    /// The provider, if it wants to know.
+    With(Option<(Arc<Conn>, CallId)>),
+}
+
+/// A provider that is no longer one.
+pub(super) struct Removed {
+    pub provider: Provider,
+    /// Its calls.
+    pub orphans: Vec<Done>,
+}
+
+pub(super) struct Registered {
+    pub provider: u32,
+    pub providers: usize,
+    pub fence: Option<u64>,
+    pub replaced: Option<Removed>,
+}
+
+// === impl Service ===
+
+impl Service {
+    pub fn new(name: &str, fence: u64) -> Self {
+        Service { name: name.into(), state: Mutex::new(State { fence, earliest: u64::MAX, ..State::default() }) }
+    }
+}
+
+// === impl State: providers ===
+
+impl State {
+    /// Providers, those that are on their way out not counted.
+    pub fn providers(&self) -> usize {
+        self.providers.len() - self.leaving
+    }
+
+    pub fn is_exclusive(&self) -> bool {
+        self.providers.iter().any(|(_, provider)| provider.stage != Stage::Leaving && provider.fence.is_some())
+    }
+
+    /// Calls with a provider.
+    pub fn in_flight(&self) -> usize {
+        self.entries.len() - self.waiting
+    }
+
+    pub fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub fn is_deserted(&self) -> bool {
+        self.providers.is_empty() && self.entries.is_empty()
+    }
+
+    /// What the providers say they answer to.
+    pub fn methods(&self) -> Vec<String> {
+        let mut methods: Vec<String> = self
+            .providers
+            .iter()
+            .filter(|(_, provider)| provider.stage != Stage::Leaving)
+            .flat_map(|(_, provider)| provider.methods.iter().map(|method| method.to_string()))
+            .collect();
+        methods.sort();
+        methods.dedup();
+        methods
+    }
+
+    /// Registers `conn`, or updates it where `mine` is its key.
+    pub fn provide(
+        &mut self,
+        name: &str,
+        conn: &Arc<Conn>,
+        mine: Option<u32>,
+        slot: u16,
+        ask: &Provide<'_>,
+    ) -> Result<Registered> {
+        let mut others = self
+            .providers
+            .iter()
+            .filter(|(key, provider)| provider.stage != Stage::Leaving && mine != Some(*key as u32))
+            .map(|(key, provider)| (key as u32, provider));
+        let mut replaced = None;
+        if let Some((key, other)) = others.next() {
+            let may_take_over =
+                ask.takeover && ask.exclusive && other.fence.is_some() && *other.subject == *ask.subject;
+            match (ask.exclusive, other.fence.is_some()) {
+                (false, false) => {}
+                (true, true) if may_take_over => replaced = Some(key),
+                (_, true) => return Err(taken(format!("{name} is provided exclusively by another connection"))),
+                (true, false) => return Err(taken(format!("{name} has providers, so nobody can have it exclusively"))),
+            }
+        }
+        drop(others);
+        let replaced = replaced.map(|key| {
+            self.replaced = true;
+            self.remove(key)
+        });
+
+        let fence = match mine.and_then(|key| self.providers.get(key as usize)) {
+            _ if !ask.exclusive => None,
+            Some(provider) if provider.fence.is_some() && provider.stage != Stage::Leaving => provider.fence,
+            _ => {
+                self.fence += 1;
+                Some(self.fence)
+            }
+        };
+        let provider = match mine {
+            Some(key) => {
+                let provider = &mut self.providers[key as usize];
+                provider.subject = ask.subject.into();
+                provider.concurrency = ask.concurrency;
+                provider.names = ask.names;
+                provider.meta = ask.meta;
+                provider.fence = fence;
+                provider.methods = ask.methods.iter().map(|method| Box::from(*method)).collect();
+                if provider.stage == Stage::Leaving {
+                    provider.stage = Stage::Starting;
+                    self.leaving -= 1;
+                }
+                key
+            }
+            None => self.providers.insert(Provider {
+                conn: conn.clone(),
+                slot,
+                subject: ask.subject.into(),
+                stage: Stage::Starting,
+                concurrency: ask.concurrency,
+                in_flight: 0,
+                names: ask.names,
+                meta: ask.meta,
+                fence,
+                methods: ask.methods.iter().map(|method| Box::from(*method)).collect(),
+                head: NONE,
+            }) as u32,
+        };
+        Ok(Registered { provider, providers: self.providers(), fence, replaced })
+    }
+
+    /// From now on `key` gets calls, if it is still that connection's.
+    pub fn start(&mut self, key: u32, conn: &Arc<Conn>) {
+        if let Some(provider) = self.providers.get_mut(key as usize)
+            && Arc::ptr_eq(&provider.conn, conn)
+            && provider.stage == Stage::Starting
+        {
+            provider.stage = Stage::Active;
+            self.active.push(key);
+        }
+    }
+
+    /// No new calls for `key`. Returns how many it still has.
+    pub fn withdraw(&mut self, key: u32) -> (u32, After) {
+        let provider = &mut self.providers[key as usize];
+        if std::mem::replace(&mut provider.stage, Stage::Leaving) != Stage::Leaving {
+            self.leaving += 1;
+        }
+        let in_flight = provider.in_flight;
+        self.active.retain(|active| *active != key);
+        let mut after = After::default();
+        self.close_if_done(key, &mut after);
+        (in_flight, after)
+    }
+
+    /// Whether the provider is still that connection: keys are given out again.
+    pub fn is_of(&self, key: u32, conn: &Arc<Conn>) -> bool {
+        self.providers.get(key as usize).is_some_and(|provider| Arc::ptr_eq(&provider.conn, conn))
+    }
+
+    pub fn remove(&mut self, key: u32) -> Removed {
+        self.active.retain(|active| *active != key);
+        let provider = self.providers.remove(key as usize);
+        self.leaving -= usize::from(provider.stage == Stage::Leaving);
+        let mut orphans = Vec::with_capacity(provider.in_flight as usize);
+        let mut index = provider.head;
+        while index != NONE {
+            let entry = self.entries.remove(index as usize);
+            index = match entry.place {
+                Place::With { next, .. } => next,
+                Place::Waiting(_) | Place::Nowhere => NONE,
+            };
+            orphans.extend(entry.done());
+        }
+        Removed { provider, orphans }
+    }
+
+    /// Removes `key` if it is still that connection's: a connection that turned out to be gone.
+    pub fn remove_conn(&mut self, key: u32, conn: &Arc<Conn>) -> Option<Removed> {
+        self.is_of(key, conn).then(|| self.remove(key))
+    }
+
+    /// The provider with the fewest calls for its size, equals in turn. Of many, the better of two at random: nearly as
+    /// good, and the time does not grow. `full`: those count too that have all they take.
+    pub fn pick(&mut self, tried: &[u32], full: bool) -> Option<u32> {
+        let free = |key: &u32| {
+            let provider = &self.providers[*key as usize];
+            (full || provider.in_flight < provider.concurrency) && (tried.is_empty() || !tried.contains(key))
+        };
+        let lighter = |a: u32, b: u32| {
+            let (x, y) = (&self.providers[a as usize], &self.providers[b as usize]);
+            let a_is =
+                u64::from(x.in_flight) * u64::from(y.concurrency) <= u64::from(y.in_flight) * u64::from(x.concurrency);
+            if a_is { a } else { b }
+        };
+        let count = self.active.len();
+        if count > 8 {
+            let one = self.active[fastrand::usize(..count)];
+            let two = self.active[fastrand::usize(..count)];
+            match (free(&one), free(&two)) {
+                (true, true) => return Some(lighter(one, two)),
+                (true, false) => return Some(one),
+                (false, true) => return Some(two),
+                (false, false) => {}
+            }
+        }
+        let turn = if self.turn < count { self.turn } else { 0 };
+        let best = self.active[turn..].iter().chain(&self.active[..turn]).copied().filter(free).reduce(lighter);
+        self.turn = turn + 1;
+        best
+    }
+
+    pub fn has_active(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    fn close_if_done(&mut self, key: u32, after: &mut After) {
+        let provider = &self.providers[key as usize];
+        if provider.stage == Stage::Leaving && provider.in_flight == 0 {
+            let provider = self.providers.remove(key as usize);
+            self.leaving -= 1;
+            after.closed.push((provider.conn, provider.slot));
+        }
+    }
+}
+
+// === impl State: calls ===
+
+impl State {
+    /// Whether newcomers have to line up.
+    pub fn is_queued(&self) -> bool {
+        self.flushing || self.waiting > 0
+    }
+
+    pub fn is_flushing(&self) -> bool {
+        self.flushing
+    }
+
+    /// Whether the table takes another call.
+    pub fn has_room(&self) -> bool {
+        self.entries.vacant_key() < CallId::ENTRIES
+    }
+
+    /// Puts a call with `provider`.
+    pub fn place(&mut self, call: New, provider: u32) -> (u32, Target) {
+        let index = self.insert(call);
+        (index, self.place_at(index, provider))
+    }
+
+    /// Lets a call wait until `due`.
+    pub fn enqueue(&mut self, call: New, due: u64, request: Box<Stored>) -> u32 {
+        let seq = call.seq;
+        let index = self.insert(call);
+        self.wait_at(index, due, request);
+        self.queue.push_back((index, seq));
+        index
+    }
+
+    /// A notification leaves no trace but the choice.
+    pub fn notify(&self, provider: u32) -> Target {
+        let Provider { conn, names, meta, fence, .. } = &self.providers[provider as usize];
+        Target { conn: conn.clone(), provider, id: None, names: *names, meta: *meta, fence: *fence, deadline: 0 }
+    }
+
+    /// Takes a call that could not be written from its provider, unless it was finished meanwhile. Before the lock is
+    /// free again it has to be placed, wait or be removed.
+    pub fn take_back(&mut self, index: u32, seq: u64) -> bool {
+        let ours = self.entries.get(index as usize).is_some_and(|entry| entry.seq == seq);
+        if ours {
+            self.detach(index);
+        }
+        ours
+    }
+
+    pub fn place_at(&mut self, index: u32, provider: u32) -> Target {
+        self.attach(index, provider);
+        let Entry { seq, deadline, .. } = self.entries[index as usize];
+        let mut target = self.notify(provider);
+        target.id = Some(CallId::new(seq, index, self.providers[provider as usize].slot));
+        target.deadline = deadline;
+        target
+    }
+
+    /// Before all others that wait.
+    pub fn wait_first(&mut self, index: u32, due: u64, request: Box<Stored>) {
+        let seq = self.wait_at(index, due, request);
+        self.queue.push_front((index, seq));
+    }
+
+    pub fn give_up(&mut self, index: u32) -> Option<Done> {
+        self.entries.remove(index as usize).done()
+    }
+
+    /// The reply of `provider`, if it has that call.
+    pub fn finish(&mut self, id: CallId, provider: u32, conn: &Arc<Conn>) -> Option<(Done, After)> {
+        let entry = self.entries.get(id.index() as usize)?;
+        let Place::With { provider: has, .. } = entry.place else { return None };
+        if has != provider || !id.is(entry.seq) || !self.is_of(provider, conn) {
+            return None;
+        }
+        self.detach(id.index());
+        let entry = self.entries.remove(id.index() as usize);
+        let mut after = After { closed: Vec::new(), flush: self.waiting > 0 };
+        self.close_if_done(provider, &mut after);
+        entry.done().map(|done| (done, after))
+    }
+
+    pub fn abandon(&mut self, index: u32, seq: u64) -> (Abandoned, After) {
+        let mut after = After::default();
+        let Some(entry) = self.entries.get(index as usize).filter(|entry| entry.seq == seq) else {
+            return (Abandoned::Gone, after);
+        };
+        let with = match entry.place {
+            Place::With { provider, .. } => Some(provider),
+            _ => None,
+        };
+        self.detach(index);
+        self.entries.remove(index as usize);
+        let Some(provider) = with else { return (Abandoned::Waiting, after) };
+        let Provider { conn, slot, meta, .. } = &self.providers[provider as usize];
+        let told = meta.then(|| (conn.clone(), CallId::new(seq, index, *slot)));
+        after.flush = self.waiting > 0;
+        self.close_if_done(provider, &mut after);
+        (Abandoned::With(told), after)
+    }
+
+    /// Takes out what is due. Looks at every call only if one of them may be.
+    pub fn expire(&mut self, now: u64) -> (Vec<Expired>, After) {
+        let (mut expired, mut after) = (Vec::new(), After::default());
+        if now < self.earliest {
+            return (expired, after);
+        }
+        self.earliest = u64::MAX;
+        let mut due = Vec::new();
+        for (index, entry) in &self.entries {
+            if entry.due <= now {
+                due.push(index as u32);
+            } else {
+                self.earliest = self.earliest.min(entry.due);
+            }
+        }
+        let full = self.has_active();
+        for index in due {
+            let Entry { seq, deadline, timeout, ref place, .. } = self.entries[index as usize];
+            let with = match *place {
+                Place::With { provider, .. } => Some(provider),
+                _ => None,
+            };
+            self.detach(index);
+            let entry = self.entries.remove(index as usize);
+            let why = match with {
+                Some(provider) => {
+                    let Provider { conn, slot, .. } = &self.providers[provider as usize];
+                    let why = Overdue::Unanswered { provider: conn.clone(), id: CallId::new(seq, index, *slot) };
+                    self.close_if_done(provider, &mut after);
+                    why
+                }
+                None if deadline <= now => Overdue::Unwritten,
+                None => Overdue::Unprovided { full },
+            };
+            if let Some(done) = entry.done() {
+                expired.push(Expired { done, timeout, why });
+            }
+        }
+        after.flush = self.waiting > 0;
+        if self.entries.is_empty() && self.entries.capacity() > 1_024 {
+            self.entries = Slab::new();
+        }
+        (expired, after)
+    }
+
+    /// Claims the right to write what waits. False: somebody else has it, or there is nothing.
+    pub fn begin_flush(&mut self) -> bool {
+        let begin = !self.flushing && self.waiting > 0;
+        self.flushing |= begin;
+        begin
+    }
+
+    /// The next that waits, placed. None: nobody waits or no provider is free, and the right is given back.
+    pub fn next_waiting(&mut self) -> Option<(Target, Option<(u32, u64)>, Box<Stored>)> {
+        while let Some((index, seq)) = self.queue.pop_front() {
+            let Some(entry) = self.entries.get(index as usize).filter(|entry| entry.is_waiting(seq)) else { continue };
+            let call = entry.caller.is_some();
+            let Some(provider) = self.pick(&[], !call) else {
+                self.queue.push_front((index, seq));
+                break;
+            };
+            let Some(request) = self.detach(index) else { continue };
+            if !call {
+                self.entries.remove(index as usize);
+                return Some((self.notify(provider), None, request));
+            }
+            return Some((self.place_at(index, provider), Some((index, seq)), request));
+        }
+        self.flushing = false;
+        None
+    }
+
+    fn insert(&mut self, call: New) -> u32 {
+        let New { seq, caller, deadline, timeout } = call;
+        self.entries.insert(Entry { seq, caller, due: deadline, deadline, timeout, place: Place::Nowhere }) as u32
+    }
+
+    fn wait_at(&mut self, index: u32, due: u64, request: Box<Stored>) -> u64 {
+        let entry = &mut self.entries[index as usize];
+        entry.due = due.min(entry.deadline);
+        entry.place = Place::Waiting(request);
+        let (due, seq) = (entry.due, entry.seq);
+        self.waiting += 1;
+        self.earliest = self.earliest.min(due);
+        // Calls that waited and were given up leave their ids behind; a caller that does nothing else must not fill it.
+        if self.queue.len() > 2 * self.waiting + 64 {
+            let entries = &self.entries;
+            self.queue.retain(|(index, seq)| entries.get(*index as usize).is_some_and(|entry| entry.is_waiting(*seq)));
+        }
+        seq
+    }
+
+    fn attach(&mut self, index: u32, key: u32) {
+        let provider = &mut self.providers[key as usize];
+        let head = std::mem::replace(&mut provider.head, index);
+        provider.in_flight += 1;
+        let entry = &mut self.entries[index as usize];
+        entry.due = entry.deadline;
+        entry.place = Place::With { provider: key, previous: NONE, next: head };
+        self.earliest = self.earliest.min(entry.due);
+        if let Some(Entry { place: Place::With { previous, .. }, .. }) = self.entries.get_mut(head as usize) {
+            *previous = index;
+        }
+    }
+
+    /// Takes a call from its provider or from those that wait.
+    fn detach(&mut self, index: u32) -> Option<Box<Stored>> {
+        match std::mem::replace(&mut self.entries[index as usize].place, Place::Nowhere) {
+            Place::With { provider, previous, next } => {
+                let provider = &mut self.providers[provider as usize];
+                provider.in_flight -= 1;
+                match self.entries.get_mut(previous as usize) {
+                    Some(Entry { place: Place::With { next: of_previous, .. }, .. }) => *of_previous = next,
+                    _ => provider.head = next,
+                }
+                if let Some(Entry { place: Place::With { previous: of_next, .. }, .. }) =
+                    self.entries.get_mut(next as usize)
+                {
+                    *of_next = previous;
+                }
+                None
+            }
+            Place::Waiting(request) => {
+                self.waiting -= 1;
+                if self.waiting == 0 && !self.flushing {
+                    self.queue.clear();
+                }
+                Some(request)
+            }
+            Place::Nowhere => None,
+        }
+    }
+}
+
+impl After {
+    pub fn is_something(&self) -> bool {
+        self.flush || !self.closed.is_empty()
+    }
+}
+
+impl Entry {
+    fn is_waiting(&self, seq: u64) -> bool {
+        self.seq == seq && matches!(self.place, Place::Waiting(_))
+    }
+
+    fn done(self) -> Option<Done> {
+        let seq = self.seq;
+        self.caller.map(|(caller, live)| Done { caller, live, seq })
+    }
+}
+
+// === impl Request ===
+
+impl<'a> Request<'a> {
+    pub fn of(call: &Call<'a>) -> Self {
+        let Call { method, params, caller, traceparent, .. } = *call;
+        Request { method, params, caller, traceparent, wait: call.wait.map(|wait| wait.as_millis() as u64) }
+    }
+
+    pub fn store(&self, room: Ticket) -> Box<Stored> {
+        Box::new(Stored {
+            method: self.method.into(),
+            params: self.params.map(ToOwned::to_owned),
+            caller: self.caller.into(),
+            traceparent: self.traceparent.map(Into::into),
+            wait: self.wait,
+            _room: room,
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.method.len() + self.params.map_or(0, |params| params.get().len()) + self.caller.len()
+    }
+}
+
+impl Stored {
+    pub fn request(&self) -> Request<'_> {
+        Request {
+            method: &self.method,
+            params: self.params.as_deref(),
+            caller: &self.caller,
+            traceparent: self.traceparent.as_deref(),
+            wait: self.wait,
+        }
+    }
+}
+
+// === impl Room ===
+
+impl Room {
+    pub fn take(self: &Arc<Self>, bytes: usize, max_calls: usize, max_bytes: usize) -> Option<Ticket> {
+        let ticket = Ticket { room: self.clone(), bytes };
+        let calls = self.calls.fetch_add(1, Relaxed) + 1;
+        let bytes = self.bytes.fetch_add(bytes, Relaxed) + bytes;
+        (calls <= max_calls && bytes <= max_bytes).then_some(ticket)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.room.calls.fetch_sub(1, Relaxed);
+        self.room.bytes.fetch_sub(self.bytes, Relaxed);
+    }
+}
+
+fn taken(detail: String) -> Error {
+    Error::new(Code::ServiceTaken, detail)
+}
