@@ -6,6 +6,7 @@
 pub mod auth;
 pub mod backend;
 pub mod bus;
+pub mod cli;
 pub mod config;
 pub mod duration;
 pub mod error;

@@ -1,0 +1,200 @@
+//! The command line: what can be typed, and the commands that talk to a node as any client does.
+//!
+//! They use nothing of the node but its wire; [`crate::config`] and small helpers of the library aside.
+
+mod args;
+mod client;
+mod commands;
+mod connect;
+mod output;
+mod provide;
+mod publish;
+mod sse;
+
+use std::{fmt, process::ExitCode, time::Duration};
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+pub use args::{Cli, ClientCommand, Command, ConfigCommand, Serve};
+
+/// How a command ends if not well: the exit code, and what is said on standard error.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// 1: it was tried and did not work.
+    Failed(String),
+    /// 2: it makes no sense as typed.
+    Usage(String),
+    /// 3: the node said no, and will say no again.
+    Refused(String),
+    /// 4: no node, or not now.
+    Unavailable(String),
+    /// 0: whoever read our output has gone.
+    NobodyListens,
+}
+
+/// The exit code of wrong usage and wrong settings.
+pub const USAGE: u8 = 2;
+
+/// Runs a client command to its end. Blocks; has a runtime of its own.
+pub fn run(command: ClientCommand) -> ExitCode {
+    // One thread is plenty for one connection.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::Failed(error.to_string()).exit(),
+    };
+    let done = runtime.block_on(commands::run(command));
+    // Whoever still reads standard input is not waited for.
+    runtime.shutdown_background();
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.exit(),
+    }
+}
+
+/// A sentence for whoever watches, on standard error.
+fn note(text: fmt::Arguments<'_>) {
+    eprintln!("weir: {text}");
+}
+
+// === impl Failure ===
+
+impl Failure {
+    fn exit(self) -> ExitCode {
+        let (code, text) = match self {
+            Failure::NobodyListens => return ExitCode::SUCCESS,
+            Failure::Failed(text) => (1, text),
+            Failure::Usage(text) => (USAGE, text),
+            Failure::Refused(text) => (3, text),
+            Failure::Unavailable(text) => (4, text),
+        };
+        note(format_args!("{text}"));
+        ExitCode::from(code)
+    }
+}
+
+// === Target ===
+
+/// Path and query of a request, written piece by piece.
+#[derive(Clone, Debug)]
+pub struct Target(String);
+
+impl Target {
+    /// `path` is weir's own and needs no escape.
+    fn new(path: &str) -> Self {
+        Target(path.to_owned())
+    }
+
+    /// Adds to the path; `/` stays what it is.
+    fn path(mut self, name: &str) -> Self {
+        escape(name, b"/", &mut self.0);
+        self
+    }
+
+    /// Adds to the path as one segment.
+    fn segment(mut self, name: &str) -> Self {
+        escape(name, b"", &mut self.0);
+        self
+    }
+
+    fn query(mut self, name: &str, value: impl fmt::Display) -> Self {
+        self.0.push(if self.0.contains('?') { '&' } else { '?' });
+        self.0.push_str(name);
+        self.0.push('=');
+        escape(&value.to_string(), b"", &mut self.0);
+        self
+    }
+
+    fn maybe(self, name: &str, value: Option<impl fmt::Display>) -> Self {
+        match value {
+            Some(value) => self.query(name, value),
+            None => self,
+        }
+    }
+
+    fn each<T: fmt::Display>(self, name: &str, values: impl IntoIterator<Item = T>) -> Self {
+        values.into_iter().fold(self, |target, value| target.query(name, value))
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn escape(text: &str, also: &[u8], out: &mut String) {
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || also.contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+}
+
+// === Backoff ===
+
+/// How long to wait before the next attempt: doubling from a quarter of a second to ten, with jitter so that many
+/// clients of a node that restarts do not all come back at once.
+#[derive(Debug, Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let longest = Duration::from_millis(250 << self.failures.min(6)).min(Duration::from_secs(10));
+        self.failures = self.failures.saturating_add(1);
+        longest.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+// === Lenient ===
+
+/// Text that is JSON goes as it is, any other as a JSON string.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Lenient<'a> {
+    Json(&'a RawValue),
+    Text(&'a str),
+}
+
+impl<'a> Lenient<'a> {
+    fn of(text: &'a str) -> Self {
+        serde_json::from_str(text).map_or(Lenient::Text(text), Lenient::Json)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_survive_the_url() {
+        let target = Target::new("/v1/services/").path("a/b c?d").query("x", "1&2=3").maybe("y", None::<&str>);
+        assert_eq!(target.each("c", ["ü", "*"]).to_string(), "/v1/services/a/b%20c%3Fd?x=1%262%3D3&c=%C3%BC&c=%2A");
+    }
+
+    #[test]
+    fn waits_grow_and_end() {
+        let mut backoff = Backoff::default();
+        let first = backoff.next();
+        assert!(first >= Duration::from_millis(125) && first <= Duration::from_millis(250));
+        for _ in 0..100 {
+            assert!(backoff.next() <= Duration::from_secs(10));
+        }
+        backoff.reset();
+        assert!(backoff.next() <= Duration::from_millis(250));
+    }
+
+    #[test]
+    fn the_command_line_makes_sense() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}

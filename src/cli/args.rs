@@ -1,0 +1,356 @@
+//! What can be typed, and the help that teaches it.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+use super::connect::Base;
+use crate::{config::Override, duration};
+
+const ABOUT: &str =
+    "One bus, three ways in: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
+
+const EXAMPLES: &str = "\
+Try it, in three terminals:
+  weir                                        a node on http://127.0.0.1:8000, events in memory
+  weir tail orders                            watch a channel
+  weir publish orders '{\"id\":7}'              everybody who watches sees it
+
+Call a service:
+  weir provide math -- python3 add.py         one run per call: params on stdin, JSON result on stdout
+  weir call math/add '[1,2]'
+
+Client commands print JSON, a line each, on standard output; everything else goes to standard error.
+They end with 0 done, 1 failed, 2 wrong usage, 3 refused (4xx), 4 unavailable (5xx, no connection).";
+
+#[derive(Debug, Parser)]
+#[command(name = "weir", version, about = ABOUT, after_help = EXAMPLES)]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true, max_term_width = 110)]
+pub struct Cli {
+    #[command(flatten)]
+    serve: Serve,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a node (what weir does without a command)
+    #[command(after_help = SERVE)]
+    Serve(Serve),
+    #[command(flatten)]
+    Client(ClientCommand),
+    /// Check the settings, or show them
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+const SERVE: &str = "\
+Settings come from the file, then the environment, then flags; the later wins. Every key, its default and its
+meaning: config.toml, or `weir config show --explain`. In the environment sse.heartbeat is WEIR__SSE__HEARTBEAT.
+
+  weir --listen 127.0.0.1:9000
+  weir serve --config weir.toml
+  WEIR__SERVER__LISTEN=0.0.0.0:8000 WEIR__AUTH__ALLOW_ANONYMOUS=true weir";
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct Serve {
+    /// File of settings; without one the built-in defaults hold
+    #[arg(long, value_name = "FILE", env = "WEIR_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Address to listen on, repeatable [default: 127.0.0.1:8000]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Report everything that is wrong with the settings, or nothing
+    Check(Serve),
+    /// Print the settings in force, and where each comes from, as a file that could be used
+    Show {
+        #[command(flatten)]
+        serve: Serve,
+        /// With the meaning of each key
+        #[arg(long)]
+        explain: bool,
+    },
+}
+
+/// Where the node is that a client command talks to.
+#[derive(Clone, Debug, Args)]
+pub struct Remote {
+    /// The node to talk to
+    #[arg(long, env = "WEIR_URL", value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = Base::parse)]
+    pub url: Base,
+    /// Key or token, sent as `Authorization: Bearer`
+    #[arg(long, env = "WEIR_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClientCommand {
+    /// Publish an event to a channel
+    #[command(after_help = PUBLISH)]
+    Publish {
+        #[command(flatten)]
+        remote: Remote,
+        channel: String,
+        /// JSON, or text that becomes a JSON string; `-` reads it from standard input
+        data: Option<String>,
+        /// Publish each line of standard input as an event of its own, as it comes
+        #[arg(long, conflicts_with_all = ["data", "key"])]
+        lines: bool,
+        /// The name of what happened
+        #[arg(long = "type", value_name = "TYPE")]
+        kind: Option<String>,
+        /// Idempotency key: the same key again within 5 minutes places nothing
+        #[arg(long)]
+        key: Option<String>,
+        /// Who says so
+        #[arg(long, value_name = "NAME")]
+        from: Option<String>,
+    },
+
+    /// Print events as they come; after a lost connection, from where it was
+    #[command(visible_alias = "subscribe", after_help = TAIL)]
+    Tail {
+        #[command(flatten)]
+        remote: Remote,
+        #[arg(required = true, value_name = "CHANNEL")]
+        channels: Vec<String>,
+        /// Begin with the last N events of each channel
+        #[arg(long, value_name = "N", conflicts_with = "after")]
+        last: Option<u64>,
+        /// Begin after this position or token, or `earliest`
+        #[arg(long, value_name = "POSITION")]
+        after: Option<String>,
+        /// Only events of this type, repeatable
+        #[arg(long = "type", value_name = "TYPE")]
+        kinds: Vec<String>,
+        /// End after N events
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+    },
+
+    /// Print events that are there, and where to go on
+    #[command(after_help = READ)]
+    Read {
+        #[command(flatten)]
+        remote: Remote,
+        #[arg(required = true, value_name = "CHANNEL")]
+        channels: Vec<String>,
+        /// The last N events of each channel
+        #[arg(long, value_name = "N", conflicts_with = "after")]
+        last: Option<u64>,
+        /// After this position or token; `now` with --wait [default: earliest]
+        #[arg(long, value_name = "POSITION")]
+        after: Option<String>,
+        /// Only events of this type, repeatable
+        #[arg(long = "type", value_name = "TYPE")]
+        kinds: Vec<String>,
+        /// At most N events a page [default: 100]
+        #[arg(long, value_name = "N")]
+        limit: Option<u64>,
+        /// Page after page, until all is read
+        #[arg(long, conflicts_with_all = ["wait", "commit"])]
+        all: bool,
+        /// Wait so long for an event if there is none, as 30s
+        #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+        wait: Option<Duration>,
+        /// Read from the cursor that weir keeps under this name; --after commits first
+        #[arg(long, value_name = "NAME")]
+        consumer: Option<String>,
+        /// Commit what is printed as it is handed out
+        #[arg(long, requires = "consumer")]
+        commit: bool,
+    },
+
+    /// Call a method of a service and print its result
+    #[command(after_help = CALL)]
+    Call {
+        #[command(flatten)]
+        remote: Remote,
+        /// SERVICE/METHOD
+        method: String,
+        /// A JSON object or array; `-` reads it from standard input
+        params: Option<String>,
+        /// How long the answer may take [default: the node's rpc.timeout]
+        #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+        timeout: Option<Duration>,
+    },
+
+    /// Answer the calls to a service
+    #[command(after_help = PROVIDE)]
+    Provide {
+        #[command(flatten)]
+        remote: Remote,
+        service: String,
+        /// How many calls at a time
+        #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        concurrency: u32,
+        /// Be the only provider, or fail
+        #[arg(long)]
+        exclusive: bool,
+        /// A command that runs longer is ended, and its call fails
+        #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration::parse)]
+        timeout: Duration,
+        /// Program and arguments, or one text for the shell; without it params come back as the result
+        #[arg(last = true, value_name = "CMD")]
+        command: Vec<String>,
+    },
+
+    /// List the services that can be called
+    Services {
+        #[command(flatten)]
+        remote: Remote,
+        /// Only names that begin so
+        #[arg(long)]
+        prefix: Option<String>,
+    },
+
+    /// List channels, show one, trim or delete one
+    #[command(args_conflicts_with_subcommands = true)]
+    Channels {
+        #[command(flatten)]
+        list: List,
+        #[command(subcommand)]
+        command: Option<ChannelsCommand>,
+    },
+
+    /// List consumers, show one, move its cursors, delete it
+    #[command(args_conflicts_with_subcommands = true)]
+    Consumers {
+        #[command(flatten)]
+        list: List,
+        #[command(subcommand)]
+        command: Option<ConsumersCommand>,
+    },
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct List {
+    #[command(flatten)]
+    pub remote: Remote,
+    /// Only names that begin so
+    #[arg(long)]
+    pub prefix: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ChannelsCommand {
+    /// List (what `weir channels` does without a command)
+    List(List),
+    /// Its epoch, first and top offset, bytes and readers
+    Show {
+        #[command(flatten)]
+        remote: Remote,
+        channel: String,
+    },
+    /// Delete its events, or those before a position
+    Delete {
+        #[command(flatten)]
+        remote: Remote,
+        channel: String,
+        #[arg(long, value_name = "POSITION")]
+        before: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConsumersCommand {
+    /// List (what `weir consumers` does without a command)
+    List(List),
+    /// Its cursors, and how far they are behind
+    Show {
+        #[command(flatten)]
+        remote: Remote,
+        consumer: String,
+    },
+    /// Move its cursors forward
+    Commit {
+        #[command(flatten)]
+        remote: Remote,
+        consumer: String,
+        /// The token that a read ended with
+        after: String,
+        /// The channels of the token, if the node must be told
+        #[arg(long = "channel", value_name = "CHANNEL")]
+        channels: Vec<String>,
+    },
+    /// Move a cursor anywhere, back too
+    Seek {
+        #[command(flatten)]
+        remote: Remote,
+        consumer: String,
+        channel: String,
+        /// A position, `earliest` or `now`
+        after: String,
+    },
+    /// Forget it
+    Delete {
+        #[command(flatten)]
+        remote: Remote,
+        consumer: String,
+    },
+}
+
+const PUBLISH: &str = "\
+Prints the position that the event was given.
+
+  weir publish orders '{\"id\":7}' --type created
+  weir publish chat hello                             text is a JSON string: \"hello\"
+  weir publish backups - < report.json                one event
+  journalctl -f -o json | weir publish --lines logs   an event per line, as they come";
+
+const TAIL: &str = "\
+  weir tail orders
+  weir tail orders payments --last 10
+  weir tail orders --after k3Vq7d-42 --type created | jq .data
+
+What is missing (trimmed before it was read) is announced on standard error as a gap.";
+
+const READ: &str = "\
+Where to go on is printed on standard error as `next`.
+
+  weir read orders --last 10
+  weir read orders --after k3Vq7d-42 --wait 30s
+  weir read orders --all > orders.ndjson
+  weir read orders --consumer mailer --wait 30s       the same again until it is committed: --after NEXT, or --commit";
+
+const CALL: &str = "\
+  weir call weir/echo '{\"n\":1}'
+  weir call math/add '[1,2]' --timeout 5s
+  weir call reports/build - < params.json";
+
+const PROVIDE: &str = "\
+The command runs once per call. It finds the params on standard input, WEIR_SERVICE, WEIR_METHOD and WEIR_CALLER in its
+environment, and prints the result on standard output: JSON, or text that becomes a JSON string. If it fails, what it
+printed may be the error: {\"code\":42,\"message\":\"no such user\"}. A cancelled call ends it.
+
+  weir provide echo
+  weir provide math -- python3 add.py
+  weir provide shout --concurrency 2 -- 'jq .text | tr a-z A-Z'
+  weir provide nightly --exclusive -- ./run.sh
+
+After a lost connection it comes back; on the first Ctrl-C it takes no more calls and finishes those it has.";
+
+// === impl Cli, Serve ===
+
+impl Cli {
+    pub fn command(self) -> Command {
+        self.command.unwrap_or(Command::Serve(self.serve))
+    }
+}
+
+impl Serve {
+    /// The flags as settings.
+    pub fn overrides(&self) -> Vec<Override> {
+        match self.listen.as_slice() {
+            [] => Vec::new(),
+            listen => vec![Override { flag: "--listen", key: "server.listen", value: listen.join(",") }],
+        }
+    }
+}

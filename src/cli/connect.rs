@@ -1,0 +1,149 @@
+//! From a URL to a connection: TCP, and TLS where the scheme asks for it. HTTP and WebSocket both start here.
+
+use std::{fmt, io, sync::Arc, time::Duration};
+
+use http::Uri;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs, pki_types::ServerName},
+};
+
+use super::{Failure, Target};
+
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// What bytes go over.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// Where weir is: `http://` or `https://`, a host, perhaps a port, perhaps a path before weir's own.
+#[derive(Clone, Debug)]
+pub struct Base {
+    tls: bool,
+    host: String,
+    port: u16,
+    /// Without a slash at its end.
+    path: String,
+}
+
+/// Connects within ten seconds, or says what is in the way.
+pub async fn connect(base: &Base) -> Result<Box<dyn Stream>, Failure> {
+    let unreachable = |reason: &dyn fmt::Display| Failure::Unavailable(format!("cannot connect to {base}: {reason}"));
+    let tcp = match timeout(CONNECT, TcpStream::connect((base.host.as_str(), base.port))).await {
+        Ok(Ok(tcp)) => tcp,
+        Ok(Err(error)) => return Err(unreachable(&error)),
+        Err(_) => return Err(unreachable(&"no answer within 10s")),
+    };
+    // A call is one small write each way; waiting to fill a packet would only delay it.
+    tcp.set_nodelay(true).map_err(|error| unreachable(&error))?;
+    if !base.tls {
+        return Ok(Box::new(tcp));
+    }
+    let name = ServerName::try_from(base.host.clone()).map_err(|error| unreachable(&error))?;
+    let config = tls().map_err(|error| unreachable(&error))?;
+    match timeout(CONNECT, TlsConnector::from(Arc::new(config)).connect(name, tcp)).await {
+        Ok(Ok(stream)) => Ok(Box::new(stream)),
+        Ok(Err(error)) => Err(unreachable(&error)),
+        Err(_) => Err(unreachable(&"no TLS handshake within 10s")),
+    }
+}
+
+/// The certificates of this machine (`SSL_CERT_FILE` names others).
+fn tls() -> io::Result<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        let reason = found.errors.first().map_or_else(|| "none installed".to_owned(), ToString::to_string);
+        return Err(io::Error::other(format!("no certificates to trust: {reason}")));
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?;
+    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+// === impl Base ===
+
+impl Base {
+    /// Reads `--url`. A scheme may be left out for a host and port, as people do with curl.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let bad = |why: &str| format!("{text:?} is not where a weir could be ({why}): write http://127.0.0.1:8000");
+        let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+        let uri: Uri = whole.parse().map_err(|_| bad("not a URL"))?;
+        let tls = match uri.scheme_str() {
+            Some("http" | "ws") => false,
+            Some("https" | "wss") => true,
+            _ => return Err(bad("its scheme is neither http nor https")),
+        };
+        if uri.query().is_some() {
+            return Err(bad("it has a query"));
+        }
+        let authority = uri.authority().ok_or_else(|| bad("no host"))?;
+        if authority.as_str().contains('@') {
+            return Err(bad("credentials belong in --token"));
+        }
+        // The brackets of an IPv6 address are the URL's.
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        if host.is_empty() {
+            return Err(bad("no host"));
+        }
+        let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
+        Ok(Base { tls, host: host.to_owned(), port, path: uri.path().trim_end_matches('/').to_owned() })
+    }
+
+    /// The value of the `Host` header.
+    pub fn authority(&self) -> String {
+        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
+        match (self.tls, self.port) {
+            (false, 80) | (true, 443) => host,
+            (_, port) => format!("{host}:{port}"),
+        }
+    }
+
+    /// Path and query of a request.
+    pub fn path(&self, target: &Target) -> String {
+        format!("{}{target}", self.path)
+    }
+
+    /// The URL of a WebSocket.
+    pub fn ws(&self, target: &Target) -> String {
+        format!("{}://{}{}", if self.tls { "wss" } else { "ws" }, self.authority(), self.path(target))
+    }
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}{}", if self.tls { "https" } else { "http" }, self.authority(), self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_url_may_be() {
+        let target = Target::new("/v1/ws");
+        for (text, shown, ws) in [
+            ("http://127.0.0.1:8000", "http://127.0.0.1:8000", "ws://127.0.0.1:8000/v1/ws"),
+            ("localhost:8000/", "http://localhost:8000", "ws://localhost:8000/v1/ws"),
+            ("wss://weir.example.com/bus/", "https://weir.example.com/bus", "wss://weir.example.com/bus/v1/ws"),
+            ("http://[::1]:80", "http://[::1]", "ws://[::1]/v1/ws"),
+        ] {
+            let base = Base::parse(text).unwrap();
+            assert_eq!((base.to_string().as_str(), base.ws(&target).as_str()), (shown, ws));
+        }
+        for bad in ["", "ftp://x", "http://", "http://u:p@host", "http://host?x=1", "a b"] {
+            assert!(Base::parse(bad).is_err(), "{bad}");
+        }
+    }
+}
