@@ -194,7 +194,6 @@ mod tests {
 
     #[test]
     fn the_command_line_makes_sense() {
-        use clap::CommandFactory as _;
-        Cli::command().debug_assert();
+        <Cli as clap::CommandFactory>::command().debug_assert();
     }
 }

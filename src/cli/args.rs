@@ -34,6 +34,7 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
 pub enum Command {
     /// Run a node (what weir does without a command)
     #[command(after_help = SERVE)]
@@ -340,7 +341,7 @@ After a lost connection it comes back; on the first Ctrl-C it takes no more call
 // === impl Cli, Serve ===
 
 impl Cli {
-    pub fn command(self) -> Command {
+    pub fn into_command(self) -> Command {
         self.command.unwrap_or(Command::Serve(self.serve))
     }
 }
