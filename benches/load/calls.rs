@@ -1,0 +1,308 @@
+//! Calls: caller → hub → provider → hub → caller, over WebSocket JSON-RPC.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use memchr::memmem;
+use mio::{Events, Interest, Poll, Token, net::TcpStream};
+
+use crate::{
+    floor::CALLER_AT,
+    link::{self, CALLER, HELLO, PROVIDER, PUBLISHER},
+    report::Measure,
+    stamp::{self, Faults, Histogram, Stamp},
+    sys::{self, Process, Server},
+    wire,
+};
+
+/// Who calls whom.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    pub callers: usize,
+    pub providers: usize,
+    /// Calls under way, of each caller.
+    pub in_flight: usize,
+    /// Bytes of `params`, and of the result, which is the same.
+    pub size: usize,
+}
+
+/// One server with callers and providers connected, all driven by this thread.
+pub struct Rig {
+    who: &'static str,
+    pid: u32,
+    poll: Poll,
+    /// Providers first.
+    peers: Vec<Peer>,
+    layout: Layout,
+    scratch: Vec<u8>,
+    busy_poll: bool,
+}
+
+struct Peer {
+    stream: TcpStream,
+    out: Vec<u8>,
+    rest: wire::Rest,
+    caller: Option<Caller>,
+}
+
+struct Caller {
+    number: u32,
+    next: u64,
+    under_way: Vec<Stamp>,
+}
+
+#[derive(Default)]
+struct Book {
+    latency: Histogram,
+    faults: Faults,
+    done: u64,
+    /// No new calls.
+    closing: bool,
+}
+
+impl Rig {
+    pub fn weir(server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
+        let mut peers = Vec::new();
+        for number in 0..layout.providers + layout.callers {
+            let mut stream = blocking_upgrade(server.addr())?;
+            if number < layout.providers {
+                let mut provide = Vec::new();
+                let text = br#"{"jsonrpc":"2.0","id":1,"method":"weir.provide","params":{"service":"bench","concurrency":1000}}"#;
+                wire::put_frame(wire::TEXT, text, &mut provide);
+                stream.write_all(&provide)?;
+                let answer = blocking_frame(&mut stream)?;
+                ensure!(memmem::find(&answer, br#""result""#).is_some(), "{}", String::from_utf8_lossy(&answer));
+            }
+            peers.push(stream);
+        }
+        Self::new("weir", server, peers, layout, busy_poll)
+    }
+
+    /// The same at a floor, which relays the same frames.
+    pub fn floor(who: &'static str, server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
+        let mut peers = Vec::new();
+        for number in 0..layout.providers + layout.callers {
+            let mut stream = std::net::TcpStream::connect(server.addr())?;
+            stream.set_nodelay(true)?;
+            stream.write_all(&[if number < layout.providers { PROVIDER } else { CALLER }])?;
+            let mut hello = [0];
+            stream.read_exact(&mut hello)?;
+            ensure!(hello == [HELLO], "a floor that does not greet");
+            peers.push(stream);
+        }
+        drop(link::connect(server.addr(), &[PUBLISHER])?); // all are here
+        Self::new(who, server, peers, layout, busy_poll)
+    }
+
+    fn new(
+        who: &'static str,
+        server: &Process,
+        streams: Vec<std::net::TcpStream>,
+        layout: Layout,
+        busy_poll: bool,
+    ) -> Result<Self> {
+        let poll = Poll::new()?;
+        let mut peers = Vec::new();
+        for (token, stream) in streams.into_iter().enumerate() {
+            stream.set_nonblocking(true)?;
+            let mut stream = TcpStream::from_std(stream);
+            poll.registry().register(&mut stream, Token(token), Interest::READABLE | Interest::WRITABLE)?;
+            let caller = token.checked_sub(layout.providers).map(|number| Caller {
+                number: number as u32,
+                next: 0,
+                under_way: Vec::new(),
+            });
+            peers.push(Peer { stream, out: Vec::new(), rest: wire::Rest::default(), caller });
+        }
+        Ok(Rig { who, pid: server.pid(), poll, peers, layout, scratch: vec![0; 64 * 1024], busy_poll })
+    }
+
+    /// Calls for so long, waits for the last answer, and says what it cost.
+    pub fn run(&mut self, time: Duration) -> Result<Measure> {
+        let layout = self.layout;
+        let mut book = Book::default();
+        let mut events = Events::with_capacity(256);
+        let (cpu, load, begin) = (sys::cpu(self.pid), sys::cpu(std::process::id()), sys::now());
+        let end = begin + time.as_nanos() as u64;
+        let mut last = begin;
+        for peer in &mut self.peers {
+            if let Some(caller) = &mut peer.caller {
+                (0..layout.in_flight).for_each(|_| caller.call(layout.size, &mut peer.out));
+            }
+            flush(&mut peer.stream, &mut peer.out)?;
+        }
+        loop {
+            let wait = if self.busy_poll { Duration::ZERO } else { Duration::from_millis(100) };
+            match self.poll.poll(&mut events, Some(wait)) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            let before = book.done;
+            for event in events.iter() {
+                let peer = &mut self.peers[event.token().0];
+                peer.read(layout.size, &mut self.scratch, &mut book)
+                    .with_context(|| format!("peer {} of {}", event.token().0, self.who))?;
+                flush(&mut peer.stream, &mut peer.out)?;
+            }
+            let now = sys::now();
+            if book.done > before {
+                last = now;
+            }
+            book.closing = now >= end;
+            let under_way: usize =
+                self.peers.iter().filter_map(|peer| peer.caller.as_ref()).map(|caller| caller.under_way.len()).sum();
+            if book.closing && under_way == 0 {
+                break;
+            }
+            if now > last.max(end) + 5_000_000_000 {
+                book.faults.lost += under_way as u64;
+                self.peers
+                    .iter_mut()
+                    .filter_map(|peer| peer.caller.as_mut())
+                    .for_each(|caller| caller.under_way.clear());
+                break;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        let cpu = sys::cpu(self.pid) - cpu;
+        let load = sys::cpu(std::process::id()) - load;
+        Ok(Measure::of(self.who, book.done, last - begin, cpu, load, &book.latency, book.faults))
+    }
+}
+
+impl Peer {
+    fn read(&mut self, size: usize, scratch: &mut [u8], book: &mut Book) -> Result<()> {
+        loop {
+            let length = match self.stream.read(scratch) {
+                Ok(0) => bail!("the connection ended"),
+                Ok(length) => length,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            let (caller, out) = (&mut self.caller, &mut self.out);
+            self.rest.with(&scratch[..length], |input| {
+                let mut at = 0;
+                while let Some((opcode, from, to)) = wire::frame(&input[at..])? {
+                    let text = &input[at + from..at + to];
+                    match (opcode, &mut *caller) {
+                        (wire::TEXT, Some(caller)) => caller.answered(text, size, out, book),
+                        (wire::TEXT, None) => reply(text, out)?,
+                        (wire::PING, _) => wire::put_frame(wire::PONG, text, out),
+                        (wire::CLOSE, _) => bail!("closed: {}", String::from_utf8_lossy(text)),
+                        _ => {}
+                    }
+                    at += to;
+                }
+                Ok(at)
+            })?;
+            if length < scratch.len() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Caller {
+    fn call(&mut self, size: usize, out: &mut Vec<u8>) {
+        let stamp = Stamp { sequence: self.next, sent: sys::now(), channel: self.number };
+        self.next += 1;
+        let mut text = Vec::with_capacity(size + 100);
+        text.extend_from_slice(br#"{"jsonrpc":"2.0","id":""#);
+        stamp::put_hex(self.number.into(), 4, &mut text);
+        stamp::put_hex(stamp.sequence, 12, &mut text);
+        text.extend_from_slice(br#"","method":"bench/echo","params":"#);
+        stamp.put(size, &mut text);
+        text.push(b'}');
+        wire::put_frame(wire::TEXT, &text, out);
+        self.under_way.push(stamp);
+    }
+
+    fn answered(&mut self, text: &[u8], size: usize, out: &mut Vec<u8>, book: &mut Book) {
+        // The result is the last member: our params, untouched.
+        let id =
+            text.get(CALLER_AT..CALLER_AT + 16).and_then(|id| Some((stamp::hex(&id[..4])?, stamp::hex(&id[4..])?)));
+        let at = id.and_then(|(_, sequence)| self.under_way.iter().position(|call| call.sequence == sequence));
+        match (id, at, Stamp::at_end(text, size, 1)) {
+            (Some((number, _)), Some(at), Some(echoed))
+                if number == u64::from(self.number) && echoed == self.under_way[at] =>
+            {
+                self.under_way.swap_remove(at);
+                book.done += 1;
+                book.latency.add(sys::now().saturating_sub(echoed.sent));
+            }
+            (Some(_), None, _) => book.faults.duplicated += 1,
+            _ => {
+                if book.faults.failed == 0 {
+                    eprintln!("load: not an answer: {}", String::from_utf8_lossy(text));
+                }
+                book.faults.failed += 1;
+                if let Some(at) = at {
+                    self.under_way.swap_remove(at);
+                }
+            }
+        }
+        if !book.closing {
+            self.call(size, out);
+        }
+    }
+}
+
+/// Echoes `params` of a forwarded call, which are its last member.
+fn reply(text: &[u8], out: &mut Vec<u8>) -> Result<()> {
+    const ID: &[u8] = br#"{"jsonrpc":"2.0","id":"#;
+    let garbled = || format!("not a call: {}", String::from_utf8_lossy(text));
+    let rest = text.strip_prefix(ID).with_context(garbled)?;
+    let id = &rest[..memchr::memchr(b',', rest).with_context(garbled)?];
+    let params = memmem::find(rest, br#""params":"#).with_context(garbled)? + 9;
+    let params = &rest[params..rest.len() - 1];
+    let parts = [ID, id, br#","result":"#, params, b"}"];
+    wire::put_header(wire::TEXT, parts.iter().map(|part| part.len()).sum(), 0x80, out);
+    out.extend_from_slice(&[0; 4]);
+    parts.iter().for_each(|part| out.extend_from_slice(part));
+    Ok(())
+}
+
+fn flush(stream: &mut TcpStream, out: &mut Vec<u8>) -> io::Result<()> {
+    while !out.is_empty() {
+        match stream.write(out) {
+            Ok(written) if written == out.len() => out.clear(),
+            Ok(written) => drop(out.drain(..written)),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Opens a WebSocket and reads the answer's head, to the byte.
+fn blocking_upgrade(addr: SocketAddr) -> Result<std::net::TcpStream> {
+    let mut stream = std::net::TcpStream::connect(addr)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.write_all(wire::upgrade(&addr.to_string()).as_bytes())?;
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.extend_from_slice(&byte);
+    }
+    ensure!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
+    Ok(stream)
+}
+
+fn blocking_frame(stream: &mut std::net::TcpStream) -> Result<Vec<u8>> {
+    let mut input = Vec::new();
+    loop {
+        let mut piece = [0; 4096];
+        let length = stream.read(&mut piece)?;
+        ensure!(length > 0, "the connection ended");
+        input.extend_from_slice(&piece[..length]);
+        if let Some((_, from, to)) = wire::frame(&input)? {
+            return Ok(input[from..to].to_vec());
+        }
+    }
+}

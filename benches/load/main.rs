@@ -1,0 +1,197 @@
+//! The end-to-end load program: starts weir on one core, loads it from another, and measures a floor in the same run.
+//!
+//! `cargo bench --bench load -- --list` names the scenarios; `benches/README.md` says how to read the figures.
+//! It fails when an event, answer or connection was lost, repeated or out of order, and never because of speed.
+
+mod calls;
+mod fan;
+mod floor;
+mod idle;
+mod link;
+mod report;
+mod requests;
+mod scenarios;
+mod stamp;
+mod sys;
+mod wire;
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+/// Loads weir and counts what comes out.
+#[derive(Parser)]
+#[command(name = "load")]
+struct Args {
+    /// Scenarios by name or beginning of a name (`fan`, `idle-ws`), or `all`.
+    scenarios: Vec<String>,
+    /// Names the scenarios.
+    #[arg(long)]
+    list: bool,
+    /// How often each slice is repeated; medians are reported.
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+    /// Seconds of one slice of weir; the floor runs as long, half before and half after.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Bytes of `data`.
+    #[arg(long, default_value_t = 100)]
+    size: usize,
+    /// Multiplies the numbers of readers, connections and channels.
+    #[arg(long, default_value_t = 1.0)]
+    scale: f64,
+    /// Writes the figures as JSON to a file, or to stdout (`-`) instead of the table.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Another weir than the one just built.
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_weir"))]
+    weir: PathBuf,
+    /// An environment variable of weir, `KEY=VALUE`.
+    #[arg(long)]
+    env: Vec<String>,
+    /// The core of weir and of the floors.
+    #[arg(long, default_value_t = 0)]
+    server_core: usize,
+    /// The core of the load.
+    #[arg(long, default_value_t = 1)]
+    load_core: usize,
+    /// Never sleeps between readings: steadier latencies.
+    #[arg(long)]
+    busy_poll: bool,
+    /// Seconds after which a scenario is given up.
+    #[arg(long, default_value_t = 300)]
+    timeout: u64,
+    /// What `cargo bench` adds.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    let result = match args.get(1).map(String::as_str) {
+        Some("--child") => child(&args[2..]).map(|()| true),
+        _ => load(&Args::parse()),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("load: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// This program in another role: `--child ROLE CORE …`.
+fn child(args: &[String]) -> Result<()> {
+    sys::follow_parent();
+    let [role, core, rest @ ..] = args else { bail!("a child needs a role and a core") };
+    if let Ok(core) = core.parse() {
+        sys::pin(core);
+    }
+    match role.as_str() {
+        "exec" => Err(sys::become_program(rest).into()),
+        "crowd" => {
+            sys::raise_descriptors();
+            scenarios::crowd(rest)
+        }
+        role => {
+            sys::raise_descriptors();
+            floor::run(role)
+        }
+    }
+}
+
+/// True if nothing was lost.
+fn load(args: &Args) -> Result<bool> {
+    if args.list || args.scenarios.is_empty() {
+        scenarios::ALL.iter().for_each(|scenario| println!("{:14} {}", scenario.name, scenario.what));
+        return Ok(true);
+    }
+    let chosen: Vec<_> = scenarios::ALL
+        .iter()
+        .filter(|scenario| {
+            args.scenarios.iter().any(|name| {
+                name == "all"
+                    || (scenario.name.starts_with(name.as_str())
+                        && !scenarios::ALL.iter().any(|other| other.name == name))
+                    || scenario.name == name
+            })
+        })
+        .collect();
+    if chosen.is_empty() {
+        bail!("no such scenario; --list names them");
+    }
+    let descriptors = sys::raise_descriptors();
+    if descriptors < 17_000 {
+        eprintln!("load: only {descriptors} descriptors: scenarios with more connections will fail");
+    }
+    sys::pin(args.load_core);
+    let env = args
+        .env
+        .iter()
+        .map(|pair| pair.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned())))
+        .collect::<Option<_>>()
+        .context("--env takes KEY=VALUE")?;
+    let options = scenarios::Options {
+        weir: sys::Weir { program: args.weir.clone(), core: args.server_core, args: Vec::new(), env },
+        floor_core: args.server_core,
+        repeat: args.repeat.max(1),
+        slice: Duration::from_secs_f64(args.seconds.clamp(0.2, 60.0)),
+        size: args.size,
+        busy_poll: args.busy_poll,
+        scale: args.scale,
+    };
+    let to_stdout = args.json.as_ref().is_some_and(|path| path.as_os_str() == "-");
+    let mut all = Vec::new();
+    let mut clean = true;
+    for scenario in chosen {
+        let watchdog = watch(scenario.name, Duration::from_secs(args.timeout));
+        match scenario.run(&options) {
+            Ok(report) => {
+                if !to_stdout {
+                    print!("{}", report.table());
+                }
+                clean &= !report.faults().any();
+                all.push(report.json());
+            }
+            Err(error) => {
+                eprintln!("load: {}: {error:#}", scenario.name);
+                clean = false;
+                all.push(serde_json::json!({"scenario": scenario.name, "error": format!("{error:#}")}));
+            }
+        }
+        drop(watchdog);
+    }
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&serde_json::json!({"machine": machine(), "reports": all}))?;
+        if to_stdout { println!("{text}") } else { std::fs::write(path, text)? }
+    }
+    Ok(clean)
+}
+
+/// Ends the whole run, and with it every child, when the scenario takes too long.
+fn watch(name: &'static str, limit: Duration) -> std::sync::mpsc::Sender<()> {
+    let (tx, rx) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        if rx.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("load: {name} took longer than {limit:?}");
+            std::process::exit(3);
+        }
+    });
+    tx
+}
+
+/// What the figures were taken on.
+fn machine() -> serde_json::Value {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let model = read("/proc/cpuinfo");
+    let model = model.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    serde_json::json!({
+        "cpu": model.trim_start_matches(['\t', ' ', ':']),
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        "load_before": read("/proc/loadavg").trim(),
+    })
+}

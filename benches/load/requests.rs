@@ -1,0 +1,410 @@
+//! Plain HTTP/1.1 on kept-alive connections: durable long-poll, and publishing.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use memchr::memmem;
+use mio::{Events, Interest, Poll, Token, net::TcpStream};
+
+use crate::{
+    fan::ALL,
+    link::{self, HELLO, PUBLISHER, READER},
+    report::Measure,
+    stamp::{Faults, Histogram, Seen, Stamp},
+    sys::{self, Process, Server},
+    wire,
+};
+
+/// A kept-alive connection with one request under way.
+struct Requester {
+    stream: TcpStream,
+    rest: wire::Rest,
+    sent: u64,
+}
+
+impl Requester {
+    fn ask(&mut self, request: &[u8]) -> Result<()> {
+        self.sent = sys::now();
+        // Requests are small and one at a time: they always fit.
+        ensure!(self.stream.write(request)? == request.len(), "no room for a request");
+        Ok(())
+    }
+
+    /// Reads what is there; `got` gets each whole answer: status, body, and all its bytes.
+    fn read(&mut self, scratch: &mut [u8], mut got: impl FnMut(u16, &[u8], &[u8]) -> Result<()>) -> Result<()> {
+        loop {
+            let length = match self.stream.read(scratch) {
+                Ok(0) => bail!("the connection ended"),
+                Ok(length) => length,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            self.rest.with(&scratch[..length], |input| {
+                let mut at = 0;
+                while let Some((status, body, length)) = wire::response(&input[at..])? {
+                    got(status, body, &input[at..at + length])?;
+                    at += length;
+                }
+                Ok(at)
+            })?;
+            if length < scratch.len() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Connections to weir or to a floor, registered in their order.
+fn requesters(addr: SocketAddr, floor: bool, count: usize, poll: &Poll) -> Result<Vec<Requester>> {
+    (0..count)
+        .map(|token| {
+            let mut stream = std::net::TcpStream::connect(addr)?;
+            stream.set_nodelay(true)?;
+            if floor {
+                stream.write_all(&[READER])?;
+                let mut hello = [0];
+                stream.read_exact(&mut hello)?;
+                ensure!(hello == [HELLO], "a floor that does not greet");
+            }
+            stream.set_nonblocking(true)?;
+            let mut stream = TcpStream::from_std(stream);
+            poll.registry().register(&mut stream, Token(token), Interest::READABLE)?;
+            Ok(Requester { stream, rest: wire::Rest::default(), sent: 0 })
+        })
+        .collect()
+}
+
+// === long-poll ===
+
+/// Many consumers of one channel, each polling again as soon as it is answered.
+pub struct Polls {
+    who: &'static str,
+    pid: u32,
+    host: String,
+    poll: Poll,
+    pollers: Vec<(Requester, Seen, String)>,
+    publisher: TcpStream,
+    /// A floor's answer, to be stamped anew.
+    answer: Option<Vec<u8>>,
+    named: bool,
+    size: usize,
+    next: u64,
+}
+
+const POLLED: u32 = 900_000;
+
+impl Polls {
+    /// With `named`, weir keeps the cursors.
+    pub fn weir(server: &Process, consumers: usize, size: usize, named: bool) -> Result<Self> {
+        let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string()).as_bytes())?;
+        Self::new("weir", server, consumers, size, named, publisher, None)
+    }
+
+    pub fn floor(server: &Process, consumers: usize, size: usize, answer: Vec<u8>) -> Result<Self> {
+        let poll = Poll::new()?;
+        let requesters = requesters(server.addr(), true, consumers, &poll)?;
+        let publisher = link::connect(server.addr(), &[PUBLISHER])?;
+        let mut polls = Self::with("floor", server, poll, requesters, size, false, publisher, Some(answer));
+        for at in 0..polls.pollers.len() {
+            polls.ask(at)?;
+        }
+        Ok(polls)
+    }
+
+    fn new(
+        who: &'static str,
+        server: &Process,
+        consumers: usize,
+        size: usize,
+        named: bool,
+        publisher: TcpStream,
+        answer: Option<Vec<u8>>,
+    ) -> Result<Self> {
+        let poll = Poll::new()?;
+        let requesters = requesters(server.addr(), false, consumers, &poll)?;
+        let mut polls = Self::with(who, server, poll, requesters, size, named, publisher, answer);
+        // Where we are; from then on nothing may be missed.
+        for at in 0..polls.pollers.len() {
+            let start = if named { format!("consumer=load-{at}&start=now") } else { "after=now".to_owned() };
+            let request = format!(
+                "GET /v1/events?channel={}&{start} HTTP/1.1\r\nHost: {}\r\n\r\n",
+                link::channel(POLLED),
+                polls.host
+            );
+            polls.pollers[at].0.ask(request.as_bytes())?;
+        }
+        let mut scratch = vec![0; 64 * 1024];
+        let mut events = Events::with_capacity(256);
+        let started = sys::now();
+        while polls.pollers.iter().any(|(.., next)| next.is_empty()) {
+            polls.poll.poll(&mut events, Some(Duration::from_millis(100)))?;
+            for event in events.iter() {
+                let (requester, _, next) = &mut polls.pollers[event.token().0];
+                requester.read(&mut scratch, |status, body, _| {
+                    ensure!(status == 200, "status {status}: {}", String::from_utf8_lossy(body));
+                    *next = position(body)?;
+                    Ok(())
+                })?;
+            }
+            ensure!(sys::now() - started < 10_000_000_000, "consumers were not answered within 10 s");
+        }
+        for at in 0..polls.pollers.len() {
+            polls.ask(at)?;
+        }
+        Ok(polls)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a constructor, called twice")]
+    fn with(
+        who: &'static str,
+        server: &Process,
+        poll: Poll,
+        requesters: Vec<Requester>,
+        size: usize,
+        named: bool,
+        publisher: TcpStream,
+        answer: Option<Vec<u8>>,
+    ) -> Self {
+        let pollers =
+            requesters.into_iter().map(|requester| (requester, Seen::new(POLLED, 1), String::new())).collect();
+        let host = server.addr().to_string();
+        Polls { who, pid: server.pid(), host, poll, pollers, publisher, answer, named, size, next: 0 }
+    }
+
+    fn ask(&mut self, at: usize) -> Result<()> {
+        let (requester, _, next) = &mut self.pollers[at];
+        let consumer = if self.named { format!("&consumer=load-{at}") } else { String::new() };
+        let request = format!(
+            "GET /v1/events?channel={}&after={next}&wait=30s{consumer} HTTP/1.1\r\nHost: {}\r\n\r\n",
+            link::channel(POLLED),
+            self.host
+        );
+        requester.ask(request.as_bytes())
+    }
+
+    fn publish(&mut self) -> Result<()> {
+        let stamp = Stamp { sequence: self.next, sent: sys::now(), channel: POLLED };
+        self.next += 1;
+        let mut out = Vec::new();
+        match &mut self.answer {
+            None => {
+                let mut message = format!(
+                    r#"{{"jsonrpc":"2.0","method":"weir.publish","params":{{"channel":"{}","data":"#,
+                    link::channel(POLLED)
+                )
+                .into_bytes();
+                stamp.put(self.size, &mut message);
+                message.extend_from_slice(b"}}");
+                wire::put_frame(wire::TEXT, &message, &mut out);
+            }
+            Some(answer) => {
+                stamp.patch(answer);
+                out.extend_from_slice(&(answer.len() as u32).to_be_bytes());
+                out.extend_from_slice(&ALL.to_be_bytes());
+                out.extend_from_slice(answer);
+            }
+        }
+        ensure!(self.publisher.write(&out)? == out.len(), "no room to publish");
+        Ok(())
+    }
+
+    /// Publishes `rate` a second for so long; also returns an answer with one event as it came.
+    pub fn run(&mut self, rate: f64, time: Duration) -> Result<(Measure, Option<Vec<u8>>)> {
+        let mut scratch = vec![0; 64 * 1024];
+        let mut events = Events::with_capacity(256);
+        let mut latency = Histogram::default();
+        let mut faults = Faults::default();
+        let mut sample = None;
+        let (mut delivered, mut published) = (0, 0);
+        let consumers = self.pollers.len() as u64;
+        let (cpu, load, begin) = (sys::cpu(self.pid), sys::cpu(std::process::id()), sys::now());
+        let end = begin + time.as_nanos() as u64;
+        let mut last = begin;
+        loop {
+            let now = sys::now();
+            let mut wait = Duration::from_millis(100);
+            if now < end {
+                let due = begin + (published as f64 / rate * 1e9) as u64;
+                if now >= due {
+                    self.publish()?;
+                    published += 1;
+                }
+                let due = begin + (published as f64 / rate * 1e9) as u64;
+                wait = Duration::from_nanos(due.saturating_sub(sys::now()));
+            } else if delivered == published * consumers || now > last.max(end) + 5_000_000_000 {
+                break;
+            }
+            self.poll.poll(&mut events, Some(wait))?;
+            for event in events.iter() {
+                let at = event.token().0;
+                let (requester, seen, next) = &mut self.pollers[at];
+                let mut answered = false;
+                let now = sys::now();
+                requester.read(&mut scratch, |status, body, whole| {
+                    ensure!(status == 200, "status {status}: {}", String::from_utf8_lossy(body));
+                    let before = delivered;
+                    for stamp in Stamp::all(body) {
+                        if seen.enter(stamp, &mut faults) {
+                            delivered += 1;
+                            latency.add(now.saturating_sub(stamp.sent));
+                        }
+                    }
+                    if delivered == before + 1 && sample.is_none() {
+                        sample = Some(whole.to_vec());
+                    }
+                    if memmem::find(body, br#""gaps":[]"#).is_none() {
+                        faults.gaps += 1;
+                    }
+                    *next = position(body)?;
+                    answered = true;
+                    Ok(())
+                })?;
+                if answered {
+                    last = now;
+                    self.ask(at)?;
+                }
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        let cpu = sys::cpu(self.pid) - cpu;
+        let load = sys::cpu(std::process::id()) - load;
+        faults.lost += self.pollers.iter().map(|(_, seen, _)| seen.lost(|_| self.next)).sum::<u64>();
+        // What is lost is reported once.
+        self.pollers.iter_mut().for_each(|(_, seen, _)| seen.skip_to(|_| self.next));
+        let measure = Measure::of(self.who, delivered, last.saturating_sub(begin), cpu, load, &latency, faults);
+        Ok((measure, sample))
+    }
+}
+
+/// `next` of a page.
+fn position(body: &[u8]) -> Result<String> {
+    let garbled = || format!("a page without next: {}", String::from_utf8_lossy(body));
+    let at = memmem::rfind(body, br#""next":""#).with_context(garbled)? + 8;
+    let end = memchr::memchr(b'"', &body[at..]).with_context(garbled)?;
+    Ok(std::str::from_utf8(&body[at..at + end])?.to_owned())
+}
+
+// === publish ===
+
+/// Publishers with one request under way each.
+pub struct Posts {
+    who: &'static str,
+    pid: u32,
+    poll: Poll,
+    posters: Vec<Requester>,
+    request: Vec<u8>,
+    floor: bool,
+    next: u64,
+    /// The last offset that weir gave.
+    top: Option<u64>,
+}
+
+impl Posts {
+    pub fn weir(server: &Process, connections: usize, size: usize) -> Result<Self> {
+        Self::new("weir", server, connections, size, false)
+    }
+
+    pub fn floor(server: &Process, connections: usize, size: usize) -> Result<Self> {
+        Self::new("floor", server, connections, size, true)
+    }
+
+    fn new(who: &'static str, server: &Process, connections: usize, size: usize, floor: bool) -> Result<Self> {
+        let poll = Poll::new()?;
+        let posters = requesters(server.addr(), floor, connections, &poll)?;
+        if floor {
+            drop(link::connect(server.addr(), &[PUBLISHER])?); // all are here
+        }
+        let mut request = format!(
+            "POST /v1/events?channel=bench-posts HTTP/1.1\r\nHost: {}\r\nContent-Length: {size}\r\n\r\n",
+            server.addr()
+        )
+        .into_bytes();
+        Stamp { sequence: 0, sent: 0, channel: 0 }.put(size, &mut request);
+        let pid = server.pid();
+        Ok(Posts { who, pid, poll, posters, request, floor, next: 0, top: None })
+    }
+
+    fn ask(&mut self, at: usize) -> Result<()> {
+        Stamp { sequence: self.next, sent: 0, channel: 0 }.patch(&mut self.request);
+        self.next += 1;
+        self.posters[at].ask(&self.request)
+    }
+
+    /// Publishes for so long; also returns one answer as it came.
+    pub fn run(&mut self, time: Duration) -> Result<(Measure, Option<Vec<u8>>)> {
+        let mut scratch = vec![0; 64 * 1024];
+        let mut events = Events::with_capacity(256);
+        let mut latency = Histogram::default();
+        let mut faults = Faults::default();
+        let mut sample = None;
+        let mut offsets = Vec::new();
+        let mut done = 0;
+        let (cpu, load, begin) = (sys::cpu(self.pid), sys::cpu(std::process::id()), sys::now());
+        let end = begin + time.as_nanos() as u64;
+        let mut last = begin;
+        for at in 0..self.posters.len() {
+            self.ask(at)?;
+        }
+        let mut under_way = self.posters.len();
+        while under_way > 0 {
+            self.poll.poll(&mut events, Some(Duration::from_millis(100)))?;
+            for event in events.iter() {
+                let at = event.token().0;
+                let mut answered = false;
+                let mut offset = None;
+                let requester = &mut self.posters[at];
+                requester.read(&mut scratch, |status, body, whole| {
+                    answered = true;
+                    done += 1;
+                    sample.get_or_insert_with(|| whole.to_vec());
+                    if status == 201 {
+                        offset = offset_of(body);
+                    } else {
+                        faults.failed += 1;
+                    }
+                    Ok(())
+                })?;
+                if !answered {
+                    continue;
+                }
+                last = sys::now();
+                latency.add(last - requester.sent);
+                if !self.floor {
+                    offsets.extend(offset);
+                }
+                if last < end {
+                    self.ask(at)?;
+                } else {
+                    under_way -= 1;
+                }
+            }
+            if sys::now() > last.max(end) + 5_000_000_000 {
+                faults.lost += under_way as u64;
+                break;
+            }
+        }
+        if !self.floor {
+            // Offsets are dense, and nobody else writes to this channel.
+            offsets.sort_unstable();
+            let distinct = offsets.windows(2).filter(|pair| pair[0] != pair[1]).count() + offsets.len().min(1);
+            faults.duplicated += (offsets.len() - distinct) as u64;
+            let first = self.top.map(|top| top + 1).or(offsets.first().copied()).unwrap_or(1);
+            self.top = offsets.last().copied().or(self.top);
+            faults.lost += (self.top.unwrap_or(0) + 1).saturating_sub(first + distinct as u64);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        let cpu = sys::cpu(self.pid) - cpu;
+        let load = sys::cpu(std::process::id()) - load;
+        Ok((Measure::of(self.who, done, last - begin, cpu, load, &latency, faults), sample))
+    }
+}
+
+fn offset_of(body: &[u8]) -> Option<u64> {
+    let at = memmem::find(body, br#""offset":"#)? + 9;
+    let digits = body[at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    std::str::from_utf8(&body[at..at + digits]).ok()?.parse().ok()
+}
