@@ -430,15 +430,16 @@ impl Ring {
         format: &'static Format,
     ) -> Step {
         if position.epoch != self.epoch || position.offset + 1 < self.first {
+            let (at, gap) = self.resolve(channel, Start::After(*position), self.time);
+            if let Some(gap) = gap {
+                *position = at;
+                return Step::Gap(gap);
+            }
             if self.epoch.is_absent() {
                 // The position is kept: it says what this reader has had when a new life begins.
                 return Step::Nothing;
             }
-            let (at, gap) = self.resolve(channel, Start::After(*position), self.time);
             *position = at;
-            if let Some(gap) = gap {
-                return Step::Gap(gap);
-            }
         }
         let from = position.offset + 1;
         if from > self.top() {

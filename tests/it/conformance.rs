@@ -1,0 +1,759 @@
+//! What every backend must do, written once. A backend joins by implementing [`Harness`] and one line at the end.
+
+use std::{
+    collections::BTreeMap,
+    future::{Future, poll_fn},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use proptest::{prelude::*, test_runner::TestRunner};
+use serde_json::{Value, value::RawValue};
+use weir::{
+    backend::memory::Memory,
+    bus::*,
+    error::Code,
+    event::{Channel, Data, Draft, Event, Parts},
+    pattern::Pattern,
+    position::{Epoch, Position, Start},
+};
+
+/// A bus over the backend under test.
+trait Harness: Sync + Send + 'static {
+    fn start(keep: Keep) -> impl Future<Output = Self> + Send;
+    fn bus(&self) -> &Arc<Bus>;
+    /// Lets time go by, and the housekeeping run.
+    fn pass(&self, time: Duration) -> impl Future<Output = ()> + Send;
+}
+
+const KEEP: Keep = Keep { count: 1000, age: Duration::from_secs(3600), bytes: 1 << 20 };
+const WINDOW: Duration = Duration::from_secs(300);
+const ALL: Limit = Limit { events: 1000, bytes: 1 << 20 };
+
+/// Frames that are lines of JSON.
+static LINES: Format = Format {
+    index: 63,
+    open: |_| {},
+    event: |channel, event, out| {
+        event.write_json(channel, out);
+        out.push(b'\n');
+    },
+    close: |_| {},
+};
+
+fn channel(name: &str) -> Channel {
+    Channel::parse(name).unwrap()
+}
+
+fn draft(n: u64) -> Draft {
+    keyed(n, None)
+}
+
+fn keyed(n: u64, key: Option<&str>) -> Draft {
+    let data = RawValue::from_string(n.to_string()).unwrap();
+    let kind = if n.is_multiple_of(3) { "third" } else { "other" };
+    let parts = Parts { kind: Some(kind), data: Data::Json(&data), key, ..Parts::default() };
+    Draft::new(parts, 1_000_000).unwrap()
+}
+
+fn number(event: &Event) -> u64 {
+    event.data_json().unwrap().parse().unwrap()
+}
+
+async fn place(bus: &Bus, name: &str, n: u64) -> Placed {
+    bus.publish_one("", &channel(name), draft(n)).await.unwrap()
+}
+
+async fn fill(bus: &Bus, name: &str, numbers: std::ops::RangeInclusive<u64>) -> Vec<Placed> {
+    let mut placed = Vec::new();
+    for n in numbers {
+        placed.push(place(bus, name, n).await);
+    }
+    placed
+}
+
+async fn read(bus: &Bus, name: &str, start: Start) -> Page {
+    bus.read(&channel(name), start, ALL, None).await.unwrap()
+}
+
+fn numbers(page: &Page) -> Vec<u64> {
+    page.events.iter().map(|event| number(event)).collect()
+}
+
+// === reading and placing ===
+
+async fn offsets_are_dense<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let tasks: Vec<_> = (0..4)
+        .map(|writer| {
+            let bus = h.bus().clone();
+            tokio::spawn(async move {
+                for n in 0..200 {
+                    place(&bus, "a", writer * 1000 + n).await;
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let page = read(h.bus(), "a", Start::Earliest).await;
+    let offsets: Vec<u64> = page.events.iter().map(|event| event.offset).collect();
+    assert_eq!(offsets, (1..=800).collect::<Vec<_>>());
+    assert!(page.events.windows(2).all(|pair| pair[0].time <= pair[1].time && pair[0].epoch == pair[1].epoch));
+    for writer in 0..4 {
+        let mine: Vec<u64> = numbers(&page).into_iter().filter(|n| n / 1000 == writer).collect();
+        assert!(mine.is_sorted(), "the order of one writer is kept");
+    }
+}
+
+async fn pages_follow_each_other<H: Harness>() {
+    let h = H::start(KEEP).await;
+    fill(h.bus(), "a", 1..=25).await;
+    let (mut start, mut seen) = (Start::Earliest, Vec::new());
+    loop {
+        let page = h.bus().read(&channel("a"), start, Limit { events: 10, bytes: 1 << 20 }, None).await.unwrap();
+        assert_eq!(page.gap, None);
+        seen.extend(numbers(&page));
+        start = Start::After(page.next);
+        if !page.more {
+            break;
+        }
+    }
+    assert_eq!(seen, (1..=25).collect::<Vec<_>>());
+    let small = h.bus().read(&channel("a"), Start::Earliest, Limit { events: 10, bytes: 1 }, None).await.unwrap();
+    assert_eq!(numbers(&small), [1], "at least one, whatever its size");
+    assert_eq!(numbers(&read(h.bus(), "a", Start::Last(3)).await), [23, 24, 25]);
+    assert_eq!(numbers(&read(h.bus(), "a", Start::Last(100)).await).len(), 25);
+    assert_eq!(numbers(&read(h.bus(), "a", Start::AfterOffset(24)).await), [25]);
+    assert!(numbers(&read(h.bus(), "a", Start::Now).await).is_empty());
+}
+
+async fn a_filter_moves_the_position<H: Harness>() {
+    let h = H::start(KEEP).await;
+    fill(h.bus(), "a", 1..=20).await;
+    let filter = Filter::new(&["third"]).unwrap().unwrap();
+    let page = h.bus().read(&channel("a"), Start::Earliest, ALL, Some(&filter)).await.unwrap();
+    assert_eq!(numbers(&page), [3, 6, 9, 12, 15, 18]);
+    assert_eq!((page.next.offset, page.more), (20, false));
+    let two = Limit { events: 2, ..ALL };
+    let page = h.bus().read(&channel("a"), Start::Earliest, two, Some(&filter)).await.unwrap();
+    assert_eq!(numbers(&page), [3, 6]);
+    assert!(page.more && page.next.offset < 9);
+}
+
+async fn a_batch_is_one_step_per_channel<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let drafts = (1..=9).map(|n| (channel(if n % 2 == 0 { "even" } else { "odd" }), draft(n))).collect();
+    let placed = h.bus().publish("", drafts).await.unwrap();
+    let offsets: Vec<u64> = placed.iter().map(|placed| placed.position.offset).collect();
+    assert_eq!(offsets, [1, 1, 2, 2, 3, 3, 4, 4, 5]);
+    assert_eq!(numbers(&read(h.bus(), "odd", Start::Earliest).await), [1, 3, 5, 7, 9]);
+}
+
+// === lives of a channel ===
+
+async fn reading_never_writes<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let page = read(h.bus(), "guessed", Start::Earliest).await;
+    assert!(page.events.is_empty() && page.gap.is_none() && page.next.epoch.is_absent());
+    assert_eq!(h.bus().list("", None, 10).await.unwrap(), []);
+    assert!(h.bus().inspect(&channel("guessed")).await.unwrap().epoch.is_absent());
+}
+
+async fn nothing_is_missed_between_absence_and_birth<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let before = read(h.bus(), "a", Start::Now).await.next;
+    fill(h.bus(), "a", 1..=3).await;
+    let page = read(h.bus(), "a", Start::After(before)).await;
+    assert_eq!((numbers(&page), page.gap), (vec![1, 2, 3], None));
+}
+
+async fn a_deleted_log_is_announced<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let placed = fill(h.bus(), "a", 1..=3).await;
+    h.bus().remove(&channel("a"), None).await.unwrap();
+    let page = read(h.bus(), "a", Start::After(placed[0].position)).await;
+    let gap = page.gap.unwrap();
+    assert_eq!((gap.reason, gap.after), (Reason::Deleted, Some(placed[0].position)));
+    assert!(gap.next.epoch.is_absent() && page.events.is_empty());
+    let absent = page.next;
+    let reborn = place(h.bus(), "a", 4).await;
+    assert_eq!(reborn.position.offset, 1);
+    assert_ne!(reborn.position.epoch, placed[0].position.epoch);
+    let page = read(h.bus(), "a", Start::After(placed[1].position)).await;
+    assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![4], Reason::Deleted));
+    for nothing_missed in [placed[2].position, absent] {
+        let page = read(h.bus(), "a", Start::After(nothing_missed)).await;
+        assert_eq!((numbers(&page), page.gap), (vec![4], None));
+    }
+}
+
+async fn an_absent_position_does_not_outlive_a_log<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let before = read(h.bus(), "a", Start::Now).await.next;
+    place(h.bus(), "a", 1).await;
+    h.bus().remove(&channel("a"), None).await.unwrap();
+    for _ in 0..2 {
+        let gap = read(h.bus(), "a", Start::After(before)).await.gap.unwrap();
+        assert_eq!((gap.reason, gap.missed), (Reason::Reset, None));
+        place(h.bus(), "a", 2).await;
+    }
+}
+
+async fn an_idle_channel_is_reclaimed_and_reborn<H: Harness>() {
+    let h = H::start(Keep { age: Duration::from_secs(10), ..KEEP }).await;
+    let before = read(h.bus(), "a", Start::Now).await.next;
+    let placed = fill(h.bus(), "a", 1..=2).await;
+    h.pass(Duration::from_secs(11)).await;
+    assert!(read(h.bus(), "a", Start::Earliest).await.events.is_empty());
+    h.pass(Duration::from_secs(200)).await;
+    assert_eq!(h.bus().list("", None, 10).await.unwrap(), [], "reclaimed");
+    let absent = read(h.bus(), "a", Start::Now).await.next;
+    assert!(absent.epoch.is_absent());
+    let reborn = place(h.bus(), "a", 3).await;
+    assert_eq!(reborn.position.offset, 1);
+    let gap = |page: Page| page.gap.map(|gap| gap.reason);
+    assert_eq!(gap(read(h.bus(), "a", Start::After(before)).await), Some(Reason::Reset));
+    assert_eq!(gap(read(h.bus(), "a", Start::After(placed[0].position)).await), Some(Reason::Reset));
+    assert_eq!(gap(read(h.bus(), "a", Start::After(placed[1].position)).await), None, "it had everything");
+    assert_eq!(gap(read(h.bus(), "a", Start::After(absent)).await), None);
+}
+
+async fn a_reader_keeps_its_channel<H: Harness>() {
+    let h = H::start(Keep { age: Duration::from_secs(10), ..KEEP }).await;
+    place(h.bus(), "a", 1).await;
+    let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
+    h.pass(Duration::from_secs(500)).await;
+    let second = place(h.bus(), "a", 2).await;
+    assert_eq!(second.position.offset, 2, "the same life");
+    reader.until(|log| log.numbers("a") == [2]).await;
+    assert_eq!(reader.log.gaps, []);
+}
+
+// === gaps ===
+
+async fn what_is_trimmed_is_announced<H: Harness>() {
+    let h = H::start(Keep { count: 10, ..KEEP }).await;
+    let placed = fill(h.bus(), "a", 1..=30).await;
+    let page = read(h.bus(), "a", Start::After(placed[4].position)).await;
+    let gap = page.gap.clone().unwrap();
+    assert_eq!(gap.reason, Reason::Trimmed);
+    assert_eq!((gap.next, gap.missed), (placed[20].position, Some(15)));
+    assert_eq!(gap.resume(), placed[19].position);
+    assert_eq!(numbers(&page), (21..=30).collect::<Vec<_>>());
+    assert_eq!(read(h.bus(), "a", Start::After(placed[19].position)).await.gap, None, "exactly at the edge");
+    assert_eq!(read(h.bus(), "a", Start::Earliest).await.gap, None);
+}
+
+async fn retention_by_age_and_bytes<H: Harness>() {
+    let h = H::start(Keep { age: Duration::from_secs(60), bytes: 2000, count: 1000 }).await;
+    fill(h.bus(), "a", 1..=100).await;
+    let info = h.bus().inspect(&channel("a")).await.unwrap();
+    assert!(info.bytes <= 2000 && info.first > 1 && info.top == 100, "{info:?}");
+    h.pass(Duration::from_secs(40)).await;
+    place(h.bus(), "a", 101).await;
+    h.pass(Duration::from_secs(40)).await;
+    assert_eq!(numbers(&read(h.bus(), "a", Start::Earliest).await), [101]);
+}
+
+async fn positions_that_prove_nothing<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let placed = fill(h.bus(), "a", 1..=3).await;
+    let epoch = placed[0].position.epoch;
+    let gap = |page: Page| page.gap.map(|gap| (gap.reason, gap.next.offset));
+    let ahead = Start::After(Position { epoch, offset: 9 });
+    assert_eq!(gap(read(h.bus(), "a", ahead).await), Some((Reason::BadPosition, 4)));
+    assert_eq!(gap(read(h.bus(), "a", Start::AfterOffset(9)).await), Some((Reason::BadPosition, 4)));
+    let unknown = Start::After(Position { epoch: Epoch::random(), offset: 1 });
+    assert_eq!(gap(read(h.bus(), "a", unknown).await), Some((Reason::Reset, 1)));
+    let ancient = Start::After(Position::absent(1_000_000));
+    assert_eq!(gap(read(h.bus(), "a", ancient).await), Some((Reason::Reset, 1)));
+    let page = read(h.bus(), "never", Start::After(Position { epoch, offset: 1 })).await;
+    assert_eq!(page.gap.unwrap().reason, Reason::Reset);
+}
+
+async fn trimming_by_hand<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let placed = fill(h.bus(), "a", 1..=5).await;
+    h.bus().remove(&channel("a"), Some(placed[3].position)).await.unwrap();
+    assert_eq!(numbers(&read(h.bus(), "a", Start::Earliest).await), [4, 5]);
+    let gap = read(h.bus(), "a", Start::After(placed[0].position)).await.gap.unwrap();
+    assert_eq!((gap.reason, gap.missed), (Reason::Deleted, Some(2)));
+    let foreign = Position { epoch: Epoch::random(), offset: 1 };
+    let refused = h.bus().remove(&channel("a"), Some(foreign)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidPosition);
+}
+
+// === keys ===
+
+async fn a_key_places_once<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let publish = |subject: &'static str, n, key| {
+        let bus = h.bus().clone();
+        async move { bus.publish_one(subject, &channel("a"), keyed(n, Some(key))).await }
+    };
+    let first = publish("", 1, "k").await.unwrap();
+    let again = publish("", 1, "k").await.unwrap();
+    assert_eq!((again.position, again.time, again.duplicate), (first.position, first.time, true));
+    assert_eq!(publish("", 2, "k").await.unwrap_err().code(), Code::KeyReused);
+    assert!(!publish("somebody", 1, "k").await.unwrap().duplicate, "the scope is the subject's");
+    let batch = vec![(channel("a"), draft(7)), (channel("a"), keyed(2, Some("k")))];
+    let failed = h.bus().publish("", batch).await.unwrap_err();
+    assert_eq!((failed.error.code(), failed.placed), (Code::KeyReused, vec![None, None]));
+    let twice = vec![(channel("a"), keyed(5, Some("t"))), (channel("a"), keyed(5, Some("t")))];
+    let placed = h.bus().publish("", twice).await.unwrap();
+    assert_eq!((placed[0].position, placed[1].duplicate), (placed[1].position, true));
+    assert_eq!(numbers(&read(h.bus(), "a", Start::Earliest).await), [1, 1, 5]);
+    h.pass(WINDOW + Duration::from_secs(10)).await;
+    assert!(!publish("", 2, "k").await.unwrap().duplicate, "forgotten");
+    h.bus().remove(&channel("a"), None).await.unwrap();
+    assert!(!publish("", 2, "k").await.unwrap().duplicate, "key and event die together");
+}
+
+// === cursors ===
+
+async fn cursors_go_forward<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let (bus, a) = (h.bus(), channel("a"));
+    let absent = read(bus, "a", Start::Now).await.next;
+    assert_eq!(bus.cursor("c", &a).await.unwrap(), None);
+    bus.commit("c", &a, absent).await.unwrap();
+    let placed = fill(bus, "a", 1..=5).await;
+    for (to, there) in [(3, 3), (1, 3), (4, 4)] {
+        bus.commit("c", &a, placed[to].position).await.unwrap();
+        assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[there].position));
+    }
+    bus.commit("c", &a, absent).await.unwrap();
+    assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[4].position));
+    let ahead = Position { offset: 9, ..placed[0].position };
+    assert_eq!(bus.commit("c", &a, ahead).await.unwrap_err().code(), Code::InvalidPosition);
+    bus.seek("c", &a, placed[0].position).await.unwrap();
+    assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[0].position));
+    bus.remove(&a, None).await.unwrap();
+    let reborn = place(bus, "a", 1).await;
+    bus.commit("c", &a, placed[4].position).await.unwrap();
+    bus.commit("c", &a, reborn.position).await.unwrap();
+    bus.commit("c", &a, placed[4].position).await.unwrap();
+    assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(reborn.position), "a new life is later");
+    assert_eq!(bus.consumer("c").await.unwrap().unwrap().cursors, [(a.clone(), reborn.position)]);
+    bus.seek("d", &channel("b"), absent).await.unwrap();
+    let names = |list: Vec<Consumer>| list.into_iter().map(|consumer| consumer.name.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(bus.consumers("", None, 10).await.unwrap()), ["c", "d"]);
+    assert_eq!(names(bus.consumers("", Some("c"), 10).await.unwrap()), ["d"]);
+    assert!(bus.forget("c").await.unwrap() && !bus.forget("c").await.unwrap());
+    h.pass(Duration::from_secs(40 * 24 * 3600)).await;
+    assert!(bus.consumer("d").await.unwrap().is_none(), "nobody used it for long");
+}
+
+async fn channels_are_listed_by_name<H: Harness>() {
+    let h = H::start(KEEP).await;
+    for name in ["b", "a/2", "a/1", "c", "a/3"] {
+        place(h.bus(), name, 1).await;
+    }
+    let names = |list: Vec<Info>| list.into_iter().map(|info| info.channel.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(h.bus().list("a/", None, 2).await.unwrap()), ["a/1", "a/2"]);
+    assert_eq!(names(h.bus().list("a/", Some("a/2"), 2).await.unwrap()), ["a/3"]);
+    assert_eq!(names(h.bus().list("", None, 10).await.unwrap()).len(), 5);
+}
+
+// === live readers ===
+
+/// A live reader and everything it was given.
+struct Reader {
+    subs: Subscriptions,
+    channels: Vec<Channel>,
+    log: History,
+}
+
+#[derive(Debug, Default)]
+struct History {
+    events: BTreeMap<String, Vec<(String, u64, u64)>>,
+    gaps: Vec<Gap>,
+}
+
+impl History {
+    fn numbers(&self, channel: &str) -> Vec<u64> {
+        self.events.get(channel).map_or(Vec::new(), |events| events.iter().map(|(_, _, n)| *n).collect())
+    }
+}
+
+impl Reader {
+    async fn open(bus: &Bus, names: &[&str], start: Start, filter: Option<Filter>) -> Self {
+        let channels: Vec<Channel> = names.iter().map(|name| channel(name)).collect();
+        let filter = filter.map(Arc::new);
+        let mut reader = Reader { subs: Subscriptions::new(&LINES), channels, log: History::default() };
+        for watch in bus.watch(&reader.channels).await.unwrap() {
+            let added = reader.subs.add(watch, start, filter.clone());
+            reader.log.gaps.extend(added.gap);
+        }
+        reader
+    }
+
+    async fn next(&mut self) {
+        let delivery = poll_fn(|cx| self.subs.poll_next(cx)).await;
+        match delivery.item {
+            Item::Gap(gap) => self.log.gaps.push(gap),
+            Item::Events { bytes, count } => {
+                let lines: Vec<&str> = std::str::from_utf8(&bytes).unwrap().lines().collect();
+                assert_eq!(lines.len(), count as usize);
+                for line in lines {
+                    let event: Value = serde_json::from_str(line).unwrap();
+                    let channel = self.subs.channel(delivery.slot).unwrap();
+                    assert_eq!(event["channel"], channel.as_str());
+                    let epoch = event["epoch"].as_str().unwrap().to_owned();
+                    let entry = (epoch, event["offset"].as_u64().unwrap(), event["data"].as_u64().unwrap());
+                    self.log.events.entry(channel.to_string()).or_default().push(entry);
+                }
+            }
+        }
+    }
+
+    async fn until(&mut self, reached: impl Fn(&History) -> bool) {
+        while !reached(&self.log) {
+            let next = tokio::time::timeout(Duration::from_secs(20), self.next()).await;
+            assert!(next.is_ok(), "nothing came; so far: {:?}", self.log);
+        }
+    }
+}
+
+async fn a_live_reader_gets_what_comes<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let mut reader = Reader::open(h.bus(), &["a", "b"], Start::Now, None).await;
+    let mut third = Reader::open(h.bus(), &["a"], Start::Now, Filter::new(&["third"]).unwrap()).await;
+    fill(h.bus(), "a", 1..=300).await;
+    place(h.bus(), "b", 1).await;
+    reader.until(|log| log.numbers("a").len() == 300 && log.numbers("b") == [1]).await;
+    assert_eq!(reader.log.numbers("a"), (1..=300).collect::<Vec<_>>());
+    third.until(|log| log.numbers("a").len() == 100).await;
+    assert!(third.log.numbers("a").iter().all(|n| n % 3 == 0));
+    place(h.bus(), "b", 2).await;
+    reader.until(|log| log.numbers("b") == [1, 2]).await;
+    assert!(reader.log.gaps.is_empty() && third.log.gaps.is_empty());
+}
+
+async fn a_slow_reader_is_told_what_it_missed<H: Harness>() {
+    let h = H::start(Keep { count: 10, ..KEEP }).await;
+    let first = place(h.bus(), "a", 1).await;
+    let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
+    fill(h.bus(), "a", 2..=50).await;
+    reader.until(|log| log.numbers("a").len() == 10).await;
+    assert_eq!(reader.log.numbers("a"), (41..=50).collect::<Vec<_>>());
+    let [gap] = reader.log.gaps.as_slice() else { panic!("{:?}", reader.log.gaps) };
+    assert_eq!((gap.after, gap.missed, gap.next.offset), (Some(first.position), Some(39), 41));
+}
+
+async fn a_reader_outlives_its_log<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let mut reader = Reader::open(h.bus(), &["a"], Start::Earliest, None).await;
+    let mut behind = Reader::open(h.bus(), &["a"], Start::Earliest, None).await;
+    fill(h.bus(), "a", 1..=2).await;
+    reader.until(|log| log.numbers("a") == [1, 2]).await;
+    h.bus().remove(&channel("a"), None).await.unwrap();
+    place(h.bus(), "a", 3).await;
+    reader.until(|log| log.numbers("a") == [1, 2, 3]).await;
+    assert_eq!(reader.log.gaps, [], "it had everything");
+    behind.until(|log| log.numbers("a") == [3]).await;
+    assert_eq!(behind.log.gaps.len(), 1, "it had nothing, and there had been something");
+}
+
+async fn no_event_between_read_and_wait<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let bus = h.bus().clone();
+    let reader = tokio::spawn(async move {
+        let (mut at, mut seen) = (Start::Earliest, Vec::new());
+        while seen.len() < 500 {
+            let mut subs = Subscriptions::new(Format::NONE);
+            let watch = bus.watch(&[channel("a")]).await.unwrap().remove(0);
+            let page = read(&bus, "a", at).await;
+            at = Start::After(page.next);
+            if page.events.is_empty() {
+                subs.add(watch, at, None);
+                let waited = tokio::time::timeout(Duration::from_secs(20), poll_fn(|cx| subs.poll_changed(cx))).await;
+                assert!(waited.is_ok(), "slept through an event after {seen:?}");
+            }
+            seen.extend(numbers(&page));
+        }
+        seen
+    });
+    for n in 1..=500 {
+        place(h.bus(), "a", n).await;
+        if n % 7 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert_eq!(reader.await.unwrap(), (1..=500).collect::<Vec<_>>());
+}
+
+async fn all_is_given_back<H: Harness>() {
+    let h = H::start(KEEP).await;
+    for round in 0..20 {
+        let mut readers = Vec::new();
+        for _ in 0..50 {
+            readers.push(Reader::open(h.bus(), &["a", "b", "c"], Start::Now, None).await);
+        }
+        place(h.bus(), "a", round).await;
+        for reader in readers.iter_mut().step_by(2) {
+            reader.until(|log| log.numbers("a") == [round]).await;
+        }
+        for reader in readers.iter_mut().step_by(3) {
+            reader.subs.remove(1);
+        }
+    }
+    assert_eq!(h.bus().topics().readers(), 0);
+}
+
+/// One run of everything at once: writers, late joiners, slow and filtered readers, trimming and deleting.
+#[derive(Debug, Clone)]
+struct Storm {
+    keep: usize,
+    writers: u64,
+    each: u64,
+    deletes: u64,
+    readers: Vec<(u8, bool)>,
+}
+
+async fn storm<H: Harness>(storm: Storm) {
+    let h = H::start(Keep { count: storm.keep, ..KEEP }).await;
+    let done = Arc::new(AtomicBool::new(false));
+    let mut writers = Vec::new();
+    for writer in 0..storm.writers {
+        let bus = h.bus().clone();
+        writers.push(tokio::spawn(async move {
+            let mut placed = Vec::new();
+            for n in 0..storm.each {
+                let n = writer * 1_000_000 + n;
+                placed.push((n, place(&bus, "a", n).await.position));
+                if fastrand::u8(..) < 40 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            placed
+        }));
+    }
+    let mut readers = Vec::new();
+    for (slowness, filtered) in storm.readers.clone() {
+        let (bus, done) = (h.bus().clone(), done.clone());
+        readers.push(tokio::spawn(async move {
+            for _ in 0..slowness {
+                tokio::task::yield_now().await;
+            }
+            let filter = filtered.then(|| Filter::new(&["third"]).unwrap().unwrap());
+            let mut reader = Reader::open(&bus, &["a"], Start::Earliest, filter).await;
+            loop {
+                for _ in 0..=fastrand::u8(..=slowness) {
+                    tokio::task::yield_now().await;
+                }
+                let over = done.load(Ordering::SeqCst);
+                let head = bus.head(&channel("a")).await.unwrap();
+                // Everything that is ready, then the end if the writers have ended before.
+                let mut drained = false;
+                while !drained {
+                    drained = poll_fn(|cx| match reader.subs.poll_next(cx) {
+                        std::task::Poll::Ready(delivery) => std::task::Poll::Ready(Some(delivery)),
+                        std::task::Poll::Pending => std::task::Poll::Ready(None),
+                    })
+                    .await
+                    .map(|delivery| reader.take(delivery))
+                    .is_none();
+                }
+                if over {
+                    assert!(head.epoch.is_absent() || reader.subs.position(0) == Some(head), "caught up");
+                    return (filtered, reader.log);
+                }
+            }
+        }));
+    }
+    for _ in 0..storm.deletes {
+        for _ in 0..50 {
+            tokio::task::yield_now().await;
+        }
+        h.bus().remove(&channel("a"), None).await.unwrap();
+    }
+    let mut placed: BTreeMap<(String, u64), u64> = BTreeMap::new();
+    for writer in writers {
+        for (n, position) in writer.await.unwrap() {
+            let twice = placed.insert((position.epoch.to_string(), position.offset), n);
+            assert!(twice.is_none(), "two events in one place");
+        }
+    }
+    done.store(true, Ordering::SeqCst);
+    for reader in readers {
+        let (filtered, log) = reader.await.unwrap();
+        check(&placed, filtered, &log);
+    }
+}
+
+/// Every event once, in order, as it was written; and what is missing lies in an announced gap.
+fn check(placed: &BTreeMap<(String, u64), u64>, filtered: bool, log: &History) {
+    let events = log.events.get("a").cloned().unwrap_or_default();
+    let mut epochs = Vec::new();
+    for (epoch, offset, n) in &events {
+        assert_eq!(placed.get(&(epoch.clone(), *offset)), Some(n), "as it was written");
+        assert!(!filtered || n % 3 == 0);
+        if epochs.last() != Some(epoch) {
+            assert!(!epochs.contains(epoch), "an old life came back");
+            epochs.push(epoch.clone());
+        }
+    }
+    for epoch in &epochs {
+        let seen: Vec<u64> = events.iter().filter(|event| event.0 == *epoch).map(|event| event.1).collect();
+        assert!(seen.windows(2).all(|pair| pair[0] < pair[1]), "once and in order");
+        let missing = placed
+            .iter()
+            .filter(|((of, _), n)| of == epoch && (!filtered || *n % 3 == 0))
+            .map(|((_, offset), _)| *offset)
+            .filter(|offset| !seen.contains(offset));
+        for offset in missing {
+            let announced = log.gaps.iter().any(|gap| {
+                let in_reach = gap.next.epoch.to_string() == *epoch && offset < gap.next.offset;
+                // A life that ended before it was read to its end.
+                let ended = gap.after.is_some_and(|after| after.epoch.to_string() == *epoch && offset > after.offset);
+                in_reach || ended
+            });
+            // Began `earliest` in a trimmed log: what lies before was never asked for.
+            let never_asked = log.gaps.is_empty() && seen.first().is_some_and(|first| offset < *first);
+            let before_start = seen.first().is_some_and(|first| offset < *first) && epochs.first() == Some(epoch);
+            assert!(announced || never_asked || before_start, "offset {offset} of {epoch} is missing: {:?}", log.gaps);
+        }
+    }
+}
+
+impl Reader {
+    fn take(&mut self, delivery: Delivery) {
+        match delivery.item {
+            Item::Gap(gap) => self.log.gaps.push(gap),
+            Item::Events { bytes, .. } => {
+                for line in std::str::from_utf8(&bytes).unwrap().lines() {
+                    let event: Value = serde_json::from_str(line).unwrap();
+                    let epoch = event["epoch"].as_str().unwrap().to_owned();
+                    let entry = (epoch, event["offset"].as_u64().unwrap(), event["data"].as_u64().unwrap());
+                    self.log.events.entry("a".into()).or_default().push(entry);
+                }
+            }
+        }
+    }
+}
+
+fn storms<H: Harness>() {
+    let strategy = (2usize..200, 1u64..5, 1u64..300, 0u64..4, prop::collection::vec((0u8..60, any::<bool>()), 1..8))
+        .prop_map(|(keep, writers, each, deletes, readers)| Storm { keep, writers, each, deletes, readers });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+    let config = ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() };
+    TestRunner::new(config)
+        .run(&strategy, |case| {
+            runtime.block_on(async {
+                tokio::spawn(storm::<H>(case)).await.map_err(|e| TestCaseError::fail(e.to_string()))
+            })
+        })
+        .unwrap();
+}
+
+// === the backends ===
+
+struct InMemory {
+    bus: Arc<Bus>,
+    memory: Arc<Memory>,
+    topics: Arc<Topics>,
+    now: Arc<AtomicU64>,
+}
+
+impl InMemory {
+    fn with(keep: Keep, budget: usize) -> Self {
+        let now = Arc::new(AtomicU64::new(1_763_640_000_123));
+        let config = Config {
+            // A rule, so that the matcher has its part in every test.
+            rules: vec![Rule { pattern: Pattern::new("*"), keep }],
+            keep: KEEP,
+            budget,
+            keys: KeyLimits { window: WINDOW, count: 10_000 },
+            consumer_idle: Duration::from_secs(30 * 24 * 3600),
+            max_consumers: 1000,
+        };
+        let topics = Arc::new(Topics::new(config, Clock::Manual(now.clone())));
+        // Past the second in which it began: a position of that second proves nothing.
+        now.fetch_add(2000, Ordering::SeqCst);
+        let memory = Arc::new(Memory::new(topics.clone()));
+        InMemory { bus: Arc::new(Bus::new(memory.clone(), topics.clone())), memory, topics, now }
+    }
+}
+
+impl Harness for InMemory {
+    async fn start(keep: Keep) -> Self {
+        InMemory::with(keep, 64 << 20)
+    }
+
+    fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    async fn pass(&self, time: Duration) {
+        self.now.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
+        for _ in 0..64 {
+            self.memory.sweep();
+        }
+    }
+}
+
+macro_rules! conformance {
+    ($backend:ident: $harness:ty) => {
+        mod $backend {
+            use super::*;
+            conformance!(@ $harness: offsets_are_dense pages_follow_each_other a_filter_moves_the_position
+                a_batch_is_one_step_per_channel reading_never_writes nothing_is_missed_between_absence_and_birth
+                a_deleted_log_is_announced an_absent_position_does_not_outlive_a_log
+                an_idle_channel_is_reclaimed_and_reborn a_reader_keeps_its_channel what_is_trimmed_is_announced
+                retention_by_age_and_bytes positions_that_prove_nothing trimming_by_hand a_key_places_once
+                cursors_go_forward channels_are_listed_by_name a_live_reader_gets_what_comes
+                a_slow_reader_is_told_what_it_missed a_reader_outlives_its_log no_event_between_read_and_wait
+                all_is_given_back);
+
+            #[test]
+            fn everything_at_once() {
+                storms::<$harness>();
+            }
+        }
+    };
+    (@ $harness:ty: $($case:ident)+) => {
+        $(#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+        async fn $case() {
+            super::$case::<$harness>().await;
+        })+
+    };
+}
+
+conformance!(memory: InMemory);
+
+// === what only memory promises ===
+
+#[tokio::test]
+async fn names_that_came_and_went_cost_nothing() {
+    let h = InMemory::with(Keep { age: Duration::from_secs(10), ..KEEP }, 512 << 20);
+    for n in 0..200_000 {
+        place(&h.bus, &format!("name {n}"), n).await;
+    }
+    assert_eq!(h.topics.count(), 200_000);
+    h.pass(Duration::from_secs(100)).await;
+    assert_eq!((h.topics.count(), h.topics.used()), (0, 0));
+    // What is remembered of them is bounded, and the bound is announced.
+    let old = read(&h.bus, "name 0", Start::After(Position::absent(1_763_640_002))).await;
+    assert_eq!(old.gap.unwrap().reason, Reason::Reset);
+}
+
+#[tokio::test]
+async fn the_budget_is_kept_and_announced() {
+    let h = InMemory::with(Keep { count: 100_000, bytes: 64 << 20, ..KEEP }, 1 << 20);
+    place(&h.bus, "old", 1).await;
+    for n in 0..20_000u64 {
+        h.now.fetch_add(1, Ordering::SeqCst);
+        place(&h.bus, &format!("c{}", n % 20), n).await;
+        assert!(h.topics.used() <= (1 << 20) + 1000);
+    }
+    for name in ["old", "c7"] {
+        let page = read(&h.bus, name, Start::AfterOffset(0)).await;
+        assert_eq!(page.gap.unwrap().reason, Reason::Budget, "{name}");
+    }
+}
