@@ -10,6 +10,7 @@ mod output;
 mod provide;
 mod publish;
 mod sse;
+mod welcome;
 
 use std::{fmt, process::ExitCode, time::Duration};
 
@@ -17,6 +18,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 pub use args::{Cli, ClientCommand, Command, ConfigCommand, Serve};
+pub use welcome::welcome;
 
 /// How a command ends if not well: the exit code, and what is said on standard error.
 #[derive(Debug, PartialEq, Eq)]

@@ -193,6 +193,10 @@ part! {
         batch: usize as Count = 100,
         /// Calls in flight of one connection.
         calls: usize as Count = 1_000,
+        /// Calls that wait for a provider, of all connections.
+        waiting: usize as Count = 10_000,
+        /// Bytes of the calls that wait for a provider.
+        waiting_bytes: usize as Size = 64 * MIB,
         /// Replies awaited past their deadline, of all connections.
         late: usize as Count = 10_000,
         /// Services that have a provider, of all connections.
@@ -217,6 +221,10 @@ part! {
         header_time: Duration as Time = seconds(10),
         /// How long the body of an HTTP request may take to arrive.
         body_time: Duration as Time = seconds(30),
+        /// How long an HTTP connection is kept open between two requests.
+        idle: Duration as Time = seconds(75),
+        /// Requests at a time on one HTTP/2 connection.
+        h2_streams: usize as Count = 200,
     }
 }
 
