@@ -3,7 +3,7 @@
 //! An `EventSource` gives up for good at any status but 200. So what is wrong for ever (a parameter, a permission) is
 //! a status, and what will pass (a drain, an overload) is a stream that says `weir.retry` and ends.
 
-mod frame;
+pub mod frame;
 mod session;
 mod stream;
 

@@ -1,0 +1,179 @@
+//! Micro-benchmarks of what happens to every event and every call: `cargo bench --bench micro`.
+//!
+//! For comparing two builds on one machine. What a delivery costs in all is a matter of system calls: see `load`.
+
+use std::{
+    hint::black_box,
+    sync::{Arc, Mutex},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use divan::{Bencher, counter::ItemsCount};
+use futures_util::FutureExt;
+use serde_json::value::RawValue;
+use weir::{
+    backend::memory::Memory,
+    bus::{Bus, Clock, Config, Item, Keep, KeyLimits, Subscriptions, Topics},
+    event::{Channel, Data, Draft, Event, Parts},
+    position::{After, Epoch, Position, Start, Token},
+    rpc::{Answer, Call, CallId, Connection, Forward, Hub, Peer, Provide, Tag, Written},
+    transport::sse::frame,
+};
+
+fn main() {
+    divan::main();
+}
+
+/// 100 bytes, as in `load`.
+fn data() -> Box<RawValue> {
+    RawValue::from_string(format!("{{\"text\":\"{}\"}}", "x".repeat(89))).unwrap()
+}
+
+fn draft(data: &RawValue) -> Draft {
+    Draft::new(Parts { kind: Some("created"), data: Data::Json(data), ..Parts::default() }, 1_000_000).unwrap()
+}
+
+fn event() -> Event {
+    draft(&data()).place(Position { epoch: Epoch::random(), offset: 1_234_567 }, 1_763_640_000_123)
+}
+
+fn channel() -> Channel {
+    Channel::parse("orders").unwrap()
+}
+
+fn bus() -> Bus {
+    let config = Config {
+        rules: Vec::new(),
+        keep: Keep { count: 1_000, age: Duration::from_secs(3600), bytes: 64 << 20 },
+        budget: 1 << 30,
+        keys: KeyLimits { window: Duration::from_secs(300), count: 10_000 },
+        consumer_idle: Duration::from_secs(3600),
+        max_consumers: 1_000,
+    };
+    let topics = Arc::new(Topics::new(config, Clock::System));
+    Bus::new(Arc::new(Memory::new(topics.clone())), topics)
+}
+
+// === encode ===
+
+#[divan::bench]
+fn encode_draft(bencher: Bencher) {
+    let data = data();
+    bencher.bench(|| draft(black_box(&data)));
+}
+
+#[divan::bench]
+fn encode_sse_frame(bencher: Bencher) {
+    let (channel, event) = (channel(), Arc::new(event()));
+    bencher.bench(|| frame::EVENT.encode(black_box(&channel), [black_box(&event)]));
+}
+
+#[divan::bench]
+fn encode_sse_batch_of_64(bencher: Bencher) {
+    let (channel, events) = (channel(), std::array::from_fn::<_, 64, _>(|_| Arc::new(event())));
+    bencher.counter(ItemsCount::new(64_u32)).bench(|| frame::EVENT.encode(black_box(&channel), &events));
+}
+
+// === append ===
+
+#[divan::bench]
+fn append(bencher: Bencher) {
+    let (bus, channel, data) = (bus(), channel(), data());
+    bencher
+        .with_inputs(|| draft(&data))
+        .bench_local_values(|draft| bus.publish_one("", &channel, draft).now_or_never().unwrap().unwrap());
+}
+
+// === tokens ===
+
+fn positions(channels: usize) -> (Vec<Channel>, Vec<Position>) {
+    let name = |at| Channel::parse(&format!("orders/{at}")).unwrap();
+    let position = |at| Position { epoch: Epoch::random(), offset: 1_000_000 + at as u64 };
+    ((0..channels).map(name).collect(), (0..channels).map(position).collect())
+}
+
+#[divan::bench(args = [1, 10, 100])]
+fn token_write(bencher: Bencher, channels: usize) {
+    let (channels, positions) = positions(channels);
+    bencher.bench(|| Token::encode(black_box(&channels), black_box(&positions)));
+}
+
+#[divan::bench(args = [1, 10, 100])]
+fn token_read(bencher: Bencher, channels: usize) {
+    let (channels, positions) = positions(channels);
+    let text = Token::encode(&channels, &positions);
+    bencher.bench(|| black_box(&text).parse::<After>().unwrap().starts(black_box(&channels)).unwrap());
+}
+
+// === a step of a subscription ===
+
+/// What the bus does for one delivery: an event is appended, and each of so many readers wakes, gets the shared frame
+/// and is parked again.
+#[divan::bench(args = [1, 100, 10_000])]
+fn subscription_step(bencher: Bencher, readers: usize) {
+    let (bus, channel, data) = (bus(), channel(), data());
+    let mut context = Context::from_waker(Waker::noop());
+    let mut subscriptions: Vec<Subscriptions> = (0..readers)
+        .map(|_| {
+            let mut subscriptions = Subscriptions::new(&frame::EVENT);
+            let watch = bus.watch(std::slice::from_ref(&channel)).now_or_never().unwrap().unwrap().pop().unwrap();
+            subscriptions.add(watch, Start::Now, None);
+            assert!(subscriptions.poll_next(&mut context).is_pending());
+            subscriptions
+        })
+        .collect();
+    bencher.counter(ItemsCount::new(readers)).with_inputs(|| draft(&data)).bench_local_values(|draft| {
+        let _ = bus.publish_one("", &channel, draft).now_or_never().unwrap().unwrap();
+        for reader in &mut subscriptions {
+            let Poll::Ready(delivery) = reader.poll_next(&mut context) else { panic!("nothing to read") };
+            assert!(matches!(black_box(delivery.item), Item::Events { count: 1, .. }));
+            assert!(reader.poll_next(&mut context).is_pending());
+        }
+    });
+}
+
+// === calls ===
+
+/// Remembers the last call written to it.
+#[derive(Default)]
+struct Quiet(Mutex<Option<CallId>>);
+
+impl Peer for Quiet {
+    fn call(&self, call: &Forward<'_>) -> Written {
+        *self.0.lock().unwrap() = call.id;
+        Written::Yes
+    }
+
+    fn cancel(&self, _: CallId) {}
+
+    fn answer(&self, _: &Tag, answer: Answer<'_>) {
+        assert!(matches!(answer, Answer::Result(_)));
+    }
+
+    fn late(&self, _: &Tag, _: Answer<'_>) {}
+
+    fn withdrawn(&self, _: &str, _: &str) {}
+}
+
+/// A call routed to its provider, and its reply to the caller; among so many providers.
+#[divan::bench(args = [1, 8])]
+fn call_routing(bencher: Bencher, providers: usize) {
+    let hub = Hub::new(weir::rpc::Config::default(), weir::rpc::Clock::real());
+    let peers: Vec<(Arc<Quiet>, Connection)> = (0..providers)
+        .map(|_| {
+            let peer = Arc::new(Quiet::default());
+            let connection = hub.connect(peer.clone());
+            drop(connection.provide(&Provide::new("jwt-service")).unwrap());
+            (peer, connection)
+        })
+        .collect();
+    let caller = hub.connect(Arc::new(Quiet::default()));
+    let params = data();
+    bencher.bench_local(|| {
+        caller.call(Tag::new(b"17"), &Call::new("jwt-service", "generate", Some(&params)));
+        let written = peers.iter().find_map(|(peer, connection)| Some((peer.0.lock().unwrap().take()?, connection)));
+        let (id, connection) = written.unwrap();
+        connection.reply(id, Answer::Result(&params))
+    });
+}
