@@ -172,6 +172,11 @@ impl Ring {
         self.readers
     }
 
+    #[cfg(test)]
+    pub(super) fn parked(&self) -> usize {
+        self.parked.len()
+    }
+
     pub(super) fn past(&self) -> Option<Past> {
         match self.epoch.is_absent() {
             true => self.past,

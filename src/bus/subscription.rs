@@ -308,3 +308,64 @@ impl Ticket {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, task::Waker, time::Duration};
+
+    use super::*;
+    use crate::{
+        backend::memory::Memory,
+        bus::{Bus, Clock, Config, Keep, KeyLimits, Topics},
+        event::{Draft, Parts},
+    };
+
+    fn bus() -> Bus {
+        let config = Config {
+            rules: Vec::new(),
+            keep: Keep { count: 20, age: Duration::from_secs(60), bytes: 1 << 20 },
+            budget: 1 << 24,
+            keys: KeyLimits { window: Duration::from_secs(60), count: 10 },
+            consumer_idle: Duration::from_secs(60),
+            max_consumers: 1,
+            max_cursors: 1,
+        };
+        let topics = Arc::new(Topics::new(config, Clock::System));
+        Bus::new(Arc::new(Memory::new(topics.clone())), topics)
+    }
+
+    /// A reader that is polled two or three times per wake, as hyper polls a body, does not park twice.
+    #[tokio::test]
+    async fn every_subscription_is_in_one_place() {
+        let bus = bus();
+        let names: Vec<Channel> = (0..7).map(|n| Channel::parse(&n.to_string()).unwrap()).collect();
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut subs = Subscriptions::new(Format::NONE);
+        let mut slots = Vec::new();
+        for _ in 0..5000 {
+            match fastrand::u8(..100) {
+                0..30 => {
+                    for watch in bus.watch(&names[..fastrand::usize(1..4)]).await.unwrap() {
+                        slots.push(subs.add(watch, Start::Earliest, None).slot);
+                    }
+                }
+                30..50 if !slots.is_empty() => subs.remove(slots.swap_remove(fastrand::usize(..slots.len()))),
+                50..60 if !slots.is_empty() => {
+                    subs.seek(slots[fastrand::usize(..slots.len())], Start::Last(3));
+                }
+                60..65 => bus.remove(&names[fastrand::usize(..names.len())], None).await.unwrap(),
+                65..85 => {
+                    let draft = Draft::new(Parts::default(), 1000).unwrap();
+                    bus.publish_one("", &names[fastrand::usize(..names.len())], draft).await.unwrap();
+                }
+                _ => while fastrand::u8(..4) > 0 && subs.poll_next(&mut cx).is_ready() {},
+            }
+            let (parked, ready, running) = subs.whereabouts();
+            assert_eq!(parked + ready + running, subs.len());
+            assert_eq!(bus.topics().readers(), subs.len());
+        }
+        drop(subs);
+        assert_eq!(bus.topics().readers(), 0);
+        bus.topics().each(|topic| assert_eq!(topic.lock().parked(), 0, "a ticket was left behind"));
+    }
+}
