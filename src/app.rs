@@ -193,9 +193,10 @@ fn hub_config(config: &Config) -> rpc::Config {
         late_window: config.rpc.late_window,
         late: config.limits.late,
         calls: config.limits.calls,
+        waiting: config.limits.waiting,
+        waiting_bytes: config.limits.waiting_bytes,
         services: config.limits.services,
         provides: config.limits.provides,
-        ..rpc::Config::default()
     }
 }
 
@@ -203,8 +204,9 @@ fn connection_limits(config: &Config) -> connection::Limits {
     connection::Limits {
         connections: config.limits.connections,
         header_timeout: config.limits.header_time,
+        idle_timeout: config.limits.idle,
         stall_timeout: config.limits.stalled,
         header_bytes: config.limits.header,
-        ..connection::Limits::default()
+        h2_streams: u32::try_from(config.limits.h2_streams).unwrap_or(u32::MAX),
     }
 }

@@ -78,7 +78,7 @@ fn stop() -> anyhow::Result<impl Future<Output = ()>> {
     };
     Ok(async move {
         let signal = next().await;
-        tracing::info!(signal, "leaving; once more to leave at once");
+        tracing::info!(signal, "leaving; a second signal ends it at once");
         tokio::spawn(async move {
             next().await;
             std::process::exit(130);
