@@ -19,7 +19,7 @@ use super::{
     Watch,
     format::{Filter, Format},
     log::Gap,
-    ring::{Parking, Step},
+    ring::{Parking, Step, TURN_EVENTS},
 };
 use crate::{
     event::Channel,
@@ -37,6 +37,8 @@ pub struct Subscriptions {
     run: VecDeque<u32>,
     format: &'static Format,
     lives: u32,
+    /// Events of one delivery, at most.
+    turn: u32,
 }
 
 /// Where rings leave word that a subscription has something to read. One per connection.
@@ -96,7 +98,13 @@ impl Subscriptions {
     /// A reader of nothing yet, that wants its events in `format`.
     pub fn new(format: &'static Format) -> Self {
         let inbox = Arc::new(Inbox { waker: AtomicWaker::new(), ready: Mutex::new(Vec::new()) });
-        Subscriptions { inbox, subs: Slab::new(), run: VecDeque::new(), format, lives: 0 }
+        Subscriptions { inbox, subs: Slab::new(), run: VecDeque::new(), format, lives: 0, turn: TURN_EVENTS as u32 }
+    }
+
+    /// One event at a time, for a reader that says after each where it is.
+    pub fn one_by_one(mut self) -> Self {
+        self.turn = 1;
+        self
     }
 
     /// Begins to read a channel. What it is at is known at once; what follows comes from
@@ -193,7 +201,7 @@ impl Subscriptions {
     fn look(&mut self, slot: u32) -> Option<Item> {
         let Sub { watch, position, filter, life, parking } = self.subs.get_mut(slot as usize)?;
         let mut ring = watch.lock();
-        let step = ring.step(watch.channel(), position, filter.as_deref(), self.format);
+        let step = ring.step(watch.channel(), position, filter.as_deref(), self.format, self.turn as usize);
         // Parked in the same breath as it reaches the head: one lock a delivery, not two.
         if !matches!(step, Step::Scanned) && !ring.is_behind(*position) {
             *parking = Some(ring.park(&self.inbox, slot, *life));
