@@ -90,6 +90,11 @@ impl App {
         &self.connections
     }
 
+    /// What keeps the time of connections: for tests that end them.
+    pub fn wheel(&self) -> &Arc<Wheel> {
+        &self.wheel
+    }
+
     /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
     /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {

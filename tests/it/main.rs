@@ -2,4 +2,7 @@
 
 mod arrows;
 mod conformance;
+mod connection;
 mod sse;
+mod start;
+mod wire;
