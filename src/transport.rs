@@ -6,3 +6,4 @@ pub mod query;
 pub mod sse;
 pub mod takeover;
 pub mod wheel;
+pub mod ws;

@@ -170,6 +170,11 @@ impl Connection {
         self.conn.live.lock().len()
     }
 
+    /// Whether it waits for no answer and nobody waits for one of it, or may begin to.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight() == 0 && self.conn.provides.lock().is_empty()
+    }
+
     /// See [`Hub::services`].
     pub fn services(&self, prefix: &str, limit: usize) -> Vec<ServiceInfo> {
         self.hub.services(prefix, limit)

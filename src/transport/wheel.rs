@@ -111,6 +111,14 @@ impl Wheel {
         self.drain.load(Relaxed) != 0
     }
 
+    /// Since when it drains, as of now; zero if it does not.
+    pub fn draining_for(&self) -> Duration {
+        match self.drain.load(Relaxed) {
+            0 => Duration::ZERO,
+            since => Self::span(since, self.now()),
+        }
+    }
+
     /// Live timers.
     pub fn len(&self) -> usize {
         self.seats.load(Relaxed)

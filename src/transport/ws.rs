@@ -1,0 +1,203 @@
+//! WebSocket: JSON-RPC 2.0 in both directions over one socket, `GET /v1/ws`; and over one request, `POST /v1/rpc`.
+//!
+//! The handshake is an ordinary response of the router with status 101 that takes the connection over. From there on
+//! a [`Socket`](connection::Socket) is all there is: one task, no buffer of its own while it is idle.
+
+mod connection;
+mod dispatch;
+mod frame;
+mod jsonrpc;
+mod outbox;
+mod params;
+mod reader;
+
+use std::{future::poll_fn, sync::Arc, task::Poll};
+
+use axum::{body::Body, response::Response};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    connection::Socket,
+    dispatch::Session,
+    outbox::{Outbox, Taken},
+    params::Wanted,
+};
+use crate::{
+    auth::Identity,
+    bus::{Bus, Filter, Watch},
+    config::Config,
+    error::{Code, Error, Result},
+    metrics::Metrics,
+    position::Start,
+    rpc::Hub,
+    transport::{query::Query, takeover::Takeover, wheel::Wheel},
+};
+
+/// Subprotocols that mean what is spoken here anyway. A browser that offers some and gets none gives up.
+const PROTOCOLS: [&str; 4] = ["weir.v1", "weir.jsonrpc", "jsonrpc", "jsonrpc2.0"];
+
+/// What all sockets of an App share.
+pub struct Ws {
+    pub bus: Arc<Bus>,
+    pub hub: Arc<Hub>,
+    pub wheel: Arc<Wheel>,
+    pub metrics: Arc<Metrics>,
+    pub config: Arc<Config>,
+    /// Cancelled when this node begins to leave: reads that wait are answered.
+    pub draining: CancellationToken,
+}
+
+/// What the client's handshake says.
+struct Handshake {
+    accept: String,
+    protocol: Option<&'static str>,
+}
+
+impl Ws {
+    /// Answers `GET /v1/ws`. `admitted` is who asks, or why they may not.
+    ///
+    /// # Errors
+    /// `upgrade_required`, `invalid_request`, `invalid_params`, `draining`, or what `admitted` holds. A browser learns
+    /// nothing of a failed handshake: to one that is not admitted it is completed, and the socket closed with the code.
+    pub async fn upgrade(self: &Arc<Self>, head: &Parts, admitted: Result<Identity>) -> Result<Response> {
+        let handshake = Handshake::read(head)?;
+        let identity = match admitted {
+            Ok(identity) => identity,
+            Err(error) if error.code().close().is_some() && head.headers.contains_key(header::ORIGIN) => {
+                let (ws, code) = (self.clone(), error.code());
+                return Ok(handshake.response(Takeover::new(move |taken| {
+                    let outbox = Arc::new(Outbox::framed(0));
+                    let session = Session::new(ws.clone(), Identity::anonymous(), outbox.clone(), false);
+                    let mut socket = Socket::new(ws, session, outbox, taken);
+                    socket.close(code);
+                    tokio::spawn(socket);
+                })));
+            }
+            Err(error) => return Err(error),
+        };
+        if self.wheel.is_draining() {
+            return Err(Error::new(Code::Draining, "this node is leaving"));
+        }
+        let begun = self.begin(&identity, head).await?;
+        let ws = self.clone();
+        Ok(handshake.response(Takeover::new(move |taken| {
+            let outbox = Arc::new(Outbox::framed(ws.config.limits.queued));
+            let mut session = Session::new(ws.clone(), identity, outbox.clone(), false);
+            if !begun.is_empty() {
+                session.read_at_once(begun);
+            }
+            tokio::spawn(Socket::new(ws, session, outbox, taken));
+        })))
+    }
+
+    /// What the URL subscribes to. The positions are taken here: what is published while the handshake is on its way is
+    /// not missed.
+    async fn begin(&self, identity: &Identity, head: &Parts) -> Result<Vec<(Wanted, Watch)>> {
+        let mut query = Query::parse(head.uri.query())?;
+        let channels = query.channels(self.config.limits.stream_channels, "limits.stream_channels")?;
+        let begin = query.begin(None)?;
+        let kinds = query.types()?;
+        query.finish()?;
+        let starts = begin.starts(&channels, Start::Now)?;
+        for channel in &channels {
+            let _ = identity.may_subscribe(channel)?;
+        }
+        let watches = self.bus.watch(&channels).await?;
+        let mut begun = Vec::with_capacity(channels.len());
+        for ((channel, start), watch) in channels.into_iter().zip(starts).zip(watches) {
+            let start = match start {
+                Start::Now => Start::After(watch.resolve(start).0),
+                start => start,
+            };
+            begun.push((Wanted { channel, start: Some(start), filter: Filter::new(&kinds)? }, watch));
+        }
+        Ok(begun)
+    }
+
+    /// Answers `POST /v1/rpc`: one message or batch. `None` if nothing in it asks for an answer.
+    ///
+    /// Dropping the future cancels what it began.
+    ///
+    /// # Errors
+    /// `too_large` if the answers together are.
+    pub async fn post(self: &Arc<Self>, identity: Identity, body: &[u8]) -> Result<Option<Vec<u8>>> {
+        let outbox = Arc::new(Outbox::bare(self.config.limits.queued));
+        let mut session = Session::new(self.clone(), identity, outbox.clone(), true);
+        let awaited = session.receive(std::str::from_utf8(body)) > 0;
+        let mut answer = Vec::new();
+        poll_fn(|cx| {
+            session.poll(cx);
+            match outbox.poll_take(cx, &mut answer) {
+                Poll::Ready(Taken::Frames) => Poll::Ready(Ok(true)),
+                Poll::Ready(Taken::Close(_)) => {
+                    let error = Error::new(Code::TooLarge, "the answers are larger than limits.queued allows");
+                    Poll::Ready(Err(error.with("limit", "limits.queued")))
+                }
+                Poll::Pending if !awaited && session.is_idle() => Poll::Ready(Ok(false)),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+        .map(|answered| answered.then_some(answer))
+    }
+}
+
+impl Handshake {
+    fn read(head: &Parts) -> Result<Self> {
+        let headers = &head.headers;
+        let upgrade = head.method == Method::GET
+            && head.version == Version::HTTP_11
+            && has_token(headers, header::UPGRADE, "websocket")
+            && has_token(headers, header::CONNECTION, "upgrade");
+        if !upgrade {
+            return Err(Error::new(
+                Code::UpgradeRequired,
+                "this path is a WebSocket: ask with Upgrade: websocket over HTTP/1.1; POST /v1/rpc takes one request",
+            ));
+        }
+        if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
+            return Err(Error::new(Code::UpgradeRequired, "the version of WebSocket spoken here is 13"));
+        }
+        let Some(key) = headers.get(header::SEC_WEBSOCKET_KEY) else {
+            return Err(Error::new(Code::InvalidRequest, "Sec-WebSocket-Key is missing"));
+        };
+        let mut offered = tokens(headers, header::SEC_WEBSOCKET_PROTOCOL).peekable();
+        let any = offered.peek().is_some();
+        let protocol = offered.find_map(|offer| PROTOCOLS.into_iter().find(|known| *known == offer));
+        if any && protocol.is_none() {
+            return Err(Error::new(
+                Code::InvalidRequest,
+                format!("none of the subprotocols is known here: offer one of {}, or none", PROTOCOLS.join(", ")),
+            ));
+        }
+        Ok(Handshake { accept: derive_accept_key(key.as_bytes()), protocol })
+    }
+
+    fn response(self, takeover: Takeover) -> Response {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = response.headers_mut();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        if let Ok(accept) = HeaderValue::try_from(self.accept) {
+            headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+        }
+        if let Some(protocol) = self.protocol {
+            headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+        }
+        response.extensions_mut().insert(takeover);
+        response
+    }
+}
+
+/// The comma-separated parts of a header, wherever its lines end.
+fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
+}
+
+fn has_token(headers: &HeaderMap, name: header::HeaderName, wanted: &str) -> bool {
+    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
+}

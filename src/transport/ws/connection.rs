@@ -1,0 +1,567 @@
+//! [`Socket`]: one WebSocket, one task, one hand-written future.
+//!
+//! A turn reads once, into a buffer that all sockets of a worker share, does what was read, and writes once: whatever
+//! the outbox holds and then events, at most [`TURN`] bytes of them. A socket that is blocked asks for nothing, so that
+//! nothing wakes it in vain, but it is read on: who waits for its replies must not wait for its reading.
+
+use std::{
+    cell::Cell,
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    Ws,
+    dispatch::Session,
+    frame::{self, Broken, Decoder, Incoming},
+    jsonrpc,
+    outbox::{self, Outbox, Taken},
+    reader::Shown,
+};
+use crate::{
+    error::Code,
+    metrics::{Connected, Transport},
+    transport::{
+        takeover::{self, Io, Seat},
+        wheel::{Due, TICK, Timer, Wheel},
+    },
+};
+
+/// Bytes read at once. Messages are parsed where they lie.
+const SCRATCH: usize = 64 * 1024;
+/// Bytes of events gathered for one write.
+const TURN: usize = 64 * 1024;
+/// Turns before other connections have theirs.
+const TURNS: usize = 2;
+/// Pieces that one `writev` takes.
+const SLICES: usize = 32;
+/// How long a peer may take to answer our close.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+thread_local! {
+    /// Taken for the time of one read: a panic costs the buffer, not the worker.
+    static BUFFER: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+/// One open WebSocket.
+pub struct Socket {
+    io: Io,
+    decoder: Decoder,
+    out: Out,
+    outbox: Arc<Outbox>,
+    /// Gone as soon as the connection is to end: its calls, services and subscriptions with it.
+    session: Option<Session>,
+    ws: Arc<Ws>,
+    timer: Timer,
+    /// The tick at which the next ping is due.
+    ping: u32,
+    /// The tick since which the peer took nothing. 0: it takes.
+    blocked: u32,
+    /// The tick at which a leave or farewell is over. 0: neither.
+    until: u32,
+    /// Something came since the last ping.
+    heard: bool,
+    phase: Phase,
+    /// Read behind the request.
+    early: Bytes,
+    delivered: Delivered,
+    connected: Connected,
+    _seat: Seat,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// The node drains: what is in flight may finish.
+    Leaving,
+    /// Our close is on its way; the peer's is awaited.
+    Closing,
+    /// Both have said it.
+    Closed,
+}
+
+/// What was written, until it is added to the metrics.
+#[derive(Default)]
+struct Delivered {
+    events: u64,
+    bytes: u64,
+}
+
+/// The connection is over; the reason has been noted.
+struct Over;
+
+// === impl Socket ===
+
+impl Socket {
+    pub fn new(ws: Arc<Ws>, session: Session, outbox: Arc<Outbox>, taken: takeover::Taken) -> Self {
+        let now = ws.wheel.now();
+        let interval = jitter(ws.config.ws.ping);
+        Socket {
+            io: taken.io,
+            decoder: Decoder::new(ws.config.limits.frame),
+            out: Out::default(),
+            outbox,
+            session: Some(session),
+            timer: ws.wheel.timer(interval),
+            ping: after(now, interval),
+            blocked: 0,
+            until: 0,
+            heard: true,
+            phase: Phase::Open,
+            early: taken.early,
+            delivered: Delivered::default(),
+            connected: ws.metrics.connected(Transport::Ws),
+            ws,
+            _seat: taken.seat,
+        }
+    }
+
+    /// Ends the connection from our side: `code` and its name are the last frame.
+    pub fn close(&mut self, code: Code) {
+        let mut frame = Vec::new();
+        // Every code that gets here can end a connection.
+        frame::close(&mut frame, code.close().unwrap_or(1011), code.as_str());
+        let patience = if code == Code::Slow {
+            // It may yet read: what it is behind with is dropped, so that the reason can reach it.
+            self.out.drop_unbegun();
+            self.outbox.close();
+            self.ws.config.limits.stalled
+        } else {
+            FAREWELL
+        };
+        self.connected.because(code);
+        self.finish(&frame, Phase::Closing, patience);
+    }
+
+    /// Has `frame` written last.
+    fn finish(&mut self, frame: &[u8], phase: Phase, patience: Duration) {
+        let mut last = Vec::new();
+        self.outbox.drain(&mut last);
+        last.extend_from_slice(frame);
+        self.out.last = last;
+        self.outbox.close();
+        self.session = None;
+        self.phase = phase;
+        self.until = after(self.ws.wheel.now(), patience);
+        self.timer.at_most(patience);
+    }
+
+    fn is_open(&self) -> bool {
+        matches!(self.phase, Phase::Open | Phase::Leaving)
+    }
+
+    // --- time ---
+
+    fn poll_time(&mut self, cx: &mut Context<'_>) -> Result<(), Over> {
+        while let Poll::Ready(due) = self.timer.poll(cx) {
+            match due {
+                Due::Leave => self.leave(),
+                Due::Time => self.tick()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self) -> Result<(), Over> {
+        let now = self.ws.wheel.now();
+        let stalled = self.ws.config.limits.stalled;
+        if self.until != 0 && now >= self.until {
+            match self.phase {
+                Phase::Leaving => self.close(Code::Draining),
+                _ => return Err(Over),
+            }
+        }
+        if self.is_open() && self.blocked != 0 && Wheel::span(self.blocked, now) >= stalled {
+            self.close(Code::Slow);
+        }
+        if self.is_open() && now >= self.ping {
+            if self.blocked != 0 {
+                // A ping would not get through: the stall decides.
+            } else if self.heard {
+                self.heard = false;
+                self.outbox.raw(&frame::PING_FRAME);
+            } else {
+                self.close(Code::DeadPeer);
+            }
+            self.ping = after(now, jitter(self.ws.config.ws.ping));
+            self.relax();
+        }
+        let mut next = if self.is_open() { self.ping } else { self.until };
+        if self.phase == Phase::Leaving {
+            next = next.min(self.until);
+        }
+        if self.is_open() && self.blocked != 0 {
+            next = next.min(after(self.blocked, stalled));
+        }
+        self.timer.reset(TICK * next.saturating_sub(now).max(1));
+        Ok(())
+    }
+
+    /// Gives back what an idle connection does not need.
+    fn relax(&mut self) {
+        self.delivered.report(&self.ws);
+        self.outbox.relax();
+        self.out.relax();
+        if let Some(session) = &mut self.session {
+            session.relax();
+        }
+    }
+
+    /// This connection's turn to go, in a drain.
+    fn leave(&mut self) {
+        let Some(session) = &self.session else { return };
+        if self.phase != Phase::Open {
+            return;
+        }
+        let left = self.ws.config.drain.grace.saturating_sub(self.ws.wheel.draining_for());
+        if session.knows_weir {
+            let params = serde_json::json!({
+                // Different for each: all of them come back elsewhere.
+                "after_ms": fastrand::u16(1_000..4_000),
+                "deadline_ms": left.as_millis() as u64,
+            });
+            self.outbox.send(|out| jsonrpc::notification(out, "weir.drain", &params));
+        }
+        session.withdraw_all();
+        self.phase = Phase::Leaving;
+        self.until = after(self.ws.wheel.now(), left);
+        self.timer.at_most(left);
+    }
+
+    // --- reading ---
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Over>> {
+        if self.blocked != 0 && self.is_open() && self.outbox.is_full() {
+            // It does not read what it asked for: it may not ask for more. The write wakes us.
+            return Poll::Pending;
+        }
+        BUFFER.with(|kept| {
+            let mut buffer = kept.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
+            let read = self.poll_read_into(cx, &mut buffer);
+            kept.set(Some(buffer));
+            read
+        })
+    }
+
+    fn poll_read_into(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Result<(), Over>> {
+        if self.early.is_empty() {
+            let mut read = ReadBuf::new(buffer);
+            let end = match ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)) {
+                Ok(()) => read.filled().is_empty(),
+                Err(_) => true,
+            };
+            let n = read.filled().len();
+            if end {
+                if self.is_open() {
+                    self.connected.peer();
+                }
+                return Poll::Ready(Err(Over));
+            }
+            self.heard = true;
+            self.take(&mut buffer[..n]);
+        } else {
+            let mut early = std::mem::take(&mut self.early).to_vec();
+            self.take(&mut early);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Does what was read.
+    fn take(&mut self, mut input: &mut [u8]) {
+        let mut replies = Vec::new();
+        loop {
+            match self.decoder.next(&mut input, &mut replies) {
+                Ok(None) => break,
+                Ok(Some(Incoming::Message(message))) => {
+                    if let Some(session) = &mut self.session {
+                        session.receive(message.text());
+                    }
+                }
+                Ok(Some(Incoming::Alive)) => {}
+                Ok(Some(Incoming::Close)) => {
+                    if self.is_open() {
+                        self.connected.peer();
+                        return self.finish(&replies, Phase::Closed, FAREWELL);
+                    }
+                    self.phase = Phase::Closed;
+                    return;
+                }
+                Err(Broken(code)) => {
+                    if self.is_open() {
+                        self.close(code);
+                    } else {
+                        // Said enough already: what it sends is of no interest.
+                        self.phase = Phase::Closed;
+                    }
+                    return;
+                }
+            }
+        }
+        if !replies.is_empty() && self.is_open() {
+            self.outbox.raw(&replies);
+        }
+    }
+
+    // --- writing ---
+
+    /// Writes a turn. Ready: all is written; `true` if there may be more. Pending: the peer takes no more.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Over>> {
+        let mut more = false;
+        if self.out.is_empty() {
+            more = self.gather(cx);
+        }
+        if self.out.is_empty() {
+            return Poll::Ready(Ok(more));
+        }
+        let before = self.out.len();
+        match self.out.poll_write(cx, &mut self.io) {
+            Poll::Ready(Ok(())) => {
+                self.blocked = 0;
+                Poll::Ready(Ok(more))
+            }
+            Poll::Ready(Err(_)) => {
+                if self.is_open() {
+                    self.connected.peer();
+                }
+                Poll::Ready(Err(Over))
+            }
+            Poll::Pending => {
+                if self.blocked == 0 || self.out.len() < before {
+                    self.blocked = self.ws.wheel.now();
+                    self.timer.at_most(self.ws.config.limits.stalled);
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Fills the empty `out`. True if there may be more.
+    fn gather(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(session) = &mut self.session else { return false };
+        // Before the outbox is emptied: an answer that is complete now is written before its events.
+        if let Some(reader) = &mut session.reader {
+            reader.begin(|batch| self.outbox.has_batch(batch));
+        }
+        let more = match self.outbox.poll_take(cx, &mut self.out.text) {
+            Poll::Pending => false,
+            // The waker was not left there.
+            Poll::Ready(Taken::Frames) => true,
+            Poll::Ready(Taken::Close(code)) => {
+                self.close(code);
+                return false;
+            }
+        };
+        let Some(reader) = &mut session.reader else { return more };
+        let text = self.out.len();
+        while self.out.len() < text + TURN {
+            match reader.poll_next(cx) {
+                Poll::Pending => return more,
+                Poll::Ready(Shown::Events { bytes, count }) => {
+                    self.delivered.events += u64::from(count);
+                    self.delivered.bytes += bytes.len() as u64;
+                    self.out.events.push(bytes);
+                }
+                Poll::Ready(Shown::Gap(gap)) => {
+                    self.ws.metrics.gap(gap.reason.as_str());
+                    let mut notice = Vec::new();
+                    frame::text(&mut notice, |out| jsonrpc::notification(out, "weir.gap", &gap));
+                    self.out.events.push(notice.into());
+                }
+            }
+        }
+        true
+    }
+
+    /// One turn after the other, until there is nothing to do or others should have theirs.
+    fn run(&mut self, cx: &mut Context<'_>) -> Poll<Over> {
+        if let Err(over) = self.poll_time(cx) {
+            return Poll::Ready(over);
+        }
+        for _ in 0..TURNS {
+            let read = match self.poll_read(cx) {
+                Poll::Ready(Err(over)) => return Poll::Ready(over),
+                read => read.is_ready(),
+            };
+            if let Some(session) = &mut self.session {
+                session.poll(cx);
+                if self.phase == Phase::Leaving && session.is_quiet() {
+                    self.close(Code::Draining);
+                }
+            }
+            let wrote = match self.poll_write(cx) {
+                Poll::Ready(Err(over)) => return Poll::Ready(over),
+                Poll::Ready(Ok(more)) => more,
+                Poll::Pending => false,
+            };
+            if self.phase == Phase::Closed && self.out.is_empty() {
+                ready!(Pin::new(&mut self.io).poll_shutdown(cx)).ok();
+                return Poll::Ready(Over);
+            }
+            if !read && !wrote {
+                return Poll::Pending;
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+impl Future for Socket {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.get_mut().run(cx).map(|Over| ())
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // The hub may know the outbox for longer.
+        self.outbox.close();
+        self.delivered.report(&self.ws);
+    }
+}
+
+impl Delivered {
+    fn report(&mut self, ws: &Ws) {
+        ws.metrics.delivered[Transport::Ws].add(std::mem::take(&mut self.events));
+        ws.metrics.delivered_bytes[Transport::Ws].add(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// The tick that is `time` after `tick`.
+fn after(tick: u32, time: Duration) -> u32 {
+    tick + (time.as_millis().div_ceil(TICK.as_millis()) as u32).max(1)
+}
+
+/// `base`, give or take a fifth.
+fn jitter(base: Duration) -> Duration {
+    base.mul_f64(fastrand::f64() * 0.4 + 0.8)
+}
+
+// === Out ===
+
+/// What is being written: frames of this connection, then shared events, then the last words. Refilled only when it is
+/// empty, so that what was said earlier is read earlier.
+#[derive(Default)]
+struct Out {
+    text: Vec<u8>,
+    /// Written bytes of `text`.
+    at: usize,
+    events: Events,
+    last: Vec<u8>,
+}
+
+/// A queue that is filled, emptied, and then filled again. The usual single piece allocates nothing.
+#[derive(Default)]
+struct Events {
+    first: Bytes,
+    rest: std::collections::VecDeque<Bytes>,
+    len: usize,
+    /// The first is partly written.
+    begun: bool,
+}
+
+impl Events {
+    fn push(&mut self, piece: Bytes) {
+        self.len += piece.len();
+        if self.first.is_empty() {
+            self.first = piece;
+        } else {
+            self.rest.push_back(piece);
+        }
+    }
+
+    fn advance(&mut self, mut n: usize) {
+        self.len -= n;
+        while n > 0 {
+            let here = n.min(self.first.len());
+            self.first.advance(here);
+            self.begun = true;
+            n -= here;
+            if self.first.is_empty() {
+                // Dropped at once: a frame is shared with its channel's ring.
+                self.first = self.rest.pop_front().unwrap_or_default();
+                self.begun = false;
+                if here == 0 {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl Out {
+    fn len(&self) -> usize {
+        self.text.len() - self.at + self.events.len + self.last.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn relax(&mut self) {
+        if self.is_empty() {
+            *self = Out::default();
+        }
+    }
+
+    /// Drops the frames of which nothing has been written.
+    fn drop_unbegun(&mut self) {
+        let end = frame::boundary(&self.text, self.at);
+        self.text.truncate(end);
+        let Events { first, begun, .. } = std::mem::take(&mut self.events);
+        if begun {
+            // Where its frames end cannot be told from its middle; it is one turn of one channel at most.
+            self.events = Events { len: first.len(), first, begun, ..Events::default() };
+        }
+    }
+
+    /// Writes all of it, or until the peer takes no more.
+    fn poll_write(&mut self, cx: &mut Context<'_>, io: &mut Io) -> Poll<io::Result<()>> {
+        loop {
+            if self.text.len() == self.at && self.events.len == 0 {
+                self.at = 0;
+                outbox::clear(&mut self.text);
+                if self.last.is_empty() {
+                    break;
+                }
+                self.text = std::mem::take(&mut self.last);
+            }
+            let text = self.text.len() - self.at;
+            let n = match (text, self.events.len) {
+                (0, _) if self.events.rest.is_empty() => {
+                    ready!(Pin::new(&mut *io).poll_write(cx, &self.events.first))?
+                }
+                (_, 0) => ready!(Pin::new(&mut *io).poll_write(cx, &self.text[self.at..]))?,
+                _ => {
+                    let mut slices = [IoSlice::new(&[]); SLICES];
+                    let pieces = [&self.text[self.at..], &self.events.first].into_iter();
+                    let pieces = pieces.chain(self.events.rest.iter().map(|piece| &piece[..]));
+                    let mut count = 0;
+                    for (slice, piece) in slices.iter_mut().zip(pieces.filter(|piece| !piece.is_empty())) {
+                        *slice = IoSlice::new(piece);
+                        count += 1;
+                    }
+                    ready!(Pin::new(&mut *io).poll_write_vectored(cx, &slices[..count]))?
+                }
+            };
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            let here = n.min(text);
+            self.at += here;
+            if n > here {
+                self.events.advance(n - here);
+            }
+        }
+        // Nothing to do for TCP; TLS keeps what it encrypted until asked.
+        Pin::new(io).poll_flush(cx)
+    }
+}

@@ -1,0 +1,290 @@
+//! [`Outbox`]: what waits to be written to one connection, put there by whoever has something to say to it.
+//!
+//! The hub and other connections' tasks encode into its buffer directly: a call costs no allocation and no queue. The
+//! connection's task swaps the buffer for an empty one and writes all of it at once.
+
+use std::task::{Context, Poll, Waker};
+
+use parking_lot::Mutex;
+use slab::Slab;
+
+use super::{frame, jsonrpc};
+use crate::{
+    error::{Code, Error},
+    rpc::{Answer, CallId, Forward, Names, Peer, Tag, Written},
+};
+
+/// Beyond so many times its limit nothing is kept for a peer: it does not read what it asked for.
+const HARD: usize = 4;
+/// A buffer that a burst made larger than this is not kept.
+const KEPT: usize = 64 * 1024;
+
+/// The outbound side of one connection, shared with the hub.
+pub struct Outbox {
+    /// Bytes, beyond which a provider gets no more calls and its own requests wait.
+    most: usize,
+    /// Wrap each message into a WebSocket frame. (Over HTTP there is one message, and it is the body.)
+    framed: bool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    batches: Slab<Batch>,
+    /// Bytes of the answers in `batches`.
+    held: usize,
+    end: End,
+    /// Nothing while the connection's task is awake: it looks here before it sleeps.
+    waker: Option<Waker>,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum End {
+    #[default]
+    Open,
+    /// To be closed for this reason; nothing more is kept.
+    Closing(Code),
+    /// The connection is no more.
+    Gone,
+}
+
+/// Answers to an array, until all are there.
+struct Batch {
+    out: Vec<u8>,
+    left: usize,
+}
+
+/// What [`Outbox::poll_take`] found.
+pub enum Taken {
+    /// The buffer given was empty and now holds frames.
+    Frames,
+    /// The connection is to be closed.
+    Close(Code),
+}
+
+// === impl Outbox ===
+
+impl Outbox {
+    /// Of a WebSocket; `most` is `limits.queued` in bytes.
+    pub fn framed(most: usize) -> Self {
+        Outbox { most, framed: true, state: Mutex::default() }
+    }
+
+    /// For one answer.
+    pub fn bare(most: usize) -> Self {
+        Outbox { most, framed: false, state: Mutex::default() }
+    }
+
+    /// Swaps what waits for the empty `into`. `Pending`: nothing waits, and the task will be woken.
+    pub fn poll_take(&self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<Taken> {
+        debug_assert!(into.is_empty());
+        let mut state = self.state.lock();
+        if let End::Closing(code) = state.end {
+            return Poll::Ready(Taken::Close(code));
+        }
+        if !state.bytes.is_empty() {
+            std::mem::swap(&mut state.bytes, into);
+            return Poll::Ready(Taken::Frames);
+        }
+        if state.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
+            state.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Takes what waits, for the last time.
+    pub fn drain(&self, into: &mut Vec<u8>) {
+        into.append(&mut self.state.lock().bytes);
+    }
+
+    /// Whether so much waits that the peer should read before it asks for more.
+    pub fn is_full(&self) -> bool {
+        let state = self.state.lock();
+        state.bytes.len() + state.held >= self.most
+    }
+
+    /// Gives back what an idle connection does not need.
+    pub fn relax(&self) {
+        let mut state = self.state.lock();
+        if state.bytes.is_empty() {
+            state.bytes = Vec::new();
+        }
+        if state.batches.is_empty() {
+            state.batches = Slab::new();
+        }
+    }
+
+    /// Nothing is kept from now on.
+    pub fn close(&self) {
+        let mut state = self.state.lock();
+        *state = State { end: End::Gone, ..State::default() };
+    }
+
+    /// Has the connection closed.
+    pub fn end(&self, code: Code) {
+        self.change(|state| state.end(code));
+    }
+
+    /// Appends whole frames: control frames, as a rule.
+    pub fn raw(&self, frames: &[u8]) {
+        self.change(|state| state.bytes.extend_from_slice(frames));
+    }
+
+    /// Appends one message of weir's own accord.
+    pub fn send(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.change(|state| self.message(&mut state.bytes, write));
+    }
+
+    /// Answers the request that `to` is of: alone, or as part of its batch.
+    pub fn answer(&self, to: &Tag, write: impl FnOnce(&mut Vec<u8>)) {
+        self.change(|state| {
+            let Some(note) = to.note.checked_sub(1) else {
+                return self.message(&mut state.bytes, write);
+            };
+            let Some(batch) = state.batches.get_mut(note as usize) else { return };
+            let before = batch.out.len();
+            if before > 1 {
+                batch.out.push(b',');
+            }
+            write(&mut batch.out);
+            state.held += batch.out.len() - before;
+            self.settle(state, note);
+        });
+    }
+
+    /// Opens an answer of `requests` parts; the note is for their [`Tag`]s. Each has to be answered, and the batch
+    /// [closed](Self::close_batch) when it has been dispatched.
+    pub fn open_batch(&self, requests: usize) -> u32 {
+        let mut state = self.state.lock();
+        // One more than there are: what answers itself must not finish the batch while it is being dispatched.
+        let batch = Batch { out: vec![b'['], left: requests + 1 };
+        state.batches.insert(batch) as u32 + 1
+    }
+
+    /// All of the batch has been dispatched.
+    pub fn close_batch(&self, note: u32) {
+        self.change(|state| self.settle(state, note - 1));
+    }
+
+    /// Whether parts of the batch have not been answered.
+    pub fn has_batch(&self, note: u32) -> bool {
+        self.state.lock().batches.contains(note as usize - 1)
+    }
+
+    /// One part of a batch is settled.
+    fn settle(&self, state: &mut State, at: u32) {
+        let Some(batch) = state.batches.get_mut(at as usize) else { return };
+        batch.left -= 1;
+        if batch.left > 0 {
+            return;
+        }
+        let batch = state.batches.remove(at as usize);
+        state.held -= batch.out.len() - 1;
+        // Of nothing but notifications nothing is answered, not even an empty array.
+        if batch.out.len() > 1 {
+            self.message(&mut state.bytes, |out| {
+                out.extend_from_slice(&batch.out);
+                out.push(b']');
+            });
+        }
+    }
+
+    fn message(&self, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+        match self.framed {
+            true => frame::text(out, write),
+            false => write(out),
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.lock();
+        if state.end != End::Open {
+            return;
+        }
+        change(&mut state);
+        if state.bytes.len() + state.held > self.most * HARD {
+            state.end(Code::Slow);
+        }
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl State {
+    fn end(&mut self, code: Code) {
+        *self = State { end: End::Closing(code), waker: self.waker.take(), ..State::default() };
+    }
+}
+
+/// Empties a buffer that was written. Its room is kept, unless a burst made it large.
+pub fn clear(buffer: &mut Vec<u8>) {
+    match buffer.capacity() > KEPT {
+        true => *buffer = Vec::new(),
+        false => buffer.clear(),
+    }
+}
+
+impl Peer for Outbox {
+    fn call(&self, call: &Forward<'_>) -> Written {
+        let mut state = self.state.lock();
+        if state.end != End::Open {
+            return Written::Gone;
+        }
+        if state.bytes.len() + state.held >= self.most {
+            return Written::Full;
+        }
+        self.message(&mut state.bytes, |out| {
+            let id = call.id.map(CallId::text);
+            let prefix = (call.names == Names::Full).then_some(call.service);
+            let params = call.params.map(|params| params.get().as_bytes());
+            let id = id.as_ref().map(|id| id.as_bytes());
+            jsonrpc::request(out, id, prefix, call.method, params, call.meta.as_ref());
+        });
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        Written::Yes
+    }
+
+    fn cancel(&self, id: CallId) {
+        self.send(|out| {
+            jsonrpc::notification(out, "weir.cancel", &serde_json::json!({ "id": id.text().as_str() }));
+        });
+    }
+
+    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+        Outbox::answer(self, to, |out| match answer {
+            Answer::Result(result) => jsonrpc::result(out, to.id(), result.get().as_bytes()),
+            Answer::Error(error) => jsonrpc::error_json(out, to.id(), error.to_raw().get().as_bytes()),
+            Answer::Failed(error) => jsonrpc::error(out, to.id(), &error),
+        });
+    }
+
+    fn late(&self, to: &Tag, answer: Answer<'_>) {
+        self.send(|out| match answer {
+            Answer::Result(result) => jsonrpc::late(out, to.id(), "result", result.get().as_bytes()),
+            Answer::Error(error) => jsonrpc::late(out, to.id(), "error", error.to_raw().get().as_bytes()),
+            Answer::Failed(error) => jsonrpc::late(out, to.id(), "error", error.to_rpc().to_string().as_bytes()),
+        });
+    }
+
+    fn withdrawn(&self, service: &str, reason: &str) {
+        self.send(|out| {
+            let params = serde_json::json!({ "service": service, "reason": reason });
+            jsonrpc::notification(out, "weir.withdrawn", &params);
+        });
+    }
+}
+
+/// The answer to a failed request, or nothing if it was a notification.
+pub fn refuse(outbox: &Outbox, to: Option<&Tag>, error: &Error) {
+    if let Some(to) = to {
+        outbox.answer(to, |out| jsonrpc::error(out, to.id(), error));
+    }
+}

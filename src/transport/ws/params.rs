@@ -1,0 +1,391 @@
+//! What the methods of weir are asked with: every member of their params, and nothing unknown.
+
+use std::{borrow::Cow, time::Duration};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, IgnoredAny},
+};
+use serde_json::value::RawValue;
+
+use crate::{
+    bus::Filter,
+    error::{Code, Error, Result},
+    event::{Channel, Incoming, Text, label, unreadable},
+    position::{After, Start},
+    transport::query::duration,
+};
+
+/// The one object in `params`: `{…}` or `[{…}]`. Absent params are `{}`.
+pub fn object(params: Option<&RawValue>) -> Result<&str> {
+    let Some(params) = params else { return Ok("{}") };
+    if params.get().starts_with('{') {
+        return Ok(params.get());
+    }
+    match serde_json::from_str::<[&RawValue; 1]>(params.get()) {
+        Ok([object]) if object.get().starts_with('{') => Ok(object.get()),
+        _ => Err(Error::params("params of weir's methods are an object, or an array that holds just that")),
+    }
+}
+
+/// Reads the params of one method.
+pub fn read<'a, T: Deserialize<'a>>(params: Option<&'a RawValue>) -> Result<T> {
+    serde_json::from_str(object(params)?).map_err(|error| unreadable(&error))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// Looked at by nobody yet.
+    #[serde(rename = "token")]
+    pub _token: Box<str>,
+}
+
+/// `weir.publish`.
+#[derive(Debug)]
+pub enum Publish<'a> {
+    One(Box<Incoming<'a>>),
+    Many(Vec<Incoming<'a>>),
+}
+
+impl<'a> Publish<'a> {
+    pub fn read(params: Option<&'a RawValue>) -> Result<Self> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Many<'a> {
+            #[serde(borrow)]
+            events: Vec<Incoming<'a>>,
+        }
+
+        let text = object(params)?;
+        match serde_json::from_str(text) {
+            Ok(one) => Ok(Publish::One(one)),
+            Err(not_one) => match serde_json::from_str::<Many<'_>>(text) {
+                Ok(many) => Ok(Publish::Many(many.events)),
+                // About whichever of the two was meant.
+                Err(not_many) if text.contains(r#""events""#) => Err(unreadable(&not_many)),
+                Err(_) => Err(unreadable(&not_one)),
+            },
+        }
+    }
+}
+
+/// `weir.subscribe`, as written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Subscribe<'a> {
+    #[serde(borrow)]
+    pub channels: Vec<Topic<'a>>,
+    /// For all of them.
+    #[serde(borrow)]
+    pub after: Option<Place<'a>>,
+    pub present: Option<IgnoredAny>,
+}
+
+/// `"chat"`, or `{"channel":"orders","after":"k3Vq00-42","type":["created"]}`.
+#[derive(Debug)]
+pub struct Topic<'a>(Object<'a>);
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Object<'a> {
+    #[serde(borrow)]
+    channel: Text<'a>,
+    #[serde(borrow)]
+    after: Option<Place<'a>>,
+    last: Option<u64>,
+    #[serde(borrow, default, rename = "type")]
+    kinds: Vec<Text<'a>>,
+}
+
+/// A position, offset, token, `earliest` or `now`; a bare offset may be a number.
+#[derive(Debug)]
+pub struct Place<'a>(Cow<'a, str>);
+
+/// One channel to subscribe to.
+#[derive(Debug)]
+pub struct Wanted {
+    pub channel: Channel,
+    /// None: where nothing was said; `now`, or where the subscription is already.
+    pub start: Option<Start>,
+    pub filter: Option<Filter>,
+}
+
+impl Subscribe<'_> {
+    /// Checks everything but permissions.
+    pub fn wanted(self) -> Result<Vec<Wanted>> {
+        if self.present.is_some() {
+            return Err(not_yet("present"));
+        }
+        if self.channels.is_empty() {
+            return Err(Error::params("channels is empty"));
+        }
+        let mut wanted = Vec::with_capacity(self.channels.len());
+        for Topic(topic) in self.channels {
+            let channel = Channel::parse(&topic.channel)?;
+            let start = match (&topic.after, topic.last, &self.after) {
+                (None, None, _) => None,
+                (_, _, Some(_)) | (Some(_), Some(_), _) => {
+                    return Err(Error::params(format!("channel {channel} has more than one of after and last")));
+                }
+                (None, Some(last), None) => Some(Start::Last(last)),
+                (Some(after), None, None) => Some(after.read()?.starts(std::slice::from_ref(&channel))?[0]),
+            };
+            let kinds: Vec<&str> = topic.kinds.iter().map(|kind| &**kind).collect();
+            wanted.push(Wanted { channel, start, filter: Filter::new(&kinds)? });
+        }
+        let mut names: Vec<&Channel> = wanted.iter().map(|wanted| &wanted.channel).collect();
+        names.sort_unstable();
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Error::params(format!("channel {} is named twice", twice[0])));
+        }
+        if let Some(after) = &self.after {
+            let channels: Vec<Channel> = wanted.iter().map(|wanted| wanted.channel.clone()).collect();
+            let starts = after.read()?.starts(&channels)?;
+            wanted.iter_mut().zip(starts).for_each(|(wanted, start)| wanted.start = Some(start));
+        }
+        Ok(wanted)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Unsubscribe<'a> {
+    #[serde(borrow)]
+    pub channels: Vec<Text<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Commit<'a> {
+    #[serde(borrow)]
+    pub consumer: Text<'a>,
+    #[serde(borrow)]
+    pub after: Place<'a>,
+    /// What the token is of, if not all channels of the consumer.
+    #[serde(borrow)]
+    pub channels: Option<Vec<Text<'a>>>,
+}
+
+/// `weir.call`, as written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call<'a> {
+    #[serde(borrow)]
+    pub service: Text<'a>,
+    #[serde(borrow)]
+    pub method: Text<'a>,
+    #[serde(borrow)]
+    pub params: Option<&'a RawValue>,
+    #[serde(borrow)]
+    timeout: Option<Text<'a>>,
+    #[serde(borrow)]
+    wait: Option<Text<'a>>,
+    #[serde(default)]
+    pub late: bool,
+    stream: Option<IgnoredAny>,
+    all: Option<IgnoredAny>,
+}
+
+impl Call<'_> {
+    /// Refuses what cannot be forwarded.
+    pub fn check(&self) -> Result<()> {
+        for (name, given) in [("stream", &self.stream), ("all", &self.all)] {
+            if given.is_some() {
+                return Err(not_yet(name));
+            }
+        }
+        if self.params.is_some_and(|params| !params.get().starts_with(['{', '['])) {
+            return Err(Error::params("params of a call is an object or an array"));
+        }
+        label("method", &self.method)
+    }
+
+    pub fn timeout(&self) -> Result<Option<Duration>> {
+        self.timeout.as_deref().map(|text| duration("timeout", text)).transpose()
+    }
+
+    pub fn wait(&self) -> Result<Option<Duration>> {
+        self.wait.as_deref().map(|text| duration("wait", text)).transpose()
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provide<'a> {
+    #[serde(borrow)]
+    pub service: Text<'a>,
+    #[serde(default)]
+    pub exclusive: bool,
+    #[serde(default)]
+    pub takeover: bool,
+    pub concurrency: Option<u32>,
+    #[serde(default)]
+    pub names: Names,
+    #[serde(default)]
+    pub meta: bool,
+    #[serde(borrow, default)]
+    pub methods: Vec<Text<'a>>,
+    standby: Option<IgnoredAny>,
+    idempotent: Option<IgnoredAny>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Names {
+    #[default]
+    Bare,
+    Full,
+}
+
+impl Provide<'_> {
+    /// Refuses what no provider can be.
+    pub fn check(&self) -> Result<()> {
+        for (name, given) in [("standby", &self.standby), ("idempotent", &self.idempotent)] {
+            if given.is_some() {
+                return Err(not_yet(name));
+            }
+        }
+        if self.concurrency == Some(0) {
+            return Err(Error::params("concurrency is at least 1"));
+        }
+        self.methods.iter().try_for_each(|method| label("method", method))
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Withdraw<'a> {
+    #[serde(borrow)]
+    pub service: Text<'a>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Cancel<'a> {
+    /// As the client wrote it. (`$/cancelRequest` may have more members.)
+    #[serde(borrow)]
+    pub id: &'a RawValue,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Services<'a> {
+    #[serde(borrow)]
+    pub prefix: Option<Text<'a>>,
+}
+
+/// A member that a later version will know.
+fn not_yet(name: &str) -> Error {
+    Error::params(format!("{name}: not yet"))
+}
+
+impl Place<'_> {
+    pub fn read(&self) -> Result<After> {
+        self.0.parse().map_err(|error| Error::new(Code::InvalidPosition, format!("after is {error}")))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Place<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let raw = <&RawValue>::deserialize(deserializer)?.get();
+        match super::jsonrpc::string(raw) {
+            Some(text) => Ok(Place(text)),
+            None if raw.bytes().all(|byte| byte.is_ascii_digit()) => Ok(Place(Cow::Borrowed(raw))),
+            None => Err(de::Error::custom("after is a position, a token, an offset, earliest or now")),
+        }
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Topic<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let raw = <&RawValue>::deserialize(deserializer)?.get();
+        // Not an untagged enum: its errors name nothing.
+        if let Some(channel) = super::jsonrpc::string(raw) {
+            return Ok(Topic(Object { channel: Text(channel), after: None, last: None, kinds: Vec::new() }));
+        }
+        serde_json::from_str(raw).map(Topic).map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(json: &str) -> Option<&RawValue> {
+        Some(serde_json::from_str(json).unwrap())
+    }
+
+    fn wanted(json: &str) -> Result<Vec<Wanted>> {
+        read::<Subscribe<'_>>(raw(json))?.wanted()
+    }
+
+    #[test]
+    fn one_object_in_an_array_is_that_object() {
+        assert_eq!(object(raw(r#"[ {"a":1} ]"#)).unwrap(), r#"{"a":1}"#);
+        assert_eq!(object(None).unwrap(), "{}");
+        for bad in ["[]", "[1]", r#"[{},{}]"#, r#"[[{}]]"#] {
+            assert_eq!(object(raw(bad)).unwrap_err().code(), Code::InvalidParams, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_unknown_is_named() {
+        let error = read::<Withdraw<'_>>(raw(r#"{"service":"a","force":true}"#)).unwrap_err();
+        assert_eq!(error.code(), Code::InvalidParams);
+        assert!(error.detail().contains("force"), "{error}");
+        assert!(wanted(r#"{"channels":[{"channel":"a","afer":1}]}"#).unwrap_err().detail().contains("afer"));
+        assert!(Publish::read(raw(r#"{"channel":"a","dta":1}"#)).unwrap_err().detail().contains("dta"));
+        assert!(Publish::read(raw(r#"{"events":[{"dta":1}]}"#)).unwrap_err().detail().contains("dta"));
+    }
+
+    #[test]
+    fn subscriptions() {
+        let list = wanted(r#"{"channels":["chat",{"channel":"orders","after":"k3Vq00-42","type":["created"]},{"channel":"log","last":20},{"channel":"b","after":7}]}"#).unwrap();
+        assert_eq!(list[0].start, None);
+        assert_eq!(list[1].start, Some(Start::After("k3Vq00-42".parse().unwrap())));
+        assert!(list[1].filter.is_some());
+        assert_eq!(list[2].start, Some(Start::Last(20)));
+        assert_eq!(list[3].start, Some(Start::AfterOffset(7)));
+        for bad in [
+            r#"{"channels":[]}"#,
+            r#"{"channels":["a","a"]}"#,
+            r#"{"channels":[""]}"#,
+            r#"{"channels":[{"channel":"a","after":"now","last":1}]}"#,
+            r#"{"channels":[{"channel":"a","after":-1}]}"#,
+            r#"{"channels":["a"],"present":{"client":"c"}}"#,
+            r#"{"channels":"a"}"#,
+        ] {
+            assert_eq!(wanted(bad).unwrap_err().code(), Code::InvalidParams, "{bad}");
+        }
+        assert_eq!(
+            wanted(r#"{"channels":[{"channel":"a","after":"x-y-z"}]}"#).unwrap_err().code(),
+            Code::InvalidPosition
+        );
+        assert_eq!(
+            wanted(r#"{"channels":["a","b"],"after":"earliest"}"#).unwrap()[1].start,
+            Some(Start::Earliest)
+        );
+    }
+
+    #[test]
+    fn reserved_members() {
+        let call = |json| read::<Call<'_>>(raw(json)).and_then(|call| call.check());
+        assert!(call(r#"{"service":"a","method":"b/c","params":[]}"#).is_ok());
+        assert!(call(r#"{"service":"a","method":"b","stream":true}"#).unwrap_err().detail().contains("not yet"));
+        assert!(call(r#"{"service":"a","method":"b","params":1}"#).is_err());
+        assert!(call(r#"{"service":"a","method":"b\n"}"#).is_err());
+        let provide = |json| read::<Provide<'_>>(raw(json)).and_then(|provide| provide.check());
+        assert!(provide(r#"{"service":"a","names":"full","methods":["x"]}"#).is_ok());
+        assert!(provide(r#"{"service":"a","standby":true}"#).unwrap_err().detail().contains("standby"));
+        assert!(provide(r#"{"service":"a","concurrency":0}"#).is_err());
+        assert!(provide(r#"{"service":"a","names":"short"}"#).is_err());
+    }
+}
