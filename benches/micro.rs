@@ -50,6 +50,7 @@ fn bus() -> Bus {
         keys: KeyLimits { window: Duration::from_secs(300), count: 10_000 },
         consumer_idle: Duration::from_secs(3600),
         max_consumers: 1_000,
+        max_cursors: 1000,
     };
     let topics = Arc::new(Topics::new(config, Clock::System));
     Bus::new(Arc::new(Memory::new(topics.clone())), topics)

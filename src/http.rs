@@ -27,6 +27,7 @@ use crate::{
     error::{Again, Code, Error},
     metrics::{Metrics, Status},
     pattern::Pattern,
+    rpc::Hub,
     transport::sse::{self, Sse},
 };
 use extract::Refused;
@@ -35,6 +36,7 @@ use origin::{Origins, Page};
 /// What handlers share.
 pub struct Gateway {
     pub bus: Arc<Bus>,
+    pub hub: Arc<Hub>,
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,
     pub sse: Arc<Sse>,

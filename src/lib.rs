@@ -3,6 +3,7 @@
 //! see the same channels, because all of them are cursors over one bus.
 #![forbid(unsafe_code)]
 
+pub mod app;
 pub mod auth;
 pub mod backend;
 pub mod bus;

@@ -5,12 +5,17 @@
 //! they use; adding to one is an atomic addition, and what happens per delivery is added up by its transport first.
 
 mod registry;
+mod repeats;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    hash::Hash,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use crate::error::Code;
 use registry::Registry;
 pub use registry::{By, Counter, Gauge, Held, Histogram, Label, Rare};
+use repeats::Repeats;
 
 macro_rules! label {
     ($(#[doc = $about:literal])+ $label:ident as $name:literal { $($(#[doc = $doc:literal])* $value:ident = $text:literal,)+ }) => {
@@ -99,7 +104,7 @@ pub struct Metrics {
     pub gaps: Rare<1>,
     pub bus_memory_bytes: Gauge,
 
-    pub consumers: Gauge,
+    /// See [`Metrics::page_of_consumer`].
     pub consumer_repeats: Counter,
 
     pub calls: By<Outcome, Counter>,
@@ -115,6 +120,7 @@ pub struct Metrics {
     /// 1 while clients are welcome.
     pub ready: Gauge,
 
+    repeats: Repeats,
     registry: Registry,
 }
 
@@ -152,8 +158,10 @@ impl Metrics {
             gaps: it.rare("weir_gaps_total", "Gaps announced to readers: history they asked for is gone.", "reason"),
             bus_memory_bytes: it.gauge("weir_bus_memory_bytes", "Bytes of all events held by the memory backend."),
 
-            consumers: it.gauge("weir_consumers", "Named consumers."),
-            consumer_repeats: it.counter("weir_consumer_repeats_total", "Pages handed to a consumer a second time."),
+            consumer_repeats: it.counter(
+                "weir_consumer_repeats_total",
+                "Pages handed to a consumer for the third time or more within a second: it does not commit.",
+            ),
 
             calls: it.counters("weir_rpc_calls_total", "Calls ended."),
             call_seconds: it.histograms("weir_rpc_duration_seconds", "How long calls took, from request to answer."),
@@ -165,6 +173,7 @@ impl Metrics {
             ws_ignored: it.counter("weir_ws_ignored_total", "Answers on WebSockets that nobody waited for."),
             ws_unreadable: it.counter("weir_ws_unreadable_total", "Messages on WebSockets that were not JSON."),
 
+            repeats: Repeats::default(),
             registry: it,
         }
     }
@@ -191,6 +200,13 @@ impl Metrics {
     /// `reason` as it is on the wire.
     pub fn gap(&self, reason: &'static str) {
         self.gaps.of([reason]).add(1);
+    }
+
+    /// A page with events was handed to a consumer; `page` is the same for the same page of the same consumer.
+    pub fn page_of_consumer(&self, page: impl Hash) {
+        if self.repeats.served(page) {
+            self.consumer_repeats.add(1);
+        }
     }
 
     pub fn call_ended(&self, outcome: Outcome, took: Duration) {

@@ -17,9 +17,6 @@ use crate::{
     position::{Epoch, Position, Start},
 };
 
-/// A consumer may read so many channels.
-const MAX_CURSORS: usize = 1000;
-
 pub struct Memory {
     topics: Arc<Topics>,
     consumers: Mutex<BTreeMap<Box<str>, State>>,
@@ -37,9 +34,11 @@ impl Memory {
         Memory { topics, consumers: Mutex::default() }
     }
 
-    /// One part of the housekeeping; call it a few times a second.
+    /// One part of the housekeeping: all of it after 64 calls.
     pub fn sweep(&self) {
-        self.topics.sweep();
+        if !self.topics.sweep() {
+            return;
+        }
         let old = self.topics.now().saturating_sub(self.topics.config().consumer_idle.as_millis() as u64);
         self.consumers.lock().retain(|_, state| state.seen >= old);
     }
@@ -125,8 +124,8 @@ impl Memory {
             return Err(limit_reached("limits.consumers", self.topics.config().max_consumers));
         }
         let state = consumers.entry(consumer.into()).or_insert_with(|| State { cursors: BTreeMap::new(), seen: now });
-        if !state.cursors.contains_key(channel) && state.cursors.len() >= MAX_CURSORS {
-            return Err(limit_reached("channels of one consumer", MAX_CURSORS));
+        if !state.cursors.contains_key(channel) && state.cursors.len() >= self.topics.config().max_cursors {
+            return Err(limit_reached("limits.consumer_channels", self.topics.config().max_cursors));
         }
         state.cursors.insert(channel.clone(), to);
         Ok(Some(to))

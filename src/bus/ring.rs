@@ -27,7 +27,7 @@ use crate::{
 const EVENT_COST: usize = 96;
 /// A reader gets at most so much at once, so that nobody waits for one who is far behind.
 const TURN_BYTES: usize = 16 * 1024;
-const TURN_EVENTS: usize = 64;
+pub(super) const TURN_EVENTS: usize = 64;
 /// A filtered reader looks at most at so many events at once.
 const TURN_SCAN: usize = 512;
 /// Shared frames and batches that are remembered.
@@ -170,6 +170,11 @@ impl Ring {
 
     pub fn readers(&self) -> u32 {
         self.readers
+    }
+
+    #[cfg(test)]
+    pub(super) fn parked(&self) -> usize {
+        self.parked.len()
     }
 
     pub(super) fn past(&self) -> Option<Past> {
@@ -421,13 +426,14 @@ impl Ring {
         Page { events, next, more, gap }
     }
 
-    /// What comes next for a reader at `position`, which moves.
+    /// What comes next for a reader at `position`, which moves: at most `turn` events.
     pub(super) fn step(
         &mut self,
         channel: &Channel,
         position: &mut Position,
         filter: Option<&Filter>,
         format: &'static Format,
+        turn: usize,
     ) -> Step {
         if position.epoch != self.epoch || position.offset + 1 < self.first {
             let (at, gap) = self.resolve(channel, Start::After(*position), self.time);
@@ -446,15 +452,22 @@ impl Ring {
             return Step::Nothing;
         }
         match filter {
-            None => self.step_all(channel, position, from, format),
-            Some(filter) => self.step_some(channel, position, from, filter, format),
+            None => self.step_all(channel, position, from, format, turn),
+            Some(filter) => self.step_some(channel, position, from, filter, format, turn),
         }
     }
 
-    fn step_all(&mut self, channel: &Channel, position: &mut Position, from: u64, format: &'static Format) -> Step {
+    fn step_all(
+        &mut self,
+        channel: &Channel,
+        position: &mut Position,
+        from: u64,
+        format: &'static Format,
+        turn: usize,
+    ) -> Step {
         let start = (from - self.first) as usize;
         let (mut to, mut bytes) = (from - 1, 0);
-        for event in self.events.range(start..).take(TURN_EVENTS) {
+        for event in self.events.range(start..).take(turn) {
             bytes += event.size() + EVENT_COST;
             if bytes > TURN_BYTES && to >= from {
                 break;
@@ -472,13 +485,14 @@ impl Ring {
         from: u64,
         filter: &Filter,
         format: &'static Format,
+        turn: usize,
     ) -> Step {
         let start = (from - self.first) as usize;
         let (mut shown, mut bytes) = (Vec::new(), 0);
         for event in self.events.range(start..).take(TURN_SCAN) {
             if filter.matches(event) {
                 bytes += event.size() + EVENT_COST;
-                if shown.len() == TURN_EVENTS || (bytes > TURN_BYTES && !shown.is_empty()) {
+                if shown.len() == turn || (bytes > TURN_BYTES && !shown.is_empty()) {
                     break;
                 }
                 shown.push(event.clone());

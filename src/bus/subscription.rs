@@ -19,7 +19,7 @@ use super::{
     Watch,
     format::{Filter, Format},
     log::Gap,
-    ring::{Parking, Step},
+    ring::{Parking, Step, TURN_EVENTS},
 };
 use crate::{
     event::Channel,
@@ -37,6 +37,8 @@ pub struct Subscriptions {
     run: VecDeque<u32>,
     format: &'static Format,
     lives: u32,
+    /// Events of one delivery, at most.
+    turn: u32,
 }
 
 /// Where rings leave word that a subscription has something to read. One per connection.
@@ -96,7 +98,13 @@ impl Subscriptions {
     /// A reader of nothing yet, that wants its events in `format`.
     pub fn new(format: &'static Format) -> Self {
         let inbox = Arc::new(Inbox { waker: AtomicWaker::new(), ready: Mutex::new(Vec::new()) });
-        Subscriptions { inbox, subs: Slab::new(), run: VecDeque::new(), format, lives: 0 }
+        Subscriptions { inbox, subs: Slab::new(), run: VecDeque::new(), format, lives: 0, turn: TURN_EVENTS as u32 }
+    }
+
+    /// One event at a time, for a reader that says after each where it is.
+    pub fn one_by_one(mut self) -> Self {
+        self.turn = 1;
+        self
     }
 
     /// Begins to read a channel. What it is at is known at once; what follows comes from
@@ -193,7 +201,7 @@ impl Subscriptions {
     fn look(&mut self, slot: u32) -> Option<Item> {
         let Sub { watch, position, filter, life, parking } = self.subs.get_mut(slot as usize)?;
         let mut ring = watch.lock();
-        let step = ring.step(watch.channel(), position, filter.as_deref(), self.format);
+        let step = ring.step(watch.channel(), position, filter.as_deref(), self.format, self.turn as usize);
         // Parked in the same breath as it reaches the head: one lock a delivery, not two.
         if !matches!(step, Step::Scanned) && !ring.is_behind(*position) {
             *parking = Some(ring.park(&self.inbox, slot, *life));
@@ -306,5 +314,66 @@ impl Ticket {
         if first {
             self.inbox.waker.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, task::Waker, time::Duration};
+
+    use super::*;
+    use crate::{
+        backend::memory::Memory,
+        bus::{Bus, Clock, Config, Keep, KeyLimits, Topics},
+        event::{Draft, Parts},
+    };
+
+    fn bus() -> Bus {
+        let config = Config {
+            rules: Vec::new(),
+            keep: Keep { count: 20, age: Duration::from_secs(60), bytes: 1 << 20 },
+            budget: 1 << 24,
+            keys: KeyLimits { window: Duration::from_secs(60), count: 10 },
+            consumer_idle: Duration::from_secs(60),
+            max_consumers: 1,
+            max_cursors: 1,
+        };
+        let topics = Arc::new(Topics::new(config, Clock::System));
+        Bus::new(Arc::new(Memory::new(topics.clone())), topics)
+    }
+
+    /// A reader that is polled two or three times per wake, as hyper polls a body, does not park twice.
+    #[tokio::test]
+    async fn every_subscription_is_in_one_place() {
+        let bus = bus();
+        let names: Vec<Channel> = (0..7).map(|n| Channel::parse(&n.to_string()).unwrap()).collect();
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut subs = Subscriptions::new(Format::NONE);
+        let mut slots = Vec::new();
+        for _ in 0..5000 {
+            match fastrand::u8(..100) {
+                0..30 => {
+                    for watch in bus.watch(&names[..fastrand::usize(1..4)]).await.unwrap() {
+                        slots.push(subs.add(watch, Start::Earliest, None).slot);
+                    }
+                }
+                30..50 if !slots.is_empty() => subs.remove(slots.swap_remove(fastrand::usize(..slots.len()))),
+                50..60 if !slots.is_empty() => {
+                    subs.seek(slots[fastrand::usize(..slots.len())], Start::Last(3));
+                }
+                60..65 => bus.remove(&names[fastrand::usize(..names.len())], None).await.unwrap(),
+                65..85 => {
+                    let draft = Draft::new(Parts::default(), 1000).unwrap();
+                    bus.publish_one("", &names[fastrand::usize(..names.len())], draft).await.unwrap();
+                }
+                _ => while fastrand::u8(..4) > 0 && subs.poll_next(&mut cx).is_ready() {},
+            }
+            let (parked, ready, running) = subs.whereabouts();
+            assert_eq!(parked + ready + running, subs.len());
+            assert_eq!(bus.topics().readers(), subs.len());
+        }
+        drop(subs);
+        assert_eq!(bus.topics().readers(), 0);
+        bus.topics().each(|topic| assert_eq!(topic.lock().parked(), 0, "a ticket was left behind"));
     }
 }

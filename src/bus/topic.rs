@@ -56,6 +56,8 @@ pub struct Config {
     /// A consumer that was not heard of for so long is forgotten.
     pub consumer_idle: Duration,
     pub max_consumers: usize,
+    /// Channels of one consumer.
+    pub max_cursors: usize,
 }
 
 /// The bus's idea of time, Unix milliseconds. Tests own theirs.
@@ -299,10 +301,12 @@ impl Topics {
         true
     }
 
-    /// One part of the housekeeping: age, keys, frames nobody needs, topics nobody uses. All of it after 64 calls.
-    pub fn sweep(&self) {
+    /// One part of the housekeeping: age, keys, frames nobody needs, topics nobody uses. All of it after 64 calls, of
+    /// which the last answers true.
+    pub fn sweep(&self) -> bool {
         let now = self.now();
-        let mut shard = self.shards[self.hand.fetch_add(1, Relaxed) % SHARDS].lock();
+        let hand = self.hand.fetch_add(1, Relaxed) % SHARDS;
+        let mut shard = self.shards[hand].lock();
         let mut at = 0;
         while at < shard.topics.len() {
             let topic = shard.topics[at].clone();
@@ -328,6 +332,7 @@ impl Topics {
         if shard.topics.capacity() > 64 && shard.topics.capacity() > shard.topics.len() * 4 {
             shard.topics.shrink_to_fit();
         }
+        hand == SHARDS - 1
     }
 }
 

@@ -46,7 +46,7 @@ use crate::{
 };
 
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How often a connection inside hyper is looked at.
+/// How often a connection inside hyper is looked at, at least.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// What a connection may take and how long.
@@ -76,6 +76,7 @@ pub struct Connections(Arc<Inner>);
 
 struct Inner {
     limits: Limits,
+    look: Duration,
     wheel: Arc<Wheel>,
     metrics: Arc<Metrics>,
     tracker: TaskTracker,
@@ -117,7 +118,8 @@ impl Connections {
             .initial_stream_window_size(64 * 1024)
             .initial_connection_window_size(1024 * 1024)
             .max_send_buf_size(64 * 1024);
-        Connections(Arc::new(Inner { limits, wheel, metrics, tracker: TaskTracker::new(), h1, h2 }))
+        let look = LOOK.min(limits.header_timeout / 2).min(limits.idle_timeout / 2).min(limits.stall_timeout / 2);
+        Connections(Arc::new(Inner { limits, look, wheel, metrics, tracker: TaskTracker::new(), h1, h2 }))
     }
 
     /// Accepts clients of `door` until `stop`, and closes the listener. Open connections go on: see [`Wheel::drain`] and
@@ -263,7 +265,7 @@ struct Client {
 async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected) {
     let inner = &client.inner;
     let desk = Arc::new(Desk::new(&inner.wheel));
-    let mut timer = inner.wheel.timer(LOOK);
+    let mut timer = inner.wheel.timer(inner.look);
     let Some((pre, h2)) = sniff(inner, &desk, &mut timer, &mut io).await else { return };
     let io = TokioIo::new(HookIo { io, pre, desk: desk.clone() });
     if h2 {
@@ -283,7 +285,7 @@ async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected)
                     connected.because(fault);
                     return Poll::Ready(false);
                 }
-                timer.reset(LOOK);
+                timer.reset(inner.look);
             }
         }
         match Pin::new(&mut connection).poll(cx) {
@@ -339,7 +341,7 @@ async fn drive_h2(
                     connected.because(fault);
                     return Poll::Ready(());
                 }
-                timer.reset(LOOK);
+                timer.reset(inner.look);
             }
         }
         connection.as_mut().poll(cx).map(|ended| match ended {
@@ -359,7 +361,7 @@ async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Op
                 // No request was begun: nothing is lost.
                 Poll::Ready(Due::Leave) => return Poll::Ready(None),
                 Poll::Ready(Due::Time) if desk.fault(&inner.limits).is_some() => return Poll::Ready(None),
-                Poll::Ready(Due::Time) => timer.reset(LOOK),
+                Poll::Ready(Due::Time) => timer.reset(inner.look),
                 Poll::Pending => break,
             }
         }

@@ -58,6 +58,8 @@ pub struct Answer {
     more: bool,
     gaps: Vec<Gap>,
     new: bool,
+    /// Whose page it is, if it will be the same again until it is committed.
+    uncommitted: Option<String>,
 }
 
 /// The same, as written: every member optional, nothing checked.
@@ -199,7 +201,10 @@ impl Reading {
     /// While `draining`, nobody is kept: who waits gets what there is, an empty page if nothing.
     pub async fn answer(&self, bus: &Bus, draining: &CancellationToken) -> Result<Answer> {
         let (starts, new) = self.starts(bus).await?;
-        let mut answer = Answer { events: Vec::new(), count: 0, next: Vec::new(), more: false, gaps: Vec::new(), new };
+        let uncommitted =
+            self.consumer.as_ref().filter(|consumer| !consumer.auto).map(|consumer| consumer.name.clone());
+        let mut answer =
+            Answer { events: Vec::new(), count: 0, next: Vec::new(), more: false, gaps: Vec::new(), new, uncommitted };
         self.begin(bus, starts, &mut answer).await?;
         if self.waits() && !self.is_enough(&answer) {
             self.wait(bus, draining, &mut answer).await?;
@@ -369,6 +374,9 @@ impl Answer {
         metrics.delivered[transport].add(self.count as u64);
         metrics.delivered_bytes[transport].add(bytes as u64);
         self.gaps.iter().for_each(|gap| metrics.gap(gap.reason.as_str()));
+        if let Some(consumer) = self.uncommitted.as_ref().filter(|_| self.count > 0) {
+            metrics.page_of_consumer((consumer, &self.next));
+        }
     }
 
     fn push(&mut self, channel: &Channel, events: &[Arc<crate::event::Event>]) {

@@ -193,6 +193,9 @@ impl Sse {
             (_, true) => (&frame::DATA_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
         };
         let mut subs = Subscriptions::new(format);
+        if ids == Ids::Each {
+            subs = subs.one_by_one();
+        }
         let mut gaps = Vec::new();
         let watches = self.bus.watch(&channels).await?;
         for (watch, start) in watches.into_iter().zip(starts) {

@@ -672,6 +672,7 @@ impl InMemory {
             keys: KeyLimits { window: WINDOW, count: 10_000 },
             consumer_idle: Duration::from_secs(30 * 24 * 3600),
             max_consumers: 1000,
+            max_cursors: 1000,
         };
         let topics = Arc::new(Topics::new(config, Clock::Manual(now.clone())));
         // Past the second in which it began: a position of that second proves nothing.

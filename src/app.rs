@@ -1,0 +1,217 @@
+//! [`App`]: what one weir is made of, built in one direction and ended in one order.
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use serde_json::value::to_raw_value;
+use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backend::memory::Memory,
+    bus::{self, Bus, Clock, Topics},
+    config::{self, Config},
+    event::{Channel, Data, Draft, Parts},
+    http::{
+        Door, Gateway,
+        connection::{self, Connections},
+    },
+    metrics::Metrics,
+    pattern::Pattern,
+    rpc::{self, Hub},
+    transport::{
+        sse::{self, Sse},
+        wheel::Wheel,
+    },
+};
+
+/// Every shard of the bus is looked after once in 64 of these: within four seconds.
+const BUS_SWEEP: Duration = Duration::from_millis(60);
+/// How exactly deadlines of calls are kept.
+const HUB_SWEEP: Duration = Duration::from_millis(20);
+
+/// One weir: bound, not yet serving.
+pub struct App {
+    listeners: Vec<(TcpListener, Arc<Door>)>,
+    gateway: Arc<Gateway>,
+    memory: Arc<Memory>,
+    wheel: Arc<Wheel>,
+    connections: Connections,
+}
+
+/// Tasks that end with the value.
+struct Tasks(Vec<JoinHandle<()>>);
+
+impl App {
+    /// Binds the addresses of `config` and wires the parts. Needs a tokio runtime.
+    pub async fn build(config: Config) -> anyhow::Result<Self> {
+        let topics = Arc::new(Topics::new(bus_config(&config), Clock::System));
+        let memory = Arc::new(Memory::new(topics.clone()));
+        let metrics = Arc::new(Metrics::new());
+        let wheel = Wheel::start();
+        let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());
+        let bus = Arc::new(Bus::new(memory.clone(), topics));
+        let sse = sse::Settings {
+            heartbeat: config.sse.heartbeat,
+            stalled: config.limits.stalled,
+            channels: config.limits.stream_channels,
+        };
+        let gateway = Arc::new(Gateway {
+            sse: Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), sse)),
+            bus,
+            hub: Hub::new(hub_config(&config), rpc::Clock::real()),
+            config: Arc::new(config),
+            metrics,
+            draining: CancellationToken::new(),
+        });
+        let config = gateway.config.clone();
+        let mut listeners = Vec::new();
+        for address in &config.server.listen {
+            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            let door = Door::new(gateway.clone(), address.ip().is_loopback());
+            listeners.push((listener, Arc::new(door)));
+        }
+        Ok(App { listeners, gateway, memory, wheel, connections })
+    }
+
+    /// Where weir listens, in the order of the configuration.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        // A listener that is bound has an address.
+        self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
+    }
+
+    /// What handlers share: for tests that count what is left.
+    pub fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
+    /// Open connections: for tests that count what is left.
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
+    /// What keeps the time of connections: for tests that end them.
+    pub fn wheel(&self) -> &Arc<Wheel> {
+        &self.wheel
+    }
+
+    /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
+    /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let App { listeners, gateway, memory, wheel, connections } = self;
+        let drain = gateway.config.drain.clone();
+        let stop = CancellationToken::new();
+        let _tasks = Tasks(vec![
+            every(BUS_SWEEP, move || memory.sweep()),
+            every(HUB_SWEEP, {
+                let hub = gateway.hub.clone();
+                move || hub.sweep()
+            }),
+            tokio::spawn(announce_services(gateway.clone())),
+        ]);
+        let accepting: Vec<_> = listeners
+            .into_iter()
+            .map(|(listener, door)| {
+                let (connections, stop) = (connections.clone(), stop.clone());
+                tokio::spawn(async move { connections.accept(listener, door, stop).await })
+            })
+            .collect();
+        gateway.metrics.ready.set(1);
+
+        shutdown.await;
+
+        gateway.metrics.ready.set(0);
+        gateway.draining.cancel();
+        stop.cancel();
+        for task in accepting {
+            task.await.context("an accept loop has failed")?;
+        }
+        wheel.drain(drain.window);
+        if tokio::time::timeout(drain.grace, connections.closed()).await.is_err() {
+            tracing::warn!(open = connections.len(), "cut off what did not end within drain.grace");
+        }
+        Ok(())
+    }
+}
+
+/// Publishes what changes among the services to the channel `$services`.
+async fn announce_services(gateway: Arc<Gateway>) {
+    let Ok(channel) = Channel::parse("$services") else { return };
+    loop {
+        for change in gateway.hub.changes().await {
+            let draft = to_raw_value(&change).map_err(|error| error.to_string()).and_then(|data| {
+                let parts = Parts { kind: Some(change.kind.as_str()), data: Data::Json(&data), ..Parts::default() };
+                Draft::new(parts, gateway.config.limits.event).map_err(|error| error.to_string())
+            });
+            let placed = match draft {
+                Ok(draft) => gateway.bus.publish_one("", &channel, draft).await.map_err(|error| error.to_string()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = placed {
+                tracing::warn!(service = change.service, %error, "could not announce a change of its providers");
+            }
+        }
+    }
+}
+
+fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            work();
+        }
+    })
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.0.iter().for_each(JoinHandle::abort);
+    }
+}
+
+// === what each part takes of the settings ===
+
+fn keep(keep: &config::Keep) -> bus::Keep {
+    bus::Keep { count: keep.count, age: keep.age, bytes: keep.bytes }
+}
+
+fn bus_config(config: &Config) -> bus::Config {
+    let rule = |rule: &config::ChannelRule| bus::Rule { pattern: Pattern::new(&rule.pattern), keep: keep(&rule.keep) };
+    bus::Config {
+        rules: config.channels.iter().map(rule).collect(),
+        keep: keep(&config::Keep::default()),
+        budget: config.bus.memory.budget,
+        keys: bus::KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },
+        consumer_idle: config.consumers.idle,
+        max_consumers: config.limits.consumers,
+        max_cursors: config.limits.consumer_channels,
+    }
+}
+
+fn hub_config(config: &Config) -> rpc::Config {
+    rpc::Config {
+        timeout: config.rpc.timeout,
+        max_timeout: config.rpc.max_timeout,
+        wait_for_provider: config.rpc.wait_for_provider,
+        late_window: config.rpc.late_window,
+        late: config.limits.late,
+        calls: config.limits.calls,
+        waiting: config.limits.waiting,
+        waiting_bytes: config.limits.waiting_bytes,
+        services: config.limits.services,
+        provides: config.limits.provides,
+    }
+}
+
+fn connection_limits(config: &Config) -> connection::Limits {
+    connection::Limits {
+        connections: config.limits.connections,
+        header_timeout: config.limits.header_time,
+        idle_timeout: config.limits.idle,
+        stall_timeout: config.limits.stalled,
+        header_bytes: config.limits.header,
+        h2_streams: u32::try_from(config.limits.h2_streams).unwrap_or(u32::MAX),
+    }
+}

@@ -1,0 +1,117 @@
+//! The real app on a free port.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde_json::value::RawValue;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio_util::sync::CancellationToken;
+use weir::{
+    app::App,
+    bus::Bus,
+    config::Config,
+    event::{Channel, Data, Draft, Parts},
+    http::{Door, Gateway, connection::Connections},
+    metrics::{Metrics, Transport},
+    position::Position,
+    transport::wheel::Wheel,
+};
+
+use crate::wire::Client;
+
+/// How long a test waits for what must come.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub struct Server {
+    pub at: SocketAddr,
+    pub gateway: Arc<Gateway>,
+    pub bus: Arc<Bus>,
+    pub metrics: Arc<Metrics>,
+    pub wheel: Arc<Wheel>,
+    pub connections: Connections,
+    /// Ends the app as a signal does.
+    pub stop: CancellationToken,
+    pub running: tokio::task::JoinHandle<anyhow::Result<()>>,
+}
+
+impl Server {
+    pub async fn start() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    /// With other settings than the defaults.
+    pub async fn with(change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config::default();
+        config.server.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
+        change(&mut config);
+        let app = App::build(config).await.unwrap();
+        let (at, gateway, stop) = (app.addresses()[0], app.gateway().clone(), CancellationToken::new());
+        let (wheel, connections) = (app.wheel().clone(), app.connections().clone());
+        let (bus, metrics) = (gateway.bus.clone(), gateway.metrics.clone());
+        let running = tokio::spawn(app.run(stop.clone().cancelled_owned()));
+        Server { at, gateway, bus, metrics, wheel, connections, stop, running }
+    }
+
+    pub fn door(&self) -> Arc<Door> {
+        Arc::new(Door::new(self.gateway.clone(), true))
+    }
+
+    pub async fn publish(&self, name: &str, data: &str) -> Position {
+        self.publish_kind(name, None, data).await
+    }
+
+    pub async fn publish_kind(&self, name: &str, kind: Option<&str>, data: &str) -> Position {
+        let data = RawValue::from_string(data.to_owned()).unwrap();
+        let draft = Draft::new(Parts { kind, data: Data::Json(&data), ..Parts::default() }, 1 << 20).unwrap();
+        self.bus.publish_one("", &channel(name), draft).await.unwrap().position
+    }
+
+    pub async fn stream(&self, query: &str) -> Client {
+        self.request(&format!("GET /v1/sse?{query} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await
+    }
+
+    pub async fn resume(&self, query: &str, id: &str) -> Client {
+        self.request(&format!("GET /v1/sse?{query} HTTP/1.1\r\nhost: localhost\r\nlast-event-id: {id}\r\n\r\n")).await
+    }
+
+    pub async fn request(&self, bytes: &str) -> Client {
+        let mut client = Client::new(TcpStream::connect(self.at).await.unwrap());
+        client.socket.write_all(bytes.as_bytes()).await.unwrap();
+        client
+    }
+
+    pub fn open(&self) -> (usize, i64, i64, usize) {
+        let metrics = &self.metrics;
+        (
+            self.connections.len(),
+            metrics.connections[Transport::Sse].get() + metrics.connections[Transport::Http].get(),
+            metrics.subscriptions[Transport::Sse].get(),
+            self.bus.topics().readers(),
+        )
+    }
+
+    pub async fn empty(&self) {
+        eventually("all counts are back at zero", || self.open() == (0, 0, 0, 0)).await;
+        assert!(self.wheel.is_empty(), "timers are left");
+    }
+}
+
+pub fn channel(name: &str) -> Channel {
+    Channel::parse(name).unwrap()
+}
+
+pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, what).await.expect("nothing came")
+}
