@@ -17,11 +17,11 @@ Try it, in three terminals:
   weir publish orders '{\"id\":7}'              everybody who watches sees it
 
 Call a service:
-  weir provide math -- python3 add.py         one run per call: params on stdin, JSON result on stdout
+  weir provide math -- python3 add.py         one run per call: params in, JSON out
   weir call math/add '[1,2]'
 
-Client commands print JSON, a line each, on standard output; everything else goes to standard error.
-They end with 0 done, 1 failed, 2 wrong usage, 3 refused (4xx), 4 unavailable (5xx, no connection).";
+Client commands print JSON, a line each, on standard output, and all else on standard error.
+They end with 0 done, 1 failed, 2 wrong usage, 3 refused (4xx), 4 unavailable (5xx, no node).";
 
 #[derive(Debug, Parser)]
 #[command(name = "weir", version, about = ABOUT, after_help = EXAMPLES)]
@@ -49,8 +49,9 @@ pub enum Command {
 }
 
 const SERVE: &str = "\
-Settings come from the file, then the environment, then flags; the later wins. Every key, its default and its
-meaning: config.toml, or `weir config show --explain`. In the environment sse.heartbeat is WEIR__SSE__HEARTBEAT.
+Settings come from the file, then the environment, then flags; the later wins.
+`weir config show --explain` prints every key, its value and its meaning.
+In the environment sse.heartbeat is WEIR__SSE__HEARTBEAT.
 
   weir --listen 127.0.0.1:9000
   weir serve --config weir.toml
@@ -59,7 +60,7 @@ meaning: config.toml, or `weir config show --explain`. In the environment sse.he
 #[derive(Clone, Debug, Default, Args)]
 pub struct Serve {
     /// File of settings; without one the built-in defaults hold
-    #[arg(long, value_name = "FILE", env = "WEIR_CONFIG")]
+    #[arg(long, value_name = "FILE", env = "WEIR_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
     /// Address to listen on, repeatable [default: 127.0.0.1:8000]
     #[arg(long, value_name = "ADDR:PORT")]
@@ -84,7 +85,7 @@ pub enum ConfigCommand {
 #[derive(Clone, Debug, Args)]
 pub struct Remote {
     /// The node to talk to
-    #[arg(long, env = "WEIR_URL", value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = Base::parse)]
+    #[arg(long, env = "WEIR_URL", hide_env_values = true, value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = Base::parse)]
     pub url: Base,
     /// Key or token, sent as `Authorization: Bearer`
     #[arg(long, env = "WEIR_TOKEN", hide_env_values = true, value_name = "TOKEN")]
@@ -307,6 +308,8 @@ Prints the position that the event was given.
   journalctl -f -o json | weir publish --lines logs   an event per line, as they come";
 
 const TAIL: &str = "\
+Prints an event a line, from now on or from wherever is asked for.
+
   weir tail orders
   weir tail orders payments --last 10
   weir tail orders --after k3Vq7d-42 --type created | jq .data
@@ -319,24 +322,30 @@ Where to go on is printed on standard error as `next`.
   weir read orders --last 10
   weir read orders --after k3Vq7d-42 --wait 30s
   weir read orders --all > orders.ndjson
-  weir read orders --consumer mailer --wait 30s       the same again until it is committed: --after NEXT, or --commit";
+  weir read orders --consumer mailer --wait 30s
+
+A consumer gets the same again until it commits: with --after NEXT, or --commit at once.";
 
 const CALL: &str = "\
+Prints the result, as the provider wrote it.
+
   weir call weir/echo '{\"n\":1}'
   weir call math/add '[1,2]' --timeout 5s
   weir call reports/build - < params.json";
 
 const PROVIDE: &str = "\
-The command runs once per call. It finds the params on standard input, WEIR_SERVICE, WEIR_METHOD and WEIR_CALLER in its
-environment, and prints the result on standard output: JSON, or text that becomes a JSON string. If it fails, what it
-printed may be the error: {\"code\":42,\"message\":\"no such user\"}. A cancelled call ends it.
+The command runs once per call. It finds the params on standard input, and WEIR_SERVICE,
+WEIR_METHOD and WEIR_CALLER in its environment; it prints the result: JSON, or text that becomes
+a JSON string. If it fails, what it printed may be the error, as {\"code\":42,\"message\":\"no user\"}.
+A cancelled call ends it.
 
   weir provide echo
   weir provide math -- python3 add.py
   weir provide shout --concurrency 2 -- 'jq .text | tr a-z A-Z'
   weir provide nightly --exclusive -- ./run.sh
 
-After a lost connection it comes back; on the first Ctrl-C it takes no more calls and finishes those it has.";
+After a lost connection it comes back. On the first Ctrl-C it finishes the calls it has and takes
+no more.";
 
 // === impl Cli, Serve ===
 

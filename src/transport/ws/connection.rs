@@ -536,9 +536,7 @@ impl Out {
             }
             let text = self.text.len() - self.at;
             let n = match (text, self.events.len) {
-                (0, _) if self.events.rest.is_empty() => {
-                    ready!(Pin::new(&mut *io).poll_write(cx, &self.events.first))?
-                }
+                (0, _) if self.events.rest.is_empty() => ready!(Pin::new(&mut *io).poll_write(cx, &self.events.first))?,
                 (_, 0) => ready!(Pin::new(&mut *io).poll_write(cx, &self.text[self.at..]))?,
                 _ => {
                     let mut slices = [IoSlice::new(&[]); SLICES];

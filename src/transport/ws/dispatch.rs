@@ -134,7 +134,9 @@ impl Session {
             n if n > most => format!("a batch of {n} messages, limits.batch is {most}"),
             _ => {
                 let messages: Vec<_> = messages.iter().map(|message| Message::read(message.get())).collect();
-                let answered = |message: &&Result<_, _>| !matches!(message, Ok(Message::Reply(_) | Message::Request(Request { id: None, .. })));
+                let answered = |message: &&Result<_, _>| {
+                    !matches!(message, Ok(Message::Reply(_) | Message::Request(Request { id: None, .. })))
+                };
                 let note = self.outbox.open_batch(messages.iter().filter(answered).count());
                 let answers: usize = messages.into_iter().map(|message| self.message(message, note)).sum();
                 self.outbox.close_batch(note);

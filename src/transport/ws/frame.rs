@@ -432,7 +432,9 @@ mod tests {
             text(&mut frames, |out| out.extend(vec![b'x'; len]));
         }
         let ends = [2, 2 + 7, 2 + 7 + 204, 2 + 7 + 204 + 70_010];
-        for (at, end) in [(0, 0), (1, ends[0]), (2, ends[0]), (3, ends[1]), (10, ends[2]), (213, ends[2]), (214, ends[3])] {
+        for (at, end) in
+            [(0, 0), (1, ends[0]), (2, ends[0]), (3, ends[1]), (10, ends[2]), (213, ends[2]), (214, ends[3])]
+        {
             assert_eq!(boundary(&frames, at), end, "{at}");
         }
     }

@@ -408,11 +408,8 @@ mod tests {
 
     #[test]
     fn deep_nesting_does_not_overflow() {
-        let deep = format!(
-            r#"{{"jsonrpc":"2.0","method":"m","params":{}{}}}"#,
-            "[".repeat(300_000),
-            "]".repeat(300_000)
-        );
+        let deep =
+            format!(r#"{{"jsonrpc":"2.0","method":"m","params":{}{}}}"#, "[".repeat(300_000), "]".repeat(300_000));
         assert_eq!(request(&deep).params.unwrap().get().len(), 600_000);
         assert!(read(&"[".repeat(1_000_000)).is_err());
     }

@@ -369,10 +369,7 @@ mod tests {
             wanted(r#"{"channels":[{"channel":"a","after":"x-y-z"}]}"#).unwrap_err().code(),
             Code::InvalidPosition
         );
-        assert_eq!(
-            wanted(r#"{"channels":["a","b"],"after":"earliest"}"#).unwrap()[1].start,
-            Some(Start::Earliest)
-        );
+        assert_eq!(wanted(r#"{"channels":["a","b"],"after":"earliest"}"#).unwrap()[1].start, Some(Start::Earliest));
     }
 
     #[test]
