@@ -54,9 +54,9 @@ const LOOK: Duration = Duration::from_secs(5);
 pub struct Limits {
     /// Open connections. A few more are answered with `overloaded`; beyond those, connections are closed unread.
     pub connections: usize,
-    /// From the first byte of a request (or the opening of the connection) to the end of its head.
+    /// From the first byte of a request to the end of its head.
     pub header_timeout: Duration,
-    /// How long a connection is kept open between two requests.
+    /// How long a connection is kept open between two requests, or before the first.
     pub idle_timeout: Duration,
     /// How long a peer may read nothing of what waits for it.
     pub stall_timeout: Duration,
@@ -217,8 +217,7 @@ impl Desk {
             wheel: wheel.clone(),
             stage: AtomicU8::new(HTTP),
             take: Mutex::new(None),
-            // Whoever connects and says nothing is not welcome for longer than one who hesitates in a head.
-            reading: AtomicU32::new(wheel.now()),
+            reading: AtomicU32::new(0),
             quiet: AtomicU32::new(wheel.now()),
             blocked: AtomicU32::new(0),
         }
@@ -230,6 +229,13 @@ impl Desk {
 
     fn is(&self, stage: u8) -> bool {
         self.stage.load(Relaxed) == stage
+    }
+
+    /// Bytes came: of a new request, if none is in work.
+    fn heard(&self) {
+        if self.quiet.load(Relaxed) != 0 && self.reading.load(Relaxed) == 0 {
+            self.reading.store(self.wheel.now(), Relaxed);
+        }
     }
 
     /// Why the connection must end now.
@@ -360,7 +366,9 @@ async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Op
             match timer.poll(cx) {
                 // No request was begun: nothing is lost.
                 Poll::Ready(Due::Leave) => return Poll::Ready(None),
-                Poll::Ready(Due::Time) if desk.fault(&inner.limits).is_some() => return Poll::Ready(None),
+                Poll::Ready(Due::Time) if desk.fault(&inner.limits).is_some() || desk.is_idle(&inner.limits) => {
+                    return Poll::Ready(None);
+                }
                 Poll::Ready(Due::Time) => timer.reset(inner.look),
                 Poll::Pending => break,
             }
@@ -368,7 +376,10 @@ async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Op
         loop {
             let mut buf = ReadBuf::new(&mut pre.bytes[pre.len as usize..]);
             match ready!(Pin::new(&mut *io).poll_read(cx, &mut buf)) {
-                Ok(()) if !buf.filled().is_empty() => pre.len += buf.filled().len() as u8,
+                Ok(()) if !buf.filled().is_empty() => {
+                    pre.len += buf.filled().len() as u8;
+                    desk.heard();
+                }
                 _ => return Poll::Ready(None),
             }
             let got = &pre.bytes[..pre.len as usize];
@@ -517,9 +528,7 @@ impl AsyncRead for HookIo {
         if buf.filled().len() == before {
             return read;
         }
-        if this.desk.quiet.load(Relaxed) != 0 && this.desk.reading.load(Relaxed) == 0 {
-            this.desk.reading.store(this.desk.wheel.now(), Relaxed);
-        }
+        this.desk.heard();
         match read {
             // An error will come again.
             Poll::Pending | Poll::Ready(Err(_)) => Poll::Ready(Ok(())),
