@@ -1,9 +1,11 @@
 //! Every route of weir, and the rules that hold for all of them.
 
+pub mod admin;
 pub mod api;
 pub mod connection;
 pub mod error;
 pub mod extract;
+pub mod openapi;
 pub mod origin;
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
@@ -12,8 +14,8 @@ use axum::{
     Router,
     body::Body,
     http::{HeaderValue, Method, Request, StatusCode, Uri, Version},
-    response::{IntoResponse, Response},
-    routing::{get, post},
+    response::{Html, IntoResponse, Response},
+    routing::{delete, get, post},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -44,6 +46,16 @@ pub struct Gateway {
     pub draining: CancellationToken,
 }
 
+/// Who comes in by a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doors {
+    /// Everyone: there is one kind of listener.
+    One,
+    Clients,
+    /// `admin.listen`.
+    Operators,
+}
+
 /// A listener's way in: the rules for every request, then the routes.
 pub struct Door {
     router: Router,
@@ -53,11 +65,11 @@ pub struct Door {
 
 impl Door {
     /// `loopback`: only this machine can reach the listener.
-    pub fn new(gateway: Arc<Gateway>, loopback: bool) -> Self {
+    pub fn new(gateway: Arc<Gateway>, loopback: bool, doors: Doors) -> Self {
         let allowed = gateway.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
         // Nobody has credentials yet.
         let origins = Origins { loopback, anonymous: true, allowed };
-        Door { router: router(gateway.clone()), origins, gateway }
+        Door { router: router(gateway.clone(), doors), origins, gateway }
     }
 
     /// Answers one request. Never fails, and never panics.
@@ -147,16 +159,31 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// Every route.
-pub fn router(gateway: Arc<Gateway>) -> Router {
+pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
     use api::{channels, consumers, events, stream};
-    Router::new()
-        .route("/v1/events", get(events::get).post(events::publish).delete(events::delete))
+    let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
+    let clients = Router::new()
+        .route("/", get(page))
+        .route("/openapi.json", get(openapi::document))
+        .route("/v1/events", get(events::get).post(events::publish))
         .route("/v1/sse", get(stream::get))
-        .route("/v1/channels", get(channels::get))
-        .route("/v1/consumers", get(consumers::list))
         .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))
         .route("/v1/consumers/{name}/commit", post(consumers::commit))
-        .route("/v1/consumers/{name}/seek", post(consumers::seek))
-        .fallback(not_found)
-        .with_state(gateway)
+        .route("/v1/consumers/{name}/seek", post(consumers::seek));
+    let operators = Router::new()
+        .route("/metrics", get(admin::metrics))
+        .route("/v1/events", delete(events::delete))
+        .route("/v1/channels", get(channels::get))
+        .route("/v1/consumers", get(consumers::list));
+    let routes = match door {
+        Doors::One => health.merge(clients).merge(operators),
+        Doors::Clients => health.merge(clients),
+        Doors::Operators => health.merge(operators),
+    };
+    routes.fallback(not_found).with_state(gateway)
+}
+
+/// `GET /`: a page to try weir with.
+async fn page() -> Html<&'static str> {
+    Html(include_str!("http/page.html"))
 }

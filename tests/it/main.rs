@@ -3,6 +3,10 @@
 mod arrows;
 mod conformance;
 mod connection;
+mod http;
+mod http_read;
+mod http_rules;
 mod sse;
 mod start;
+mod support;
 mod wire;

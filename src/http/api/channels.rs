@@ -6,9 +6,32 @@ use axum::{extract::State, http::request::Parts, response::Response};
 use serde::Serialize;
 
 use super::{Listing, to_json};
-use crate::{auth::Identity, bus::Info, error::Result, http::Gateway, transport::query::Query};
+use crate::{
+    auth::Identity,
+    bus::Info,
+    error::Result,
+    http::{
+        Gateway,
+        openapi::{ChannelOrChannels, Problem},
+    },
+    transport::query::Query,
+};
 
 /// `GET /v1/channels`: one if `channel` is given, else a list.
+#[utoipa::path(get, path = "/v1/channels", tag = "administration",
+    description = "One channel if `channel` is given, else those that have a log.",
+    params(
+        ("channel" = Option<String>, Query, description = "Excludes the others."),
+        ("prefix" = Option<String>, Query, description = "Of the names."),
+        ("limit" = Option<u64>, Query, description = "100 if not said.", minimum = 1, maximum = 1000),
+        ("page" = Option<String>, Query, description = "What the last answer called `page`."),
+    ),
+    responses(
+        (status = 200, body = ChannelOrChannels),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     if query.has("channel") {

@@ -19,6 +19,7 @@ use crate::{
     http::{
         Gateway,
         extract::{declared, read_body},
+        openapi::{self, Problem},
     },
     position::{Position, Start},
     transport::{
@@ -31,6 +32,18 @@ use crate::{
 const MAX_BODY: usize = 64 * 1024;
 
 /// `GET /v1/consumers`.
+#[utoipa::path(get, path = "/v1/consumers", tag = "consumers",
+    params(
+        ("prefix" = Option<String>, Query, description = "Of the names."),
+        ("limit" = Option<u64>, Query, description = "100 if not said.", minimum = 1, maximum = 1000),
+        ("page" = Option<String>, Query, description = "What the last answer called `page`."),
+    ),
+    responses(
+        (status = 200, body = openapi::Consumers),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let listing = Listing::take(&mut query)?;
@@ -46,6 +59,14 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
 }
 
 /// `GET /v1/consumers/N`.
+#[utoipa::path(get, path = "/v1/consumers/{name}", tag = "consumers",
+    params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
+    responses(
+        (status = 200, body = openapi::Consumer),
+        (status = "4XX", description = "`not_found`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
@@ -55,6 +76,16 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: 
 }
 
 /// `POST /v1/consumers/N/commit`.
+#[utoipa::path(post, path = "/v1/consumers/{name}/commit", tag = "consumers",
+    description = "Moves the cursors forward. Older than they are: nothing changes.",
+    params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
+    request_body = Commit,
+    responses(
+        (status = 204, description = "Committed."),
+        (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn commit(
     State(gateway): State<Arc<Gateway>>,
     identity: Identity,
@@ -68,6 +99,16 @@ pub async fn commit(
 }
 
 /// `POST /v1/consumers/N/seek`.
+#[utoipa::path(post, path = "/v1/consumers/{name}/seek", tag = "consumers",
+    description = "Moves one cursor anywhere: the only way back.",
+    params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
+    request_body = Seek,
+    responses(
+        (status = 204, description = "There."),
+        (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn seek(
     State(gateway): State<Arc<Gateway>>,
     identity: Identity,
@@ -94,6 +135,14 @@ pub async fn seek(
 }
 
 /// `DELETE /v1/consumers/N`.
+#[utoipa::path(delete, path = "/v1/consumers/{name}", tag = "consumers",
+    params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
+    responses(
+        (status = 204, description = "Forgotten."),
+        (status = "4XX", description = "`not_found`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
@@ -104,7 +153,7 @@ pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, hea
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Commit {
     after: String,
@@ -112,7 +161,7 @@ struct Commit {
     channels: Option<Vec<String>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Seek {
     channel: String,

@@ -6,7 +6,7 @@ use axum::{
     body::{Body, Bytes},
     extract::State,
     http::{HeaderMap, Method, Request, StatusCode, request::Parts},
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use http::{HeaderValue, header};
 use serde::{
@@ -24,6 +24,7 @@ use crate::{
     http::{
         Gateway,
         extract::{declared, is_ndjson, read_body, text},
+        openapi::{self, Page, Problem, Published},
     },
     metrics::Transport,
     position::Position,
@@ -41,6 +42,25 @@ enum Publish {
 }
 
 /// `POST /v1/events`.
+#[utoipa::path(post, path = "/v1/events", tag = "events",
+    description = "Publishes. The body is an event, an array of events, or lines of them; with `channel` in the URL the body is \
+        the data itself (what is not JSON becomes a JSON string). It is read as JSON whatever its type, unless the request has \
+        an Origin or a Cookie.",
+    params(
+        ("channel" = Option<String>, Query, description = "The body is the data of one event of this channel.", min_length = 1, max_length = 60, pattern = "^[^$\\p{Cc}\\p{Cs}][^\\p{Cc}\\p{Cs}]*$"),
+        ("type" = Option<String>, Query, description = "With channel: the type of the event."),
+        ("from" = Option<String>, Query, description = "With channel: who sends it."),
+        ("key" = Option<String>, Query, description = "With channel: as Idempotency-Key."),
+        ("Idempotency-Key" = Option<String>, Header, description = "A repeat with the same key and body within 5 minutes is not placed again. About one event."),
+    ),
+    request_body(description = "What to publish.", content((openapi::Publish = "application/json"), (String = "application/x-ndjson"))),
+    responses(
+        (status = 201, description = "Placed.", body = Published),
+        (status = 200, description = "A repeat: where it was placed the first time.", body = Published),
+        (status = "4XX", description = "`parse_error`, `invalid_request`, `invalid_params`, `forbidden`, `key_reused`, `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`: surely not placed. `unconfirmed`: perhaps placed, repeat it with the same key. Of several events, `placed` has a position or null for each.", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn publish(
     State(gateway): State<Arc<Gateway>>,
     identity: Identity,
@@ -167,8 +187,8 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &G
         events = reader.deserialize_seq(Events { most: limits.publish_events }).map_err(|error| unreadable(&error))?;
         reader.end().map_err(|error| unreadable(&error))?;
     } else {
-        let mut reader = serde_json::Deserializer::from_str(text).into_iter::<Incoming<'_>>();
-        while let Some(event) = reader.next() {
+        let reader = serde_json::Deserializer::from_str(text).into_iter::<Incoming<'_>>();
+        for event in reader {
             let event = event.map_err(|error| unreadable(&error))?;
             events.push(event);
             if events.len() > limits.publish_events {
@@ -236,14 +256,38 @@ impl<'de> Visitor<'de> for Events {
 }
 
 /// `GET /v1/events`.
-pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+#[utoipa::path(get, path = "/v1/events", tag = "events",
+    description = "Reads. With `wait` it waits until there is something (a long-poll); with `consumer` weir keeps the place.",
+    params(
+        ("channel" = Vec<String>, Query, description = "Repeated, at most 100; commas are letters.", min_items = 1, max_items = 3),
+        ("after" = Option<String>, Query, description = "Where to go on: a position, the token that the last answer called `next`, an offset, `earliest` (the default) or `now`. Excludes `last`."),
+        ("last" = Option<u64>, Query, description = "So many events before the newest. Excludes `after` and `consumer`."),
+        ("last_event_id" = Option<String>, Query, description = "As the header Last-Event-ID: wins over `after`."),
+        ("lastEventId" = Option<String>, Query, description = "The same."),
+        ("Last-Event-ID" = Option<String>, Header, description = "Wins over all of these."),
+        ("type" = Option<Vec<String>>, Query, description = "Only events of these types."),
+        ("limit" = Option<u64>, Query, description = "Events, 100 if not said.", minimum = 1, maximum = 1000),
+        ("wait" = Option<String>, Query, description = "How long to wait, at most 55s.", pattern = "^[1-9][0-9]{0,3}ms$", example = "30s"),
+        ("min" = Option<u64>, Query, description = "Events to wait for, at most `limit`.", minimum = 1, maximum = 1000),
+        ("consumer" = Option<String>, Query, description = "Reads on from this consumer's cursor; `after` commits first.", pattern = "^[A-Za-z0-9._:-]{1,128}$"),
+        ("start" = Option<String>, Query, description = "Where a new consumer begins: `earliest` (the default) or `now`.", pattern = "^(earliest|now)$"),
+        ("commit" = Option<String>, Query, description = "`auto` commits what is handed out; `manual` is the default.", pattern = "^(manual|auto)$"),
+    ),
+    responses(
+        (status = 200, description = "A page; empty if nothing came.", body = Page),
+        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`, `limit_reached`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Response {
     let (head, _) = request.into_parts();
-    let mut answer = match sse::is_wanted(&head.headers) {
-        true => gateway.sse.open(&identity, &head).await?,
-        false => page(&gateway, &identity, &head).await?,
+    let answer = match sse::is_wanted(&head.headers) {
+        true => gateway.sse.open(&identity, &head).await,
+        false => page(&gateway, &identity, &head).await,
     };
+    let mut answer = answer.unwrap_or_else(IntoResponse::into_response);
     answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
-    Ok(answer)
+    answer
 }
 
 async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Response> {
@@ -261,6 +305,18 @@ async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Re
 }
 
 /// `DELETE /v1/events`.
+#[utoipa::path(delete, path = "/v1/events", tag = "administration",
+    description = "Trims a channel, or deletes its log.",
+    params(
+        ("channel" = String, Query, min_length = 1, max_length = 60, pattern = "^[^$\\p{Cc}\\p{Cs}][^\\p{Cc}\\p{Cs}]*$"),
+        ("before" = Option<String>, Query, description = "The first event to keep. Without it everything goes."),
+    ),
+    responses(
+        (status = 204, description = "Gone."),
+        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
 pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     let mut query = Query::parse(head.uri.query())?;
     let channel = query.one_channel()?;

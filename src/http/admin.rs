@@ -1,0 +1,54 @@
+//! For operators: health and metrics.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use http::{HeaderValue, StatusCode, header};
+
+use super::{Gateway, api, openapi};
+use crate::{
+    auth::Identity,
+    error::{Code, Error, Result},
+};
+
+/// `GET /health/live`. Open to everyone, and tells nothing: it never looks at anything that could be away.
+#[utoipa::path(get, path = "/health/live", responses((status = 200, description = "This process answers.", body = Healthy)))]
+pub async fn live() -> Response {
+    healthy()
+}
+
+/// `GET /health/ready`. Open to everyone: whether clients are welcome.
+#[utoipa::path(get, path = "/health/ready", responses(
+    (status = 200, description = "Clients are welcome.", body = Healthy),
+    (status = 503, description = "`draining`: this node is leaving.", body = openapi::Problem, content_type = "application/problem+json"),
+))]
+pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
+    if gateway.draining.is_cancelled() {
+        return Error::new(Code::Draining, "this node is leaving").into_response();
+    }
+    healthy()
+}
+
+/// `GET /metrics`, as Prometheus reads them.
+pub async fn metrics(State(gateway): State<Arc<Gateway>>, identity: Identity) -> Result<Response> {
+    let _ = identity.may_administer()?;
+    let mut response = gateway.metrics.render().into_response();
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    Ok(response)
+}
+
+/// A node that is well.
+#[derive(utoipa::ToSchema)]
+#[expect(dead_code, reason = "a shape in the document")]
+struct Healthy {
+    #[schema(example = "ok")]
+    status: String,
+}
+
+fn healthy() -> Response {
+    api::json(StatusCode::OK, r#"{"status":"ok"}"#)
+}

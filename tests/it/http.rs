@@ -1,0 +1,379 @@
+//! The HTTP API: publish, channels, consumers, operations.
+
+use serde_json::json;
+
+use crate::support::weir;
+
+// === publish ===
+
+#[tokio::test]
+async fn one_event_one_object() {
+    let weir = weir().await;
+    let event =
+        r#"{"channel":"orders","type":"created","from":"shop/v1","data":{"id":7},"meta":{"traceparent":"00-1"}}"#;
+    let placed = weir.post("/v1/events", event).await.expect(201);
+    assert_eq!(placed.header("content-type"), Some("application/json"));
+    let placed = placed.json();
+    assert_eq!((placed["channel"].as_str(), placed["offset"].as_u64()), (Some("orders"), Some(1)));
+    assert!(placed["time"].as_u64().unwrap() > 1_700_000_000_000);
+    assert_eq!(placed.as_object().unwrap().len(), 4);
+    let page = weir.get("/v1/events?channel=orders").await.expect(200).json();
+    assert_eq!(
+        page["events"][0],
+        json!({"channel": "orders", "epoch": placed["epoch"], "offset": 1, "time": placed["time"],
+            "type": "created", "from": "shop/v1", "data": {"id": 7}, "meta": {"traceparent": "00-1"}})
+    );
+}
+
+#[tokio::test]
+async fn the_body_is_the_data() {
+    let weir = weir().await;
+    let as_read = [
+        ("{\"id\":7}", json!({"id": 7})),
+        ("[1,2]", json!([1, 2])),
+        ("null", json!(null)),
+        ("\"text\"", json!("text")),
+        ("hello, world", json!("hello, world")),
+        ("{\"half\":", json!("{\"half\":")),
+        ("1 2", json!("1 2")),
+    ];
+    for (body, data) in &as_read {
+        // What curl -d says of everything.
+        let form = "application/x-www-form-urlencoded";
+        weir.request("POST", "/v1/events?channel=a&type=t&from=f&_=1")
+            .header("content-type", form)
+            .body(*body)
+            .await
+            .expect(201);
+        let page = weir.get("/v1/events?channel=a&last=1").await.json();
+        assert_eq!(page["events"][0]["data"], *data);
+        assert_eq!((&page["events"][0]["type"], &page["events"][0]["from"]), (&json!("t"), &json!("f")));
+    }
+    weir.post("/v1/events?channel=b", "").await.expect(201);
+    weir.post("/v1/events?channel=b", &b"\0\xff"[..]).await.expect(201);
+    let page = weir.get("/v1/events?channel=b").await.json();
+    assert_eq!(page["events"][0].get("data"), None);
+    assert_eq!(page["events"][1]["data_base64"], "AP8=");
+}
+
+#[tokio::test]
+async fn arrays_and_lines_answer_arrays() {
+    let weir = weir().await;
+    let array = r#"[{"channel":"a","data":1},{"channel":"b","data":2},{"channel":"a","data":3}]"#;
+    let placed = weir.post("/v1/events", array).await.expect(201).json();
+    let offsets = |placed: &serde_json::Value| {
+        placed
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| (one["channel"].as_str().unwrap().to_owned(), one["offset"].as_u64().unwrap()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(offsets(&placed), [("a".into(), 1), ("b".into(), 1), ("a".into(), 2)]);
+    let lines = "{\"channel\":\"a\",\"data\":4}\n{\"channel\":\"b\",\"data\":5}\r\n\n";
+    let placed = weir.post("/v1/events", lines).await.expect(201).json();
+    assert_eq!(offsets(&placed), [("a".into(), 3), ("b".into(), 2)]);
+    let placed = weir
+        .request("POST", "/v1/events")
+        .header("content-type", "application/x-ndjson")
+        .body("{\"channel\":\"a\"}\n")
+        .await;
+    assert_eq!(offsets(&placed.expect(201).json()), [("a".into(), 4)]);
+    // Pretty-printed is not lines.
+    let placed = weir.post("/v1/events", "{\n  \"channel\": \"a\",\n  \"data\": [\n1]}\n").await.expect(201).json();
+    assert_eq!(placed["offset"], 5);
+    assert_eq!(weir.get("/v1/events?channel=a&last=1").await.json()["events"][0]["data"], json!([1]));
+}
+
+#[tokio::test]
+async fn a_key_places_once() {
+    let weir = weir().await;
+    let publish = |key: &'static str, body: &'static str| {
+        weir.request("POST", "/v1/events?channel=a").header("idempotency-key", key).body(body)
+    };
+    let first = publish("k", "1").await.expect(201).json();
+    let again = publish("k", "1").await.expect(200).json();
+    assert_eq!(
+        (&again["offset"], &again["time"], &again["duplicate"]),
+        (&first["offset"], &first["time"], &json!(true))
+    );
+    publish("k", "2").await.refused("key_reused");
+    assert_eq!(weir.post("/v1/events", r#"{"channel":"a","key":"k","data":1}"#).await.expect(200).json()["offset"], 1);
+    assert_eq!(weir.post("/v1/events?channel=a&key=k", "1").await.expect(200).json()["offset"], 1);
+    publish("l", "1").await.expect(201);
+    let both = weir.request("POST", "/v1/events?channel=a&key=x").header("idempotency-key", "y").body("1").await;
+    both.refused("invalid_params");
+    let array = r#"[{"channel":"a","key":"k","data":1},{"channel":"a","key":"l","data":1}]"#;
+    let placed = weir.post("/v1/events", array).await.expect(200).json();
+    assert_eq!((&placed[0]["offset"], &placed[1]["offset"]), (&json!(1), &json!(2)));
+    let array = r#"[{"channel":"a","data":1},{"channel":"a","data":1}]"#;
+    weir.request("POST", "/v1/events").header("idempotency-key", "z").body(array).await.refused("invalid_params");
+    assert_eq!(weir.get("/v1/events?channel=a").await.json()["events"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn refused_publishes_place_nothing() {
+    let weir = weir().with(|config| config.limits.event = 200).await;
+    let long = format!(r#"{{"channel":"a","data":"{}"}}"#, "x".repeat(300));
+    for (body, code) in [
+        ("{", "parse_error"),
+        ("", "invalid_request"),
+        ("[]", "invalid_request"),
+        ("[{\"channel\":\"a\"}", "parse_error"),
+        ("[{\"channel\":\"a\"}] 1", "parse_error"),
+        ("{\"channel\":\"a\"}\n{", "parse_error"),
+        ("7", "invalid_params"),
+        ("{}", "invalid_params"),
+        (r#"{"channel":""}"#, "invalid_params"),
+        (r#"{"channel":"a\n"}"#, "invalid_params"),
+        (r#"{"channel":"a","typ":"x"}"#, "invalid_params"),
+        (r#"{"channel":"a","type":"weir.x"}"#, "invalid_params"),
+        (r#"{"channel":"a","type":"a\rb"}"#, "invalid_params"),
+        (r#"{"channel":"a","from":"a\u0000b"}"#, "invalid_params"),
+        (r#"{"channel":"a","key":"a\nb"}"#, "invalid_params"),
+        (r#"{"channel":"a","meta":{"a":1}}"#, "invalid_params"),
+        (r#"{"channel":"$services","data":1}"#, "forbidden"),
+        (r#"[{"channel":"a","data":1},{"channel":"b","type":"weir.x"}]"#, "invalid_params"),
+        (r#"[{"channel":"a","data":1},{"channel":"$b"}]"#, "forbidden"),
+        (&long, "too_large"),
+    ] {
+        weir.post("/v1/events", body.to_owned()).await.refused(code);
+    }
+    weir.post("/v1/events?channel=a&type=weir.x", "1").await.refused("invalid_params");
+    weir.post("/v1/events?channel=a&channel=b", "1").await.refused("invalid_params");
+    weir.post("/v1/events?channel=%24a", "1").await.refused("forbidden");
+    weir.post("/v1/events?type=x", r#"{"channel":"a"}"#).await.refused("invalid_params");
+    weir.post("/v1/events?channels=a", "1").await.refused("invalid_params");
+    weir.post("/v1/events", &b"{\"channel\":\"\xff\"}"[..]).await.refused("parse_error");
+    for channel in ["a", "b"] {
+        assert_eq!(weir.get(format!("/v1/channels?channel={channel}")).await.json()["top"], 0);
+    }
+}
+
+#[tokio::test]
+async fn limits_of_a_publish_are_named() {
+    let weir = weir().with(|config| (config.limits.publish_events, config.limits.publish_bytes) = (3, 1_000)).await;
+    let events = |n: usize| format!("[{}]", vec![r#"{"channel":"a"}"#; n].join(","));
+    weir.post("/v1/events", events(3)).await.expect(201);
+    assert_eq!(weir.post("/v1/events", events(4)).await.refused("too_large")["limit"], "limits.publish_events");
+    let lines = "{\"channel\":\"a\"}\n".repeat(4);
+    assert_eq!(weir.post("/v1/events", lines).await.refused("too_large")["limit"], "limits.publish_events");
+    assert_eq!(
+        weir.post("/v1/events?channel=a", "x".repeat(1_001)).await.refused("too_large")["limit"],
+        "limits.publish_bytes"
+    );
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 3);
+}
+
+#[tokio::test]
+async fn a_chunked_body_is_read_and_bounded() {
+    let weir = weir().with(|config| config.limits.publish_bytes = 10).await;
+    let mut client = weir.client().await;
+    let head = "POST /v1/events?channel=a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+    client.write(format!("{head}3\r\n\"ab\r\n3\r\ncd\"\r\n0\r\n\r\n")).await;
+    client.reply().await.expect(201);
+    assert_eq!(weir.get("/v1/events?channel=a").await.json()["events"][0]["data"], "abcd");
+    client.write(format!("{head}8\r\nxxxxxxxx\r\n8\r\nxxxxxxxx\r\n")).await;
+    client.reply().await.refused("too_large");
+}
+
+// === trim and delete, channels ===
+
+#[tokio::test]
+async fn trim_delete_and_what_there_is() {
+    let weir = weir().await;
+    let mut at = Vec::new();
+    for n in 1..=5 {
+        at.push(weir.publish("a,b/50%25", &n.to_string()).await);
+    }
+    weir.delete(format!("/v1/events?channel=a,b/50%25&before={}", at[2])).await.expect(204);
+    let info = weir.get("/v1/channels?channel=a,b/50%25").await.expect(200).json();
+    assert_eq!((&info["channel"], &info["first"], &info["top"]), (&json!("a,b/50%"), &json!(3), &json!(5)));
+    assert_eq!(
+        (info["epoch"].as_str(), info["readers"].as_u64()),
+        (at[0].rsplit_once('-').map(|(epoch, _)| epoch), Some(0))
+    );
+    let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[0])).await.json();
+    // Somebody's doing, not retention's.
+    assert_eq!(page["gaps"][0]["reason"], "deleted");
+    assert_eq!((&page["gaps"][0]["after"], &page["gaps"][0]["next"]), (&json!(at[0]), &json!(at[2])));
+    assert_eq!((&page["gaps"][0]["missed"], &page["events"][0]["data"]), (&json!(1), &json!(3)));
+    weir.delete("/v1/events?channel=a,b/50%25").await.expect(204);
+    let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[4])).await.json();
+    assert_eq!(page["gaps"][0]["reason"], "deleted");
+    weir.delete("/v1/events?channel=nobody").await.expect(204);
+    weir.delete("/v1/events").await.refused("invalid_params");
+    weir.delete("/v1/events?channel=a&before=earliest").await.refused("invalid_position");
+    weir.delete("/v1/events?channel=%24services").await.refused("forbidden");
+}
+
+#[tokio::test]
+async fn channels_are_listed_in_pages() {
+    let weir = weir().await;
+    for channel in ["b1", "a2", "a1", "é", "a,3"] {
+        weir.publish(&channel.replace('é', "%C3%A9"), "1").await;
+    }
+    let names = |list: &serde_json::Value| {
+        list["channels"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|info| info["channel"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let all = weir.get("/v1/channels").await.expect(200).json();
+    assert_eq!((names(&all), all.get("page")), (["a,3", "a1", "a2", "b1", "é"].map(String::from).to_vec(), None));
+    assert_eq!(names(&weir.get("/v1/channels?prefix=a").await.json()), ["a,3", "a1", "a2"]);
+    let mut seen = Vec::new();
+    let mut path = "/v1/channels?limit=2".to_owned();
+    loop {
+        let list = weir.get(path).await.expect(200).json();
+        seen.extend(names(&list));
+        let Some(page) = list.get("page") else { break };
+        path = format!("/v1/channels?limit=2&page={}", page.as_str().unwrap());
+    }
+    assert_eq!(seen, names(&all));
+    weir.get("/v1/channels?limit=0").await.refused("invalid_params");
+    weir.get("/v1/channels?page=!").await.refused("invalid_params");
+    weir.get("/v1/channels?channel=a&limit=2").await.refused("invalid_params");
+    let absent = weir.get("/v1/channels?channel=nobody").await.expect(200).json();
+    assert_eq!((&absent["epoch"], &absent["top"], &absent["time"]), (&json!("0"), &json!(0), &json!(null)));
+}
+
+// === consumers ===
+
+#[tokio::test]
+async fn a_consumer_s_life() {
+    let weir = weir().await;
+    for n in 1..=3 {
+        weir.publish("orders", &n.to_string()).await;
+    }
+    let poll = |more: String| weir.get(format!("/v1/events?channel=orders&consumer=mailer&limit=2{more}"));
+    let data = |page: &serde_json::Value| {
+        page["events"].as_array().unwrap().iter().map(|event| event["data"].as_i64().unwrap()).collect::<Vec<_>>()
+    };
+    let page = poll(String::new()).await.expect(200).json();
+    assert_eq!((data(&page), &page["consumer"]), (vec![1, 2], &json!({"name": "mailer", "new": true})));
+    // Not committed: the same again, and no longer new.
+    let again = poll(String::new()).await.json();
+    assert_eq!((data(&again), &again["consumer"]), (vec![1, 2], &json!({"name": "mailer"})));
+    let rest = poll(format!("&after={}", page["next"].as_str().unwrap())).await.json();
+    assert_eq!(data(&rest), [3]);
+    // An older token moves nothing back.
+    assert_eq!(data(&poll(format!("&after={}", page["next"].as_str().unwrap().replace("-2", "-1"))).await.json()), [3]);
+
+    let shown = weir.get("/v1/consumers/mailer").await.expect(200).json();
+    assert_eq!((&shown["name"], &shown["mode"]), (&json!("mailer"), &json!("cursor")));
+    let lag = &shown["channels"][0];
+    assert_eq!((&lag["channel"], &lag["position"], &lag["lag"]), (&json!("orders"), &page["next"], &json!(1)));
+    assert!(lag["top"].as_str().unwrap().ends_with("-3") && lag["lag_ms"].is_u64());
+    assert!(shown["expires"].as_u64() > shown["seen"].as_u64());
+    assert_eq!(weir.get("/v1/consumers?prefix=mail").await.json()["consumers"][0]["name"], "mailer");
+    assert_eq!(weir.get("/v1/consumers?prefix=x").await.json(), json!({"consumers": []}));
+
+    let commit = |after: &str| weir.post("/v1/consumers/mailer/commit", json!({"after": after}).to_string());
+    commit(rest["next"].as_str().unwrap()).await.expect(204);
+    assert_eq!(weir.get("/v1/consumers/mailer").await.json()["channels"][0]["lag"], 0);
+    commit(page["next"].as_str().unwrap()).await.expect(204);
+    assert_eq!(data(&poll(String::new()).await.json()), [0; 0]);
+    weir.post("/v1/consumers/mailer/seek", r#"{"channel":"orders","after":"earliest"}"#).await.expect(204);
+    assert_eq!(data(&poll("&commit=auto".into()).await.json()), [1, 2]);
+    assert_eq!(data(&poll("&commit=auto".into()).await.json()), [3]);
+    assert_eq!(data(&poll(String::new()).await.json()), [0; 0]);
+
+    weir.delete("/v1/consumers/mailer").await.expect(204);
+    weir.delete("/v1/consumers/mailer").await.refused("not_found");
+    weir.get("/v1/consumers/mailer").await.refused("not_found");
+    commit("1-1").await.refused("not_found");
+    weir.post("/v1/consumers/mailer/seek", r#"{"channel":"orders","after":"now"}"#).await.refused("not_found");
+    assert_eq!(poll(String::new()).await.json()["consumer"]["new"], true);
+}
+
+#[tokio::test]
+async fn a_consumer_from_now_misses_nothing_between_its_polls() {
+    let weir = weir().await;
+    weir.publish("a", "1").await;
+    let path = "/v1/events?channel=a&channel=new&consumer=n&start=now";
+    assert_eq!(weir.get(path).await.json()["events"], json!([]));
+    weir.publish("a", "2").await;
+    weir.publish("new", "3").await;
+    let page = weir.get(path).await.json();
+    assert_eq!((&page["events"][0]["data"], &page["events"][1]["data"]), (&json!(2), &json!(3)));
+    assert_eq!(page["gaps"], json!([]));
+    // The token is of both.
+    weir.post("/v1/consumers/n/commit", json!({"after": page["next"]}).to_string()).await.expect(204);
+    assert_eq!(weir.get(path).await.json()["events"], json!([]));
+}
+
+#[tokio::test]
+async fn what_a_consumer_may_not() {
+    let weir = weir().await;
+    let at = weir.publish("a", "1").await;
+    let get = |more: &str| weir.get(format!("/v1/events?channel=a{more}"));
+    for bad in [
+        "&consumer=a%20b",
+        "&consumer=",
+        "&consumer=é",
+        "&start=now",
+        "&commit=auto",
+        "&consumer=n&last=1",
+        "&consumer=n&start=1",
+        "&consumer=n&commit=yes",
+        "&consumer=n&after=earliest",
+        "&consumer=n&after=now",
+        "&consumer=n&after=0",
+    ] {
+        get(bad).await.refused("invalid_params");
+    }
+    get("&consumer=n&after=what").await.refused("invalid_position");
+    get(&format!("&consumer=n&after={}", at.replace("-1", "-9"))).await.refused("invalid_position");
+    get("&consumer=n").await.expect(200);
+    weir.post("/v1/consumers/n/commit", json!({"after": at.replace("-1", "-9")}).to_string())
+        .await
+        .refused("invalid_position");
+    weir.post("/v1/consumers/n/commit", r#"{"after":"earliest"}"#).await.refused("invalid_params");
+    weir.post("/v1/consumers/n/commit", r#"{}"#).await.refused("invalid_params");
+    weir.post("/v1/consumers/n/commit", "{").await.refused("parse_error");
+    weir.post("/v1/consumers/n/seek", json!({"channel": "a", "after": at.replace("-1", "-9")}).to_string())
+        .await
+        .refused("invalid_position");
+    weir.post("/v1/consumers/a%20b/commit", json!({"after": at}).to_string()).await.refused("invalid_params");
+}
+
+// === operations ===
+
+#[tokio::test]
+async fn operations() {
+    let weir = weir().await;
+    weir.get("/health/live").await.expect(200);
+    weir.get("/health/ready").await.expect(200);
+    weir.publish("a", "1").await;
+    let metrics = weir.get("/metrics").await.expect(200);
+    assert_eq!(metrics.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    assert!(metrics.text().contains("weir_events_published_total{transport=\"http\"} 1\n"), "{}", metrics.text());
+    assert!(weir.get("/").await.expect(200).text().contains("new EventSource"));
+    let document = weir.get("/openapi.json").await.expect(200).json();
+    assert!(document["openapi"].as_str().unwrap().starts_with("3."));
+    weir.gateway.draining.cancel();
+    weir.get("/health/ready").await.refused("draining");
+    let live = weir.get("/health/live").await.expect(200);
+    assert_eq!(live.header("connection"), Some("close"));
+}
+
+/// Every operation of the document exists, and nothing else is said in it.
+#[tokio::test]
+async fn the_document_names_what_there_is() {
+    let weir = weir().await;
+    let document = weir.get("/openapi.json").await.json();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        let path = path.replace("{name}", "n");
+        let allow = weir.request("OPTIONS", &*path).await.expect(204);
+        for method in operations.as_object().unwrap().keys() {
+            let method = method.to_ascii_uppercase();
+            assert!(allow.header("allow").unwrap().split(", ").any(|allowed| allowed == method), "{method} {path}");
+        }
+    }
+    for path in ["/v1/events", "/v1/channels", "/v1/consumers", "/v1/consumers/{name}/seek"] {
+        assert!(document["paths"].get(path).is_some(), "{path}");
+    }
+}

@@ -1,0 +1,200 @@
+//! Rules for every request: methods, unknown paths, pages of other origins, names of this machine.
+
+use crate::support::weir;
+
+#[tokio::test]
+async fn methods() {
+    let weir = weir().await;
+    for (path, allow) in [
+        ("/v1/events", "GET, HEAD, POST, DELETE, OPTIONS"),
+        ("/v1/channels", "GET, HEAD, OPTIONS"),
+        ("/v1/consumers/n", "GET, HEAD, DELETE, OPTIONS"),
+        ("/v1/consumers/n/commit", "POST, OPTIONS"),
+        ("/health/live", "GET, HEAD, OPTIONS"),
+        ("/", "GET, HEAD, OPTIONS"),
+    ] {
+        let mut expected: Vec<_> = allow.split(", ").collect();
+        expected.sort_unstable();
+        for reply in [weir.request("OPTIONS", path).await.expect(204), weir.request("PATCH", path).await] {
+            let mut given: Vec<_> = reply.header("allow").unwrap().split(", ").collect();
+            given.sort_unstable();
+            assert_eq!(given, expected, "{path}");
+            if reply.status != 204 {
+                reply.refused("method_not_allowed");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn unknown_and_reserved_paths() {
+    let weir = weir().await;
+    for path in [
+        "/v1",
+        "/v1/",
+        "/v2/events",
+        "/v1/events/",
+        "/v1/presence?channel=a",
+        "/v1/connections",
+        "/v1/consumers/n/take",
+        "/v1/consumers/n/ack",
+        "/console",
+        "/index.html",
+    ] {
+        weir.get(path).await.refused("not_found");
+    }
+    weir.post("/v1/consumers/n/take", "{}").await.refused("not_found");
+    weir.request("PUT", "/v1/consumers/n").body("{}").await.refused("method_not_allowed");
+    weir.request("OPTIONS", "/nowhere").await.refused("not_found");
+}
+
+#[tokio::test]
+async fn head_answers_headers_and_opens_nothing() {
+    let weir = weir().await;
+    weir.publish("a", "1").await;
+    let mut client = weir.client().await;
+    for path in [
+        "/v1/events?channel=a&after=now&wait=55s",
+        "/v1/events?channel=a&consumer=n&commit=auto",
+        "/v1/channels",
+        "/",
+        "/health/ready",
+    ] {
+        client.send("HEAD", path, &[], b"").await;
+        let head = client.head().await.expect(200);
+        assert_eq!(head.header("cache-control"), Some("no-store"), "{path}");
+        assert!(head.header("content-type").is_some());
+    }
+    // Nothing came after the heads, and nothing was consumed.
+    client.get("/v1/consumers/n").await.refused("not_found");
+    client.send("HEAD", "/v1/events?chanel=a", &[], b"").await;
+    client.head().await.expect(400);
+    client.send("HEAD", "/nowhere", &[], b"").await;
+    client.head().await.expect(404);
+    client.get("/health/live").await.expect(200);
+}
+
+#[tokio::test]
+async fn nothing_is_stored_and_origins_vary() {
+    let weir = weir().await;
+    for reply in [
+        weir.get("/v1/events?channel=a").await,
+        weir.get("/nowhere").await,
+        weir.get("/").await,
+        weir.post("/v1/events", "{").await,
+        weir.request("OPTIONS", "/v1/events").await,
+    ] {
+        assert_eq!(reply.header("cache-control"), Some("no-store"));
+        assert!(reply.all("vary").contains("Origin"));
+        assert_eq!(reply.header("access-control-allow-origin"), None);
+        assert!(reply.header("date").is_some());
+    }
+    assert_eq!(weir.get("/v1/events?channel=a").await.all("vary"), "Accept, Origin");
+    assert_eq!(weir.get("/v1/events").await.all("vary"), "Accept, Origin");
+}
+
+#[tokio::test]
+async fn pages_of_this_machine() {
+    let weir = weir().await;
+    let own = format!("http://{}", weir.address);
+    for origin in ["http://localhost:3000", "http://127.0.0.1:5173", "http://localhost", &own] {
+        let reply = weir.request("GET", "/v1/events?channel=a").header("origin", origin).await.expect(200);
+        assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
+        assert_eq!(reply.header("access-control-expose-headers"), Some("Retry-After, traceparent"));
+        assert_eq!(reply.header("access-control-allow-credentials"), None);
+        let asked = weir
+            .request("OPTIONS", "/v1/events")
+            .header("origin", origin)
+            .header("access-control-request-method", "POST");
+        let reply = asked.header("access-control-request-headers", "idempotency-key").await.expect(204);
+        assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
+        assert!(reply.header("access-control-allow-methods").unwrap().contains("DELETE"));
+        let headers = "Authorization, Content-Type, Last-Event-ID, Idempotency-Key, traceparent";
+        assert_eq!(reply.header("access-control-allow-headers"), Some(headers));
+        assert_eq!(reply.header("access-control-max-age"), Some("600"));
+        // Failures are for the page to read too.
+        let reply = weir.request("GET", "/v1/events").header("origin", origin).await;
+        assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
+    }
+}
+
+#[tokio::test]
+async fn pages_from_elsewhere() {
+    let weir = weir().await;
+    for origin in [
+        "https://evil.example",
+        "null",
+        "https://localhost:3000",
+        "http://localhost.evil.example",
+        "http://localhost@evil.example",
+        "file://",
+        "\u{e9}",
+    ] {
+        let with = |method, path: &str| {
+            weir.request(method, path).header("origin", origin).header("content-type", "application/json")
+        };
+        let reply = with("GET", "/v1/events?channel=a").await.expect(200);
+        assert_eq!(reply.header("access-control-allow-origin"), None, "{origin}");
+        let reply = with("OPTIONS", "/v1/events").header("access-control-request-method", "POST").await.expect(204);
+        assert_eq!(reply.header("access-control-allow-methods"), None, "{origin}");
+        let problem = with("POST", "/v1/events?channel=a").body("1").await.refused("forbidden");
+        assert_eq!(problem["permission"], "origin");
+        with("DELETE", "/v1/events?channel=a").await.refused("forbidden");
+    }
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 0);
+    let open = weir::config::Config::default();
+    assert!(open.cors.origins.is_empty());
+}
+
+#[tokio::test]
+async fn origins_of_the_configuration() {
+    let weir = weir().with(|config| config.cors.origins = vec!["https://*.shop.example".into()]).await;
+    let post = |origin: &str| {
+        weir.request("POST", "/v1/events?channel=a")
+            .header("origin", origin)
+            .header("content-type", "application/json")
+            .body("1")
+    };
+    let reply = post("https://www.shop.example").await.expect(201);
+    assert_eq!(reply.header("access-control-allow-origin"), Some("https://www.shop.example"));
+    post("https://shop.example.evil").await.refused("forbidden");
+}
+
+#[tokio::test]
+async fn names_of_this_machine() {
+    let weir = weir().await;
+    for host in ["localhost:8000", "127.0.0.1", "[::1]:1", "weir.localhost"] {
+        weir.request("GET", "/v1/events?channel=a").header("host", host).await.expect(200);
+    }
+    for host in ["evil.example", "10.0.0.1:8000", "localhost.evil.example"] {
+        for path in ["/v1/events?channel=a", "/", "/health/live", "/nowhere"] {
+            let problem = weir.request("GET", path).header("host", host).await.refused("forbidden");
+            assert_eq!(problem["permission"], "host");
+        }
+    }
+    // HTTP/1.0 need not say.
+    let mut client = weir.client().await;
+    client.write("GET /health/live HTTP/1.0\r\n\r\n").await;
+    client.reply().await.expect(200);
+}
+
+#[tokio::test]
+async fn browsers_declare_their_json() {
+    let weir = weir().await;
+    let post = |path: &str, headers: &[(&str, &str)], body: &'static str| {
+        headers.iter().fold(weir.request("POST", path), |request, (name, value)| request.header(name, value)).body(body)
+    };
+    let origin = ("origin", "http://localhost:3000");
+    for path in ["/v1/events?channel=a", "/v1/consumers/n/commit"] {
+        post(path, &[origin, ("content-type", "text/plain")], "1").await.refused("unsupported_media_type");
+        post(path, &[origin], "1").await.refused("unsupported_media_type");
+        post(path, &[("cookie", "a=b"), ("content-type", "application/x-www-form-urlencoded")], "1")
+            .await
+            .refused("unsupported_media_type");
+    }
+    post("/v1/events?channel=a", &[origin, ("content-type", "application/json; charset=utf-8")], "1").await.expect(201);
+    post("/v1/events", &[("cookie", "a=b"), ("content-type", "application/x-ndjson")], "{\"channel\":\"a\"}")
+        .await
+        .expect(201);
+    post("/v1/events?channel=a", &[("content-type", "text/plain")], "1").await.expect(201);
+}
