@@ -199,8 +199,11 @@ async fn trim_delete_and_what_there_is() {
     assert_eq!((&page["gaps"][0]["after"], &page["gaps"][0]["next"]), (&json!(at[0]), &json!(at[2])));
     assert_eq!((&page["gaps"][0]["missed"], &page["events"][0]["data"]), (&json!(1), &json!(3)));
     weir.delete("/v1/events?channel=a,b/50%25").await.expect(204);
-    let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[4])).await.json();
+    let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[3])).await.json();
     assert_eq!(page["gaps"][0]["reason"], "deleted");
+    // Who had seen everything has lost nothing.
+    let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[4])).await.json();
+    assert_eq!(page["gaps"], json!([]));
     weir.delete("/v1/events?channel=nobody").await.expect(204);
     weir.delete("/v1/events").await.refused("invalid_params");
     weir.delete("/v1/events?channel=a&before=earliest").await.refused("invalid_position");
