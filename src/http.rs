@@ -117,11 +117,12 @@ impl Door {
     /// What every answer says.
     fn finish(&self, page: Page, version: Version, answer: &mut Response) {
         self.gateway.metrics.requests[Status::of(answer.status().as_u16())].add(1);
+        let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
         let headers = answer.headers_mut();
         headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
         page.mark(headers);
         // Whoever comes back, comes back to a node that stays. (HTTP/2 has a frame for it, not a header.)
-        if self.gateway.draining.is_cancelled() && version <= Version::HTTP_11 {
+        if self.gateway.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
     }
@@ -160,7 +161,7 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Every route.
 pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
-    use api::{channels, consumers, events, stream};
+    use api::{channels, consumers, events, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
         .route("/", get(page))
@@ -169,7 +170,9 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
         .route("/v1/sse", get(stream::get))
         .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))
         .route("/v1/consumers/{name}/commit", post(consumers::commit))
-        .route("/v1/consumers/{name}/seek", post(consumers::seek));
+        .route("/v1/consumers/{name}/seek", post(consumers::seek))
+        .route("/v1/services", get(services::list))
+        .route("/v1/services/{*path}", post(services::call));
     let operators = Router::new()
         .route("/metrics", get(admin::metrics))
         .route("/v1/events", delete(events::delete))

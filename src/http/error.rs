@@ -10,15 +10,27 @@ pub const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+j
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
-        problem(&self, self.to_problem())
+        problem(&self, None, None)
     }
 }
 
-/// Answers `document`, the problem document of `error` with whatever else belongs into it. Its `status` is the answer's.
-pub fn problem(error: &Error, document: serde_json::Value) -> Response {
-    let status = document["status"].as_u64().and_then(|status| StatusCode::from_u16(status as u16).ok());
-    let mut response = document.to_string().into_response();
-    *response.status_mut() = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+/// The problem document of `error`: with another status, and with one more member of JSON, where given.
+pub fn problem(error: &Error, status: Option<u16>, member: Option<(&str, &[u8])>) -> Response {
+    let status = status.and_then(|status| StatusCode::from_u16(status).ok());
+    let status = status.or_else(|| StatusCode::from_u16(error.code().status()).ok());
+    let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut document = error.to_problem();
+    document["status"] = status.as_u16().into();
+    let mut text = document.to_string().into_bytes();
+    if let Some((name, json)) = member {
+        // Behind the last of at least four members. Not by way of a Value, which would round long numbers.
+        text.pop();
+        text.extend_from_slice(format!(",\"{name}\":").as_bytes());
+        text.extend_from_slice(json);
+        text.push(b'}');
+    }
+    let mut response = text.into_response();
+    *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, PROBLEM);
     if let Some(ms) = error.retry_after_ms() {

@@ -34,6 +34,8 @@ use super::{admin, api};
         api::consumers::delete,
         api::consumers::commit,
         api::consumers::seek,
+        api::services::list,
+        api::services::call,
         admin::live,
         admin::ready,
     ),
@@ -268,4 +270,29 @@ pub struct Consumers {
     consumers: Vec<Consumer>,
     #[schema(nullable = false)]
     page: Option<String>,
+}
+
+/// Params of a call; nothing will do as well.
+#[derive(ToSchema)]
+#[serde(untagged)]
+pub enum Params {
+    Named(BTreeMap<String, Value>),
+    Positional(Vec<Value>),
+}
+
+#[derive(ToSchema)]
+pub struct Services {
+    services: Vec<Service>,
+}
+
+/// What can be called.
+#[derive(ToSchema)]
+pub struct Service {
+    service: String,
+    providers: u64,
+    in_flight: u64,
+    exclusive: bool,
+    /// What the providers declared, if they did.
+    #[schema(nullable = false)]
+    methods: Option<Vec<String>>,
 }

@@ -357,7 +357,7 @@ async fn operations() {
     assert!(weir.get("/").await.expect(200).text().contains("new EventSource"));
     let document = weir.get("/openapi.json").await.expect(200).json();
     assert!(document["openapi"].as_str().unwrap().starts_with("3."));
-    weir.gateway.draining.cancel();
+    weir.gateway().draining.cancel();
     weir.get("/health/ready").await.refused("draining");
     let live = weir.get("/health/live").await.expect(200);
     assert_eq!(live.header("connection"), Some("close"));

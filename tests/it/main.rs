@@ -6,6 +6,7 @@ mod connection;
 mod http;
 mod http_read;
 mod http_rules;
+mod http_services;
 mod sse;
 mod start;
 mod support;

@@ -22,8 +22,9 @@ use weir::{
     backend::memory::Memory,
     bus::{Bus, Clock, Topics},
     config::Config,
-    http::{Door, Doors, Gateway},
+    http::{Door, Doors, Gateway, connection::Connections},
     metrics::Metrics,
+    transport::{sse::Sse, wheel::Wheel},
 };
 
 pub use client::{Client, Reply, Request};
@@ -37,7 +38,7 @@ pub struct Starter {
 /// A running weir. Dropped, it is gone.
 pub struct Weir {
     pub address: SocketAddr,
-    pub gateway: Arc<Gateway>,
+    gateway: Arc<Gateway>,
     stop: CancellationToken,
 }
 
@@ -59,28 +60,22 @@ impl Starter {
         let address = listener.local_addr().unwrap();
         let topics = Arc::new(Topics::new(bus_config(), Clock::default()));
         let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
+        let wheel = Wheel::start();
+        let metrics = Arc::new(Metrics::new());
+        let config = Arc::new(self.config);
         let gateway = Arc::new(Gateway {
+            sse: Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), Default::default())),
+            hub: weir::rpc::Hub::new(Default::default(), weir::rpc::Clock::real()),
             bus,
-            config: Arc::new(self.config),
-            metrics: Arc::new(Metrics::new()),
+            config,
+            metrics: metrics.clone(),
             draining: CancellationToken::new(),
         });
         let door = Arc::new(Door::new(gateway.clone(), address.ip().is_loopback(), Doors::One));
+        let connections = Connections::new(Default::default(), wheel, metrics);
         let stop = CancellationToken::new();
         let stopped = stop.clone();
-        tokio::spawn(stopped.run_until_cancelled_owned(async move {
-            loop {
-                let (socket, _) = listener.accept().await.unwrap();
-                let door = door.clone();
-                let service = hyper::service::service_fn(move |request| {
-                    let door = door.clone();
-                    async move { Ok::<_, std::convert::Infallible>(door.answer(request).await) }
-                });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .serve_connection(hyper_util::rt::TokioIo::new(socket), service);
-                tokio::spawn(connection);
-            }
-        }));
+        tokio::spawn(async move { connections.accept(listener, door, stopped).await });
         Weir { address, gateway, stop }
     }
 }
@@ -101,6 +96,11 @@ impl Drop for Weir {
 }
 
 impl Weir {
+    /// What the handlers share: for tests that count what is left.
+    pub fn gateway(&self) -> &Gateway {
+        &self.gateway
+    }
+
     /// A connection that is kept open between requests.
     pub async fn client(&self) -> Client {
         Client::connect(self.address).await

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use axum::{
     body::{Body, Bytes},
     extract::State,
-    http::{HeaderMap, Method, Request, StatusCode, request::Parts},
+    http::{Method, Request, StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
 use http::{HeaderValue, header};
@@ -110,22 +110,22 @@ async fn publish_many(gateway: &Gateway, identity: &Identity, events: Vec<(Chann
             Ok(json(if repeated { StatusCode::OK } else { StatusCode::CREATED }, out))
         }
         Err(failed) => {
-            let placed = names.iter().zip(&failed.placed).map(|((channel, size), placed)| {
-                let mut out = Vec::new();
+            let mut out = vec![b'['];
+            for ((channel, size), placed) in names.iter().zip(&failed.placed) {
+                if out.len() > 1 {
+                    out.push(b',');
+                }
                 match placed {
                     Some(placed) => {
-                        count(gateway, placed, *size);
                         placed.write_json(channel, &mut out);
+                        count(gateway, placed, *size);
                     }
                     None => out.extend_from_slice(b"null"),
                 }
-                serde_json::from_slice(&out).unwrap_or_default()
-            });
-            let placed: Vec<serde_json::Value> = placed.collect();
+            }
+            out.push(b']');
             gateway.metrics.publish_failed(failed.error.code());
-            let mut document = failed.error.to_problem();
-            document["placed"] = placed.into();
-            Ok(problem(&failed.error, document))
+            Ok(problem(&failed.error, None, Some(("placed", &out))))
         }
     }
 }
@@ -332,23 +332,4 @@ pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, hea
     let _ = identity.may_publish(&channel)?;
     gateway.bus.remove(&channel, before).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Whether the client would rather have a stream than a page: `text/event-stream` is among what it accepts, and
-/// `application/json` is not, or comes later.
-pub fn prefers_stream(headers: &HeaderMap) -> bool {
-    let ranges = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    let mut ranges = ranges.flat_map(|value| value.split(','));
-    let wanted = ranges.find_map(|range| {
-        let mut parts = range.split(';').map(str::trim);
-        let kind = parts.next().unwrap_or_default();
-        let refused = parts.any(|part| matches!(part.strip_prefix("q="), Some("0" | "0.0" | "0.00" | "0.000")));
-        match kind {
-            _ if refused => None,
-            kind if kind.eq_ignore_ascii_case("text/event-stream") => Some(true),
-            kind if kind.eq_ignore_ascii_case("application/json") => Some(false),
-            _ => None,
-        }
-    });
-    wanted.unwrap_or(false)
 }

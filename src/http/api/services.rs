@@ -1,1 +1,129 @@
-//! `/v1/services`.
+//! `/v1/services`: what can be called, and calling it.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{Request, StatusCode, request::Parts},
+    response::Response,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{json, to_json};
+use crate::{
+    auth::Identity,
+    error::{Code, Error, Result},
+    http::{
+        Gateway,
+        error::problem,
+        extract::{declared, read_body, text},
+        openapi::Problem,
+    },
+    rpc::{Call, ProviderError, Refusal, ServiceInfo},
+    transport::query::{Query, decode},
+};
+
+/// `GET /v1/services`.
+#[utoipa::path(get, path = "/v1/services", tag = "services",
+    description = "Services that have a provider.",
+    params(("prefix" = Option<String>, Query, description = "Of the names.")),
+    responses(
+        (status = 200, body = crate::http::openapi::Services),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+    let mut query = Query::parse(head.uri.query())?;
+    let prefix = query.take("prefix")?.unwrap_or_default();
+    query.finish()?;
+    let mut services = gateway.hub.services(&prefix, gateway.config.limits.services);
+    // What one may not call is none of one's business.
+    services.retain(|info| identity.may_call(&info.service).is_ok());
+    Ok(to_json(&Services { services }))
+}
+
+/// `POST /v1/services/{service}/{method}`.
+#[utoipa::path(post, path = "/v1/services/{service}/{method}", tag = "services",
+    description = "Calls. The body is the params: an object, an array, or nothing. The answer is the bare result. The path is \
+        split at its last `/`, so the name of a service may hold some. To hang up is to cancel.",
+    params(
+        ("service" = String, Path, example = "weir", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
+        ("method" = String, Path, example = "echo", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
+        ("timeout" = Option<String>, Query, description = "30s if not said, at most 10m.", pattern = "^[1-9][0-9]{0,3}ms$", example = "5s"),
+    ),
+    request_body(description = "Params.", content((crate::http::openapi::Params = "application/json"))),
+    responses(
+        (status = 200, description = "The result, as the provider wrote it.", body = serde_json::Value, content_type = "application/json"),
+        (status = "4XX", description = "`parse_error`, `invalid_params`, `method_not_found`, `forbidden`, `too_large`, `unsupported_media_type`; \
+            `service_error` (422): the provider answered with the error in `error`, whose `data.status` may choose another status.",
+            body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`no_provider`, `busy` (503): nobody has seen it. `timeout` (504), `provider_gone`, `bad_reply` (502): \
+            perhaps done. `internal`.", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+    let (head, body) = request.into_parts();
+    declared(&head.headers)?;
+    let mut query = Query::parse(head.uri.query())?;
+    let timeout = query.duration("timeout")?;
+    query.finish()?;
+    let path = decode(head.uri.path().strip_prefix("/v1/services/").unwrap_or_default(), false)?;
+    let (service, method) = Call::split(&path)?;
+    let permit = identity.may_call(service)?;
+    let limits = &gateway.config.limits;
+    let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
+    let call = Call {
+        caller: permit.subject(),
+        traceparent: text(&head.headers, "traceparent"),
+        timeout,
+        ..Call::new(service, method, params(&body)?)
+    };
+    match gateway.hub.ask(&call).await {
+        Ok(result) => Ok(json(StatusCode::OK, Box::<str>::from(result).into_string())),
+        Err(Refusal::Weir(error)) => Err(error),
+        Err(Refusal::Provider(error)) => Ok(refused(&error)),
+    }
+}
+
+/// The body, if it is what params may be.
+fn params(body: &[u8]) -> Result<Option<&RawValue>> {
+    if body.trim_ascii().is_empty() {
+        return Ok(None);
+    }
+    let params: &RawValue =
+        serde_json::from_slice(body).map_err(|error| Error::new(Code::ParseError, error.to_string()))?;
+    match params.get().starts_with(['{', '[']) {
+        true => Ok(Some(params)),
+        false => Err(Error::params("params are an object, an array, or nothing")),
+    }
+}
+
+/// A provider's error over HTTP. The error itself is in `error`, untouched.
+fn refused(error: &ProviderError<'_>) -> Response {
+    let code = match error.code {
+        -32601 => Code::MethodNotFound,
+        -32602 => Code::InvalidParams,
+        -32603 => Code::Internal,
+        _ => Code::ServiceError,
+    };
+    let summary = Error::new(code, error.message.clone().into_owned());
+    problem(&summary, error.data.as_deref().and_then(status), Some(("error", error.to_raw().get().as_bytes())))
+}
+
+/// `data.status`, if it is the status of a failure.
+fn status(data: &RawValue) -> Option<u16> {
+    #[derive(Deserialize)]
+    struct Data {
+        status: u16,
+    }
+    // serde would read a struct from an array too.
+    let Data { status } = data.get().starts_with('{').then(|| serde_json::from_str(data.get()).ok())??;
+    (400..600).contains(&status).then_some(status)
+}
+
+#[derive(Serialize)]
+struct Services {
+    services: Vec<ServiceInfo>,
+}
