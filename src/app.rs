@@ -13,7 +13,7 @@ use crate::{
     config::{self, Config},
     event::{Channel, Data, Draft, Parts},
     http::{
-        Door, Gateway,
+        Door, Doors, Gateway,
         connection::{self, Connections},
     },
     metrics::Metrics,
@@ -66,15 +66,17 @@ impl App {
         });
         let config = gateway.config.clone();
         let mut listeners = Vec::new();
-        for address in &config.server.listen {
+        let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
+        let clients = config.server.listen.iter().map(|address| (*address, clients));
+        for (address, doors) in clients.chain(config.admin.listen.map(|address| (address, Doors::Operators))) {
             let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-            let door = Door::new(gateway.clone(), address.ip().is_loopback());
+            let door = Door::new(gateway.clone(), address.ip().is_loopback(), doors);
             listeners.push((listener, Arc::new(door)));
         }
         Ok(App { listeners, gateway, memory, wheel, connections })
     }
 
-    /// Where weir listens, in the order of the configuration.
+    /// Where weir listens, in the order of the configuration; `admin.listen` comes last.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         // A listener that is bound has an address.
         self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()

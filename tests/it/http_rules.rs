@@ -1,6 +1,6 @@
 //! Rules for every request: methods, unknown paths, pages of other origins, names of this machine.
 
-use crate::support::weir;
+use crate::support::{Request, weir};
 
 #[tokio::test]
 async fn methods() {
@@ -197,4 +197,43 @@ async fn browsers_declare_their_json() {
         .await
         .expect(201);
     post("/v1/events?channel=a", &[("content-type", "text/plain")], "1").await.expect(201);
+}
+
+#[tokio::test]
+async fn operators_may_have_a_listener_of_their_own() {
+    let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
+    let [clients, operators] = weir.addresses[..] else { panic!("{:?}", weir.addresses) };
+    let get = |address, path: &str| Request::new(address, "GET", path.into());
+    for path in ["/metrics", "/v1/channels", "/v1/consumers"] {
+        get(clients, path).await.refused("not_found");
+        get(operators, path).await.expect(200);
+    }
+    Request::new(clients, "DELETE", "/v1/events?channel=a".into()).await.refused("method_not_allowed");
+    Request::new(operators, "DELETE", "/v1/events?channel=a".into()).await.expect(204);
+    for path in ["/v1/events?channel=a", "/"] {
+        get(clients, path).await.expect(200);
+        assert!(matches!(get(operators, path).await.status, 404 | 405), "{path}");
+    }
+    for address in [clients, operators] {
+        get(address, "/health/ready").await.expect(200);
+    }
+}
+
+#[tokio::test]
+async fn leaving_answers_who_waits_and_closes_every_connection() {
+    let weir = weir().with(|config| config.drain.window = std::time::Duration::ZERO).await;
+    let mut poll = weir.client().await;
+    poll.send("GET", "/v1/events?channel=a&wait=55s", &[], b"").await;
+    let mut idle = weir.client().await;
+    idle.get("/health/ready").await.expect(200);
+    let channel = weir::event::Channel::parse("a").unwrap();
+    while weir.gateway().bus.inspect(&channel).await.unwrap().readers == 0 {
+        tokio::task::yield_now().await;
+    }
+    weir.leave();
+    assert_eq!(poll.reply().await.expect(200).json()["events"], serde_json::json!([]));
+    assert!(poll.is_closed().await && idle.is_closed().await);
+    let connections = weir.connections().clone();
+    weir.left().await;
+    assert!(connections.is_empty());
 }

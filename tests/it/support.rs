@@ -16,15 +16,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use weir::{
-    backend::memory::Memory,
-    bus::{Bus, Clock, Topics},
+    app::App,
     config::Config,
-    http::{Door, Doors, Gateway, connection::Connections},
-    metrics::Metrics,
-    transport::{sse::Sse, wheel::Wheel},
+    http::{Gateway, connection::Connections},
 };
 
 pub use client::{Client, Reply, Request};
@@ -35,11 +31,16 @@ pub struct Starter {
     config: Config,
 }
 
-/// A running weir. Dropped, it is gone.
+/// A running weir. Dropped, it begins to leave; the end of the test's runtime is the end of it.
 pub struct Weir {
     pub address: SocketAddr,
+    /// All of them: the last is `admin.listen` if there is one.
+    pub addresses: Vec<SocketAddr>,
     gateway: Arc<Gateway>,
-    stop: CancellationToken,
+    connections: Connections,
+    shutdown: CancellationToken,
+    run: tokio::task::JoinHandle<anyhow::Result<()>>,
+    _shutdown: DropGuard,
 }
 
 /// With the default configuration.
@@ -56,27 +57,12 @@ impl Starter {
     }
 
     async fn start(self) -> Weir {
-        let listener = TcpListener::bind(self.config.server.listen[0]).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let topics = Arc::new(Topics::new(bus_config(), Clock::default()));
-        let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
-        let wheel = Wheel::start();
-        let metrics = Arc::new(Metrics::new());
-        let config = Arc::new(self.config);
-        let gateway = Arc::new(Gateway {
-            sse: Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), Default::default())),
-            hub: weir::rpc::Hub::new(Default::default(), weir::rpc::Clock::real()),
-            bus,
-            config,
-            metrics: metrics.clone(),
-            draining: CancellationToken::new(),
-        });
-        let door = Arc::new(Door::new(gateway.clone(), address.ip().is_loopback(), Doors::One));
-        let connections = Connections::new(Default::default(), wheel, metrics);
-        let stop = CancellationToken::new();
-        let stopped = stop.clone();
-        tokio::spawn(async move { connections.accept(listener, door, stopped).await });
-        Weir { address, gateway, stop }
+        let app = App::build(self.config).await.unwrap();
+        let (addresses, gateway, connections) = (app.addresses(), app.gateway().clone(), app.connections().clone());
+        let shutdown = CancellationToken::new();
+        let run = tokio::spawn(app.run(shutdown.clone().cancelled_owned()));
+        let _shutdown = shutdown.clone().drop_guard();
+        Weir { address: addresses[0], addresses, gateway, connections, shutdown, run, _shutdown }
     }
 }
 
@@ -89,16 +75,25 @@ impl IntoFuture for Starter {
     }
 }
 
-impl Drop for Weir {
-    fn drop(&mut self) {
-        self.stop.cancel();
-    }
-}
-
 impl Weir {
     /// What the handlers share: for tests that count what is left.
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
+    }
+
+    /// For tests that count what is left.
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
+    /// Begins to leave, as on SIGTERM.
+    pub fn leave(&self) {
+        self.shutdown.cancel();
+    }
+
+    /// Waits until it has left.
+    pub async fn left(self) {
+        self.run.await.unwrap().unwrap();
     }
 
     /// A connection that is kept open between requests.
@@ -127,16 +122,5 @@ impl Weir {
     pub async fn publish(&self, channel: &str, data: &str) -> String {
         let placed = self.post(format!("/v1/events?channel={channel}"), data.to_owned()).await.expect(201).json();
         format!("{}-{}", placed["epoch"].as_str().unwrap(), placed["offset"])
-    }
-}
-
-fn bus_config() -> weir::bus::Config {
-    weir::bus::Config {
-        rules: vec![],
-        keep: weir::bus::Keep { count: 10_000, age: std::time::Duration::from_secs(3600), bytes: 16 << 20 },
-        budget: 256 << 20,
-        keys: weir::bus::KeyLimits { window: std::time::Duration::from_secs(300), count: 10_000 },
-        consumer_idle: std::time::Duration::from_secs(3600),
-        max_consumers: 1000,
     }
 }
