@@ -15,7 +15,7 @@ use weir::{
     bus::Bus,
     config::Config,
     event::{Channel, Data, Draft, Parts},
-    http::{Door, Gateway, connection::Connections},
+    http::{Door, Doors, Gateway, connection::Connections},
     metrics::{Metrics, Transport},
     position::Position,
     transport::wheel::Wheel,
@@ -57,7 +57,7 @@ impl Server {
     }
 
     pub fn door(&self) -> Arc<Door> {
-        Arc::new(Door::new(self.gateway.clone(), true))
+        Arc::new(Door::new(self.gateway.clone(), true, Doors::One))
     }
 
     pub async fn publish(&self, name: &str, data: &str) -> Position {
