@@ -257,7 +257,7 @@ impl Drop for Connected {
 impl From<Code> for Outcome {
     fn from(code: Code) -> Self {
         match code {
-            Code::ServiceError | Code::MethodNotFound => Outcome::ServiceError,
+            Code::ServiceError => Outcome::ServiceError,
             Code::NoProvider => Outcome::NoProvider,
             Code::Busy => Outcome::Busy,
             Code::Timeout => Outcome::Timeout,

@@ -172,8 +172,8 @@ async fn read(
 async fn list(client: &mut Client, what: &str, prefix: Option<&str>, out: &mut Output) -> Result<(), Failure> {
     let mut page: Option<String> = None;
     loop {
-        let target = Target::new(&format!("/v1/{what}")).maybe("prefix", prefix).query("limit", 1000);
-        let answer = client.ask(Method::GET, &target.maybe("page", page.as_deref()), None, PATIENCE).await?;
+        let target = Target::new(&format!("/v1/{what}")).maybe("prefix", prefix).maybe("page", page.as_deref());
+        let answer = client.ask(Method::GET, &target, None, PATIENCE).await?;
         let members: std::collections::BTreeMap<Cow<'_, str>, &RawValue> = parse(answer.as_deref())?;
         let entries: Vec<&RawValue> = parse(members.get(what).copied())?;
         for entry in entries {

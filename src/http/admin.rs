@@ -35,10 +35,18 @@ pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
 /// `GET /metrics`, as Prometheus reads them.
 pub async fn metrics(State(gateway): State<Arc<Gateway>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;
+    observe(&gateway);
     let mut response = gateway.metrics.render().into_response();
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     Ok(response)
+}
+
+/// What the bus counts for itself is taken over when somebody looks.
+fn observe(gateway: &Gateway) {
+    let topics = gateway.bus.topics();
+    gateway.metrics.channels.set(topics.count() as i64);
+    gateway.metrics.bus_memory_bytes.set(topics.used() as i64);
 }
 
 /// A node that is well.
