@@ -56,9 +56,10 @@ struct Args {
     /// The core of the load.
     #[arg(long, default_value_t = 1)]
     load_core: usize,
-    /// Never sleeps between readings: steadier latencies.
+    /// Lets the load sleep when nothing is there. Every answer then wakes it, at the server's cost: several µs on a
+    /// virtual machine.
     #[arg(long)]
-    busy_poll: bool,
+    sleep: bool,
     /// Seconds after which a scenario is given up.
     #[arg(long, default_value_t = 300)]
     timeout: u64,
@@ -140,7 +141,7 @@ fn load(args: &Args) -> Result<bool> {
         repeat: args.repeat.max(1),
         slice: Duration::from_secs_f64(args.seconds.clamp(0.2, 60.0)),
         size: args.size,
-        busy_poll: args.busy_poll,
+        busy_poll: !args.sleep,
         scale: args.scale,
     };
     let to_stdout = args.json.as_ref().is_some_and(|path| path.as_os_str() == "-");

@@ -93,6 +93,7 @@ pub struct Polls {
     named: bool,
     size: usize,
     next: u64,
+    pub busy_poll: bool,
 }
 
 const POLLED: u32 = 900_000;
@@ -172,7 +173,7 @@ impl Polls {
         let pollers =
             requesters.into_iter().map(|requester| (requester, Seen::new(POLLED, 1), String::new())).collect();
         let host = server.addr().to_string();
-        Polls { who, pid: server.pid(), host, poll, pollers, publisher, answer, named, size, next: 0 }
+        Polls { who, pid: server.pid(), host, poll, pollers, publisher, answer, named, size, next: 0, busy_poll: false }
     }
 
     fn ask(&mut self, at: usize) -> Result<()> {
@@ -238,7 +239,7 @@ impl Polls {
             } else if delivered == published * consumers || now > last.max(end) + 5_000_000_000 {
                 break;
             }
-            self.poll.poll(&mut events, Some(wait))?;
+            self.poll.poll(&mut events, Some(if self.busy_poll { Duration::ZERO } else { wait }))?;
             for event in events.iter() {
                 let at = event.token().0;
                 let (requester, seen, next) = &mut self.pollers[at];
@@ -301,6 +302,7 @@ pub struct Posts {
     next: u64,
     /// The last offset that weir gave.
     top: Option<u64>,
+    pub busy_poll: bool,
 }
 
 impl Posts {
@@ -325,7 +327,7 @@ impl Posts {
         .into_bytes();
         Stamp { sequence: 0, sent: 0, channel: 0 }.put(size, &mut request);
         let pid = server.pid();
-        Ok(Posts { who, pid, poll, posters, request, floor, next: 0, top: None })
+        Ok(Posts { who, pid, poll, posters, request, floor, next: 0, top: None, busy_poll: false })
     }
 
     fn ask(&mut self, at: usize) -> Result<()> {
@@ -351,7 +353,7 @@ impl Posts {
         }
         let mut under_way = self.posters.len();
         while under_way > 0 {
-            self.poll.poll(&mut events, Some(Duration::from_millis(100)))?;
+            self.poll.poll(&mut events, Some(Duration::from_millis(if self.busy_poll { 0 } else { 100 })))?;
             for event in events.iter() {
                 let at = event.token().0;
                 let mut answered = false;

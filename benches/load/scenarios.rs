@@ -405,6 +405,7 @@ fn polls(report: &mut Report, consumers: usize, rate: f64, named: bool, options:
     let floor = Process::floor("hold", options.floor_core, &[])?;
     let answer = sample.context("no event came alone in the warm-up")?;
     let mut floor = Polls::floor(&floor, consumers, options.size, answer).map(|polls| (polls, floor))?;
+    (weir.busy_poll, floor.0.busy_poll) = (options.busy_poll, options.busy_poll);
     for _ in 0..options.repeat {
         let half = options.slice / 2;
         let repeat = vec![
@@ -423,6 +424,7 @@ fn posts(report: &mut Report, connections: usize, options: &Options) -> Result<(
     let (_, sample) = logged(weir.run(Duration::from_millis(300)), &server)?;
     let process = Process::floor("answer", options.floor_core, &sample.context("no answer in the warm-up")?)?;
     let mut floor = Posts::floor(&process, connections, options.size)?;
+    (weir.busy_poll, floor.busy_poll) = (options.busy_poll, options.busy_poll);
     for _ in 0..options.repeat {
         let half = options.slice / 2;
         let repeat = vec![floor.run(half)?.0, logged(weir.run(options.slice), &server)?.0, floor.run(half)?.0];
