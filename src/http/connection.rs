@@ -315,7 +315,9 @@ async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected)
     let parts = connection.into_parts();
     if let Some(take) = takeover.claim() {
         // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
-        take(Taken { io: parts.io.into_inner().io, early: parts.read_buf, framing, seat });
+        // A copy, though there is hardly ever anything to copy: even an empty slice would keep hyper's buffer alive.
+        let early = Bytes::copy_from_slice(&parts.read_buf);
+        take(Taken { io: parts.io.into_inner().io, early, framing, seat });
     }
 }
 
