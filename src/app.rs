@@ -30,6 +30,9 @@ const BUS_SWEEP: Duration = Duration::from_millis(60);
 /// How exactly deadlines of calls are kept.
 const HUB_SWEEP: Duration = Duration::from_millis(20);
 
+/// A sample of a histogram waits for so long at most.
+const METRICS_UPKEEP: Duration = Duration::from_secs(1);
+
 /// One weir: bound, not yet serving.
 pub struct App {
     listeners: Vec<(TcpListener, Arc<Door>)>,
@@ -108,6 +111,10 @@ impl App {
             every(HUB_SWEEP, {
                 let hub = gateway.hub.clone();
                 move || hub.sweep()
+            }),
+            every(METRICS_UPKEEP, {
+                let metrics = gateway.metrics.clone();
+                move || metrics.upkeep()
             }),
             tokio::spawn(announce_services(gateway.clone())),
         ]);

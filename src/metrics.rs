@@ -126,7 +126,7 @@ pub struct Metrics {
 
 impl Metrics {
     pub fn new() -> Self {
-        let mut it = Registry::default();
+        let it = Registry::new();
         it.info("weir_build_info", "Always 1; the version is the label.", "version", env!("CARGO_PKG_VERSION"));
         let started = it.gauge("weir_start_time_seconds", "When this node started, in Unix seconds.");
         started.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64));
@@ -180,10 +180,21 @@ impl Metrics {
 
     /// The text that Prometheus scrapes (format 0.0.4), this process's own figures included.
     pub fn render(&self) -> String {
-        let mut out = String::with_capacity(16 * 1024);
-        self.registry.render(&mut out);
+        let mut out = self.registry.render();
         process(&mut out);
         out
+    }
+
+    /// Adds new samples to the buckets of histograms, which hold them until then; call it every second.
+    pub fn upkeep(&self) {
+        self.registry.upkeep();
+    }
+
+    /// The value of a series, as the rendered text names it; 0 if there is none. For tests.
+    pub fn value(&self, series: &str) -> f64 {
+        let text = self.render();
+        let line = text.lines().filter_map(|line| line.strip_prefix(series)?.strip_prefix(' ')).next();
+        line.and_then(|value| value.parse().ok()).unwrap_or_default()
     }
 
     /// A connection that counts as open until what is returned is dropped.
@@ -352,12 +363,12 @@ mod tests {
         let metrics = Metrics::new();
         let mut one = metrics.connected(Transport::Ws);
         let other = metrics.connected(Transport::Ws);
-        assert_eq!(metrics.connections[Transport::Ws].get(), 2);
+        assert_eq!(metrics.value("weir_connections{transport=\"ws\"}") as u64, 2);
         one.because(Code::Slow);
         drop((one, other));
-        assert_eq!(metrics.connections[Transport::Ws].get(), 0);
-        assert_eq!(metrics.connections_accepted[Transport::Ws].get(), 2);
-        assert_eq!(metrics.connections_closed.of(["ws", "slow"]).get(), 1);
-        assert_eq!(metrics.connections_closed.of(["ws", "error"]).get(), 1);
+        assert_eq!(metrics.value("weir_connections{transport=\"ws\"}") as u64, 0);
+        assert_eq!(metrics.value("weir_connections_accepted_total{transport=\"ws\"}") as u64, 2);
+        assert_eq!(metrics.value("weir_connections_closed_total{transport=\"ws\",reason=\"slow\"}") as u64, 1);
+        assert_eq!(metrics.value("weir_connections_closed_total{transport=\"ws\",reason=\"error\"}") as u64, 1);
     }
 }

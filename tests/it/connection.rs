@@ -7,7 +7,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
 };
-use weir::{metrics::Transport, transport::takeover::Io};
+use weir::transport::takeover::Io;
 
 use crate::{
     start::{Server, eventually, soon},
@@ -122,7 +122,7 @@ async fn head_opens_nothing_and_the_connection_goes_on() {
     let head = client.head().await;
     assert!(client.body(&head).await.contains("channels"));
     assert_eq!(server.open().2, 0);
-    assert_eq!(server.metrics.connections_accepted[Transport::Sse].get(), 0);
+    assert_eq!(server.metrics.value("weir_connections_accepted_total{transport=\"sse\"}"), 0.0);
 }
 
 #[tokio::test]

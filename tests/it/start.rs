@@ -16,7 +16,7 @@ use weir::{
     config::Config,
     event::{Channel, Data, Draft, Parts},
     http::{Door, Doors, Gateway, connection::Connections},
-    metrics::{Metrics, Transport},
+    metrics::Metrics,
     position::Position,
     transport::wheel::Wheel,
 };
@@ -88,8 +88,9 @@ impl Server {
         let metrics = &self.metrics;
         (
             self.connections.len(),
-            metrics.connections[Transport::Sse].get() + metrics.connections[Transport::Http].get(),
-            metrics.subscriptions[Transport::Sse].get(),
+            (metrics.value("weir_connections{transport=\"sse\"}")
+                + metrics.value("weir_connections{transport=\"http\"}")) as i64,
+            metrics.value("weir_subscriptions{transport=\"sse\"}") as i64,
             self.bus.topics().readers(),
         )
     }
