@@ -406,7 +406,7 @@ impl Hub {
             return Err(Error::params("a method has no / in its name"));
         }
         let most = self.config.max_timeout;
-        let Some(timeout) = call.timeout else { return Ok(self.config.timeout.min(most).as_millis() as u32) };
+        let timeout = call.timeout.unwrap_or_else(|| self.config.timeout.min(most));
         if timeout > most || call.wait.is_some_and(|wait| wait > most) {
             return Err(Error::params(format!("timeout and wait are at most {}", duration::format(most))));
         }

@@ -670,6 +670,45 @@ impl State {
     }
 }
 
+#[cfg(test)]
+impl State {
+    /// Everything that has to be true between two operations.
+    pub fn check(&self) {
+        let mut linked = 0;
+        for (key, provider) in &self.providers {
+            let (mut index, mut before, mut count) = (provider.head, NONE, 0);
+            while index != NONE {
+                let Place::With { provider: has, previous, next } = self.entries[index as usize].place else {
+                    panic!("a provider's list has an entry that is elsewhere")
+                };
+                assert_eq!((has as usize, previous), (key, before));
+                (before, index, count) = (index, next, count + 1);
+            }
+            assert_eq!(provider.in_flight, count);
+            assert!(provider.in_flight <= provider.concurrency || provider.concurrency < 3, "only an update lowers it");
+            assert_eq!(provider.stage == Stage::Active, self.active.contains(&(key as u32)));
+            assert!(provider.stage != Stage::Leaving || count > 0);
+            linked += count as usize;
+        }
+        assert_eq!(
+            self.leaving,
+            self.providers.iter().filter(|(_, provider)| provider.stage == Stage::Leaving).count()
+        );
+        let waiting: Vec<_> = self.entries.iter().filter(|(_, entry)| entry.is_waiting(entry.seq)).collect();
+        assert_eq!((waiting.len(), waiting.len() + linked), (self.waiting, self.entries.len()));
+        for (index, entry) in waiting {
+            assert_eq!(self.queue.iter().filter(|queued| **queued == (index as u32, entry.seq)).count(), 1);
+        }
+        assert!(self.entries.iter().all(|(_, entry)| self.earliest <= entry.due));
+        assert!(self.ticking || self.entries.is_empty());
+        assert!(!self.flushing);
+        assert_eq!(self.counted, self.providers() > 0);
+        let exclusive =
+            self.providers.iter().filter(|(_, it)| it.stage != Stage::Leaving && it.fence.is_some()).count();
+        assert!(exclusive == 0 || exclusive == 1 && self.providers() == 1);
+    }
+}
+
 impl After {
     pub fn is_something(&self) -> bool {
         self.flush || !self.closed.is_empty()

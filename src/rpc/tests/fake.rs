@@ -1,0 +1,176 @@
+//! Connections that only remember, and a hub whose clock stands still.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use serde_json::{Value, value::RawValue};
+
+use super::super::*;
+
+#[derive(Default)]
+pub struct Fake {
+    pub calls: Mutex<Vec<Got>>,
+    /// Tag and outcome: the result, `error CODE MESSAGE`, or `CODE EXECUTED`.
+    pub answers: Mutex<Vec<(String, String)>>,
+    pub late: Mutex<Vec<(String, String)>>,
+    pub cancels: Mutex<Vec<CallId>>,
+    pub withdrawn: Mutex<Vec<String>>,
+    pub written: Mutex<Option<Written>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Got {
+    pub id: Option<CallId>,
+    pub name: String,
+    pub params: Option<String>,
+    pub meta: Option<Value>,
+}
+
+/// A connection under test: its hold on the hub and what it was told.
+pub struct Socket {
+    pub hub: Connection,
+    pub saw: Arc<Fake>,
+}
+
+pub struct World {
+    pub hub: Arc<Hub>,
+    clock: Arc<AtomicU64>,
+}
+
+impl Peer for Fake {
+    fn call(&self, call: &Forward<'_>) -> Written {
+        let written = self.written.lock().unwrap_or(Written::Yes);
+        if written == Written::Yes {
+            let name = match call.names {
+                Names::Bare => call.method.to_owned(),
+                Names::Full => format!("{}/{}", call.service, call.method),
+            };
+            let params = call.params.map(|params| params.get().to_owned());
+            let meta = call.meta.map(|meta| serde_json::to_value(meta).unwrap());
+            self.calls.lock().push(Got { id: call.id, name, params, meta });
+        }
+        written
+    }
+
+    fn cancel(&self, id: CallId) {
+        self.cancels.lock().push(id);
+    }
+
+    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+        self.answers.lock().push((tag(to), text(&answer)));
+    }
+
+    fn late(&self, to: &Tag, answer: Answer<'_>) {
+        self.late.lock().push((tag(to), text(&answer)));
+    }
+
+    fn withdrawn(&self, service: &str, reason: &str) {
+        self.withdrawn.lock().push(format!("{service} {reason}"));
+    }
+}
+
+fn tag(tag: &Tag) -> String {
+    String::from_utf8_lossy(tag.id()).into_owned()
+}
+
+pub fn text(answer: &Answer<'_>) -> String {
+    match answer {
+        Answer::Result(result) => result.get().to_owned(),
+        Answer::Error(error) => format!("error {} {}", error.code, error.message),
+        Answer::Failed(error) => {
+            let data = error.data();
+            let executed = data.get("executed").and_then(Value::as_str).unwrap_or("-").to_owned();
+            format!("{} {executed}", error.code().as_str())
+        }
+    }
+}
+
+pub fn raw(json: &str) -> &RawValue {
+    serde_json::from_str(json).unwrap()
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    pub fn with(config: Config) -> Self {
+        let clock = Arc::new(AtomicU64::new(1_000));
+        World { hub: Hub::new(config, Clock::Manual(clock.clone())), clock }
+    }
+
+    pub fn socket(&self) -> Socket {
+        let saw = Arc::new(Fake::default());
+        Socket { hub: self.hub.connect(saw.clone()), saw }
+    }
+
+    /// Moves the clock and sweeps.
+    pub fn pass(&self, time: Duration) {
+        self.clock.fetch_add(time.as_millis() as u64, SeqCst);
+        self.hub.sweep();
+    }
+
+    /// A socket that provides `service`, shared.
+    pub fn provider(&self, service: &str) -> Socket {
+        let socket = self.socket();
+        drop(socket.hub.provide(&Provide::new(service)).unwrap());
+        socket
+    }
+
+    /// Everything is over: nothing may be left of it.
+    pub fn is_empty_after_a_minute(&self) {
+        self.pass(Duration::from_secs(61));
+        self.pass(Duration::from_secs(1));
+        assert_eq!(self.hub.counts(), Counts::default());
+    }
+}
+
+impl Socket {
+    /// `svc/method`
+    pub fn call(&self, tag: &str, name: &str) {
+        self.call_with(tag, name, |_| {});
+    }
+
+    pub fn call_with(&self, tag: &str, name: &str, change: impl FnOnce(&mut Call<'_>)) {
+        let (service, method) = Call::split(name).unwrap();
+        let params = format!("[{tag:?}]");
+        let mut call = Call::new(service, method, Some(raw(&params)));
+        change(&mut call);
+        self.hub.call(Tag::new(tag.as_bytes()), &call);
+    }
+
+    pub fn provide(&self, service: &str, change: impl FnOnce(&mut Provide<'_>)) -> Result<(usize, Option<u64>)> {
+        let mut ask = Provide::new(service);
+        change(&mut ask);
+        self.hub.provide(&ask).map(|provided| (provided.providers, provided.fence))
+    }
+
+    /// Answers the `nth` call that it got.
+    pub fn reply(&self, nth: usize, result: &str) -> Replied {
+        let id = self.saw.calls.lock()[nth].id.unwrap();
+        self.hub.reply(id, Answer::Result(raw(result)))
+    }
+
+    /// Tags in the order in which their calls were written here.
+    pub fn got(&self) -> Vec<String> {
+        let calls = self.saw.calls.lock();
+        calls
+            .iter()
+            .map(|call| serde_json::from_str::<[String; 1]>(call.params.as_ref().unwrap()).unwrap()[0].clone())
+            .collect()
+    }
+
+    pub fn answers(&self) -> Vec<String> {
+        self.saw.answers.lock().iter().map(|(tag, outcome)| format!("{tag}: {outcome}")).collect()
+    }
+
+    pub fn late(&self) -> Vec<String> {
+        self.saw.late.lock().iter().map(|(tag, outcome)| format!("{tag}: {outcome}")).collect()
+    }
+}

@@ -1,0 +1,429 @@
+//! Who provides: choice, exclusiveness, waiting, leaving, discovery.
+
+use super::{
+    super::*,
+    SECOND,
+    fake::{Socket, World},
+};
+
+fn codes(result: &Result<(usize, Option<u64>)>) -> Code {
+    result.as_ref().unwrap_err().code()
+}
+
+#[test]
+fn the_one_with_the_fewest_calls_for_its_size() {
+    let world = World::new();
+    let (small, large, caller) = (world.socket(), world.socket(), world.socket());
+    small.provide("a", |ask| ask.concurrency = 2).unwrap();
+    large.provide("a", |ask| ask.concurrency = 8).unwrap();
+    for n in 0..10 {
+        caller.call(&n.to_string(), "a/x");
+    }
+    assert_eq!((small.got().len(), large.got().len()), (2, 8));
+    caller.call("full", "a/x");
+    assert_eq!(caller.answers(), ["full: busy no"]);
+    small.reply(0, "1");
+    caller.call("again", "a/x");
+    assert_eq!(small.got().last().unwrap(), "again");
+}
+
+#[test]
+fn equals_take_turns() {
+    let world = World::new();
+    let providers: Vec<_> = (0..4).map(|_| world.provider("a")).collect();
+    let caller = world.socket();
+    for n in 0..12 {
+        caller.call(&n.to_string(), "a/x");
+    }
+    assert!(providers.iter().all(|provider| provider.got().len() == 3));
+}
+
+#[test]
+fn many_providers_share_evenly_and_none_is_left_out() {
+    let world = World::new();
+    let providers: Vec<_> = (0..50).map(|_| world.socket()).collect();
+    for provider in &providers {
+        provider.provide("a", |ask| ask.concurrency = 10).unwrap();
+    }
+    let caller = world.socket();
+    for n in 0..250 {
+        caller.call(&n.to_string(), "a/x");
+    }
+    assert!(
+        providers.iter().all(|provider| provider.got().len() <= 9),
+        "two choices keep the fullest near the mean of 5"
+    );
+    for n in 250..500 {
+        caller.call(&n.to_string(), "a/x");
+    }
+    assert!(providers.iter().all(|provider| provider.got().len() == 10));
+    caller.call("full", "a/x");
+    assert_eq!(caller.answers(), ["full: busy no"]);
+}
+
+#[test]
+fn shared_and_exclusive_do_not_mix() {
+    let world = World::new();
+    let (one, two) = (world.socket(), world.socket());
+    assert_eq!(one.provide("shared", |_| {}).unwrap(), (1, None));
+    assert_eq!(two.provide("shared", |_| {}).unwrap(), (2, None));
+    assert_eq!(codes(&two.provide("shared", |ask| ask.exclusive = true)), Code::ServiceTaken);
+    assert_eq!(one.provide("own", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
+    assert_eq!(codes(&two.provide("own", |_| {})), Code::ServiceTaken);
+    assert_eq!(codes(&two.provide("own", |ask| ask.exclusive = true)), Code::ServiceTaken);
+    assert_eq!(codes(&two.provide("own", |ask| ask.takeover = true)), Code::InvalidParams);
+    // The name is free when its holder goes.
+    drop(one);
+    assert_eq!(two.provide("own", |ask| ask.exclusive = true).unwrap(), (1, Some(2)));
+    assert_eq!(two.provide("shared", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
+}
+
+#[test]
+fn the_same_connection_again_is_an_update() {
+    let world = World::new();
+    let (one, two, caller) = (world.socket(), world.socket(), world.socket());
+    one.provide("a", |ask| ask.concurrency = 1).unwrap();
+    assert_eq!(one.provide("a", |ask| (ask.concurrency, ask.meta) = (2, true)).unwrap(), (1, None));
+    for tag in ["1", "2", "3"] {
+        caller.call(tag, "a/x");
+    }
+    assert_eq!((one.got().len(), caller.answers()), (2, vec!["3: busy no".to_owned()]));
+    assert!(one.saw.calls.lock()[0].meta.is_some());
+    assert_eq!(one.provide("a", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
+    assert_eq!(one.provide("a", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
+    assert_eq!(codes(&two.provide("a", |_| {})), Code::ServiceTaken);
+    assert_eq!(one.provide("a", |_| {}).unwrap(), (1, None));
+    assert_eq!(two.provide("a", |_| {}).unwrap(), (2, None));
+    assert_eq!((one.reply(0, "1"), one.reply(1, "1")), (Replied::Answered, Replied::Answered));
+    drop((one, two, caller));
+    world.is_empty_after_a_minute();
+}
+
+#[test]
+fn a_takeover_by_the_same_subject() {
+    let world = World::new();
+    let (old, new, stranger, caller) = (world.socket(), world.socket(), world.socket(), world.socket());
+    fn exclusive(socket: &Socket, subject: &str) -> Result<(usize, Option<u64>)> {
+        let mut ask = Provide::new("a");
+        (ask.exclusive, ask.takeover, ask.subject) = (true, true, subject);
+        socket.hub.provide(&ask).map(|provided| (provided.providers, provided.fence))
+    }
+    assert_eq!(exclusive(&old, "svc").unwrap(), (1, Some(1)));
+    caller.call("1", "a/x");
+    caller.call_with("2", "a/x", |call| (call.timeout, call.late) = (Some(SECOND), true));
+    world.pass(SECOND);
+    assert_eq!(codes(&exclusive(&stranger, "other")), Code::ServiceTaken);
+    assert_eq!(exclusive(&new, "svc").unwrap(), (1, Some(2)));
+    assert_eq!(*old.saw.withdrawn.lock(), ["a replaced"]);
+    assert_eq!(caller.answers(), ["2: timeout maybe", "1: provider_gone maybe"]);
+    assert_eq!((old.reply(0, "1"), old.reply(1, "1")), (Replied::Unmatched, Replied::Unmatched));
+    caller.call("3", "a/x");
+    assert_eq!((old.got().len(), new.got()), (2, vec!["3".to_owned()]));
+    // The one that was replaced may come back, and goes without harm.
+    assert_eq!(old.hub.withdraw("a").unwrap_err().code(), Code::NotFound);
+    assert_eq!(exclusive(&old, "svc").unwrap(), (1, Some(3)));
+    drop((old, new, stranger, caller));
+    world.is_empty_after_a_minute();
+}
+
+#[test]
+fn fences_only_grow_even_over_a_forgotten_name() {
+    let world = World::new();
+    for fence in 1..=3 {
+        let socket = world.socket();
+        assert_eq!(socket.provide("a", |ask| ask.exclusive = true).unwrap().1, Some(fence));
+        drop(socket);
+        world.is_empty_after_a_minute();
+    }
+}
+
+#[test]
+fn withdrawn_providers_finish_what_they_have() {
+    let world = World::new();
+    let (provider, caller) = (world.provider("a"), world.socket());
+    assert_eq!(provider.hub.withdraw("b").unwrap_err().code(), Code::NotFound);
+    caller.call("1", "a/x");
+    assert_eq!(provider.hub.withdraw("a").unwrap(), 1);
+    assert_eq!(provider.hub.withdraw("a").unwrap(), 1);
+    caller.call_with("2", "a/x", |call| call.wait = Some(Duration::ZERO));
+    assert_eq!((caller.answers(), world.hub.counts().providers), (vec!["2: no_provider no".to_owned()], 0));
+    // The name is free for others meanwhile.
+    let heir = world.socket();
+    heir.provide("a", |ask| ask.exclusive = true).unwrap();
+    assert_eq!(provider.reply(0, "1"), Replied::Answered);
+    assert_eq!(provider.hub.withdraw("a").unwrap_err().code(), Code::NotFound);
+    drop((heir, provider, caller));
+    world.is_empty_after_a_minute();
+}
+
+#[test]
+fn a_provider_may_change_its_mind_and_a_node_may_drain() {
+    let world = World::new();
+    let (provider, caller) = (world.provider("a"), world.socket());
+    caller.call("1", "a/x");
+    provider.hub.withdraw("a").unwrap();
+    assert_eq!(provider.provide("a", |_| {}).unwrap(), (1, None));
+    caller.call("2", "a/x");
+    provider.provide("b", |_| {}).unwrap();
+    assert_eq!(provider.hub.withdraw_all(), 2);
+    assert_eq!((world.hub.counts().providers, world.hub.counts().services), (0, 0));
+    provider.reply(0, "1");
+    provider.reply(1, "2");
+    assert_eq!(caller.answers(), ["1: 1", "2: 2"]);
+    assert_eq!(provider.hub.withdraw_all(), 0);
+}
+
+#[test]
+fn a_call_waits_for_a_provider_that_was_here_a_moment_ago() {
+    let world = World::new();
+    let caller = world.socket();
+    caller.call("typo", "a/x");
+    drop(world.provider("a"));
+    for tag in ["1", "2", "3"] {
+        caller.call(tag, "a/x");
+    }
+    caller.call_with("0", "a/x", |call| call.wait = Some(Duration::ZERO));
+    assert_eq!(caller.answers(), ["typo: no_provider no", "0: no_provider no"]);
+    assert_eq!(world.hub.counts().waiting, 3);
+    assert_eq!(caller.hub.cancel(b"2"), 1);
+    let provider = world.socket();
+    let provided = provider.hub.provide(&Provide::new("a")).unwrap();
+    caller.call("4", "a/x");
+    assert_eq!(provider.got(), [""; 0], "nothing comes before the provider is told");
+    drop(provided);
+    assert_eq!(provider.got(), ["1", "3", "4"]);
+    assert_eq!(caller.answers()[2..], ["2: cancelled no"]);
+    provider.reply(1, "1");
+    assert_eq!(caller.answers()[3..], ["3: 1"]);
+
+    drop(provider);
+    caller.call("waits", "a/x");
+    world.pass(2 * SECOND);
+    assert_eq!(caller.answers().last().unwrap(), "waits: no_provider no");
+    world.pass(58 * SECOND);
+    caller.call("over", "a/x");
+    assert_eq!(caller.answers().last().unwrap(), "over: no_provider no");
+    assert_eq!(world.hub.counts().names, 0);
+}
+
+#[test]
+fn a_call_may_name_its_own_patience_but_not_beyond_its_deadline() {
+    let world = World::new();
+    let caller = world.socket();
+    caller.call_with("1", "new/x", |call| call.wait = Some(10 * SECOND));
+    caller.call_with("2", "new/x", |call| (call.wait, call.timeout) = (Some(10 * SECOND), Some(3 * SECOND)));
+    caller.call_with("3", "new/x", |call| (call.wait, call.timeout) = (Some(4 * SECOND), Some(5 * SECOND)));
+    world.pass(3 * SECOND);
+    assert_eq!(caller.answers(), ["2: timeout no"]);
+    world.pass(SECOND);
+    assert_eq!(caller.answers()[1..], ["3: no_provider no"]);
+    let provider = world.provider("new");
+    assert_eq!(provider.got(), ["1"]);
+    world.pass(26 * SECOND);
+    assert_eq!(caller.answers()[2..], ["1: timeout maybe"], "waiting counts");
+    // A name that only callers ever spoke costs nothing once they have gone.
+    caller.call_with("4", "typo/x", |call| call.wait = Some(SECOND));
+    assert_eq!(world.hub.counts().names, 2);
+    world.pass(SECOND);
+    assert_eq!(world.hub.counts().names, 1);
+}
+
+#[test]
+fn who_waited_goes_on_waiting_while_the_provider_is_busy() {
+    let world = World::new();
+    let (caller, provider) = (world.socket(), world.socket());
+    drop(world.provider("a"));
+    for tag in ["1", "2", "3"] {
+        caller.call(tag, "a/x");
+    }
+    provider.provide("a", |ask| ask.concurrency = 1).unwrap();
+    assert_eq!(provider.got(), ["1"]);
+    caller.call("4", "a/x");
+    assert_eq!(caller.answers(), ["4: busy no"]);
+    provider.reply(0, "1");
+    assert_eq!(provider.got(), ["1", "2"]);
+    world.pass(2 * SECOND);
+    assert_eq!(caller.answers()[2..], ["3: busy no"]);
+}
+
+#[test]
+fn what_may_wait_is_bounded() {
+    let world = World::with(Config { waiting: 2, ..Config::default() });
+    let caller = world.socket();
+    drop((world.provider("a"), world.provider("b")));
+    caller.call("1", "a/x");
+    caller.call("2", "b/x");
+    caller.call("3", "a/x");
+    assert_eq!(caller.answers(), ["3: no_provider no"]);
+    caller.hub.cancel(b"1");
+    caller.call("4", "a/x");
+    assert_eq!(world.hub.counts().waiting, 2);
+
+    let world = World::with(Config { waiting_bytes: 50, ..Config::default() });
+    let caller = world.socket();
+    drop(world.provider("a"));
+    caller.call(&"1".repeat(30), "a/x");
+    caller.call("2".repeat(30).as_str(), "a/x");
+    assert_eq!(world.hub.counts().waiting, 1);
+    drop(caller);
+    world.is_empty_after_a_minute();
+}
+
+#[test]
+fn a_call_that_was_not_written_goes_to_another_provider() {
+    let world = World::new();
+    let (one, two, caller) = (world.provider("a"), world.provider("a"), world.socket());
+    *one.saw.written.lock() = Some(Written::Full);
+    for n in 0..4 {
+        caller.call(&n.to_string(), "a/x");
+    }
+    assert_eq!((one.got().len(), two.got().len()), (0, 4));
+    *two.saw.written.lock() = Some(Written::Full);
+    caller.call("full", "a/x");
+    assert_eq!(caller.answers(), ["full: busy no"]);
+    *one.saw.written.lock() = None;
+    caller.call("freed", "a/x");
+    assert_eq!(one.got(), ["freed"]);
+    assert_eq!(world.hub.counts().pending, 5);
+}
+
+#[test]
+fn a_provider_that_turns_out_to_be_gone_is_none() {
+    let world = World::new();
+    let (one, caller) = (world.socket(), world.socket());
+    one.provide("a", |ask| ask.exclusive = true).unwrap();
+    caller.call("1", "a/x");
+    *one.saw.written.lock() = Some(Written::Gone);
+    caller.call("2", "a/x");
+    caller.hub.notify(&Call::new("a", "n", Some(fake_params())));
+    assert_eq!(caller.answers(), ["1: provider_gone maybe"]);
+    assert_eq!((world.hub.counts().waiting, world.hub.counts().providers), (2, 0));
+    let two = world.socket();
+    two.provide("a", |ask| ask.exclusive = true).unwrap();
+    assert_eq!(two.got(), ["2", "n"]);
+    drop(one);
+    two.reply(0, "1");
+    assert_eq!(caller.answers()[1..], ["2: 1"]);
+}
+
+fn fake_params() -> &'static RawValue {
+    serde_json::from_str(r#"["n"]"#).unwrap()
+}
+
+#[test]
+fn a_full_provider_does_not_hold_up_those_that_waited() {
+    let world = World::new();
+    let (caller, provider) = (world.socket(), world.socket());
+    drop(world.provider("a"));
+    caller.call("1", "a/x");
+    caller.hub.notify(&Call::new("a", "n", None));
+    *provider.saw.written.lock() = Some(Written::Full);
+    provider.provide("a", |_| {}).unwrap();
+    assert_eq!((caller.answers(), world.hub.counts().waiting), (vec!["1: busy no".to_owned()], 0));
+}
+
+#[test]
+fn names_that_nobody_may_provide() {
+    let world = World::new();
+    let socket = world.socket();
+    for name in ["", "weir", "weir/x", "rpc.x", "$x", "a\nb", &"x".repeat(129)] {
+        assert_eq!(codes(&socket.provide(name, |_| {})), Code::InvalidParams, "{name:?}");
+    }
+    assert_eq!(codes(&socket.provide("a", |ask| ask.concurrency = 0)), Code::InvalidParams);
+    assert_eq!(codes(&socket.provide("a", |ask| ask.methods = &["x\n"])), Code::InvalidParams);
+    assert_eq!(world.hub.counts(), Counts { connections: 1, ..Counts::default() });
+}
+
+#[test]
+fn how_many_services() {
+    let world = World::with(Config { services: 3, provides: 2, ..Config::default() });
+    let (one, two) = (world.socket(), world.socket());
+    one.provide("a", |_| {}).unwrap();
+    one.provide("b", |_| {}).unwrap();
+    assert_eq!(codes(&one.provide("c", |_| {})), Code::LimitReached);
+    two.provide("c", |_| {}).unwrap();
+    assert_eq!(codes(&two.provide("d", |_| {})), Code::LimitReached);
+    two.provide("a", |_| {}).unwrap();
+    assert_eq!((world.hub.counts().names, world.hub.counts().services), (3, 3));
+}
+
+#[test]
+fn names_that_came_and_went_cost_nothing() {
+    let world = World::with(Config { services: 100, ..Config::default() });
+    for n in 0..10_000 {
+        drop(world.provider(&n.to_string()));
+        world.hub.sweep();
+        assert!(world.hub.counts().names <= 101);
+    }
+    // One name that comes and goes is remembered once.
+    for _ in 0..1_000 {
+        drop(world.provider("flapping"));
+    }
+    assert!(world.hub.remembered.lock().len() <= 101);
+    world.is_empty_after_a_minute();
+}
+
+#[test]
+fn discovery() {
+    let world = World::new();
+    let (one, two, caller) = (world.socket(), world.socket(), world.socket());
+    one.provide("jwt", |ask| ask.methods = &["make", "check"]).unwrap();
+    two.provide("jwt", |ask| ask.methods = &["make"]).unwrap();
+    one.provide("job", |ask| ask.exclusive = true).unwrap();
+    drop(world.provider("gone"));
+    caller.call("1", "jwt/make");
+    let info = |service: &str, providers, in_flight, exclusive, methods: &[&str]| ServiceInfo {
+        service: service.into(),
+        providers,
+        in_flight,
+        exclusive,
+        methods: methods.iter().map(|method| method.to_string()).collect(),
+    };
+    let job = info("job", 1, 0, true, &[]);
+    let jwt = info("jwt", 2, 1, false, &["check", "make"]);
+    let weir = info("weir", 1, 0, true, &["echo", "time"]);
+    assert_eq!(world.hub.services("j", 10), [job.clone(), jwt.clone()]);
+    assert_eq!(world.hub.services("", 10), [job.clone(), jwt, weir]);
+    assert_eq!(caller.hub.services("", 1), [job]);
+    assert_eq!(
+        serde_json::to_string(&world.hub.services("job", 1)).unwrap(),
+        r#"[{"service":"job","providers":1,"in_flight":0,"exclusive":true}]"#
+    );
+}
+
+#[test]
+fn changes_are_told_once_per_service() {
+    let world = World::new();
+    let told = || -> Vec<String> {
+        let changes = world.hub.changes.take();
+        changes.iter().map(|it| format!("{} {} {}", it.service, it.kind.as_str(), it.providers)).collect()
+    };
+    let one = world.provider("a");
+    let two = world.provider("a");
+    assert_eq!(told(), ["a provided 2"]);
+    drop(two);
+    drop(world.provider("b"));
+    assert_eq!(told(), ["a withdrawn 1"], "b came and went between two questions");
+    for _ in 0..1_000 {
+        one.hub.withdraw("a").unwrap();
+        one.provide("a", |ask| (ask.exclusive, ask.subject) = (true, "s")).unwrap();
+    }
+    assert_eq!(told(), [""; 0]);
+    let three = world.socket();
+    three.provide("a", |ask| (ask.exclusive, ask.takeover, ask.subject) = (true, true, "s")).unwrap();
+    assert_eq!(told(), ["a provided 1"], "another one provides it");
+    drop((one, three));
+    assert_eq!(told(), ["a withdrawn 0"]);
+}
+
+#[tokio::test]
+async fn changes_wake_who_waits_for_them() {
+    let world = World::new();
+    let hub = world.hub.clone();
+    let waiter = tokio::spawn(async move { hub.changes().await });
+    tokio::task::yield_now().await;
+    let _provider = world.provider("a");
+    let changes = waiter.await.unwrap();
+    assert_eq!(serde_json::to_string(&changes).unwrap(), r#"[{"service":"a","providers":1,"exclusive":false}]"#);
+    assert_eq!(changes[0].kind, ChangeKind::Provided);
+}
