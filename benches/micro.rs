@@ -160,7 +160,7 @@ impl Peer for Quiet {
 /// A call routed to its provider, and its reply to the caller; among so many providers.
 #[divan::bench(args = [1, 8])]
 fn call_routing(bencher: Bencher, providers: usize) {
-    let hub = Hub::new(weir::rpc::Config::default(), weir::rpc::Clock::real());
+    let hub = Hub::new(weir::rpc::Config::default(), weir::rpc::Clock::real(), Arc::default());
     let peers: Vec<(Arc<Quiet>, Connection)> = (0..providers)
         .map(|_| {
             let peer = Arc::new(Quiet::default());

@@ -62,7 +62,7 @@ impl App {
         let gateway = Arc::new(Gateway {
             sse: Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), sse)),
             bus,
-            hub: Hub::new(hub_config(&config), rpc::Clock::real()),
+            hub: Hub::new(hub_config(&config), rpc::Clock::real(), metrics.clone()),
             config: Arc::new(config),
             metrics,
             draining: CancellationToken::new(),

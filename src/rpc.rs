@@ -16,8 +16,10 @@ mod ask;
 mod changes;
 mod connection;
 mod late;
+mod names;
 mod peer;
 mod pending;
+mod route;
 mod services;
 #[cfg(test)]
 mod tests;
@@ -26,10 +28,7 @@ use std::{
     collections::{HashMap, VecDeque},
     sync::{
         Arc,
-        atomic::{
-            AtomicU64, AtomicUsize,
-            Ordering::{self, Relaxed},
-        },
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -46,13 +45,13 @@ pub use peer::{Answer, Forward, Meta, Names, Peer, ProviderError, Written};
 pub use pending::{CallId, CallIdText, Tag};
 
 use crate::{
-    duration,
-    error::{Code, Error, Executed, Result},
+    error::{Code, Error, Result},
+    metrics::Metrics,
 };
 use changes::Changes;
 use late::Late;
 use pending::Conn;
-use services::{After, Expired, New, Overdue, Removed, Request, Room, Service, State, Target, Ticket};
+use services::{Room, Service};
 
 /// How long a service without providers is still known: its calls wait for a new one, which is on its way in a deploy.
 const REMEMBERED: Duration = Duration::from_secs(60);
@@ -156,27 +155,13 @@ pub struct Counts {
     pub names: usize,
 }
 
-/// What the hub has done so far; each only grows.
-#[derive(Debug)]
-pub struct Tally {
-    /// Calls answered with a result.
-    pub results: AtomicU64,
-    /// Calls answered with an error of the provider.
-    pub errors: AtomicU64,
-    /// Calls that weir failed, in the order of [`Code::ALL`].
-    pub failed: [AtomicU64; Code::ALL.len()],
-    pub notifications: AtomicU64,
-    /// Replies that came after the deadline.
-    pub late: AtomicU64,
-    /// Replies that nobody waits for: cancelled, unknown, or not that provider's.
-    pub unmatched: AtomicU64,
-}
+type Shard = Mutex<HashMap<Arc<str>, Arc<Service>, RandomState>>;
 
 /// See the [module](self). Shared as an `Arc`.
 pub struct Hub {
     config: Config,
     clock: Clock,
-    names: [Mutex<HashMap<Arc<str>, Arc<Service>, RandomState>>; Self::SHARDS],
+    names: [Shard; Self::SHARDS],
     /// Identifies calls; starts anywhere, so that a reply to a former process matches nothing.
     seq: AtomicU64,
     /// Fences of names that are forgotten were not higher.
@@ -190,7 +175,7 @@ pub struct Hub {
     late: Late,
     changes: Changes,
     connections: AtomicUsize,
-    tally: Tally,
+    metrics: Arc<Metrics>,
 }
 
 impl Default for Config {
@@ -210,28 +195,20 @@ impl Default for Config {
     }
 }
 
-impl Default for Tally {
-    fn default() -> Self {
-        Tally {
-            results: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
-            failed: [const { AtomicU64::new(0) }; Code::ALL.len()],
-            notifications: AtomicU64::new(0),
-            late: AtomicU64::new(0),
-            unmatched: AtomicU64::new(0),
-        }
-    }
-}
-
 impl Clock {
     pub fn real() -> Self {
         Clock::Real(Instant::now())
     }
 
+    /// Milliseconds.
     fn now(&self) -> u64 {
+        self.micros() / 1_000
+    }
+
+    fn micros(&self) -> u64 {
         match self {
-            Clock::Real(start) => start.elapsed().as_millis() as u64,
-            Clock::Manual(now) => now.load(Relaxed),
+            Clock::Real(start) => start.elapsed().as_micros() as u64,
+            Clock::Manual(now) => now.load(Relaxed) * 1_000,
         }
     }
 }
@@ -272,7 +249,7 @@ impl Hub {
     /// The service that is always there.
     const BUILT_IN: &'static str = "weir";
 
-    pub fn new(config: Config, clock: Clock) -> Arc<Self> {
+    pub fn new(config: Config, clock: Clock, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Hub {
             clock,
             names: Default::default(),
@@ -285,17 +262,13 @@ impl Hub {
             late: Late::new(config.late),
             changes: Changes::default(),
             connections: AtomicUsize::new(0),
-            tally: Tally::default(),
+            metrics,
             config,
         })
     }
 
     pub fn config(&self) -> &Config {
         &self.config
-    }
-
-    pub fn tally(&self) -> &Tally {
-        &self.tally
     }
 
     /// A connection that calls or provides. Dropping it takes everything back that it did.
@@ -373,6 +346,14 @@ impl Hub {
         counts
     }
 
+    /// Brings the gauges up to date, for whoever shows them.
+    pub fn measure(&self) {
+        let Counts { services, providers, pending, waiting, .. } = self.counts();
+        self.metrics.services.set(services as i64);
+        self.metrics.providers.set(providers as i64);
+        self.metrics.calls_in_flight.set((pending + waiting) as i64);
+    }
+
     fn built_in_info() -> ServiceInfo {
         ServiceInfo {
             service: Self::BUILT_IN.into(),
@@ -396,298 +377,4 @@ impl Service {
             methods: state.methods(),
         })
     }
-}
-
-// === impl Hub: names ===
-
-impl Hub {
-    fn shard(&self, name: &str) -> &Mutex<HashMap<Arc<str>, Arc<Service>, RandomState>> {
-        let bytes = name.as_bytes();
-        let mixed = bytes.len() + usize::from(*bytes.first().unwrap_or(&0)) + usize::from(*bytes.last().unwrap_or(&0));
-        &self.names[mixed % Self::SHARDS]
-    }
-
-    fn find(&self, name: &str) -> Option<Arc<Service>> {
-        self.shard(name).lock().get(name).cloned()
-    }
-
-    fn find_or_create(&self, name: &str) -> Arc<Service> {
-        let mut shard = self.shard(name).lock();
-        if let Some(service) = shard.get(name) {
-            return service.clone();
-        }
-        let service = Arc::new(Service::new(name, self.fence.load(Relaxed)));
-        shard.insert(service.name.clone(), service.clone());
-        service
-    }
-
-    /// Takes a service from the table that is deserted and whose time is over, or cut short.
-    fn forget(&self, service: &Arc<Service>, now: u64, cut: bool) {
-        let mut shard = self.shard(&service.name).lock();
-        let mut state = service.state.lock();
-        if cut {
-            // What is still in it may finish; after that nothing holds the name.
-            state.left = None;
-        }
-        let over = state.left.is_none_or(|left| now >= left + REMEMBERED.as_millis() as u64);
-        if over && state.is_deserted() && !state.dead {
-            state.dead = true;
-            // A name that comes back goes on above the fence that it had, though nothing remembers it.
-            self.fence.fetch_max(state.fence, Relaxed);
-            shard.remove(&service.name);
-        }
-    }
-
-    fn forget_left(&self, now: u64) {
-        let time = REMEMBERED.as_millis() as u64;
-        loop {
-            let (service, full) = {
-                let mut remembered = self.remembered.lock();
-                let full = remembered.len() > self.config.services;
-                if !remembered.front().is_some_and(|(left, _)| full || now >= left + time) {
-                    return;
-                }
-                let Some((_, service)) = remembered.pop_front() else { return };
-                (service, full)
-            };
-            let mut state = service.state.lock();
-            let left = state.left.filter(|left| !full && now < left + time);
-            state.remembered = left.is_some();
-            drop(state);
-            match left {
-                // It came and went again since.
-                Some(left) => self.remembered.lock().push_back((left, service)),
-                None => self.forget(&service, now, true),
-            }
-        }
-    }
-
-    /// Brings the hub's books up to date with a service whose providers changed. The lock of `state` is held.
-    fn touched(&self, service: &Arc<Service>, state: &mut State) {
-        let providers = state.providers();
-        if (providers > 0) != state.counted {
-            state.counted = providers > 0;
-            if state.counted {
-                self.provided.fetch_add(1, Relaxed);
-                state.left = None;
-            } else {
-                self.provided.fetch_sub(1, Relaxed);
-                let now = self.clock.now();
-                state.left = Some(now);
-                if !std::mem::replace(&mut state.remembered, true) {
-                    self.remembered.lock().push_back((now, service.clone()));
-                }
-            }
-        }
-        if providers != state.announced || state.replaced {
-            self.changes.mark(service, state);
-        }
-    }
-}
-
-// === impl Hub: calls ===
-
-impl Hub {
-    fn next_seq(&self) -> u64 {
-        self.seq.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn failed_counter(&self, code: Code) -> Option<&AtomicU64> {
-        Code::ALL.iter().position(|known| *known == code).map(|at| &self.tally.failed[at])
-    }
-
-    fn count_failed(&self, code: Code) {
-        if let Some(counter) = self.failed_counter(code) {
-            counter.fetch_add(1, Relaxed);
-        }
-    }
-
-    fn fail(&self, conn: &Conn, live: u32, seq: u64, error: Error) {
-        let code = error.code();
-        if conn.settle(live, seq, Answer::Failed(error)) {
-            self.count_failed(code);
-        }
-    }
-
-    /// Until when a call may wait for a provider, and its place among those that do; or why it may not.
-    fn may_wait(&self, name: &str, state: &State, request: &Request<'_>) -> Result<(u64, Ticket)> {
-        let now = self.clock.now();
-        let usual = self.config.wait_for_provider.as_millis() as u64;
-        // One is just registering, or was here within the last minute.
-        let expected = state.providers() > 0
-            || state.is_flushing()
-            || state.left.is_some_and(|left| now < left + REMEMBERED.as_millis() as u64);
-        let until = match request.wait {
-            Some(wait) if wait > 0 => now + wait,
-            None if expected && usual > 0 => now + usual,
-            _ => return Err(no_provider(name)),
-        };
-        let ticket = self.room.take(request.bytes(), self.config.waiting, self.config.waiting_bytes);
-        Ok((until, ticket.ok_or_else(|| no_provider(name).with("limit", "waiting"))?))
-    }
-
-    /// Lets a notification wait if it may. True: the service has to be put among those that tick.
-    fn wait_notification(&self, service: &Service, state: &mut State, request: &Request<'_>) -> bool {
-        let Ok((until, ticket)) = self.may_wait(&service.name, state, request) else { return false };
-        let call = New { seq: self.next_seq(), caller: None, deadline: until, timeout: 0 };
-        state.enqueue(call, until, request.store(ticket));
-        self.starts_ticking(state)
-    }
-
-    /// Writes a call that has been placed; looks for another provider while none took it. `entry`: not of notifications.
-    fn deliver(&self, service: &Arc<Service>, mut target: Target, request: &Request<'_>, entry: Option<(u32, u64)>) {
-        let mut tried = Vec::new();
-        loop {
-            let meta = target.meta.then(|| Meta {
-                caller: request.caller,
-                deadline_ms: target.id.map(|_| target.deadline.saturating_sub(self.clock.now())),
-                traceparent: request.traceparent,
-                fence: target.fence,
-            });
-            let written = target.conn.peer.call(&Forward {
-                id: target.id,
-                service: &service.name,
-                method: request.method,
-                names: target.names,
-                params: request.params,
-                meta,
-            });
-            if written == Written::Yes {
-                return;
-            }
-            let mut state = service.state.lock();
-            if let Some((index, seq)) = entry
-                && !state.take_back(index, seq)
-            {
-                // Answered while it was being written: cancelled, overdue, or the provider was dropped.
-                return;
-            }
-            let removed = match written {
-                Written::Gone => state.remove_conn(target.provider, &target.conn),
-                Written::Full | Written::Yes => None,
-            };
-            if removed.is_some() {
-                self.touched(service, &mut state);
-            }
-            if written == Written::Full {
-                tried.push(target.provider);
-            }
-            let next = state.pick(&tried, entry.is_none());
-            let mut refused = None;
-            let mut starts = false;
-            let again = match (next, entry) {
-                (Some(provider), Some((index, _))) => Some(state.place_at(index, provider)),
-                (Some(provider), None) => Some(state.notify(provider)),
-                (None, Some((index, _))) => {
-                    // Who took none of it will not in a moment either, and must not be asked for ever.
-                    let stays = match state.has_active() {
-                        true => Err(busy(&service.name)),
-                        false => self.may_wait(&service.name, &state, request),
-                    };
-                    match stays {
-                        Ok((until, ticket)) => state.wait_first(index, until, request.store(ticket)),
-                        Err(error) => refused = state.give_up(index).map(|done| (done, error)),
-                    }
-                    None
-                }
-                (None, None) => {
-                    starts = !state.has_active() && self.wait_notification(service, &mut state, request);
-                    None
-                }
-            };
-            drop(state);
-            if starts {
-                self.ticking.lock().push(service.clone());
-            }
-            if let Some(removed) = removed {
-                self.removed(service, removed);
-            }
-            if let Some((done, error)) = refused {
-                self.fail(&done.caller, done.live, done.seq, error);
-            }
-            match again {
-                Some(next) => target = next,
-                None => return,
-            }
-        }
-    }
-
-    /// Whether the hub has to be told that this service has deadlines now.
-    fn starts_ticking(&self, state: &mut State) -> bool {
-        !state.is_idle() && !std::mem::replace(&mut state.ticking, true)
-    }
-
-    /// Writes what waits, in order, while there is a provider for it.
-    fn flush(&self, service: &Arc<Service>) {
-        if !service.state.lock().begin_flush() {
-            return;
-        }
-        loop {
-            // The guard must not live on in the loop's body, which calls peers.
-            let next = service.state.lock().next_waiting();
-            let Some((target, entry, stored)) = next else { return };
-            self.deliver(service, target, &stored.request(), entry);
-        }
-    }
-
-    fn after(&self, service: &Arc<Service>, after: After) {
-        for (conn, slot) in &after.closed {
-            self.vacate(service, conn, *slot);
-        }
-        if after.flush {
-            self.flush(service);
-        }
-    }
-
-    /// Frees the slot of a registration that is no more.
-    fn vacate(&self, service: &Arc<Service>, conn: &Conn, slot: u16) {
-        let mut provides = conn.provides.lock();
-        if provides.get(usize::from(slot)).is_some_and(|registration| Arc::ptr_eq(&registration.service, service)) {
-            provides.remove(usize::from(slot));
-        }
-    }
-
-    /// Fails the calls of a provider that is no more.
-    fn removed(&self, service: &Arc<Service>, removed: Removed) {
-        let Removed { provider, orphans } = removed;
-        self.vacate(service, &provider.conn, provider.slot);
-        for call in orphans {
-            let detail = format!("the provider of {} went before it answered", service.name);
-            self.fail(&call.caller, call.live, call.seq, Error::new(Code::ProviderGone, detail));
-        }
-    }
-
-    fn overdue(&self, service: &Service, call: Expired, now: u64) {
-        let Expired { done, timeout, why } = call;
-        let name = &service.name;
-        let in_time = || duration::format(Duration::from_millis(u64::from(timeout)));
-        let (error, late) = match why {
-            Overdue::Unanswered { provider, id } => {
-                let detail = format!("{name} did not answer within {}", in_time());
-                (Error::new(Code::Timeout, detail), Some((provider, id)))
-            }
-            Overdue::Unwritten => {
-                let detail = format!("no provider of {name} came within {}", in_time());
-                (Error::new(Code::Timeout, detail).executed(Executed::No), None)
-            }
-            Overdue::Unprovided { full: true } => (busy(name), None),
-            Overdue::Unprovided { full: false } => (no_provider(name), None),
-        };
-        let Some(live) = done.caller.take(done.live, done.seq) else { return };
-        self.count_failed(error.code());
-        if let Some((provider, id)) = late {
-            let until = now + self.config.late_window.as_millis() as u64;
-            let tag = live.late.then(|| live.tag.clone());
-            self.late.put(id, until, done.caller.clone(), tag, provider);
-        }
-        done.caller.peer.answer(&live.tag, Answer::Failed(error));
-    }
-}
-
-fn busy(name: &str) -> Error {
-    Error::new(Code::Busy, format!("every provider of {name} has as many calls as it takes"))
-}
-
-fn no_provider(name: &str) -> Error {
-    Error::new(Code::NoProvider, format!("nobody provides {name}"))
 }

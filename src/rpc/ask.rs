@@ -16,7 +16,7 @@ use crate::error::Error;
 /// The answer to come. Dropping it cancels the call.
 #[must_use = "dropping it cancels the call"]
 pub struct Asked {
-    answer: oneshot::Receiver<Result<Box<RawValue>, Refusal>>,
+    answer: oneshot::Receiver<Outcome>,
     _connection: Connection,
 }
 
@@ -29,7 +29,9 @@ pub enum Refusal {
     Weir(Error),
 }
 
-struct Waiter(Mutex<Option<oneshot::Sender<Result<Box<RawValue>, Refusal>>>>);
+type Outcome = Result<Box<RawValue>, Refusal>;
+
+struct Waiter(Mutex<Option<oneshot::Sender<Outcome>>>);
 
 impl Hub {
     /// Makes a call and waits for its answer. The call is made at once, not when the future is first polled.
@@ -42,7 +44,7 @@ impl Hub {
 }
 
 impl Future for Asked {
-    type Output = Result<Box<RawValue>, Refusal>;
+    type Output = Outcome;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.answer).poll(cx).map(|answer| {

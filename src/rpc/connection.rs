@@ -11,14 +11,16 @@ use std::{
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
-    Answer, Call, Hub, Provide, ServiceInfo, busy, no_provider,
+    Answer, Call, Hub, Provide, ServiceInfo,
     pending::{CallId, Conn, Live, Registration, Tag},
-    services::{Abandoned, New, Request, Service},
+    route::{busy, no_provider, outcome_of},
+    services::{New, Request, Service},
 };
 use crate::{
     duration,
-    error::{Code, Error, Executed, Result},
+    error::{Code, Error, Result},
     event::label,
+    metrics::Outcome,
 };
 
 /// A connection's hold on the hub. Dropping it withdraws its services, whose calls then fail as `provider_gone`, and
@@ -64,7 +66,7 @@ impl Connection {
     /// is its own affair, and an error under that id would be taken for the answer of the first.
     pub fn call(&self, to: Tag, call: &Call<'_>) {
         if let Err((to, error)) = self.enter(to, call) {
-            self.hub.count_failed(error.code());
+            self.hub.metrics.calls[outcome_of(error.code())].add(1);
             self.conn.peer.answer(&to, Answer::Failed(error));
         }
     }
@@ -85,7 +87,7 @@ impl Connection {
         for call in cancelled {
             let executed = self.hub.abandon(&call);
             let error = Error::new(Code::Cancelled, "cancelled by the caller").executed(executed);
-            self.hub.count_failed(Code::Cancelled);
+            self.hub.ended(&call, Outcome::Cancelled);
             self.conn.peer.answer(&call.tag, Answer::Failed(error));
         }
         count
@@ -93,23 +95,13 @@ impl Connection {
 
     /// A provider's reply. [`Answer::bad_reply`] for one that cannot be passed on.
     pub fn reply(&self, id: CallId, answer: Answer<'_>) -> Replied {
-        let tally = &self.hub.tally;
         let provides = self.conn.provides.lock();
         if let Some(registration) = provides.get(id.slot()) {
             let finished = registration.service.state.lock().finish(id, registration.provider, &self.conn);
             if let Some((done, after)) = finished {
                 let then = after.is_something().then(|| (registration.service.clone(), after));
                 drop(provides);
-                let outcome = match &answer {
-                    Answer::Result(_) => Some(&tally.results),
-                    Answer::Error(_) => Some(&tally.errors),
-                    Answer::Failed(error) => self.hub.failed_counter(error.code()),
-                };
-                let answered = done.caller.settle(done.live, done.seq, answer);
-                match (answered, outcome) {
-                    (true, Some(outcome)) => outcome.fetch_add(1, Relaxed),
-                    _ => tally.unmatched.fetch_add(1, Relaxed),
-                };
+                let answered = self.hub.settle(&done, answer);
                 if let Some((service, after)) = then {
                     self.hub.after(&service, after);
                 }
@@ -117,11 +109,8 @@ impl Connection {
             }
         }
         drop(provides);
-        let Some(call) = self.hub.late.take(id, &self.conn) else {
-            tally.unmatched.fetch_add(1, Relaxed);
-            return Replied::Unmatched;
-        };
-        tally.late.fetch_add(1, Relaxed);
+        let Some(call) = self.hub.late.take(id, &self.conn) else { return Replied::Unmatched };
+        self.hub.metrics.calls_late.add(1);
         if let Some(tag) = &call.tag {
             call.caller.peer.late(tag, answer);
         }
@@ -196,11 +185,12 @@ impl Connection {
                 (None, Some(1..)) => hub.find_or_create(call.service),
                 (None, _) => return Err((tag, no_provider(call.service))),
             };
-            let now = hub.clock.now();
+            let started = hub.clock.micros();
+            let now = started / 1_000;
             let mut live = self.conn.live.lock();
             if live.len() >= hub.config.calls {
                 let detail = format!("{} calls of this connection are in flight, which is the most", live.len());
-                return Err((tag, Error::new(Code::LimitReached, detail).with("limit", "calls")));
+                return Err((tag, Error::new(Code::LimitReached, detail).with("limit", "limits.calls")));
             }
             let vacant = live.vacant_entry();
             let mut state = service.state.lock();
@@ -228,7 +218,7 @@ impl Connection {
             let starts = hub.starts_ticking(&mut state);
             drop(state);
             // Nobody answers before this is here: the right to answer is taken under the lock that `live` holds.
-            vacant.insert(Live { tag, service: service.clone(), index, seq, late: call.late });
+            vacant.insert(Live { tag, service: service.clone(), index, seq, started, late: call.late });
             drop(live);
             if starts {
                 hub.ticking.lock().push(service.clone());
@@ -253,7 +243,7 @@ impl Connection {
                 return Err((tag, Error::new(Code::MethodNotFound, detail)));
             }
         };
-        self.hub.tally.results.fetch_add(1, Relaxed);
+        self.hub.metrics.calls[Outcome::Ok].add(1);
         self.conn.peer.answer(&tag, Answer::Result(result));
         Ok(())
     }
@@ -272,11 +262,11 @@ impl Connection {
             .map(|(_, mine)| mine.provider);
         if mine.is_none() && provides.len() >= hub.config.provides.min(CallId::SLOTS) {
             let detail = format!("this connection provides {} services, which is the most", provides.len());
-            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "provides")));
+            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "limits.provides")));
         }
         if !state.counted && hub.provided.load(Relaxed) >= hub.config.services {
             let detail = "as many services as this node takes have providers";
-            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "services")));
+            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "limits.services")));
         }
         let slot = provides.vacant_key() as u16;
         let registered = match state.provide(&service.name, &self.conn, mine, slot, ask) {
@@ -328,7 +318,7 @@ impl Drop for Connection {
         // Its own calls first, or those that it made to itself would be answered.
         let live = std::mem::take(&mut *conn.live.lock());
         for (_, call) in live {
-            hub.count_failed(Code::Cancelled);
+            hub.ended(&call, Outcome::Cancelled);
             hub.abandon(&call);
         }
         let provides = std::mem::take(&mut *conn.provides.lock());
@@ -357,7 +347,6 @@ impl Hub {
         if self.check(call).is_err() || call.service == Hub::BUILT_IN {
             return;
         }
-        self.tally.notifications.fetch_add(1, Relaxed);
         let request = Request::of(call);
         loop {
             let service = match (self.find(call.service), request.wait) {
@@ -381,21 +370,6 @@ impl Hub {
             }
             return;
         }
-    }
-
-    /// Gives a call up whose `Live` was taken. Whether it may have run.
-    fn abandon(&self, call: &Live) -> Executed {
-        let (abandoned, after) = call.service.state.lock().abandon(call.index, call.seq);
-        let executed = match abandoned {
-            Abandoned::Waiting => Executed::No,
-            Abandoned::Gone | Abandoned::With(None) => Executed::Maybe,
-            Abandoned::With(Some((provider, id))) => {
-                provider.peer.cancel(id);
-                Executed::Maybe
-            }
-        };
-        self.after(&call.service, after);
-        executed
     }
 
     /// Refuses what cannot be called. Returns the timeout in milliseconds.

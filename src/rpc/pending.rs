@@ -15,7 +15,7 @@ use std::{
 use parking_lot::Mutex;
 use slab::Slab;
 
-use super::{Answer, Peer, services::Service};
+use super::{Peer, services::Service};
 
 /// The id under which a provider knows a call; `w:` and 1 to 13 digits of base 32 on the wire. A string, since clients
 /// that keep one table of ids for both directions would reject their own calls if it met a number of theirs.
@@ -65,6 +65,8 @@ pub(super) struct Live {
     /// Where the entry is, unless `seq` is no longer there.
     pub index: u32,
     pub seq: u64,
+    /// Microseconds of the hub's clock.
+    pub started: u64,
     pub late: bool,
 }
 
@@ -225,13 +227,6 @@ impl Conn {
             *table = Slab::new();
         }
         Some(call)
-    }
-
-    /// Answers if nobody else did.
-    pub fn settle(&self, live: u32, seq: u64, answer: Answer<'_>) -> bool {
-        let Some(call) = self.take(live, seq) else { return false };
-        self.peer.answer(&call.tag, answer);
-        true
     }
 
     pub fn is_closed(&self) -> bool {

@@ -102,7 +102,7 @@ impl World {
 
     pub fn with(config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
-        World { hub: Hub::new(config, Clock::Manual(clock.clone())), clock }
+        World { hub: Hub::new(config, Clock::Manual(clock.clone()), Arc::default()), clock }
     }
 
     pub fn socket(&self) -> Socket {

@@ -1,0 +1,93 @@
+//! Which services there are: a table of names that gives back what came and went.
+
+use std::sync::{Arc, atomic::Ordering::Relaxed};
+
+use super::{
+    Hub, REMEMBERED, Shard,
+    services::{Service, State},
+};
+
+impl Hub {
+    fn shard(&self, name: &str) -> &Shard {
+        let bytes = name.as_bytes();
+        let mixed = bytes.len() + usize::from(*bytes.first().unwrap_or(&0)) + usize::from(*bytes.last().unwrap_or(&0));
+        &self.names[mixed % Self::SHARDS]
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<Arc<Service>> {
+        self.shard(name).lock().get(name).cloned()
+    }
+
+    pub(super) fn find_or_create(&self, name: &str) -> Arc<Service> {
+        let mut shard = self.shard(name).lock();
+        if let Some(service) = shard.get(name) {
+            return service.clone();
+        }
+        let service = Arc::new(Service::new(name, self.fence.load(Relaxed)));
+        shard.insert(service.name.clone(), service.clone());
+        service
+    }
+
+    /// Takes a service from the table that is deserted and whose time is over, or cut short.
+    pub(super) fn forget(&self, service: &Arc<Service>, now: u64, cut: bool) {
+        let mut shard = self.shard(&service.name).lock();
+        let mut state = service.state.lock();
+        if cut {
+            // What is still in it may finish; after that nothing holds the name.
+            state.left = None;
+        }
+        let over = state.left.is_none_or(|left| now >= left + REMEMBERED.as_millis() as u64);
+        if over && state.is_deserted() && !state.dead {
+            state.dead = true;
+            // A name that comes back goes on above the fence that it had, though nothing remembers it.
+            self.fence.fetch_max(state.fence, Relaxed);
+            shard.remove(&service.name);
+        }
+    }
+
+    pub(super) fn forget_left(&self, now: u64) {
+        let time = REMEMBERED.as_millis() as u64;
+        loop {
+            let (service, full) = {
+                let mut remembered = self.remembered.lock();
+                let full = remembered.len() > self.config.services;
+                if !remembered.front().is_some_and(|(left, _)| full || now >= left + time) {
+                    return;
+                }
+                let Some((_, service)) = remembered.pop_front() else { return };
+                (service, full)
+            };
+            let mut state = service.state.lock();
+            let left = state.left.filter(|left| !full && now < left + time);
+            state.remembered = left.is_some();
+            drop(state);
+            match left {
+                // It came and went again since.
+                Some(left) => self.remembered.lock().push_back((left, service)),
+                None => self.forget(&service, now, true),
+            }
+        }
+    }
+
+    /// Brings the hub's books up to date with a service whose providers changed. The lock of `state` is held.
+    pub(super) fn touched(&self, service: &Arc<Service>, state: &mut State) {
+        let providers = state.providers();
+        if (providers > 0) != state.counted {
+            state.counted = providers > 0;
+            if state.counted {
+                self.provided.fetch_add(1, Relaxed);
+                state.left = None;
+            } else {
+                self.provided.fetch_sub(1, Relaxed);
+                let now = self.clock.now();
+                state.left = Some(now);
+                if !std::mem::replace(&mut state.remembered, true) {
+                    self.remembered.lock().push_back((now, service.clone()));
+                }
+            }
+        }
+        if providers != state.announced || state.replaced {
+            self.changes.mark(service, state);
+        }
+    }
+}
