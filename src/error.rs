@@ -371,7 +371,7 @@ mod tests {
     fn an_rpc_error_has_three_members() {
         let error = Error::new(Code::Busy, "all full").with("service", "jwt").to_rpc();
         let members: Vec<_> = error.as_object().unwrap().keys().collect();
-        assert_eq!(members, ["code", "data", "message"]);
+        assert_eq!(members, ["code", "message", "data"]);
         assert_eq!(error["data"]["executed"], "no");
         assert_eq!(error["data"]["service"], "jwt");
     }
