@@ -1,0 +1,123 @@
+//! jsonrpsee, the Rust client that forgives least: a response with an id it does not know or an extra member in `error` ends
+//! its connection. As caller and subscriber; it cannot provide, since it takes a hub's request for a notification.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use jsonrpsee_core::{
+    client::{Client, ClientT, Error, Subscription, SubscriptionClientT},
+    params::{ArrayParams, BatchRequestBuilder, ObjectParams},
+};
+use jsonrpsee_ws_client::WsClientBuilder;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::process::Process;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn connect(weir: &Process) -> Client {
+    WsClientBuilder::default().build(format!("ws://{}/v1/ws", weir.address)).await.unwrap()
+}
+
+fn object(value: Value) -> ObjectParams {
+    let mut params = ObjectParams::new();
+    for (name, value) in value.as_object().unwrap() {
+        params.insert(name, value).unwrap();
+    }
+    params
+}
+
+fn array(value: Value) -> ArrayParams {
+    let mut params = ArrayParams::new();
+    params.insert(value).unwrap();
+    params
+}
+
+fn code(outcome: Result<Value, Error>) -> i32 {
+    match outcome {
+        Err(Error::Call(error)) => error.code(),
+        other => panic!("an error was expected: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn calls_by_name_and_by_position() {
+    let weir = Process::start(&[]);
+    let client = connect(&weir).await;
+    let echo: Value = client.request("weir/echo", object(json!({"n": 1}))).await.unwrap();
+    assert_eq!(echo, json!({"n": 1}));
+    // `rpc_params!` makes arrays: one object in an array is that object to weir.
+    let placed: Value = client.request("weir.publish", array(json!({"channel": "a", "data": 1}))).await.unwrap();
+    assert_eq!(placed["offset"], 1);
+    let page: Value = client.request("weir.read", object(json!({"channels": ["a"]}))).await.unwrap();
+    let commit = object(json!({"consumer": "c", "channels": ["a"], "after": page["next"]}));
+    let nothing: Value = client.request("weir.commit", commit).await.unwrap();
+    assert_eq!(nothing, Value::Null);
+}
+
+#[tokio::test]
+async fn errors_leave_the_connection_alive() {
+    let weir = Process::start(&[]);
+    let client = connect(&weir).await;
+    assert_eq!(code(client.request("nobody/home", ArrayParams::new()).await), -32020);
+    assert_eq!(code(client.request("weir.nonsense", ArrayParams::new()).await), -32601);
+    assert_eq!(code(client.request("weir.publish", array(json!(5))).await), -32602);
+    // Timed out here, at the deadline there: the reply nobody waits for is never sent.
+    let hurried = WsClientBuilder::default()
+        .request_timeout(Duration::from_millis(50))
+        .build(format!("ws://{}/v1/ws", weir.address))
+        .await
+        .unwrap();
+    let outcome: Result<Value, Error> =
+        hurried.request("weir.read", object(json!({"channels": ["quiet"], "wait": "300ms"}))).await;
+    assert!(matches!(outcome, Err(Error::RequestTimeout)), "{outcome:?}");
+    for client in [&client, &hurried] {
+        let echo: Value = client.request("weir/echo", array(json!(1))).await.unwrap();
+        assert_eq!(echo, json!([1]));
+        assert!(client.is_connected());
+    }
+}
+
+#[tokio::test]
+async fn a_batch_is_answered_whole() {
+    let weir = Process::start(&[]);
+    let client = connect(&weir).await;
+    let mut batch = BatchRequestBuilder::new();
+    for n in 0..50 {
+        batch.insert("weir/echo", array(json!(n))).unwrap();
+    }
+    batch.insert("nobody/home", ArrayParams::new()).unwrap();
+    let answers = client.batch_request::<Value>(batch).await.unwrap();
+    assert_eq!((answers.num_successful_calls(), answers.num_failed_calls()), (50, 1));
+}
+
+#[tokio::test]
+async fn subscribes_to_the_method() {
+    let weir = Process::start(&[]);
+    let client = connect(&weir).await;
+    let mut events: Subscription<Value> = client.subscribe_to_method("weir.event").await.unwrap();
+    let answer: Value = client.request("weir.subscribe", object(json!({"channels": ["news"]}))).await.unwrap();
+    assert_eq!(answer["channels"][0]["channel"], "news");
+    // From another connection, and from this one.
+    let other = connect(&weir).await;
+    for n in 0..200 {
+        let from = if n % 2 == 0 { &client } else { &other };
+        let _: Value = from.request("weir.publish", object(json!({"channel": "news", "data": n}))).await.unwrap();
+    }
+    let mut seen = Vec::new();
+    while seen.len() < 200 {
+        let event = timeout(PATIENCE, events.next()).await.expect("an event").expect("the subscription").unwrap();
+        seen.push(event["data"].as_u64().unwrap());
+    }
+    assert_eq!(seen, (0..200).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_thousand_calls_at_once() {
+    let weir = Process::start(&[]);
+    let client = connect(&weir).await;
+    let calls = (0..1000).map(|n| client.request::<Value, _>("weir/echo", array(json!(n))));
+    let answers = timeout(PATIENCE, futures_util::future::join_all(calls)).await.expect("all answers");
+    let seen: BTreeSet<u64> = answers.into_iter().map(|answer| answer.unwrap()[0].as_u64().unwrap()).collect();
+    assert_eq!(seen.len(), 1000);
+}
