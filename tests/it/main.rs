@@ -3,6 +3,7 @@
 mod arrows;
 mod conformance;
 mod connection;
+mod errors;
 mod http;
 mod http_read;
 mod http_rules;
