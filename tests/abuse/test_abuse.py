@@ -13,7 +13,7 @@ import threading
 import httpx
 import pytest
 
-from weir import PATIENCE, Weir, until
+from weir import PATIENCE, Weir, http, until
 
 # Gauges that say nothing about clients.
 LASTING = re.compile(r"process_|weir_build_info|weir_start_time_seconds|weir_ready")
@@ -21,7 +21,7 @@ LASTING = re.compile(r"process_|weir_build_info|weir_start_time_seconds|weir_rea
 
 def gauges(weir):
     """Every gauge of /metrics but the lasting ones."""
-    text = httpx.get(f"{weir.url}/metrics").text
+    text = http.get(f"{weir.url}/metrics").text
     names = set(re.findall(r"^# TYPE (\S+) gauge$", text, re.M))
     samples = {}
     for line in text.splitlines():
@@ -38,7 +38,7 @@ class Unchanged:
         self.weir = weir
 
     def __enter__(self):
-        assert httpx.get(f"{self.weir.url}/health/ready").status_code == 200
+        assert http.get(f"{self.weir.url}/health/ready").status_code == 200
         self.gauges, self.files = gauges(self.weir), self.weir.files()
         assert self.gauges, "no gauges in /metrics: nothing would be checked"
 
@@ -47,7 +47,7 @@ class Unchanged:
             return
         # What was stored is not lost, but given back on demand.
         for channel in self.weir.json("GET", "/v1/channels?prefix=&limit=1000")["channels"]:
-            httpx.delete(f"{self.weir.url}/v1/events", params={"channel": channel["channel"]}).raise_for_status()
+            http.delete(f"{self.weir.url}/v1/events", params={"channel": channel["channel"]}).raise_for_status()
         left = {}
 
         def settled():
@@ -127,7 +127,7 @@ def status(answer):
 @pytest.fixture(scope="module")
 def hasty():
     """A weir with little patience, so that tests need none."""
-    with Weir(WEIR__LIMITS__HEADER_TIME="700ms", WEIR__LIMITS__BODY_TIME="700ms", WEIR__LIMITS__STALLED="1s", WEIR__SSE__HEARTBEAT="300ms") as weir:
+    with Weir(WEIR__LIMITS__HEADER_TIME="700ms", WEIR__LIMITS__BODY_TIME="700ms", WEIR__LIMITS__STALLED="1s", WEIR__SSE__HEARTBEAT="1s") as weir:
         yield weir
 
 
@@ -262,9 +262,9 @@ def test_a_head_that_is_too_large(weir):
 
 def test_a_body_that_is_too_large(weir):
     with Unchanged(weir):
-        answer = httpx.post(f"{weir.url}/v1/events?channel=big", content=b'"' + b"x" * 9_000_000 + b'"')
+        answer = http.post(f"{weir.url}/v1/events?channel=big", content=b'"' + b"x" * 9_000_000 + b'"')
         assert answer.status_code == 413 and answer.json()["code"] == "too_large"
-        answer = httpx.post(f"{weir.url}/v1/events?channel=big", content=b'"' + b"x" * 1_000_001 + b'"')
+        answer = http.post(f"{weir.url}/v1/events?channel=big", content=b'"' + b"x" * 1_000_001 + b'"')
         assert answer.status_code == 413 and answer.json()["code"] == "too_large"
         # Announced, or not announced: refused either way, without waiting for all of it.
         connection = weir.connect()
@@ -307,17 +307,17 @@ def test_frames_that_are_too_large(weir):
 def test_too_much_of_everything_else(weir):
     with Unchanged(weir):
         many = [{"channel": "many", "data": n} for n in range(1001)]
-        answer = httpx.post(f"{weir.url}/v1/events", json=many)
+        answer = http.post(f"{weir.url}/v1/events", json=many)
         assert answer.status_code in (400, 413), answer.text
-        answer = httpx.get(f"{weir.url}/v1/events", params=[("channel", f"c{n}") for n in range(101)])
+        answer = http.get(f"{weir.url}/v1/events", params=[("channel", f"c{n}") for n in range(101)])
         assert answer.status_code in (400, 429), answer.text
-        answer = httpx.post(f"{weir.url}/v1/rpc", json=[{"jsonrpc": "2.0", "id": n, "method": "weir.ping"} for n in range(101)])
+        answer = http.post(f"{weir.url}/v1/rpc", json=[{"jsonrpc": "2.0", "id": n, "method": "weir.ping"} for n in range(101)])
         assert answer.json()["error"]["code"] == -32600
         for query in ["limit=1001", "limit=-1", "limit=x", "wait=60s", "wait=5", "wait=-5s", "wait=99999999999999999999s", "last=99999999999999999999999", "after=" + "w" * 3000]:
-            answer = httpx.get(f"{weir.url}/v1/events?channel=c&{query}")
+            answer = http.get(f"{weir.url}/v1/events?channel=c&{query}")
             assert answer.status_code == 400, f"{query}: {answer.text}"
             assert answer.headers["content-type"] == "application/problem+json"
-        assert httpx.get(f"{weir.url}/v1/events", params={"channel": "x" * 256}).status_code == 400
+        assert http.get(f"{weir.url}/v1/events", params={"channel": "x" * 256}).status_code == 400
 
 
 def test_depth(weir):
@@ -326,16 +326,16 @@ def test_depth(weir):
         for opening, closing in ["[]", ("{\"a\":", "}")]:
             deep = opening * 150_000 + "1" + closing * 150_000
             for body in [deep, opening * 150_000, f'{{"channel":"deep","data":{deep}}}']:
-                answer = httpx.post(f"{weir.url}/v1/events?channel=deep", content=body, timeout=PATIENCE)
+                answer = http.post(f"{weir.url}/v1/events?channel=deep", content=body, timeout=PATIENCE)
                 assert answer.status_code in (201, 400, 413), answer.text[:300]
-                httpx.post(f"{weir.url}/v1/events", content=body, timeout=PATIENCE)
-                httpx.post(f"{weir.url}/v1/rpc", content=body, timeout=PATIENCE)
-                httpx.post(f"{weir.url}/v1/services/weir/echo", content=body, timeout=PATIENCE)
+                http.post(f"{weir.url}/v1/events", content=body, timeout=PATIENCE)
+                http.post(f"{weir.url}/v1/rpc", content=body, timeout=PATIENCE)
+                http.post(f"{weir.url}/v1/services/weir/echo", content=body, timeout=PATIENCE)
             connection = upgraded(weir)
             connection.sendall(frame(f'{{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":{deep}}}'.encode()))
             assert connection.recv(1)
             connection.close()
-        assert httpx.get(f"{weir.url}/v1/events?channel=deep").status_code == 200
+        assert http.get(f"{weir.url}/v1/events?channel=deep").status_code == 200
 
 
 # --- those who lie ---
@@ -344,14 +344,14 @@ def test_depth(weir):
 def test_malformed_json_and_text(weir):
     with Unchanged(weir):
         for body in [b"{", b"", b"\xff\xfe", b'{"channel":"\xff","data":1}', b'{"channel":"a","data":\xc3}', b"nul", b"[1", b'{"channel":"a"}{', b"\0" * 100]:
-            answer = httpx.post(f"{weir.url}/v1/events", content=body)
+            answer = http.post(f"{weir.url}/v1/events", content=body)
             assert answer.status_code == 400, (body, answer.text)
             assert answer.json()["code"] in ("parse_error", "invalid_params", "invalid_request"), (body, answer.text)
         for channel in ["%FF", "%C3", "%00", "a%0Ab", "%", "%4", "%E2%80", ""]:
-            answer = httpx.get(f"{weir.url}/v1/events?channel={channel}")
+            answer = http.get(f"{weir.url}/v1/events?channel={channel}")
             assert answer.status_code == 400, (channel, answer.text)
         for member in [{"channel": 5}, {"channel": "a", "type": "weir.gap"}, {"channel": "a", "type": "x\ny"}, {"channel": "a", "from": "\0"}, {"channel": "$x"}, {"channel": "a", "nonsense": 1}, {"channel": "a", "key": "a\nb"}]:
-            answer = httpx.post(f"{weir.url}/v1/events", json=member | {"data": 1})
+            answer = http.post(f"{weir.url}/v1/events", json=member | {"data": 1})
             assert answer.status_code in (400, 403), (member, answer.text)
         assert weir.json("GET", "/v1/events?channel=a")["events"] == []
 
@@ -535,7 +535,7 @@ def test_the_cap_on_connections():
             connection.close()
         for connection in held:
             connection.close()
-        until("room again", lambda: httpx.get(f"{weir.url}/v1/events?channel=cap").status_code == 200)
+        until("room again", lambda: http.get(f"{weir.url}/v1/events?channel=cap").status_code == 200)
 
 
 def test_kill_while_busy_then_start_again(weir):

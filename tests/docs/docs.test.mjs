@@ -2,7 +2,9 @@
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
+import { once } from "node:events";
 import { existsSync, readdirSync } from "node:fs";
+import http from "node:http";
 import path from "node:path";
 import { test } from "node:test";
 import { BIN, ROOT, Socket, Weir, until, within } from "../support/weir.mjs";
@@ -189,8 +191,12 @@ class Page {
       lines.push(values.length === 1 ? values[0] : values);
     });
     const before = await this.parties();
-    await page.route("**/*", (route, request) => (request.url().startsWith("http://localhost:59999/") ? route.fulfill({ contentType: "text/html", body: this.real(text) }) : route.continue()));
-    await page.goto("http://localhost:59999/");
+    // Served from another port of this machine, as by a developer's own server.
+    const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end(this.real(text)));
+    server.listen(0, "127.0.0.1");
+    await once(server, "listening");
+    this.t.after(() => server.close());
+    await page.goto(`http://127.0.0.1:${server.address().port}/`);
     await until("the page's stream", async () => (await this.parties()) > before);
     await this.weir.publish("orders", { from: "docs" });
     await until("the event in the page", () => lines.some(line => JSON.stringify(line)?.includes('"docs"')));

@@ -18,6 +18,9 @@ BIN = os.environ.get("WEIR_BIN") or str(pathlib.Path(os.environ.get("CARGO_TARGE
 # How long a test waits for something that must happen. Generous: CI has two busy cores.
 PATIENCE = 20.0
 
+# One client for all plain requests (making one takes longer than any of them), which keeps no connection open behind a test's back.
+http = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
+
 
 def until(what, probe, patience=PATIENCE):
     """The first truthy value of `probe`; fails loudly, with `what`, when it never comes."""
@@ -70,7 +73,7 @@ class Weir:
 
     def _ready(self):
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/health/ready").status_code == 200
+            return http.get(f"{self.url}/health/ready").status_code == 200
 
     def kill(self, how=signal.SIGKILL):
         if self.process.poll() is None:
@@ -84,19 +87,19 @@ class Weir:
         self.kill()
 
     def json(self, method, path, body=None):
-        answer = httpx.request(method, self.url + path, json=body, timeout=PATIENCE) if body is not None else httpx.request(method, self.url + path, timeout=PATIENCE)
+        answer = http.request(method, self.url + path, **({} if body is None else {"json": body}))
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
     def publish(self, channel, data, **query):
-        answer = httpx.post(f"{self.url}/v1/events", params={"channel": channel} | query, json=data)
+        answer = http.post(f"{self.url}/v1/events", params={"channel": channel} | query, json=data)
         answer.raise_for_status()
         return answer.json()
 
     def metrics(self):
         """All samples of /metrics: `name{labels}` → number."""
         samples = {}
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        for line in http.get(f"{self.url}/metrics").text.splitlines():
             if line and not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
                 samples[name] = float(value)

@@ -36,7 +36,7 @@ function listen(t, url, names = ["weir.gap", "weir.retry", "weir.position"]) {
 }
 
 test("npm eventsource", async t => {
-  const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "200ms" } });
+  const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "1s" } });
 
   await t.test("onmessage sees every event, typed or not; weir.open comes first and has an id", async t => {
     const stream = listen(t, `${weir.url}/v1/sse?channel=orders`);
@@ -122,7 +122,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.values(), [2]);
   });
 
-  await t.test("trimmed history is a gap, before anything newer", async t => {
+  await t.test("history that is gone is a gap, before anything newer", async t => {
     const relay = await Relay.start(t, weir.port);
     const stream = listen(t, `${relay.url}/v1/sse?channel=trim`);
     await stream.opened(1);
@@ -138,7 +138,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.values(), [1, 4]);
     const [[name, gap]] = stream.named;
     assert.equal(name, "weir.gap");
-    assert.equal(gap.reason, "trimmed");
+    assert.equal(gap.reason, "deleted");
     assert.equal(gap.missed, 2);
     assert.equal(gap.next, `${placed[2].epoch}-${placed[2].offset}`);
   });
@@ -207,7 +207,7 @@ test("npm eventsource", async t => {
 });
 
 test("fetch-event-source", async t => {
-  const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "100ms", WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
+  const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "1s", WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
 
   function follow(t, url, options = {}) {
     const control = new AbortController();
@@ -217,6 +217,10 @@ test("fetch-event-source", async t => {
       signal: control.signal,
       openWhenHidden: true,
       onmessage: message => (message.event === "weir.open" ? (stream.opens += 1) : stream.messages.push(message)),
+      // The recipe of proto-docs/sse.md. Node's fetch even takes a cut connection for a clean end, where a browser's does not.
+      onclose() {
+        throw new Error("again");
+      },
       ...options,
     });
     return stream;
@@ -248,12 +252,8 @@ test("fetch-event-source", async t => {
 
   await t.test("breaks: a clean end is `done`, so weir announces it and the recipe throws", async t => {
     const first = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
-    const without = follow(t, `${first.url}/v1/sse?channel=c`);
-    const recipe = follow(t, `${first.url}/v1/sse?channel=c`, {
-      onclose() {
-        throw new Error("retry"); // the recipe of proto-docs/sse.md
-      },
-    });
+    const without = follow(t, `${first.url}/v1/sse?channel=c`, { onclose: undefined });
+    const recipe = follow(t, `${first.url}/v1/sse?channel=c`);
     await until("both openings", () => without.opens === 1 && recipe.opens === 1);
     first.kill("SIGTERM");
     await within("the end of the one without the recipe", without.done);

@@ -10,7 +10,7 @@ import requests
 import sseclient
 from httpx_sse import connect_sse
 
-from weir import PATIENCE, until
+from weir import PATIENCE, http, until
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def test_resumes_by_header_and_by_query(weir):
 
 
 def test_breaks_heartbeats_make_no_empty_events(weir):
-    """httpx-sse makes an event of every blank line once an id was seen. The heartbeat is 200 ms here."""
+    """httpx-sse makes an event of every blank line once an id was seen. The heartbeat comes each second here."""
     with httpx.Client(timeout=PATIENCE) as client, client.stream("GET", f"{weir.url}/v1/sse?channel=beat") as raw, stream(weir, "channel=beat") as events:
         assert next(events).event == "weir.open"
         lines = raw.iter_lines()
@@ -68,19 +68,19 @@ def test_sseclient_py(weir):
 
 
 def test_headers(weir):
-    with httpx.stream("GET", f"{weir.url}/v1/sse?channel=x", headers={"Accept-Encoding": "gzip, br"}) as answer:
+    with http.stream("GET", f"{weir.url}/v1/sse?channel=x", headers={"Accept-Encoding": "gzip, br"}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert "no-store" in answer.headers["cache-control"] and "no-transform" in answer.headers["cache-control"]
         assert answer.headers["x-accel-buffering"] == "no"
         assert "content-encoding" not in answer.headers
     for path in ["/v1/sse?channel=x", "/v1/events?channel=x&wait=50s"]:
-        head = httpx.head(weir.url + path, timeout=5)  # answers at once and opens nothing
+        head = http.head(weir.url + path, timeout=5)  # answers at once and opens nothing
         assert head.status_code == 200 and not head.content
 
 
 def test_accept(weir):
-    assert httpx.get(f"{weir.url}/v1/sse?channel=x", headers={"Accept": "application/json"}).status_code == 406
-    with httpx.stream("GET", f"{weir.url}/v1/events?channel=x", headers={"Accept": "text/event-stream"}) as answer:
+    assert http.get(f"{weir.url}/v1/sse?channel=x", headers={"Accept": "application/json"}).status_code == 406
+    with http.stream("GET", f"{weir.url}/v1/events?channel=x", headers={"Accept": "text/event-stream"}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert "accept" in answer.headers["vary"].lower()
 
@@ -104,7 +104,7 @@ def test_long_poll_wakes_every_waiter(weir):
     answers = []
 
     def poll():
-        answers.append(httpx.get(f"{weir.url}/v1/events", params={"channel": "wake", "after": after, "wait": "30s"}, timeout=60).json())
+        answers.append(http.get(f"{weir.url}/v1/events", params={"channel": "wake", "after": after, "wait": "30s"}, timeout=60).json())
 
     waiters = [threading.Thread(target=poll) for _ in range(30)]
     for waiter in waiters:

@@ -86,7 +86,7 @@ async def test_pings_are_answered_both_ways(weir):
 async def test_a_peer_that_stays_silent_is_evicted():
     from weir import Weir
 
-    with Weir(WEIR__WS__PING="200ms") as weir:
+    with Weir(WEIR__WS__PING="1s") as weir:
         # A peer that reads nothing never pongs: the socket is open, the program is not there.
         reader, writer = await asyncio.open_connection("127.0.0.1", weir.port)
         writer.write(
