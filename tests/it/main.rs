@@ -8,8 +8,6 @@ mod http;
 mod http_read;
 mod http_rules;
 mod http_services;
-mod jsonrpsee;
-mod process;
 mod sse;
 mod start;
 mod support;
