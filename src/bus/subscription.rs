@@ -167,15 +167,34 @@ impl Subscriptions {
     /// A reader whose socket is blocked must not call this: it is woken for nothing at most once.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Delivery> {
         loop {
-            while let Some(slot) = self.run.pop_front() {
-                if let Some(item) = self.look(slot) {
-                    return Poll::Ready(Delivery { slot, item });
-                }
+            if let Some(delivery) = self.take() {
+                return Poll::Ready(delivery);
             }
             if !self.refill(cx) {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Begins a turn of a task: pending if there is nothing to [`take`](Self::take), and the task will be woken.
+    ///
+    /// For those who take until there is no more: they are woken for whatever comes from here on, and need not ask a
+    /// second time, as [`poll_next`](Self::poll_next) does.
+    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self.refill(cx) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    }
+
+    /// What to write next in a turn that was begun by [`poll_turn`](Self::poll_turn).
+    pub fn take(&mut self) -> Option<Delivery> {
+        while let Some(slot) = self.run.pop_front() {
+            if let Some(item) = self.look(slot) {
+                return Some(Delivery { slot, item });
+            }
+        }
+        None
     }
 
     /// Ready while any subscription has something newer than its position. Nothing moves:

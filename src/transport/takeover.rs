@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
+    io::{AsyncRead, AsyncWrite, DuplexStream, Interest, ReadBuf},
     net::TcpStream,
 };
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -76,6 +76,23 @@ impl Seat {
 }
 
 // === impl Io ===
+
+impl Io {
+    /// What can be read at once: `None` if that is nothing, `Some(Ok(0))` if the peer has closed.
+    ///
+    /// Costs one load of an atomic while the socket is not readable, where `poll_read` takes a lock to leave its waker
+    /// once more. So it is for a task whose waker is there already: after `Some` it has to `poll_read` until that is
+    /// pending.
+    pub fn try_read(&self, buf: &mut [u8]) -> Option<io::Result<usize>> {
+        let Io::Tcp(socket) = self else { return Some(Err(io::ErrorKind::WouldBlock.into())) };
+        let mut tried = false;
+        let read = socket.try_io(Interest::READABLE, || {
+            tried = true;
+            socket.try_read(buf)
+        });
+        tried.then_some(read)
+    }
+}
 
 impl AsyncRead for Io {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

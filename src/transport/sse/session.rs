@@ -63,6 +63,8 @@ struct Session {
     /// The tick since which the peer took nothing. 0: it takes.
     blocked: u32,
     junk: u16,
+    /// The socket has our waker for when something can be read.
+    listening: bool,
     closing: bool,
     _seat: Seat,
 }
@@ -75,6 +77,7 @@ impl Session {
             stream,
             blocked: 0,
             junk: 0,
+            listening: false,
             closing: false,
             _seat: taken.seat,
         }
@@ -83,20 +86,28 @@ impl Session {
     /// Ready when the peer is gone, or says too much.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut scrap = [0; 256];
+        if self.listening {
+            let Some(read) = self.io.try_read(&mut scrap) else { return Poll::Pending };
+            self.listening = false;
+            if let Ok(n) = read
+                && self.heard(n)
+            {
+                return Poll::Ready(());
+            }
+        }
         loop {
-            // No system call while the socket is not readable.
             let mut buf = ReadBuf::new(&mut scrap);
             match Pin::new(&mut self.io).poll_read(cx, &mut buf) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
-                    let junk = usize::from(self.junk) + buf.filled().len();
-                    if junk > MAX_JUNK {
-                        self.stream.connected().because(Code::Protocol);
+                Poll::Pending => {
+                    self.listening = true;
+                    return Poll::Pending;
+                }
+                Poll::Ready(Ok(())) => {
+                    if self.heard(buf.filled().len()) {
                         return Poll::Ready(());
                     }
-                    self.junk = junk as u16;
                 }
-                Poll::Ready(_) => {
+                Poll::Ready(Err(_)) => {
                     self.stream.connected().peer();
                     return Poll::Ready(());
                 }
@@ -104,7 +115,20 @@ impl Session {
         }
     }
 
-    /// Ready with whether all is written, or with `None` when the connection is of no use any more.
+    /// Whether the connection is over after `n` bytes were read.
+    fn heard(&mut self, n: usize) -> bool {
+        let junk = usize::from(self.junk) + n;
+        if n == 0 {
+            self.stream.connected().peer();
+        } else if junk > MAX_JUNK {
+            self.stream.connected().because(Code::Protocol);
+        } else {
+            self.junk = junk as u16;
+        }
+        n == 0 || junk > MAX_JUNK
+    }
+
+    /// Ready when all is written; `None` when the connection is of no use any more.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Option<Poll<()>> {
         let before = self.out.egress.len();
         match self.out.egress.poll_write(cx, &mut self.io) {

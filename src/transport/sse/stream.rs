@@ -157,13 +157,16 @@ impl Stream {
         if self.ended {
             return Turn::Ended;
         }
+        if self.subs.poll_turn(cx).is_pending() {
+            return Turn::Idle;
+        }
         // Not pushed before it is known whether it is the last of this write, and takes the token.
         let mut last: Option<(Bytes, u32)> = None;
         let turn = loop {
             if out.egress.len() + last.as_ref().map_or(0, |(bytes, _)| bytes.len()) >= TURN {
                 break Turn::Full;
             }
-            let Poll::Ready(Delivery { item, .. }) = self.subs.poll_next(cx) else { break Turn::Idle };
+            let Some(Delivery { item, .. }) = self.subs.take() else { break Turn::Idle };
             match item {
                 Item::Events { bytes, count } => {
                     self.events += count;
