@@ -164,7 +164,10 @@ impl Metrics {
             ),
 
             calls: it.counters("weir_rpc_calls_total", "Calls ended."),
-            call_seconds: it.histograms("weir_rpc_duration_seconds", "How long calls took, from request to answer."),
+            call_seconds: it.histograms(
+                "weir_rpc_duration_seconds",
+                "How long calls took, from request to answer; a sample when there are many.",
+            ),
             calls_in_flight: it.gauge("weir_rpc_in_flight", "Calls awaiting their answer."),
             calls_late: it.counter("weir_rpc_late_total", "Replies that came after the deadline of their call."),
             services: it.gauge("weir_rpc_services", "Services that have a provider."),
@@ -220,9 +223,12 @@ impl Metrics {
         }
     }
 
-    pub fn call_ended(&self, outcome: Outcome, took: Duration) {
+    /// `took` may be left out: with very many calls the time of a sample is enough.
+    pub fn call_ended(&self, outcome: Outcome, took: Option<Duration>) {
         self.calls[outcome].add(1);
-        self.call_seconds[outcome].record(took);
+        if let Some(took) = took {
+            self.call_seconds[outcome].record(took);
+        }
     }
 }
 
@@ -326,9 +332,9 @@ mod tests {
         metrics.delivered[Transport::Sse].add(7);
         metrics.gap("trimmed");
         metrics.publish_failed(Code::TooLarge);
-        metrics.call_ended(Outcome::Ok, Duration::from_micros(70));
-        metrics.call_ended(Outcome::Ok, Duration::from_micros(50));
-        metrics.call_ended(Outcome::Ok, Duration::from_secs(600));
+        metrics.call_ended(Outcome::Ok, Some(Duration::from_micros(70)));
+        metrics.call_ended(Outcome::Ok, Some(Duration::from_micros(50)));
+        metrics.call_ended(Outcome::Ok, Some(Duration::from_secs(600)));
         let text = metrics.render();
         for line in [
             "# TYPE weir_events_delivered_total counter",

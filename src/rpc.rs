@@ -175,6 +175,8 @@ pub struct Hub {
     late: Late,
     changes: Changes,
     connections: AtomicUsize,
+    /// Calls timed since the last sweep.
+    timed: AtomicU64,
     metrics: Arc<Metrics>,
 }
 
@@ -246,6 +248,8 @@ impl<'a> Provide<'a> {
 
 impl Hub {
     const SHARDS: usize = 16;
+    /// Calls timed between two sweeps.
+    const TIMED: u64 = 64;
     /// The service that is always there.
     const BUILT_IN: &'static str = "weir";
 
@@ -262,6 +266,7 @@ impl Hub {
             late: Late::new(config.late),
             changes: Changes::default(),
             connections: AtomicUsize::new(0),
+            timed: AtomicU64::new(0),
             metrics,
             config,
         })
@@ -282,6 +287,7 @@ impl Hub {
     /// Finds what is due. To be called every 20 ms or so, by one task.
     pub fn sweep(&self) {
         let now = self.clock.now();
+        self.timed.store(0, Relaxed);
         self.late.sweep(now);
         let mut services = std::mem::take(&mut *self.ticking.lock());
         services.retain(|service| {

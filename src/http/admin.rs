@@ -42,11 +42,12 @@ pub async fn metrics(State(gateway): State<Arc<Gateway>>, identity: Identity) ->
     Ok(response)
 }
 
-/// What the bus counts for itself is taken over when somebody looks.
+/// What bus and hub count for themselves is taken over when somebody looks.
 fn observe(gateway: &Gateway) {
     let topics = gateway.bus.topics();
     gateway.metrics.channels.set(topics.count() as i64);
     gateway.metrics.bus_memory_bytes.set(topics.used() as i64);
+    gateway.hub.measure();
 }
 
 /// A node that is well.

@@ -13,7 +13,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::{
     Answer, Call, Hub, Provide, ServiceInfo,
     pending::{CallId, Conn, Live, Registration, Tag},
-    route::{busy, no_provider, outcome_of},
+    route::{busy, outcome_of},
     services::{New, Request, Service},
 };
 use crate::{
@@ -66,7 +66,7 @@ impl Connection {
     /// is its own affair, and an error under that id would be taken for the answer of the first.
     pub fn call(&self, to: Tag, call: &Call<'_>) {
         if let Err((to, error)) = self.enter(to, call) {
-            self.hub.metrics.calls[outcome_of(error.code())].add(1);
+            self.hub.metrics.call_ended(outcome_of(error.code()), None);
             self.conn.peer.answer(&to, Answer::Failed(error));
         }
     }
@@ -169,7 +169,7 @@ impl Connection {
         self.hub.services(prefix, limit)
     }
 
-    fn enter(&self, tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
+    fn enter(&self, mut tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
         let hub = &*self.hub;
         let timeout = match hub.check(call) {
             Ok(timeout) => timeout,
@@ -180,54 +180,72 @@ impl Connection {
         }
         let request = Request::of(call);
         loop {
-            let service = match (hub.find(call.service), request.wait) {
-                (Some(service), _) => service,
-                (None, Some(1..)) => hub.find_or_create(call.service),
-                (None, _) => return Err((tag, no_provider(call.service))),
+            let service = match hub.find_for(call.service, &request) {
+                Ok(service) => service,
+                Err(error) => return Err((tag, error)),
             };
-            let started = hub.clock.micros();
-            let now = started / 1_000;
-            let mut live = self.conn.live.lock();
-            if live.len() >= hub.config.calls {
-                let detail = format!("{} calls of this connection are in flight, which is the most", live.len());
-                return Err((tag, Error::new(Code::LimitReached, detail).with("limit", "limits.calls")));
-            }
-            let vacant = live.vacant_entry();
-            let mut state = service.state.lock();
-            if state.dead {
-                continue;
-            }
-            let seq = hub.next_seq();
-            let caller = Some((self.conn.clone(), vacant.key() as u32));
-            let new = New { seq, caller, deadline: now + u64::from(timeout), timeout };
-            if !state.has_room() {
-                return Err((tag, busy(call.service)));
-            }
-            let chosen = if state.is_queued() { None } else { state.pick(&[], false) };
-            let (index, target) = match chosen {
-                Some(provider) => {
-                    let (index, target) = state.place(new, provider);
-                    (index, Some(target))
+            match self.enter_at(&service, tag, call.late, timeout, &request) {
+                Ok(()) => return Ok(()),
+                Err((tag, Some(error))) => {
+                    hub.forget_unused(&service, &request);
+                    return Err((tag, error));
                 }
-                None if state.has_active() && !state.is_flushing() => return Err((tag, busy(call.service))),
-                None => match hub.may_wait(call.service, &state, &request) {
-                    Ok((until, ticket)) => (state.enqueue(new, until, request.store(ticket)), None),
-                    Err(error) => return Err((tag, error)),
-                },
-            };
-            let starts = hub.starts_ticking(&mut state);
-            drop(state);
-            // Nobody answers before this is here: the right to answer is taken under the lock that `live` holds.
-            vacant.insert(Live { tag, service: service.clone(), index, seq, started, late: call.late });
-            drop(live);
-            if starts {
-                hub.ticking.lock().push(service.clone());
+                Err((returned, None)) => tag = returned,
             }
-            if let Some(target) = target {
-                hub.deliver(&service, target, &request, Some((index, seq)));
-            }
-            return Ok(());
         }
+    }
+
+    /// Without an error: `service` is dead.
+    #[inline]
+    fn enter_at(
+        &self,
+        service: &Arc<Service>,
+        tag: Tag,
+        late: bool,
+        timeout: u32,
+        request: &Request<'_>,
+    ) -> Result<(), (Tag, Option<Error>)> {
+        let hub = &*self.hub;
+        let started = hub.clock.micros();
+        let mut live = self.conn.live.lock();
+        if live.len() >= hub.config.calls {
+            let detail = format!("{} calls of this connection are in flight, which is the most", live.len());
+            return Err((tag, Some(Error::new(Code::LimitReached, detail).with("limit", "limits.calls"))));
+        }
+        let vacant = live.vacant_entry();
+        let mut state = service.state.lock();
+        if state.dead {
+            return Err((tag, None));
+        }
+        let chosen = if state.is_queued() { None } else { state.pick(&[], false) };
+        if chosen.is_none() && state.has_active() && !state.is_flushing() || !state.has_room() {
+            return Err((tag, Some(busy(&service.name))));
+        }
+        let seq = hub.next_seq();
+        let caller = Some((self.conn.clone(), vacant.key() as u32));
+        let new = New { seq, caller, deadline: started / 1_000 + u64::from(timeout), timeout };
+        let (index, target) = match chosen {
+            Some(provider) => {
+                let (index, target) = state.place(new, provider);
+                (index, Some(target))
+            }
+            None => match hub.may_wait(&service.name, &state, request) {
+                Ok((until, ticket)) => (state.enqueue(new, until, request.store(ticket)), None),
+                Err(error) => return Err((tag, Some(error))),
+            },
+        };
+        let starts = hub.starts_ticking(&mut state);
+        drop(state);
+        // Nobody answers before this is here: the right to answer is taken under the lock that `live` holds.
+        vacant.insert(Live { tag, service: service.clone(), index, seq, started, late });
+        drop(live);
+        if starts {
+            hub.ticking.lock().push(service.clone());
+        }
+        if let Some(target) = target {
+            hub.deliver(service, target, request, Some((index, seq)));
+        }
+        Ok(())
     }
 
     fn built_in(&self, tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
@@ -243,7 +261,7 @@ impl Connection {
                 return Err((tag, Error::new(Code::MethodNotFound, detail)));
             }
         };
-        self.hub.metrics.calls[Outcome::Ok].add(1);
+        self.hub.metrics.call_ended(Outcome::Ok, None);
         self.conn.peer.answer(&tag, Answer::Result(result));
         Ok(())
     }
@@ -349,11 +367,7 @@ impl Hub {
         }
         let request = Request::of(call);
         loop {
-            let service = match (self.find(call.service), request.wait) {
-                (Some(service), _) => service,
-                (None, Some(1..)) => self.find_or_create(call.service),
-                (None, _) => return,
-            };
+            let Ok(service) = self.find_for(call.service, &request) else { return };
             let mut state = service.state.lock();
             if state.dead {
                 continue;
@@ -364,9 +378,12 @@ impl Hub {
                 drop(state);
                 return self.deliver(&service, target, &request, None);
             }
-            if self.wait_notification(&service, &mut state, &request) {
-                drop(state);
+            let starts = self.wait_notification(&service, &mut state, &request);
+            drop(state);
+            if starts {
                 self.ticking.lock().push(service);
+            } else {
+                self.forget_unused(&service, &request);
             }
             return;
         }
@@ -375,7 +392,6 @@ impl Hub {
     /// Refuses what cannot be called. Returns the timeout in milliseconds.
     fn check(&self, call: &Call<'_>) -> Result<u32> {
         label("method", call.method)?;
-        label("service", call.service)?;
         if call.method.contains('/') {
             return Err(Error::params("a method has no / in its name"));
         }

@@ -4,8 +4,10 @@ use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 use super::{
     Hub, REMEMBERED, Shard,
-    services::{Service, State},
+    route::no_provider,
+    services::{Request, Service, State},
 };
+use crate::{error::Result, event::label};
 
 impl Hub {
     fn shard(&self, name: &str) -> &Shard {
@@ -26,6 +28,25 @@ impl Hub {
         let service = Arc::new(Service::new(name, self.fence.load(Relaxed)));
         shard.insert(service.name.clone(), service.clone());
         service
+    }
+
+    /// The service of a call; one that nobody ever provided only if the call is to wait for it.
+    pub(super) fn find_for(&self, name: &str, request: &Request<'_>) -> Result<Arc<Service>> {
+        if let Some(service) = self.find(name) {
+            return Ok(service);
+        }
+        label("service", name)?;
+        match request.wait {
+            Some(1..) => Ok(self.find_or_create(name)),
+            _ => Err(no_provider(name)),
+        }
+    }
+
+    /// Takes back what [`find_for`](Self::find_for) may have made for a call that does not wait after all.
+    pub(super) fn forget_unused(&self, service: &Arc<Service>, request: &Request<'_>) {
+        if request.wait.is_some() {
+            self.forget(service, self.clock.now(), false);
+        }
     }
 
     /// Takes a service from the table that is deserted and whose time is over, or cut short.

@@ -259,6 +259,12 @@ fn what_may_wait_is_bounded() {
     caller.call("4", "a/x");
     assert_eq!(world.hub.counts().waiting, 2);
 
+    let world = World::with(Config { waiting: 0, ..Config::default() });
+    let caller = world.socket();
+    caller.call_with("1", "new/x", |call| call.wait = Some(SECOND));
+    caller.hub.notify(&Call { wait: Some(SECOND), ..Call::new("newer", "x", None) });
+    assert_eq!((caller.answers().len(), world.hub.counts().names), (1, 0));
+
     let world = World::with(Config { waiting_bytes: 50, ..Config::default() });
     let caller = world.socket();
     drop(world.provider("a"));
