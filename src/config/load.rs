@@ -2,14 +2,15 @@
 
 use std::{collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 
-use toml::{
-    Spanned,
-    de::{DeTable, DeValue},
+use figment::{
+    Figment, Metadata, Profile, Provider,
+    providers::{Format as _, Toml},
+    value::{Dict, Map, Tag, Value},
 };
 
 use super::{
     ChannelRule, Config, Part,
-    slot::{Given, Item, Setting, Slot},
+    slot::{Item, Setting, Slot},
 };
 
 /// `WEIR__SSE__HEARTBEAT` is `sse.heartbeat`. The two underscores keep `WEIR_URL` and what Kubernetes
@@ -26,8 +27,8 @@ pub struct Loaded {
 /// Where a value comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    File { name: Arc<str>, line: usize },
-    Environment(String),
+    File(Arc<str>),
+    Environment(Arc<str>),
     Flag(&'static str),
 }
 
@@ -72,26 +73,20 @@ pub(super) fn from(
 ) -> Result<Loaded, Problems> {
     let mut config = Config::default();
     let mut found = Found::default();
-    {
-        let mut settings = settings(&mut config, "");
-        match file {
-            None => {}
-            Some((name, Ok(text))) => found.file(&name, &text, &mut settings),
-            Some((name, Err(error))) => {
-                let source = Some(Source::File { name: name.into(), line: 0 });
-                found.problem("", source, format!("cannot be read: {error}"));
-            }
-        }
-        let mut variables: Vec<_> = environment.into_iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
-        variables.sort();
-        for (name, value) in variables {
-            let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
-            found.text(&key, &value, Source::Environment(name), &mut settings);
-        }
-        for Override { flag, key, value } in flags {
-            found.text(key, value, Source::Flag(flag), &mut settings);
-        }
+    if let Some((name, text)) = file {
+        found.file(name.into(), text);
     }
+    let mut variables: Vec<_> = environment.into_iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
+    variables.sort();
+    for (name, value) in variables {
+        let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
+        found.text(&key, value, Source::Environment(name.into()));
+    }
+    for Override { flag, key, value } in flags {
+        found.text(key, value.clone(), Source::Flag(flag));
+    }
+    let merged = found.figment.data().unwrap_or_default().remove(&Profile::Default).unwrap_or_default();
+    found.table(&merged, "", &mut settings(&mut config, ""));
     for (key, reason) in config.contradictions() {
         // Of a value that could not be read nothing more is known.
         if !found.problems.iter().any(|problem| problem.key == key) {
@@ -106,104 +101,128 @@ pub(super) fn from(
     }
 }
 
+/// Where values come together: figment merges the layers and knows of each value which one it is from.
 #[derive(Default)]
 struct Found {
+    figment: Figment,
+    /// Of each layer, in their order; a layer's name is its index.
+    layers: Vec<Source>,
     sources: BTreeMap<String, Source>,
     problems: Vec<Problem>,
 }
 
-/// The file that is being read: a place in it is a line.
-struct File<'a> {
-    name: Arc<str>,
-    text: &'a str,
+/// A file, a variable or a flag.
+struct Layer {
+    index: usize,
+    data: Map<Profile, Dict>,
+}
+
+// === impl Layer ===
+
+impl Provider for Layer {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(self.index.to_string())
+    }
+
+    fn data(&self) -> figment::Result<Map<Profile, Dict>> {
+        Ok(self.data.clone())
+    }
 }
 
 // === impl Found ===
 
 impl Found {
-    fn file(&mut self, name: &str, text: &str, settings: &mut [Setting<'_>]) {
-        let file = File { name: name.into(), text };
-        let (table, errors) = DeTable::parse_recoverable(text);
-        for error in errors {
-            let source = file.at(error.span().map_or(0, |span| span.start));
-            self.problem("", Some(source), error.message().to_owned());
+    fn file(&mut self, name: Arc<str>, text: io::Result<String>) {
+        let source = Source::File(name);
+        match text {
+            Ok(text) => self.toml(&text, "", source),
+            Err(error) => self.problem("", Some(source), format!("cannot be read: {error}")),
         }
-        self.table(table.get_ref(), "", &|at| file.at(at), settings);
     }
 
-    /// `source` knows where a byte of the text is.
-    fn table(&mut self, table: &DeTable<'_>, at: &str, source: &dyn Fn(usize) -> Source, settings: &mut [Setting<'_>]) {
-        for (name, value) in table {
-            let key = join(at, name.get_ref());
-            let place = source(name.span().start);
-            if let Some(setting) = settings.iter_mut().find(|setting| setting.key == key) {
-                let before = self.problems.len();
-                self.value(setting, value, source, &place);
-                if self.problems.len() == before {
-                    self.sources.insert(key, place);
-                }
-            } else if settings.iter().any(|setting| is_under(&setting.key, &key)) {
-                match value.get_ref() {
-                    DeValue::Table(inner) => self.table(inner, &key, source, settings),
-                    _ => self.problem(&key, Some(place), format!("is a section: write [{key}] and its keys below")),
-                }
-            } else {
-                let reason = unknown(&key, settings);
-                self.problem(&key, Some(place), reason);
+    /// A value from the environment or a flag: text, whatever it looks like, but that lists of tables are written as in
+    /// a file.
+    fn text(&mut self, key: &str, value: String, source: Source) {
+        if key == "channels" {
+            return self.toml(&format!("{key} = {value}"), key, source);
+        }
+        let mut nested = Value::from(value);
+        let mut names = key.rsplit('.').peekable();
+        while let Some(name) = names.next() {
+            let table = Dict::from([(name.to_owned(), nested)]);
+            if names.peek().is_none() {
+                return self.layer(Profile::Default.collect(table), source);
+            }
+            nested = Value::from(table);
+        }
+    }
+
+    fn toml(&mut self, text: &str, key: &str, source: Source) {
+        match Toml::string(text).data() {
+            Ok(data) => self.layer(data, source),
+            Err(error) => {
+                // Its picture of the place takes several lines; a problem has one.
+                let reason: Vec<_> = error.to_string().lines().map(|line| line.trim().to_owned()).collect();
+                self.problem(key, Some(source), reason.join(" ").trim().to_owned());
             }
         }
     }
 
-    fn value(
-        &mut self,
-        setting: &mut Setting<'_>,
-        value: &Spanned<DeValue<'_>>,
-        source: &dyn Fn(usize) -> Source,
-        place: &Source,
-    ) {
+    fn layer(&mut self, data: Map<Profile, Dict>, source: Source) {
+        let layer = Layer { index: self.layers.len(), data };
+        self.layers.push(source);
+        self.figment = std::mem::take(&mut self.figment).merge(layer);
+    }
+
+    fn source(&self, tag: Tag) -> Option<Source> {
+        self.layers.get(self.figment.get_metadata(tag)?.name.parse::<usize>().ok()?).cloned()
+    }
+
+    fn table(&mut self, table: &Dict, at: &str, settings: &mut [Setting<'_>]) {
+        for (name, value) in table {
+            let key = join(at, name);
+            let source = self.source(value.tag());
+            if let Some(setting) = settings.iter_mut().find(|setting| setting.key == key) {
+                let before = self.problems.len();
+                self.value(setting, value, source.clone());
+                if self.problems.len() == before {
+                    self.sources.extend(source.map(|source| (key, source)));
+                }
+            } else if let Value::Dict(_, inner) = value {
+                self.table(inner, &key, settings);
+            } else if settings.iter().any(|setting| is_under(&setting.key, &key)) {
+                self.problem(&key, source, format!("is a section: write [{key}] and its keys below"));
+            } else {
+                let reason = unknown(&key, settings);
+                self.problem(&key, source, reason);
+            }
+        }
+    }
+
+    fn value(&mut self, setting: &mut Setting<'_>, value: &Value, source: Option<Source>) {
         let Slot::Rules(rules) = &mut setting.slot else {
-            if let Err(reason) = setting.slot.read(&Given::Toml(value.get_ref())) {
-                self.problem(&setting.key, Some(place.clone()), reason);
+            if let Err(reason) = setting.slot.read(value) {
+                self.problem(&setting.key, source, reason);
             }
             return;
         };
-        let DeValue::Array(tables) = value.get_ref() else {
-            return self.problem(&setting.key, Some(place.clone()), "is a list of tables: write [[channels]]".into());
+        let Value::Array(_, tables) = value else {
+            return self.problem(&setting.key, source, "is a list of tables: write [[channels]]".into());
         };
         rules.clear();
         for (n, item) in tables.iter().enumerate() {
             let key = format!("{}[{n}]", setting.key);
-            let place = source(item.span().start);
-            let DeValue::Table(table) = item.get_ref() else {
-                self.problem(&key, Some(place), "must be a table, as { match = \"*\", keep = { count = 5 } }".into());
+            let Value::Dict(_, table) = item else {
+                let reason = "must be a table, as { match = \"*\", keep = { count = 5 } }";
+                self.problem(&key, source.clone(), reason.into());
                 continue;
             };
             if !table.contains_key("match") {
-                self.problem(&key, Some(place), "has no `match`: which channels is it for?".into());
+                self.problem(&key, source.clone(), "has no `match`: which channels is it for?".into());
             }
             let mut rule = ChannelRule::default();
-            self.table(table, &key, source, &mut self::settings(&mut rule, &key));
+            self.table(table, &key, &mut self::settings(&mut rule, &key));
             rules.push(rule);
-        }
-    }
-
-    /// A value from the environment or a flag. Lists of tables are written as in a file.
-    fn text(&mut self, key: &str, value: &str, source: Source, settings: &mut [Setting<'_>]) {
-        let Some(setting) = settings.iter_mut().find(|setting| setting.key == key) else {
-            let reason = unknown(key, settings);
-            return self.problem(key, Some(source), reason);
-        };
-        let before = self.problems.len();
-        if let Slot::Rules(_) = setting.slot {
-            match DeValue::parse(value) {
-                Ok(parsed) => self.value(setting, &parsed, &|_| source.clone(), &source),
-                Err(error) => self.problem(key, Some(source.clone()), error.message().to_owned()),
-            }
-        } else if let Err(reason) = setting.slot.read(&Given::Text(value)) {
-            self.problem(key, Some(source.clone()), reason);
-        }
-        if self.problems.len() == before {
-            self.sources.insert(key.to_owned(), source);
         }
     }
 
@@ -212,23 +231,12 @@ impl Found {
     }
 }
 
-// === impl File ===
-
-impl File<'_> {
-    fn at(&self, byte: usize) -> Source {
-        let line = 1 + self.text.bytes().take(byte).filter(|byte| *byte == b'\n').count();
-        Source::File { name: self.name.clone(), line }
-    }
-}
-
 // === what is printed ===
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Source::File { name, line: 0 } => f.write_str(name),
-            Source::File { name, line } => write!(f, "{name}:{line}"),
-            Source::Environment(name) => f.write_str(name),
+            Source::File(name) | Source::Environment(name) => f.write_str(name),
             Source::Flag(flag) => f.write_str(flag),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
-use toml::de::DeValue;
+use figment::value::Value;
 use tracing_subscriber::filter::Targets;
 
 use super::ChannelRule;
@@ -43,12 +43,6 @@ pub(super) enum Slot<'a> {
     Rules(&'a mut Vec<ChannelRule>),
 }
 
-/// Where a value was found decides how it looks: text has no types, a file does.
-pub(super) enum Given<'a> {
-    Text(&'a str),
-    Toml(&'a DeValue<'a>),
-}
-
 /// What keeps the channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -73,7 +67,8 @@ pub enum Format {
 
 impl Slot<'_> {
     /// Replaces the value, or says in a sentence why not. [`Slot::Rules`] are tables and read by the loader.
-    pub fn read(&mut self, given: &Given<'_>) -> Result<(), String> {
+    pub fn read(&mut self, value: &Value) -> Result<(), String> {
+        let given = Given(value);
         match self {
             Slot::Flag(to) => **to = given.flag()?,
             Slot::Count(to) => **to = given.whole("a whole number")?,
@@ -152,48 +147,45 @@ impl fmt::Display for Slot<'_> {
 
 // === impl Given ===
 
+/// A value as it was found. What comes from the environment is text, so text is read where a file would have a number.
+struct Given<'a>(&'a Value);
+
 impl Given<'_> {
     fn text(&self, wanted: &str) -> Result<String, String> {
-        match self {
-            Given::Text(text) => Ok((*text).to_owned()),
-            Given::Toml(DeValue::String(text)) => Ok(text.clone().into_owned()),
+        match self.0 {
+            Value::String(_, text) => Ok(text.clone()),
             // The commonest mistake with durations gets its own answer.
-            Given::Toml(DeValue::Integer(number)) if wanted.starts_with("a duration") => {
-                Ok(number.as_str().replace('_', ""))
+            Value::Num(_, number) if wanted.starts_with("a duration") && number.to_f64().is_none() => {
+                Ok(number.to_i128().map_or_else(|| "0".into(), |number| number.to_string()))
             }
-            Given::Toml(other) => Err(format!("needs {wanted}, not {}", kind(other))),
+            other => Err(format!("needs {wanted}, not {}", kind(other))),
         }
     }
 
     fn flag(&self) -> Result<bool, String> {
-        match self {
-            Given::Text("true") | Given::Toml(DeValue::Boolean(true)) => Ok(true),
-            Given::Text("false") | Given::Toml(DeValue::Boolean(false)) => Ok(false),
-            Given::Text(text) => Err(format!("needs true or false, not {text:?}")),
-            Given::Toml(other) => Err(format!("needs true or false, not {}", kind(other))),
+        match self.0 {
+            Value::Bool(_, flag) => Ok(*flag),
+            Value::String(_, text) => text.parse().map_err(|_| format!("needs true or false, not {text:?}")),
+            other => Err(format!("needs true or false, not {}", kind(other))),
         }
     }
 
     fn whole(&self, wanted: &str) -> Result<usize, String> {
-        let parsed = match self {
-            Given::Text(text) => text.replace('_', "").parse().map_err(|_| format!("needs {wanted}, not {text:?}"))?,
-            Given::Toml(DeValue::Integer(number)) => {
-                let text = number.as_str();
-                usize::from_str_radix(&text.replace('_', ""), number.radix())
-                    .map_err(|_| format!("needs {wanted}, not {text}"))?
-            }
-            Given::Toml(other) => return Err(format!("needs {wanted}, not {}", kind(other))),
+        let number = match self.0 {
+            Value::String(_, text) => whole(text, wanted)?,
+            Value::Num(_, number) => match (number.to_i128(), number.to_u128()) {
+                (Some(number), _) => usize::try_from(number).map_err(|_| format!("needs {wanted}, not {number}"))?,
+                (_, Some(number)) => usize::try_from(number).map_err(|_| format!("needs {wanted}, not {number}"))?,
+                _ => return Err(format!("needs {wanted}, not a fraction")),
+            },
+            other => return Err(format!("needs {wanted}, not {}", kind(other))),
         };
-        if parsed == 0 { Err("must be at least 1".into()) } else { Ok(parsed) }
+        if number == 0 { Err("must be at least 1".into()) } else { Ok(number) }
     }
 
     fn size(&self) -> Result<usize, String> {
         const WANTED: &str = "a number of bytes, plain or as \"16MiB\"";
-        let text = match self {
-            Given::Text(text) => *text,
-            Given::Toml(DeValue::String(text)) => text.as_ref(),
-            Given::Toml(_) => return self.whole(WANTED),
-        };
+        let Value::String(_, text) = self.0 else { return self.whole(WANTED) };
         let split = text.find(|c: char| !c.is_ascii_digit() && c != '_').unwrap_or(text.len());
         let (number, unit) = text.split_at(split);
         let factor = match unit.trim_start() {
@@ -206,24 +198,26 @@ impl Given<'_> {
             "GiB" => 1 << 30,
             _ => return Err(format!("needs {WANTED}, not {text:?}; the units are KiB, MiB, GiB, kB, MB and GB")),
         };
-        let number = Given::Text(number)
-            .whole(WANTED)
-            .map_err(|reason| if number.is_empty() { format!("needs {WANTED}, not {text:?}") } else { reason })?;
-        number.checked_mul(factor).ok_or_else(|| format!("{text} is more than this machine can count"))
+        match whole(number, WANTED).map_err(|_| format!("needs {WANTED}, not {text:?}"))? {
+            0 => Err("must be at least 1".into()),
+            number => number.checked_mul(factor).ok_or_else(|| format!("{text} is more than this machine can count")),
+        }
     }
 
     /// A list, or text with commas between.
     fn list(&self) -> Result<Vec<String>, String> {
-        match self {
-            Given::Toml(DeValue::Array(items)) => {
-                items.iter().map(|item| Given::Toml(item.get_ref()).text("a list of text")).collect()
-            }
-            other => {
-                let text = other.text("a list, or text with commas")?;
+        match self.0 {
+            Value::Array(_, items) => items.iter().map(|item| Given(item).text("a list of text")).collect(),
+            _ => {
+                let text = self.text("a list, or text with commas")?;
                 Ok(text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect())
             }
         }
     }
+}
+
+fn whole(text: &str, wanted: &str) -> Result<usize, String> {
+    text.replace('_', "").parse().map_err(|_| format!("needs {wanted}, not {text:?}"))
 }
 
 // === impl Level ===
@@ -284,15 +278,15 @@ fn origin(text: &str) -> Result<(), String> {
     }
 }
 
-fn kind(value: &DeValue<'_>) -> &'static str {
+fn kind(value: &Value) -> &'static str {
     match value {
-        DeValue::String(_) => "text",
-        DeValue::Integer(_) => "a number",
-        DeValue::Float(_) => "a fraction",
-        DeValue::Boolean(_) => "true or false",
-        DeValue::Datetime(_) => "a date",
-        DeValue::Array(_) => "a list",
-        DeValue::Table(_) => "a table",
+        Value::String(..) | Value::Char(..) => "text",
+        Value::Num(_, number) if number.to_f64().is_some() => "a fraction",
+        Value::Num(..) => "a number",
+        Value::Bool(..) => "true or false",
+        Value::Empty(..) => "nothing",
+        Value::Dict(..) => "a table",
+        Value::Array(..) => "a list",
     }
 }
 
