@@ -15,13 +15,13 @@ use crate::{
 };
 
 /// `GET /health/live`. Open to everyone, and tells nothing: it never looks at anything that could be away.
-#[utoipa::path(get, path = "/health/live", responses((status = 200, description = "This process answers.", body = Healthy)))]
+#[utoipa::path(get, path = "/health/live", tag = "operations", description = "Whether this process answers.", responses((status = 200, description = "This process answers.", body = Healthy)))]
 pub async fn live() -> Response {
     healthy()
 }
 
 /// `GET /health/ready`. Open to everyone: whether clients are welcome.
-#[utoipa::path(get, path = "/health/ready", responses(
+#[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Whether clients are welcome.", responses(
     (status = 200, description = "Clients are welcome.", body = Healthy),
     (status = 503, description = "`draining`: this node is leaving.", body = openapi::Problem, content_type = "application/problem+json"),
 ))]
@@ -33,6 +33,8 @@ pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
 }
 
 /// `GET /metrics`, as Prometheus reads them.
+#[utoipa::path(get, path = "/metrics", tag = "operations", description = "Metrics, as Prometheus reads them.",
+    responses((status = 200, body = String, content_type = "text/plain")))]
 pub async fn metrics(State(gateway): State<Arc<Gateway>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;
     observe(&gateway);

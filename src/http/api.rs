@@ -10,7 +10,6 @@ use axum::{
     body::{Body, Bytes},
     response::{IntoResponse, Response},
 };
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use http::{HeaderValue, StatusCode, header};
 
 use crate::{
@@ -57,8 +56,8 @@ impl Listing {
         }
         let after = match query.take("page")? {
             Some(page) => {
-                let name = BASE64.decode(page.as_bytes()).ok().and_then(|name| String::from_utf8(name).ok());
-                Some(name.ok_or_else(|| Error::params("page is what the last answer called page"))?)
+                let name = unhex(&page).ok_or_else(|| Error::params("page is what the last answer called page"))?;
+                Some(String::from_utf8_lossy(&name).into_owned())
             }
             None => None,
         };
@@ -72,6 +71,12 @@ impl Listing {
             return None;
         }
         entries.truncate(self.limit);
-        entries.last().map(|last| BASE64.encode(name(last)))
+        entries.last().map(|last| name(last).bytes().map(|byte| format!("{byte:02x}")).collect())
     }
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
 }

@@ -114,9 +114,10 @@ async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Byt
     Ok(rest.into())
 }
 
-/// One header's text; `None` also if it is not text.
-pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers.get(name)?.to_str().ok()
+/// One header's text. What is not text is refused: a key that is overlooked would place an event twice.
+pub fn text<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a str>> {
+    let read = |value: &'a http::HeaderValue| std::str::from_utf8(value.as_bytes());
+    headers.get(name).map(read).transpose().map_err(|_| Error::params(format!("the header {name} is not UTF-8")))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::StatusCode;
 use serde_json::Value;
-use utoipa::{OpenApi, ToSchema};
+use utoipa::{IntoParams, OpenApi, ToSchema};
 
 use super::{admin, api};
 
@@ -28,6 +28,7 @@ use super::{admin, api};
         api::events::publish,
         api::events::get,
         api::events::delete,
+        api::stream::get,
         api::channels::get,
         api::consumers::list,
         api::consumers::get,
@@ -38,16 +39,195 @@ use super::{admin, api};
         api::services::call,
         admin::live,
         admin::ready,
+        admin::metrics,
+        document,
     ),
     components(schemas(Event, NewEvent, Placed, Page, Gap, Problem, Channel, Channels, Consumer, Consumers))
 )]
 struct Document;
 
 /// `GET /openapi.json`.
+#[utoipa::path(get, path = "/openapi.json", tag = "operations", description = "This document.",
+    responses((status = 200, content_type = "application/json", body = BTreeMap<String, Value>)))]
 pub async fn document() -> Response {
-    static TEXT: LazyLock<Bytes> = LazyLock::new(|| Document::openapi().to_json().unwrap_or_default().into());
+    static TEXT: LazyLock<Bytes> = LazyLock::new(|| {
+        let mut document = serde_json::to_value(Document::openapi()).unwrap_or_default();
+        let operations = document["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut());
+        let operations = operations.filter_map(Value::as_object_mut).flat_map(|path| path.values_mut());
+        operations.filter_map(|it| it.get_mut("parameters")?.as_array_mut()).flatten().for_each(never_null);
+        document.to_string().into()
+    });
     api::json(StatusCode::OK, TEXT.clone())
 }
+
+/// An optional parameter of a URL is absent or not, but never null as an optional member of JSON may be.
+fn never_null(parameter: &mut Value) {
+    let schema = &mut parameter["schema"];
+    if let Some(types) = schema["type"].as_array() {
+        schema["type"] = types[0].clone();
+    }
+    let described =
+        schema["oneOf"].as_array().and_then(|either| either.iter().find(|one| one["type"] != "null")).cloned();
+    if let Some(described) = described {
+        *schema = described;
+    }
+}
+
+// === names and positions, as exactly as a pattern can say ===
+
+/// Bytes of UTF-8 are counted, without control characters.
+#[derive(ToSchema)]
+#[schema(min_length = 1, max_length = 255, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$", example = "orders")]
+pub struct ChannelName(String);
+
+/// As every channel name; those beginning with `$` are read-only.
+#[derive(ToSchema)]
+#[schema(
+    min_length = 1,
+    max_length = 255,
+    pattern = r"^[^$\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$",
+    example = "orders"
+)]
+pub struct OwnChannelName(String);
+
+/// Types beginning with `weir.` are weir's own.
+#[derive(ToSchema)]
+#[schema(min_length = 1, max_length = 128, pattern = r"^(?!weir\.)[^\x00-\x1f\x7f-\x9f]+$", example = "created")]
+pub struct TypeName(String);
+
+/// Bytes of UTF-8 are counted, without control characters.
+#[derive(ToSchema)]
+#[schema(min_length = 1, max_length = 128, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$")]
+pub struct Label(String);
+
+/// `EPOCH-OFFSET`.
+#[derive(ToSchema)]
+#[schema(pattern = r"^(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}$", example = "k3Vq7a-42")]
+pub struct Position(String);
+
+/// A position; a token, as an answer called it `next`; an offset; `earliest`; or `now`.
+#[derive(ToSchema)]
+#[schema(
+    pattern = r"^(earliest|now|[0-9]{1,19}|(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$",
+    example = "k3Vq7a-42"
+)]
+pub struct After(String);
+
+/// What the last answer called `page`.
+#[derive(ToSchema)]
+#[schema(pattern = "^([0-9a-f]{2})+$")]
+pub struct PageName(String);
+
+// === parameters ===
+
+/// Of `POST /v1/events`.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PublishQuery {
+    /// The body is the data of one event of this channel.
+    channel: Option<OwnChannelName>,
+    /// With channel: the type of the event.
+    r#type: Option<TypeName>,
+    /// With channel: who sends it.
+    from: Option<Label>,
+    /// With channel: as Idempotency-Key.
+    key: Option<Label>,
+}
+
+/// Of `GET /v1/events`.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ReadQuery {
+    /// Repeated for several; commas are letters.
+    #[param(min_items = 1, max_items = 100)]
+    channel: Vec<ChannelName>,
+    /// Where to go on; the oldest event if nothing is said. Excludes `last`.
+    after: Option<After>,
+    /// So many events before the newest. Excludes `after` and `consumer`.
+    last: Option<u64>,
+    /// As the header Last-Event-ID: wins over `after`.
+    last_event_id: Option<After>,
+    /// The same.
+    #[param(rename = "lastEventId")]
+    last_event_id_too: Option<After>,
+    /// Only events of these types; repeated for several.
+    r#type: Option<Vec<Label>>,
+    /// Events, 100 if nothing is said.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u64>,
+    /// How long to wait if there is nothing.
+    #[param(pattern = "^([0-9]{1,4}ms|[1-4]?[0-9]s|5[0-5]s)$", example = "30s")]
+    wait: Option<String>,
+    /// Events to wait for, at most `limit`.
+    #[param(minimum = 1, maximum = 1000)]
+    min: Option<u64>,
+    /// Reads on from the cursor of this consumer; `after` commits first.
+    #[param(pattern = "^[A-Za-z0-9._:-]{1,128}$")]
+    consumer: Option<String>,
+    /// Where a new consumer begins: `earliest` if nothing is said.
+    #[param(pattern = "^(earliest|now)$")]
+    start: Option<String>,
+    /// `auto` commits what is handed out. `manual` if nothing is said.
+    #[param(pattern = "^(manual|auto)$")]
+    commit: Option<String>,
+}
+
+/// Of `GET /v1/sse`.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct StreamQuery {
+    /// Repeated for several; commas are letters.
+    #[param(min_items = 1, max_items = 100)]
+    channel: Vec<ChannelName>,
+    /// Where to go on; what comes from now on if nothing is said. What cannot be read is a gap `bad_position`, not an error.
+    after: Option<After>,
+    /// So many events before the newest. Excludes `after`.
+    last: Option<u64>,
+    /// As the header Last-Event-ID: wins over `after`.
+    last_event_id: Option<String>,
+    /// The same.
+    #[param(rename = "lastEventId")]
+    last_event_id_too: Option<String>,
+    /// Only events of these types; repeated for several.
+    r#type: Option<Vec<Label>>,
+    /// `event`: `data:` is the event. `data`: `event:` is its type, `data:` its data.
+    #[param(pattern = "^(event|data)$")]
+    format: Option<String>,
+    /// With several channels: an `id:` for every event.
+    #[param(pattern = "^all$")]
+    ids: Option<String>,
+}
+
+/// Of `DELETE /v1/events`.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct DeleteQuery {
+    channel: OwnChannelName,
+    /// The first event to keep. Without it everything goes.
+    before: Option<Position>,
+}
+
+/// Of every list.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ListQuery {
+    /// Of the names.
+    prefix: Option<String>,
+    /// 100 if nothing is said.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u64>,
+    page: Option<PageName>,
+}
+
+/// Of `GET /v1/channels`, beside those of a list.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ChannelQuery {
+    /// Just this one. Excludes the others.
+    channel: Option<ChannelName>,
+}
+
+// === bodies ===
 
 /// An event in its place.
 #[derive(ToSchema)]
@@ -80,32 +260,42 @@ pub struct Event {
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewEvent {
-    /// 1 to 255 bytes without control characters. Names beginning with `$` are read-only.
-    #[schema(min_length = 1, max_length = 60, pattern = "^[^$\\p{Cc}\\p{Cs}][^\\p{Cc}\\p{Cs}]*$", example = "orders")]
-    channel: String,
-    /// Types beginning with `weir.` are weir's own.
-    #[schema(
-        nullable = false,
-        min_length = 1,
-        max_length = 30,
-        pattern = "^[A-Za-z][A-Za-z0-9_/-]*$",
-        example = "created"
-    )]
-    r#type: Option<String>,
-    #[schema(nullable = false, min_length = 1, max_length = 30, pattern = "^[^\\p{Cc}\\p{Cs}]+$")]
-    from: Option<String>,
+    channel: OwnChannelName,
+    #[schema(nullable = false)]
+    r#type: Option<TypeName>,
+    #[schema(nullable = false)]
+    from: Option<Label>,
     /// Strings, at most 1 KiB.
     #[schema(nullable = false)]
-    meta: Option<BTreeMap<String, Short>>,
+    meta: Option<BTreeMap<String, String>>,
     data: Option<Value>,
+    /// Instead of `data`, for bytes.
+    #[schema(nullable = false, pattern = "^([A-Za-z0-9+/]{4})*$")]
+    data_base64: Option<String>,
     /// A repeat with the same key and body within 5 minutes is not placed again.
-    #[schema(nullable = false, min_length = 1, max_length = 30, pattern = "^[^\\p{Cc}\\p{Cs}]+$")]
-    key: Option<String>,
+    #[schema(nullable = false)]
+    key: Option<Label>,
 }
 
+/// What a consumer acknowledges.
 #[derive(ToSchema)]
-#[schema(max_length = 30, pattern = "^[A-Za-z0-9-]*$")]
-pub struct Short(String);
+#[serde(deny_unknown_fields)]
+pub struct Commit {
+    /// A position, or a token of all channels of the consumer or of `channels`.
+    #[schema(pattern = r"^((0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$")]
+    after: String,
+    /// What the token is of, if not all channels of the consumer.
+    #[schema(nullable = false, min_items = 1)]
+    channels: Option<Vec<ChannelName>>,
+}
+
+/// Where a cursor shall be.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Seek {
+    channel: ChannelName,
+    after: After,
+}
 
 /// Where an event was placed.
 #[derive(ToSchema)]

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import schemathesis
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from weir import Weir
 
@@ -43,8 +44,15 @@ def map_query(context, query):
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_the_server_is_as_documented(case):
     # "No provider" and the like are 503 and 504 by design, and documented so: the other checks see that they conform.
-    expected = case.path.startswith(("/v1/services/", "/v1/rpc"))
-    case.call_and_validate(timeout=30, excluded_checks=[not_a_server_error] if expected else [])
+    excluded = [not_a_server_error] if case.path.startswith(("/v1/services/", "/v1/rpc")) else []
+    if case.path == "/v1/events" and case.method != "DELETE":
+        # OpenAPI has no words for parameters that exclude or need each other, nor for a body that may be anything if a parameter is given.
+        excluded.append(positive_data_acceptance)
+        # And what a reader resumes with wins over `after`, which is not looked at then.
+        wins = {"POST": {"channel"}, "GET": {"last_event_id", "lastEventId", "Last-Event-ID"}}.get(case.method, set())
+        if wins & {*(case.query or {}), *(case.headers or {})}:
+            excluded.append(negative_data_rejection)
+    case.call_and_validate(timeout=30, excluded_checks=excluded)
 
 
 def test_every_route_is_documented(api):

@@ -12,7 +12,7 @@ use crate::{
     error::Result,
     http::{
         Gateway,
-        openapi::{ChannelOrChannels, Problem},
+        openapi::{ChannelOrChannels, ChannelQuery, ListQuery, Problem},
     },
     transport::query::Query,
 };
@@ -20,12 +20,7 @@ use crate::{
 /// `GET /v1/channels`: one if `channel` is given, else a list.
 #[utoipa::path(get, path = "/v1/channels", tag = "administration",
     description = "One channel if `channel` is given, else those that have a log.",
-    params(
-        ("channel" = Option<String>, Query, description = "Excludes the others."),
-        ("prefix" = Option<String>, Query, description = "Of the names."),
-        ("limit" = Option<u64>, Query, description = "100 if not said.", minimum = 1, maximum = 1000),
-        ("page" = Option<String>, Query, description = "What the last answer called `page`."),
-    ),
+    params(ChannelQuery, ListQuery),
     responses(
         (status = 200, body = ChannelOrChannels),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -34,14 +29,13 @@ use crate::{
 )]
 pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
-    if query.has("channel") {
-        let channel = query.one_channel()?;
-        query.finish()?;
+    let listing = Listing::take(&mut query)?;
+    let channel = query.channel()?;
+    query.finish()?;
+    if let Some(channel) = channel {
         let _ = identity.may_subscribe(&channel)?;
         return Ok(to_json(&gateway.bus.inspect(&channel).await?));
     }
-    let listing = Listing::take(&mut query)?;
-    query.finish()?;
     let _ = identity.may_administer()?;
     let mut channels = gateway.bus.list(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
     let page = listing.page(&mut channels, |info| info.channel.as_str());

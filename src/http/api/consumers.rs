@@ -33,11 +33,7 @@ const MAX_BODY: usize = 64 * 1024;
 
 /// `GET /v1/consumers`.
 #[utoipa::path(get, path = "/v1/consumers", tag = "consumers",
-    params(
-        ("prefix" = Option<String>, Query, description = "Of the names."),
-        ("limit" = Option<u64>, Query, description = "100 if not said.", minimum = 1, maximum = 1000),
-        ("page" = Option<String>, Query, description = "What the last answer called `page`."),
-    ),
+    params(openapi::ListQuery),
     responses(
         (status = 200, body = openapi::Consumers),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -79,7 +75,7 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: 
 #[utoipa::path(post, path = "/v1/consumers/{name}/commit", tag = "consumers",
     description = "Moves the cursors forward. Older than they are: nothing changes.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
-    request_body = Commit,
+    request_body = openapi::Commit,
     responses(
         (status = 204, description = "Committed."),
         (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -102,7 +98,7 @@ pub async fn commit(
 #[utoipa::path(post, path = "/v1/consumers/{name}/seek", tag = "consumers",
     description = "Moves one cursor anywhere: the only way back.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
-    request_body = Seek,
+    request_body = openapi::Seek,
     responses(
         (status = 204, description = "There."),
         (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -153,7 +149,7 @@ pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, hea
     }
 }
 
-#[derive(Deserialize, utoipa::ToSchema)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Commit {
     after: String,
@@ -161,7 +157,7 @@ struct Commit {
     channels: Option<Vec<String>>,
 }
 
-#[derive(Deserialize, utoipa::ToSchema)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Seek {
     channel: String,

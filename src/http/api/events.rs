@@ -46,13 +46,7 @@ enum Publish {
     description = "Publishes. The body is an event, an array of events, or lines of them; with `channel` in the URL the body is \
         the data itself (what is not JSON becomes a JSON string). It is read as JSON whatever its type, unless the request has \
         an Origin or a Cookie.",
-    params(
-        ("channel" = Option<String>, Query, description = "The body is the data of one event of this channel.", min_length = 1, max_length = 60, pattern = "^[^$\\p{Cc}\\p{Cs}][^\\p{Cc}\\p{Cs}]*$"),
-        ("type" = Option<String>, Query, description = "With channel: the type of the event."),
-        ("from" = Option<String>, Query, description = "With channel: who sends it."),
-        ("key" = Option<String>, Query, description = "With channel: as Idempotency-Key."),
-        ("Idempotency-Key" = Option<String>, Header, description = "A repeat with the same key and body within 5 minutes is not placed again. About one event."),
-    ),
+    params(openapi::PublishQuery, ("Idempotency-Key" = Option<openapi::Label>, Header, description = "A repeat with the same key and body within 5 minutes is not placed again. About one event.")),
     request_body(description = "What to publish.", content((openapi::Publish = "application/json"), (String = "application/x-ndjson"))),
     responses(
         (status = 201, description = "Placed.", body = Published),
@@ -143,7 +137,7 @@ fn count(gateway: &Gateway, placed: &Placed, size: usize) {
 /// Reads a request to publish, in any of its forms.
 fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
     let limit = gateway.config.limits.event;
-    let header_key = text(&head.headers, IDEMPOTENCY_KEY);
+    let header_key = text(&head.headers, IDEMPOTENCY_KEY)?;
     let Some(query) = head.uri.query() else {
         return read_events(head, body, header_key, gateway);
     };
@@ -258,21 +252,7 @@ impl<'de> Visitor<'de> for Events {
 /// `GET /v1/events`.
 #[utoipa::path(get, path = "/v1/events", tag = "events",
     description = "Reads. With `wait` it waits until there is something (a long-poll); with `consumer` weir keeps the place.",
-    params(
-        ("channel" = Vec<String>, Query, description = "Repeated, at most 100; commas are letters.", min_items = 1, max_items = 3),
-        ("after" = Option<String>, Query, description = "Where to go on: a position, the token that the last answer called `next`, an offset, `earliest` (the default) or `now`. Excludes `last`."),
-        ("last" = Option<u64>, Query, description = "So many events before the newest. Excludes `after` and `consumer`."),
-        ("last_event_id" = Option<String>, Query, description = "As the header Last-Event-ID: wins over `after`."),
-        ("lastEventId" = Option<String>, Query, description = "The same."),
-        ("Last-Event-ID" = Option<String>, Header, description = "Wins over all of these."),
-        ("type" = Option<Vec<String>>, Query, description = "Only events of these types."),
-        ("limit" = Option<u64>, Query, description = "Events, 100 if not said.", minimum = 1, maximum = 1000),
-        ("wait" = Option<String>, Query, description = "How long to wait, at most 55s.", pattern = "^[1-9][0-9]{0,3}ms$", example = "30s"),
-        ("min" = Option<u64>, Query, description = "Events to wait for, at most `limit`.", minimum = 1, maximum = 1000),
-        ("consumer" = Option<String>, Query, description = "Reads on from this consumer's cursor; `after` commits first.", pattern = "^[A-Za-z0-9._:-]{1,128}$"),
-        ("start" = Option<String>, Query, description = "Where a new consumer begins: `earliest` (the default) or `now`.", pattern = "^(earliest|now)$"),
-        ("commit" = Option<String>, Query, description = "`auto` commits what is handed out; `manual` is the default.", pattern = "^(manual|auto)$"),
-    ),
+    params(openapi::ReadQuery, ("Last-Event-ID" = Option<openapi::After>, Header, description = "Wins over `after`.")),
     responses(
         (status = 200, description = "A page; empty if nothing came.", body = Page),
         (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`, `limit_reached`", body = Problem, content_type = "application/problem+json"),
@@ -292,7 +272,7 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, reques
 
 async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Response> {
     let query = Query::parse(head.uri.query())?;
-    let reading = Reading::from_query(query, text(&head.headers, "last-event-id"), &gateway.config.limits)?;
+    let reading = Reading::from_query(query, text(&head.headers, "last-event-id")?, &gateway.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));
@@ -307,10 +287,7 @@ async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Re
 /// `DELETE /v1/events`.
 #[utoipa::path(delete, path = "/v1/events", tag = "administration",
     description = "Trims a channel, or deletes its log.",
-    params(
-        ("channel" = String, Query, min_length = 1, max_length = 60, pattern = "^[^$\\p{Cc}\\p{Cs}][^\\p{Cc}\\p{Cs}]*$"),
-        ("before" = Option<String>, Query, description = "The first event to keep. Without it everything goes."),
-    ),
+    params(openapi::DeleteQuery),
     responses(
         (status = 204, description = "Gone."),
         (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),

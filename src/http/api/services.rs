@@ -18,7 +18,7 @@ use crate::{
     http::{
         Gateway,
         error::problem,
-        extract::{declared, read_body, text},
+        extract::{declared, read_body},
         openapi::Problem,
     },
     rpc::{Call, ProviderError, Refusal, ServiceInfo},
@@ -51,9 +51,9 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
     params(
         ("service" = String, Path, example = "weir", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
         ("method" = String, Path, example = "echo", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
-        ("timeout" = Option<String>, Query, description = "30s if not said, at most 10m.", pattern = "^[1-9][0-9]{0,3}ms$", example = "5s"),
+        ("timeout" = Option<String>, Query, description = "30s if not said, at most 10m.", pattern = "^([1-9][0-9]{0,3}ms|[1-9][0-9]?s|[1-9]m)$", example = "5s"),
     ),
-    request_body(description = "Params.", content((crate::http::openapi::Params = "application/json"))),
+    request_body(description = "Params.", content = Option<crate::http::openapi::Params>, content_type = "application/json"),
     responses(
         (status = 200, description = "The result, as the provider wrote it.", body = serde_json::Value, content_type = "application/json"),
         (status = "4XX", description = "`parse_error`, `invalid_params`, `method_not_found`, `forbidden`, `too_large`, `unsupported_media_type`; \
@@ -76,7 +76,7 @@ pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, reque
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
     let call = Call {
         caller: permit.subject(),
-        traceparent: text(&head.headers, "traceparent"),
+        traceparent: head.headers.get("traceparent").and_then(|value| value.to_str().ok()),
         timeout,
         ..Call::new(service, method, params(&body)?)
     };
@@ -94,9 +94,10 @@ fn params(body: &[u8]) -> Result<Option<&RawValue>> {
     }
     let params: &RawValue =
         serde_json::from_slice(body).map_err(|error| Error::new(Code::ParseError, error.to_string()))?;
-    match params.get().starts_with(['{', '[']) {
-        true => Ok(Some(params)),
-        false => Err(Error::params("params are an object, an array, or nothing")),
+    match params.get() {
+        "null" => Ok(None),
+        text if text.starts_with(['{', '[']) => Ok(Some(params)),
+        _ => Err(Error::params("params are an object, an array, or nothing")),
     }
 }
 
