@@ -221,7 +221,10 @@ impl Session {
             "weir.cancel" | "$/cancelRequest" => self.cancel(params),
             "weir.services" => {
                 let params::Services { prefix } = params::read(params)?;
-                Ok(json(&self.ws.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES)))
+                let mut services = self.ws.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES);
+                // What one may not call is none of one's business.
+                services.retain(|info| self.identity.may_call(&info.service).is_ok());
+                Ok(json(&services))
             }
             "weir.subscribe" | "weir.unsubscribe" | "weir.provide" | "weir.withdraw" if self.held => Err(Error::new(
                 Code::MethodNotFound,
