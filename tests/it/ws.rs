@@ -5,12 +5,15 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::{Frame, coding::{Data, OpCode}}};
-use weir::metrics::Transport;
 
 use crate::{
     socket::{Socket, eventually, soon},
-    support::{Weir, weir},
+    support::{Weir, metric, weir},
 };
+
+fn closed(weir: &Weir, reason: &str) -> i64 {
+    metric(weir, &format!("weir_connections_closed_total{{transport=\"ws\",reason=\"{reason}\"}}"))
+}
 
 /// Everything that sockets leave behind is nothing.
 async fn empty(weir: &Weir) {
@@ -18,8 +21,8 @@ async fn empty(weir: &Weir) {
     eventually("all counts are back at zero", || {
         let counts = gateway.hub.counts();
         connections.is_empty()
-            && gateway.metrics.connections[Transport::Ws].get() == 0
-            && gateway.metrics.subscriptions[Transport::Ws].get() == 0
+            && metric(weir, "weir_connections{transport=\"ws\"}") == 0
+            && metric(weir, "weir_subscriptions{transport=\"ws\"}") == 0
             && gateway.bus.topics().readers() == 0
             && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
     })
@@ -190,7 +193,7 @@ async fn nonsense_is_not_answered() {
         socket.send(nonsense).await;
     }
     socket.quiet().await;
-    assert_eq!(weir.gateway().metrics.ws_ignored.get(), 6);
+    assert_eq!(metric(&weir, "weir_ws_ignored_total"), 6);
 }
 
 #[tokio::test]
@@ -258,7 +261,7 @@ async fn what_is_unreadable_is_said_and_in_the_end_closed() {
     socket.quiet().await;
     socket.send("{").await;
     assert_eq!(socket.closed().await, (4502, "protocol".into()));
-    assert_eq!(weir.gateway().metrics.ws_unreadable.get(), 21);
+    assert_eq!(metric(&weir, "weir_ws_unreadable_total"), 21);
     empty(&weir).await;
 }
 
@@ -348,7 +351,7 @@ async fn a_close_is_echoed() {
     socket.close(4321).await;
     assert_eq!(socket.closed().await.0, 4321);
     empty(&weir).await;
-    assert_eq!(weir.gateway().metrics.connections_closed.of(["ws", "peer"]).get(), 2);
+    assert_eq!(closed(&weir, "peer"), 2);
 }
 
 // === the handshake ===
@@ -417,7 +420,7 @@ async fn dead_peers_are_evicted() {
     socket.quiet().await;
     drop(socket);
     empty(&weir).await;
-    assert_eq!(weir.gateway().metrics.connections_closed.of(["ws", "dead_peer"]).get(), 1);
+    assert_eq!(closed(&weir, "dead_peer"), 1);
 }
 
 #[tokio::test]
@@ -431,7 +434,7 @@ async fn who_does_not_read_is_closed_as_slow() {
         weir.publish("big", &data).await;
     }
     eventually("closed as slow", || {
-        weir.gateway().metrics.subscriptions[Transport::Ws].get() == 0
+        metric(&weir, "weir_subscriptions{transport=\"ws\"}") == 0
     })
     .await;
     // It wakes up, and learns why.
@@ -439,7 +442,7 @@ async fn who_does_not_read_is_closed_as_slow() {
     soon(tcp.read_to_end(&mut end)).await.ok();
     assert!(end.ends_with(&[&[0x88, 6, 0x0f, 0xa1][..], b"slow"].concat()), "{:?}", &end[end.len().saturating_sub(20)..]);
     empty(&weir).await;
-    assert_eq!(weir.gateway().metrics.connections_closed.of(["ws", "slow"]).get(), 1);
+    assert_eq!(closed(&weir, "slow"), 1);
 }
 
 #[tokio::test]
@@ -454,7 +457,7 @@ async fn who_asks_and_does_not_read_is_not_served_without_end() {
     frame.extend_from_slice(text.as_bytes());
     // The server stops reading: the writes block, or fail when it has closed.
     let flood = tokio::spawn(async move { while write.write_all(&frame).await.is_ok() {} });
-    eventually("closed as slow", || weir.gateway().metrics.connections_closed.of(["ws", "slow"]).get() == 1).await;
+    eventually("closed as slow", || closed(&weir, "slow") == 1).await;
     let mut end = Vec::new();
     soon(read.read_to_end(&mut end)).await.ok();
     assert!(end.len() < 40 << 20, "{}", end.len());

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::metrics::Transport;
 
 use crate::{
     socket::{Socket, eventually},
-    support::weir,
+    support::{metric, weir},
 };
 
 fn position(event: &Value) -> String {
@@ -43,8 +42,8 @@ async fn publish_in_all_its_forms() {
     assert!(events[0].as_object().unwrap().contains_key("data"));
     assert_eq!(events[1]["data_base64"], "AP8=");
     assert!(!events[2].as_object().unwrap().contains_key("data"));
-    assert_eq!(weir.gateway().metrics.published[Transport::Ws].get(), 6);
-    assert_eq!(weir.gateway().metrics.duplicates.get(), 1);
+    assert_eq!(metric(&weir, "weir_events_published_total{transport=\"ws\"}"), 6);
+    assert_eq!(metric(&weir, "weir_publish_duplicates_total"), 1);
 }
 
 #[tokio::test]
@@ -95,7 +94,7 @@ async fn subscribing() {
     assert_eq!((&event["data"], &event["type"], &event["offset"]), (&json!(3), &json!("created"), &json!(3)));
     weir.publish("chat", r#"{"text":"hi"}"#).await;
     assert_eq!(socket.notice("weir.event").await["data"]["text"], "hi");
-    assert_eq!(weir.gateway().metrics.subscriptions[Transport::Ws].get(), 3);
+    assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 3);
 
     // Again: the filter is replaced, the position only if one is given.
     let begun = socket.ok("weir.subscribe", json!({ "channels": ["orders"] })).await;
@@ -106,14 +105,14 @@ async fn subscribing() {
     for n in [2, 3] {
         assert_eq!(socket.notice("weir.event").await["data"], n);
     }
-    assert_eq!(weir.gateway().metrics.subscriptions[Transport::Ws].get(), 3);
+    assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 3);
 
     let ended = socket.ok("weir.unsubscribe", json!({ "channels": ["log", "other"] })).await;
     assert_eq!(ended, json!({ "channels": ["log"] }));
     weir.publish("log", "6").await;
     socket.ok("weir.unsubscribe", json!({ "channels": ["chat", "orders"] })).await;
     socket.quiet().await;
-    assert_eq!(weir.gateway().metrics.subscriptions[Transport::Ws].get(), 0);
+    assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 0);
 }
 
 #[tokio::test]
@@ -125,7 +124,7 @@ async fn all_or_nothing() {
     assert_eq!((&refused["code"], &refused["data"]["limit"]), (&json!(-32007), &json!("limits.subscriptions")));
     socket.refused("weir.subscribe", json!({ "channels": ["c", ""] })).await;
     socket.refused("weir.subscribe", json!({ "channels": ["c", { "channel": "x", "after": "w!" }] })).await;
-    assert_eq!(weir.gateway().metrics.subscriptions[Transport::Ws].get(), 2);
+    assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 2);
     socket.ok("weir.subscribe", json!({ "channels": ["a", "b", "c"] })).await;
 }
 
@@ -183,7 +182,7 @@ async fn resuming_with_a_position_a_token_and_a_gap() {
     }
     // No second telling: the gap was in the answer.
     socket.quiet().await;
-    assert_eq!(weir.gateway().metrics.gaps.of(["trimmed"]).get(), 1);
+    assert_eq!(metric(&weir, "weir_gaps_total{reason=\"trimmed\"}"), 1);
 
     weir.publish("b", "1").await;
     let page = socket.ok("weir.read", json!({ "channels": ["a", "b"], "last": 1 })).await;
