@@ -22,6 +22,7 @@ use crate::{
     transport::{
         sse::{self, Sse},
         wheel::Wheel,
+        ws::Ws,
     },
 };
 
@@ -59,15 +60,19 @@ impl App {
             stalled: config.limits.stalled,
             channels: config.limits.stream_channels,
         };
-        let gateway = Arc::new(Gateway {
-            sse: Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), sse)),
-            bus,
-            hub: Hub::new(hub_config(&config), rpc::Clock::real(), metrics.clone()),
-            config: Arc::new(config),
-            metrics,
-            draining: CancellationToken::new(),
+        let sse = Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), sse));
+        let hub = Hub::new(hub_config(&config), rpc::Clock::real(), metrics.clone());
+        let config = Arc::new(config);
+        let draining = CancellationToken::new();
+        let ws = Arc::new(Ws {
+            bus: bus.clone(),
+            hub: hub.clone(),
+            wheel: wheel.clone(),
+            metrics: metrics.clone(),
+            config: config.clone(),
+            draining: draining.clone(),
         });
-        let config = gateway.config.clone();
+        let gateway = Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, draining });
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));

@@ -30,7 +30,10 @@ use crate::{
     metrics::{Metrics, Status},
     pattern::Pattern,
     rpc::Hub,
-    transport::sse::{self, Sse},
+    transport::{
+        sse::{self, Sse},
+        ws::Ws,
+    },
 };
 use extract::Refused;
 use origin::{Origins, Page};
@@ -42,6 +45,7 @@ pub struct Gateway {
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,
     pub sse: Arc<Sse>,
+    pub ws: Arc<Ws>,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,
 }
@@ -161,13 +165,15 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Every route.
 pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
-    use api::{channels, consumers, events, services, stream};
+    use api::{channels, consumers, events, jsonrpc, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
         .route("/", get(page))
         .route("/openapi.json", get(openapi::document))
         .route("/v1/events", get(events::get).post(events::publish))
         .route("/v1/sse", get(stream::get))
+        .route("/v1/ws", get(jsonrpc::upgrade))
+        .route("/v1/rpc", post(jsonrpc::post))
         .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))
         .route("/v1/consumers/{name}/commit", post(consumers::commit))
         .route("/v1/consumers/{name}/seek", post(consumers::seek))

@@ -3,6 +3,7 @@
 pub mod channels;
 pub mod consumers;
 pub mod events;
+pub mod jsonrpc;
 pub mod services;
 pub mod stream;
 

@@ -37,6 +37,7 @@ use super::{admin, api};
         api::consumers::seek,
         api::services::list,
         api::services::call,
+        api::jsonrpc::post,
         admin::live,
         admin::ready,
         admin::metrics,

@@ -164,6 +164,11 @@ impl Connection {
         self.in_flight() == 0 && self.conn.provides.lock().is_empty()
     }
 
+    /// Whether it provides a service besides this one.
+    pub fn provides_other(&self, service: &str) -> bool {
+        self.conn.provides.lock().iter().any(|(_, mine)| *mine.service.name != *service)
+    }
+
     /// See [`Hub::services`].
     pub fn services(&self, prefix: &str, limit: usize) -> Vec<ServiceInfo> {
         self.hub.services(prefix, limit)

@@ -124,3 +124,8 @@ impl Weir {
         format!("{}-{}", placed["epoch"].as_str().unwrap(), placed["offset"])
     }
 }
+
+/// The value of a series of `/metrics`.
+pub fn metric(weir: &Weir, series: &str) -> i64 {
+    weir.gateway().metrics.value(series) as i64
+}

@@ -312,10 +312,8 @@ impl Socket {
 
     /// Writes a turn. Ready: all is written; `true` if there may be more. Pending: the peer takes no more.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Over>> {
-        let mut more = false;
-        if self.out.is_empty() {
-            more = self.gather(cx);
-        }
+        // What is left of the last turn goes first; behind it there may be anything.
+        let more = if self.out.is_empty() { self.gather(cx) } else { true };
         if self.out.is_empty() {
             return Poll::Ready(Ok(more));
         }

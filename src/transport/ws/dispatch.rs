@@ -221,7 +221,10 @@ impl Session {
             "weir.cancel" | "$/cancelRequest" => self.cancel(params),
             "weir.services" => {
                 let params::Services { prefix } = params::read(params)?;
-                Ok(json(&self.ws.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES)))
+                let mut services = self.ws.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES);
+                // What one may not call is none of one's business.
+                services.retain(|info| self.identity.may_call(&info.service).is_ok());
+                Ok(json(&services))
             }
             "weir.subscribe" | "weir.unsubscribe" | "weir.provide" | "weir.withdraw" if self.held => Err(Error::new(
                 Code::MethodNotFound,
@@ -325,6 +328,12 @@ impl Session {
         asked.check()?;
         let identity = self.identity.clone();
         let permit = identity.may_provide(&asked.service)?;
+        if matches!(asked.names, params::Names::Bare) && self.link().provides_other(&asked.service) {
+            return Err(Error::params(
+                "this connection provides a service already, and could not tell their methods apart: \
+                 say \"names\":\"full\"",
+            ));
+        }
         let methods: Vec<&str> = asked.methods.iter().map(|method| &**method).collect();
         let usual = Provide::new(&asked.service);
         let provided = self.link().provide(&Provide {
@@ -477,6 +486,7 @@ impl Session {
             let answer = reading.answer(&ws.bus, &ws.draining).await?;
             let mut out = Vec::new();
             reading.write_json(&answer, &mut out);
+            answer.count(&ws.metrics, Transport::Ws, out.len());
             Ok(Done::Result(out))
         };
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits })

@@ -31,6 +31,8 @@ pub struct Outbox {
 #[derive(Default)]
 struct State {
     bytes: Vec<u8>,
+    /// Of these, what others' calls are: the rest is what the peer asked for itself.
+    calls: usize,
     batches: Slab<Batch>,
     /// Bytes of the answers in `batches`.
     held: usize,
@@ -85,6 +87,7 @@ impl Outbox {
         }
         if !state.bytes.is_empty() {
             std::mem::swap(&mut state.bytes, into);
+            state.calls = 0;
             return Poll::Ready(Taken::Frames);
         }
         if state.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
@@ -95,13 +98,16 @@ impl Outbox {
 
     /// Takes what waits, for the last time.
     pub fn drain(&self, into: &mut Vec<u8>) {
-        into.append(&mut self.state.lock().bytes);
+        let mut state = self.state.lock();
+        into.append(&mut state.bytes);
+        state.calls = 0;
     }
 
-    /// Whether so much waits that the peer should read before it asks for more.
+    /// Whether so much of what the peer asked for waits that it should read before it asks for more. Calls of others do
+    /// not count: their replies have to be read.
     pub fn is_full(&self) -> bool {
         let state = self.state.lock();
-        state.bytes.len() + state.held >= self.most
+        state.bytes.len() - state.calls + state.held >= self.most
     }
 
     /// Gives back what an idle connection does not need.
@@ -237,6 +243,7 @@ impl Peer for Outbox {
         if state.bytes.len() + state.held >= self.most {
             return Written::Full;
         }
+        let before = state.bytes.len();
         self.message(&mut state.bytes, |out| {
             let id = call.id.map(CallId::text);
             let prefix = (call.names == Names::Full).then_some(call.service);
@@ -244,6 +251,7 @@ impl Peer for Outbox {
             let id = id.as_ref().map(|id| id.as_bytes());
             jsonrpc::request(out, id, prefix, call.method, params, call.meta.as_ref());
         });
+        state.calls += state.bytes.len() - before;
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {

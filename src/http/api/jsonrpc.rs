@@ -1,0 +1,66 @@
+//! JSON-RPC: `/v1/ws`, and `/v1/rpc` for whoever cannot keep a socket.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderValue, Request, StatusCode, header, request::Parts},
+    response::{IntoResponse, Response},
+};
+
+use super::json;
+use crate::{
+    auth::Identity,
+    error::{Code, Result},
+    http::{
+        Gateway,
+        extract::{Admitted, declared, read_body},
+        openapi::Problem,
+    },
+    transport::query::Query,
+};
+
+/// `GET /v1/ws`.
+pub async fn upgrade(State(gateway): State<Arc<Gateway>>, Admitted(admitted): Admitted, head: Parts) -> Response {
+    match gateway.ws.upgrade(&head, admitted).await {
+        Ok(response) => response,
+        Err(error) => {
+            let wanted = error.code() == Code::UpgradeRequired;
+            let mut response = error.into_response();
+            if wanted {
+                let headers = response.headers_mut();
+                headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+                headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+            }
+            response
+        }
+    }
+}
+
+/// `POST /v1/rpc`: one message or batch. Always 200, or 204 if there is nothing to answer: failures are JSON-RPC's.
+#[utoipa::path(post, path = "/v1/rpc", tag = "services",
+    description = "JSON-RPC 2.0 as on the WebSocket, without weir.subscribe and weir.provide: a request, or an array of them. \
+        What fails is answered as JSON-RPC says it, with status 200. To hang up is to cancel.",
+    request_body(description = "A request or a batch.", content((serde_json::Value = "application/json"))),
+    responses(
+        (status = 200, description = "The answer, or the array of them.", body = serde_json::Value, content_type = "application/json"),
+        (status = 204, description = "Nothing in it asked for an answer."),
+        (status = "4XX", description = "`invalid_params` (of the URL), `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn post(
+    State(gateway): State<Arc<Gateway>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<Response> {
+    let (head, body) = request.into_parts();
+    declared(&head.headers)?;
+    Query::parse(head.uri.query())?.finish()?;
+    let limits = &gateway.config.limits;
+    let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
+    Ok(match gateway.ws.post(identity, &body).await? {
+        Some(answer) => json(StatusCode::OK, answer),
+        None => StatusCode::NO_CONTENT.into_response(),
+    })
+}

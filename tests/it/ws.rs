@@ -1,0 +1,542 @@
+//! WebSocket: frames, JSON-RPC by the letter of its specification, and how connections end.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_tungstenite::tungstenite::{Message, protocol::frame::{Frame, coding::{Data, OpCode}}};
+
+use crate::{
+    socket::{Socket, eventually, soon},
+    support::{Weir, metric, weir},
+};
+
+fn closed(weir: &Weir, reason: &str) -> i64 {
+    metric(weir, &format!("weir_connections_closed_total{{transport=\"ws\",reason=\"{reason}\"}}"))
+}
+
+/// Everything that sockets leave behind is nothing.
+async fn empty(weir: &Weir) {
+    let (gateway, connections) = (weir.gateway(), weir.connections());
+    eventually("all counts are back at zero", || {
+        let counts = gateway.hub.counts();
+        connections.is_empty()
+            && metric(weir, "weir_connections{transport=\"ws\"}") == 0
+            && metric(weir, "weir_subscriptions{transport=\"ws\"}") == 0
+            && gateway.bus.topics().readers() == 0
+            && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
+    })
+    .await;
+    eventually("no timer is left", || gateway.ws.wheel.is_empty()).await;
+}
+
+// === the specification's own examples ===
+
+/// Provides what the examples of <https://www.jsonrpc.org/specification> call, as a service.
+async fn spec_provider(weir: &Weir) -> tokio::task::JoinHandle<()> {
+    let mut provider = Socket::open(weir.address).await;
+    provider.provide("spec").await;
+    tokio::spawn(async move {
+        loop {
+            let request = provider.request().await;
+            let params = &request["params"];
+            let result = match request["method"].as_str().unwrap() {
+                "subtract" if params.is_array() => json!(params[0].as_i64().unwrap() - params[1].as_i64().unwrap()),
+                "subtract" => json!(params["minuend"].as_i64().unwrap() - params["subtrahend"].as_i64().unwrap()),
+                "sum" => json!(params.as_array().unwrap().iter().map(|n| n.as_i64().unwrap()).sum::<i64>()),
+                "get_data" => json!(["hello", 5]),
+                // Notifications, and whatever else.
+                _ => continue,
+            };
+            if request.get("id").is_some() {
+                provider.reply(&request, result).await;
+            }
+        }
+    })
+}
+
+/// Sends and receives as the specification shows it. Of an error, its `message` and `data` are free.
+async fn example(socket: &mut Socket, sent: &str, received: &str) {
+    socket.send(sent).await;
+    let strip = |value: &mut Value| {
+        if let Some(error) = value.get_mut("error").and_then(Value::as_object_mut) {
+            assert!(error.keys().all(|name| ["code", "message", "data"].contains(&name.as_str())), "{error:?}");
+            error.retain(|name, _| name == "code");
+        }
+    };
+    let mut got: Value = serde_json::from_str(&socket.text().await).unwrap();
+    let mut wanted: Value = serde_json::from_str(received).unwrap();
+    for value in [&mut got, &mut wanted] {
+        match value.as_array_mut() {
+            Some(array) => {
+                array.iter_mut().for_each(strip);
+                // Answers of a batch come in any order.
+                array.sort_by_key(Value::to_string);
+            }
+            None => strip(value),
+        }
+    }
+    assert_eq!(got, wanted, "{sent}");
+}
+
+#[tokio::test]
+async fn the_examples_of_the_specification() {
+    let weir = weir().await;
+    let provider = spec_provider(&weir).await;
+    let mut socket = Socket::open(weir.address).await;
+    for (sent, received) in [
+        // rpc call with positional parameters
+        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": [42, 23], "id": 1}"#, r#"{"jsonrpc": "2.0", "result": 19, "id": 1}"#),
+        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": [23, 42], "id": 2}"#, r#"{"jsonrpc": "2.0", "result": -19, "id": 2}"#),
+        // rpc call with named parameters
+        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}"#, r#"{"jsonrpc": "2.0", "result": 19, "id": 3}"#),
+        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": {"minuend": 42, "subtrahend": 23}, "id": 4}"#, r#"{"jsonrpc": "2.0", "result": 19, "id": 4}"#),
+        // rpc call of non-existent method
+        (r#"{"jsonrpc": "2.0", "method": "foobar", "id": "1"}"#, r#"{"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "1"}"#),
+        // rpc call with invalid JSON
+        (r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#, r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#),
+        // rpc call with invalid Request object
+        (r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#, r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#),
+        // rpc call Batch, invalid JSON
+        (r#"[
+  {"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
+  {"jsonrpc": "2.0", "method"
+]"#, r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#),
+        // rpc call with an empty Array
+        ("[]", r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#),
+        // rpc call with an invalid Batch (but not empty)
+        ("[1]", r#"[{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}]"#),
+        // rpc call with invalid Batch
+        ("[1,2,3]", r#"[
+  {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
+  {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
+  {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}
+]"#),
+        // rpc call Batch
+        (r#"[
+        {"jsonrpc": "2.0", "method": "spec/sum", "params": [1,2,4], "id": "1"},
+        {"jsonrpc": "2.0", "method": "spec/notify_hello", "params": [7]},
+        {"jsonrpc": "2.0", "method": "spec/subtract", "params": [42,23], "id": "2"},
+        {"foo": "boo"},
+        {"jsonrpc": "2.0", "method": "foo.get", "params": {"name": "myself"}, "id": "5"},
+        {"jsonrpc": "2.0", "method": "spec/get_data", "id": "9"}
+    ]"#, r#"[
+        {"jsonrpc": "2.0", "result": 7, "id": "1"},
+        {"jsonrpc": "2.0", "result": 19, "id": "2"},
+        {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
+        {"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "5"},
+        {"jsonrpc": "2.0", "result": ["hello", 5], "id": "9"}
+    ]"#),
+    ] {
+        example(&mut socket, sent, received).await;
+    }
+    // a Notification, of methods that exist and that do not; rpc call Batch (all notifications): nothing is returned
+    for silent in [
+        r#"{"jsonrpc": "2.0", "method": "spec/update", "params": [1,2,3,4,5]}"#,
+        r#"{"jsonrpc": "2.0", "method": "foobar"}"#,
+        r#"[
+        {"jsonrpc": "2.0", "method": "spec/notify_sum", "params": [1,2,4]},
+        {"jsonrpc": "2.0", "method": "spec/notify_hello", "params": [7]}
+    ]"#,
+    ] {
+        socket.send(silent).await;
+    }
+    socket.quiet().await;
+    provider.abort();
+}
+
+// === JSON-RPC, where clients are particular ===
+
+#[tokio::test]
+async fn ids_come_back_byte_for_byte() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    for id in ["0", "-0", "1.5", "1.50", "1e3", "9007199254740993", "null", r#""a\u0041\/""#, r#""""#, &format!(r#""{}""#, "x".repeat(300))] {
+        socket.send(format!(r#"{{"jsonrpc":"2.0","id": {id} ,"method":"weir/echo","params":[{id}]}}"#)).await;
+        assert_eq!(socket.text().await, format!(r#"{{"jsonrpc":"2.0","id":{id},"result":[{id}]}}"#));
+        socket.send(format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"weir.nothing"}}"#)).await;
+        assert!(socket.text().await.starts_with(&format!(r#"{{"jsonrpc":"2.0","id":{id},"error":{{"code":-32601,"#)));
+    }
+}
+
+#[tokio::test]
+async fn answers_have_one_of_result_and_error_and_nothing_else() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    let ping = socket.ask("weir.ping", json!({})).await;
+    assert_eq!(ping.as_object().unwrap().keys().collect::<Vec<_>>(), ["id", "jsonrpc", "result"]);
+    assert!(ping["result"]["time"].as_u64().unwrap() > 1_600_000_000_000);
+    let refused = socket.ask("no/body", json!([])).await;
+    assert_eq!(refused.as_object().unwrap().keys().collect::<Vec<_>>(), ["error", "id", "jsonrpc"]);
+    assert_eq!(refused["error"].as_object().unwrap().keys().collect::<Vec<_>>(), ["code", "data", "message"]);
+    assert_eq!(refused["error"]["code"], -32020);
+    assert_eq!(refused["error"]["data"]["code"], "no_provider");
+    assert_eq!(refused["error"]["data"]["executed"], "no");
+    assert_eq!(socket.ask("weir.cancel", json!({ "id": 77 })).await["result"], Value::Null);
+}
+
+#[tokio::test]
+async fn nonsense_is_not_answered() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    socket.provide("s").await;
+    for nonsense in [
+        r#"{"jsonrpc":"2.0","id":"w:1a","result":1}"#,
+        r#"{"jsonrpc":"2.0","id":7,"result":1}"#,
+        r#"{"jsonrpc":"2.0","error":{"code":1,"message":"unknown notification"}}"#,
+        r#"{"id":null,"result":null,"error":{}}"#,
+        r#"[{"id":1,"result":1},{"id":2,"error":1}]"#,
+        r#"{"jsonrpc":"2.0","method":"weir.nothing"}"#,
+        r#"{"jsonrpc":"2.0","method":"rpc.discover"}"#,
+        r#"{"jsonrpc":"2.0","method":"weir.provide","params":{"service":"weir"}}"#,
+    ] {
+        socket.send(nonsense).await;
+    }
+    socket.quiet().await;
+    assert_eq!(metric(&weir, "weir_ws_ignored_total"), 6);
+}
+
+#[tokio::test]
+async fn reserved_and_unknown_names() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    for (method, params, code) in [
+        ("rpc.discover", json!({}), -32601),
+        ("rpc.on", json!(["x"]), -32601),
+        ("rpc.x/y", json!([]), -32601),
+        ("weir.presence", json!({ "channel": "a" }), -32601),
+        ("weir.event", json!({}), -32601),
+        ("subtract", json!([]), -32601),
+        ("/", json!([]), -32602),
+        ("a/", json!([]), -32602),
+        ("a\n/b", json!([]), -32602),
+        ("a/b\u{7f}", json!([]), -32602),
+        ("weir/nothing", json!([]), -32601),
+        ("weir.call", json!({ "service": "a", "method": "b", "stream": true }), -32602),
+        ("weir.call", json!({ "service": "a", "method": "b", "all": true }), -32602),
+        ("weir.call", json!({ "service": "a", "method": "b", "params": 1 }), -32602),
+        ("weir.call", json!({ "service": "a", "method": "b", "timeout": 5 }), -32602),
+        ("weir.call", json!({ "service": "a", "method": "b", "timeout": "5" }), -32602),
+        ("weir.call", json!({ "service": "a", "method": "b", "timeout": "11m" }), -32602),
+        ("weir.provide", json!({ "service": "a", "standby": true }), -32602),
+        ("weir.provide", json!({ "service": "rpc.x" }), -32602),
+        ("weir.provide", json!({ "service": "weir" }), -32602),
+        ("weir.provide", json!({ "service": "a\tb" }), -32602),
+        ("weir.publish", json!({ "channel": "a", "type": "weir.gap" }), -32602),
+        ("weir.publish", json!({ "channel": "a", "from": "a\r" }), -32602),
+        ("weir.publish", json!({ "channel": "a", "key": "\0" }), -32602),
+        ("weir.publish", json!({ "channel": "$services" }), -32003),
+        ("weir.commit", json!({ "consumer": "a b", "after": "1" }), -32602),
+        ("weir.ping", json!({ "now": true }), -32602),
+        ("weir.ping", json!([1]), -32602),
+        ("weir.subscribe", json!({ "channels": ["a"], "befor": 1 }), -32602),
+        ("weir.subscribe", json!({ "channels": [{ "channel": "a", "after": "x y" }] }), -32030),
+        ("weir.withdraw", json!({ "service": "unprovided" }), -32004),
+    ] {
+        let error = socket.refused(method, params.clone()).await;
+        assert_eq!(error["code"], code, "{method} {params}: {error}");
+    }
+    // `[ {…} ]` is `{…}`.
+    assert_eq!(socket.ok("weir.publish", json!([{ "channel": "a", "data": 1 }])).await["offset"], 1);
+}
+
+#[tokio::test]
+async fn nobody_is_anybody_yet() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    let who = socket.ok("weir.auth", json!({ "token": "ey" })).await;
+    assert_eq!(who, json!({ "subject": "", "expires": null, "anonymous": true }));
+}
+
+#[tokio::test]
+async fn what_is_unreadable_is_said_and_in_the_end_closed() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    for _ in 0..20 {
+        socket.send("{").await;
+        let said = socket.next().await;
+        assert_eq!((&said["error"]["code"], &said["id"]), (&json!(-32700), &Value::Null));
+        assert!(said.as_object().unwrap().contains_key("id"));
+    }
+    socket.quiet().await;
+    socket.send("{").await;
+    assert_eq!(socket.closed().await, (4502, "protocol".into()));
+    assert_eq!(metric(&weir, "weir_ws_unreadable_total"), 21);
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn batches_answer_once_and_have_a_limit() {
+    let weir = weir().with(|config| config.limits.batch = 3).await;
+    let mut socket = Socket::open(weir.address).await;
+    let one = |id: u32| format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"weir/echo","params":[{id}]}}"#);
+    socket.send(format!("[{},{},{}]", one(1), one(2), one(3))).await;
+    assert_eq!(socket.next().await.as_array().unwrap().len(), 3);
+    socket.send(format!("[{},{},{},{}]", one(1), one(2), one(3), one(4))).await;
+    let refused = socket.next().await;
+    assert_eq!((&refused["error"]["code"], &refused["id"]), (&json!(-32600), &Value::Null));
+    assert_eq!(refused["error"]["data"]["limit"], "limits.batch");
+    // What waits holds up its batch and nothing else.
+    let mut provider = Socket::open(weir.address).await;
+    provider.provide("slow").await;
+    socket.send(format!(r#"[{},{{"jsonrpc":"2.0","id":2,"method":"slow/x"}},{{"jsonrpc":"2.0","id":3,"method":"weir.publish","params":{{"channel":"a"}}}}]"#, one(1))).await;
+    let request = provider.request().await;
+    assert_eq!(socket.ok("weir/echo", json!([5])).await, json!([5]));
+    provider.reply(&request, json!("done")).await;
+    let answers = socket.next().await;
+    let mut ids: Vec<_> = answers.as_array().unwrap().iter().map(|answer| answer["id"].as_u64().unwrap()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, [1, 2, 3]);
+}
+
+// === frames ===
+
+#[tokio::test]
+async fn binary_and_fragmented_messages_are_read_and_text_is_written() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    let text = r#"{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":["é"]}"#;
+    let answer = r#"{"jsonrpc":"2.0","id":1,"result":["é"]}"#;
+    socket.raw(Message::binary(text.as_bytes().to_vec())).await;
+    assert_eq!(socket.text().await, answer);
+    // Cut inside of the é.
+    let (first, last) = text.as_bytes().split_at(text.find('é').unwrap() + 1);
+    socket.raw(Message::Frame(Frame::message(first.to_vec(), OpCode::Data(Data::Text), false))).await;
+    socket.raw(Message::Ping(b"between".to_vec().into())).await;
+    socket.raw(Message::Frame(Frame::message(last.to_vec(), OpCode::Data(Data::Continue), true))).await;
+    assert_eq!(socket.text().await, answer);
+    socket.raw(Message::binary(vec![0xff, 0xfe])).await;
+    assert_eq!(socket.next().await["error"]["code"], -32700);
+    let long = "x".repeat(1_000_000);
+    assert_eq!(socket.ok("weir/echo", json!([long])).await, json!([long]));
+}
+
+#[tokio::test]
+async fn what_is_too_large_is_closed() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    let limit = weir.gateway().config.limits.frame;
+    assert_eq!(limit, (1 << 20) + (64 << 10));
+    socket.raw(Message::text("x".repeat(limit + 1))).await;
+    assert_eq!(socket.closed().await, (1009, "too_large".into()));
+    // What fits a frame may not fit an event.
+    let mut socket = Socket::open(weir.address).await;
+    let error = socket.refused("weir.publish", json!({ "channel": "a", "data": "x".repeat(1_000_001) })).await;
+    assert_eq!((&error["code"], &error["data"]["limit"]), (&json!(-32005), &json!("limits.event")));
+    drop(socket);
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn violations_are_closed() {
+    let weir = weir().await;
+    for bytes in [&[0x81, 1, b'x'][..], &[0xc1, 0x81, 0, 0, 0, 0, b'x'], &[0x83, 0x80, 0, 0, 0, 0], &[0x81, 0x81, 0, 0, 0, 0, 0xff]] {
+        let mut tcp = Socket::open(weir.address).await.tcp();
+        tcp.write_all(bytes).await.unwrap();
+        let mut end = Vec::new();
+        soon(tcp.read_to_end(&mut end)).await.ok();
+        assert_eq!(end, [&[0x88, 10, 0x11, 0x96][..], b"protocol"].concat(), "{bytes:x?}");
+    }
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn a_close_is_echoed() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    socket.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
+    socket.close(1000).await;
+    assert_eq!(socket.closed().await.0, 1000);
+    let mut socket = Socket::open(weir.address).await;
+    socket.close(4321).await;
+    assert_eq!(socket.closed().await.0, 4321);
+    empty(&weir).await;
+    assert_eq!(closed(&weir, "peer"), 2);
+}
+
+// === the handshake ===
+
+#[tokio::test]
+async fn what_is_no_handshake() {
+    let weir = weir().await;
+    let reply = weir.get("/v1/ws").await.expect(426);
+    assert_eq!(reply.header("upgrade"), Some("websocket"));
+    let refused = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-version", "8")]).await.err().unwrap();
+    assert_eq!((refused.status(), refused.headers()["sec-websocket-version"].to_str().unwrap()), (426.try_into().unwrap(), "13"));
+    let refused = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", "soap, mqtt")]).await.err().unwrap();
+    assert_eq!(refused.status(), 400);
+    let refused = Socket::shake(weir.address, "/v1/ws?chanel=a", &[]).await.err().unwrap();
+    assert_eq!(refused.status(), 400);
+    for (offered, chosen) in [("weir.v1", "weir.v1"), ("soap, jsonrpc", "jsonrpc"), ("jsonrpc2.0,weir.v1", "jsonrpc2.0"), ("weir.jsonrpc", "weir.jsonrpc")] {
+        let (_, response) = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", offered)]).await.unwrap();
+        assert_eq!(response.headers()["sec-websocket-protocol"], chosen);
+    }
+}
+
+#[tokio::test]
+async fn a_page_that_may_not_learns_why() {
+    let weir = weir().await;
+    let (mut socket, _) = Socket::shake(weir.address, "/v1/ws", &[("origin", "https://evil.example")]).await.unwrap();
+    assert_eq!(socket.closed().await, (4501, "forbidden".into()));
+    let local = format!("http://localhost:{}", weir.address.port());
+    for origin in [local.as_str(), "http://127.0.0.1:3000"] {
+        let (mut socket, _) = Socket::shake(weir.address, "/v1/ws", &[("origin", origin)]).await.unwrap();
+        socket.quiet().await;
+    }
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn what_came_with_the_handshake_is_not_lost() {
+    let weir = weir().await;
+    let mut tcp = tokio::net::TcpStream::connect(weir.address).await.unwrap();
+    let mut bytes = b"GET /v1/ws HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: keep-alive, Upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".to_vec();
+    let text = br#"{"jsonrpc":"2.0","id":1,"method":"weir/echo"}"#;
+    bytes.extend_from_slice(&[0x81, 0x80 | text.len() as u8, 0, 0, 0, 0]);
+    bytes.extend_from_slice(text);
+    tcp.write_all(&bytes).await.unwrap();
+    let mut got = Vec::new();
+    let answer = br#"{"jsonrpc":"2.0","id":1,"result":null}"#;
+    while !got.ends_with(answer) {
+        assert!(soon(tcp.read_buf(&mut got)).await.unwrap() > 0, "{}", String::from_utf8_lossy(&got));
+    }
+    assert!(String::from_utf8_lossy(&got).to_lowercase().contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="));
+}
+
+// === how connections end ===
+
+#[tokio::test]
+async fn dead_peers_are_evicted() {
+    let weir = weir().with(|config| config.ws.ping = Duration::from_millis(500)).await;
+    // Reads, and never answers a ping.
+    let mut tcp = Socket::open(weir.address).await.tcp();
+    let mut end = Vec::new();
+    soon(tcp.read_to_end(&mut end)).await.ok();
+    assert_eq!(end, [&[0x89, 0, 0x88, 11, 0x0f, 0xa0][..], b"dead_peer"].concat());
+    // A client that answers stays.
+    let mut socket = Socket::open(weir.address).await;
+    let alive = tokio::time::timeout(Duration::from_secs(3), socket.text()).await;
+    assert!(alive.is_err(), "{alive:?}");
+    socket.quiet().await;
+    drop(socket);
+    empty(&weir).await;
+    assert_eq!(closed(&weir, "dead_peer"), 1);
+}
+
+#[tokio::test]
+async fn who_does_not_read_is_closed_as_slow() {
+    let weir = weir().with(|config| config.limits.stalled = Duration::from_secs(1)).await;
+    let mut slow = Socket::open(weir.address).await;
+    slow.ok("weir.subscribe", json!({ "channels": ["big"] })).await;
+    let mut tcp = slow.tcp();
+    let data = format!("\"{}\"", "x".repeat(500_000));
+    for _ in 0..30 {
+        weir.publish("big", &data).await;
+    }
+    eventually("closed as slow", || {
+        metric(&weir, "weir_subscriptions{transport=\"ws\"}") == 0
+    })
+    .await;
+    // It wakes up, and learns why.
+    let mut end = Vec::new();
+    soon(tcp.read_to_end(&mut end)).await.ok();
+    assert!(end.ends_with(&[&[0x88, 6, 0x0f, 0xa1][..], b"slow"].concat()), "{:?}", &end[end.len().saturating_sub(20)..]);
+    empty(&weir).await;
+    assert_eq!(closed(&weir, "slow"), 1);
+}
+
+#[tokio::test]
+async fn who_asks_and_does_not_read_is_not_served_without_end() {
+    let weir = weir().with(|config| config.limits.stalled = Duration::from_secs(1)).await;
+    let socket = Socket::open(weir.address).await;
+    let (mut read, mut write) = socket.tcp().into_split();
+    let text = format!(r#"{{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":["{}"]}}"#, "x".repeat(60_000));
+    let mut frame = vec![0x81, 0x80 | 126];
+    frame.extend_from_slice(&(text.len() as u16).to_be_bytes());
+    frame.extend_from_slice(&[0; 4]);
+    frame.extend_from_slice(text.as_bytes());
+    // The server stops reading: the writes block, or fail when it has closed.
+    let flood = tokio::spawn(async move { while write.write_all(&frame).await.is_ok() {} });
+    eventually("closed as slow", || closed(&weir, "slow") == 1).await;
+    let mut end = Vec::new();
+    soon(read.read_to_end(&mut end)).await.ok();
+    assert!(end.len() < 40 << 20, "{}", end.len());
+    soon(flood).await.unwrap();
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn a_drain_lets_calls_finish_and_spreads_the_rest() {
+    let weir = weir().with(|config| {
+        config.drain.window = Duration::from_secs(1);
+        config.drain.grace = Duration::from_secs(10);
+    }).await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.provide("s").await;
+    // Knows nothing of weir's methods.
+    let mut caller = Socket::open(weir.address).await;
+    caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#).await;
+    let request = provider.request().await;
+    let mut idle = Socket::open(weir.address).await;
+    idle.ok("weir.ping", json!({})).await;
+
+    weir.leave();
+    let drain = provider.notice("weir.drain").await;
+    assert!((1_000..4_000).contains(&drain["after_ms"].as_u64().unwrap()), "{drain}");
+    assert!((1_000..=10_000).contains(&drain["deadline_ms"].as_u64().unwrap()), "{drain}");
+    let end = soon(idle.closed()).await;
+    assert_eq!(end, (1012, "draining".into()));
+    provider.reply(&request, json!("late but here")).await;
+    // Not a drain notice before it: the caller would not know what it is.
+    assert_eq!(caller.next().await["result"], "late but here");
+    assert_eq!(provider.closed().await, (1012, "draining".into()));
+    assert_eq!(caller.closed().await, (1012, "draining".into()));
+    soon(weir.left()).await;
+}
+
+#[tokio::test]
+async fn a_call_that_does_not_finish_is_cut_off() {
+    let weir = weir().with(|config| {
+        config.drain.window = Duration::from_millis(500);
+        config.drain.grace = Duration::from_secs(3);
+    }).await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.provide("s").await;
+    let mut caller = Socket::open(weir.address).await;
+    caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#).await;
+    provider.request().await;
+    weir.leave();
+    assert_eq!(provider.closed().await, (1012, "draining".into()));
+    let answer = caller.next().await;
+    assert_eq!(answer["error"]["data"]["code"], "provider_gone", "{answer}");
+    assert_eq!(caller.closed().await.0, 1012);
+    soon(weir.left()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_abrupt_disconnects_leave_nothing() {
+    let weir = weir().await;
+    let at = weir.address;
+    let mut steady = Socket::open(at).await;
+    steady.provide("steady").await;
+    for _ in 0..10 {
+        let visits = (0..1_000).map(|n| async move {
+            let mut socket = Socket::open(at).await;
+            match n % 5 {
+                1 => drop(socket.ok("weir.subscribe", json!({ "channels": [format!("c{}", n % 97), "all"] })).await),
+                2 => socket.provide(&format!("s{}", n % 13)).await,
+                3 => socket.send(r#"{"jsonrpc":"2.0","id":1,"method":"steady/never"}"#).await,
+                // In the middle of a frame.
+                4 => return drop(socket.tcp().write_all(&[0x81, 0xfe, 0xff]).await),
+                _ => {}
+            }
+            // With a reset, or without a word.
+            if n % 2 == 0 {
+                drop(socket.tcp().set_zero_linger());
+            }
+        });
+        futures_util::future::join_all(visits).await;
+    }
+    drop(steady);
+    empty(&weir).await;
+}

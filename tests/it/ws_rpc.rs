@@ -1,0 +1,441 @@
+//! Calls between sockets: what providers and callers see of each other, and of each other's end.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{
+    socket::{Socket, eventually, soon},
+    support::{Weir, weir},
+};
+
+/// A weir with a provider of service `s`, and a caller.
+async fn pair() -> (Weir, Socket, Socket) {
+    let weir = weir().await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.provide("s").await;
+    let caller = Socket::open(weir.address).await;
+    (weir, provider, caller)
+}
+
+fn call(id: u32, method: &str) -> String {
+    format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"{method}","params":[{id}]}}"#)
+}
+
+#[tokio::test]
+async fn a_forwarded_request_has_four_members_and_an_id_of_the_hub() {
+    let (weir, mut provider, mut caller) = pair().await;
+    caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m","params":{"a": [1,  2]},"extra":7}"#).await;
+    let text = provider.text().await;
+    let request: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(request.as_object().unwrap().keys().collect::<Vec<_>>(), ["id", "jsonrpc", "method", "params"]);
+    assert!(request["id"].as_str().unwrap().starts_with("w:"), "{text}");
+    assert_eq!(request["method"], "m");
+    // Payloads pass through as bytes.
+    assert!(text.contains(r#""params":{"a": [1,  2]}"#), "{text}");
+    provider.send(format!(r#"{{"jsonrpc":"2.0","result":{{"b": null }},"id":{}}}"#, request["id"])).await;
+    assert_eq!(caller.text().await, r#"{"jsonrpc":"2.0","id":1,"result":{"b": null }}"#);
+
+    // Without params there are none, and null counts as none.
+    for sent in [r#"{"jsonrpc":"2.0","id":2,"method":"s/m"}"#, r#"{"jsonrpc":"2.0","id":2,"method":"s/m","params":null}"#] {
+        caller.send(sent).await;
+        let request = provider.request().await;
+        assert!(request.get("params").is_none(), "{request}");
+        provider.reply(&request, Value::Null).await;
+        assert_eq!(caller.text().await, r#"{"jsonrpc":"2.0","id":2,"result":null}"#);
+    }
+    drop(weir);
+}
+
+#[tokio::test]
+async fn meta_is_for_those_who_ask_and_beside_params() {
+    let weir = weir().await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.ok("weir.provide", json!({ "service": "s", "meta": true, "exclusive": true })).await;
+    let mut caller = Socket::open(weir.address).await;
+    caller.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.call", "params": { "service": "s", "method": "m", "params": [], "timeout": "5s" } })).await;
+    let request = provider.request().await;
+    assert_eq!(request["params"], json!([]));
+    let meta = &request["meta"];
+    assert_eq!(meta["caller"], "");
+    assert!((4_000..=5_000).contains(&meta["deadline_ms"].as_u64().unwrap()), "{meta}");
+    assert!(meta["fence"].is_u64(), "{meta}");
+    // Cancelled calls are told to it, in either language, and answered once.
+    for (id, cancel) in [(1, "weir.cancel"), (2, "$/cancelRequest")] {
+        if id == 2 {
+            caller.send(call(2, "s/m")).await;
+        }
+        caller.json(json!({ "jsonrpc": "2.0", "method": cancel, "params": { "id": id } })).await;
+        let answer = caller.next().await;
+        assert_eq!((&answer["id"], &answer["error"]["code"]), (&json!(id), &json!(-32024)));
+        let forwarded = if id == 1 { request.clone() } else { provider.request().await };
+        assert_eq!(provider.notice("weir.cancel").await["id"], forwarded["id"]);
+        provider.reply(&forwarded, json!(1)).await;
+    }
+    caller.quiet().await;
+}
+
+#[tokio::test]
+async fn a_provider_s_error_is_passed_on_as_three_members() {
+    let (_weir, mut provider, mut caller) = pair().await;
+    for (error, seen) in [
+        (r#"{"code":42,"message":"no such user","data":{"a": 1},"stack":"…"}"#, r#"{"code":42,"message":"no such user","data":{"a": 1}}"#),
+        (r#"{"code":-32601,"message":"Method not found"}"#, r#"{"code":-32601,"message":"Method not found"}"#),
+        (r#"{"data":null,"code":7,"message":"x"}"#, r#"{"code":7,"message":"x"}"#),
+    ] {
+        caller.send(call(1, "s/m")).await;
+        let request = provider.request().await;
+        provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, request["id"])).await;
+        assert_eq!(caller.text().await, format!(r#"{{"jsonrpc":"2.0","id":1,"error":{seen}}}"#));
+    }
+    // What cannot be passed on.
+    for error in ["7", "{}", r#"{"code":"x","message":"y"}"#, "null"] {
+        caller.send(call(2, "s/m")).await;
+        let request = provider.request().await;
+        provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, request["id"])).await;
+        let answer = caller.next().await;
+        assert_eq!(answer["error"]["data"]["code"], "bad_reply", "{error}: {answer}");
+        assert_eq!(answer["error"]["data"]["executed"], "maybe");
+    }
+    // Both, one of them null: as some libraries do.
+    caller.send(call(3, "s/m")).await;
+    let request = provider.request().await;
+    provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"result":5,"error":null}}"#, request["id"])).await;
+    assert_eq!(caller.next().await["result"], 5);
+}
+
+#[tokio::test]
+async fn equal_ids_of_two_callers_do_not_meet() {
+    let (weir, mut provider, mut one) = pair().await;
+    let mut other = Socket::open(weir.address).await;
+    one.send(call(1, "s/one")).await;
+    let first = provider.request().await;
+    other.send(call(1, "s/other")).await;
+    let second = provider.request().await;
+    assert_ne!(first["id"], second["id"]);
+    provider.reply(&second, json!("other")).await;
+    provider.reply(&first, json!("one")).await;
+    assert_eq!(one.next().await["result"], "one");
+    assert_eq!(other.next().await["result"], "other");
+    // A reply to the other's call, from somebody who was not asked, is nobody's.
+    one.send(call(2, "s/one")).await;
+    let request = provider.request().await;
+    other.reply(&request, json!("forged")).await;
+    other.quiet().await;
+    provider.reply(&request, json!("true")).await;
+    assert_eq!(one.next().await["result"], "true");
+}
+
+#[tokio::test]
+async fn calls_are_written_in_order_with_a_thousand_in_flight() {
+    let (_weir, mut provider, mut caller) = pair().await;
+    for id in 0..1_000 {
+        caller.feed(call(id, "s/m")).await;
+        if id % 100 == 0 {
+            // Notifications keep their place among them.
+            caller.feed(format!(r#"{{"jsonrpc":"2.0","method":"s/n","params":[{id}]}}"#)).await;
+        }
+    }
+    caller.flush().await;
+    let mut requests = Vec::new();
+    for id in 0..1_000 {
+        let request = provider.request().await;
+        assert_eq!(request["params"], json!([id]));
+        if id % 100 == 0 {
+            let note = provider.request().await;
+            assert_eq!((&note["params"], note.get("id")), (&json!([id]), None));
+        }
+        requests.push(request);
+    }
+    // One more is too much, and the socket is read on.
+    caller.send(call(1_000, "s/m")).await;
+    let refused = caller.next().await;
+    assert_eq!((&refused["id"], &refused["error"]["code"]), (&json!(1_000), &json!(-32007)));
+    caller.send(r#"{"jsonrpc":"2.0","id":"p","method":"weir.ping"}"#).await;
+    assert_eq!(caller.next().await["id"], "p");
+    // Answers in any order.
+    for request in requests.iter().rev() {
+        provider.reply(request, request["params"].clone()).await;
+    }
+    let mut seen: Vec<u64> = Vec::new();
+    for _ in 0..1_000 {
+        let answer = caller.next().await;
+        assert_eq!(answer["result"], json!([answer["id"]]));
+        seen.push(answer["id"].as_u64().unwrap());
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, (0..1_000).collect::<Vec<_>>());
+    caller.quiet().await;
+}
+
+#[tokio::test]
+async fn a_provider_that_is_its_own_caller_does_not_wait_for_itself() {
+    let weir = weir().with(|config| config.limits.calls = 4).await;
+    let mut both = Socket::open(weir.address).await;
+    both.provide("s").await;
+    for id in 0..6 {
+        both.feed(call(id, "s/m")).await;
+    }
+    both.flush().await;
+    let mut requests = Vec::new();
+    for _ in 0..4 {
+        requests.push(both.request().await);
+    }
+    for id in [4, 5] {
+        let refused = both.pick(|message| message["id"] == id).await;
+        assert_eq!(refused["error"]["data"]["code"], "limit_reached");
+    }
+    for request in &requests {
+        both.reply(request, json!("own")).await;
+    }
+    for id in 0..4 {
+        assert_eq!(both.pick(|message| message["id"] == id).await["result"], "own");
+    }
+}
+
+#[tokio::test]
+async fn two_services_on_one_connection_have_full_names() {
+    let (_weir, mut provider, mut caller) = pair().await;
+    let refused = provider.refused("weir.provide", json!({ "service": "a/b" })).await;
+    assert_eq!(refused["code"], -32602);
+    assert!(refused["message"].as_str().unwrap().contains("full"), "{refused}");
+    provider.ok("weir.provide", json!({ "service": "a/b", "names": "full" })).await;
+    caller.send(call(1, "a/b/get")).await;
+    assert_eq!(provider.request().await["method"], "a/b/get");
+    caller.send(call(2, "s/get")).await;
+    assert_eq!(provider.request().await["method"], "get");
+}
+
+#[tokio::test]
+async fn exclusive_providers() {
+    let weir = weir().await;
+    let mut first = Socket::open(weir.address).await;
+    let provided = first.ok("weir.provide", json!({ "service": "s", "exclusive": true })).await;
+    let fence = provided["fence"].as_u64().unwrap();
+    assert_eq!(provided["providers"], 1);
+    let mut second = Socket::open(weir.address).await;
+    for params in [json!({ "service": "s" }), json!({ "service": "s", "exclusive": true })] {
+        let refused = second.refused("weir.provide", params).await;
+        assert_eq!((&refused["code"], &refused["data"]["code"]), (&json!(-32025), &json!("service_taken")));
+    }
+    let taken = second.ok("weir.provide", json!({ "service": "s", "exclusive": true, "takeover": true })).await;
+    assert!(taken["fence"].as_u64().unwrap() > fence, "{taken}");
+    assert_eq!(first.notice("weir.withdrawn").await, json!({ "service": "s", "reason": "replaced" }));
+    let mut caller = Socket::open(weir.address).await;
+    caller.send(call(1, "s/m")).await;
+    let request = second.request().await;
+    second.reply(&request, json!("second")).await;
+    assert_eq!(caller.next().await["result"], "second");
+    first.quiet().await;
+}
+
+#[tokio::test]
+async fn a_provider_withdraws_and_finishes() {
+    let (weir, mut provider, mut caller) = pair().await;
+    caller.send(call(1, "s/m")).await;
+    let request = provider.request().await;
+    assert_eq!(provider.ok("weir.withdraw", json!({ "service": "s" })).await, json!({ "in_flight": 1 }));
+    let mut other = Socket::open(weir.address).await;
+    other.provide("s").await;
+    caller.send(call(2, "s/m")).await;
+    let second = other.request().await;
+    other.reply(&second, json!("other")).await;
+    assert_eq!(caller.next().await["result"], "other");
+    provider.reply(&request, json!("first")).await;
+    assert_eq!(caller.next().await["result"], "first");
+    provider.quiet().await;
+}
+
+#[tokio::test]
+async fn a_full_provider_is_busy() {
+    let weir = weir().await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.ok("weir.provide", json!({ "service": "s", "concurrency": 1 })).await;
+    let mut caller = Socket::open(weir.address).await;
+    caller.send(call(1, "s/m")).await;
+    let request = provider.request().await;
+    let refused = caller.refused("s/m", json!([])).await;
+    assert_eq!((&refused["code"], &refused["data"]["executed"]), (&json!(-32021), &json!("no")));
+    provider.reply(&request, json!(1)).await;
+    assert_eq!(caller.next().await["result"], 1);
+}
+
+#[tokio::test]
+async fn a_call_waits_for_a_provider_that_was_here() {
+    let (weir, provider, mut caller) = pair().await;
+    drop(provider);
+    eventually("the provider is gone", || weir.gateway().hub.counts().providers == 0).await;
+    caller.send(call(1, "s/m")).await;
+    caller.send(call(2, "s/m")).await;
+    let mut again = Socket::open(weir.address).await;
+    again.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.provide", "params": { "service": "s" } })).await;
+    // The answer first, then what waited, in its order.
+    assert_eq!(again.next().await["result"]["providers"], 1);
+    for id in [1, 2] {
+        let request = again.next().await;
+        assert_eq!(request["params"], json!([id]));
+        again.reply(&request, json!(id)).await;
+        assert_eq!(caller.next().await["result"], id);
+    }
+    // One that never had a provider is not waited for, unless asked.
+    let refused = caller.refused("never/m", json!([])).await;
+    assert_eq!(refused["code"], -32020);
+    let asked = json!({ "service": "new", "method": "m", "wait": "10s" });
+    caller.json(json!({ "jsonrpc": "2.0", "id": 3, "method": "weir.call", "params": asked })).await;
+    again.ok("weir.provide", json!({ "service": "new", "names": "full" })).await;
+    let request = again.request().await;
+    assert_eq!(request["method"], "new/m");
+}
+
+#[tokio::test]
+async fn the_death_of_either_side_is_known_at_once() {
+    let (weir, mut provider, mut caller) = pair().await;
+    caller.send(call(1, "s/m")).await;
+    provider.request().await;
+    drop(provider.tcp());
+    let answer = soon(caller.next()).await;
+    assert_eq!((&answer["error"]["code"], &answer["error"]["data"]["executed"]), (&json!(-32022), &json!("maybe")));
+
+    let mut provider = Socket::open(weir.address).await;
+    provider.ok("weir.provide", json!({ "service": "t", "meta": true })).await;
+    caller.send(call(2, "t/m")).await;
+    let request = provider.request().await;
+    drop(caller.tcp());
+    assert_eq!(provider.notice("weir.cancel").await["id"], request["id"]);
+    provider.reply(&request, json!(1)).await;
+    provider.quiet().await;
+    assert_eq!(weir.gateway().hub.counts().pending, 0);
+}
+
+#[tokio::test]
+async fn late_replies_are_for_those_who_asked() {
+    let (weir, mut provider, mut caller) = pair().await;
+    for late in [false, true] {
+        let params = json!({ "service": "s", "method": "m", "timeout": "30ms", "late": late });
+        let refused = caller.refused("weir.call", params).await;
+        assert_eq!((&refused["code"], &refused["data"]["executed"]), (&json!(-32023), &json!("maybe")));
+        assert_eq!(refused["message"], "s did not answer within 30ms");
+        let request = provider.request().await;
+        provider.reply(&request, json!({ "late": late })).await;
+        provider.quiet().await;
+    }
+    assert_eq!(caller.notice("weir.late").await, json!({ "id": "t2", "result": { "late": true } }));
+    caller.quiet().await;
+    assert_eq!(weir.gateway().hub.counts().late, 0);
+}
+
+#[tokio::test]
+async fn a_provider_that_does_not_read_gets_no_more_calls() {
+    let weir = weir().with(|config| config.limits.queued = 100_000).await;
+    let mut stuck = Socket::open(weir.address).await;
+    stuck.provide("s").await;
+    let mut caller = Socket::open(weir.address).await;
+    let pad = "x".repeat(100_000);
+    let mut refused = 0;
+    for _ in 0..400 {
+        caller.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "s/m", "params": [pad] })).await;
+    }
+    caller.json(json!({ "jsonrpc": "2.0", "id": "end", "method": "weir.ping" })).await;
+    loop {
+        let answer = caller.next().await;
+        if answer["id"] == "end" {
+            break;
+        }
+        assert!(["busy", "no_provider"].contains(&answer["error"]["data"]["code"].as_str().unwrap()), "{answer}");
+        refused += 1;
+    }
+    assert!(refused > 0);
+    // What was taken is written, and answered, all the same.
+    for _ in 0..400 - refused {
+        let request = stuck.request().await;
+        stuck.reply(&request, json!(1)).await;
+        assert_eq!(caller.next().await["result"], 1);
+    }
+}
+
+#[tokio::test]
+async fn services_are_listed_and_their_changes_are_events() {
+    let weir = weir().await;
+    let mut watcher = Socket::open(weir.address).await;
+    watcher.ok("weir.subscribe", json!({ "channels": ["$services"] })).await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.ok("weir.provide", json!({ "service": "jwt", "methods": ["sign", "check"] })).await;
+    let listed = watcher.ok("weir.services", json!({ "prefix": "j" })).await;
+    assert_eq!(listed[0]["service"], "jwt");
+    assert_eq!(listed[0]["methods"], json!(["check", "sign"]));
+    let all = watcher.ok("weir.services", json!({})).await;
+    assert!(all.as_array().unwrap().iter().any(|service| service["service"] == "weir"));
+    let event = watcher.notice("weir.event").await;
+    assert_eq!((&event["channel"], &event["data"]["service"]), (&json!("$services"), &json!("jwt")));
+    drop(provider);
+    let event = watcher.notice("weir.event").await;
+    assert_eq!(event["data"]["providers"], 0);
+}
+
+#[tokio::test]
+async fn the_built_in_service() {
+    let weir = weir().await;
+    let mut socket = Socket::open(weir.address).await;
+    assert_eq!(socket.ok("weir/echo", json!({ "n": 1 })).await, json!({ "n": 1 }));
+    assert!(socket.ok("weir/time", json!([])).await["time"].is_u64());
+}
+
+#[tokio::test]
+async fn notifications_reach_one_provider_or_nobody() {
+    let (_weir, mut provider, mut caller) = pair().await;
+    caller.send(r#"{"jsonrpc":"2.0","method":"s/send","params":{"to":"x"}}"#).await;
+    assert_eq!(provider.text().await, r#"{"jsonrpc":"2.0","method":"send","params":{"to":"x"}}"#);
+    caller.send(r#"{"jsonrpc":"2.0","method":"nobody/send","params":{"to":"x"}}"#).await;
+    caller.quiet().await;
+    provider.quiet().await;
+}
+
+// === the same over one request ===
+
+#[tokio::test]
+async fn json_rpc_over_http() {
+    let (weir, mut provider, _) = pair().await;
+    let answers = tokio::spawn(async move {
+        loop {
+            let request = provider.request().await;
+            if request.get("id").is_some() {
+                provider.reply(&request, request["params"].clone()).await;
+            }
+        }
+    });
+    let post = |body: &'static str| weir.post("/v1/rpc", body);
+    assert_eq!(post(r#"{"jsonrpc":"2.0","id":1.50,"method":"s/m","params":[7]}"#).await.expect(200).text(), r#"{"jsonrpc":"2.0","id":1.50,"result":[7]}"#);
+    let batch = post(r#"[{"jsonrpc":"2.0","id":1,"method":"s/m","params":[7]},{"jsonrpc":"2.0","method":"s/n"},1,{"jsonrpc":"2.0","id":2,"method":"weir.publish","params":{"channel":"a","data":1}}]"#).await.expect(200).json();
+    assert_eq!(batch.as_array().unwrap().len(), 3, "{batch}");
+    post(r#"{"jsonrpc":"2.0","method":"weir.publish","params":{"channel":"a","data":2}}"#).await.expect(204);
+    assert_eq!(weir.get("/v1/channels?channel=a").await.expect(200).json()["top"], 2);
+    post(r#"[{"jsonrpc":"2.0","method":"s/n"}]"#).await.expect(204);
+    post(r#"{"jsonrpc":"2.0","id":1,"result":7}"#).await.expect(204);
+    for (body, code) in [
+        ("{", -32700),
+        ("[]", -32600),
+        ("1", -32600),
+        (r#"{"jsonrpc":"2.0","id":1,"method":"weir.subscribe","params":{"channels":["a"]}}"#, -32601),
+        (r#"{"jsonrpc":"2.0","id":1,"method":"weir.provide","params":{"service":"a"}}"#, -32601),
+        (r#"{"jsonrpc":"2.0","id":1,"method":"no/body"}"#, -32020),
+    ] {
+        assert_eq!(weir.post("/v1/rpc", body).await.expect(200).json()["error"]["code"], code, "{body}");
+    }
+    let read = post(r#"{"jsonrpc":"2.0","id":1,"method":"weir.read","params":{"channels":["a"]}}"#).await.expect(200).json();
+    assert_eq!(read["result"]["events"].as_array().unwrap().len(), 2);
+    answers.abort();
+    let _ = answers.await;
+    eventually("all is given back", || weir.gateway().hub.counts().connections == 0).await;
+}
+
+#[tokio::test]
+async fn who_hangs_up_cancels() {
+    let weir = weir().await;
+    let mut provider = Socket::open(weir.address).await;
+    provider.ok("weir.provide", json!({ "service": "s", "meta": true })).await;
+    let request = weir.post("/v1/rpc", r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#);
+    let gone = tokio::time::timeout(Duration::from_millis(300), request).await;
+    assert!(gone.is_err());
+    let request = provider.request().await;
+    assert_eq!(provider.notice("weir.cancel").await["id"], request["id"]);
+}
