@@ -196,6 +196,8 @@ struct Desk {
     wheel: Arc<Wheel>,
     stage: AtomicU8,
     take: Mutex<Option<(Takeover, Framing)>>,
+    /// Requests in work.
+    busy: AtomicU32,
     /// Ticks since when: a head is being read, no request is in work, nothing could be written. 0: it is not so.
     reading: AtomicU32,
     quiet: AtomicU32,
@@ -217,6 +219,7 @@ impl Desk {
             wheel: wheel.clone(),
             stage: AtomicU8::new(HTTP),
             take: Mutex::new(None),
+            busy: AtomicU32::new(0),
             reading: AtomicU32::new(0),
             quiet: AtomicU32::new(wheel.now()),
             blocked: AtomicU32::new(0),
@@ -236,6 +239,14 @@ impl Desk {
         if self.quiet.load(Relaxed) != 0 && self.reading.load(Relaxed) == 0 {
             self.reading.store(self.wheel.now(), Relaxed);
         }
+    }
+
+    /// A request came, and is in work until what is returned is dropped.
+    fn begin(self: &Arc<Self>) -> Done {
+        self.busy.fetch_add(1, Relaxed);
+        self.reading.store(0, Relaxed);
+        self.quiet.store(0, Relaxed);
+        Done(self.clone())
     }
 
     /// Why the connection must end now.
@@ -340,11 +351,12 @@ async fn drive_h2(
     let mut connection = pin!(inner.h2.serve_connection(io, service));
     std::future::poll_fn(|cx| {
         while let Poll::Ready(due) = timer.poll(cx) {
-            if due == Due::Leave {
+            // Heads are hyper's business here: what comes between requests may as well be the answer to a ping.
+            desk.reading.store(0, Relaxed);
+            if due == Due::Leave || desk.is_idle(&inner.limits) {
                 connection.as_mut().graceful_shutdown();
-            } else {
-                // Heads are hyper's business here, and pings tell whether anybody is there.
-                desk.reading.store(0, Relaxed);
+            }
+            if due == Due::Time {
                 if let Some(fault) = desk.fault(&inner.limits) {
                     connected.because(fault);
                     return Poll::Ready(());
@@ -403,8 +415,7 @@ async fn call(
     desk: &Arc<Desk>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Reply>, Infallible> {
-    desk.reading.store(0, Relaxed);
-    desk.quiet.store(0, Relaxed);
+    let done = desk.begin();
     let (version, head) = (request.version(), request.method() == Method::HEAD);
     request.extensions_mut().insert(Peer(client.peer));
     if client.refuse {
@@ -430,7 +441,7 @@ async fn call(
             return Ok(response.map(|_| Reply::Never(desk.clone())));
         }
     }
-    Ok(response.map(|body| Reply::Body(body, Done(desk.clone()))))
+    Ok(response.map(|body| Reply::Body(body, done)))
 }
 
 /// Whether the body that the head announces is what the takeover will write: a layer may have encoded it.
@@ -454,7 +465,9 @@ struct Done(Arc<Desk>);
 
 impl Drop for Done {
     fn drop(&mut self) {
-        self.0.quiet.store(self.0.wheel.now(), Relaxed);
+        if self.0.busy.fetch_sub(1, Relaxed) == 1 {
+            self.0.quiet.store(self.0.wheel.now(), Relaxed);
+        }
     }
 }
 

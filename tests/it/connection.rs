@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -281,20 +284,11 @@ async fn draining_closes_what_is_idle_and_waits_for_the_rest() {
 
 #[tokio::test]
 async fn http_2_by_prior_knowledge() {
-    use http_body_util::{BodyExt, Empty};
-    use hyper_util::rt::{TokioExecutor, TokioIo};
-
     let server = Server::start().await;
-    let socket = TcpStream::connect(server.at).await.unwrap();
-    let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(socket)).await.unwrap();
-    tokio::spawn(connection);
+    let mut sender = h2(&server).await;
     let mut bodies = Vec::new();
     for _ in 0..100 {
-        let request = http::Request::get(format!("http://localhost:{}/v1/sse?channel=a", server.at.port()))
-            .body(Empty::<bytes::Bytes>::new())
-            .unwrap();
-        let response = soon(sender.send_request(request)).await.unwrap();
+        let response = get(&server, &mut sender, "/v1/sse?channel=a").await;
         assert_eq!((response.status().as_u16(), response.version()), (200, http::Version::HTTP_2));
         bodies.push(response.into_body());
     }
@@ -312,4 +306,42 @@ async fn http_2_by_prior_knowledge() {
     eventually("the streams are gone", || server.open().2 == 0).await;
     drop(sender);
     server.empty().await;
+}
+
+#[tokio::test]
+async fn http_2_is_idle_without_streams_and_drains_with_them() {
+    let server = Server::with(|config| {
+        config.limits.idle = Duration::from_secs(1);
+        config.drain.window = Duration::from_secs(1);
+    })
+    .await;
+    let mut idle = h2(&server).await;
+    let mut busy = h2(&server).await;
+    assert_eq!(get(&server, &mut idle, "/v1/channels").await.status(), 200);
+    let mut stream = get(&server, &mut busy, "/v1/sse?channel=a").await.into_body();
+    soon(stream.frame()).await.unwrap().unwrap();
+    eventually("the idle connection is closed", || idle.is_closed()).await;
+    assert!(!busy.is_closed());
+    server.stop.cancel();
+    let mut text = Vec::new();
+    while let Some(frame) = soon(stream.frame()).await {
+        text.extend_from_slice(&frame.unwrap().into_data().unwrap());
+    }
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.starts_with("event: weir.retry\ndata: {\"code\":\"draining\",") && text.ends_with("}\n\n"), "{text}");
+    eventually("the app has ended", || server.running.is_finished()).await;
+}
+
+type Sender = hyper::client::conn::http2::SendRequest<Empty<Bytes>>;
+
+async fn h2(server: &Server) -> Sender {
+    let socket = TokioIo::new(TcpStream::connect(server.at).await.unwrap());
+    let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), socket).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+async fn get(server: &Server, sender: &mut Sender, path: &str) -> http::Response<hyper::body::Incoming> {
+    let uri = format!("http://localhost:{}{path}", server.at.port());
+    soon(sender.send_request(http::Request::get(uri).body(Empty::new()).unwrap())).await.unwrap()
 }
