@@ -188,8 +188,12 @@ impl Found {
                 if self.problems.len() == before {
                     self.sources.extend(source.map(|source| (key, source)));
                 }
-            } else if let Value::Dict(_, inner) = value {
+            } else if let Value::Dict(_, inner) = value
+                && !inner.is_empty()
+            {
                 self.table(inner, &key, settings);
+            } else if settings.iter().any(|setting| is_under(&setting.key, &key)) && matches!(value, Value::Dict(..)) {
+                // A section of which everything is left as it is.
             } else if settings.iter().any(|setting| is_under(&setting.key, &key)) {
                 self.problem(&key, source, format!("is a section: write [{key}] and its keys below"));
             } else {

@@ -63,6 +63,8 @@ fn everything_wrong_is_reported_at_once() {
     let text = r#"
 sse.hearbeat = "5s"
 colour = 1
+[empty]
+[ws]
 [rpc]
 timeout = 5
 [limits]
@@ -84,6 +86,7 @@ keep.age = "1d"
     let problems = read(text, &environment, &[]).unwrap_err();
     let mut expected: Vec<&str> = r#"weir.toml: sse.hearbeat: unknown key; did you mean sse.heartbeat?
 weir.toml: colour: unknown key
+weir.toml: empty: unknown key
 weir.toml: rpc.timeout: 5 of what? write 5s or 5ms
 weir.toml: limits.batch: must be at least 1
 weir.toml: limits.event: needs a number of bytes, plain or as "16MiB", not "lots"; the units are KiB, MiB, GiB, kB, MB and GB

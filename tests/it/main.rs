@@ -1,6 +1,7 @@
 //! One binary for all integration tests: one link step.
 
 mod arrows;
+mod cli;
 mod conformance;
 mod connection;
 mod errors;

@@ -4,7 +4,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio_tungstenite::tungstenite::{Message, protocol::frame::{Frame, coding::{Data, OpCode}}};
+use tokio_tungstenite::tungstenite::{
+    Message,
+    protocol::frame::{
+        Frame,
+        coding::{Data, OpCode},
+    },
+};
 
 use crate::{
     socket::{Socket, eventually, soon},
@@ -86,47 +92,77 @@ async fn the_examples_of_the_specification() {
     let mut socket = Socket::open(weir.address).await;
     for (sent, received) in [
         // rpc call with positional parameters
-        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": [42, 23], "id": 1}"#, r#"{"jsonrpc": "2.0", "result": 19, "id": 1}"#),
-        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": [23, 42], "id": 2}"#, r#"{"jsonrpc": "2.0", "result": -19, "id": 2}"#),
+        (
+            r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": [42, 23], "id": 1}"#,
+            r#"{"jsonrpc": "2.0", "result": 19, "id": 1}"#,
+        ),
+        (
+            r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": [23, 42], "id": 2}"#,
+            r#"{"jsonrpc": "2.0", "result": -19, "id": 2}"#,
+        ),
         // rpc call with named parameters
-        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}"#, r#"{"jsonrpc": "2.0", "result": 19, "id": 3}"#),
-        (r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": {"minuend": 42, "subtrahend": 23}, "id": 4}"#, r#"{"jsonrpc": "2.0", "result": 19, "id": 4}"#),
+        (
+            r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}"#,
+            r#"{"jsonrpc": "2.0", "result": 19, "id": 3}"#,
+        ),
+        (
+            r#"{"jsonrpc": "2.0", "method": "spec/subtract", "params": {"minuend": 42, "subtrahend": 23}, "id": 4}"#,
+            r#"{"jsonrpc": "2.0", "result": 19, "id": 4}"#,
+        ),
         // rpc call of non-existent method
-        (r#"{"jsonrpc": "2.0", "method": "foobar", "id": "1"}"#, r#"{"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "1"}"#),
+        (
+            r#"{"jsonrpc": "2.0", "method": "foobar", "id": "1"}"#,
+            r#"{"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "1"}"#,
+        ),
         // rpc call with invalid JSON
-        (r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#, r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#),
+        (
+            r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#,
+            r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#,
+        ),
         // rpc call with invalid Request object
-        (r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#, r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#),
+        (
+            r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#,
+            r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#,
+        ),
         // rpc call Batch, invalid JSON
-        (r#"[
+        (
+            r#"[
   {"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
   {"jsonrpc": "2.0", "method"
-]"#, r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#),
+]"#,
+            r#"{"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null}"#,
+        ),
         // rpc call with an empty Array
         ("[]", r#"{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}"#),
         // rpc call with an invalid Batch (but not empty)
         ("[1]", r#"[{"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}]"#),
         // rpc call with invalid Batch
-        ("[1,2,3]", r#"[
+        (
+            "[1,2,3]",
+            r#"[
   {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
   {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
   {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null}
-]"#),
+]"#,
+        ),
         // rpc call Batch
-        (r#"[
+        (
+            r#"[
         {"jsonrpc": "2.0", "method": "spec/sum", "params": [1,2,4], "id": "1"},
         {"jsonrpc": "2.0", "method": "spec/notify_hello", "params": [7]},
         {"jsonrpc": "2.0", "method": "spec/subtract", "params": [42,23], "id": "2"},
         {"foo": "boo"},
         {"jsonrpc": "2.0", "method": "foo.get", "params": {"name": "myself"}, "id": "5"},
         {"jsonrpc": "2.0", "method": "spec/get_data", "id": "9"}
-    ]"#, r#"[
+    ]"#,
+            r#"[
         {"jsonrpc": "2.0", "result": 7, "id": "1"},
         {"jsonrpc": "2.0", "result": 19, "id": "2"},
         {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null},
         {"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "5"},
         {"jsonrpc": "2.0", "result": ["hello", 5], "id": "9"}
-    ]"#),
+    ]"#,
+        ),
     ] {
         example(&mut socket, sent, received).await;
     }
@@ -151,7 +187,18 @@ async fn the_examples_of_the_specification() {
 async fn ids_come_back_byte_for_byte() {
     let weir = weir().await;
     let mut socket = Socket::open(weir.address).await;
-    for id in ["0", "-0", "1.5", "1.50", "1e3", "9007199254740993", "null", r#""a\u0041\/""#, r#""""#, &format!(r#""{}""#, "x".repeat(300))] {
+    for id in [
+        "0",
+        "-0",
+        "1.5",
+        "1.50",
+        "1e3",
+        "9007199254740993",
+        "null",
+        r#""a\u0041\/""#,
+        r#""""#,
+        &format!(r#""{}""#, "x".repeat(300)),
+    ] {
         socket.send(format!(r#"{{"jsonrpc":"2.0","id": {id} ,"method":"weir/echo","params":[{id}]}}"#)).await;
         assert_eq!(socket.text().await, format!(r#"{{"jsonrpc":"2.0","id":{id},"result":[{id}]}}"#));
         socket.send(format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"weir.nothing"}}"#)).await;
@@ -330,7 +377,12 @@ async fn what_is_too_large_is_closed() {
 #[tokio::test]
 async fn violations_are_closed() {
     let weir = weir().await;
-    for bytes in [&[0x81, 1, b'x'][..], &[0xc1, 0x81, 0, 0, 0, 0, b'x'], &[0x83, 0x80, 0, 0, 0, 0], &[0x81, 0x81, 0, 0, 0, 0, 0xff]] {
+    for bytes in [
+        &[0x81, 1, b'x'][..],
+        &[0xc1, 0x81, 0, 0, 0, 0, b'x'],
+        &[0x83, 0x80, 0, 0, 0, 0],
+        &[0x81, 0x81, 0, 0, 0, 0, 0xff],
+    ] {
         let mut tcp = Socket::open(weir.address).await.tcp();
         tcp.write_all(bytes).await.unwrap();
         let mut end = Vec::new();
@@ -362,13 +414,23 @@ async fn what_is_no_handshake() {
     let reply = weir.get("/v1/ws").await.expect(426);
     assert_eq!(reply.header("upgrade"), Some("websocket"));
     let refused = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-version", "8")]).await.err().unwrap();
-    assert_eq!((refused.status(), refused.headers()["sec-websocket-version"].to_str().unwrap()), (426.try_into().unwrap(), "13"));
-    let refused = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", "soap, mqtt")]).await.err().unwrap();
+    assert_eq!(
+        (refused.status(), refused.headers()["sec-websocket-version"].to_str().unwrap()),
+        (426.try_into().unwrap(), "13")
+    );
+    let refused =
+        Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", "soap, mqtt")]).await.err().unwrap();
     assert_eq!(refused.status(), 400);
     let refused = Socket::shake(weir.address, "/v1/ws?chanel=a", &[]).await.err().unwrap();
     assert_eq!(refused.status(), 400);
-    for (offered, chosen) in [("weir.v1", "weir.v1"), ("soap, jsonrpc", "jsonrpc"), ("jsonrpc2.0,weir.v1", "jsonrpc2.0"), ("weir.jsonrpc", "weir.jsonrpc")] {
-        let (_, response) = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", offered)]).await.unwrap();
+    for (offered, chosen) in [
+        ("weir.v1", "weir.v1"),
+        ("soap, jsonrpc", "jsonrpc"),
+        ("jsonrpc2.0,weir.v1", "jsonrpc2.0"),
+        ("weir.jsonrpc", "weir.jsonrpc"),
+    ] {
+        let (_, response) =
+            Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", offered)]).await.unwrap();
         assert_eq!(response.headers()["sec-websocket-protocol"], chosen);
     }
 }
@@ -400,7 +462,9 @@ async fn what_came_with_the_handshake_is_not_lost() {
     while !got.ends_with(answer) {
         assert!(soon(tcp.read_buf(&mut got)).await.unwrap() > 0, "{}", String::from_utf8_lossy(&got));
     }
-    assert!(String::from_utf8_lossy(&got).to_lowercase().contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="));
+    assert!(
+        String::from_utf8_lossy(&got).to_lowercase().contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=")
+    );
 }
 
 // === how connections end ===
@@ -433,14 +497,15 @@ async fn who_does_not_read_is_closed_as_slow() {
     for _ in 0..30 {
         weir.publish("big", &data).await;
     }
-    eventually("closed as slow", || {
-        metric(&weir, "weir_subscriptions{transport=\"ws\"}") == 0
-    })
-    .await;
+    eventually("closed as slow", || metric(&weir, "weir_subscriptions{transport=\"ws\"}") == 0).await;
     // It wakes up, and learns why.
     let mut end = Vec::new();
     soon(tcp.read_to_end(&mut end)).await.ok();
-    assert!(end.ends_with(&[&[0x88, 6, 0x0f, 0xa1][..], b"slow"].concat()), "{:?}", &end[end.len().saturating_sub(20)..]);
+    assert!(
+        end.ends_with(&[&[0x88, 6, 0x0f, 0xa1][..], b"slow"].concat()),
+        "{:?}",
+        &end[end.len().saturating_sub(20)..]
+    );
     empty(&weir).await;
     assert_eq!(closed(&weir, "slow"), 1);
 }
@@ -467,10 +532,12 @@ async fn who_asks_and_does_not_read_is_not_served_without_end() {
 
 #[tokio::test]
 async fn a_drain_lets_calls_finish_and_spreads_the_rest() {
-    let weir = weir().with(|config| {
-        config.drain.window = Duration::from_secs(1);
-        config.drain.grace = Duration::from_secs(10);
-    }).await;
+    let weir = weir()
+        .with(|config| {
+            config.drain.window = Duration::from_secs(1);
+            config.drain.grace = Duration::from_secs(10);
+        })
+        .await;
     let mut provider = Socket::open(weir.address).await;
     provider.provide("s").await;
     // Knows nothing of weir's methods.
@@ -496,10 +563,12 @@ async fn a_drain_lets_calls_finish_and_spreads_the_rest() {
 
 #[tokio::test]
 async fn a_call_that_does_not_finish_is_cut_off() {
-    let weir = weir().with(|config| {
-        config.drain.window = Duration::from_millis(500);
-        config.drain.grace = Duration::from_secs(3);
-    }).await;
+    let weir = weir()
+        .with(|config| {
+            config.drain.window = Duration::from_millis(500);
+            config.drain.grace = Duration::from_secs(3);
+        })
+        .await;
     let mut provider = Socket::open(weir.address).await;
     provider.provide("s").await;
     let mut caller = Socket::open(weir.address).await;

@@ -17,11 +17,18 @@ fn position(event: &Value) -> String {
 async fn publish_in_all_its_forms() {
     let weir = weir().await;
     let mut socket = Socket::open(weir.address).await;
-    let placed = socket.ok("weir.publish", json!({ "channel": "a", "type": "t", "from": "me", "data": null, "meta": { "traceparent": "00-1" } })).await;
+    let placed = socket
+        .ok(
+            "weir.publish",
+            json!({ "channel": "a", "type": "t", "from": "me", "data": null, "meta": { "traceparent": "00-1" } }),
+        )
+        .await;
     assert_eq!(placed.as_object().unwrap().keys().collect::<Vec<_>>(), ["channel", "epoch", "offset", "time"]);
     socket.ok("weir.publish", json!({ "channel": "a", "data_base64": "AP8=" })).await;
     socket.ok("weir.publish", json!({ "channel": "a" })).await;
-    let many = socket.ok("weir.publish", json!({ "events": [{ "channel": "a", "data": 4 }, { "channel": "b", "data": 1 }] })).await;
+    let many = socket
+        .ok("weir.publish", json!({ "events": [{ "channel": "a", "data": 4 }, { "channel": "b", "data": 1 }] }))
+        .await;
     assert_eq!((&many[0]["offset"], &many[1]["channel"]), (&json!(4), &json!("b")));
     // Checked whole, before anything is placed.
     let refused = socket.refused("weir.publish", json!({ "events": [{ "channel": "a" }, { "channel": "" }] })).await;
@@ -53,11 +60,13 @@ async fn publishes_are_placed_in_the_order_received() {
     for n in 0..1_000 {
         // Requests, notifications and batches alike.
         let publish = format!(r#""method":"weir.publish","params":{{"channel":"a","data":{n}}}"#);
-        socket.feed(match n % 3 {
-            0 => format!(r#"{{"jsonrpc":"2.0","id":{n},{publish}}}"#),
-            1 => format!(r#"{{"jsonrpc":"2.0",{publish}}}"#),
-            _ => format!(r#"[{{"jsonrpc":"2.0",{publish}}}]"#),
-        }).await;
+        socket
+            .feed(match n % 3 {
+                0 => format!(r#"{{"jsonrpc":"2.0","id":{n},{publish}}}"#),
+                1 => format!(r#"{{"jsonrpc":"2.0",{publish}}}"#),
+                _ => format!(r#"[{{"jsonrpc":"2.0",{publish}}}]"#),
+            })
+            .await;
         if n % 100 == 99 {
             // Within limits.calls.
             socket.flush().await;
@@ -66,7 +75,8 @@ async fn publishes_are_placed_in_the_order_received() {
     }
     socket.ok("weir.ping", json!({})).await;
     let page = socket.ok("weir.read", json!({ "channels": ["a"], "limit": 1000 })).await;
-    let placed: Vec<u64> = page["events"].as_array().unwrap().iter().map(|event| event["data"].as_u64().unwrap()).collect();
+    let placed: Vec<u64> =
+        page["events"].as_array().unwrap().iter().map(|event| event["data"].as_u64().unwrap()).collect();
     assert_eq!(placed, (0..1_000).collect::<Vec<_>>());
 }
 
@@ -80,7 +90,8 @@ async fn subscribing() {
     let mut socket = Socket::open(weir.address).await;
     let asked = json!({ "channels": ["chat", { "channel": "orders", "after": "earliest", "type": ["created"] }, { "channel": "log", "last": 2 }] });
     let begun = socket.ok("weir.subscribe", asked).await;
-    let channels: Vec<&str> = begun["channels"].as_array().unwrap().iter().map(|at| at["channel"].as_str().unwrap()).collect();
+    let channels: Vec<&str> =
+        begun["channels"].as_array().unwrap().iter().map(|at| at["channel"].as_str().unwrap()).collect();
     assert_eq!(channels, ["chat", "orders", "log"]);
     assert!(begun["channels"][0]["position"].as_str().unwrap().starts_with("0-"));
     assert_eq!(begun["channels"][0].as_object().unwrap().len(), 2);
@@ -155,7 +166,9 @@ async fn the_answer_comes_before_the_first_event() {
         assert_eq!(socket.next().await["params"]["data"], n);
     }
     // What waits for its batch can be ended, too.
-    socket.send(format!(r#"[{},{{"jsonrpc":"2.0","id":2,"method":"slow/m"}}]"#, subscribe.replace("\"a\"", "\"b\""))).await;
+    socket
+        .send(format!(r#"[{},{{"jsonrpc":"2.0","id":2,"method":"slow/m"}}]"#, subscribe.replace("\"a\"", "\"b\"")))
+        .await;
     let request = provider.request().await;
     socket.ok("weir.unsubscribe", json!({ "channels": ["b"] })).await;
     provider.reply(&request, json!(1)).await;
@@ -191,7 +204,8 @@ async fn resuming_with_a_position_a_token_and_a_gap() {
     weir.publish("b", "2").await;
     let mut other = Socket::open(weir.address).await;
     other.ok("weir.subscribe", json!({ "channels": ["b", "a"], "after": token })).await;
-    let mut seen = vec![other.notice("weir.event").await["data"].as_u64(), other.notice("weir.event").await["data"].as_u64()];
+    let mut seen =
+        vec![other.notice("weir.event").await["data"].as_u64(), other.notice("weir.event").await["data"].as_u64()];
     seen.sort_unstable();
     assert_eq!(seen, [Some(2), Some(21)]);
     other.quiet().await;
@@ -238,7 +252,9 @@ async fn a_thousand_channels_on_one_socket() {
     socket.ok("weir.subscribe", json!({ "channels": names })).await;
     let mut publisher = Socket::open(weir.address).await;
     for n in 0..1_000 {
-        publisher.feed(format!(r#"{{"jsonrpc":"2.0","method":"weir.publish","params":{{"channel":"c{n}","data":{n}}}}}"#)).await;
+        publisher
+            .feed(format!(r#"{{"jsonrpc":"2.0","method":"weir.publish","params":{{"channel":"c{n}","data":{n}}}}}"#))
+            .await;
         if n % 200 == 199 {
             publisher.quiet().await;
         }
@@ -269,7 +285,8 @@ async fn sockets_by_url() {
     let mut socket = Socket::open_at(weir.address, "/v1/ws?channel=x&channel=y").await;
     weir.publish("x", "1").await;
     weir.publish("y", "2").await;
-    let mut seen = [socket.notice("weir.event").await["data"].as_u64(), socket.notice("weir.event").await["data"].as_u64()];
+    let mut seen =
+        [socket.notice("weir.event").await["data"].as_u64(), socket.notice("weir.event").await["data"].as_u64()];
     seen.sort_unstable();
     assert_eq!(seen, [Some(1), Some(2)]);
     let mut socket = Socket::open_at(weir.address, "/v1/ws?channel=x&after=AAAAAB-7").await;
@@ -315,7 +332,10 @@ async fn consumers() {
     assert_eq!(socket.ok("weir.commit", json!({ "consumer": "batch", "after": page["next"] })).await, Value::Null);
     let page = socket.ok("weir.read", read).await;
     assert_eq!(page["events"][0]["data"], 3);
-    assert_eq!(socket.refused("weir.commit", json!({ "consumer": "nobody", "after": page["next"] })).await["code"], -32004);
+    assert_eq!(
+        socket.refused("weir.commit", json!({ "consumer": "nobody", "after": page["next"] })).await["code"],
+        -32004
+    );
 }
 
 #[tokio::test]

@@ -37,7 +37,9 @@ async fn a_forwarded_request_has_four_members_and_an_id_of_the_hub() {
     assert_eq!(caller.text().await, r#"{"jsonrpc":"2.0","id":1,"result":{"b": null }}"#);
 
     // Without params there are none, and null counts as none.
-    for sent in [r#"{"jsonrpc":"2.0","id":2,"method":"s/m"}"#, r#"{"jsonrpc":"2.0","id":2,"method":"s/m","params":null}"#] {
+    for sent in
+        [r#"{"jsonrpc":"2.0","id":2,"method":"s/m"}"#, r#"{"jsonrpc":"2.0","id":2,"method":"s/m","params":null}"#]
+    {
         caller.send(sent).await;
         let request = provider.request().await;
         assert!(request.get("params").is_none(), "{request}");
@@ -79,7 +81,10 @@ async fn meta_is_for_those_who_ask_and_beside_params() {
 async fn a_provider_s_error_is_passed_on_as_three_members() {
     let (_weir, mut provider, mut caller) = pair().await;
     for (error, seen) in [
-        (r#"{"code":42,"message":"no such user","data":{"a": 1},"stack":"…"}"#, r#"{"code":42,"message":"no such user","data":{"a": 1}}"#),
+        (
+            r#"{"code":42,"message":"no such user","data":{"a": 1},"stack":"…"}"#,
+            r#"{"code":42,"message":"no such user","data":{"a": 1}}"#,
+        ),
         (r#"{"code":-32601,"message":"Method not found"}"#, r#"{"code":-32601,"message":"Method not found"}"#),
         (r#"{"data":null,"code":7,"message":"x"}"#, r#"{"code":7,"message":"x"}"#),
     ] {
@@ -404,7 +409,10 @@ async fn json_rpc_over_http() {
         }
     });
     let post = |body: &'static str| weir.post("/v1/rpc", body);
-    assert_eq!(post(r#"{"jsonrpc":"2.0","id":1.50,"method":"s/m","params":[7]}"#).await.expect(200).text(), r#"{"jsonrpc":"2.0","id":1.50,"result":[7]}"#);
+    assert_eq!(
+        post(r#"{"jsonrpc":"2.0","id":1.50,"method":"s/m","params":[7]}"#).await.expect(200).text(),
+        r#"{"jsonrpc":"2.0","id":1.50,"result":[7]}"#
+    );
     let batch = post(r#"[{"jsonrpc":"2.0","id":1,"method":"s/m","params":[7]},{"jsonrpc":"2.0","method":"s/n"},1,{"jsonrpc":"2.0","id":2,"method":"weir.publish","params":{"channel":"a","data":1}}]"#).await.expect(200).json();
     assert_eq!(batch.as_array().unwrap().len(), 3, "{batch}");
     post(r#"{"jsonrpc":"2.0","method":"weir.publish","params":{"channel":"a","data":2}}"#).await.expect(204);
@@ -421,7 +429,8 @@ async fn json_rpc_over_http() {
     ] {
         assert_eq!(weir.post("/v1/rpc", body).await.expect(200).json()["error"]["code"], code, "{body}");
     }
-    let read = post(r#"{"jsonrpc":"2.0","id":1,"method":"weir.read","params":{"channels":["a"]}}"#).await.expect(200).json();
+    let read =
+        post(r#"{"jsonrpc":"2.0","id":1,"method":"weir.read","params":{"channels":["a"]}}"#).await.expect(200).json();
     assert_eq!(read["result"]["events"].as_array().unwrap().len(), 2);
     answers.abort();
     let _ = answers.await;

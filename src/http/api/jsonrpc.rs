@@ -49,11 +49,7 @@ pub async fn upgrade(State(gateway): State<Arc<Gateway>>, Admitted(admitted): Ad
         (status = "4XX", description = "`invalid_params` (of the URL), `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn post(
-    State(gateway): State<Arc<Gateway>>,
-    identity: Identity,
-    request: Request<Body>,
-) -> Result<Response> {
+pub async fn post(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
     let (head, body) = request.into_parts();
     declared(&head.headers)?;
     Query::parse(head.uri.query())?.finish()?;
