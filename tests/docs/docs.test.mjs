@@ -7,7 +7,7 @@ import { existsSync, readdirSync } from "node:fs";
 import http from "node:http";
 import path from "node:path";
 import { test } from "node:test";
-import { BIN, ROOT, Socket, Weir, until, within } from "../support/weir.mjs";
+import { BIN, CHROMIUM_ARGS, ROOT, Socket, Weir, until, within } from "../support/weir.mjs";
 import { Epochs, blocks, differs, differsText, parse } from "./markdown.mjs";
 
 const RUNNABLE = new Set(["sh", "http", "jsonrpc", "js", "html"]);
@@ -179,27 +179,29 @@ class Page {
     });
   }
 
-  /** A page with a script, in Chromium; what it logs is its output. */
+  /** A page with a script, in Chromium, with a weir of its own: what it is shown must not disturb the rest of the page. */
   async html(text) {
+    const weir = await Weir.start(this.t);
     const { chromium } = await import("playwright-core");
-    const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"] });
+    const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: CHROMIUM_ARGS });
     this.t.after(() => browser.close());
     const page = await browser.newPage();
-    const lines = (this.logged = []);
+    const logged = [];
     page.on("console", async message => {
-      const values = await Promise.all(message.args().map(value => value.jsonValue().catch(() => message.text())));
-      lines.push(values.length === 1 ? values[0] : values);
+      for (const value of message.args()) logged.push(JSON.stringify(await value.jsonValue().catch(() => message.text())));
     });
-    const before = await this.parties();
     // Served from another port of this machine, as by a developer's own server.
-    const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end(this.real(text)));
+    const html = text.replaceAll(/(localhost|127\.0\.0\.1):8000/g, weir.host);
+    const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end(html));
     server.listen(0, "127.0.0.1");
     await once(server, "listening");
     this.t.after(() => server.close());
     await page.goto(`http://127.0.0.1:${server.address().port}/`);
-    await until("the page's stream", async () => (await this.parties()) > before);
-    await this.weir.publish("orders", { from: "docs" });
-    await until("the event in the page", () => lines.some(line => JSON.stringify(line)?.includes('"docs"')));
+    const channel = /channel=([\w-]+)/.exec(text)?.[1];
+    assert.ok(channel, "the page follows no channel");
+    await weir.watched(channel);
+    await weir.publish(channel, { from: "a test" });
+    await until("the event in the page's console", () => logged.some(line => line.includes("a test")));
   }
 
   async expect(block) {

@@ -13,6 +13,12 @@ export const BIN = process.env.WEIR_BIN ?? path.join(process.env.CARGO_TARGET_DI
 /** How long a test waits for something that must happen. Generous: CI has two busy cores. */
 export const PATIENCE = 20_000;
 
+/** Chromium as root, without a screen, and without asking its maker's servers for anything. */
+export const CHROMIUM_ARGS = [
+  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+  "--disable-background-networking", "--disable-component-update", "--disable-sync",
+];
+
 /** Resolves with the first truthy value of `probe`; fails loudly, with `what`, when it never comes. */
 export async function until(what, probe, patience = PATIENCE) {
   const deadline = Date.now() + patience;
