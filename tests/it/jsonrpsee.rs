@@ -49,8 +49,8 @@ async fn calls_by_name_and_by_position() {
     // `rpc_params!` makes arrays: one object in an array is that object to weir.
     let placed: Value = client.request("weir.publish", array(json!({"channel": "a", "data": 1}))).await.unwrap();
     assert_eq!(placed["offset"], 1);
-    let page: Value = client.request("weir.read", object(json!({"channels": ["a"]}))).await.unwrap();
-    let commit = object(json!({"consumer": "c", "channels": ["a"], "after": page["next"]}));
+    let page: Value = client.request("weir.read", object(json!({"channels": ["a"], "consumer": "c"}))).await.unwrap();
+    let commit = object(json!({"consumer": "c", "after": page["next"]}));
     let nothing: Value = client.request("weir.commit", commit).await.unwrap();
     assert_eq!(nothing, Value::Null);
 }

@@ -64,7 +64,7 @@ test("json-rpc-2.0", async t => {
     assert.equal(await weir.json("POST", "/v1/services/void/nothing"), null);
     // An answer with neither result nor error makes this library throw and its call hang.
     await caller.request("weir.publish", { channel: "void", data: 1 });
-    const { next } = await caller.request("weir.read", { channels: ["void"] });
+    const { next } = await caller.request("weir.read", { channels: ["void"], consumer: "void" });
     assert.equal(await caller.request("weir.commit", { consumer: "void", after: next }), null);
   });
 

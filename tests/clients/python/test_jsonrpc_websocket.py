@@ -33,11 +33,11 @@ def method(server, name):
 
 async def test_calls(connect):
     server = await connect()
-    assert await method(server, "weir/echo")({"n": 1}) == {"n": 1}
+    assert await method(server, "weir/echo")(n=1) == {"n": 1}
     assert await method(server, "weir/echo")(1, 2) == [1, 2]
     placed = await method(server, "weir.publish")(channel="py", data={"id": 7})
     assert placed["channel"] == "py" and placed["offset"] == 1
-    page = await method(server, "weir.read")(channels=["py"])
+    page = await method(server, "weir.read")(channels=["py"], consumer="py")
     assert page["events"][0]["data"] == {"id": 7}
     assert await method(server, "weir.commit")(consumer="py", after=page["next"]) is None
 
