@@ -9,6 +9,8 @@ mod http;
 mod http_read;
 mod http_rules;
 mod http_services;
+mod jsonrpsee;
+mod process;
 mod socket;
 mod sse;
 mod start;

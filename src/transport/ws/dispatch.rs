@@ -308,7 +308,7 @@ impl Session {
                 Some(error) => Answer::Error(error),
                 None => Answer::bad_reply("has an error that is not {code, message, data}"),
             },
-            (None, None) => return,
+            (None, None) => Answer::bad_reply("has neither result nor error"),
         };
         if link.reply(id, answer) == rpc::Replied::Unmatched {
             self.ws.metrics.ws_ignored.add(1);

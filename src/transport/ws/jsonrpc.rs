@@ -101,7 +101,9 @@ impl<'a> Message<'a> {
             }
         };
         let id = members.id.map(RawValue::get);
-        if members.result.is_some() || members.error.is_some() {
+        // Neither result nor error under an id of ours is an answer too, if a bad one: whoever waits for it must not wait on.
+        let ours = members.method.is_none() && id.is_some_and(|id| id.starts_with(r#""w:"#));
+        if members.result.is_some() || members.error.is_some() || ours {
             return Ok(Message::Reply(Reply { id, result: members.result, error: members.error }));
         }
         let usable = id.filter(|id| id.starts_with(['"', '-', 'n']) || id.starts_with(|c: char| c.is_ascii_digit()));
@@ -376,6 +378,7 @@ mod tests {
             r#"{"jsonrpc":"2.0","id":null,"error":{}}"#,
             r#"{"result":1,"error":2}"#,
             r#"{"method":"m","id":[],"error":7}"#,
+            r#"{"jsonrpc":"2.0","id":"w:1"}"#,
         ] {
             assert!(matches!(Message::read(text), Ok(Message::Reply(_))), "{text}");
         }
