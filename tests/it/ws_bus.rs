@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::{
-    socket::{Socket, eventually},
+    socket::{Socket, eventually, members},
     support::{metric, weir},
 };
 
@@ -23,7 +23,7 @@ async fn publish_in_all_its_forms() {
             json!({ "channel": "a", "type": "t", "from": "me", "data": null, "meta": { "traceparent": "00-1" } }),
         )
         .await;
-    assert_eq!(placed.as_object().unwrap().keys().collect::<Vec<_>>(), ["channel", "epoch", "offset", "time"]);
+    assert_eq!(members(&placed), ["channel", "epoch", "offset", "time"]);
     socket.ok("weir.publish", json!({ "channel": "a", "data_base64": "AP8=" })).await;
     socket.ok("weir.publish", json!({ "channel": "a" })).await;
     let many = socket

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::{
-    socket::{Socket, eventually, soon},
+    socket::{Socket, eventually, members, soon},
     support::{Weir, weir},
 };
 
@@ -28,7 +28,7 @@ async fn a_forwarded_request_has_four_members_and_an_id_of_the_hub() {
     caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m","params":{"a": [1,  2]},"extra":7}"#).await;
     let text = provider.text().await;
     let request: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(request.as_object().unwrap().keys().collect::<Vec<_>>(), ["id", "jsonrpc", "method", "params"]);
+    assert_eq!(members(&request), ["id", "jsonrpc", "method", "params"]);
     assert!(request["id"].as_str().unwrap().starts_with("w:"), "{text}");
     assert_eq!(request["method"], "m");
     // Payloads pass through as bytes.

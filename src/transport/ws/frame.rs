@@ -390,8 +390,11 @@ mod tests {
         frame
     }
 
-    /// Reads everything, given in pieces; `None` stands for a close.
-    fn read(pieces: &[&[u8]]) -> Result<(Vec<Option<Vec<u8>>>, Vec<u8>, Decoder), Broken> {
+    /// Messages, `None` standing for a close; what is to be answered; and what reads on.
+    type Read = (Vec<Option<Vec<u8>>>, Vec<u8>, Decoder);
+
+    /// Reads everything, given in pieces.
+    fn read(pieces: &[&[u8]]) -> Result<Read, Broken> {
         let (mut decoder, mut messages, mut replies) = (Decoder::new(LIMIT), Vec::new(), Vec::new());
         for piece in pieces {
             let mut piece = piece.to_vec();
