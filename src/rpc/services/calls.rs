@@ -244,6 +244,9 @@ impl State {
     }
 
     /// Takes out what is due. Looks at every call only if one of them may be.
+    ///
+    /// From then on the provider has a slot free, though it may still be at work: a provider that leaves calls unanswered
+    /// would otherwise run out of slots for good.
     pub fn expire(&mut self, now: u64) -> (Vec<Expired>, After) {
         let (mut expired, mut after) = (Vec::new(), After::default());
         if now < self.earliest {
