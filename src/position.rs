@@ -150,6 +150,13 @@ impl Position {
     pub fn absent(seconds: u64) -> Self {
         Position { epoch: Epoch::ABSENT, offset: seconds }
     }
+
+    /// Appends the text of it.
+    pub fn write(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.epoch.text());
+        out.push(b'-');
+        out.extend_from_slice(itoa::Buffer::new().format(self.offset).as_bytes());
+    }
 }
 
 impl fmt::Display for Position {

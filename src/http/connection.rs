@@ -66,10 +66,6 @@ pub struct Limits {
     pub h2_streams: u32,
 }
 
-/// The address of the peer: an extension of every request.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub SocketAddr);
-
 /// The open connections of one App. Cheap to clone.
 #[derive(Clone)]
 pub struct Connections(Arc<Inner>);
@@ -417,7 +413,6 @@ async fn call(
 ) -> Result<Response<Reply>, Infallible> {
     let done = desk.begin();
     let (version, head) = (request.version(), request.method() == Method::HEAD);
-    request.extensions_mut().insert(Peer(client.peer));
     if client.refuse {
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
         request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));

@@ -7,7 +7,7 @@ use axum::{
     extract::FromRequestParts,
     http::{HeaderMap, request::Parts},
 };
-use http::header;
+use http::{HeaderName, HeaderValue, header};
 use http_body_util::BodyExt;
 
 use super::Gateway;
@@ -115,15 +115,14 @@ async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Byt
 }
 
 /// One header's text. What is not text is refused: a key that is overlooked would place an event twice.
-pub fn text<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a str>> {
-    let read = |value: &'a http::HeaderValue| std::str::from_utf8(value.as_bytes());
+pub fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
+    let read = |value: &'a HeaderValue| std::str::from_utf8(value.as_bytes());
     headers.get(name).map(read).transpose().map_err(|_| Error::params(format!("the header {name} is not UTF-8")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::http::HeaderValue;
     use futures_util::stream;
 
     async fn body(frames: &[&'static str], limit: usize) -> Result<Bytes> {

@@ -25,8 +25,8 @@ use super::{admin, api};
         license(name = "MIT OR Apache-2.0"),
     ),
     paths(
-        api::events::publish,
-        api::events::get,
+        api::events::publish_by_route,
+        api::events::get_by_route,
         api::events::delete,
         api::stream::get,
         api::channels::get,

@@ -276,6 +276,15 @@ impl Reading {
 
     /// Reads on in every channel, in turns of equal shares so that a busy one does not fill the page alone.
     async fn more(&self, bus: &Bus, answer: &mut Answer) -> Result<()> {
+        if let [channel] = &*self.channels {
+            let limit = self.left(answer, self.limit.events);
+            let page = bus.read(channel, Start::After(answer.next[0]), limit, self.filter.as_ref()).await?;
+            answer.next[0] = page.next;
+            answer.more = page.more;
+            answer.gaps.extend(page.gap);
+            answer.push(channel, &page.events);
+            return Ok(());
+        }
         let mut open: Vec<usize> = (0..self.channels.len()).collect();
         while !open.is_empty() && !self.is_full(answer) {
             let share = ((self.limit.events - answer.count) / open.len()).max(1);
@@ -285,10 +294,7 @@ impl Reading {
                     unread.extend_from_slice(&open[turn..]);
                     break;
                 }
-                let limit = Limit {
-                    events: share.min(self.limit.events - answer.count),
-                    bytes: self.limit.bytes - answer.events.len(),
-                };
+                let limit = self.left(answer, share);
                 let start = Start::After(answer.next[*at]);
                 let page = bus.read(&self.channels[*at], start, limit, self.filter.as_ref()).await?;
                 answer.next[*at] = page.next;
@@ -335,6 +341,14 @@ impl Reading {
         Ok(())
     }
 
+    /// What still fits, of `share` events.
+    fn left(&self, answer: &Answer, share: usize) -> Limit {
+        Limit {
+            events: share.min(self.limit.events.saturating_sub(answer.count)),
+            bytes: self.limit.bytes.saturating_sub(answer.events.len()),
+        }
+    }
+
     fn is_full(&self, answer: &Answer) -> bool {
         answer.count >= self.limit.events || answer.events.len() >= self.limit.bytes
     }
@@ -350,13 +364,19 @@ impl Reading {
         out.extend_from_slice(br#"{"events":["#);
         out.extend_from_slice(&answer.events);
         out.extend_from_slice(br#"],"next":""#);
-        // A token has only characters that JSON leaves alone.
-        out.extend_from_slice(Token::encode(&self.channels, &answer.next).as_bytes());
+        // Either has only characters that JSON leaves alone.
+        match *answer.next {
+            [position] => position.write(out),
+            _ => out.extend_from_slice(Token::encode(&self.channels, &answer.next).as_bytes()),
+        }
         out.extend_from_slice(br#"","more":"#);
         out.extend_from_slice(if answer.more { b"true" } else { b"false" });
         out.extend_from_slice(br#","gaps":"#);
-        // Writing into a Vec cannot fail.
-        let _ = serde_json::to_writer(&mut *out, &answer.gaps);
+        match *answer.gaps {
+            [] => out.extend_from_slice(b"[]"),
+            // Writing into a Vec cannot fail.
+            _ => drop(serde_json::to_writer(&mut *out, &answer.gaps)),
+        }
         if let Some(consumer) = &self.consumer {
             out.extend_from_slice(br#","consumer":{"name":"#);
             write_json_str(&consumer.name, out);

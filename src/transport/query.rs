@@ -33,13 +33,32 @@ pub enum Begin {
 impl<'a> Query<'a> {
     /// `text` is what follows the `?`. Values are UTF-8 under percent-encoding, `+` is a space; commas mean nothing.
     pub fn parse(text: Option<&'a str>) -> Result<Self> {
-        let mut left = Vec::new();
-        for pair in text.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
-            if left.len() == MAX_PARAMETERS {
-                return Err(Error::params(format!("more than {MAX_PARAMETERS} parameters")));
+        let text = text.unwrap_or_default();
+        let mut left = Vec::with_capacity(4);
+        // One pass over the bytes: every publish and every poll comes by here.
+        let (mut from, mut equals, mut coded) = (0, None, false);
+        for (at, byte) in text.bytes().chain([b'&']).enumerate() {
+            match byte {
+                b'=' => equals = equals.or(Some(at)),
+                b'%' | b'+' => coded = true,
+                b'&' => {
+                    if at > from {
+                        if left.len() == MAX_PARAMETERS {
+                            return Err(Error::params(format!("more than {MAX_PARAMETERS} parameters")));
+                        }
+                        let (name, value) = match equals {
+                            Some(equals) => (&text[from..equals], &text[equals + 1..at]),
+                            None => (&text[from..at], ""),
+                        };
+                        left.push(match coded {
+                            true => (decode(name, true)?, decode(value, true)?),
+                            false => (Cow::Borrowed(name), Cow::Borrowed(value)),
+                        });
+                    }
+                    (from, equals, coded) = (at + 1, None, false);
+                }
+                _ => {}
             }
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            left.push((decode(name, true)?, decode(value, true)?));
         }
         Ok(Query { left })
     }
@@ -225,6 +244,17 @@ mod tests {
         let channels = query.some_channels(3, "limits.poll_channels").unwrap();
         assert_eq!(channels.iter().map(Channel::as_str).collect::<Vec<_>>(), ["a,b", "50%", "x y"]);
         assert!(query.finish().is_ok());
+    }
+
+    #[test]
+    fn odd_but_legal() {
+        let mut query = query("&&a=b=c&d&=e&f=&%67=%68&");
+        assert_eq!(query.take("a").unwrap().unwrap(), "b=c");
+        assert_eq!(query.take("d").unwrap().unwrap(), "");
+        assert_eq!(query.take("").unwrap().unwrap(), "e");
+        assert_eq!(query.take("f").unwrap().unwrap(), "");
+        assert_eq!(query.take("g").unwrap().unwrap(), "h");
+        assert!(query.finish().is_ok() && Query::parse(Some("")).unwrap().finish().is_ok());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use axum::{
     http::{Method, Request, StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
-use http::{HeaderValue, header};
+use http::{HeaderName, HeaderValue, header};
 use serde::{
     Deserializer,
     de::{SeqAccess, Visitor},
@@ -31,7 +31,8 @@ use crate::{
     transport::{longpoll::Reading, query::Query, sse},
 };
 
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+static LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 /// What a body was read as.
 enum Publish {
@@ -55,18 +56,23 @@ enum Publish {
         (status = "5XX", description = "`bus_unavailable`: surely not placed. `unconfirmed`: perhaps placed, repeat it with the same key. Of several events, `placed` has a position or null for each.", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn publish(
+pub async fn publish_by_route(
     State(gateway): State<Arc<Gateway>>,
     identity: Identity,
     request: Request<Body>,
 ) -> Result<Response> {
     let (head, body) = request.into_parts();
+    publish(&gateway, &identity, &head, body).await
+}
+
+/// As [`publish_by_route`].
+pub async fn publish(gateway: &Gateway, identity: &Identity, head: &Parts, body: Body) -> Result<Response> {
     declared(&head.headers)?;
     let limits = &gateway.config.limits;
     let body = read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?;
-    let answer = match read(&head, &body, &gateway) {
-        Ok(Publish::One(channel, draft)) => publish_one(&gateway, &identity, channel, draft).await,
-        Ok(Publish::Many(events)) => publish_many(&gateway, &identity, events).await,
+    let answer = match read(head, &body, gateway) {
+        Ok(Publish::One(channel, draft)) => publish_one(gateway, identity, channel, draft).await,
+        Ok(Publish::Many(events)) => publish_many(gateway, identity, events).await,
         Err(error) => Err(error),
     };
     answer.inspect_err(|error| gateway.metrics.publish_failed(error.code()))
@@ -137,7 +143,7 @@ fn count(gateway: &Gateway, placed: &Placed, size: usize) {
 /// Reads a request to publish, in any of its forms.
 fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
     let limit = gateway.config.limits.event;
-    let header_key = text(&head.headers, IDEMPOTENCY_KEY)?;
+    let header_key = text(&head.headers, &IDEMPOTENCY_KEY)?;
     let Some(query) = head.uri.query() else {
         return read_events(head, body, header_key, gateway);
     };
@@ -259,11 +265,15 @@ impl<'de> Visitor<'de> for Events {
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Response {
-    let (head, _) = request.into_parts();
+pub async fn get_by_route(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Response {
+    get(&gateway, &identity, &request.into_parts().0).await
+}
+
+/// As [`get_by_route`].
+pub async fn get(gateway: &Gateway, identity: &Identity, head: &Parts) -> Response {
     let answer = match sse::is_wanted(&head.headers) {
-        true => gateway.sse.open(&identity, &head).await,
-        false => page(&gateway, &identity, &head).await,
+        true => gateway.sse.open(identity, head).await,
+        false => page(gateway, identity, head).await,
     };
     let mut answer = answer.unwrap_or_else(IntoResponse::into_response);
     answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
@@ -272,7 +282,7 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, reques
 
 async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Response> {
     let query = Query::parse(head.uri.query())?;
-    let reading = Reading::from_query(query, text(&head.headers, "last-event-id")?, &gateway.config.limits)?;
+    let reading = Reading::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &gateway.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));
