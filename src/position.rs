@@ -59,6 +59,14 @@ pub struct Token {
     positions: Vec<Position>,
 }
 
+/// The channels of a reader, made ready for many tokens.
+#[derive(Clone, Debug)]
+pub struct Names {
+    hash: u32,
+    /// Indices of the channels in byte order of their names.
+    order: Box<[usize]>,
+}
+
 // === impl Epoch ===
 
 impl Epoch {
@@ -246,29 +254,7 @@ impl Token {
         if let [position] = positions {
             return position.to_string();
         }
-        let order = order(channels);
-        let mut epochs: Vec<Epoch> = positions.iter().map(|position| position.epoch).collect();
-        epochs.sort_unstable();
-        epochs.dedup();
-        let mut out = vec![TOKEN_VERSION];
-        put_varint(&mut out, channels.len() as u64);
-        out.extend_from_slice(&hash(channels, &order).to_le_bytes());
-        put_varint(&mut out, epochs.len() as u64);
-        for epoch in &epochs {
-            out.extend_from_slice(&epoch.0.to_le_bytes()[..5]);
-        }
-        for at in order {
-            let position = positions[at];
-            if epochs.len() > 1 {
-                // Present, for the line above collected it.
-                put_varint(&mut out, epochs.partition_point(|epoch| *epoch < position.epoch) as u64);
-            }
-            put_varint(&mut out, position.offset);
-        }
-        let mut text = String::with_capacity(1 + out.len().div_ceil(3) * 4);
-        text.push('w');
-        BASE64.encode_string(out, &mut text);
-        text
+        Names::new(channels).token(|at| positions[at])
     }
 
     fn decode(text: &str) -> Result<Self, Malformed> {
@@ -310,6 +296,42 @@ impl Token {
             starts[at] = Start::After(*position);
         }
         Some(starts)
+    }
+}
+
+// === impl Names ===
+
+impl Names {
+    pub fn new(channels: &[Channel]) -> Self {
+        let order = order(channels);
+        Names { hash: hash(channels, &order), order: order.into() }
+    }
+
+    /// The token of these channels, each at the position that `at` says for its index.
+    pub fn token(&self, at: impl Fn(usize) -> Position) -> String {
+        let mut epochs: Vec<Epoch> = self.order.iter().map(|index| at(*index).epoch).collect();
+        epochs.sort_unstable();
+        epochs.dedup();
+        let mut out = Vec::with_capacity(16 + epochs.len() * 5 + self.order.len() * 6);
+        out.push(TOKEN_VERSION);
+        put_varint(&mut out, self.order.len() as u64);
+        out.extend_from_slice(&self.hash.to_le_bytes());
+        put_varint(&mut out, epochs.len() as u64);
+        for epoch in &epochs {
+            out.extend_from_slice(&epoch.0.to_le_bytes()[..5]);
+        }
+        for index in &self.order {
+            let position = at(*index);
+            if epochs.len() > 1 {
+                // Present, for the lines above collected it.
+                put_varint(&mut out, epochs.partition_point(|epoch| *epoch < position.epoch) as u64);
+            }
+            put_varint(&mut out, position.offset);
+        }
+        let mut text = String::with_capacity(1 + out.len().div_ceil(3) * 4);
+        text.push('w');
+        BASE64.encode_string(out, &mut text);
+        text
     }
 }
 

@@ -342,7 +342,9 @@ async fn drive_h2(
     let service = service_fn(move |request| {
         // Requests outlive the call: each runs in a task.
         let (client, desk) = (client.clone(), own.clone());
-        async move { call(&client, &desk, request).await }
+        // Boxed, for hyper keeps the room of this future as long as the stream lives: kilobytes, where its body has a
+        // few hundred bytes.
+        Box::pin(async move { call(&client, &desk, request).await })
     });
     let mut connection = pin!(inner.h2.serve_connection(io, service));
     std::future::poll_fn(|cx| {

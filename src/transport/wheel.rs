@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 use tokio::time::Instant;
 
@@ -31,8 +31,10 @@ pub struct Wheel {
     drained: AtomicU32,
     /// Seats that may still be called; what the drain paces.
     seats: AtomicUsize,
-    buckets: [Mutex<Slab<Seat>>; BUCKETS as usize],
+    buckets: [Bucket; BUCKETS as usize],
 }
+
+struct Bucket(Mutex<Slab<Seat>>);
 
 struct Seat {
     due: u32,
@@ -70,7 +72,7 @@ impl Wheel {
             drain: AtomicU32::new(0),
             drained: AtomicU32::new(0),
             seats: AtomicUsize::new(0),
-            buckets: std::array::from_fn(|_| Mutex::new(Slab::new())),
+            buckets: std::array::from_fn(|_| Bucket(Mutex::new(Slab::new()))),
         });
         tokio::spawn(turn(Arc::downgrade(&wheel)));
         wheel
@@ -180,6 +182,24 @@ async fn turn(wheel: Weak<Wheel>) {
     }
 }
 
+// === impl Bucket ===
+
+impl Bucket {
+    fn lock(&self) -> MutexGuard<'_, Slab<Seat>> {
+        self.0.lock()
+    }
+
+    /// Gives the room back with the last seat: timers walk round the wheel, and would else leave it in every bucket.
+    fn remove(&self, key: u32) -> Option<Seat> {
+        let mut seats = self.lock();
+        let seat = seats.try_remove(key as usize);
+        if seats.is_empty() {
+            *seats = Slab::new();
+        }
+        seat
+    }
+}
+
 // === impl Timer ===
 
 impl Timer {
@@ -198,8 +218,7 @@ impl Timer {
         let bucket = (due % BUCKETS) as u8;
         self.due = due;
         if bucket != self.bucket {
-            let seat = self.wheel.buckets[self.bucket as usize].lock().try_remove(self.key as usize);
-            let Some(seat) = seat else { return };
+            let Some(seat) = self.wheel.buckets[self.bucket as usize].remove(self.key) else { return };
             self.key = self.wheel.buckets[bucket as usize].lock().insert(seat) as u32;
             self.bucket = bucket;
         }
@@ -255,12 +274,7 @@ impl Timer {
 
 impl Drop for Timer {
     fn drop(&mut self) {
-        let mut bucket = self.wheel.buckets[self.bucket as usize].lock();
-        bucket.try_remove(self.key as usize);
-        if bucket.is_empty() {
-            bucket.shrink_to_fit();
-        }
-        drop(bucket);
+        self.wheel.buckets[self.bucket as usize].remove(self.key);
         self.wheel.seats.fetch_sub(1, Relaxed);
     }
 }

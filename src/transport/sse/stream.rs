@@ -15,7 +15,7 @@ use crate::{
     error::Code,
     event::Channel,
     metrics::{Connected, Transport},
-    position::{Position, Token},
+    position::{Names, Position},
     transport::{
         egress::Egress,
         takeover::Framing,
@@ -42,7 +42,10 @@ pub(super) enum Ids {
 
 /// One reader's subscriptions, and all that is said to it beside events.
 pub(super) struct Stream {
+    /// In slots counted from 0, and none ever leaves.
     subs: Subscriptions,
+    /// Of several channels, for their token.
+    names: Option<Box<Names>>,
     sse: Arc<Sse>,
     timer: Timer,
     connected: Connected,
@@ -93,6 +96,7 @@ impl Stream {
             beat: timer.now() + Wheel::ticks(beat),
             told_at: timer.now(),
             told: 0,
+            names: None,
             subs,
             timer,
             events: 0,
@@ -105,6 +109,10 @@ impl Stream {
             ended: false,
             sse,
         };
+        if stream.subs.len() > 1 {
+            let channels: Vec<Channel> = stream.places().map(|(channel, _)| channel.clone()).collect();
+            stream.names = Some(Box::new(Names::new(&channels)));
+        }
         let id = stream.tell();
         let mut first = vec![frame::opening(stream.retry_ms, &id, stream.places())];
         for gap in gaps {
@@ -253,9 +261,11 @@ impl Stream {
     }
 
     fn id(&self) -> String {
-        let (channels, positions): (Vec<Channel>, Vec<Position>) =
-            self.places().map(|(channel, position)| (channel.clone(), position)).unzip();
-        Token::encode(&channels, &positions)
+        let position = |at: usize| self.subs.position(at as u32).unwrap_or(Position::absent(0));
+        match &self.names {
+            None => position(0).to_string(),
+            Some(names) => names.token(position),
+        }
     }
 
     fn places(&self) -> impl Iterator<Item = (&Channel, Position)> {
