@@ -101,13 +101,8 @@ impl Door {
                 }
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
-                // Unwind safety: what a handler shares is behind locks that do not poison, and it is gone otherwise.
                 // Pinned where it is: these futures are large, and would be moved twice.
-                let answering = std::pin::pin!(self.route(head, Body::new(body)));
-                let mut answer = match AssertUnwindSafe(answering).catch_unwind().await {
-                    Ok(answer) => answer,
-                    Err(panic) => Error::internal(cause(&*panic)).into_response(),
-                };
+                let mut answer = caught(std::pin::pin!(self.route(head, Body::new(body)))).await;
                 if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
                     answer = not_allowed(&answer, &method);
                     if let Some(asked) = preflight {
@@ -180,6 +175,15 @@ async fn not_found(uri: Uri) -> Error {
     Error::new(Code::NotFound, format!("there is no {}; GET /openapi.json lists what there is", uri.path()))
 }
 
+/// The answer, or `internal` if the handler panics.
+async fn caught(answering: impl Future<Output = Response>) -> Response {
+    // Unwind safety: what a handler shares is behind locks that do not poison, and the rest is gone.
+    match AssertUnwindSafe(answering).catch_unwind().await {
+        Ok(answer) => answer,
+        Err(panic) => Error::internal(cause(&*panic)).into_response(),
+    }
+}
+
 fn cause(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     format!("panic: {}", text.unwrap_or("without a message"))
@@ -217,4 +221,19 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
 /// `GET /`: a page to try weir with.
 async fn page() -> Html<&'static str> {
     Html(include_str!("http/page.html"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer_that_tells_nothing() {
+        let answer = caught(async { panic!("the secret is {}", 42) }).await;
+        assert_eq!(answer.status(), 500);
+        let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(problem["code"], "internal");
+        assert!(problem["id"].is_string() && !problem.to_string().contains("secret"), "{problem}");
+    }
 }

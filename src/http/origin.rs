@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use axum::http::{HeaderMap, HeaderValue, Method, request::Parts};
+use axum::http::{HeaderMap, HeaderValue, Method, Version, request::Parts};
 use http::header;
 
 use crate::{
@@ -44,15 +44,16 @@ pub enum Page {
 impl Origins {
     /// Refuses requests that reached this machine under a name that is not its own.
     pub fn check_host(&self, head: &Parts) -> Result<()> {
-        if !self.loopback {
-            return Ok(());
-        }
         let host = match (head.uri.authority(), head.headers.get(header::HOST)) {
             (Some(authority), _) => authority.as_str(),
             (None, Some(host)) => host.to_str().unwrap_or_default(),
-            // HTTP/1.0. No browser leaves it out.
-            (None, None) => return Ok(()),
+            // No browser leaves it out.
+            (None, None) if head.version < Version::HTTP_11 => return Ok(()),
+            (None, None) => return Err(Error::new(Code::InvalidRequest, "a request of HTTP/1.1 has a Host")),
         };
+        if !self.loopback {
+            return Ok(());
+        }
         // Nearly always one of these.
         let usual = host.strip_prefix("127.0.0.1").or_else(|| host.strip_prefix("localhost"));
         if usual.is_some_and(|rest| rest.is_empty() || rest.starts_with(':')) || is_this_machine(without_port(host)) {
@@ -68,7 +69,11 @@ impl Origins {
 
     /// Who is behind the request.
     pub fn page(&self, head: &Parts) -> Page {
-        let Some(value) = head.headers.get(header::ORIGIN) else { return Page::None };
+        let Some(value) = head.headers.get(header::ORIGIN) else {
+            // Images, links and frames send no Origin.
+            let site = head.headers.get("sec-fetch-site");
+            return if site.is_some_and(|site| site == "cross-site") { Page::Stranger } else { Page::None };
+        };
         let Ok(origin) = value.to_str() else { return Page::Stranger };
         // Sandboxed frames, files and redirects: anyone at all.
         if origin == "null" {
@@ -89,9 +94,14 @@ impl Origins {
         }
     }
 
-    /// Refuses what a page from elsewhere must not do here: write, or open a socket (which CORS does not cover).
+    /// Refuses what a page from elsewhere must not do here: write, move a consumer's cursor, or open a socket (which CORS
+    /// does not cover).
     pub fn check_page(&self, head: &Parts, page: &Page) -> Result<()> {
-        let writes = !matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let writes = match head.method {
+            Method::HEAD | Method::OPTIONS => false,
+            Method::GET => head.uri.query().is_some_and(|query| query.contains("consumer=")),
+            _ => true,
+        };
         let socket = head.headers.get(header::UPGRADE).is_some();
         match page {
             Page::Stranger if self.loopback && (writes || socket) => Err(Error::new(
@@ -217,6 +227,17 @@ mod tests {
         assert!(!check("DELETE", &[stranger]));
         assert!(!check("GET", &[stranger, ("upgrade", "websocket")]));
         assert!(check("POST", &[]));
+        let image = ("sec-fetch-site", "cross-site");
+        assert!(check("GET", &[image]));
+        assert!(!check("POST", &[image]));
+        assert!(check("POST", &[("sec-fetch-site", "same-origin")]));
         assert!(check("POST", &[("origin", "http://localhost:5173")]));
+        let poll = |site| {
+            let request = Request::get("/v1/events?channel=a&consumer=n&commit=auto").header("sec-fetch-site", site);
+            request.body(()).unwrap().into_parts().0
+        };
+        let allowed = |head: Parts| origins().check_page(&head, &origins().page(&head));
+        assert!(allowed(poll("cross-site")).is_err());
+        assert!(allowed(poll("same-site")).is_ok());
     }
 }

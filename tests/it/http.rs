@@ -151,6 +151,27 @@ async fn refused_publishes_place_nothing() {
 }
 
 #[tokio::test]
+async fn what_was_placed_before_a_failure_is_told() {
+    let weir = weir().await;
+    weir.post("/v1/events?channel=b&key=k", "1").await.expect(201);
+    let array =
+        r#"[{"channel":"a","data":1},{"channel":"b","key":"k","data":2},{"channel":"a","data":3},{"channel":"c"}]"#;
+    let problem = weir.post("/v1/events", array).await.refused("key_reused");
+    let placed = problem["placed"].as_array().unwrap();
+    assert_eq!((&placed[0]["offset"], &placed[2]["offset"]), (&json!(1), &json!(2)));
+    assert_eq!((&placed[1], &placed[3], placed.len()), (&json!(null), &json!(null), 4));
+    assert_eq!(weir.get("/v1/channels?channel=c").await.json()["top"], 0);
+}
+
+#[tokio::test]
+async fn a_full_memory_is_told_apart_from_a_bad_request() {
+    let weir = weir().with(|config| config.bus.memory.budget = 2_000).await;
+    let full = weir.post("/v1/events?channel=a", "x".repeat(10_000)).await;
+    assert_eq!(full.header("retry-after"), Some("2"));
+    assert_eq!(full.refused("overloaded")["executed"], "no");
+}
+
+#[tokio::test]
 async fn limits_of_a_publish_are_named() {
     let weir = weir().with(|config| (config.limits.publish_events, config.limits.publish_bytes) = (3, 1_000)).await;
     let events = |n: usize| format!("[{}]", vec![r#"{"channel":"a"}"#; n].join(","));
@@ -259,6 +280,8 @@ async fn a_consumer_s_life() {
     // Not committed: the same again, and no longer new.
     let again = poll(String::new()).await.json();
     assert_eq!((data(&again), &again["consumer"]), (vec![1, 2], &json!({"name": "mailer"})));
+    poll(String::new()).await.expect(200);
+    assert_eq!(weir.gateway().metrics.value("weir_consumer_repeats_total"), 1.0);
     let rest = poll(format!("&after={}", page["next"].as_str().unwrap())).await.json();
     assert_eq!(data(&rest), [3]);
     // An older token moves nothing back.

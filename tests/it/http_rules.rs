@@ -172,8 +172,10 @@ async fn names_of_this_machine() {
             assert_eq!(problem["permission"], "host");
         }
     }
-    // HTTP/1.0 need not say.
     let mut client = weir.client().await;
+    client.write("GET /health/live HTTP/1.1\r\n\r\n").await;
+    client.reply().await.refused("invalid_request");
+    // HTTP/1.0 need not say.
     client.write("GET /health/live HTTP/1.0\r\n\r\n").await;
     client.reply().await.expect(200);
 }
