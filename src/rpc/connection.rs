@@ -78,17 +78,25 @@ impl Connection {
 
     /// Cancels the calls in flight under `id`, which are answered as `cancelled`. Returns how many there were.
     pub fn cancel(&self, id: &[u8]) -> usize {
-        let cancelled: Vec<Live> = {
+        self.give_up(|call| call.tag.id() == id, &Error::new(Code::Cancelled, "cancelled by the caller"))
+    }
+
+    /// Ends all calls in flight, which are answered as `draining`: the node goes before their answers have come.
+    pub fn cut_off(&self) -> usize {
+        self.give_up(|_| true, &Error::new(Code::Draining, "this node left before the answer came"))
+    }
+
+    fn give_up(&self, which: impl Fn(&Live) -> bool, why: &Error) -> usize {
+        let given_up: Vec<Live> = {
             let mut live = self.conn.live.lock();
-            let found: Vec<usize> = live.iter().filter(|(_, call)| call.tag.id() == id).map(|(at, _)| at).collect();
+            let found: Vec<usize> = live.iter().filter(|(_, call)| which(call)).map(|(at, _)| at).collect();
             found.into_iter().map(|at| live.remove(at)).collect()
         };
-        let count = cancelled.len();
-        for call in cancelled {
+        let count = given_up.len();
+        for call in given_up {
             let executed = self.hub.abandon(&call);
-            let error = Error::new(Code::Cancelled, "cancelled by the caller").executed(executed);
-            self.hub.ended(&call, Outcome::Cancelled);
-            self.conn.peer.answer(&call.tag, Answer::Failed(error));
+            self.hub.ended(&call, outcome_of(why.code()));
+            self.conn.peer.answer(&call.tag, Answer::Failed(why.clone().executed(executed)));
         }
         count
     }

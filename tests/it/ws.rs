@@ -577,7 +577,10 @@ async fn a_call_that_does_not_finish_is_cut_off() {
     weir.leave();
     assert_eq!(provider.closed().await, (1012, "draining".into()));
     let answer = caller.next().await;
-    assert_eq!(answer["error"]["data"]["code"], "provider_gone", "{answer}");
+    // Whichever of the two is cut off first.
+    let code = answer["error"]["data"]["code"].as_str();
+    assert!(matches!(code, Some("provider_gone" | "draining")), "{answer}");
+    assert_eq!(answer["error"]["data"]["executed"], "maybe");
     assert_eq!(caller.closed().await.0, 1012);
     soon(weir.left()).await;
 }

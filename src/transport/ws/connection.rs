@@ -173,7 +173,12 @@ impl Socket {
         let stalled = self.ws.config.limits.stalled;
         if self.until != 0 && now >= self.until {
             match self.phase {
-                Phase::Leaving => self.close(Code::Draining),
+                Phase::Leaving => {
+                    if let Some(session) = &self.session {
+                        session.cut_off();
+                    }
+                    self.close(Code::Draining);
+                }
                 _ => return Err(Over),
             }
         }

@@ -368,6 +368,13 @@ impl Session {
         }
     }
 
+    /// What it still waits for is answered: the node goes.
+    pub fn cut_off(&self) {
+        if let Some(link) = &self.link {
+            link.cut_off();
+        }
+    }
+
     /// Whether nobody waits for this session, nor it for anybody.
     pub fn is_quiet(&self) -> bool {
         self.is_idle() && self.link.as_ref().is_none_or(Connection::is_idle)
