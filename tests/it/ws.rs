@@ -489,7 +489,7 @@ async fn dead_peers_are_evicted() {
 
 #[tokio::test]
 async fn who_does_not_read_is_closed_as_slow() {
-    let weir = weir().with(|config| config.limits.stalled = Duration::from_secs(1)).await;
+    let weir = weir().with(|config| config.limits.stalled = Duration::from_secs(4)).await;
     let mut slow = Socket::open(weir.address).await;
     slow.ok("weir.subscribe", json!({ "channels": ["big"] })).await;
     let mut tcp = slow.tcp();
