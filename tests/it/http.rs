@@ -365,6 +365,16 @@ async fn what_a_consumer_may_not() {
     weir.post("/v1/consumers/a%20b/commit", json!({"after": at}).to_string()).await.refused("invalid_params");
 }
 
+#[tokio::test]
+async fn consumers_are_bounded() {
+    let weir = weir().with(|config| (config.limits.consumers, config.limits.consumer_channels) = (1, 2)).await;
+    weir.get("/v1/events?channel=a&channel=b&consumer=one").await.expect(200);
+    weir.get("/v1/events?channel=c&consumer=one").await.refused("limit_reached");
+    weir.get("/v1/events?channel=a&consumer=two").await.refused("limit_reached");
+    weir.delete("/v1/consumers/one").await.expect(204);
+    weir.get("/v1/events?channel=a&consumer=two").await.expect(200);
+}
+
 // === operations ===
 
 #[tokio::test]

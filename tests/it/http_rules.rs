@@ -239,3 +239,14 @@ async fn leaving_answers_who_waits_and_closes_every_connection() {
     weir.left().await;
     assert!(connections.is_empty());
 }
+
+#[tokio::test]
+async fn heads_are_bounded() {
+    let weir = weir().await;
+    let header = weir.request("GET", "/health/live").header("x-long", &"x".repeat(20_000)).await;
+    assert_eq!(header.status, 431);
+    let path = weir.get(format!("/v1/events?_={}", "x".repeat(70_000))).await;
+    assert!(matches!(path.status, 414 | 431), "{}", path.status);
+    let many = (0..300).map(|n| format!("_{n}=1&")).collect::<String>();
+    weir.get(format!("/v1/events?{many}")).await.refused("invalid_params");
+}
