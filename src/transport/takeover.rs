@@ -94,6 +94,17 @@ impl Io {
     }
 }
 
+impl Io {
+    /// Whether `poll_read` is worth its while, for a task that has left its waker there already: one load of an atomic,
+    /// where `poll_read` takes a lock.
+    pub fn is_readable(&self) -> bool {
+        match self {
+            Io::Tcp(socket) => socket.try_io(Interest::READABLE, || Ok(())).is_ok(),
+            Io::Pipe(_) => true,
+        }
+    }
+}
+
 impl AsyncRead for Io {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {

@@ -128,7 +128,9 @@ impl Ws {
         let awaited = session.receive(std::str::from_utf8(body)) > 0;
         let mut answer = Vec::new();
         poll_fn(|cx| {
-            session.poll(cx);
+            if session.poll(cx) {
+                cx.waker().wake_by_ref();
+            }
             match outbox.poll_take(cx, &mut answer) {
                 Poll::Ready(Taken::Frames) => Poll::Ready(Ok(true)),
                 Poll::Ready(Taken::Close(_)) => {

@@ -67,6 +67,8 @@ pub struct Socket {
     until: u32,
     /// Something came since the last ping.
     heard: bool,
+    /// The socket has our waker for when something can be read.
+    listening: bool,
     phase: Phase,
     /// Read behind the request.
     early: Bytes,
@@ -113,6 +115,7 @@ impl Socket {
             blocked: 0,
             until: 0,
             heard: true,
+            listening: false,
             phase: Phase::Open,
             early: taken.early,
             delivered: Delivered::default(),
@@ -246,6 +249,9 @@ impl Socket {
             // It does not read what it asked for: it may not ask for more. The write wakes us.
             return Poll::Pending;
         }
+        if self.listening && !self.io.is_readable() {
+            return Poll::Pending;
+        }
         BUFFER.with(|kept| {
             let mut buffer = kept.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
             let read = self.poll_read_into(cx, &mut buffer);
@@ -257,7 +263,9 @@ impl Socket {
     fn poll_read_into(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Result<(), Over>> {
         if self.early.is_empty() {
             let mut read = ReadBuf::new(buffer);
-            let end = match ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)) {
+            let polled = Pin::new(&mut self.io).poll_read(cx, &mut read);
+            self.listening = polled.is_pending();
+            let end = match ready!(polled) {
                 Ok(()) => read.filled().is_empty(),
                 Err(_) => true,
             };
@@ -361,16 +369,19 @@ impl Socket {
             }
         };
         let Some(reader) = &mut session.reader else { return more };
+        if reader.poll_turn(cx).is_pending() {
+            return more;
+        }
         let text = self.out.len();
         while self.out.len() < text + TURN {
-            match reader.poll_next(cx) {
-                Poll::Pending => return more,
-                Poll::Ready(Shown::Events { bytes, count }) => {
+            match reader.take() {
+                None => return more,
+                Some(Shown::Events { bytes, count }) => {
                     self.delivered.events += u64::from(count);
                     self.delivered.bytes += bytes.len() as u64;
                     self.out.events.push(bytes);
                 }
-                Poll::Ready(Shown::Gap(gap)) => {
+                Some(Shown::Gap(gap)) => {
                     self.ws.metrics.gap(gap.reason.as_str());
                     let mut notice = Vec::new();
                     frame::text(&mut notice, |out| jsonrpc::notification(out, "weir.gap", &gap));
@@ -387,26 +398,26 @@ impl Socket {
             return Poll::Ready(over);
         }
         for _ in 0..TURNS {
-            let read = match self.poll_read(cx) {
+            let mut busy = match self.poll_read(cx) {
                 Poll::Ready(Err(over)) => return Poll::Ready(over),
                 read => read.is_ready(),
             };
             if let Some(session) = &mut self.session {
-                session.poll(cx);
+                busy |= session.poll(cx);
                 if self.phase == Phase::Leaving && session.is_quiet() {
                     self.close(Code::Draining);
                 }
             }
-            let wrote = match self.poll_write(cx) {
+            match self.poll_write(cx) {
                 Poll::Ready(Err(over)) => return Poll::Ready(over),
-                Poll::Ready(Ok(more)) => more,
-                Poll::Pending => false,
-            };
+                Poll::Ready(Ok(more)) => busy |= more,
+                Poll::Pending => {}
+            }
             if self.phase == Phase::Closed && self.out.is_empty() {
                 ready!(Pin::new(&mut self.io).poll_shutdown(cx)).ok();
                 return Poll::Ready(Over);
             }
-            if !read && !wrote {
+            if !busy {
                 return Poll::Pending;
             }
         }
@@ -564,5 +575,17 @@ impl Out {
         }
         // Nothing to do for TCP; TLS keeps what it encrypted until asked.
         Pin::new(io).poll_flush(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One per connection, and most of them are idle.
+    #[test]
+    fn a_socket_is_small() {
+        assert!(size_of::<Socket>() <= 480, "{}", size_of::<Socket>());
+        assert!(size_of::<Outbox>() <= 128, "{}", size_of::<Outbox>());
     }
 }

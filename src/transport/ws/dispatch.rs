@@ -95,6 +95,9 @@ enum Outcome {
     Answered,
 }
 
+/// Jobs that are finished before others have their turn: a bus in memory makes none of them wait.
+const TURN: usize = 64;
+
 const NULL: &[u8] = b"null";
 
 // === impl Session: messages ===
@@ -532,11 +535,18 @@ impl Session {
         self.work.as_ref().is_none_or(|work| work.len() == 0)
     }
 
-    /// Does what is queued, as far as it goes.
-    pub fn poll(&mut self, cx: &mut Context<'_>) {
-        while let Some(finished) = self.work.as_mut().and_then(|work| work.poll(cx)) {
+    /// Does a turn of what is queued, as far as it goes. True if there is more to do at once.
+    #[inline]
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        self.work.is_some() && self.poll_work(cx)
+    }
+
+    fn poll_work(&mut self, cx: &mut Context<'_>) -> bool {
+        for _ in 0..TURN {
+            let Some(finished) = self.work.as_mut().and_then(|work| work.poll(cx)) else { return false };
             self.finish(finished);
         }
+        true
     }
 
     /// Gives back what an idle connection does not need.

@@ -3,9 +3,15 @@
 //! The hub and other connections' tasks encode into its buffer directly: a call costs no allocation and no queue. The
 //! connection's task swaps the buffer for an empty one and writes all of it at once.
 
-use std::task::{Context, Poll, Waker};
+use std::{
+    sync::atomic::{
+        AtomicBool,
+        Ordering::{Acquire, Release},
+    },
+    task::{Context, Poll, Waker},
+};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 
 use super::{frame, jsonrpc};
@@ -25,6 +31,8 @@ pub struct Outbox {
     most: usize,
     /// Wrap each message into a WebSocket frame. (Over HTTP there is one message, and it is the body.)
     framed: bool,
+    /// The waker was used, or never left: the task has to look. Spares it the lock while it is busy with other things.
+    called: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -70,17 +78,20 @@ pub enum Taken {
 impl Outbox {
     /// Of a WebSocket; `most` is `limits.queued` in bytes.
     pub fn framed(most: usize) -> Self {
-        Outbox { most, framed: true, state: Mutex::default() }
+        Outbox { most, framed: true, called: AtomicBool::new(true), state: Mutex::default() }
     }
 
     /// For one answer.
     pub fn bare(most: usize) -> Self {
-        Outbox { most, framed: false, state: Mutex::default() }
+        Outbox { most, framed: false, called: AtomicBool::new(true), state: Mutex::default() }
     }
 
     /// Swaps what waits for the empty `into`. `Pending`: nothing waits, and the task will be woken.
     pub fn poll_take(&self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<Taken> {
         debug_assert!(into.is_empty());
+        if !self.called.load(Acquire) {
+            return Poll::Pending;
+        }
         let mut state = self.state.lock();
         if let End::Closing(code) = state.end {
             return Poll::Ready(Taken::Close(code));
@@ -93,6 +104,7 @@ impl Outbox {
         if state.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
             state.waker = Some(cx.waker().clone());
         }
+        self.called.store(false, Release);
         Poll::Pending
     }
 
@@ -212,11 +224,15 @@ impl Outbox {
         if state.bytes.len() + state.held > self.most * HARD {
             state.end(Code::Slow);
         }
-        let waker = state.waker.take();
+        self.wake(state);
+    }
+
+    /// Wakes the connection's task, unless it is awake.
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        let Some(waker) = state.waker.take() else { return };
+        self.called.store(true, Release);
         drop(state);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        waker.wake();
     }
 }
 
@@ -252,11 +268,7 @@ impl Peer for Outbox {
             jsonrpc::request(out, id, prefix, call.method, params, call.meta.as_ref());
         });
         state.calls += state.bytes.len() - before;
-        let waker = state.waker.take();
-        drop(state);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        self.wake(state);
         Written::Yes
     }
 

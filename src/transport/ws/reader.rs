@@ -124,10 +124,16 @@ impl Reader {
     }
 
     /// Begins the subscriptions whose answer is on its way by now.
+    #[inline]
     pub fn begin(&mut self, is_open: impl Fn(u32) -> bool) {
         if self.waiting.is_empty() {
             return;
         }
+        self.begin_waiting(is_open);
+    }
+
+    #[cold]
+    fn begin_waiting(&mut self, is_open: impl Fn(u32) -> bool) {
         let (open, done) = std::mem::take(&mut self.waiting).into_iter().partition(|waiting| is_open(waiting.batch));
         self.waiting = open;
         for Waiting { channel, watch, position, filter, .. } in done {
@@ -136,9 +142,14 @@ impl Reader {
         }
     }
 
-    /// What to write next.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Shown> {
-        self.subscriptions.poll_next(cx).map(|Delivery { item, .. }| match item {
+    /// Begins a turn: pending if there is nothing to [`take`](Self::take), and the task will be woken.
+    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.subscriptions.poll_turn(cx)
+    }
+
+    /// What to write next. After `None` the task will be woken.
+    pub fn take(&mut self) -> Option<Shown> {
+        self.subscriptions.take().map(|Delivery { item, .. }| match item {
             Item::Events { bytes, count } => Shown::Events { bytes, count },
             Item::Gap(gap) => Shown::Gap(gap),
         })
