@@ -46,10 +46,10 @@ impl Memory {
     fn place(&self, channel: &Channel, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
         self.topics.reserve(drafts.iter().map(Draft::size).sum())?;
         let (placed, parked) = self.topics.with(channel, |topic, ring| {
-            let before = ring.bytes();
+            let before = ring.memory();
             let now = self.topics.now();
             let placed = ring.append(channel, subject, drafts, topic.keep(), &self.topics.config().keys, now)?;
-            self.topics.account(before, ring.bytes());
+            self.topics.account(before, ring.memory());
             Ok((placed, ring.take_parked()))
         })?;
         parked.wake();
@@ -98,12 +98,12 @@ impl Memory {
             };
         };
         let mut ring = topic.lock();
-        let size = ring.bytes();
+        let size = ring.memory();
         match before {
             Some(before) => ring.trim_before(before)?,
             None => ring.delete(self.topics.now()),
         }
-        self.topics.account(size, ring.bytes());
+        self.topics.account(size, ring.memory());
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 use bytes::Bytes;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     event::{self, Channel, Event},
 };
 
@@ -52,6 +52,9 @@ impl fmt::Debug for Format {
     }
 }
 
+/// Most types of one filter. Every event is held against all of them, some under the lock of its channel.
+const MAX_TYPES: usize = 100;
+
 /// Events of these types only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
@@ -62,6 +65,9 @@ pub struct Filter {
 impl Filter {
     /// `None` for no types at all: everything passes.
     pub fn new<S: AsRef<str>>(kinds: &[S]) -> Result<Option<Self>> {
+        if kinds.len() > MAX_TYPES {
+            return Err(Error::params(format!("type: at most {MAX_TYPES}")));
+        }
         let json = |kind: &S| {
             event::label("type", kind.as_ref())?;
             let mut out = Vec::new();
@@ -74,5 +80,16 @@ impl Filter {
 
     pub fn matches(&self, event: &Event) -> bool {
         event.kind_json().is_some_and(|kind| self.kinds.iter().any(|wanted| **wanted == *kind.as_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_has_a_bound() {
+        assert!(Filter::new(&["t"; MAX_TYPES]).unwrap().is_some());
+        assert!(Filter::new(&["t"; MAX_TYPES + 1]).is_err());
     }
 }

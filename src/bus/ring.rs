@@ -30,8 +30,11 @@ const TURN_BYTES: usize = 16 * 1024;
 pub(super) const TURN_EVENTS: usize = 64;
 /// A filtered reader looks at most at so many events at once.
 const TURN_SCAN: usize = 512;
-/// Shared frames and batches that are remembered.
+/// Shared frames and batches that are remembered; of all but the newest, so many bytes at most.
 const FRAMES: usize = 16;
+const FRAME_BYTES: usize = 256 * 1024;
+/// What an idempotency key costs: its place in the table, which is at most half empty, and in the order.
+const KEY_COST: usize = 128;
 
 /// How much of a channel is kept. All three bounds hold, but that the newest event stays, whatever its size, until it
 /// is too old.
@@ -162,6 +165,11 @@ impl Ring {
     /// Memory of the events kept.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Memory of all that the budget has to know: the events, and the keys, which outlive them.
+    pub fn memory(&self) -> usize {
+        self.bytes + self.keys.as_ref().map_or(0, |keys| keys.order.len() * KEY_COST)
     }
 
     pub fn time(&self) -> Option<u64> {
@@ -519,8 +527,11 @@ impl Ring {
         let range = (from - self.first) as usize..=(to - self.first) as usize;
         let bytes = format.encode(channel, self.events.range(range));
         if self.readers > 1 {
-            if self.frames.len() == FRAMES {
-                self.frames.pop_front();
+            // The budget does not know of them: a channel of large events must not keep all of them twice.
+            let mut held: usize = self.frames.iter().map(|frame| frame.bytes.len()).sum();
+            while self.frames.len() == FRAMES || held > FRAME_BYTES {
+                let Some(oldest) = self.frames.pop_front() else { break };
+                held -= oldest.bytes.len();
             }
             self.frames.push_back(Frame { format: format.index, from, to, bytes: bytes.clone() });
         }
@@ -587,4 +598,35 @@ fn hash_key(subject: &str, key: &str) -> Key {
     use std::{hash::BuildHasher, sync::LazyLock};
     static STATE: LazyLock<foldhash::quality::RandomState> = LazyLock::new(Default::default);
     STATE.hash_one((subject, key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Data, Parts};
+
+    #[test]
+    fn frames_of_large_events_are_not_all_remembered() {
+        static TEXT: Format = Format {
+            index: 62,
+            open: |_| {},
+            event: |channel, event, out| event.write_json(channel, out),
+            close: |_| {},
+        };
+        let channel = Channel::parse("a").unwrap();
+        let keep = Keep { count: 100, age: Duration::from_secs(60), bytes: usize::MAX };
+        let keys = KeyLimits { window: Duration::ZERO, count: 0 };
+        let mut ring = Ring::new(0, None);
+        ring.join();
+        ring.join();
+        let text = "x".repeat(100_000);
+        let draft = || Draft::new(Parts { data: Data::Text(&text), ..Parts::default() }, 1_000_000).unwrap();
+        for offset in 1..=20 {
+            ring.append(&channel, "", vec![draft()], &keep, &keys, 1000).unwrap();
+            let frame = ring.frame(&channel, offset, offset, &TEXT);
+            assert_eq!(ring.frame(&channel, offset, offset, &TEXT).as_ptr(), frame.as_ptr(), "the newest is shared");
+            let held: usize = ring.frames.iter().map(|frame| frame.bytes.len()).sum();
+            assert!(held <= FRAME_BYTES + frame.len(), "{held}");
+        }
+    }
 }

@@ -80,7 +80,7 @@ pub struct Topics {
     hasher: foldhash::fast::RandomState,
     config: Config,
     clock: Clock,
-    /// Bytes of all rings and topics.
+    /// Bytes of all rings, their keys, and topics.
     used: AtomicUsize,
     /// The next shard to sweep.
     hand: AtomicUsize,
@@ -91,7 +91,10 @@ struct Shard {
     /// Indexed, so that a sweep and a sample cost no more than what they look at.
     topics: IndexMap<Channel, Arc<Topic>, foldhash::fast::RandomState>,
     ends: HashMap<u64, End, foldhash::fast::RandomState>,
-    order: VecDeque<u64>,
+    /// By age. Holds ends that are forgotten by now, at most as many again as there may be.
+    order: VecDeque<(u64, u64)>,
+    /// Ends so far.
+    ended: u64,
     /// From this second on, a channel that is neither here nor among `ends` is known to have had no log.
     horizon: u64,
 }
@@ -101,6 +104,8 @@ struct End {
     past: Past,
     /// From this second on there was no log.
     absent: u64,
+    /// Which end of the shard this is: tells it from one before of the same channel.
+    number: u64,
 }
 
 // === impl Clock ===
@@ -295,9 +300,9 @@ impl Topics {
         }
         let Some((_, topic)) = oldest else { return false };
         let mut ring = topic.lock();
-        let before = ring.bytes();
+        let before = ring.memory();
         ring.relieve();
-        self.account(before, ring.bytes());
+        self.account(before, ring.memory());
         true
     }
 
@@ -311,17 +316,17 @@ impl Topics {
         while at < shard.topics.len() {
             let topic = shard.topics[at].clone();
             let mut ring = topic.lock();
-            let before = ring.bytes();
+            let before = ring.memory();
             ring.trim(&topic.keep, now);
             ring.expire_keys(&self.config.keys, now);
             ring.cool();
-            self.account(before, ring.bytes());
+            self.account(before, ring.memory());
             let quiet = ring.time().is_none_or(|time| time + (LINGER.as_millis() as u64) < now);
             if ring.is_idle() && quiet {
                 ring.retired = true;
                 if let Some(past) = ring.past() {
                     let absent = ring.end(now);
-                    shard.remember(self.hasher.hash_one(&topic.channel), End { past, absent });
+                    shard.remember(self.hasher.hash_one(&topic.channel), past, absent);
                 }
                 shard.topics.swap_remove_index(at);
                 self.used.fetch_sub(TOPIC_COST, Relaxed);
@@ -339,15 +344,84 @@ impl Topics {
 // === impl Shard ===
 
 impl Shard {
-    fn remember(&mut self, hash: u64, end: End) {
-        if self.ends.insert(hash, end).is_none() {
-            self.order.push_back(hash);
-        }
-        while self.order.len() > ENDS {
-            // Whoever was given a position before this end can no longer be told what came after.
-            if let Some(end) = self.order.pop_front().and_then(|hash| self.ends.remove(&hash)) {
+    fn remember(&mut self, hash: u64, past: Past, absent: u64) {
+        self.ended += 1;
+        let number = self.ended;
+        self.ends.insert(hash, End { past, absent, number });
+        self.order.push_back((hash, number));
+        while self.ends.len() > ENDS {
+            let Some((hash, number)) = self.order.pop_front() else { break };
+            // A channel that came back since has no end, or another: that one is younger than its place here says.
+            if let Some(end) = self.ends.get(&hash).filter(|end| end.number == number) {
+                // Whoever was given a position before this end can no longer be told what came after.
                 self.horizon = self.horizon.max(end.absent);
+                self.ends.remove(&hash);
             }
         }
+        if self.order.len() > 2 * ENDS {
+            let ends = &self.ends;
+            self.order.retain(|(hash, number)| ends.get(hash).is_some_and(|end| end.number == *number));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        bus::log::Reason,
+        event::{Draft, Parts},
+        position::Epoch,
+    };
+
+    #[test]
+    fn the_budget_knows_of_keys_that_outlive_their_events() {
+        let keep = Keep { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 };
+        let config = Config {
+            rules: Vec::new(),
+            keep,
+            budget: 1 << 24,
+            keys: KeyLimits { window: Duration::from_secs(60), count: 1000 },
+            consumer_idle: Duration::from_secs(60),
+            max_consumers: 1,
+            max_cursors: 1,
+        };
+        let clock = Arc::new(AtomicU64::new(1_000_000));
+        let topics = Topics::new(config, Clock::Manual(clock.clone()));
+        let channel = Channel::parse("a").unwrap();
+        for n in 0..2000 {
+            let key = n.to_string();
+            let draft = Draft::new(Parts { key: Some(&key), ..Parts::default() }, 1000).unwrap();
+            topics.with(&channel, |_, ring| {
+                let before = ring.memory();
+                ring.append(&channel, "", vec![draft], &keep, &topics.config.keys, topics.now()).unwrap();
+                topics.account(before, ring.memory());
+            });
+        }
+        assert!(topics.used() > 1000 * 100, "{}", topics.used());
+        clock.fetch_add(200_000, Relaxed);
+        for _ in 0..SHARDS {
+            topics.sweep();
+        }
+        assert_eq!((topics.count(), topics.used()), (0, 0));
+    }
+
+    /// A channel that comes and goes for ever does not push out what is remembered of the others.
+    #[test]
+    fn ends_are_forgotten_by_age_and_not_by_the_restlessness_of_others() {
+        let mut shard = Shard::default();
+        let past = Past { epoch: Epoch::random(), top: 1, reason: Reason::Reset };
+        shard.remember(1, past, 1);
+        for n in 2..5 * ENDS as u64 {
+            shard.ends.remove(&2);
+            shard.remember(2, past, n);
+        }
+        assert_eq!((shard.ends.len(), shard.horizon), (2, 0));
+        assert!(shard.order.len() <= 2 * ENDS);
+        for n in 0..ENDS as u64 {
+            shard.remember(1_000 + n, past, 1_000_000);
+        }
+        // The two oldest went.
+        assert_eq!((shard.ends.len(), shard.horizon), (ENDS, 5 * ENDS as u64 - 1));
     }
 }
