@@ -151,7 +151,15 @@ impl Bus {
 
     /// Where a reader is who has seen everything.
     pub async fn head(&self, channel: &Channel) -> Result<Position> {
-        Ok(self.log.read(channel, Start::Now, Limit { events: 1, bytes: 0 }).await?.next)
+        Ok(self.locate(channel, Start::Now).await?.0)
+    }
+
+    /// The first position of `start`, and what is missing before it. Unlike a [watch](Self::watch), it does not put the
+    /// channel into use: it is for those who do not stay.
+    pub async fn locate(&self, channel: &Channel, start: Start) -> Result<(Position, Option<Gap>)> {
+        let page = self.log.read(channel, start, Limit { events: 1, bytes: 0 }).await?;
+        let before = |event: &Arc<Event>| Position { offset: event.offset - 1, ..event.position() };
+        Ok((page.events.first().map_or(page.next, before), page.gap))
     }
 
     /// Channels that have a log, by name.

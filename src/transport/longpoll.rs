@@ -239,7 +239,7 @@ impl Reading {
                 }
                 // Kept from the first poll on, or what is published between two polls from `now` would be lost.
                 None => {
-                    let at = bus.watch(std::slice::from_ref(channel)).await?[0].resolve(consumer.start).0;
+                    let at = bus.locate(channel, consumer.start).await?.0;
                     bus.seek(&consumer.name, channel, at).await?;
                     at
                 }
@@ -264,7 +264,7 @@ impl Reading {
             let at = match start {
                 Start::After(position) => position,
                 start => {
-                    let (at, gap) = bus.watch(std::slice::from_ref(channel)).await?[0].resolve(start);
+                    let (at, gap) = bus.locate(channel, start).await?;
                     answer.gaps.extend(gap);
                     at
                 }
@@ -320,12 +320,13 @@ impl Reading {
         for (watch, next) in bus.watch(&self.channels).await?.into_iter().zip(&answer.next) {
             slots.push(subscriptions.add(watch, Start::After(*next), None).slot);
         }
-        if draining.is_cancelled() {
+        // Asked once: a drain that began between two questions would be seen by neither.
+        let drained = draining.is_cancelled();
+        if drained {
             deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
         }
         let mut alarm = std::pin::pin!(tokio::time::sleep_until(deadline));
         let mut leaving = std::pin::pin!(draining.cancelled());
-        let drained = draining.is_cancelled();
         while !self.is_enough(answer) {
             tokio::select! {
                 biased;

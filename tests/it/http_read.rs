@@ -325,3 +325,20 @@ async fn who_waits_while_the_node_leaves_gets_an_empty_page() {
     assert!((Duration::from_millis(900)..Duration::from_secs(10)).contains(&started.elapsed()));
     assert_eq!(data(&weir.get("/v1/events?channel=a&wait=55s").await.json()), [1]);
 }
+
+#[tokio::test]
+async fn reading_puts_no_channel_into_use() {
+    let weir = weir().await;
+    for more in ["", "&after=now", "&last=3", "&consumer=c", "&consumer=d&start=now"] {
+        weir.get(format!("/v1/events?channel=a&channel=b{more}")).await.expect(200);
+    }
+    weir.post("/v1/consumers/c/seek", r#"{"channel":"e","after":"earliest"}"#).await.expect(204);
+    assert_eq!(weir.gateway().bus.topics().count(), 0);
+    // A consumer that began now begins there.
+    weir.publish("a", "1").await;
+    let page = weir.get("/v1/events?channel=a&consumer=d").await.json();
+    assert_eq!((data(&page), &page["gaps"]), (vec![1], &json!([])));
+    let page = weir.get("/v1/events?channel=a&consumer=f&start=now").await.json();
+    assert_eq!(data(&page), [] as [i64; 0]);
+    assert_eq!(data(&weir.get("/v1/events?channel=a&consumer=g&start=earliest").await.json()), [1]);
+}

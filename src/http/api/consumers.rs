@@ -124,7 +124,7 @@ pub async fn seek(
             longpoll::check_ahead(&gateway.bus, &channel, position).await?;
             position
         }
-        start => gateway.bus.watch(std::slice::from_ref(&channel)).await?[0].resolve(start).0,
+        start => gateway.bus.locate(&channel, start).await?.0,
     };
     gateway.bus.seek(&name, &channel, at).await?;
     Ok(StatusCode::NO_CONTENT)
