@@ -362,3 +362,45 @@ async fn only_what_was_asked_for_is_sent() {
     let silent = tokio::time::timeout(Duration::from_millis(200), socket.text()).await;
     assert!(silent.is_err(), "{silent:?}");
 }
+
+#[tokio::test]
+async fn many_pages_asked_for_at_once_wait_for_the_reader() {
+    let weir = weir().with(|config| config.limits.queued = 100_000).await;
+    weir.publish("a", &format!("{:?}", "x".repeat(90_000))).await;
+    let mut socket = Socket::open(weir.address).await;
+    for id in 0..40 {
+        socket
+            .feed(
+                json!({ "jsonrpc": "2.0", "id": id, "method": "weir.read", "params": { "channels": ["a"] } })
+                    .to_string(),
+            )
+            .await;
+    }
+    socket.flush().await;
+    for id in 0..40 {
+        assert_eq!(socket.next().await["id"], id);
+    }
+}
+
+#[tokio::test]
+async fn subscriptions_are_counted_when_their_turn_comes() {
+    let weir = weir().with(|config| config.limits.subscriptions = 2).await;
+    let mut socket = Socket::open(weir.address).await;
+    let asked =
+        [("subscribe", ["a", "b"]), ("unsubscribe", ["a", "x"]), ("subscribe", ["b", "c"]), ("subscribe", ["c", "d"])];
+    for (method, channels) in asked {
+        let method = format!("weir.{method}");
+        socket
+            .feed(
+                json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": { "channels": channels } }).to_string(),
+            )
+            .await;
+    }
+    socket.flush().await;
+    for _ in 0..3 {
+        let answer = socket.next().await;
+        assert!(answer["result"].is_object(), "{answer}");
+    }
+    assert_eq!(socket.next().await["error"]["data"]["limit"], "limits.subscriptions");
+    assert_eq!(weir.gateway().bus.topics().readers(), 2);
+}

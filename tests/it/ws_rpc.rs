@@ -448,3 +448,22 @@ async fn who_hangs_up_cancels() {
     let request = provider.request().await;
     assert_eq!(provider.notice("weir.cancel").await["id"], request["id"]);
 }
+
+#[tokio::test]
+async fn a_late_reply_is_not_taken_for_the_answer_over_http() {
+    let (weir, mut provider, _) = pair().await;
+    let answers = weir.post(
+        "/v1/rpc",
+        r#"[{"jsonrpc":"2.0","id":1,"method":"weir.call","params":{"service":"s","method":"m","timeout":"30ms","late":true}},
+            {"jsonrpc":"2.0","id":2,"method":"s/n"}]"#,
+    );
+    let provide = async {
+        let (late, other) = (provider.request().await, provider.request().await);
+        eventually("one is overdue", || weir.gateway().hub.counts().late == 1).await;
+        provider.reply(&late, json!("late")).await;
+        provider.quiet().await;
+        provider.reply(&other, json!("other")).await;
+    };
+    let (answers, ()) = tokio::join!(async { answers.await.expect(200).json() }, provide);
+    assert_eq!((&answers[0]["error"]["code"], &answers[1]["result"]), (&json!(-32023), &json!("other")), "{answers}");
+}

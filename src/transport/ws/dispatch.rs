@@ -457,16 +457,9 @@ impl Session {
         if let Some(error) = refused {
             return Err(error.with("channels", names));
         }
-        let most = self.ws.config.limits.subscriptions;
-        let have = self.reader.as_ref().map_or(0, |reader| reader.len());
-        let new = match &self.reader {
-            Some(reader) => wanted.iter().filter(|wanted| !reader.has(&wanted.channel)).count(),
-            None => wanted.len(),
-        };
-        if have + new > most {
-            let detail = format!("{have} channels and {new} more, limits.subscriptions is {most}");
-            return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.subscriptions"));
-        }
+        // What is too much in any case puts no channel into use. The rest is counted when its turn comes: requests before
+        // this one may still wait for theirs.
+        self.has_room(wanted.len(), 0)?;
         let ws = self.ws.clone();
         let work = async move {
             let channels: Vec<Channel> = wanted.iter().map(|wanted| wanted.channel.clone()).collect();
@@ -476,9 +469,36 @@ impl Session {
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: false })
     }
 
+    /// Whether `new` channels may be subscribed to beside `have`.
+    fn has_room(&self, new: usize, have: usize) -> Result<()> {
+        let most = self.ws.config.limits.subscriptions;
+        if have + new <= most {
+            return Ok(());
+        }
+        let detail = format!("{have} channels and {new} more, limits.subscriptions is {most}");
+        Err(Error::new(Code::LimitReached, detail).with("limit", "limits.subscriptions"))
+    }
+
     /// Subscribes by the URL, before anything is read.
     pub fn read_at_once(&mut self, begun: Vec<(Wanted, Watch)>) {
-        self.finish(Finished { to: None, done: Ok(Done::Subscribe(begun)) });
+        self.begin(None, begun);
+    }
+
+    fn begin(&mut self, to: Option<&Tag>, list: Vec<(Wanted, Watch)>) {
+        let batch = to.map_or(0, |to| to.note);
+        let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
+        let reader = self.reader.get_or_insert_with(|| Box::new(Reader::new(gauge.clone())));
+        let begun: Vec<_> = list.into_iter().map(|(wanted, watch)| reader.subscribe(wanted, watch, batch)).collect();
+        for gap in begun.iter().filter_map(|begun| begun.gap.as_ref()) {
+            self.ws.metrics.gap(gap.reason.as_str());
+            if to.is_none() {
+                self.outbox.send(|out| jsonrpc::notification(out, "weir.gap", gap));
+            }
+        }
+        if let Some(to) = to {
+            let answer = serde_json::json!({ "channels": begun });
+            self.outbox.answer(to, |out| jsonrpc::result_of(out, to.id(), &answer));
+        }
     }
 
     fn unsubscribe(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
@@ -543,6 +563,11 @@ impl Session {
 
     fn poll_work(&mut self, cx: &mut Context<'_>) -> bool {
         for _ in 0..TURN {
+            // A client that asks for many pages at once would else be taken for one that does not read them. The write
+            // wakes us.
+            if self.outbox.is_behind() {
+                return false;
+            }
             let Some(finished) = self.work.as_mut().and_then(|work| work.poll(cx)) else { return false };
             self.finish(finished);
         }
@@ -565,20 +590,12 @@ impl Session {
                 }
             }
             Ok(Done::Subscribe(list)) => {
-                let batch = to.as_ref().map_or(0, |to| to.note);
-                let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
-                let reader = self.reader.get_or_insert_with(|| Box::new(Reader::new(gauge.clone())));
-                let begun: Vec<_> =
-                    list.into_iter().map(|(wanted, watch)| reader.subscribe(wanted, watch, batch)).collect();
-                for gap in begun.iter().filter_map(|begun| begun.gap.as_ref()) {
-                    self.ws.metrics.gap(gap.reason.as_str());
-                    if to.is_none() {
-                        outbox.send(|out| jsonrpc::notification(out, "weir.gap", gap));
-                    }
-                }
-                if let Some(to) = &to {
-                    let answer = serde_json::json!({ "channels": begun });
-                    outbox.answer(to, |out| jsonrpc::result_of(out, to.id(), &answer));
+                let reader = self.reader.as_deref();
+                let is_new = |channel| reader.is_none_or(|reader| !reader.has(channel));
+                let new = list.iter().filter(|(wanted, _)| is_new(&wanted.channel)).count();
+                match self.has_room(new, reader.map_or(0, Reader::len)) {
+                    Ok(()) => self.begin(to.as_ref(), list),
+                    Err(error) => refuse(outbox, to.as_ref(), &error),
                 }
             }
             Ok(Done::Unsubscribe(mut channels)) => {

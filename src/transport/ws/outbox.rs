@@ -122,6 +122,13 @@ impl Outbox {
         state.bytes.len() - state.calls + state.held >= self.most
     }
 
+    /// Whether so many answers wait to be written that no more should be made. Parts of a batch do not count: it is
+    /// written when it is complete, and would never be.
+    pub fn is_behind(&self) -> bool {
+        let state = self.state.lock();
+        state.bytes.len() - state.calls >= self.most
+    }
+
     /// Gives back what an idle connection does not need.
     pub fn relax(&self) {
         let mut state = self.state.lock();
@@ -151,6 +158,10 @@ impl Outbox {
 
     /// Appends one message of weir's own accord.
     pub fn send(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        // Over HTTP the first message is the answer: a late reply must not be taken for it.
+        if !self.framed {
+            return;
+        }
         self.change(|state| self.message(&mut state.bytes, write));
     }
 

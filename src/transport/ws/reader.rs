@@ -84,10 +84,13 @@ impl Reader {
     pub fn subscribe(&mut self, wanted: Wanted, watch: Watch, batch: u32) -> Begun {
         let Wanted { channel, start, filter } = wanted;
         let filter = filter.map(Arc::new);
-        let (position, gap) = match self.places.get(&channel).copied() {
+        let place = self.places.get(&channel).copied();
+        if place == Some(WAITING) {
+            // In the same batch twice: the later counts.
+            self.waiting.retain(|waiting| waiting.channel != channel);
+        }
+        let (position, gap) = match place {
             None | Some(WAITING) => {
-                // In the same batch twice: the later counts.
-                self.waiting.retain(|waiting| waiting.channel != channel);
                 let (position, gap) = watch.resolve(start.unwrap_or(Start::Now));
                 let slot = if batch == 0 {
                     self.subscriptions.add(watch, Start::After(position), filter).slot
