@@ -11,9 +11,9 @@ use std::{
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
-    Answer, Call, Hub, Provide, ServiceInfo,
+    Answer, Call, Hub, Provide,
     pending::{CallId, Conn, Live, Registration, Tag},
-    route::{busy, outcome_of},
+    route::busy,
     services::{New, Request, Service},
 };
 use crate::{
@@ -66,7 +66,7 @@ impl Connection {
     /// is its own affair, and an error under that id would be taken for the answer of the first.
     pub fn call(&self, to: Tag, call: &Call<'_>) {
         if let Err((to, error)) = self.enter(to, call) {
-            self.hub.metrics.call_ended(outcome_of(error.code()), None);
+            self.hub.metrics.call_ended(error.code().into(), None);
             self.conn.peer.answer(&to, Answer::Failed(error));
         }
     }
@@ -95,7 +95,7 @@ impl Connection {
         let count = given_up.len();
         for call in given_up {
             let executed = self.hub.abandon(&call);
-            self.hub.ended(&call, outcome_of(why.code()));
+            self.hub.ended(&call, why.code().into());
             self.conn.peer.answer(&call.tag, Answer::Failed(why.clone().executed(executed)));
         }
         count
@@ -175,11 +175,6 @@ impl Connection {
     /// Whether it provides a service besides this one.
     pub fn provides_other(&self, service: &str) -> bool {
         self.conn.provides.lock().iter().any(|(_, mine)| *mine.service.name != *service)
-    }
-
-    /// See [`Hub::services`].
-    pub fn services(&self, prefix: &str, limit: usize) -> Vec<ServiceInfo> {
-        self.hub.services(prefix, limit)
     }
 
     fn enter(&self, mut tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
@@ -416,7 +411,7 @@ impl Hub {
         if timeout < Duration::from_millis(1) {
             return Err(Error::params("a timeout is at least 1ms"));
         }
-        Ok(timeout.as_millis() as u32)
+        Ok(u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX))
     }
 
     fn check_provide(&self, ask: &Provide<'_>) -> Result<()> {

@@ -95,8 +95,9 @@ impl Hub {
                 return;
             }
             let mut state = service.state.lock();
+            let mut left = After::default();
             if let Some((index, seq)) = entry
-                && !state.take_back(index, seq)
+                && !state.take_back(index, seq, &mut left)
             {
                 // Answered while it was being written: cancelled, overdue, or the provider was dropped.
                 return;
@@ -141,6 +142,7 @@ impl Hub {
             if let Some(removed) = removed {
                 self.removed(service, removed);
             }
+            self.after(service, left);
             if let Some((done, error)) = refused {
                 self.settle(&done, Answer::Failed(error));
             }
@@ -228,7 +230,7 @@ impl Hub {
             Overdue::Unprovided { full: false } => (no_provider(name), None),
         };
         let Some(live) = done.caller.take(done.live, done.seq) else { return };
-        self.ended(&live, outcome_of(error.code()));
+        self.ended(&live, error.code().into());
         if let Some((provider, id)) = late {
             let until = now + self.config.late_window.as_millis() as u64;
             let tag = live.late.then(|| live.tag.clone());
@@ -250,18 +252,6 @@ fn outcome(answer: &Answer<'_>) -> Outcome {
     match answer {
         Answer::Result(_) => Outcome::Ok,
         Answer::Error(_) => Outcome::ServiceError,
-        Answer::Failed(error) => outcome_of(error.code()),
-    }
-}
-
-pub(super) fn outcome_of(code: Code) -> Outcome {
-    match code {
-        Code::NoProvider => Outcome::NoProvider,
-        Code::Busy => Outcome::Busy,
-        Code::Timeout => Outcome::Timeout,
-        Code::ProviderGone => Outcome::ProviderGone,
-        Code::BadReply => Outcome::BadReply,
-        Code::Cancelled => Outcome::Cancelled,
-        _ => Outcome::Refused,
+        Answer::Failed(error) => error.code().into(),
     }
 }

@@ -183,12 +183,18 @@ impl State {
 
     /// Takes a call that could not be written from its provider, unless it was finished meanwhile. Before the lock is
     /// free again it has to be placed, wait or be removed.
-    pub fn take_back(&mut self, index: u32, seq: u64) -> bool {
-        let ours = self.entries.get(index as usize).is_some_and(|entry| entry.seq == seq);
-        if ours {
-            self.detach(index);
+    pub fn take_back(&mut self, index: u32, seq: u64, after: &mut After) -> bool {
+        let Some(entry) = self.entries.get(index as usize).filter(|entry| entry.seq == seq) else { return false };
+        let with = match entry.place {
+            Place::With { provider, .. } => Some(provider),
+            _ => None,
+        };
+        self.detach(index);
+        if let Some(provider) = with {
+            // It may have been withdrawn meanwhile, and waited only for this call.
+            self.close_if_done(provider, after);
         }
-        ours
+        true
     }
 
     pub fn place_at(&mut self, index: u32, provider: u32) -> Target {
@@ -458,7 +464,8 @@ impl<'a> Request<'a> {
     }
 
     pub fn bytes(&self) -> usize {
-        self.method.len() + self.params.map_or(0, |params| params.get().len()) + self.caller.len()
+        let params = self.params.map_or(0, |params| params.get().len());
+        self.method.len() + params + self.caller.len() + self.traceparent.map_or(0, str::len)
     }
 }
 

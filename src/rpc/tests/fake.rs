@@ -22,6 +22,8 @@ pub struct Fake {
     pub cancels: Mutex<Vec<CallId>>,
     pub withdrawn: Mutex<Vec<String>>,
     pub written: Mutex<Option<Written>>,
+    /// Happens once, while a call is being written.
+    pub meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +47,10 @@ pub struct World {
 
 impl Peer for Fake {
     fn call(&self, call: &Forward<'_>) -> Written {
+        let meanwhile = self.meanwhile.lock().take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
         let written = self.written.lock().unwrap_or(Written::Yes);
         if written == Written::Yes {
             let name = match call.names {

@@ -390,7 +390,7 @@ fn discovery() {
     let weir = info("weir", 1, 0, true, &["echo", "time"]);
     assert_eq!(world.hub.services("j", 10), [job.clone(), jwt.clone()]);
     assert_eq!(world.hub.services("", 10), [job.clone(), jwt, weir]);
-    assert_eq!(caller.hub.services("", 1), [job]);
+    assert_eq!(world.hub.services("", 1), [job]);
     assert_eq!(
         serde_json::to_string(&world.hub.services("job", 1)).unwrap(),
         r#"[{"service":"job","providers":1,"in_flight":0,"exclusive":true}]"#
@@ -432,4 +432,19 @@ async fn changes_wake_who_waits_for_them() {
     let changes = waiter.await.unwrap();
     assert_eq!(serde_json::to_string(&changes).unwrap(), r#"[{"service":"a","providers":1,"exclusive":false}]"#);
     assert_eq!(changes[0].kind, ChangeKind::Provided);
+}
+
+#[test]
+fn a_provider_that_is_withdrawn_while_its_last_call_cannot_be_written_is_gone() {
+    let world = World::new();
+    let (provider, caller) = (Arc::new(world.provider("a")), world.socket());
+    *provider.saw.written.lock() = Some(Written::Full);
+    let leaving = provider.clone();
+    *provider.saw.meanwhile.lock() = Some(Box::new(move || assert_eq!(leaving.hub.withdraw("a").unwrap(), 1)));
+    caller.call("1", "a/x");
+    assert!(provider.hub.is_idle(), "nobody waits for it any more");
+    world.pass(3 * SECOND);
+    assert_eq!(caller.answers(), ["1: no_provider no"]);
+    drop((provider, caller));
+    world.is_empty_after_a_minute();
 }
