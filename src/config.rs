@@ -55,6 +55,8 @@ macro_rules! part {
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
+/// The chunks of streams have six hexadecimal digits of size, and `format=data` makes seven bytes of the two of `\n`.
+const MAX_EVENT: usize = 4 * MIB;
 
 const fn seconds(n: u64) -> Duration {
     Duration::from_secs(n)
@@ -314,6 +316,11 @@ impl Config {
             limits.event <= limits.frame,
             "limits.event",
             "is more than limits.frame, so that no socket could publish it",
+        );
+        must(
+            limits.event <= MAX_EVENT,
+            "limits.event",
+            "must be at most 4MiB: as lines of a stream it may take several times as much, and a chunk has less than 16MiB",
         );
         must(limits.event <= limits.publish_bytes, "limits.event", "is more than limits.publish_bytes");
         must(limits.frame <= limits.queued, "limits.frame", "is more than limits.queued, so that no reply would fit");

@@ -164,3 +164,11 @@ match = "*"
     assert!(empty.channels.is_empty());
     assert_eq!(read(&empty.to_toml(true, &BTreeMap::new()), &[], &[]).unwrap().config, empty);
 }
+
+#[test]
+fn an_event_fits_a_chunk_of_a_stream() {
+    let with =
+        |event| read(&format!("limits = {{ event = \"{event}\", frame = \"6MiB\", queued = \"8MiB\" }}"), &[], &[]);
+    assert!(with("4MiB").is_ok());
+    assert!(with("5MiB").unwrap_err().contains("limits.event: must be at most 4MiB"));
+}

@@ -83,9 +83,9 @@ impl Wheel {
         self.now.load(Relaxed)
     }
 
-    /// `time` in ticks, rounded up; at least one.
+    /// `time` in ticks, rounded up; at least one, and so few that they can be added to any tick.
     pub fn ticks(time: Duration) -> u32 {
-        u32::try_from(time.as_millis().div_ceil(TICK.as_millis())).unwrap_or(u32::MAX / 2).max(1)
+        u32::try_from(time.as_millis().div_ceil(TICK.as_millis())).unwrap_or(u32::MAX).clamp(1, u32::MAX / 2)
     }
 
     /// The time from tick `since` to tick `now`.
@@ -338,6 +338,14 @@ mod tests {
         drop(timer);
         assert!(wheel.is_empty());
         assert!(wheel.buckets.iter().all(|bucket| bucket.lock().is_empty()));
+    }
+
+    #[test]
+    fn a_time_without_end_is_a_long_one() {
+        for years in [1, 20, 33, 100] {
+            let ticks = Wheel::ticks(Duration::from_secs(years * 365 * 24 * 60 * 60));
+            assert!(ticks > 126_000_000 && ticks.checked_add(u32::MAX / 2).is_some(), "{years}: {ticks}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

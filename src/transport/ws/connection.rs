@@ -451,7 +451,7 @@ impl Delivered {
 
 /// The tick that is `time` after `tick`.
 fn after(tick: u32, time: Duration) -> u32 {
-    tick + (time.as_millis().div_ceil(TICK.as_millis()) as u32).max(1)
+    tick + Wheel::ticks(time)
 }
 
 /// `base`, give or take a fifth.
