@@ -15,7 +15,7 @@ use crate::{
 
 mod incoming;
 
-pub use incoming::{Incoming, Text, unreadable};
+pub use incoming::{Incoming, Text, misread, parse, unreadable};
 
 /// Longest channel name, in bytes.
 pub const MAX_CHANNEL: usize = 255;

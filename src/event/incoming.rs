@@ -59,6 +59,27 @@ impl Incoming<'_> {
     }
 }
 
+/// Reads JSON; an error about a member names it.
+pub fn parse<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T> {
+    serde_json::from_str(json).map_err(|error| misread::<T>(json, &error))
+}
+
+/// What is wrong with `json`, which [`serde_json`] could not read as a `T`. It says what it met, but not as whose value.
+pub fn misread<'a, T: Deserialize<'a>>(json: &'a str, error: &serde_json::Error) -> Error {
+    let unreadable = unreadable(error);
+    if !error.is_data() {
+        return unreadable;
+    }
+    // A second time, with somebody who takes note of the way: nobody waits for that but who made the mistake.
+    let again = serde_path_to_error::deserialize::<_, T>(&mut serde_json::Deserializer::from_str(json));
+    let Some(path) = again.err().map(|error| error.path().to_string()) else { return unreadable };
+    let said = path
+        .rsplit('.')
+        .next()
+        .is_none_or(|name| name.is_empty() || unreadable.detail().contains(&format!("`{name}`")));
+    if said { unreadable } else { Error::params(format!("{path}: {}", unreadable.detail())) }
+}
+
 /// Tells JSON that is malformed (`parse_error`) from JSON that says the wrong thing (`invalid_params`).
 pub fn unreadable(error: &serde_json::Error) -> Error {
     let code = if error.is_data() { Code::InvalidParams } else { Code::ParseError };

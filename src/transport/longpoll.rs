@@ -108,7 +108,7 @@ impl Reading {
 
     /// From the params of `weir.read`: the same names, `channels` and `type` being lists.
     pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
-        let mut asked: Asked<'_> = serde_json::from_str(params).map_err(|error| crate::event::unreadable(&error))?;
+        let mut asked: Asked<'_> = crate::event::parse(params)?;
         let mut channels = Vec::new();
         for name in std::mem::take(&mut asked.channels) {
             let channel = Channel::parse(&name)?;

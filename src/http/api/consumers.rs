@@ -15,7 +15,7 @@ use crate::{
     auth::Identity,
     bus::{Consumer, Limit},
     error::{Code, Error, Result},
-    event::{Channel, unreadable},
+    event::{Channel, misread},
     http::{
         Gateway,
         extract::{declared, read_body},
@@ -225,7 +225,9 @@ async fn read<T: DeserializeOwned>(gateway: &Gateway, request: Request<Body>, ac
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, action)?;
     let body = read_body(body, MAX_BODY, "64 KiB", gateway.config.limits.body_time).await?;
-    Ok((name, serde_json::from_slice(&body).map_err(|error| unreadable(&error))?))
+    let text = std::str::from_utf8(&body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
+    let read = serde_json::from_str(text).map_err(|error| misread::<T>(text, &error))?;
+    Ok((name, read))
 }
 
 /// The name in `/v1/consumers/NAME`, before `action`.

@@ -20,7 +20,7 @@ use crate::{
     auth::Identity,
     bus::Placed,
     error::{Code, Error, Result},
-    event::{self, Channel, Data, Draft, Incoming, unreadable},
+    event::{self, Channel, Data, Draft, Incoming, misread, unreadable},
     http::{
         Gateway,
         extract::{declared, is_ndjson, read_body, text},
@@ -184,12 +184,17 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &G
     let mut events = Vec::new();
     if text.trim_ascii_start().starts_with('[') && !lines {
         let mut reader = serde_json::Deserializer::from_str(text);
-        events = reader.deserialize_seq(Events { most: limits.publish_events }).map_err(|error| unreadable(&error))?;
+        events = reader
+            .deserialize_seq(Events { most: limits.publish_events })
+            .map_err(|error| misread::<Vec<Incoming<'_>>>(text, &error))?;
         reader.end().map_err(|error| unreadable(&error))?;
     } else {
         let reader = serde_json::Deserializer::from_str(text).into_iter::<Incoming<'_>>();
         for event in reader {
-            let event = event.map_err(|error| unreadable(&error))?;
+            let event = event.map_err(|error| match events.len() {
+                0 => first(misread::<Incoming<'_>>(text, &error)),
+                _ => unreadable(&error),
+            })?;
             events.push(event);
             if events.len() > limits.publish_events {
                 break;
@@ -218,6 +223,15 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &G
     let draft =
         |(at, event): (usize, &Incoming<'_>)| event.draft(limits.event).map_err(|error| error.with("event", at));
     Ok(Publish::Many(events.iter().enumerate().map(draft).collect::<Result<_>>()?))
+}
+
+/// What is wrong with the first event, for whoever meant its data alone.
+fn first(error: Error) -> Error {
+    let detail = error.detail();
+    if !(detail.starts_with("unknown field") || detail.starts_with("missing field `channel`")) {
+        return error;
+    }
+    Error::params(format!("{detail}; with ?channel=NAME in the URL the body is the data, without it the whole event"))
 }
 
 /// The header and the member are the same thing; both may be given if they agree.

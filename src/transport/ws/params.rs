@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use crate::{
     bus::Filter,
     error::{Code, Error, Result},
-    event::{Channel, Incoming, Text, label, unreadable},
+    event::{Channel, Incoming, Text, label, misread, parse},
     position::{After, Start},
     transport::query::duration,
 };
@@ -30,7 +30,7 @@ pub fn object(params: Option<&RawValue>) -> Result<&str> {
 
 /// Reads the params of one method.
 pub fn read<'a, T: Deserialize<'a>>(params: Option<&'a RawValue>) -> Result<T> {
-    serde_json::from_str(object(params)?).map_err(|error| unreadable(&error))
+    parse(object(params)?)
 }
 
 #[derive(Debug, Deserialize)]
@@ -67,8 +67,8 @@ impl<'a> Publish<'a> {
             Err(not_one) => match serde_json::from_str::<Many<'_>>(text) {
                 Ok(many) => Ok(Publish::Many(many.events)),
                 // About whichever of the two was meant.
-                Err(not_many) if text.contains(r#""events""#) => Err(unreadable(&not_many)),
-                Err(_) => Err(unreadable(&not_one)),
+                Err(not_many) if text.contains(r#""events""#) => Err(misread::<Many<'_>>(text, &not_many)),
+                Err(_) => Err(misread::<Incoming<'_>>(text, &not_one)),
             },
         }
     }
@@ -344,6 +344,17 @@ mod tests {
         assert!(wanted(r#"{"channels":[{"channel":"a","afer":1}]}"#).unwrap_err().detail().contains("afer"));
         assert!(Publish::read(raw(r#"{"channel":"a","dta":1}"#)).unwrap_err().detail().contains("dta"));
         assert!(Publish::read(raw(r#"{"events":[{"dta":1}]}"#)).unwrap_err().detail().contains("dta"));
+    }
+
+    #[test]
+    fn what_is_malformed_is_named() {
+        let error = read::<Call<'_>>(raw(r#"{"service":"a","method":"b","timeout":5}"#)).unwrap_err();
+        assert!(error.detail().starts_with("timeout: "), "{error}");
+        assert!(wanted(r#"{"channels":"a"}"#).unwrap_err().detail().starts_with("channels: "));
+        let error = Publish::read(raw(r#"{"events":[{"channel":"a"},{"channel":1}]}"#)).unwrap_err();
+        assert!(error.detail().starts_with("events[1].channel: "), "{error}");
+        // What names its member already does not name it twice.
+        assert!(Publish::read(raw(r#"{"data":1}"#)).unwrap_err().detail().starts_with("missing field `channel`"));
     }
 
     #[test]
