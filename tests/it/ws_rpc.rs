@@ -366,10 +366,10 @@ async fn services_are_listed_and_their_changes_are_events() {
     let mut provider = Socket::open(weir.address).await;
     provider.ok("weir.provide", json!({ "service": "jwt", "methods": ["sign", "check"] })).await;
     let listed = watcher.ok("weir.services", json!({ "prefix": "j" })).await;
-    assert_eq!(listed[0]["service"], "jwt");
-    assert_eq!(listed[0]["methods"], json!(["check", "sign"]));
+    assert_eq!(listed["services"][0]["service"], "jwt");
+    assert_eq!(listed["services"][0]["methods"], json!(["check", "sign"]));
     let all = watcher.ok("weir.services", json!({})).await;
-    assert!(all.as_array().unwrap().iter().any(|service| service["service"] == "weir"));
+    assert!(all["services"].as_array().unwrap().iter().any(|service| service["service"] == "weir"));
     let event = watcher.notice("weir.event").await;
     assert_eq!((&event["channel"], &event["data"]["service"]), (&json!("$services"), &json!("jwt")));
     drop(provider);

@@ -132,9 +132,12 @@ impl Session {
 
     fn batch(&mut self, messages: &[&RawValue]) -> usize {
         let most = self.ws.config.limits.batch;
-        let detail = match messages.len() {
-            0 => "an empty array".to_owned(),
-            n if n > most => format!("a batch of {n} messages, limits.batch is {most}"),
+        let refused = |detail: String| Error::new(Code::InvalidRequest, detail);
+        let error = match messages.len() {
+            0 => refused("an empty array".to_owned()),
+            n if n > most => {
+                refused(format!("a batch of {n} messages, limits.batch is {most}")).with("limit", "limits.batch")
+            }
             _ => {
                 let messages: Vec<_> = messages.iter().map(|message| Message::read(message.get())).collect();
                 let answered = |message: &&Result<_, _>| {
@@ -146,7 +149,6 @@ impl Session {
                 return answers.min(1);
             }
         };
-        let error = Error::new(Code::InvalidRequest, detail).with("limit", "limits.batch");
         self.message(Err(Unusable { id: "null", error }), 0)
     }
 
@@ -227,7 +229,8 @@ impl Session {
                 let mut services = self.ws.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES);
                 // What one may not call is none of one's business.
                 services.retain(|info| self.identity.may_call(&info.service).is_ok());
-                Ok(json(&services))
+                // As over HTTP.
+                Ok(json(&serde_json::json!({ "services": services })))
             }
             "weir.subscribe" | "weir.unsubscribe" | "weir.provide" | "weir.withdraw" if self.held => Err(Error::new(
                 Code::MethodNotFound,
