@@ -1,8 +1,8 @@
 //! [`App`]: what one weir is made of, built in one direction and ended in one order.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde_json::value::to_raw_value;
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -77,7 +77,14 @@ impl App {
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));
         for (address, doors) in clients.chain(config.admin.listen.map(|address| (address, Doors::Operators))) {
-            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            let listener = TcpListener::bind(address).await.map_err(|error| {
+                let remedy = match error.kind() {
+                    io::ErrorKind::AddrInUse => ": is weir running already? --listen names another address",
+                    io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or CAP_NET_BIND_SERVICE",
+                    _ => "",
+                };
+                anyhow!("cannot listen on {address}: {error}{remedy}")
+            })?;
             let door = Door::new(gateway.clone(), address.ip().is_loopback(), doors);
             listeners.push((listener, Arc::new(door)));
         }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 
 use super::connect::Base;
-use crate::{config::Override, duration};
+use crate::{config::Override, duration, position::After};
 
 const ABOUT: &str =
     "One bus, three ways in: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
@@ -25,7 +25,7 @@ They end with 0 done, 1 failed, 2 wrong usage, 3 refused (4xx), 4 unavailable (5
 
 #[derive(Debug, Parser)]
 #[command(name = "weir", version, about = ABOUT, after_help = EXAMPLES)]
-#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true, max_term_width = 110)]
+#[command(args_conflicts_with_subcommands = true, max_term_width = 110)]
 pub struct Cli {
     #[command(flatten)]
     serve: Serve,
@@ -100,7 +100,7 @@ pub enum ClientCommand {
         #[command(flatten)]
         remote: Remote,
         channel: String,
-        /// JSON, or text that becomes a JSON string; `-` reads it from standard input
+        /// JSON, or text that becomes a JSON string; `-` reads it from standard input. Without it the event has no data
         data: Option<String>,
         /// Publish each line of standard input as an event of its own, as it comes
         #[arg(long, conflicts_with_all = ["data", "key"])]
@@ -127,7 +127,7 @@ pub enum ClientCommand {
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
         /// Begin after this position or token, or `earliest`
-        #[arg(long, value_name = "POSITION")]
+        #[arg(long, value_name = "POSITION", value_parser = position)]
         after: Option<String>,
         /// Only events of this type, repeatable
         #[arg(long = "type", value_name = "TYPE")]
@@ -346,6 +346,12 @@ A cancelled call ends it.
 
 After a lost connection it comes back. On the first Ctrl-C it finishes the calls it has and takes
 no more.";
+
+/// A stream that begins at something unreadable begins at `now`, and says so with a gap: a program can go on from
+/// there, but whoever typed it wants to hear it.
+fn position(text: &str) -> Result<String, String> {
+    text.parse::<After>().map(|_| text.to_owned()).map_err(|error| error.to_string())
+}
 
 // === impl Cli, Serve ===
 

@@ -10,7 +10,7 @@ use tokio::{
 };
 use tokio_rustls::{
     TlsConnector,
-    rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs, pki_types::ServerName},
+    rustls::{self, ClientConfig, RootCertStore, crypto::aws_lc_rs, pki_types::ServerName},
 };
 
 use super::{Failure, Target};
@@ -49,9 +49,17 @@ pub async fn connect(base: &Base) -> Result<Box<dyn Stream>, Failure> {
     let config = tls().map_err(|error| unreachable(&error))?;
     match timeout(CONNECT, TlsConnector::from(Arc::new(config)).connect(name, tcp)).await {
         Ok(Ok(stream)) => Ok(Box::new(stream)),
+        // What answers a greeting with words of its own is, as a rule, a node without TLS: weir has none.
+        Ok(Err(error)) if matches!(tls_error(&error), Some(rustls::Error::InvalidMessage(_))) => {
+            Err(unreachable(&"no TLS is spoken there: is it http://?"))
+        }
         Ok(Err(error)) => Err(unreachable(&error)),
         Err(_) => Err(unreachable(&"no TLS handshake within 10s")),
     }
+}
+
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
 }
 
 /// The certificates of this machine (`SSL_CERT_FILE` names others).

@@ -8,7 +8,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{Failure, Lenient, Target, client::Client, commands::PATIENCE, output::Output};
+use super::{Failure, Lenient, Target, client::Client, commands::PATIENCE, note, output::Output};
 
 /// Events of a request, and bytes beyond which none is added to it. Within the limits of a node that nobody changed.
 const BATCH: usize = 500;
@@ -43,6 +43,9 @@ pub async fn one(
     data: Option<&str>,
     out: &mut Output,
 ) -> Result<(), Failure> {
+    if data.is_some_and(|data| data.starts_with(['{', '[']) && matches!(Lenient::of(data), Lenient::Text(_))) {
+        note(format_args!("the data is not JSON: published as text"));
+    }
     let body = json(&label.event(key, data))?;
     if let Some(placed) = client.ask(Method::POST, &Target::new("/v1/events"), Some(body), PATIENCE).await? {
         out.json(&placed)?;

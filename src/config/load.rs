@@ -161,9 +161,12 @@ impl Found {
         match Toml::string(text).data() {
             Ok(data) => self.layer(data, source),
             Err(error) => {
-                // Its picture of the place takes several lines; a problem has one.
-                let reason: Vec<_> = error.to_string().lines().map(|line| line.trim().to_owned()).collect();
-                self.problem(key, Some(source), reason.join(" ").trim().to_owned());
+                // A problem has one line. Its picture of the place takes several, with a `|` before what is on them.
+                let picture =
+                    |line: &str| line.trim_start_matches(|c: char| c == ' ' || c.is_ascii_digit()).starts_with('|');
+                let reason = error.to_string();
+                let reason: Vec<_> = reason.lines().filter(|line| !picture(line)).map(str::trim).collect();
+                self.problem(key, Some(source), reason.join(": "));
             }
         }
     }

@@ -256,12 +256,18 @@ fn how_commands_fail() {
     let url = node.url.as_str();
     weir(url, &["publish", "$services", "1"]).fails(3, "forbidden");
     weir(url, &["read", "orders", "--after", "what?"]).fails(3, "invalid_position");
+    weir(url, &["tail", "orders", "--after", "what?"]).fails(2, "not a position");
     weir(url, &["tail", "orders", "--after", "earliest", "--last", "3"]).fails(2, "cannot be used with");
     weir(url, &["call", "weir/echo", "{oops"]).fails(2, "not JSON");
     weir(url, &["call", "echo"]).fails(2, "SERVICE/METHOD");
     weir(url, &["call", "nobody/there"]).fails(4, "no_provider");
     weir(url, &["call", "weir/echo", "--timeout", "5"]).fails(2, "5 of what? write 5s or 5ms");
     weir(url, &["frobnicate"]).fails(2, "unrecognized");
+    weir(&url.replace("http:", "https:"), &["services"]).fails(4, "no TLS is spoken there");
+    // Nothing failed, but a quote that the shell ate is worth a word.
+    let text = weir(url, &["publish", "orders", "{id:7}"]);
+    assert!(text.notes.contains("not JSON"), "{}", text.notes);
+    text.ok();
     weir("ftp://x", &["services"]).fails(2, "neither http nor https");
     let nowhere = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     for command in [&["services"][..], &["tail", "x"], &["provide", "x"]] {
@@ -418,7 +424,7 @@ fn settings_are_checked_and_shown() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = binary().args(["--listen", &taken.local_addr().unwrap().to_string()]).output().unwrap();
     assert_eq!(taken.status.code(), Some(1));
-    assert!(String::from_utf8(taken.stderr).unwrap().contains("in use"));
+    assert!(String::from_utf8(taken.stderr).unwrap().contains("in use (os error 98): is weir running already?"));
 }
 
 #[test]
