@@ -34,6 +34,8 @@ const TOPIC_COST: usize = 360;
 const ENDS: usize = 1024;
 /// An empty topic stays for so long, since who wrote once writes again.
 const LINGER: Duration = Duration::from_secs(60);
+/// Channels trimmed at most for one publish: some milliseconds of work.
+const RELIEFS: usize = 10_000;
 /// Topics looked at when the budget asks for the oldest event. As in Redis's approximate LRU: a few are enough.
 const SAMPLES: usize = 5;
 
@@ -262,7 +264,8 @@ impl Topics {
         let mut tries = 0;
         while self.used() + bytes > self.config.budget {
             tries += 1;
-            if tries > 1000 || !self.relieve() {
+            // What can never fit must not empty everybody's channels first.
+            if bytes > self.config.budget || tries > RELIEFS || !self.relieve() {
                 return Err(Error::new(
                     Code::Overloaded,
                     format!("bus.memory.budget of {} bytes is used up", self.config.budget),

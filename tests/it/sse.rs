@@ -146,7 +146,8 @@ async fn history_that_is_gone_is_announced() {
     let open = client.opening().await;
     let gap = client.next().await;
     let at = |offset| Position { offset, ..first }.to_string();
-    assert_eq!((open.id, gap.event.as_str(), &gap.id), (at(10), "weir.gap", &at(10)));
+    // Cut off between the two, it would come back with what it had, and hear of the gap then.
+    assert_eq!((open.id, gap.event.as_str(), &gap.id), (at(1), "weir.gap", &at(10)));
     assert_eq!(gap.json(), json!({"channel": "a", "reason": "trimmed", "after": at(1), "next": at(11), "missed": 9}));
     for n in 11..=20 {
         assert_eq!(client.next().await.json()["data"], n);

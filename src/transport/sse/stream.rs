@@ -113,11 +113,13 @@ impl Stream {
             let channels: Vec<Channel> = stream.places().map(|(channel, _)| channel.clone()).collect();
             stream.names = Some(Box::new(Names::new(&channels)));
         }
-        let id = stream.tell();
-        let mut first = vec![frame::opening(stream.retry_ms, &id, stream.places())];
-        for gap in gaps {
+        stream.tell();
+        // Until a gap has been told, ids lie before it: who is cut off in between shall hear of it the next time.
+        let opening = stream.id_before(&gaps);
+        let mut first = vec![frame::opening(stream.retry_ms, &opening, stream.places())];
+        for (told, gap) in gaps.iter().enumerate() {
             stream.sse.metrics.gap(gap.reason.as_str());
-            first.push(frame::gap(&id, &gap));
+            first.push(frame::gap(&stream.id_before(&gaps[told + 1..]), gap));
         }
         (stream, first)
     }
@@ -261,7 +263,16 @@ impl Stream {
     }
 
     fn id(&self) -> String {
-        let position = |at: usize| self.subs.position(at as u32).unwrap_or(Position::absent(0));
+        self.id_before(&[])
+    }
+
+    /// Where the reader is while it has not been told of `gaps`.
+    fn id_before(&self, gaps: &[Gap]) -> String {
+        let position = |at: usize| {
+            let channel = self.subs.channel(at as u32);
+            let untold = gaps.iter().find(|gap| Some(&gap.channel) == channel).and_then(|gap| gap.after);
+            untold.or(self.subs.position(at as u32)).unwrap_or(Position::absent(0))
+        };
         match &self.names {
             None => position(0).to_string(),
             Some(names) => names.token(position),
