@@ -433,7 +433,8 @@ async fn call(
             let framing = if version == Version::HTTP_11 { Framing::Chunked } else { Framing::UntilClose };
             *desk.take.lock() = Some((takeover, framing));
             desk.advance(HTTP, ARMED);
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            // No `Connection: close`, though it closes: under that header Node's fetch takes a connection that was cut
+            // for a stream that ended. A stream that does end says so with its last chunk.
             // The ordinary body goes here: it never ran.
             return Ok(response.map(|_| Reply::Never(desk.clone())));
         }

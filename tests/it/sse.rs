@@ -24,11 +24,12 @@ async fn a_stream_from_head_to_event() {
         "\r\ncache-control: no-store, no-transform\r\n",
         "\r\nx-accel-buffering: no\r\n",
         "\r\ntransfer-encoding: chunked\r\n",
-        "\r\nconnection: close\r\n",
         "\r\ndate: ",
     ] {
         assert!(head.contains(line), "{line:?} is not in {head}");
     }
+    // Some clients take a cut connection for a stream that ended, if it was going to close anyway.
+    assert!(!head.contains("connection: close"), "{head}");
     let open = client.opening().await;
     assert_eq!(open.id, before.to_string());
     assert_eq!(open.json(), json!({"channels": [{"channel": "orders", "position": before.to_string()}]}));

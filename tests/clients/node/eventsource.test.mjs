@@ -217,7 +217,7 @@ test("fetch-event-source", async t => {
       signal: control.signal,
       openWhenHidden: true,
       onmessage: message => (message.event === "weir.open" ? (stream.opens += 1) : stream.messages.push(message)),
-      // The recipe of proto-docs/sse.md. Node's fetch even takes a cut connection for a clean end, where a browser's does not.
+      // The recipe of proto-docs/sse.md.
       onclose() {
         throw new Error("again");
       },
@@ -239,9 +239,9 @@ test("fetch-event-source", async t => {
     assert.deepEqual(stream.messages.map(message => JSON.parse(message.data).data), [1]);
   });
 
-  await t.test("resumes after a cut", async t => {
+  await t.test("breaks: under `Connection: close` Node's fetch takes a cut for a clean end, so weir does not say it", async t => {
     const relay = await Relay.start(t, weir.port);
-    const stream = follow(t, `${relay.url}/v1/sse?channel=b`);
+    const stream = follow(t, `${relay.url}/v1/sse?channel=b`, { onclose: undefined }); // without the recipe
     await until("the opening", () => stream.opens === 1);
     await weir.publish("b", 1);
     relay.cut();
