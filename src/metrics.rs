@@ -9,12 +9,13 @@ mod repeats;
 
 use std::{
     hash::Hash,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use crate::error::Code;
 use registry::Registry;
-pub use registry::{By, Counter, Gauge, Held, Histogram, Label, Rare};
+pub use registry::{By, Counter, Gauge, Histogram, Label, Rare};
 use repeats::Repeats;
 
 macro_rules! label {
@@ -201,10 +202,10 @@ impl Metrics {
     }
 
     /// A connection that counts as open until what is returned is dropped.
-    pub fn connected(&self, transport: Transport) -> Connected {
+    pub fn connected(self: &Arc<Self>, transport: Transport) -> Connected {
         self.connections_accepted[transport].add(1);
-        let held = self.connections[transport].hold();
-        Connected { transport, reason: "error", closed: self.connections_closed.clone(), _held: held }
+        self.connections[transport].add(1);
+        Connected { metrics: self.clone(), transport, end: End::Error }
     }
 
     pub fn publish_failed(&self, code: Code) {
@@ -239,35 +240,51 @@ impl Default for Metrics {
 }
 
 /// One connection in the gauges. Dropped, it counts as closed for the reason last given, or else `error`.
+///
+/// Small: an idle stream is a few hundred bytes in all.
 #[derive(Debug)]
 #[must_use = "dropped, the connection counts as closed"]
 pub struct Connected {
+    metrics: Arc<Metrics>,
     transport: Transport,
-    reason: &'static str,
-    closed: Rare<2>,
-    _held: Held,
+    end: End,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Error,
+    Peer,
+    Done,
+    Because(Code),
 }
 
 impl Connected {
     /// The client left.
     pub fn peer(&mut self) {
-        self.reason = "peer";
+        self.end = End::Peer;
     }
 
     /// It ended as agreed: an answer complete, a connection that became something else.
     pub fn done(&mut self) {
-        self.reason = "done";
+        self.end = End::Done;
     }
 
     /// weir ended it.
     pub fn because(&mut self, code: Code) {
-        self.reason = code.as_str();
+        self.end = End::Because(code);
     }
 }
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        self.closed.of([self.transport.value(), self.reason]).add(1);
+        let reason = match self.end {
+            End::Error => "error",
+            End::Peer => "peer",
+            End::Done => "done",
+            End::Because(code) => code.as_str(),
+        };
+        self.metrics.connections[self.transport].add(-1);
+        self.metrics.connections_closed.of([self.transport.value(), reason]).add(1);
     }
 }
 
@@ -366,7 +383,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_given_back() {
-        let metrics = Metrics::new();
+        let metrics = Arc::new(Metrics::new());
         let mut one = metrics.connected(Transport::Ws);
         let other = metrics.connected(Transport::Ws);
         assert_eq!(metrics.value("weir_connections{transport=\"ws\"}") as u64, 2);

@@ -13,10 +13,6 @@ pub struct Counter(metrics::Counter);
 #[derive(Clone, Debug)]
 pub struct Gauge(metrics::Gauge);
 
-/// One that is counted in a [`Gauge`] until it is dropped.
-#[derive(Debug)]
-pub struct Held(Gauge);
-
 /// How long things took.
 #[derive(Clone, Debug)]
 pub struct Histogram(metrics::Histogram);
@@ -68,18 +64,6 @@ impl Gauge {
 
     pub fn set(&self, n: i64) {
         self.0.set(n as f64);
-    }
-
-    /// Counts one until what is returned is dropped.
-    pub fn hold(&self) -> Held {
-        self.add(1);
-        Held(self.clone())
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.add(-1);
     }
 }
 

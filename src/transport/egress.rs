@@ -23,7 +23,8 @@ pub struct Egress {
     /// The piece being written.
     front: Bytes,
     rest: VecDeque<Bytes>,
-    len: usize,
+    /// In 32 bits, as what is queued is bounded far below: an idle connection has little else.
+    len: u32,
     unflushed: bool,
 }
 
@@ -34,7 +35,7 @@ impl Egress {
 
     /// Bytes that wait.
     pub fn len(&self) -> usize {
-        self.len
+        self.len as usize
     }
 
     pub fn is_empty(&self) -> bool {
@@ -45,7 +46,7 @@ impl Egress {
         if piece.is_empty() {
             return;
         }
-        self.len += piece.len();
+        self.len += piece.len() as u32;
         if self.front.is_empty() {
             self.front = piece;
         } else {
@@ -57,7 +58,7 @@ impl Egress {
     pub fn pop(&mut self) -> Option<Bytes> {
         let next = self.rest.pop_front().unwrap_or_default();
         let piece = std::mem::replace(&mut self.front, next);
-        self.len -= piece.len();
+        self.len -= piece.len() as u32;
         self.tidy();
         (!piece.is_empty()).then_some(piece)
     }
@@ -96,7 +97,7 @@ impl Egress {
     }
 
     fn advance(&mut self, mut n: usize) {
-        self.len -= n;
+        self.len -= n as u32;
         while n >= self.front.len() && n > 0 {
             n -= self.front.len();
             // Dropped at once: a frame is shared with its channel's ring, and must not outlive its turn here.

@@ -53,7 +53,7 @@ pub(super) struct Stream {
     beat: u32,
     told_at: u32,
     /// Fingerprint of the last `id:` that the reader got. Kept where positions move without an event.
-    told: u64,
+    told: u32,
     /// Events and bytes handed over since they were last added to the metrics.
     events: u32,
     bytes: u64,
@@ -296,8 +296,8 @@ impl Drop for Stream {
     }
 }
 
-fn fingerprint(id: &[u8]) -> u64 {
-    foldhash::fast::FixedState::with_seed(0).hash_one(id)
+fn fingerprint(id: &[u8]) -> u32 {
+    foldhash::fast::FixedState::with_seed(0).hash_one(id) as u32
 }
 
 // === impl Chunks ===
