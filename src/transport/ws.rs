@@ -7,9 +7,11 @@ mod connection;
 mod dispatch;
 mod frame;
 mod jsonrpc;
+mod out;
 mod outbox;
 mod params;
 mod reader;
+mod work;
 
 use std::{future::poll_fn, sync::Arc, task::Poll};
 

@@ -6,14 +6,13 @@
 
 use std::{
     cell::Cell,
-    io::{self, IoSlice},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
@@ -21,7 +20,8 @@ use super::{
     dispatch::Session,
     frame::{self, Broken, Decoder, Incoming},
     jsonrpc,
-    outbox::{self, Outbox, Taken},
+    out::Out,
+    outbox::{Outbox, Taken},
     reader::Shown,
 };
 use crate::{
@@ -39,8 +39,6 @@ const SCRATCH: usize = 64 * 1024;
 const TURN: usize = 64 * 1024;
 /// Turns before other connections have theirs.
 const TURNS: usize = 2;
-/// Pieces that one `writev` takes.
-const SLICES: usize = 32;
 /// How long a peer may take to answer our close.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -147,7 +145,7 @@ impl Socket {
         let mut last = Vec::new();
         self.outbox.drain(&mut last);
         last.extend_from_slice(frame);
-        self.out.last = last;
+        self.out.set_last(last);
         self.outbox.close();
         self.session = None;
         self.phase = phase;
@@ -359,7 +357,7 @@ impl Socket {
         if let Some(reader) = &mut session.reader {
             reader.begin(|batch| self.outbox.has_batch(batch));
         }
-        let more = match self.outbox.poll_take(cx, &mut self.out.text) {
+        let more = match self.outbox.poll_take(cx, self.out.text()) {
             Poll::Pending => false,
             // The waker was not left there.
             Poll::Ready(Taken::Frames) => true,
@@ -379,13 +377,13 @@ impl Socket {
                 Some(Shown::Events { bytes, count }) => {
                     self.delivered.events += u64::from(count);
                     self.delivered.bytes += bytes.len() as u64;
-                    self.out.events.push(bytes);
+                    self.out.push(bytes);
                 }
                 Some(Shown::Gap(gap)) => {
                     self.ws.metrics.gap(gap.reason.as_str());
                     let mut notice = Vec::new();
                     frame::text(&mut notice, |out| jsonrpc::notification(out, "weir.gap", &gap));
-                    self.out.events.push(notice.into());
+                    self.out.push(notice.into());
                 }
             }
         }
@@ -457,125 +455,6 @@ fn after(tick: u32, time: Duration) -> u32 {
 /// `base`, give or take a fifth.
 fn jitter(base: Duration) -> Duration {
     base.mul_f64(fastrand::f64() * 0.4 + 0.8)
-}
-
-// === Out ===
-
-/// What is being written: frames of this connection, then shared events, then the last words. Refilled only when it is
-/// empty, so that what was said earlier is read earlier.
-#[derive(Default)]
-struct Out {
-    text: Vec<u8>,
-    /// Written bytes of `text`.
-    at: usize,
-    events: Events,
-    last: Vec<u8>,
-}
-
-/// A queue that is filled, emptied, and then filled again. The usual single piece allocates nothing.
-#[derive(Default)]
-struct Events {
-    first: Bytes,
-    rest: std::collections::VecDeque<Bytes>,
-    len: usize,
-    /// The first is partly written.
-    begun: bool,
-}
-
-impl Events {
-    fn push(&mut self, piece: Bytes) {
-        self.len += piece.len();
-        if self.first.is_empty() {
-            self.first = piece;
-        } else {
-            self.rest.push_back(piece);
-        }
-    }
-
-    fn advance(&mut self, mut n: usize) {
-        self.len -= n;
-        while n > 0 {
-            let here = n.min(self.first.len());
-            self.first.advance(here);
-            self.begun = true;
-            n -= here;
-            if self.first.is_empty() {
-                // Dropped at once: a frame is shared with its channel's ring.
-                self.first = self.rest.pop_front().unwrap_or_default();
-                self.begun = false;
-                if here == 0 {
-                    break;
-                }
-            }
-        }
-    }
-}
-
-impl Out {
-    fn len(&self) -> usize {
-        self.text.len() - self.at + self.events.len + self.last.len()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    fn relax(&mut self) {
-        if self.is_empty() {
-            *self = Out::default();
-        }
-    }
-
-    /// Drops the frames of which nothing has been written.
-    fn drop_unbegun(&mut self) {
-        let end = frame::boundary(&self.text, self.at);
-        self.text.truncate(end);
-        let Events { first, begun, .. } = std::mem::take(&mut self.events);
-        if begun {
-            // Where its frames end cannot be told from its middle; it is one turn of one channel at most.
-            self.events = Events { len: first.len(), first, begun, ..Events::default() };
-        }
-    }
-
-    /// Writes all of it, or until the peer takes no more.
-    fn poll_write(&mut self, cx: &mut Context<'_>, io: &mut Io) -> Poll<io::Result<()>> {
-        loop {
-            if self.text.len() == self.at && self.events.len == 0 {
-                self.at = 0;
-                outbox::clear(&mut self.text);
-                if self.last.is_empty() {
-                    break;
-                }
-                self.text = std::mem::take(&mut self.last);
-            }
-            let text = self.text.len() - self.at;
-            let n = match (text, self.events.len) {
-                (0, _) if self.events.rest.is_empty() => ready!(Pin::new(&mut *io).poll_write(cx, &self.events.first))?,
-                (_, 0) => ready!(Pin::new(&mut *io).poll_write(cx, &self.text[self.at..]))?,
-                _ => {
-                    let mut slices = [IoSlice::new(&[]); SLICES];
-                    let pieces = [&self.text[self.at..], &self.events.first].into_iter();
-                    let pieces = pieces.chain(self.events.rest.iter().map(|piece| &piece[..]));
-                    let mut count = 0;
-                    for (slice, piece) in slices.iter_mut().zip(pieces.filter(|piece| !piece.is_empty())) {
-                        *slice = IoSlice::new(piece);
-                        count += 1;
-                    }
-                    ready!(Pin::new(&mut *io).poll_write_vectored(cx, &slices[..count]))?
-                }
-            };
-            if n == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            let here = n.min(text);
-            self.at += here;
-            if n > here {
-                self.events.advance(n - here);
-            }
-        }
-        // Nothing to do for TCP; TLS keeps what it encrypted until asked.
-        Pin::new(io).poll_flush(cx)
-    }
 }
 
 #[cfg(test)]

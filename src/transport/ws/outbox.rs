@@ -319,3 +319,97 @@ pub fn refuse(outbox: &Outbox, to: Option<&Tag>, error: &Error) {
         outbox.answer(to, |out| jsonrpc::error(out, to.id(), error));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    };
+
+    use super::*;
+
+    struct Count(AtomicUsize);
+
+    impl std::task::Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn take(outbox: &Outbox, cx: &mut Context<'_>) -> Option<String> {
+        let mut bytes = Vec::new();
+        match outbox.poll_take(cx, &mut bytes) {
+            Poll::Ready(Taken::Frames) => Some(String::from_utf8(bytes).unwrap()),
+            Poll::Ready(Taken::Close(code)) => Some(code.as_str().to_owned()),
+            Poll::Pending => None,
+        }
+    }
+
+    fn put(outbox: &Outbox, note: u32, text: &str) {
+        outbox.answer(&Tag::new(b"1").with_note(note), |out| out.extend_from_slice(text.as_bytes()));
+    }
+
+    fn call(outbox: &Outbox) -> Written {
+        let call = Forward { id: None, service: "s", method: "method", names: Names::Bare, params: None, meta: None };
+        outbox.call(&call)
+    }
+
+    #[test]
+    fn a_sleeping_task_is_woken_once() {
+        let outbox = Outbox::bare(1_000);
+        let count = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = count.clone().into();
+        let mut cx = Context::from_waker(&waker);
+        put(&outbox, 0, "a");
+        assert_eq!(take(&outbox, &mut cx).unwrap(), "a");
+        assert_eq!((take(&outbox, &mut cx), take(&outbox, &mut cx), count.0.load(Relaxed)), (None, None, 0));
+        put(&outbox, 0, "b");
+        put(&outbox, 0, "c");
+        assert_eq!(count.0.load(Relaxed), 1);
+        assert_eq!(take(&outbox, &mut cx).unwrap(), "bc");
+        assert_eq!(take(&outbox, &mut cx), None);
+        outbox.end(Code::Draining);
+        assert_eq!(count.0.load(Relaxed), 2);
+        assert_eq!(take(&outbox, &mut cx).unwrap(), "draining");
+    }
+
+    #[test]
+    fn a_batch_is_one_array_when_all_is_there() {
+        let outbox = Outbox::bare(1_000);
+        let mut cx = Context::from_waker(Waker::noop());
+        let (one, other) = (outbox.open_batch(2), outbox.open_batch(1));
+        put(&outbox, one, "1");
+        put(&outbox, other, "3");
+        // All answered, but not all dispatched.
+        assert!(outbox.has_batch(other));
+        outbox.close_batch(other);
+        outbox.close_batch(one);
+        assert_eq!(take(&outbox, &mut cx).unwrap(), "[3]");
+        put(&outbox, one, "2");
+        assert_eq!(take(&outbox, &mut cx).unwrap(), "[1,2]");
+        assert!(!outbox.has_batch(one));
+        let silent = outbox.open_batch(0);
+        outbox.close_batch(silent);
+        assert_eq!(take(&outbox, &mut cx), None);
+        assert_eq!(outbox.state.lock().held, 0);
+    }
+
+    #[test]
+    fn what_is_not_read_has_an_end() {
+        let outbox = Outbox::framed(100);
+        while call(&outbox) == Written::Yes {}
+        assert_eq!(call(&outbox), Written::Full);
+        // Not what it asked for itself: it is read on.
+        assert!(!outbox.is_full());
+        put(&outbox, 0, &"x".repeat(100));
+        assert!(outbox.is_full());
+        put(&outbox, 0, &"x".repeat(300));
+        assert_eq!(take(&outbox, &mut Context::from_waker(Waker::noop())).unwrap(), "slow");
+        assert_eq!(call(&outbox), Written::Gone);
+        outbox.close();
+        assert_eq!(call(&outbox), Written::Gone);
+        put(&outbox, 0, "nowhere");
+        assert!(outbox.state.lock().bytes.is_empty());
+    }
+}
