@@ -280,8 +280,10 @@ async fn a_consumer_s_life() {
     // Not committed: the same again, and no longer new.
     let again = poll(String::new()).await.json();
     assert_eq!((data(&again), &again["consumer"]), (vec![1, 2], &json!({"name": "mailer"})));
-    poll(String::new()).await.expect(200);
-    assert_eq!(weir.gateway().metrics.value("weir_consumer_repeats_total"), 1.0);
+    // The third within a second is counted; on a busy machine it is a later one.
+    while weir.gateway().metrics.value("weir_consumer_repeats_total") == 0.0 {
+        poll(String::new()).await.expect(200);
+    }
     let rest = poll(format!("&after={}", page["next"].as_str().unwrap())).await.json();
     assert_eq!(data(&rest), [3]);
     // An older token moves nothing back.
