@@ -5,6 +5,7 @@ mod cli;
 mod conformance;
 mod connection;
 mod errors;
+mod guarantees;
 mod http;
 mod http_read;
 mod http_rules;
