@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::memory::Memory,
     bus::{self, Bus, Clock, Topics},
+    compat::{self, Compat},
     config::{self, Config},
     event::{Channel, Data, Draft, Parts},
     http::{
@@ -72,7 +73,15 @@ impl App {
             config: config.clone(),
             draining: draining.clone(),
         });
-        let gateway = Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, draining });
+        let compat = Compat::new(&compat::Parts {
+            bus: bus.clone(),
+            hub: hub.clone(),
+            config: config.clone(),
+            metrics: metrics.clone(),
+            wheel: wheel.clone(),
+            draining: draining.clone(),
+        });
+        let gateway = Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, compat, draining });
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));

@@ -10,7 +10,7 @@ mod slot;
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, time::Duration};
 
 pub use load::{Loaded, Override, Problem, Problems, Source, load};
-pub use slot::{Backend, Format, Level};
+pub use slot::{Adapter, Backend, Format, Level};
 use slot::{Item, Setting, Slot};
 
 /// Something that has settings. A part owns its section; [`Config`] only composes them.
@@ -78,6 +78,7 @@ part! {
         limits: Limits as Part = Limits::default(),
         auth: Auth as Part = Auth::default(),
         cors: Cors as Part = Cors::default(),
+        compat: Compat as Part = Compat::default(),
         drain: Drain as Part = Drain::default(),
         log: Log as Part = Log::default(),
     }
@@ -243,6 +244,14 @@ part! {
     Cors {
         /// Origins whose pages may use weir (`*` is any run of characters). Empty: pages of this machine, while only this machine is served.
         origins: Vec<String> as Origins = Vec::new(),
+    }
+}
+
+part! {
+    /// Clients of other systems, unchanged: each adapter speaks one of their protocols on the same channels and services.
+    Compat {
+        /// Any of microstream, ganomede, node-sse, grip; what is not named costs nothing.
+        enable: Vec<Adapter> as Adapters = Vec::new(),
     }
 }
 

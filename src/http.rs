@@ -27,6 +27,7 @@ use tower::ServiceExt;
 use crate::{
     auth::Identity,
     bus::Bus,
+    compat::Compat,
     config::Config,
     error::{Again, Code, Error},
     metrics::{Metrics, Status},
@@ -39,7 +40,7 @@ use crate::{
 };
 use api::events;
 use extract::Refused;
-use origin::{Origins, Page};
+use origin::Origins;
 
 /// What handlers share.
 pub struct Gateway {
@@ -49,6 +50,7 @@ pub struct Gateway {
     pub metrics: Arc<Metrics>,
     pub sse: Arc<Sse>,
     pub ws: Arc<Ws>,
+    pub compat: Compat,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,
 }
@@ -88,6 +90,16 @@ impl Door {
     {
         let (mut head, body) = request.into_parts();
         let version = head.version;
+        if self.doors != Doors::Operators
+            && let Some(adapter) = self.gateway.compat.find(head.uri.path())
+        {
+            let refused = head.extensions.get::<Refused>().map(|Refused(error)| error.clone());
+            let answer = match refused.map_or_else(|| self.origins.check_host(&head), Err) {
+                Ok(()) => caught(adapter.answer(Request::from_parts(head, Body::new(body)))).await,
+                Err(error) => error.into_response(),
+            };
+            return self.finish(version, answer);
+        }
         let page = self.origins.page(&head);
         let admitted = match head.extensions.get::<Refused>() {
             Some(Refused(error)) => Err(error.clone()),
@@ -113,8 +125,10 @@ impl Door {
                 answer
             }
         };
-        self.finish(page, version, &mut answer);
-        answer
+        let headers = answer.headers_mut();
+        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+        page.mark(headers);
+        self.finish(version, answer)
     }
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {
@@ -135,17 +149,15 @@ impl Door {
         }
     }
 
-    /// What every answer says.
-    fn finish(&self, page: Page, version: Version, answer: &mut Response) {
+    /// What holds for every answer, an adapter's too.
+    fn finish(&self, version: Version, mut answer: Response) -> Response {
         self.gateway.metrics.requests[Status::of(answer.status().as_u16())].add(1);
         let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-        let headers = answer.headers_mut();
-        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-        page.mark(headers);
         // Whoever comes back, comes back to a node that stays. (HTTP/2 has a frame for it, not a header.)
         if self.gateway.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
+        answer
     }
 }
 

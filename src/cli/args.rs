@@ -34,7 +34,6 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
 pub enum Command {
     /// Run a node (what weir does without a command)
     #[command(after_help = SERVE)]
@@ -65,6 +64,9 @@ pub struct Serve {
     /// Address to listen on, repeatable [default: 127.0.0.1:8000]
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Vec<String>,
+    /// Protocols of other systems to speak as well: microstream, ganomede, node-sse, grip
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub compat: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -364,9 +366,8 @@ impl Cli {
 impl Serve {
     /// The flags as settings.
     pub fn overrides(&self) -> Vec<Override> {
-        match self.listen.as_slice() {
-            [] => Vec::new(),
-            listen => vec![Override { flag: "--listen", key: "server.listen", value: listen.join(",") }],
-        }
+        let given = [("--listen", "server.listen", &self.listen), ("--compat", "compat.enable", &self.compat)];
+        let given = given.into_iter().filter(|(_, _, values)| !values.is_empty());
+        given.map(|(flag, key, values)| Override { flag, key, value: values.join(",") }).collect()
     }
 }

@@ -38,6 +38,8 @@ pub(super) enum Slot<'a> {
     Origins(&'a mut Vec<String>),
     Pattern(&'a mut String),
     Backend(&'a mut Backend),
+    /// No name twice.
+    Adapters(&'a mut Vec<Adapter>),
     Level(&'a mut Level),
     Format(&'a mut Format),
     Rules(&'a mut Vec<ChannelRule>),
@@ -48,6 +50,15 @@ pub(super) enum Slot<'a> {
 pub enum Backend {
     /// In this process, for as long as it lives.
     Memory,
+}
+
+/// Somebody else's protocol that weir speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adapter {
+    MicroStream,
+    Ganomede,
+    NodeSse,
+    Grip,
 }
 
 /// What is logged: a level, or levels by target as in `info,weir=debug`.
@@ -108,6 +119,16 @@ impl Slot<'_> {
                 "memory" => **to = Backend::Memory,
                 other => return Err(format!("{other:?} is no backend; there is: memory")),
             },
+            Slot::Adapters(to) => {
+                let mut list = Vec::new();
+                for name in given.list()? {
+                    let adapter = Adapter::parse(&name)?;
+                    if !list.contains(&adapter) {
+                        list.push(adapter);
+                    }
+                }
+                **to = list;
+            }
             Slot::Level(to) => **to = Level::parse(&given.text("a level")?)?,
             Slot::Format(to) => match given.text("a name")?.as_str() {
                 "auto" => **to = Format::Auto,
@@ -135,6 +156,7 @@ impl fmt::Display for Slot<'_> {
             Slot::Origins(list) => write_list(list.iter().cloned(), f),
             Slot::Pattern(text) => f.write_str(&quoted(text)),
             Slot::Backend(Backend::Memory) => f.write_str("\"memory\""),
+            Slot::Adapters(list) => write_list(list.iter().map(|adapter| adapter.as_str().to_owned()), f),
             Slot::Level(Level(text)) => f.write_str(&quoted(text)),
             Slot::Format(Format::Auto) => f.write_str("\"auto\""),
             Slot::Format(Format::Text) => f.write_str("\"text\""),
@@ -218,6 +240,28 @@ impl Given<'_> {
 
 fn whole(text: &str, wanted: &str) -> Result<usize, String> {
     text.replace('_', "").parse().map_err(|_| format!("needs {wanted}, not {text:?}"))
+}
+
+// === impl Adapter ===
+
+impl Adapter {
+    const ALL: [Adapter; 4] = [Adapter::MicroStream, Adapter::Ganomede, Adapter::NodeSse, Adapter::Grip];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Adapter::MicroStream => "microstream",
+            Adapter::Ganomede => "ganomede",
+            Adapter::NodeSse => "node-sse",
+            Adapter::Grip => "grip",
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|adapter| adapter.as_str() == text).ok_or_else(|| {
+            let names = Self::ALL.map(Adapter::as_str).join(", ");
+            format!("{text:?} is no adapter; there are: {names}")
+        })
+    }
 }
 
 // === impl Level ===

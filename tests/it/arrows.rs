@@ -9,6 +9,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("app", 8),
     ("http", 7),
     ("transport", 6),
+    ("compat", 6),
     ("rpc", 5),
     ("auth", 5),
     ("backend", 5),
@@ -46,7 +47,7 @@ fn point_one_way() {
             }
         }
         let knows_http = ["axum", "hyper", "http_body"].iter().any(|name| text.contains(&format!("use {name}")));
-        if knows_http && !["http", "transport", "cli"].contains(&of) {
+        if knows_http && !["http", "transport", "compat", "cli"].contains(&of) {
             wrong.push(format!("{from} knows HTTP"));
         }
         if text.contains("backend::memory") && of != "app" && !text.contains("#[cfg(test)]") {
