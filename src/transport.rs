@@ -1,6 +1,9 @@
 //! Ways in and out. A transport decodes, calls the bus or the hub, and encodes; transports do not import each other.
 
+pub mod carrier;
+pub mod chunk;
 pub mod egress;
+pub mod held;
 pub mod longpoll;
 pub mod query;
 pub mod sse;

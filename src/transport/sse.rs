@@ -4,7 +4,6 @@
 //! a status, and what will pass (a drain, an overload) is a stream that says `weir.retry` and ends.
 
 pub mod frame;
-mod session;
 mod stream;
 
 use std::{sync::Arc, time::Duration};
@@ -12,10 +11,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{body::Body, response::Response};
 use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
 
-use self::{
-    session::Offer,
-    stream::{Ids, Stream},
-};
+use self::stream::{Ids, Stream};
 use crate::{
     auth::Identity,
     bus::{Bus, Filter, Format, Gap, Reason, Subscriptions},
@@ -24,6 +20,8 @@ use crate::{
     metrics::Metrics,
     position::{Position, Start},
     transport::{
+        carrier::Offer,
+        chunk,
         query::{Begin, Query},
         wheel::Wheel,
     },
@@ -94,10 +92,10 @@ fn accepted(headers: &HeaderMap) -> impl Iterator<Item = &str> {
 /// A stream that only says when to come back.
 pub fn refusal(error: &Error) -> Response {
     let after = error.retry_after_ms().unwrap_or_default().max(retry_ms().into());
-    stream(Body::from(frame::text(&frame::retry(error.code().as_str(), after, true))))
+    stream(Body::from(chunk::text(&frame::retry(error.code().as_str(), after, true))))
 }
 
-fn stream(body: Body) -> Response {
+fn stream<B>(body: B) -> Response<B> {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));
@@ -150,10 +148,7 @@ impl Sse {
             return Err(Error::new(Code::Draining, "this node is leaving"));
         }
         let offer = self.begin(asked).await?;
-        let takeover = offer.takeover();
-        let mut response = stream(Body::new(offer.body()));
-        response.extensions_mut().insert(takeover);
-        Ok(response)
+        Ok(offer.respond(stream(())))
     }
 
     fn read(&self, head: &Parts) -> Result<Asked> {
@@ -178,7 +173,7 @@ impl Sse {
     }
 
     /// The positions are taken here: what is published while the head of the response is on its way is not missed.
-    async fn begin(self: &Arc<Self>, asked: Asked) -> Result<Offer> {
+    async fn begin(self: &Arc<Self>, asked: Asked) -> Result<Offer<Stream>> {
         let Asked { channels, begin, filter, bare_data, ids_of_all } = asked;
         let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
             Ok(starts) => (starts, false),

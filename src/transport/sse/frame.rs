@@ -1,7 +1,6 @@
 //! Server-sent events as bytes, and nothing else: the [`Format`]s that rings share, and weir's own blocks.
 //!
-//! Everything is encoded as one HTTP/1.1 chunk with a size of fixed width, so that one allocation serves both ways out:
-//! a socket gets the chunk as it is, HTTP/2 and HTTP/1.0 get its [`text`].
+//! Everything is encoded as one [chunk](crate::transport::chunk).
 
 use std::fmt::Write as _;
 
@@ -11,13 +10,9 @@ use crate::{
     bus::{Format, Gap, index},
     event::{Channel, Event, write_json_str},
     position::Position,
+    transport::chunk::{HEAD, TAIL, close, open, text},
 };
 
-/// What is in front of the text of a chunk, and behind it.
-const HEAD: &[u8] = b"000000\r\n";
-const TAIL: &[u8] = b"\r\n";
-/// The end of a chunked body.
-pub const END: &[u8] = b"0\r\n\r\n";
 /// A comment that keeps proxies awake. No empty line follows: two common clients would deliver an empty event.
 pub const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
 
@@ -28,21 +23,6 @@ pub static EVENT_BARE: Format = Format { index: index::SSE_BARE, open, event: ev
 /// `event:` is the type, `data:` the bare data.
 pub static DATA: Format = Format { index: index::SSE_DATA, open, event: data::<true>, close };
 pub static DATA_BARE: Format = Format { index: index::SSE_DATA_BARE, open, event: data::<false>, close };
-
-fn open(out: &mut Vec<u8>) {
-    out.extend_from_slice(HEAD);
-}
-
-/// Closes the chunk that is all of `out`: at most 16 MiB, where the largest event has one.
-fn close(out: &mut Vec<u8>) {
-    let mut size = out.len() - HEAD.len();
-    debug_assert!(size < 1 << 24);
-    for digit in out[..6].iter_mut().rev() {
-        *digit = b"0123456789abcdef"[size & 15];
-        size >>= 4;
-    }
-    out.extend_from_slice(TAIL);
-}
 
 fn event<const ID: bool>(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
     if ID {
@@ -181,11 +161,6 @@ fn line(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
 }
 
 // === taking chunks apart ===
-
-/// The text of a chunk.
-pub fn text(chunk: &Bytes) -> Bytes {
-    chunk.slice(HEAD.len()..chunk.len() - TAIL.len())
-}
 
 /// The last `id:` of a chunk whose blocks each begin with one.
 pub fn last_id(chunk: &[u8]) -> &[u8] {

@@ -17,14 +17,11 @@ use crate::{
     metrics::{Connected, Transport},
     position::{Names, Position},
     transport::{
-        egress::Egress,
-        takeover::Framing,
+        carrier::{Flow, Out, TURN, Turn},
         wheel::{Due, Timer, Wheel},
     },
 };
 
-/// Bytes of one write. More waits for the next turn, so that nobody waits for a reader that is far behind.
-const TURN: usize = 64 * 1024;
 /// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
 const LONG_TOKEN: usize = 64;
 const TOKEN_PAUSE: Duration = Duration::from_secs(1);
@@ -68,22 +65,6 @@ pub(super) struct Stream {
     ended: bool,
 }
 
-/// What waits to be written, in chunks or as bare text.
-pub(super) struct Chunks {
-    pub egress: Egress,
-    framing: Framing,
-}
-
-/// What [`Stream::poll`] found.
-pub(super) enum Turn {
-    /// There may be more at once: come back after the write.
-    Full,
-    /// The reader has everything, and its task will be woken.
-    Idle,
-    /// What was pushed is the last.
-    Ended,
-}
-
 impl Stream {
     /// A stream that has begun: `subs` hold all its channels, in slots counted from 0, and `gaps` are what is missing
     /// before them. Also returns the first blocks, as chunks.
@@ -124,31 +105,13 @@ impl Stream {
         (stream, first)
     }
 
-    /// Pushes what it is time for: a heartbeat, a token that is owed, the end.
-    ///
-    /// To be called at every turn, also while the peer does not read (then `blocked` is true, and nothing but the end
-    /// is pushed): the timer would otherwise never be asked again.
-    pub fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Chunks) {
-        while let Poll::Ready(due) = self.timer.poll(cx) {
-            match due {
-                Due::Leave => self.end(Code::Draining, out),
-                Due::Time => {
-                    self.tick(blocked || self.ended, out);
-                    let next =
-                        if self.owed { self.beat.min(self.told_at + Wheel::ticks(TOKEN_PAUSE)) } else { self.beat };
-                    self.timer.reset(Wheel::span(self.timer.now(), next));
-                }
-            }
-        }
-    }
-
-    fn tick(&mut self, silent: bool, out: &mut Chunks) {
+    fn tick(&mut self, silent: bool, out: &mut Out) {
         let now = self.timer.now();
         let heartbeat = now >= self.beat;
         if heartbeat {
             self.beat = now + Wheel::ticks(jitter(self.sse.settings.heartbeat));
             self.report();
-            out.egress.relax();
+            out.relax();
         }
         if silent {
             return;
@@ -162,94 +125,14 @@ impl Stream {
         }
     }
 
-    /// Pushes what comes next, about as much as fits one write.
-    pub fn poll(&mut self, cx: &mut Context<'_>, out: &mut Chunks) -> Turn {
-        if self.ended {
-            return Turn::Ended;
-        }
-        if self.subs.poll_turn(cx).is_pending() {
-            return Turn::Idle;
-        }
-        // Not pushed before it is known whether it is the last of this write, and takes the token.
-        let mut last: Option<(Bytes, u32)> = None;
-        let turn = loop {
-            if out.egress.len() + last.as_ref().map_or(0, |(bytes, _)| bytes.len()) >= TURN {
-                break Turn::Full;
-            }
-            let Some(Delivery { item, .. }) = self.subs.take() else { break Turn::Idle };
-            match item {
-                Item::Events { bytes, count } => {
-                    self.events += count;
-                    self.bytes += bytes.len() as u64;
-                    match self.ids {
-                        Ids::Shared => {
-                            if self.filtered {
-                                self.told = fingerprint(frame::last_id(&bytes));
-                            }
-                            out.push(bytes);
-                        }
-                        Ids::Each => {
-                            let id = self.tell();
-                            out.push_with_id(&bytes, count, &id);
-                        }
-                        Ids::Token => {
-                            if let Some((bytes, _)) = last.replace((bytes, count)) {
-                                out.push(bytes);
-                            }
-                        }
-                    }
-                }
-                Item::Gap(gap) => {
-                    if let Some((bytes, _)) = last.take() {
-                        out.push(bytes);
-                    }
-                    self.sse.metrics.gap(gap.reason.as_str());
-                    out.push(frame::gap(&self.tell(), &gap));
-                }
-            }
-        };
-        if let Some((bytes, count)) = last {
-            let quiet = Wheel::span(self.told_at, self.timer.now());
-            if self.long && quiet < TOKEN_PAUSE {
-                out.push(bytes);
-                self.owed = true;
-                self.timer.at_most(TOKEN_PAUSE - quiet);
-            } else {
-                let id = self.tell();
-                out.push_with_id(&bytes, count, &id);
-            }
-        }
-        turn
-    }
-
     /// Says that the stream ends, and why. Nothing comes after it.
-    pub fn end(&mut self, code: Code, out: &mut Chunks) {
+    fn end(&mut self, code: Code, out: &mut Out) {
         if !self.ended {
             self.ended = true;
             self.connected.because(code);
             out.push(frame::retry(code.as_str(), self.retry_ms.into(), false));
             out.end();
         }
-    }
-
-    /// Has the task woken within `time`.
-    pub fn look_within(&mut self, time: Duration) {
-        self.timer.at_most(time);
-    }
-
-    /// Why the connection will have been closed.
-    pub fn connected(&mut self) -> &mut Connected {
-        &mut self.connected
-    }
-
-    /// Ticks since the wheel's start.
-    pub fn now(&self) -> u32 {
-        self.timer.now()
-    }
-
-    /// How long a peer may take nothing of what waits for it.
-    pub fn patience(&self) -> Duration {
-        self.sse.settings.stalled
     }
 
     /// The position or token of everything that was pushed, to be said now.
@@ -289,6 +172,93 @@ impl Stream {
     }
 }
 
+impl Flow for Stream {
+    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Out) {
+        while let Poll::Ready(due) = self.timer.poll(cx) {
+            match due {
+                Due::Leave => self.end(Code::Draining, out),
+                Due::Time => {
+                    self.tick(blocked || self.ended, out);
+                    let next =
+                        if self.owed { self.beat.min(self.told_at + Wheel::ticks(TOKEN_PAUSE)) } else { self.beat };
+                    self.timer.reset(Wheel::span(self.timer.now(), next));
+                }
+            }
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Turn {
+        if self.ended {
+            return Turn::Ended;
+        }
+        if self.subs.poll_turn(cx).is_pending() {
+            return Turn::Idle;
+        }
+        // Not pushed before it is known whether it is the last of this write, and takes the token.
+        let mut last: Option<(Bytes, u32)> = None;
+        let turn = loop {
+            if out.len() + last.as_ref().map_or(0, |(bytes, _)| bytes.len()) >= TURN {
+                break Turn::Full;
+            }
+            let Some(Delivery { item, .. }) = self.subs.take() else { break Turn::Idle };
+            match item {
+                Item::Events { bytes, count } => {
+                    self.events += count;
+                    self.bytes += bytes.len() as u64;
+                    match self.ids {
+                        Ids::Shared => {
+                            if self.filtered {
+                                self.told = fingerprint(frame::last_id(&bytes));
+                            }
+                            out.push(bytes);
+                        }
+                        Ids::Each => {
+                            let id = self.tell();
+                            push_with_id(out, &bytes, count, &id);
+                        }
+                        Ids::Token => {
+                            if let Some((bytes, _)) = last.replace((bytes, count)) {
+                                out.push(bytes);
+                            }
+                        }
+                    }
+                }
+                Item::Gap(gap) => {
+                    if let Some((bytes, _)) = last.take() {
+                        out.push(bytes);
+                    }
+                    self.sse.metrics.gap(gap.reason.as_str());
+                    out.push(frame::gap(&self.tell(), &gap));
+                }
+            }
+        };
+        if let Some((bytes, count)) = last {
+            let quiet = Wheel::span(self.told_at, self.timer.now());
+            if self.long && quiet < TOKEN_PAUSE {
+                out.push(bytes);
+                self.owed = true;
+                self.timer.at_most(TOKEN_PAUSE - quiet);
+            } else {
+                let id = self.tell();
+                push_with_id(out, &bytes, count, &id);
+            }
+        }
+        turn
+    }
+
+    fn connected(&mut self) -> &mut Connected {
+        &mut self.connected
+    }
+
+    fn timer(&mut self) -> &mut Timer {
+        &mut self.timer
+    }
+
+    fn patience(&self) -> Duration {
+        self.sse.settings.stalled
+    }
+}
+
 impl Drop for Stream {
     fn drop(&mut self) {
         self.report();
@@ -300,30 +270,17 @@ fn fingerprint(id: &[u8]) -> u32 {
     foldhash::fast::FixedState::with_seed(0).hash_one(id) as u32
 }
 
-// === impl Chunks ===
+fn push_with_id(out: &mut Out, chunk: &Bytes, count: u32, id: &str) {
+    frame::with_id(chunk, count, id, out.is_chunked(), |piece| out.push_framed(piece));
+}
 
-impl Chunks {
-    /// `first` are chunks, whatever the framing.
-    pub fn new(framing: Framing, first: Vec<Bytes>) -> Self {
-        let mut chunks = Chunks { egress: Egress::new(), framing };
-        first.into_iter().for_each(|chunk| chunks.push(chunk));
-        chunks
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::carrier;
 
-    pub fn push(&mut self, chunk: Bytes) {
-        self.egress.push(match self.framing {
-            Framing::Chunked => chunk,
-            Framing::UntilClose => frame::text(&chunk),
-        });
-    }
-
-    fn push_with_id(&mut self, chunk: &Bytes, count: u32, id: &str) {
-        frame::with_id(chunk, count, id, self.framing == Framing::Chunked, |piece| self.egress.push(piece));
-    }
-
-    fn end(&mut self) {
-        if self.framing == Framing::Chunked {
-            self.egress.push(Bytes::from_static(frame::END));
-        }
+    #[test]
+    fn an_idle_stream_is_small() {
+        assert!(carrier::size::<Stream>() <= 344, "{}", carrier::size::<Stream>());
     }
 }

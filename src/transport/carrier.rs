@@ -1,0 +1,350 @@
+//! What carries a stream: the socket itself ([`Session`]), or a response in hyper ([`FlowBody`]).
+//!
+//! *What* is said, and when, is a [`Flow`]; native SSE and every adapter's streams are one each.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::body::Body as AxumBody;
+use bytes::Bytes;
+use http::Response;
+use http_body::{Body, Frame};
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::{
+    error::Code,
+    metrics::Connected,
+    transport::{
+        chunk,
+        egress::Egress,
+        takeover::{Framing, Io, Seat, Taken, Takeover},
+        wheel::{Timer, Wheel},
+    },
+};
+
+/// Bytes of one write. More waits for the next turn, so that nobody waits for a reader that is far behind.
+pub const TURN: usize = 64 * 1024;
+
+/// A client has nothing to say on a stream. What comes anyway is read, to see it go, but not without end.
+const MAX_JUNK: usize = 16 * 1024;
+
+/// What one reader gets and in which order, whatever carries it. All methods are called by one task.
+pub trait Flow: Send + Unpin + 'static {
+    /// Pushes what it is time for: a heartbeat, the end.
+    ///
+    /// Called at every turn, also while the peer does not read (then `blocked` is true, and nothing but the end is to
+    /// be pushed): the timer would otherwise never be asked again.
+    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Out);
+
+    /// Pushes what comes next, about as much as fits one write ([`TURN`]).
+    fn poll(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Turn;
+
+    /// Why the connection will have been closed.
+    fn connected(&mut self) -> &mut Connected;
+
+    /// The flow's place on the wheel.
+    fn timer(&mut self) -> &mut Timer;
+
+    /// How long the peer may take nothing of what waits for it.
+    fn patience(&self) -> Duration;
+}
+
+/// What [`Flow::poll`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There may be more at once: come back after the write.
+    Full,
+    /// The reader has everything, and its task will be woken.
+    Idle,
+    /// What was pushed is the last.
+    Ended,
+}
+
+/// What waits to be written, in chunks or as bare text.
+pub struct Out {
+    egress: Egress,
+    framing: Framing,
+}
+
+/// A flow that nobody carries yet, and its first chunks. Whoever is asked first takes it.
+pub struct Offer<F>(Arc<Mutex<Option<Begun<F>>>>);
+
+type Begun<F> = (F, Vec<Bytes>);
+
+impl<F: Flow> Offer<F> {
+    /// `first` are chunks.
+    pub fn new(flow: F, first: Vec<Bytes>) -> Self {
+        Offer(Arc::new(Mutex::new(Some((flow, first)))))
+    }
+
+    fn take(&self) -> Option<Begun<F>> {
+        self.0.lock().take()
+    }
+
+    fn share(&self) -> Self {
+        Offer(self.0.clone())
+    }
+
+    /// For connections that can be taken over.
+    fn takeover(&self) -> Takeover {
+        let offer = self.share();
+        Takeover::new(move |taken| {
+            if let Some((flow, first)) = offer.take() {
+                tokio::spawn(Session::new(taken, flow, first));
+            }
+        })
+    }
+
+    /// Makes `response` the stream: on a socket of its own where the connection can be taken over, else as its body.
+    pub fn respond(self, response: Response<()>) -> Response<AxumBody> {
+        let (mut head, ()) = response.into_parts();
+        head.extensions.insert(self.takeover());
+        Response::from_parts(head, AxumBody::new(FlowBody { offer: Some(self), state: None }))
+    }
+}
+
+/// A flow on a socket of its own. No buffer, no timer: some hundred bytes in all.
+struct Session<F> {
+    io: Io,
+    out: Out,
+    flow: F,
+    /// The tick since which the peer took nothing. 0: it takes.
+    blocked: u32,
+    junk: u16,
+    /// The socket has our waker for when something can be read.
+    listening: bool,
+    closing: bool,
+    _seat: Seat,
+}
+
+impl<F: Flow> Session<F> {
+    fn new(taken: Taken, flow: F, first: Vec<Bytes>) -> Self {
+        Session {
+            io: taken.io,
+            out: Out::new(taken.framing, first),
+            flow,
+            blocked: 0,
+            junk: 0,
+            listening: false,
+            closing: false,
+            _seat: taken.seat,
+        }
+    }
+
+    /// Ready when the peer is gone, or says too much.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut scrap = [0; 256];
+        if self.listening {
+            let Some(read) = self.io.try_read(&mut scrap) else { return Poll::Pending };
+            self.listening = false;
+            if let Ok(n) = read
+                && self.heard(n)
+            {
+                return Poll::Ready(());
+            }
+        }
+        loop {
+            let mut buf = ReadBuf::new(&mut scrap);
+            match Pin::new(&mut self.io).poll_read(cx, &mut buf) {
+                Poll::Pending => {
+                    self.listening = true;
+                    return Poll::Pending;
+                }
+                Poll::Ready(Ok(())) => {
+                    if self.heard(buf.filled().len()) {
+                        return Poll::Ready(());
+                    }
+                }
+                Poll::Ready(Err(_)) => {
+                    self.flow.connected().peer();
+                    return Poll::Ready(());
+                }
+            }
+        }
+    }
+
+    /// Whether the connection is over after `n` bytes were read.
+    fn heard(&mut self, n: usize) -> bool {
+        let junk = usize::from(self.junk) + n;
+        if n == 0 {
+            self.flow.connected().peer();
+        } else if junk > MAX_JUNK {
+            self.flow.connected().because(Code::Protocol);
+        } else {
+            self.junk = junk as u16;
+        }
+        n == 0 || junk > MAX_JUNK
+    }
+
+    /// Ready when all is written; `None` when the connection is of no use any more.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Option<Poll<()>> {
+        let before = self.out.len();
+        match self.out.egress.poll_write(cx, &mut self.io) {
+            Poll::Ready(Ok(())) => {
+                self.blocked = 0;
+                Some(Poll::Ready(()))
+            }
+            Poll::Ready(Err(_)) => {
+                self.flow.connected().peer();
+                None
+            }
+            Poll::Pending => {
+                let now = self.flow.timer().now();
+                if self.blocked == 0 || self.out.len() < before {
+                    self.blocked = now;
+                }
+                let left = self.flow.patience().saturating_sub(Wheel::span(self.blocked, now));
+                if left.is_zero() {
+                    self.flow.connected().because(Code::Slow);
+                    return None;
+                }
+                self.flow.timer().at_most(left);
+                Some(Poll::Pending)
+            }
+        }
+    }
+}
+
+impl<F: Flow> Future for Session<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        if this.poll_gone(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        if this.closing {
+            return Pin::new(&mut this.io).poll_shutdown(cx).map(drop);
+        }
+        this.flow.poll_time(cx, !this.out.is_empty(), &mut this.out);
+        // First what is left of the last turn: while that is stuck nothing more is asked for, and a subscription that
+        // is not asked is not parked, so that nothing wakes a reader who cannot take it.
+        match this.poll_write(cx) {
+            None => return Poll::Ready(()),
+            Some(Poll::Pending) => return Poll::Pending,
+            Some(Poll::Ready(())) => {}
+        }
+        let turn = this.flow.poll(cx, &mut this.out);
+        match this.poll_write(cx) {
+            None => return Poll::Ready(()),
+            Some(Poll::Pending) => return Poll::Pending,
+            Some(Poll::Ready(())) => {}
+        }
+        match turn {
+            Turn::Idle => Poll::Pending,
+            Turn::Full => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Turn::Ended => {
+                this.closing = true;
+                Pin::new(&mut this.io).poll_shutdown(cx).map(drop)
+            }
+        }
+    }
+}
+
+/// A flow as an ordinary body, for HTTP/2 and for whatever keeps a connection in hyper.
+struct FlowBody<F> {
+    offer: Option<Offer<F>>,
+    state: Option<Box<(F, Out)>>,
+}
+
+impl<F: Flow> Body for FlowBody<F> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let this = self.get_mut();
+        if let Some(offer) = this.offer.take() {
+            this.state = offer.take().map(|(flow, first)| Box::new((flow, Out::new(Framing::UntilClose, first))));
+        }
+        let Some((flow, out)) = this.state.as_deref_mut() else { return Poll::Ready(None) };
+        // Hyper asks only when it has room: a body is never blocked.
+        flow.poll_time(cx, false, out);
+        let turn = match out.is_empty() {
+            true => flow.poll(cx, out),
+            false => Turn::Idle,
+        };
+        match out.egress.pop() {
+            Some(piece) => Poll::Ready(Some(Ok(Frame::data(piece)))),
+            None if turn == Turn::Ended => {
+                this.state = None;
+                Poll::Ready(None)
+            }
+            // What was pushed was empty: nothing would ask again.
+            None if turn == Turn::Full => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            None => Poll::Pending,
+        }
+    }
+}
+
+// === impl Out ===
+
+impl Out {
+    /// `first` are chunks, whatever the framing.
+    fn new(framing: Framing, first: Vec<Bytes>) -> Self {
+        let mut out = Out { egress: Egress::new(), framing };
+        first.into_iter().for_each(|chunk| out.push(chunk));
+        out
+    }
+
+    /// Bytes that wait.
+    pub fn len(&self) -> usize {
+        self.egress.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.egress.is_empty()
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.len() >= TURN
+    }
+
+    /// One whole [chunk].
+    pub fn push(&mut self, chunk: Bytes) {
+        self.egress.push(match self.framing {
+            Framing::Chunked => chunk,
+            Framing::UntilClose => chunk::text(&chunk),
+        });
+    }
+
+    /// Whether what is pushed as it is has to be chunked.
+    pub fn is_chunked(&self) -> bool {
+        self.framing == Framing::Chunked
+    }
+
+    /// A piece of what goes on the wire, framed by the caller.
+    pub fn push_framed(&mut self, piece: Bytes) {
+        self.egress.push(piece);
+    }
+
+    /// The end of the body. Nothing may be pushed after it.
+    pub fn end(&mut self) {
+        if self.is_chunked() {
+            self.egress.push(Bytes::from_static(chunk::END));
+        }
+    }
+
+    /// Gives back the room that a burst has left. Called now and then by a quiet stream.
+    pub fn relax(&mut self) {
+        self.egress.relax();
+    }
+}
+
+/// The size of a task that carries `F`: with what tokio adds it should be at most the 512 bytes that its allocation takes
+/// anyway.
+#[cfg(test)]
+pub const fn size<F>() -> usize {
+    size_of::<Session<F>>()
+}
