@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 # Settings of whoever runs this are not settings of the weirs under test.
 for name in "${!WEIR_@}"; do unset "$name"; done
 
-STEPS=(fmt clippy rust node python openapi docs abuse)
+STEPS=(fmt clippy rust node python openapi docs abuse history)
 wanted=("${@:-${STEPS[@]}}")
 wants() { [[ " ${wanted[*]} " == *" $1 "* ]]; }
 for step in "${wanted[@]}"; do
@@ -96,11 +96,12 @@ step clippy "lints, all of them errors" cargo clippy --locked --quiet --all-targ
 step rust "unit, property and integration tests" cargo test --locked --quiet
 
 clients=()
-for name in node python openapi docs abuse; do wants "$name" && clients+=("$name"); done
+for name in node python openapi docs abuse history; do wants "$name" && clients+=("$name"); done
 if ((${#clients[@]})); then
     say "building the binary that clients will meet"
     if cargo build --locked --quiet --bin weir; then
-        if wants node || wants docs; then node_modules; browser; fi
+        if wants node || wants docs || wants history; then node_modules; fi
+        if wants node || wants docs; then browser; fi
         if wants python || wants openapi || wants abuse; then virtual_environment; fi
         # One file at a time: a suite that races with another for two cores is a suite that fails now and then.
         step node "client libraries of npm, and Chromium" node --test --test-concurrency=1 --test-reporter=spec tests/clients/node/*.test.mjs
@@ -108,6 +109,7 @@ if ((${#clients[@]})); then
         step openapi "the served OpenAPI against the server, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
         step docs "the examples of README.md and proto-docs/" node --test --test-reporter=spec tests/docs/*.test.mjs
         step abuse "clients that stall, lie, shout and vanish" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
+        step history "every transport while things break, and a judge of what everybody saw" node --test --test-concurrency=1 --test-reporter=spec tests/history/*.test.mjs
     else
         failed+=("build"); skipped+=("${clients[@]}")
     fi

@@ -1,0 +1,29 @@
+// Every transport at once against real nodes, with a hand that breaks things, and the judge.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { setTimeout as pause } from "node:timers/promises";
+import { Relay, Weir } from "../support/weir.mjs";
+import { finish, start, summary } from "./check.mjs";
+
+function acquitted(run, verdict) {
+  assert.deepEqual(verdict.violations, [], summary(run, verdict));
+  const { writes, calls, readers } = run.history;
+  assert.ok(writes.filter(write => write.outcome === "placed").length > 100, "little was written");
+  assert.ok(calls.some(call => call.outcome === "result"), "no call was answered");
+  assert.ok(readers.every(reader => reader.seen.length > 10), "a reader saw little");
+}
+
+test("one node in memory, whose clients' cable is cut again and again", async t => {
+  const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "1s" } });
+  const relay = await Relay.start(t, weir.port);
+  const run = start({ urls: [relay.url], patience: 5_000 });
+  for (let n = 0; n < 8; n += 1) {
+    await pause(500);
+    relay.cut();
+  }
+  const verdict = await finish(run);
+  acquitted(run, verdict);
+  assert.deepEqual(verdict.gaps, {}, "nothing was lost, so there is no gap");
+  assert.ok(run.troubles.size > 0, "the cuts hurt nobody");
+});
