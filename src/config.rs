@@ -9,8 +9,11 @@ mod slot;
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, time::Duration};
 
+use base64::Engine;
+
 pub use load::{Loaded, Override, Problem, Problems, Source, load};
-pub use slot::{Adapter, Backend, Format, Level};
+use load::{Table, Tables};
+pub use slot::{Adapter, Backend, Format, Level, Secret};
 use slot::{Item, Setting, Slot};
 
 /// Something that has settings. A part owns its section; [`Config`] only composes them.
@@ -70,7 +73,7 @@ part! {
         bus: Bus as Part = Bus::default(),
         /// Rules for channels: the first whose `match` fits a name counts (`*` is any run of characters, nothing else is
         /// special). Setting any rule replaces this list; what a rule leaves out, and a channel without a rule, is as here.
-        channels: Vec<ChannelRule> as Rules = vec![ChannelRule::default()],
+        channels: Vec<ChannelRule> as Tables = vec![ChannelRule::default()],
         consumers: Consumers as Part = Consumers::default(),
         sse: Sse as Part = Sse::default(),
         ws: Ws as Part = Ws::default(),
@@ -252,6 +255,40 @@ part! {
     Compat {
         /// Any of microstream, ganomede, node-sse, grip; what is not named costs nothing.
         enable: Vec<Adapter> as Adapters = Vec::new(),
+        grip: Grip as Part = Grip::default(),
+    }
+}
+
+part! {
+    /// GRIP, as by Pushpin: weir is the proxy in front of HTTP servers, and holds the answers that they tell it to.
+    Grip {
+        /// The proxy. Every path of it is an origin's, so it has a listener of its own; empty for none.
+        listen: Option<SocketAddr> as Address = Some(SocketAddr::from(([127, 0, 0, 1], 7999))),
+        /// Where origins publish; empty for none. The main listeners have it at /grip/publish/.
+        publish_listen: Option<SocketAddr> as Address = Some(SocketAddr::from(([127, 0, 0, 1], 5561))),
+        /// The issuer in Grip-Sig.
+        iss: String as Text = "pushpin".into(),
+        /// How long an origin may take to accept a connection.
+        connect_timeout: Duration as Time = seconds(5),
+        /// How long an origin may take to begin its answer.
+        timeout: Duration as Time = seconds(60),
+        /// Idle connections to one origin that are kept for later.
+        idle_connections: usize as Count = 64,
+        /// Origins by the paths they answer; the longest path that fits counts. As [[compat.grip.routes]] with `path`, `origin`
+        /// (where the server is), `key` (signs Grip-Sig, and publishing asks for it; as it is, or base64:…), `prefix` (put before
+        /// the names of channels) and `iss` (the issuer that tokens for publishing must name).
+        routes: Vec<GripRoute> as Tables = Vec::new(),
+    }
+}
+
+part! {
+    /// An origin, and the paths that are its own.
+    GripRoute {
+        path: String as Path = "/".into(),
+        origin: String as Url = String::new(),
+        key: Secret as Secret = Secret::default(),
+        prefix: String as Text = String::new(),
+        iss: String as Text = String::new(),
     }
 }
 
@@ -291,6 +328,16 @@ impl Default for ChannelRule {
     }
 }
 
+impl Table for ChannelRule {
+    const REQUIRED: &'static [(&'static str, &'static str)] = &[("match", "which channels is it for?")];
+    const EXAMPLE: &'static str = "{ match = \"*\", keep = { count = 5 } }";
+}
+
+impl Table for GripRoute {
+    const REQUIRED: &'static [(&'static str, &'static str)] = &[("origin", "where is the server?")];
+    const EXAMPLE: &'static str = "{ path = \"/\", origin = \"http://127.0.0.1:3000\" }";
+}
+
 impl Part for ChannelRule {
     const DOC: &'static str = "What holds for the channels whose name fits.";
 
@@ -298,6 +345,49 @@ impl Part for ChannelRule {
         let pattern = Slot::Pattern(&mut self.pattern);
         items.push(Item::Setting(Setting { key: load::join(at, "match"), doc: "", slot: pattern }));
         self.keep.items(&load::join(at, "keep"), items);
+    }
+}
+
+// === impl GripRoute ===
+
+impl GripRoute {
+    /// The key as bytes, and nothing if it is not the base64 that it claims to be. Empty if there is none.
+    pub fn key_bytes(&self) -> Option<Vec<u8>> {
+        match self.key.reveal().strip_prefix("base64:") {
+            Some(text) => base64::engine::general_purpose::STANDARD.decode(text).ok(),
+            None => Some(self.key.reveal().into()),
+        }
+    }
+}
+
+// === impl Grip ===
+
+impl Grip {
+    fn contradictions(&self, anonymous: bool) -> Vec<(&'static str, String)> {
+        let mut found = Vec::new();
+        let mut wrong = |reason: String| found.push(("compat.grip.routes", reason));
+        for (n, route) in self.routes.iter().enumerate() {
+            if self.routes[..n].iter().any(|other| other.path == route.path) {
+                wrong(format!("{} has two origins", route.path));
+            }
+            if route.key_bytes().is_none() {
+                wrong(format!("the key of {} is not the base64 that it claims to be", route.path));
+            }
+        }
+        let keyed = !self.routes.is_empty() && self.routes.iter().all(|route| !route.key.is_empty());
+        if let Some(address) = self.publish_listen
+            && !address.ip().is_loopback()
+            && !keyed
+            && !anonymous
+        {
+            let reason = format!(
+                "{address} can be reached from other machines, and a route without a key asks nobody for one: give every \
+                 route a key, listen on 127.0.0.1:{}, or let anybody publish with auth.allow_anonymous = true",
+                address.port()
+            );
+            found.push(("compat.grip.publish_listen", reason));
+        }
+        found
     }
 }
 
@@ -341,12 +431,24 @@ impl Config {
         must(self.sse.heartbeat >= seconds(1), "sse.heartbeat", "must be at least 1s");
         must(self.ws.ping >= seconds(1), "ws.ping", "must be at least 1s");
 
+        if self.compat.enable.contains(&Adapter::Grip) {
+            found.extend(self.compat.grip.contradictions(self.auth.allow_anonymous));
+        }
         let listeners = self.server.listen.iter().map(|address| ("server.listen", address));
-        let listeners: Vec<_> =
-            listeners.chain(self.admin.listen.iter().map(|address| ("admin.listen", address))).collect();
+        let listeners = listeners.chain(self.admin.listen.iter().map(|address| ("admin.listen", address)));
+        let grip = Some(&self.compat.grip).filter(|_| self.compat.enable.contains(&Adapter::Grip));
+        let grip = grip.into_iter().flat_map(|grip| {
+            let proxy = grip.listen.iter().map(|address| ("compat.grip.listen", address));
+            proxy.chain(grip.publish_listen.iter().map(|address| ("compat.grip.publish_listen", address)))
+        });
+        let listeners: Vec<_> = listeners.chain(grip).collect();
         for (n, (key, address)) in listeners.iter().enumerate() {
             if address.port() != 0 && listeners[..n].iter().any(|(_, other)| other == address) {
                 found.push((key, format!("{address} is listed twice")));
+            }
+            // Of a proxy its origins decide whom they serve.
+            if key.starts_with("compat.") {
+                continue;
             }
             if !address.ip().is_loopback() && !self.auth.allow_anonymous {
                 let reason = format!(
@@ -367,7 +469,7 @@ impl Config {
         let mut config = self.clone();
         let mut items = Vec::new();
         config.items("", &mut items);
-        for item in &items {
+        for item in items {
             match item {
                 Item::Section { key, doc } => {
                     out.push('\n');
@@ -377,23 +479,25 @@ impl Config {
                     let _ = writeln!(out, "[{key}]");
                 }
                 // Below a section it would belong to that section.
-                Item::Setting(Setting { key, slot: Slot::Rules(rules), .. }) if rules.is_empty() => {
+                Item::Setting(Setting { key, slot: Slot::Tables(list), .. })
+                    if list.len() == 0 && !key.contains('.') =>
+                {
                     out.insert_str(0, &format!("{key} = []\n"));
                 }
-                Item::Setting(Setting { key, doc, slot: Slot::Rules(rules) }) => {
+                Item::Setting(Setting { key, doc, slot: Slot::Tables(list) }) if list.len() > 0 => {
                     out.push('\n');
                     if explained {
                         comment(doc, &mut out);
                     }
-                    write_rules(rules, sources.get(key), &mut out);
+                    write_tables(&key, list, sources.get(&key), &mut out);
                 }
                 Item::Setting(Setting { key, doc, slot }) => {
                     if explained {
                         comment(doc, &mut out);
                     }
-                    let name = key.rsplit('.').next().unwrap_or(key);
+                    let name = key.rsplit('.').next().unwrap_or(&key);
                     let _ = write!(out, "{name} = {slot}");
-                    if let Some(source) = sources.get(key) {
+                    if let Some(source) = sources.get(&key) {
                         let _ = write!(out, "  # {source}");
                     }
                     out.push('\n');
@@ -404,16 +508,14 @@ impl Config {
     }
 }
 
-fn write_rules(rules: &[ChannelRule], source: Option<&Source>, out: &mut String) {
+/// To be written behind all other settings of their section: a key after a table would belong to the table.
+fn write_tables(key: &str, list: &mut dyn Tables, source: Option<&Source>, out: &mut String) {
     if let Some(source) = source {
         let _ = writeln!(out, "# {source}");
     }
-    for (n, rule) in rules.iter().enumerate() {
-        let mut rule = rule.clone();
-        let mut items = Vec::new();
-        rule.items("", &mut items);
-        let _ = writeln!(out, "{}[[channels]]", if n == 0 { "" } else { "\n" });
-        for item in &items {
+    for n in 0..list.len() {
+        let _ = writeln!(out, "{}[[{key}]]", if n == 0 { "" } else { "\n" });
+        for item in list.items(n, "") {
             if let Item::Setting(Setting { key, slot, .. }) = item {
                 let _ = writeln!(out, "{key} = {slot}");
             }

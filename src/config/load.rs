@@ -9,13 +9,33 @@ use figment::{
 };
 
 use super::{
-    ChannelRule, Config, Part,
+    Config, Part,
     slot::{Item, Setting, Slot},
 };
 
 /// `WEIR__SSE__HEARTBEAT` is `sse.heartbeat`. The two underscores keep `WEIR_URL` and what Kubernetes
 /// adds for a service called weir (`WEIR_PORT=tcp://…`) out of it.
 const PREFIX: &str = "WEIR__";
+
+/// One of a list of tables.
+pub(super) trait Table: Part + Clone + Default {
+    /// The keys that have no default, and what to ask whoever left them out.
+    const REQUIRED: &'static [(&'static str, &'static str)];
+    /// As it is written in one line.
+    const EXAMPLE: &'static str;
+}
+
+/// A list of tables, whatever they are: what the loader needs of it, and who writes it down.
+pub(super) trait Tables {
+    fn clear(&mut self);
+    /// Adds a table of defaults.
+    fn add(&mut self);
+    fn len(&self) -> usize;
+    /// The settings of one.
+    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<Item<'a>>;
+    fn required(&self) -> &'static [(&'static str, &'static str)];
+    fn example(&self) -> &'static str;
+}
 
 /// What was found, and where. A key that is not in `sources` has its default.
 #[derive(Clone, Debug)]
@@ -73,6 +93,10 @@ pub(super) fn from(
 ) -> Result<Loaded, Problems> {
     let mut config = Config::default();
     let mut found = Found::default();
+    let lists: Vec<String> = settings(&mut config, "")
+        .into_iter()
+        .filter_map(|setting| matches!(setting.slot, Slot::Tables(_)).then_some(setting.key))
+        .collect();
     if let Some((name, text)) = file {
         found.file(name.into(), text);
     }
@@ -80,10 +104,10 @@ pub(super) fn from(
     variables.sort();
     for (name, value) in variables {
         let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
-        found.text(&key, value, Source::Environment(name.into()));
+        found.text(&key, value, Source::Environment(name.into()), &lists);
     }
     for Override { flag, key, value } in flags {
-        found.text(key, value.clone(), Source::Flag(flag));
+        found.text(key, value.clone(), Source::Flag(flag), &lists);
     }
     let merged = found.figment.data().unwrap_or_default().remove(&Profile::Default).unwrap_or_default();
     found.table(&merged, "", &mut settings(&mut config, ""));
@@ -142,8 +166,8 @@ impl Found {
 
     /// A value from the environment or a flag: text, whatever it looks like, but that lists of tables are written as in
     /// a file.
-    fn text(&mut self, key: &str, value: String, source: Source) {
-        if key == "channels" {
+    fn text(&mut self, key: &str, value: String, source: Source, lists: &[String]) {
+        if lists.iter().any(|list| list == key) {
             return self.toml(&format!("{key} = {value}"), key, source);
         }
         let mut nested = Value::from(value);
@@ -207,34 +231,65 @@ impl Found {
     }
 
     fn value(&mut self, setting: &mut Setting<'_>, value: &Value, source: Option<Source>) {
-        let Slot::Rules(rules) = &mut setting.slot else {
+        let Slot::Tables(list) = &mut setting.slot else {
             if let Err(reason) = setting.slot.read(value) {
                 self.problem(&setting.key, source, reason);
             }
             return;
         };
         let Value::Array(_, tables) = value else {
-            return self.problem(&setting.key, source, "is a list of tables: write [[channels]]".into());
+            return self.problem(&setting.key, source, format!("is a list of tables: write [[{}]]", setting.key));
         };
-        rules.clear();
-        for (n, item) in tables.iter().enumerate() {
+        list.clear();
+        for item in tables {
+            let n = list.len();
             let key = format!("{}[{n}]", setting.key);
+            list.add();
             let Value::Dict(_, table) = item else {
-                let reason = "must be a table, as { match = \"*\", keep = { count = 5 } }";
-                self.problem(&key, source.clone(), reason.into());
+                self.problem(&key, source.clone(), format!("must be a table, as {}", list.example()));
                 continue;
             };
-            if !table.contains_key("match") {
-                self.problem(&key, source.clone(), "has no `match`: which channels is it for?".into());
+            for (name, question) in list.required() {
+                if !table.contains_key(*name) {
+                    self.problem(&key, source.clone(), format!("has no `{name}`: {question}"));
+                }
             }
-            let mut rule = ChannelRule::default();
-            self.table(table, &key, &mut self::settings(&mut rule, &key));
-            rules.push(rule);
+            self.table(table, &key, &mut only_settings(list.items(n, &key)));
         }
     }
 
     fn problem(&mut self, key: &str, source: Option<Source>, reason: String) {
         self.problems.push(Problem { key: key.to_owned(), source, reason });
+    }
+}
+
+// === impl Tables ===
+
+impl<T: Table> Tables for Vec<T> {
+    fn clear(&mut self) {
+        self.clear();
+    }
+
+    fn add(&mut self) {
+        self.push(T::default());
+    }
+
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<Item<'a>> {
+        let mut items = Vec::new();
+        self[n].items(at, &mut items);
+        items
+    }
+
+    fn required(&self) -> &'static [(&'static str, &'static str)] {
+        T::REQUIRED
+    }
+
+    fn example(&self) -> &'static str {
+        T::EXAMPLE
     }
 }
 
@@ -282,6 +337,10 @@ pub(super) fn join(at: &str, name: &str) -> String {
 fn settings<'a>(part: &'a mut impl Part, at: &str) -> Vec<Setting<'a>> {
     let mut items = Vec::new();
     part.items(at, &mut items);
+    only_settings(items)
+}
+
+fn only_settings(items: Vec<Item<'_>>) -> Vec<Setting<'_>> {
     items.into_iter().filter_map(|item| if let Item::Setting(setting) = item { Some(setting) } else { None }).collect()
 }
 

@@ -5,7 +5,7 @@ use std::{fmt, net::SocketAddr, time::Duration};
 use figment::value::Value;
 use tracing_subscriber::filter::Targets;
 
-use super::ChannelRule;
+use super::load::Tables;
 use crate::duration;
 
 /// What a part of the configuration is made of, in the order in which it is shown.
@@ -42,8 +42,21 @@ pub(super) enum Slot<'a> {
     Adapters(&'a mut Vec<Adapter>),
     Level(&'a mut Level),
     Format(&'a mut Format),
-    Rules(&'a mut Vec<ChannelRule>),
+    /// A path that requests begin with.
+    Path(&'a mut String),
+    /// Where an HTTP server is: scheme, host and port, and nothing more.
+    Url(&'a mut String),
+    /// Any text; what it means is somebody else's to say.
+    Text(&'a mut String),
+    /// Empty text is none.
+    Secret(&'a mut Secret),
+    /// A list of tables.
+    Tables(&'a mut dyn Tables),
 }
+
+/// Text that is never shown, nor logged.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Secret(String);
 
 /// What keeps the channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +90,7 @@ pub enum Format {
 // === impl Slot ===
 
 impl Slot<'_> {
-    /// Replaces the value, or says in a sentence why not. [`Slot::Rules`] are tables and read by the loader.
+    /// Replaces the value, or says in a sentence why not. [`Slot::Tables`] are read by the loader.
     pub fn read(&mut self, value: &Value) -> Result<(), String> {
         let given = Given(value);
         match self {
@@ -136,7 +149,17 @@ impl Slot<'_> {
                 "json" => **to = Format::Json,
                 other => return Err(format!("{other:?} is no format; there are: auto, text, json")),
             },
-            Slot::Rules(_) => return Err("needs a list of tables, as [{ match = \"*\", keep = { count = 5 } }]".into()),
+            Slot::Path(to) => {
+                let text = given.text("a path")?;
+                if !text.starts_with('/') || text.contains(['?', '#']) || text.contains(char::is_control) {
+                    return Err(format!("{text:?} is not a path: write / or /api"));
+                }
+                **to = text;
+            }
+            Slot::Url(to) => **to = url(&given.text("a URL")?)?,
+            Slot::Text(to) => **to = given.text("text")?,
+            Slot::Secret(to) => **to = Secret::parse(given.text("text")?)?,
+            Slot::Tables(to) => return Err(format!("needs a list of tables, as [{}]", to.example())),
         }
         Ok(())
     }
@@ -154,15 +177,16 @@ impl fmt::Display for Slot<'_> {
             Slot::Address(None) => f.write_str("\"\""),
             Slot::Address(Some(address)) => write!(f, "\"{address}\""),
             Slot::Origins(list) => write_list(list.iter().cloned(), f),
-            Slot::Pattern(text) => f.write_str(&quoted(text)),
+            Slot::Pattern(text) | Slot::Path(text) | Slot::Url(text) | Slot::Text(text) => f.write_str(&quoted(text)),
+            Slot::Secret(secret) => f.write_str(if secret.is_empty() { "\"\"" } else { "\"********\"" }),
             Slot::Backend(Backend::Memory) => f.write_str("\"memory\""),
             Slot::Adapters(list) => write_list(list.iter().map(|adapter| adapter.as_str().to_owned()), f),
             Slot::Level(Level(text)) => f.write_str(&quoted(text)),
             Slot::Format(Format::Auto) => f.write_str("\"auto\""),
             Slot::Format(Format::Text) => f.write_str("\"text\""),
             Slot::Format(Format::Json) => f.write_str("\"json\""),
-            // Shown as tables of their own.
-            Slot::Rules(_) => Ok(()),
+            // Those that are are shown as tables of their own.
+            Slot::Tables(_) => f.write_str("[]"),
         }
     }
 }
@@ -264,6 +288,41 @@ impl Adapter {
     }
 }
 
+// === impl Secret ===
+
+impl Secret {
+    /// What is shown instead.
+    const HIDDEN: &str = "********";
+
+    fn parse(text: String) -> Result<Self, String> {
+        match text == Self::HIDDEN {
+            true => Err("is what weir shows instead of the secret".into()),
+            false => Ok(Secret(text)),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The secret itself. Whoever calls this does not print it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Secret(text.to_owned())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_empty() { "Secret()" } else { "Secret(…)" })
+    }
+}
+
 // === impl Level ===
 
 impl Level {
@@ -320,6 +379,17 @@ fn origin(text: &str) -> Result<(), String> {
             "{text:?} is not an origin: write https://example.com or https://*.example.com, without a path"
         )),
     }
+}
+
+fn url(text: &str) -> Result<String, String> {
+    let wrong = || format!("{text:?} is not where a server is: write http://127.0.0.1:3000 or https://example.com");
+    let bare = text.strip_suffix('/').unwrap_or(text);
+    let (scheme, host) = bare.split_once("://").ok_or_else(wrong)?;
+    let plain = |c: char| !matches!(c, '/' | '?' | '#' | '@' | '\\') && !c.is_whitespace() && !c.is_control();
+    if !matches!(scheme, "http" | "https") || host.is_empty() || host.starts_with(':') || !host.chars().all(plain) {
+        return Err(wrong());
+    }
+    Ok(bare.to_owned())
 }
 
 fn kind(value: &Value) -> &'static str {
