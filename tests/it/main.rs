@@ -12,6 +12,7 @@ mod http_rules;
 mod http_services;
 mod jsonrpsee;
 mod process;
+mod redis;
 mod socket;
 mod sse;
 mod start;

@@ -1,0 +1,7 @@
+//! weir on Redis: real servers, real faults.
+
+// Starters offer what a deployment can do, whether or not a test asks for it yet.
+#[allow(dead_code)]
+pub mod proxy;
+#[allow(dead_code)]
+pub mod servers;
