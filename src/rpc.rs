@@ -105,6 +105,9 @@ pub struct Call<'a> {
     pub wait: Option<Duration>,
     /// A reply after the deadline is delivered by [`Peer::late`].
     pub late: bool,
+    /// The same call as an adapter's own world wrote it, JSON, for providers of that world; others get `method` and
+    /// `params`. What may be a method is then that world's affair.
+    pub as_sent: Option<&'a RawValue>,
 }
 
 /// What a connection asks to provide.
@@ -218,7 +221,17 @@ impl Clock {
 impl<'a> Call<'a> {
     /// A call with the configured timeout, by nobody in particular.
     pub fn new(service: &'a str, method: &'a str, params: Option<&'a RawValue>) -> Self {
-        Call { service, method, params, caller: "", traceparent: None, timeout: None, wait: None, late: false }
+        Call {
+            service,
+            method,
+            params,
+            caller: "",
+            traceparent: None,
+            timeout: None,
+            wait: None,
+            late: false,
+            as_sent: None,
+        }
     }
 
     /// Splits the name of a call at its last `/`. `method_not_found` if there is none.
@@ -280,8 +293,13 @@ impl Hub {
     ///
     /// `peer` must not own the [`Connection`], or neither is ever dropped.
     pub fn connect(self: &Arc<Self>, peer: Arc<dyn Peer>) -> Connection {
+        self.connect_with(peer, self.config.calls)
+    }
+
+    /// As [`connect`](Self::connect), with a limit of its own on the calls that it has in flight.
+    pub fn connect_with(self: &Arc<Self>, peer: Arc<dyn Peer>, calls: usize) -> Connection {
         self.connections.fetch_add(1, Relaxed);
-        Connection::new(self.clone(), Arc::new(Conn::new(peer)))
+        Connection::new(self.clone(), Arc::new(Conn::new(peer, calls)))
     }
 
     /// Finds what is due. To be called every 20 ms or so, by one task.

@@ -3,6 +3,8 @@
 pub mod carrier;
 pub mod chunk;
 pub mod egress;
+pub mod frame;
+pub mod handshake;
 pub mod held;
 pub mod longpoll;
 pub mod query;

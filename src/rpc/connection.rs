@@ -216,7 +216,7 @@ impl Connection {
         let hub = &*self.hub;
         let started = hub.clock.micros();
         let mut live = self.conn.live.lock();
-        if live.len() >= hub.config.calls {
+        if live.len() >= self.conn.calls {
             let detail = format!("{} calls of this connection are in flight, which is the most", live.len());
             return Err((tag, Some(Error::new(Code::LimitReached, detail).with("limit", "limits.calls"))));
         }
@@ -399,9 +399,8 @@ impl Hub {
 
     /// Refuses what cannot be called. Returns the timeout in milliseconds.
     fn check(&self, call: &Call<'_>) -> Result<u32> {
-        label("method", call.method)?;
-        if call.method.contains('/') {
-            return Err(Error::params("a method has no / in its name"));
+        if call.as_sent.is_none() {
+            label("method", call.method)?;
         }
         let most = self.config.max_timeout;
         let timeout = call.timeout.unwrap_or_else(|| self.config.timeout.min(most));

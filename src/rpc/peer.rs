@@ -49,6 +49,8 @@ pub struct Forward<'a> {
     pub method: &'a str,
     pub names: Names,
     pub params: Option<&'a RawValue>,
+    /// The same as the caller's own world wrote it; see [`Call::as_sent`](super::Call::as_sent).
+    pub as_sent: Option<&'a RawValue>,
     /// Beside params, if the provider asked.
     pub meta: Option<Meta<'a>>,
 }

@@ -50,6 +50,8 @@ enum Id {
 /// One connection as the hub sees it.
 pub(super) struct Conn {
     pub peer: Arc<dyn Peer>,
+    /// Calls that it may have in flight.
+    pub calls: usize,
     /// What it asked and was not answered. Locked before a service, never after.
     pub live: Mutex<Slab<Live>>,
     /// What it provides; the index is the slot in a [`CallId`]. Locked before a service, never after.
@@ -206,9 +208,10 @@ impl Conn {
     /// Room that a burst of calls leaves behind in an idle connection, in calls.
     const KEEP: usize = 64;
 
-    pub fn new(peer: Arc<dyn Peer>) -> Self {
+    pub fn new(peer: Arc<dyn Peer>, calls: usize) -> Self {
         Conn {
             peer,
+            calls,
             live: Mutex::default(),
             provides: Mutex::default(),
             late: AtomicUsize::new(0),

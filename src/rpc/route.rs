@@ -89,6 +89,7 @@ impl Hub {
                 method: request.method,
                 names: target.names,
                 params: request.params,
+                as_sent: request.as_sent,
                 meta,
             });
             if written == Written::Yes {

@@ -5,7 +5,6 @@
 
 mod connection;
 mod dispatch;
-mod frame;
 mod jsonrpc;
 mod out;
 mod outbox;
@@ -15,9 +14,8 @@ mod work;
 
 use std::{future::poll_fn, sync::Arc, task::Poll};
 
-use axum::{body::Body, response::Response};
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts};
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use axum::response::Response;
+use http::{header, request::Parts};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -34,7 +32,7 @@ use crate::{
     metrics::Metrics,
     position::Start,
     rpc::Hub,
-    transport::{query::Query, takeover::Takeover, wheel::Wheel},
+    transport::{handshake::Handshake, query::Query, takeover::Takeover, wheel::Wheel},
 };
 
 /// Subprotocols that mean what is spoken here anyway. A browser that offers some and gets none gives up.
@@ -51,12 +49,6 @@ pub struct Ws {
     pub draining: CancellationToken,
 }
 
-/// What the client's handshake says.
-struct Handshake {
-    accept: String,
-    protocol: Option<&'static str>,
-}
-
 impl Ws {
     /// Answers `GET /v1/ws`. `admitted` is who asks, or why they may not.
     ///
@@ -64,7 +56,7 @@ impl Ws {
     /// `upgrade_required`, `invalid_request`, `invalid_params`, `draining`, or what `admitted` holds. A browser learns
     /// nothing of a failed handshake: to one that is not admitted it is completed, and the socket closed with the code.
     pub async fn upgrade(self: &Arc<Self>, head: &Parts, admitted: Result<Identity>) -> Result<Response> {
-        let handshake = Handshake::read(head)?;
+        let handshake = Handshake::read(head, &PROTOCOLS)?;
         let identity = match admitted {
             Ok(identity) => identity,
             Err(error) if error.code().close().is_some() && head.headers.contains_key(header::ORIGIN) => {
@@ -146,62 +138,4 @@ impl Ws {
         .await
         .map(|answered| answered.then_some(answer))
     }
-}
-
-impl Handshake {
-    fn read(head: &Parts) -> Result<Self> {
-        let headers = &head.headers;
-        let upgrade = head.method == Method::GET
-            && head.version == Version::HTTP_11
-            && has_token(headers, header::UPGRADE, "websocket")
-            && has_token(headers, header::CONNECTION, "upgrade");
-        if !upgrade {
-            return Err(Error::new(
-                Code::UpgradeRequired,
-                "this path is a WebSocket: ask with Upgrade: websocket over HTTP/1.1; POST /v1/rpc takes one request",
-            ));
-        }
-        if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
-            return Err(Error::new(Code::UpgradeRequired, "the version of WebSocket spoken here is 13"));
-        }
-        let Some(key) = headers.get(header::SEC_WEBSOCKET_KEY) else {
-            return Err(Error::new(Code::InvalidRequest, "Sec-WebSocket-Key is missing"));
-        };
-        let mut offered = tokens(headers, header::SEC_WEBSOCKET_PROTOCOL).peekable();
-        let any = offered.peek().is_some();
-        let protocol = offered.find_map(|offer| PROTOCOLS.into_iter().find(|known| *known == offer));
-        if any && protocol.is_none() {
-            return Err(Error::new(
-                Code::InvalidRequest,
-                format!("none of the subprotocols is known here: offer one of {}, or none", PROTOCOLS.join(", ")),
-            ));
-        }
-        Ok(Handshake { accept: derive_accept_key(key.as_bytes()), protocol })
-    }
-
-    fn response(self, takeover: Takeover) -> Response {
-        let mut response = Response::new(Body::empty());
-        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        let headers = response.headers_mut();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        if let Ok(accept) = HeaderValue::try_from(self.accept) {
-            headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
-        }
-        if let Some(protocol) = self.protocol {
-            headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
-        }
-        response.extensions_mut().insert(takeover);
-        response
-    }
-}
-
-/// The comma-separated parts of a header, wherever its lines end.
-fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
-    let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
-}
-
-fn has_token(headers: &HeaderMap, name: header::HeaderName, wanted: &str) -> bool {
-    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
 }

@@ -46,6 +46,7 @@ pub(super) const NONE: u32 = u32::MAX;
 pub(in crate::rpc) struct Request<'a> {
     pub method: &'a str,
     pub params: Option<&'a RawValue>,
+    pub as_sent: Option<&'a RawValue>,
     pub caller: &'a str,
     pub traceparent: Option<&'a str>,
     pub wait: Option<u64>,
@@ -55,6 +56,7 @@ pub(in crate::rpc) struct Request<'a> {
 pub(in crate::rpc) struct Stored {
     method: Box<str>,
     params: Option<Box<RawValue>>,
+    as_sent: Option<Box<RawValue>>,
     caller: Box<str>,
     traceparent: Option<Box<str>>,
     wait: Option<u64>,
@@ -448,14 +450,15 @@ impl Entry {
 
 impl<'a> Request<'a> {
     pub fn of(call: &Call<'a>) -> Self {
-        let Call { method, params, caller, traceparent, .. } = *call;
-        Request { method, params, caller, traceparent, wait: call.wait.map(|wait| wait.as_millis() as u64) }
+        let Call { method, params, as_sent, caller, traceparent, .. } = *call;
+        Request { method, params, as_sent, caller, traceparent, wait: call.wait.map(|wait| wait.as_millis() as u64) }
     }
 
     pub fn store(&self, room: Ticket) -> Box<Stored> {
         Box::new(Stored {
             method: self.method.into(),
             params: self.params.map(ToOwned::to_owned),
+            as_sent: self.as_sent.map(ToOwned::to_owned),
             caller: self.caller.into(),
             traceparent: self.traceparent.map(Into::into),
             wait: self.wait,
@@ -464,8 +467,8 @@ impl<'a> Request<'a> {
     }
 
     pub fn bytes(&self) -> usize {
-        let params = self.params.map_or(0, |params| params.get().len());
-        self.method.len() + params + self.caller.len() + self.traceparent.map_or(0, str::len)
+        let json: usize = [self.params, self.as_sent].into_iter().flatten().map(|json| json.get().len()).sum();
+        self.method.len() + json + self.caller.len() + self.traceparent.map_or(0, str::len)
     }
 }
 
@@ -474,6 +477,7 @@ impl Stored {
         Request {
             method: &self.method,
             params: self.params.as_deref(),
+            as_sent: self.as_sent.as_deref(),
             caller: &self.caller,
             traceparent: self.traceparent.as_deref(),
             wait: self.wait,

@@ -18,7 +18,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::{
     Ws,
     dispatch::Session,
-    frame::{self, Broken, Decoder, Incoming},
     jsonrpc,
     out::Out,
     outbox::{Outbox, Taken},
@@ -28,6 +27,7 @@ use crate::{
     error::Code,
     metrics::{Connected, Transport},
     transport::{
+        frame::{self, Broken, Decoder, Incoming},
         takeover::{self, Io, Seat},
         wheel::{Due, TICK, Timer, Wheel},
     },

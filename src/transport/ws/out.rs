@@ -10,8 +10,8 @@ use std::{
 use bytes::{Buf, Bytes};
 use tokio::io::AsyncWrite;
 
-use super::{frame, outbox};
-use crate::transport::takeover::Io;
+use super::outbox;
+use crate::transport::{frame, takeover::Io};
 
 /// Pieces that one `writev` takes.
 const SLICES: usize = 32;

@@ -14,10 +14,11 @@ use std::{
 use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 
-use super::{frame, jsonrpc};
+use super::jsonrpc;
 use crate::{
     error::{Code, Error},
     rpc::{Answer, CallId, Forward, Names, Peer, Tag, Written},
+    transport::frame,
 };
 
 /// Beyond so many times its limit nothing is kept for a peer: it does not read what it asked for.
@@ -351,7 +352,15 @@ mod tests {
     }
 
     fn call(outbox: &Outbox) -> Written {
-        let call = Forward { id: None, service: "s", method: "method", names: Names::Bare, params: None, meta: None };
+        let call = Forward {
+            id: None,
+            service: "s",
+            method: "method",
+            names: Names::Bare,
+            params: None,
+            as_sent: None,
+            meta: None,
+        };
         outbox.call(&call)
     }
 

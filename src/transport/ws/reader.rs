@@ -10,12 +10,13 @@ use bytes::Bytes;
 use foldhash::fast::RandomState;
 use serde::Serialize;
 
-use super::{frame, jsonrpc, params::Wanted};
+use super::{jsonrpc, params::Wanted};
 use crate::{
     bus::{Delivery, Format, Gap, Item, Subscriptions, Watch, index},
     event::Channel,
     metrics::Gauge,
     position::{Position, Start},
+    transport::frame,
 };
 
 /// `{"jsonrpc":"2.0","method":"weir.event","params":<event>}`: one whole frame per event, for a frame holds one message.
