@@ -8,6 +8,7 @@ pub mod auth;
 pub mod backend;
 pub mod bus;
 pub mod cli;
+pub mod cluster;
 pub mod compat;
 pub mod config;
 pub mod duration;

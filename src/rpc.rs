@@ -30,7 +30,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use foldhash::fast::RandomState;
@@ -38,6 +38,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+pub use crate::cluster::Clock;
 pub use ask::{Asked, Refusal};
 pub use changes::{Change, ChangeKind};
 pub use connection::{Connection, Provided, Replied};
@@ -79,14 +80,6 @@ pub struct Config {
     pub services: usize,
     /// Services that one connection provides; at most 1,000.
     pub provides: usize,
-}
-
-/// Where the hub's time comes from.
-#[derive(Debug)]
-pub enum Clock {
-    Real(Instant),
-    /// Milliseconds, moved by a test.
-    Manual(Arc<AtomicU64>),
 }
 
 /// A call as a transport read it.
@@ -196,24 +189,6 @@ impl Default for Config {
             waiting_bytes: 64 << 20,
             services: 10_000,
             provides: 1_000,
-        }
-    }
-}
-
-impl Clock {
-    pub fn real() -> Self {
-        Clock::Real(Instant::now())
-    }
-
-    /// Milliseconds.
-    fn now(&self) -> u64 {
-        self.micros() / 1_000
-    }
-
-    fn micros(&self) -> u64 {
-        match self {
-            Clock::Real(start) => start.elapsed().as_micros() as u64,
-            Clock::Manual(now) => now.load(Relaxed) * 1_000,
         }
     }
 }

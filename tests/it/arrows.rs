@@ -14,6 +14,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("auth", 5),
     ("backend", 5),
     ("bus", 4),
+    ("cluster", 4),
     ("position", 3),
     ("event", 3),
     ("config", 2),

@@ -1,0 +1,382 @@
+//! [`Post`]: mail between nodes over any way that carries bytes, may lose them, but keeps their order.
+//!
+//! ```text
+//! batch   version:1 · from:8 · mine:4 · yours:4 · over:4 · seq:8 · mail*        little endian
+//! mail    topic:1 · length:4 · bytes
+//! ```
+//!
+//! Two nodes have a **link**, which is like a connection. Each end numbers its lives, upwards, and counts its batches from 1.
+//! A batch names the sender's life, the receiver's if it is known (or 0), and up to which life of the receiver all is over.
+//! A batch that repeats is dropped, so whoever sends may try again. A number left out means that something was lost: the link
+//! breaks, and new lives begin at both ends. Batches of or for a former life are dropped, and answered with the new one.
+//!
+//! Nothing here waits and nothing knows how bytes travel: a backend takes what is to be sent and brings what comes.
+
+use std::collections::{HashMap, VecDeque};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::{
+    Incoming, Mailbox, NodeId, Sent, Topic, Weight,
+    mailbox::{Inner as Box_, Slot},
+};
+
+/// The version of batches that this node writes, and the highest that it reads.
+pub const VERSION: u8 = 1;
+
+const HEAD: usize = 29;
+const MAIL_HEAD: usize = 5;
+/// Bytes of a batch, unless one mail is larger.
+const BATCH: usize = 256 << 10;
+/// Bytes that wait for one node, beyond which mail that [`May`](Weight::May) be refused is.
+const SOFT: usize = 4 << 20;
+/// And beyond which all is.
+const HARD: usize = 32 << 20;
+
+/// One node's mail, both ways.
+pub struct Post {
+    state: Mutex<State>,
+    some: Notify,
+}
+
+struct State {
+    me: NodeId,
+    links: HashMap<NodeId, Link>,
+    /// Lives of links so far.
+    lives: u32,
+    /// Nodes for which something waits and nothing is under way.
+    due: VecDeque<NodeId>,
+    boxes: [Slot; Topic::ALL.len()],
+}
+
+struct Link {
+    mine: u32,
+    /// 0: not known yet.
+    yours: u32,
+    /// Lives of the other end up to this one are over.
+    over: u32,
+    next_in: u64,
+    next_out: u64,
+    /// Mail that waits.
+    waiting: BytesMut,
+    /// The batch that is under way.
+    flying: Option<Bytes>,
+    /// A batch has to go out even if it is empty: the other end has to learn of this life.
+    hello: bool,
+}
+
+/// A batch to be sent. One per node at a time: [`Post::landed`] says when the next may go.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    pub to: NodeId,
+    pub bytes: Bytes,
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landed {
+    /// It was handed to the other node.
+    Taken,
+    /// Surely nobody got it.
+    Nobody,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// Who sent a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// A member, and what it sent is where it belongs.
+    Member,
+    /// Nobody that was admitted. Nothing was done: admit it and try again, or leave it.
+    Stranger(NodeId),
+    /// No batch at all.
+    Unreadable,
+}
+
+impl Post {
+    pub fn new(me: NodeId) -> Self {
+        let nobody = || Slot(std::sync::Weak::<Box_>::new());
+        let boxes = [nobody(), nobody(), nobody()];
+        let state = State { me, links: HashMap::new(), lives: 0, due: VecDeque::new(), boxes };
+        Post { state: Mutex::new(state), some: Notify::new() }
+    }
+
+    pub fn mailbox(&self, topic: Topic) -> Mailbox {
+        let (mailbox, slot) = Mailbox::new();
+        self.state.lock().boxes[topic.index()] = slot;
+        mailbox
+    }
+
+    /// From now on this node is known to others as `me`: no link survives.
+    pub fn reborn(&self, me: NodeId) {
+        let mut state = self.state.lock();
+        state.me = me;
+        let nodes: Vec<NodeId> = state.links.keys().copied().collect();
+        for node in nodes {
+            state.expel(node);
+        }
+    }
+
+    /// Mail to and from `node` goes its way from now on.
+    /// True: it did not before.
+    pub fn admit(&self, node: NodeId) -> bool {
+        let mut state = self.state.lock();
+        let new = node != state.me && !state.links.contains_key(&node);
+        if new {
+            let link = state.new_link();
+            state.links.insert(node, link);
+        }
+        new
+    }
+
+    /// `node` is gone, or cannot be reached. True: it was there.
+    pub fn expel(&self, node: NodeId) -> bool {
+        self.state.lock().expel(node)
+    }
+
+    pub fn knows(&self, node: NodeId) -> bool {
+        self.state.lock().links.contains_key(&node)
+    }
+
+    pub fn links(&self) -> usize {
+        self.state.lock().links.len()
+    }
+
+    pub fn send(&self, to: NodeId, topic: Topic, weight: Weight, mail: &[u8]) -> Sent {
+        let mut state = self.state.lock();
+        let Some(link) = state.links.get_mut(&to) else { return Sent::NoSuchNode };
+        let most = match weight {
+            Weight::May => SOFT,
+            Weight::Must => HARD,
+        };
+        if link.waiting.len() + mail.len() > most {
+            return Sent::Full;
+        }
+        let idle = link.is_idle();
+        link.waiting.put_u8(topic as u8);
+        link.waiting.put_u32_le(mail.len() as u32);
+        link.waiting.put_slice(mail);
+        if idle {
+            state.due.push_back(to);
+            drop(state);
+            self.some.notify_one();
+        }
+        Sent::Taken
+    }
+
+    /// The next batch, if there is one.
+    pub fn next(&self) -> Option<Batch> {
+        self.state.lock().next()
+    }
+
+    /// Waits until there may be a next batch. For one task.
+    pub async fn some(&self) {
+        self.some.notified().await;
+    }
+
+    /// What became of the batch under way to `batch.to`.
+    pub fn landed(&self, batch: &Batch, landed: Landed) {
+        let mut state = self.state.lock();
+        let Some(link) = state.links.get_mut(&batch.to) else { return };
+        // The link may have been broken and be a new one by now, with a batch of its own under way.
+        if link.flying.as_ref().is_none_or(|flying| flying.as_ptr() != batch.bytes.as_ptr()) {
+            return;
+        }
+        match landed {
+            Landed::Taken => {
+                link.flying = None;
+                if link.is_due() {
+                    state.due.push_back(batch.to);
+                }
+            }
+            Landed::Nobody => {
+                state.bounce_all(batch.to, true);
+                state.expel(batch.to);
+            }
+            Landed::Unknown => state.broken(batch.to, true),
+        }
+        drop(state);
+        self.some.notify_one();
+    }
+
+    /// Takes what came.
+    pub fn receive(&self, batch: &Bytes) -> Received {
+        let mut state = self.state.lock();
+        let received = state.receive(batch);
+        drop(state);
+        self.some.notify_one();
+        received
+    }
+}
+
+impl Link {
+    fn new(mine: u32) -> Self {
+        Link { mine, yours: 0, over: 0, next_in: 1, next_out: 1, waiting: BytesMut::new(), flying: None, hello: false }
+    }
+
+    /// Has something to send.
+    fn is_due(&self) -> bool {
+        self.flying.is_none() && (self.hello || !self.waiting.is_empty())
+    }
+
+    /// Has nothing to send, and nothing under way.
+    fn is_idle(&self) -> bool {
+        self.flying.is_none() && !self.hello && self.waiting.is_empty()
+    }
+}
+
+impl State {
+    fn new_link(&mut self) -> Link {
+        self.lives += 1;
+        Link::new(self.lives)
+    }
+
+    fn next(&mut self) -> Option<Batch> {
+        loop {
+            let to = self.due.pop_front()?;
+            let me = self.me;
+            let Some(link) = self.links.get_mut(&to).filter(|link| link.is_due()) else { continue };
+            let mails = link.waiting.split_to(first_batch(&link.waiting));
+            let mut bytes = BytesMut::with_capacity(HEAD + mails.len());
+            bytes.put_u8(VERSION);
+            bytes.put_u64_le(me.0);
+            bytes.put_u32_le(link.mine);
+            bytes.put_u32_le(link.yours);
+            bytes.put_u32_le(link.over);
+            bytes.put_u64_le(link.next_out);
+            bytes.put_slice(&mails);
+            link.next_out += 1;
+            link.hello = false;
+            let bytes = bytes.freeze();
+            link.flying = Some(bytes.clone());
+            return Some(Batch { to, bytes });
+        }
+    }
+
+    fn expel(&mut self, node: NodeId) -> bool {
+        if !self.links.contains_key(&node) {
+            return false;
+        }
+        self.bounce_all(node, false);
+        self.links.remove(&node);
+        self.tell_all(&Incoming::Lost { with: node, gone: true });
+        true
+    }
+
+    /// Gives back what was not sent; with `flying`, what was sent to nobody too.
+    fn bounce_all(&mut self, to: NodeId, flying: bool) {
+        let Some(link) = self.links.get_mut(&to) else { return };
+        let under_way = link.flying.take().filter(|_| flying).map(|batch| batch.slice(HEAD..));
+        let waiting = std::mem::take(&mut link.waiting).freeze();
+        for mails in under_way.into_iter().chain([waiting]) {
+            for (topic, mail) in split(&mails) {
+                if let Some(topic) = topic {
+                    self.boxes[topic.index()].put(Incoming::Returned { to, mail });
+                }
+            }
+        }
+    }
+
+    /// A new life for this end. With `hello` the other has to be told, for it may not know that something is wrong.
+    fn broken(&mut self, with: NodeId, hello: bool) {
+        self.bounce_all(with, false);
+        let old = self.links.get(&with).map_or(0, |link| link.over.max(link.yours));
+        let link = self.new_link();
+        self.links.insert(with, Link { over: old, hello, ..link });
+        if hello {
+            self.due.push_back(with);
+        }
+        self.tell_all(&Incoming::Lost { with, gone: false });
+    }
+
+    fn tell_all(&self, what: &Incoming) {
+        for slot in &self.boxes {
+            slot.put(what.clone());
+        }
+    }
+
+    fn receive(&mut self, batch: &Bytes) -> Received {
+        if batch.len() < HEAD {
+            return Received::Unreadable;
+        }
+        // The sender stands in the same place in every version.
+        let from = NodeId(number(&batch[1..9]));
+        let Some(link) = self.links.get_mut(&from) else { return Received::Stranger(from) };
+        if batch[0] != VERSION {
+            // It may have said anything: no call may go on waiting for it.
+            self.broken(from, true);
+            return Received::Member;
+        }
+        let field = |at: usize| number(&batch[at..at + 4]) as u32;
+        let (mine, yours, over, seq) = (field(9), field(13), field(17), number(&batch[21..29]));
+        if mine <= link.over || mine < link.yours || yours != 0 && yours != link.mine {
+            let idle = link.is_idle();
+            link.hello = true;
+            if idle {
+                self.due.push_back(from);
+            }
+            return Received::Member;
+        }
+        if over >= link.mine || link.yours != 0 && link.yours != mine {
+            // The other end began anew, and knows nothing of this one.
+            self.broken(from, false);
+        }
+        let Some(link) = self.links.get_mut(&from) else { return Received::Member };
+        if link.yours == mine && seq < link.next_in {
+            return Received::Member;
+        }
+        if seq != link.next_in {
+            link.yours = mine;
+            self.broken(from, true);
+            return Received::Member;
+        }
+        link.yours = mine;
+        link.next_in += 1;
+        for (topic, mail) in split(&batch.slice(HEAD..)) {
+            // Topics of a later version are left out.
+            let Some(topic) = topic else { continue };
+            if !self.boxes[topic.index()].put(Incoming::Mail { from, mail }) {
+                self.broken(from, true);
+                break;
+            }
+        }
+        Received::Member
+    }
+}
+
+/// How many of these bytes go into the next batch: whole mails.
+fn first_batch(mails: &[u8]) -> usize {
+    let mut end = 0;
+    while mails.len() - end >= MAIL_HEAD {
+        let next = end + MAIL_HEAD + number(&mails[end + 1..end + MAIL_HEAD]) as usize;
+        if end > 0 && next > BATCH {
+            break;
+        }
+        end = next;
+    }
+    end.min(mails.len())
+}
+
+fn split(mails: &Bytes) -> impl Iterator<Item = (Option<Topic>, Bytes)> {
+    let mut rest = mails.clone();
+    std::iter::from_fn(move || {
+        if rest.len() < MAIL_HEAD {
+            return None;
+        }
+        let topic = Topic::of(rest[0]);
+        let length = number(&rest[1..MAIL_HEAD]) as usize;
+        if rest.len() < MAIL_HEAD + length {
+            return None;
+        }
+        let mail = rest.slice(MAIL_HEAD..MAIL_HEAD + length);
+        rest = rest.slice(MAIL_HEAD + length..);
+        Some((topic, mail))
+    })
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}

@@ -1,0 +1,298 @@
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::atomic::Ordering::SeqCst,
+};
+
+use proptest::prelude::*;
+
+use super::{
+    local::{Net, Node, TTL},
+    post::{Landed, Post, Received},
+    *,
+};
+
+const TOPIC: Topic = Topic::Calls;
+
+/// One end of a link. Every mail is a call that is never answered: it is open at one end and held at the other.
+struct End {
+    id: NodeId,
+    post: Post,
+    mailbox: Mailbox,
+    got: Vec<u64>,
+    open: BTreeSet<u64>,
+    held: BTreeSet<u64>,
+}
+
+impl End {
+    fn new(id: u64) -> Self {
+        let post = Post::new(NodeId(id));
+        let mailbox = post.mailbox(TOPIC);
+        let (got, open, held) = Default::default();
+        End { id: NodeId(id), post, mailbox, got, open, held }
+    }
+
+    fn read(&mut self) {
+        let number = |mail: Bytes| u64::from_le_bytes(mail[..].try_into().unwrap());
+        for incoming in self.mailbox.take() {
+            match incoming {
+                Incoming::Mail { mail, .. } => {
+                    let call = number(mail);
+                    self.got.push(call);
+                    self.held.insert(call);
+                }
+                Incoming::Returned { mail, .. } => assert!(self.open.remove(&number(mail))),
+                Incoming::Lost { .. } => {
+                    self.open.clear();
+                    self.held.clear();
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, to: NodeId, call: u64) {
+        self.read();
+        assert_eq!(self.post.send(to, TOPIC, Weight::May, &call.to_le_bytes()), Sent::Taken);
+        self.open.insert(call);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Send { from: usize },
+    Carry { from: usize, how: u8 },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0..2usize).prop_map(|from| Step::Send { from }),
+        (0..2usize, 0..12u8).prop_map(|(from, how)| Step::Carry { from, how }),
+    ]
+}
+
+fn carry(ends: &mut [End; 2], from: usize, how: u8) -> bool {
+    let Some(batch) = ends[from].post.next() else { return false };
+    assert_eq!(batch.to, ends[1 - from].id);
+    let (sender, receiver) = (&ends[from].post, &ends[1 - from].post);
+    match how {
+        // Lost on the way, though the carrier believes that it arrived.
+        0 => sender.landed(&batch, Landed::Taken),
+        // Nobody knows: arrived, or not.
+        1 => sender.landed(&batch, Landed::Unknown),
+        2 => {
+            receiver.receive(&batch.bytes);
+            sender.landed(&batch, Landed::Unknown);
+        }
+        // Tried twice.
+        3 => {
+            receiver.receive(&batch.bytes);
+            receiver.receive(&batch.bytes);
+            sender.landed(&batch, Landed::Taken);
+        }
+        _ => {
+            assert_eq!(receiver.receive(&batch.bytes), Received::Member);
+            sender.landed(&batch, Landed::Taken);
+        }
+    }
+    ends.iter_mut().for_each(End::read);
+    true
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2_000) })]
+    /// In order, at most once; and in the end what one believes to be with the other is with the other.
+    #[test]
+    fn mail_keeps_its_promise(steps in prop::collection::vec(step(), 1..80)) {
+        let mut ends = [End::new(1), End::new(2)];
+        ends[0].post.admit(NodeId(2));
+        ends[1].post.admit(NodeId(1));
+        let mut calls = 0;
+        for step in steps {
+            match step {
+                Step::Send { from } => {
+                    calls += 1;
+                    let to = ends[1 - from].id;
+                    ends[from].send(to, calls);
+                }
+                Step::Carry { from, how } => {
+                    carry(&mut ends, from, how);
+                }
+            }
+        }
+        // A beat from each end shows what is missing.
+        for _ in 0..2 {
+            for from in [0, 1, 0] {
+                calls += 1;
+                let to = ends[1 - from].id;
+                ends[from].send(to, calls);
+                while carry(&mut ends, from, 9) || carry(&mut ends, 1 - from, 9) {}
+            }
+        }
+        for from in 0..2 {
+            prop_assert_eq!(&ends[from].open, &ends[1 - from].held);
+            prop_assert!(ends[from].open.contains(&calls) || from == 1, "a link that is whole carries mail");
+            prop_assert!(ends[from].got.windows(2).all(|pair| pair[0] < pair[1]), "{:?}", ends[from].got);
+        }
+    }
+}
+
+#[test]
+fn what_nobody_takes_comes_back_whole_and_in_order() {
+    let (one, two) = (Post::new(NodeId(1)), NodeId(2));
+    let mailbox = one.mailbox(TOPIC);
+    assert_eq!(one.send(two, TOPIC, Weight::Must, b"x"), Sent::NoSuchNode);
+    one.admit(two);
+    for mail in ["a", "b"] {
+        one.send(two, TOPIC, Weight::May, mail.as_bytes());
+    }
+    let batch = one.next().unwrap();
+    assert!(one.next().is_none(), "one batch at a time");
+    one.send(two, TOPIC, Weight::May, b"c");
+    one.send(two, Topic::Presence, Weight::May, b"not yours");
+    one.landed(&batch, Landed::Nobody);
+    let mut expected: VecDeque<_> =
+        ["a", "b", "c"].map(|mail| Incoming::Returned { to: two, mail: mail.into() }).into();
+    expected.push_back(Incoming::Lost { with: two, gone: true });
+    assert_eq!(mailbox.take(), expected);
+    assert_eq!(one.send(two, TOPIC, Weight::Must, b"x"), Sent::NoSuchNode);
+    assert_eq!(one.links(), 0);
+}
+
+#[test]
+fn what_waits_is_bounded_and_large_mails_travel_alone() {
+    let (one, two) = (Post::new(NodeId(1)), NodeId(2));
+    one.admit(two);
+    let large = vec![7; 1 << 20];
+    let mut taken = 0;
+    while one.send(two, TOPIC, Weight::May, &large) == Sent::Taken {
+        taken += 1;
+    }
+    assert_eq!(taken, 3);
+    assert_eq!(one.send(two, TOPIC, Weight::Must, &large), Sent::Taken);
+    let mut batches = 0;
+    while let Some(batch) = one.next() {
+        assert!(batch.bytes.len() < large.len() + 100);
+        one.landed(&batch, Landed::Taken);
+        batches += 1;
+    }
+    assert_eq!(batches, 4);
+}
+
+#[test]
+fn batches_of_another_version_break_the_link_and_topics_of_one_are_left_out() {
+    let (one, two) = (Post::new(NodeId(1)), Post::new(NodeId(2)));
+    let mailbox = two.mailbox(TOPIC);
+    one.admit(NodeId(2));
+    one.send(NodeId(2), TOPIC, Weight::May, b"a");
+    let mut bytes = one.next().unwrap().bytes.to_vec();
+    assert_eq!(two.receive(&bytes.clone().into()), Received::Stranger(NodeId(1)));
+    two.admit(NodeId(1));
+    // A topic that this version does not know, before one that it does.
+    let mut more = bytes[..29].to_vec();
+    more.extend_from_slice(&[99, 2, 0, 0, 0, 1, 2]);
+    more.extend_from_slice(&bytes[29..]);
+    two.receive(&more.into());
+    assert_eq!(mailbox.take(), [Incoming::Mail { from: NodeId(1), mail: "a".into() }]);
+    bytes[0] = 2;
+    assert_eq!(two.receive(&bytes.into()), Received::Member);
+    assert_eq!(mailbox.take(), [Incoming::Lost { with: NodeId(1), gone: false }]);
+    assert_eq!(two.next().unwrap().bytes.len(), 29, "the other end has to learn of it");
+    for garbage in ["", "x", "01234567890123456789012345678"] {
+        assert_ne!(two.receive(&garbage.into()), Received::Member);
+    }
+}
+
+// === several nodes in one process ===
+
+struct World {
+    net: Arc<Net>,
+    now: Arc<AtomicU64>,
+}
+
+impl World {
+    fn new() -> Self {
+        let now = Arc::new(AtomicU64::new(1_000));
+        World { net: Net::new(Clock::Manual(now.clone())), now }
+    }
+
+    fn pass(&self, ms: u64) {
+        self.now.fetch_add(ms, SeqCst);
+        self.net.beat();
+    }
+}
+
+fn claim(node: &Node, name: &str, how: Claim) -> Result<Lease, Unclaimed> {
+    futures_util::FutureExt::now_or_never(node.claim(name, how)).unwrap()
+}
+
+#[test]
+fn names_are_shared_or_exclusive_and_fences_grow() {
+    let world = World::new();
+    let (a, b) = (world.net.join(), world.net.join());
+    let (one, two) = (claim(&a, "x", Claim::Shared).unwrap(), claim(&b, "x", Claim::Shared).unwrap());
+    assert_eq!(claim(&a, "x", Claim::Exclusive).err(), Some(Unclaimed::Taken(vec![b.id()])));
+    drop(two);
+    let own = claim(&a, "x", Claim::Exclusive).unwrap();
+    drop(one);
+    assert_eq!((own.fence(), own.stands()), (Some(1), true), "the lease that it replaced takes nothing away");
+    assert_eq!(claim(&b, "x", Claim::Shared).err(), Some(Unclaimed::Taken(vec![a.id()])));
+    drop(own);
+    assert_eq!(world.net.names(), 0);
+    assert_eq!(claim(&b, "x", Claim::Exclusive).unwrap().fence(), Some(2));
+    assert_eq!((a.leases(), b.leases(), world.net.names()), (0, 0, 0));
+}
+
+#[test]
+fn an_exclusive_name_stops_before_it_can_be_taken_and_stands_again_if_it_was_not() {
+    let world = World::new();
+    let (a, b) = (world.net.join(), world.net.join());
+    let own = claim(&a, "x", Claim::Exclusive).unwrap();
+    for _ in 0..5 {
+        world.pass(3_000);
+        assert!(own.stands());
+    }
+    a.cut(true);
+    world.pass(TTL - 2_001);
+    assert!(own.stands());
+    world.pass(1);
+    assert!(!own.stands() && !own.is_lost());
+    assert!(matches!(claim(&b, "x", Claim::Exclusive), Err(Unclaimed::Taken(_))));
+    a.cut(false);
+    world.pass(0);
+    assert!(own.stands());
+    a.cut(true);
+    world.pass(TTL);
+    let other = claim(&b, "x", Claim::Exclusive).unwrap();
+    assert_eq!(other.fence(), Some(2));
+    a.cut(false);
+    let before = a.id();
+    world.pass(0);
+    assert!(own.is_lost() && !own.stands() && other.stands());
+    assert_ne!(a.id(), before, "it comes back as another");
+    drop(own);
+    assert!(other.stands() && world.net.names() == 1);
+}
+
+#[test]
+fn everybody_learns_who_is_up_and_who_holds_what() {
+    let world = World::new();
+    let a = world.net.join();
+    let (members, roster) = (a.members(), a.roster("s:"));
+    let b = world.net.join();
+    assert_eq!(members.take(), [Member { node: b.id(), up: true }]);
+    let lease = claim(&b, "s:x", Claim::Shared).unwrap();
+    let hidden = claim(&b, "other", Claim::Shared).unwrap();
+    hidden.tell(Some("no".into()));
+    assert_eq!(roster.take(), []);
+    lease.tell(Some("1".into()));
+    lease.tell(Some("2".into()));
+    let told = roster.take();
+    assert_eq!((told.len(), told[0].info.as_deref()), (1, Some(&b"2"[..])));
+    assert_eq!(a.roster("s:").take(), told, "who asks later is told what there is");
+    drop(lease);
+    assert!(roster.take()[0].info.is_none());
+    world.net.kill(&b);
+    world.pass(TTL - 1);
+    assert_eq!(members.take(), []);
+    world.pass(1);
+    assert_eq!(members.take(), [Member { node: b.id(), up: false }]);
+}
