@@ -80,7 +80,7 @@ impl App {
             metrics: metrics.clone(),
             wheel: wheel.clone(),
             draining: draining.clone(),
-        });
+        })?;
         let gateway = Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, compat, draining });
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
@@ -209,8 +209,13 @@ fn keep(keep: &config::Keep) -> bus::Keep {
 
 fn bus_config(config: &Config) -> bus::Config {
     let rule = |rule: &config::ChannelRule| bus::Rule { pattern: Pattern::new(&rule.pattern), keep: keep(&rule.keep) };
+    let own = config.compat.enable.contains(&config::Adapter::Ganomede).then(|| bus::Rule {
+        pattern: Pattern::new(compat::ganomede::LOG),
+        // What an index is called is not forgotten.
+        keep: bus::Keep { count: 1 << 20, age: Duration::from_secs(100 * 365 * 24 * 60 * 60), bytes: 1 << 30 },
+    });
     bus::Config {
-        rules: config.channels.iter().map(rule).collect(),
+        rules: own.into_iter().chain(config.channels.iter().map(rule)).collect(),
         keep: keep(&config::Keep::default()),
         budget: config.bus.memory.budget,
         keys: bus::KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },

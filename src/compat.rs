@@ -4,6 +4,9 @@
 //! An adapter owns some paths of the listeners for clients and answers them by its original's rules: its own errors,
 //! its own CORS. weir's own paths are not among them, but for the page at `/`.
 
+mod form;
+pub mod ganomede;
+
 use std::sync::Arc;
 
 use axum::{
@@ -15,9 +18,12 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::{
-    bus::Bus,
+    auth::Identity,
+    bus::{Bus, Placed},
     config::{Adapter as Name, Config},
-    metrics::Metrics,
+    error::Result,
+    event::{Channel, Draft},
+    metrics::{Metrics, Transport},
     rpc::Hub,
     transport::wheel::Wheel,
 };
@@ -40,17 +46,21 @@ pub struct Compat(Vec<Adapter>);
 /// One foreign protocol on the listeners for clients.
 pub struct Adapter {
     /// Whether a path is this adapter's.
-    owns: fn(&str) -> bool,
+    owns: Box<dyn Fn(&str) -> bool + Send + Sync>,
     router: Router,
 }
 
 impl Compat {
     /// The adapters of `compat.enable`.
-    pub fn new(parts: &Parts) -> Self {
-        let adapter = |name: &Name| match name {
-            Name::MicroStream | Name::Ganomede | Name::NodeSse | Name::Grip => None,
-        };
-        Compat(parts.config.compat.enable.iter().filter_map(adapter).collect())
+    pub fn new(parts: &Parts) -> Result<Self> {
+        let mut adapters = Vec::new();
+        for name in &parts.config.compat.enable {
+            match name {
+                Name::Ganomede => adapters.push(ganomede::adapter(parts)?),
+                Name::MicroStream | Name::NodeSse | Name::Grip => {}
+            }
+        }
+        Ok(Compat(adapters))
     }
 
     /// Whose path it is, if any adapter's.
@@ -60,10 +70,42 @@ impl Compat {
 }
 
 impl Adapter {
+    /// What answers the paths that it `owns`. Every one of them gets to the router, whatever its method: 404 and 405 look as
+    /// in the original.
+    fn new(owns: impl Fn(&str) -> bool + Send + Sync + 'static, router: Router) -> Self {
+        Adapter { owns: Box::new(owns), router }
+    }
+
     pub async fn answer(&self, request: Request<Body>) -> Response<Body> {
         match self.router.clone().oneshot(request).await {
             Ok(answer) => answer,
             Err(never) => match never {},
+        }
+    }
+}
+
+impl Parts {
+    /// Publishes what a client of another system sent. It is counted as any publish over HTTP.
+    async fn publish(&self, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
+        let identity = Identity::anonymous();
+        let sizes: Vec<usize> = events.iter().map(|(_, draft)| draft.size()).collect();
+        for (channel, _) in &events {
+            let _ = identity.may_publish(channel)?;
+        }
+        let (placed, failed) = match self.bus.publish(identity.subject(), events).await {
+            Ok(placed) => (placed.into_iter().map(Some).collect(), None),
+            Err(failed) => (failed.placed, Some(failed.error)),
+        };
+        for size in placed.iter().zip(sizes).filter_map(|(placed, size)| placed.is_some().then_some(size)) {
+            self.metrics.published[Transport::Http].add(1);
+            self.metrics.published_bytes[Transport::Http].add(size as u64);
+        }
+        match failed {
+            None => Ok(placed.into_iter().flatten().collect()),
+            Some(error) => {
+                self.metrics.publish_failed(error.code());
+                Err(error)
+            }
         }
     }
 }

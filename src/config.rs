@@ -5,6 +5,7 @@
 //! `config.toml` at the root of the repository is generated from here (`UPDATE=1 cargo test config`).
 
 mod load;
+mod originals;
 mod slot;
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, time::Duration};
@@ -255,7 +256,18 @@ part! {
     Compat {
         /// Any of microstream, ganomede, node-sse, grip; what is not named costs nothing.
         enable: Vec<Adapter> as Adapters = Vec::new(),
+        ganomede: Ganomede as Part = Ganomede::default(),
         grip: Grip as Part = Grip::default(),
+    }
+}
+
+part! {
+    /// ganomede-events, at /events/v1.
+    Ganomede {
+        /// What its clients prove themselves by. There is no adapter without it.
+        secret: Secret as Secret = Secret::default(),
+        /// How long a poll waits for events.
+        poll_timeout: Duration as Pause = seconds(5),
     }
 }
 
@@ -431,6 +443,11 @@ impl Config {
         must(self.sse.heartbeat >= seconds(1), "sse.heartbeat", "must be at least 1s");
         must(self.ws.ping >= seconds(1), "ws.ping", "must be at least 1s");
 
+        if self.compat.enable.contains(&Adapter::Ganomede) && self.compat.ganomede.secret.is_empty() {
+            let reason = "is missing: clients of ganomede-events prove themselves by it, and without one anybody could \
+                          (WEIR__COMPAT__GANOMEDE__SECRET, or API_SECRET where ganomede is the only adapter)";
+            found.push(("compat.ganomede.secret", reason.to_owned()));
+        }
         if self.compat.enable.contains(&Adapter::Grip) {
             found.extend(self.compat.grip.contradictions(self.auth.allow_anonymous));
         }

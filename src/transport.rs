@@ -1,5 +1,6 @@
 //! Ways in and out. A transport decodes, calls the bus or the hub, and encodes; transports do not import each other.
 
+pub mod body;
 pub mod carrier;
 pub mod chunk;
 pub mod egress;

@@ -9,7 +9,7 @@ use figment::{
 };
 
 use super::{
-    Config, Part,
+    Config, Part, originals,
     slot::{Item, Setting, Slot},
 };
 
@@ -91,6 +91,28 @@ pub(super) fn from(
     environment: impl IntoIterator<Item = (String, String)>,
     flags: &[Override],
 ) -> Result<Loaded, Problems> {
+    let environment: Vec<_> = environment.into_iter().collect();
+    // Which adapters are on says whose other variables count, and those may be overruled in turn.
+    let first = gather(&file, &environment, &[], flags);
+    let originals = originals::settings(&first.0, &environment);
+    let (config, found) = match originals.is_empty() {
+        true => first,
+        false => gather(&file, &environment, &originals, flags),
+    };
+    if found.problems.is_empty() {
+        Ok(Loaded { config, sources: found.sources })
+    } else {
+        Err(Problems(found.problems))
+    }
+}
+
+/// Everything that was found, and what is wrong with it.
+fn gather(
+    file: &Option<(String, io::Result<String>)>,
+    environment: &[(String, String)],
+    originals: &[(&'static str, &'static str, String)],
+    flags: &[Override],
+) -> (Config, Found) {
     let mut config = Config::default();
     let mut found = Found::default();
     let lists: Vec<String> = settings(&mut config, "")
@@ -98,13 +120,16 @@ pub(super) fn from(
         .filter_map(|setting| matches!(setting.slot, Slot::Tables(_)).then_some(setting.key))
         .collect();
     if let Some((name, text)) = file {
-        found.file(name.into(), text);
+        found.file(name.as_str().into(), text);
     }
-    let mut variables: Vec<_> = environment.into_iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
+    for (variable, key, value) in originals {
+        found.text(key, value.clone(), Source::Environment((*variable).into()), &lists);
+    }
+    let mut variables: Vec<_> = environment.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
     variables.sort();
     for (name, value) in variables {
         let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
-        found.text(&key, value, Source::Environment(name.into()), &lists);
+        found.text(&key, value.clone(), Source::Environment(name.as_str().into()), &lists);
     }
     for Override { flag, key, value } in flags {
         found.text(key, value.clone(), Source::Flag(flag), &lists);
@@ -118,11 +143,7 @@ pub(super) fn from(
             found.problem(key, source, reason);
         }
     }
-    if found.problems.is_empty() {
-        Ok(Loaded { config, sources: found.sources })
-    } else {
-        Err(Problems(found.problems))
-    }
+    (config, found)
 }
 
 /// Where values come together: figment merges the layers and knows of each value which one it is from.
@@ -156,10 +177,10 @@ impl Provider for Layer {
 // === impl Found ===
 
 impl Found {
-    fn file(&mut self, name: Arc<str>, text: io::Result<String>) {
+    fn file(&mut self, name: Arc<str>, text: &io::Result<String>) {
         let source = Source::File(name);
         match text {
-            Ok(text) => self.toml(&text, "", source),
+            Ok(text) => self.toml(text, "", source),
             Err(error) => self.problem("", Some(source), format!("cannot be read: {error}")),
         }
     }

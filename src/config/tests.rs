@@ -232,3 +232,59 @@ fn who_may_publish_from_elsewhere_has_a_key() {
     let clash = format!("{ROUTES}\n[compat.grip]\nlisten = \"127.0.0.1:8000\"");
     assert!(read(&clash, &[], &[]).unwrap_err().contains("compat.grip.listen: 127.0.0.1:8000 is listed twice"));
 }
+
+#[test]
+fn variables_of_an_original_count_where_it_is_alone() {
+    const SECRET: (&str, &str) = ("API_SECRET", "s3cret");
+    let ganomede = |more: &[(&str, &str)]| {
+        let own = [SECRET, ("PORT", "9000"), ("POLL_TIMEOUT", "30000"), ("LOG_LEVEL", "WARN")];
+        read("compat.enable = [\"ganomede\"]\nlog.level = \"debug\"", &[&own, more].concat(), &[])
+    };
+    let Loaded { config, sources } = ganomede(&[]).unwrap();
+    assert_eq!(config.server.listen, ["127.0.0.1:9000".parse().unwrap()]);
+    assert_eq!(config.compat.ganomede.secret.reveal(), "s3cret");
+    assert_eq!(config.compat.ganomede.poll_timeout, seconds(30));
+    assert_eq!(sources["server.listen"].to_string(), "PORT");
+    assert_eq!(sources["compat.ganomede.secret"].to_string(), "API_SECRET");
+    assert_eq!(sources["log.level"].to_string(), "LOG_LEVEL");
+    let shown = config.to_toml(false, &sources);
+    assert!(shown.contains("listen = [\"127.0.0.1:9000\"]  # PORT\n"), "{shown}");
+    assert!(shown.contains("level = \"warn\"  # LOG_LEVEL\n") && !shown.contains("s3cret"), "{shown}");
+
+    // weir's own variables and flags win.
+    let flag = Override { flag: "--listen", key: "server.listen", value: "127.0.0.1:1".into() };
+    let flagged = read("", &[SECRET, ("PORT", "9000"), ("WEIR__COMPAT__ENABLE", "ganomede")], &[flag]).unwrap();
+    assert_eq!(flagged.config.server.listen, ["127.0.0.1:1".parse().unwrap()]);
+    assert_eq!(
+        ganomede(&[("WEIR__LOG__LEVEL", "trace")]).unwrap().sources["log.level"].to_string(),
+        "WEIR__LOG__LEVEL"
+    );
+
+    // Whom weir serves is said in one place.
+    let open = ganomede(&[("HOST", "0.0.0.0")]).unwrap_err();
+    assert!(open.starts_with("HOST: server.listen: 0.0.0.0:9000 can be reached from other machines"), "{open}");
+    let anybody = ganomede(&[("WEIR__AUTH__ALLOW_ANONYMOUS", "true")]).unwrap().config;
+    assert_eq!(anybody.server.listen, ["0.0.0.0:9000".parse().unwrap()]);
+    assert!(ganomede(&[("HOST", "localhost")]).is_ok());
+    assert!(
+        ganomede(&[("HOST", "example.com")])
+            .unwrap_err()
+            .starts_with("HOST: server.listen: \"example.com:9000\" is not")
+    );
+    let wrong = read("compat.enable = [\"ganomede\"]", &[("POLL_TIMEOUT", "soon")], &[]).unwrap_err();
+    assert!(wrong.contains("POLL_TIMEOUT: compat.ganomede.poll_timeout:"), "{wrong}");
+    assert!(wrong.contains("compat.ganomede.secret: is missing"), "{wrong}");
+
+    let node_sse = [("PORT", "9090"), ("DEBUG_LOGS", "true")];
+    let config = read("compat.enable = [\"node-sse\"]", &node_sse, &[]).unwrap().config;
+    assert_eq!(config.server.listen, ["127.0.0.1:9090".parse().unwrap()]);
+    assert_ne!(config.log.level, Level::info());
+    let silent = read("compat.enable = [\"microstream\"]", &[("PORT", "3000"), ("LOG_LEVEL", "silent")], &[]).unwrap();
+    assert!(silent.config.to_toml(false, &BTreeMap::new()).contains("level = \"off\""));
+
+    // Two could not both mean it; and without an adapter nobody does.
+    for enabled in ["[\"microstream\", \"node-sse\"]", "[]"] {
+        let ignored = read(&format!("compat.enable = {enabled}"), &[("PORT", "9000")], &[]).unwrap();
+        assert_eq!(ignored.config.server.listen, Config::default().server.listen);
+    }
+}

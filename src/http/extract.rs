@@ -1,21 +1,20 @@
 //! What handlers ask a request for. Every refusal is a problem document, so axum's own extractors are not used.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
-    body::{Body, Bytes},
     extract::FromRequestParts,
     http::{HeaderMap, request::Parts},
 };
 use http::{HeaderName, HeaderValue, header};
-use http_body_util::BodyExt;
 
 use super::Gateway;
 use crate::{
     auth::Identity,
-    duration,
     error::{Code, Error, Result},
 };
+
+pub use crate::transport::body::read_body;
 
 /// Why a request must not go on, for the one route that tells browsers so in its own way: a refused WebSocket upgrade
 /// is completed and closed with the code, for a failed one says nothing to them.
@@ -76,44 +75,6 @@ fn media_type(headers: &HeaderMap) -> Option<&str> {
     Some(headers.get(header::CONTENT_TYPE)?.to_str().ok()?.split(';').next()?.trim())
 }
 
-/// The whole body, at most `limit` bytes (`name` is what the limit is called), if it arrives within `time`.
-pub async fn read_body(body: Body, limit: usize, name: &'static str, time: Duration) -> Result<Bytes> {
-    // The timer costs nothing where the body came with the head: it is registered when it is first waited for.
-    tokio::time::timeout(time, collect(body, limit, name)).await.unwrap_or_else(|_| {
-        let time = duration::format(time);
-        Err(Error::new(Code::InvalidRequest, format!("the body did not arrive within {time} (limits.body_time)")))
-    })
-}
-
-async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Bytes> {
-    let too_large =
-        || Error::new(Code::TooLarge, format!("the body has more than {limit} bytes ({name})")).with("limit", name);
-    // Before the first byte is taken: a client that declares too much is not read to the limit.
-    if http_body::Body::size_hint(&body).lower() > limit as u64 {
-        return Err(too_large());
-    }
-    let mut first = Bytes::new();
-    let mut rest: Vec<u8> = Vec::new();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| Error::new(Code::InvalidRequest, "the body ended early"))?;
-        let Ok(data) = frame.into_data() else { continue };
-        if first.len() + rest.len() + data.len() > limit {
-            return Err(too_large());
-        }
-        if first.is_empty() {
-            first = data;
-        } else {
-            rest.extend_from_slice(&data);
-        }
-    }
-    if rest.is_empty() {
-        return Ok(first);
-    }
-    // Several frames: `rest` grew by doubling, so one more copy of the first frame is no worse.
-    rest.splice(..0, first.iter().copied());
-    Ok(rest.into())
-}
-
 /// One header's text. What is not text is refused: a key that is overlooked would place an event twice.
 pub fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
     let read = |value: &'a HeaderValue| std::str::from_utf8(value.as_bytes());
@@ -123,25 +84,6 @@ pub fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures_util::stream;
-
-    async fn body(frames: &[&'static str], limit: usize) -> Result<Bytes> {
-        let frames: Vec<_> =
-            frames.iter().map(|frame| Ok::<_, Infallible>(Bytes::from_static(frame.as_bytes()))).collect();
-        read_body(Body::from_stream(stream::iter(frames)), limit, "limits.x", Duration::MAX).await
-    }
-
-    #[tokio::test]
-    async fn bodies_in_one_piece_and_in_many() {
-        assert_eq!(body(&[], 10).await.unwrap(), "");
-        assert_eq!(body(&["abc"], 10).await.unwrap(), "abc");
-        assert_eq!(body(&["abc", "d", "efgh"], 8).await.unwrap(), "abcdefgh");
-        assert_eq!(body(&["abc", "d", "efgh"], 7).await.unwrap_err().code(), Code::TooLarge);
-        assert_eq!(
-            read_body(Body::from("abc"), 2, "limits.x", Duration::MAX).await.unwrap_err().code(),
-            Code::TooLarge
-        );
-    }
 
     #[test]
     fn browsers_declare_their_json() {

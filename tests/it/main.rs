@@ -2,6 +2,7 @@
 
 mod arrows;
 mod cli;
+mod compat;
 mod conformance;
 mod connection;
 mod errors;

@@ -1,0 +1,58 @@
+//! Parameters as Node's servers read them (`qs`): forgiving, where weir's own are strict. What cannot be decoded stays as
+//! it is, and a name that is repeated or has brackets is a list or an object there, never a text.
+
+use std::borrow::Cow;
+
+use crate::transport::query::decode;
+
+/// As many as `qs` reads.
+const MAX_PARAMETERS: usize = 1000;
+
+/// The decoded parameters of a URL or a form.
+pub struct Form<'a>(Vec<(Cow<'a, str>, Cow<'a, str>)>);
+
+impl<'a> Form<'a> {
+    pub fn parse(text: &'a str) -> Self {
+        let lenient = |text: &'a str| decode(text, true).unwrap_or(Cow::Borrowed(text));
+        let pairs = text.split('&').filter(|pair| !pair.is_empty()).take(MAX_PARAMETERS).map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (lenient(name), lenient(value))
+        });
+        Form(pairs.collect())
+    }
+
+    /// Whether a parameter is there, whatever it is.
+    pub fn has(&self, name: &str) -> bool {
+        self.all(name).next().is_some()
+    }
+
+    /// The value of a parameter that is one text.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        let mut all = self.all(name);
+        match (all.next(), all.next()) {
+            (Some((exact, value)), None) if exact == name => Some(value),
+            _ => None,
+        }
+    }
+
+    /// `name`, `name[]` and `name[key]` are one parameter.
+    fn all(&self, name: &str) -> impl Iterator<Item = (&str, &str)> {
+        let same =
+            move |given: &str| given.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('['));
+        self.0.iter().map(|(given, value)| (&**given, &**value)).filter(move |(given, _)| same(given))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_qs_does() {
+        let form = Form::parse("a=1&b=x+y%2Fz&b=2&c[]=3&d&e=%zz&ab=9");
+        assert_eq!((form.text("a"), form.text("d"), form.text("e")), (Some("1"), Some(""), Some("%zz")));
+        assert_eq!((form.text("b"), form.text("c"), form.text("x")), (None, None, None));
+        assert!(form.has("b") && form.has("c") && !form.has("x"));
+        assert!(!Form::parse("").has(""));
+    }
+}

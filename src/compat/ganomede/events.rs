@@ -1,0 +1,95 @@
+//! `POST /events` and `GET /latest`.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use serde_json::value::RawValue;
+
+use super::{
+    Ganomede, Given,
+    poll::{channel, limit},
+    wire::{self, Refusal},
+};
+use crate::{
+    bus::{Limit, Page},
+    compat::form::Form,
+    error::Error,
+    event::{Channel, Data, Draft, Event, Parts, label},
+    position::Start,
+};
+
+/// Bytes of the events of one answer that names their number and not their size.
+const MAX_LATEST: usize = 8 << 20;
+
+impl Ganomede {
+    /// Publishes one event, and shows it as it is stored.
+    pub(super) async fn emit(&self, given: &Given<'_>) -> Result<Vec<u8>, Refusal> {
+        if given.text("clientId").is_none() {
+            return Err(Refusal::invalid("Invalid Client ID"));
+        }
+        let name = given.text("channel");
+        let channel = name.as_deref().and_then(|name| channel(name).filter(|channel| channel.writable().is_ok()));
+        let channel = channel.ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
+        let legal = |what, text: &String| label(what, text).is_ok();
+        let from = given.text("from").filter(|from| legal("from", from));
+        let from = from.ok_or_else(|| Refusal::invalid("Invalid from"))?;
+        let kind = given.text("type").filter(|kind| legal("type", kind) && !kind.starts_with("weir."));
+        let kind = kind.ok_or_else(|| Refusal::invalid("Invalid type"))?;
+        let data = given.data()?.map_or(Data::None, Data::Json);
+        let parts = Parts { kind: Some(&kind), from: Some(&from), data, ..Parts::default() };
+        let draft = Draft::new(parts, self.parts.config.limits.event)?;
+        let stored = draft.clone();
+        let placed = self.parts.publish(vec![(channel, draft)]).await?;
+        let placed = placed.first().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))?;
+        let mut out = Vec::with_capacity(stored.size() + 96);
+        wire::event(&stored.place(placed.position, placed.time), &mut out);
+        Ok(out)
+    }
+
+    /// The newest events, oldest first.
+    pub(super) async fn latest(&self, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
+        let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
+        let limit = limit(query, self.parts.config.limits.page_events);
+        let events = self.newest(&channel, limit, MAX_LATEST).await?;
+        Ok(wire::array(events.iter().map(|event| &**event)))
+    }
+
+    /// At most `count` of the newest events, and at most `bytes` of them but for one.
+    async fn newest(&self, channel: &Channel, count: usize, bytes: usize) -> Result<Vec<Arc<Event>>, Error> {
+        let mut events = VecDeque::new();
+        let mut held = 0;
+        let mut start = Start::Last(count as u64);
+        loop {
+            let page = self.parts.bus.read(channel, start, Limit { events: count, bytes }, None).await?;
+            let Page { events: read, next, more, .. } = page;
+            for event in read {
+                held += event.size();
+                events.push_back(event);
+                while events.len() > count || (held > bytes && events.len() > 1) {
+                    held -= events.pop_front().map_or(0, |event: Arc<Event>| event.size());
+                }
+            }
+            if !more {
+                return Ok(events.into());
+            }
+            start = Start::After(next);
+        }
+    }
+}
+
+impl<'a> Given<'a> {
+    /// `data`, which is an object or an array if it is there at all.
+    fn data(&self) -> Result<Option<&'a RawValue>, Refusal> {
+        let invalid = || Refusal::invalid("Invalid data");
+        match self {
+            Given::Nothing => Ok(None),
+            // A text, or something of brackets that the original would take for an object: no form says what JSON does.
+            Given::Form(form) if form.has("data") => Err(invalid()),
+            Given::Form(_) => Ok(None),
+            Given::Json(members) => match members.get("data") {
+                Some(data) if data.get().starts_with(['{', '[']) => Ok(Some(data)),
+                Some(_) => Err(invalid()),
+                None => Ok(None),
+            },
+        }
+    }
+}

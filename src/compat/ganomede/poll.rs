@@ -1,0 +1,227 @@
+//! `GET /events`: what came after a position, waiting for it if need be; and the positions.
+//!
+//! An id says nothing of the life of the channel that it was counted in. Two rules see to it that a client which comes
+//! from another life (a restart of the memory bus, a channel deleted) misses nothing that can be known of:
+//!
+//! * the position that weir keeps of it knows its epoch: where that is another one, the client gets the channel from its
+//!   oldest event on;
+//! * an `after` that lies ahead of the channel is answered as in the original, but who repeats it gets everything too.
+
+use std::{future::poll_fn, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    Ganomede,
+    wire::{self, Refusal},
+};
+use crate::{
+    auth::MAX_CONSUMER,
+    bus::{Format, Limit, Page, Reason, Subscriptions},
+    compat::form::Form,
+    error::Error,
+    event::Channel,
+    position::{Position, Start},
+};
+
+/// Unless asked for more, and in the original's published version at most.
+const DEFAULT_LIMIT: u64 = 100;
+/// Whole numbers end here in JavaScript.
+const MAX_SAFE: u64 = (1 << 53) - 1;
+/// How long a poll that finds nothing is kept while this node drains: a fast answer would be asked again at once.
+const DRAIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// Where a poll goes on.
+struct Place {
+    page: Page,
+    /// The client is ahead of the channel by its own account, and is believed.
+    ahead: Option<u64>,
+}
+
+impl Ganomede {
+    pub(super) async fn poll(&self, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
+        let client = query.text("clientId").filter(|client| !client.is_empty()).and_then(consumer);
+        let client = client.ok_or_else(|| Refusal::invalid("Invalid Client ID"))?;
+        let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
+        let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
+        let limits = &self.parts.config.limits;
+        let limit = Limit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
+
+        let mut place = self.place(&client, &channel, after, limit).await?;
+        let epoch = place.page.next.epoch;
+        if place.page.events.is_empty() && !self.settings.poll_timeout.is_zero() {
+            self.wait(&channel, &mut place, limit).await?;
+        }
+        let next = place.page.next;
+        if next.epoch != epoch && !place.page.events.is_empty() {
+            // Born while we waited: ids from here on are this life's.
+            self.parts.bus.seek(&client, &channel, Position { offset: 0, ..next }).await?;
+        }
+        Ok(wire::array(place.page.events.iter().map(|event| &**event)))
+    }
+
+    /// Moves the position if the client says where it is, and reads on from there.
+    async fn place(&self, client: &str, channel: &Channel, after: Option<u64>, limit: Limit) -> Result<Place, Error> {
+        let bus = &self.parts.bus;
+        let kept = bus.cursor(client, channel).await?;
+        let start = match (after, kept) {
+            (Some(after), _) => Start::AfterOffset(after),
+            (None, Some(kept)) => Start::After(kept),
+            (None, None) => Start::Earliest,
+        };
+        let mut page = bus.read(channel, start, limit, None).await?;
+        let epoch = page.next.epoch;
+        let said = match (after, kept) {
+            (Some(after), _) => Position { epoch, offset: after },
+            (None, Some(kept)) => kept,
+            (None, None) => return Ok(Place { page, ahead: None }),
+        };
+        if epoch.is_absent() {
+            // Whatever the client has seen, the first event of the channel will be new to it.
+            if after.is_some() {
+                bus.seek(client, channel, page.next).await?;
+            }
+            return Ok(Place { page, ahead: None });
+        }
+        let elsewhere = kept.is_some_and(|kept| kept.epoch != epoch);
+        let mut ahead = is_ahead(&page).then_some(said.offset);
+        let repeats = ahead.is_some() && kept == Some(said);
+        if elsewhere || repeats {
+            page = bus.read(channel, Start::Earliest, limit, None).await?;
+            ahead = None;
+            bus.seek(client, channel, Position { epoch: page.next.epoch, offset: 0 }).await?;
+        } else if after.is_some() {
+            bus.seek(client, channel, said).await?;
+        }
+        Ok(Place { page, ahead })
+    }
+
+    /// Waits for an event, and reads it.
+    async fn wait(&self, channel: &Channel, place: &mut Place, limit: Limit) -> Result<(), Error> {
+        let (bus, draining) = (&self.parts.bus, &self.parts.draining);
+        let mut subscriptions = Subscriptions::new(Format::NONE);
+        let start = match place.ahead {
+            Some(_) => Start::Now,
+            None => Start::After(place.page.next),
+        };
+        let mut slot = None;
+        for watch in bus.watch(std::slice::from_ref(channel)).await? {
+            slot = Some(subscriptions.add(watch, start, None).slot);
+        }
+        let mut deadline = Instant::now() + self.settings.poll_timeout;
+        // Asked once: a drain that began between two questions would be seen by neither.
+        let drained = draining.is_cancelled();
+        if drained {
+            deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
+        }
+        let mut alarm = std::pin::pin!(sleep_until(deadline));
+        let mut leaving = std::pin::pin!(draining.cancelled());
+        while place.page.events.is_empty() {
+            tokio::select! {
+                biased;
+                () = poll_fn(|cx| subscriptions.poll_changed(cx)) => {}
+                () = &mut leaving, if !drained => return Ok(()),
+                () = &mut alarm => return Ok(()),
+            }
+            if let Some(after) = place.ahead {
+                let page = bus.read(channel, Start::AfterOffset(after), limit, None).await?;
+                if !is_ahead(&page) {
+                    place.page = page;
+                }
+                return Ok(());
+            }
+            place.page = bus.read(channel, Start::After(place.page.next), limit, None).await?;
+            if let Some(slot) = slot {
+                subscriptions.seek(slot, Start::After(place.page.next));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether what was read lies behind what was asked for.
+fn is_ahead(page: &Page) -> bool {
+    page.gap.as_ref().is_some_and(|gap| gap.reason == Reason::BadPosition)
+}
+
+/// A channel as the original's clients name it. They may name any; weir's names have limits.
+pub(super) fn channel(name: &str) -> Option<Channel> {
+    Channel::parse(name).ok()
+}
+
+/// `limit`, where it is a number as JavaScript writes it.
+pub(super) fn limit(query: &Form<'_>, most: usize) -> usize {
+    let limit = query.text("limit").and_then(whole).filter(|limit| *limit > 0).unwrap_or(DEFAULT_LIMIT);
+    usize::try_from(limit).unwrap_or(most).min(most)
+}
+
+/// A whole number exactly as JavaScript writes it.
+fn whole(text: &str) -> Option<u64> {
+    let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let canonical = plain && (text == "0" || !text.starts_with('0'));
+    text.parse().ok().filter(|number| canonical && *number <= MAX_SAFE)
+}
+
+/// The consumer that keeps the positions of a `clientId`: of the same name, where that is one of a consumer. Any other
+/// byte is written `..` and two hexadecimal digits.
+fn consumer(client: &str) -> Option<String> {
+    let bytes = client.as_bytes();
+    let mut name = String::with_capacity(client.len());
+    for (at, byte) in bytes.iter().enumerate() {
+        let hex = |at: usize| bytes.get(at).is_some_and(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        // So that no other name is written like this one.
+        let ambiguous = *byte == b'.' && bytes.get(at + 1) == Some(&b'.') && hex(at + 2) && hex(at + 3);
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b':' | b'-' if !ambiguous => {
+                name.push(*byte as char)
+            }
+            byte => name.push_str(&format!("..{byte:02x}")),
+        }
+    }
+    (!name.is_empty() && name.len() <= MAX_CONSUMER).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_canonical() {
+        for (text, number) in
+            [("0", Some(0)), ("17", Some(17)), ("9007199254740991", Some(MAX_SAFE)), ("9007199254740992", None)]
+        {
+            assert_eq!(whole(text), number, "{text}");
+        }
+        for text in ["", " 2", "2x", "1.5", "-1", "+1", "01", "1e3", "99999999999999999999"] {
+            assert_eq!(whole(text), None, "{text:?}");
+        }
+        let limited = |text| limit(&Form::parse(text), 1000);
+        assert_eq!([limited(""), limited("limit=0"), limited("limit=3"), limited("limit=5000")], [100, 100, 3, 1000]);
+    }
+
+    #[test]
+    fn consumers_have_the_names_of_clients() {
+        assert_eq!(consumer("mailer-1:a.b_C").unwrap(), "mailer-1:a.b_C");
+        assert_eq!(consumer("coordinator/v1").unwrap(), "coordinator..2fv1");
+        assert_eq!(consumer("a..2fb").unwrap(), "a..2e.2fb");
+        assert_eq!(consumer(&"x".repeat(129)), None);
+    }
+
+    proptest! {
+        /// Read back, every name is the client's: no two clients share a position.
+        #[test]
+        fn no_two_clients_are_one_consumer(client in "[a-f0-9./é]{1,12}") {
+            let name = consumer(&client).unwrap();
+            let (mut read, mut rest) = (Vec::new(), name.as_bytes());
+            while let Some((first, more)) = rest.split_first() {
+                let escaped = rest.strip_prefix(b"..").and_then(|rest| rest.get(..2));
+                let byte = escaped.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).unwrap(), 16).ok());
+                let byte = byte.filter(|_| !escaped.unwrap_or_default().contains(&b'+'));
+                (rest, _) = (if byte.is_some() { &rest[4..] } else { more }, read.push(byte.unwrap_or(*first)));
+            }
+            prop_assert_eq!(String::from_utf8(read).unwrap(), client);
+        }
+    }
+}

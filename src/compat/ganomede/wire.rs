@@ -1,0 +1,236 @@
+//! Answers as the original writes them, and events as it shows them.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::{
+    body::{Body, Bytes},
+    http::{HeaderValue, Response, StatusCode, header},
+};
+
+use crate::{
+    error::{Code, Error},
+    event::{Event, write_json_str},
+};
+
+/// A failure as the original tells it: `{"code":…,"message":…}`.
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: StatusCode,
+    pub code: &'static str,
+    pub message: String,
+}
+
+impl Refusal {
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Refusal { status, code, message: message.into() }
+    }
+
+    /// Of parameters.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Refusal::new(StatusCode::BAD_REQUEST, "InvalidContent", message)
+    }
+}
+
+/// Of what has no counterpart in the original, by the names that `restify-errors` has for the status.
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let code = match status.as_u16() {
+            400 => "BadRequest",
+            403 => "Forbidden",
+            408 => "RequestTimeout",
+            409 => "Conflict",
+            413 => "PayloadTooLarge",
+            429 => "TooManyRequests",
+            502 => "BadGateway",
+            503 => "ServiceUnavailable",
+            504 => "GatewayTimeout",
+            _ => "Internal",
+        };
+        let message = match error.code() {
+            Code::Internal => "caused by an error in weir, which is in its log".to_owned(),
+            _ => error.detail().to_owned(),
+        };
+        Refusal { status, code, message }
+    }
+}
+
+impl From<Refusal> for Response<Body> {
+    fn from(refusal: Refusal) -> Self {
+        let mut out = br#"{"code":"#.to_vec();
+        write_json_str(refusal.code, &mut out);
+        out.extend_from_slice(br#","message":"#);
+        write_json_str(&refusal.message, &mut out);
+        out.push(b'}');
+        let mut answer = json(out);
+        *answer.status_mut() = refusal.status;
+        answer
+    }
+}
+
+pub fn json(body: impl Into<Bytes>) -> Response<Body> {
+    let mut answer = Response::new(Body::from(body.into()));
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    // The original leaves it out, and whoever stands between may then keep an empty page for the next poll.
+    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
+}
+
+/// A text as JSON.
+pub fn string(text: &str) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len() + 2);
+    write_json_str(text, &mut out);
+    out
+}
+
+/// Appends an event: `id`, `timestamp`, `type`, `from` and `data`, of which the last may be missing.
+pub fn event(event: &Event, out: &mut Vec<u8>) {
+    let mut number = itoa::Buffer::new();
+    out.extend_from_slice(br#"{"id":"#);
+    out.extend_from_slice(number.format(event.offset).as_bytes());
+    out.extend_from_slice(br#","timestamp":"#);
+    out.extend_from_slice(number.format(event.time).as_bytes());
+    out.extend_from_slice(br#","type":"#);
+    out.extend_from_slice(event.kind_json().unwrap_or(r#""message""#).as_bytes());
+    out.extend_from_slice(br#","from":"#);
+    out.extend_from_slice(event.from_json().unwrap_or(r#""""#).as_bytes());
+    if let Some(data) = event.data_json() {
+        out.extend_from_slice(br#","data":"#);
+        // Here it is an object or an array, always.
+        match data.starts_with(['{', '[']) {
+            true => out.extend_from_slice(data.as_bytes()),
+            false => wrapped("value", data, out),
+        }
+    } else if let Some(base64) = event.data_base64() {
+        out.extend_from_slice(br#","data":"#);
+        wrapped("base64", base64, out);
+    }
+    out.push(b'}');
+}
+
+fn wrapped(name: &str, json: &str, out: &mut Vec<u8>) {
+    write_json_str_key(name, out);
+    out.extend_from_slice(json.as_bytes());
+    out.push(b'}');
+}
+
+fn write_json_str_key(name: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"{\"");
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b"\":");
+}
+
+/// `[…]` of these events.
+pub fn array<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+    let mut out = vec![b'['];
+    for each in events {
+        if out.len() > 1 {
+            out.push(b',');
+        }
+        event(each, &mut out);
+    }
+    out.push(b']');
+    out
+}
+
+/// What this server says of itself: texts only, under the names of the original.
+pub fn about() -> Bytes {
+    let host = rustix::system::uname();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+    let about = serde_json::json!({
+        "hostname": host.nodename().to_string_lossy(),
+        "type": "ganomede-events",
+        "version": env!("CARGO_PKG_VERSION"),
+        "description": "weir, in the place of ganomede-events",
+        "startDate": iso(now),
+    });
+    Bytes::from(about.to_string())
+}
+
+/// Unix milliseconds as `2026-11-21T15:04:05.678Z`.
+fn iso(ms: u64) -> String {
+    let (days, ms) = ((ms / 86_400_000) as i64, ms % 86_400_000);
+    // Howard Hinnant's civil_from_days; from 1970 on.
+    let shifted = days + 719_468;
+    let era = shifted / 146_097;
+    let of_era = shifted % 146_097;
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1000)
+}
+
+/// A fresh one, of version 4.
+pub fn uuid() -> HeaderValue {
+    let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | (4 << 76) | (2 << 62);
+    let hex = format!("{bits:032x}");
+    let text = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
+    // Hexadecimal digits and hyphens.
+    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        event::{Data, Draft, Parts},
+        position::Position,
+    };
+
+    fn shown(parts: Parts<'_>) -> String {
+        let at = Position { epoch: "k3Vq00".parse().unwrap(), offset: 7 };
+        let mut out = Vec::new();
+        event(&Draft::new(parts, 1000).unwrap().place(at, 1763640000123), &mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn events_of_all_worlds() {
+        let data = |json| Data::Json(serde_json::from_str(json).unwrap());
+        for (parts, json) in [
+            (
+                Parts { kind: Some("t"), from: Some("f"), data: data(r#"{"a":1}"#), ..Parts::default() },
+                r#"{"id":7,"timestamp":1763640000123,"type":"t","from":"f","data":{"a":1}}"#,
+            ),
+            (Parts::default(), r#"{"id":7,"timestamp":1763640000123,"type":"message","from":""}"#),
+            (
+                Parts { data: data("[1]"), ..Parts::default() },
+                r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":[1]}"#,
+            ),
+            (
+                Parts { data: data("\"x\""), ..Parts::default() },
+                r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":{"value":"x"}}"#,
+            ),
+            (
+                Parts { data: data("null"), ..Parts::default() },
+                r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":{"value":null}}"#,
+            ),
+            (
+                Parts { data: Data::Bytes(b"\0"), ..Parts::default() },
+                r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":{"base64":"AA=="}}"#,
+            ),
+        ] {
+            assert_eq!(shown(parts), json);
+        }
+    }
+
+    #[test]
+    fn dates() {
+        assert_eq!(iso(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(iso(951_827_696_001), "2000-02-29T12:34:56.001Z");
+        assert_eq!(iso(1_763_640_000_123), "2025-11-20T12:00:00.123Z");
+    }
+
+    #[test]
+    fn request_ids() {
+        let id = uuid();
+        let id = id.to_str().unwrap();
+        assert_eq!((id.len(), &id[14..15]), (36, "4"));
+        assert!(matches!(&id[19..20], "8" | "9" | "a" | "b"), "{id}");
+        assert_ne!(id, uuid().to_str().unwrap());
+    }
+}

@@ -1,0 +1,76 @@
+//! Bodies of requests, read whole within their limits.
+
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use http_body_util::BodyExt as _;
+
+use crate::{
+    duration,
+    error::{Code, Error, Result},
+};
+
+/// The whole body, at most `limit` bytes (`name` is what the limit is called), if it arrives within `time`.
+pub async fn read_body(body: Body, limit: usize, name: &'static str, time: Duration) -> Result<Bytes> {
+    // The timer costs nothing where the body came with the head: it is registered when it is first waited for.
+    tokio::time::timeout(time, collect(body, limit, name)).await.unwrap_or_else(|_| {
+        let time = duration::format(time);
+        Err(Error::new(Code::InvalidRequest, format!("the body did not arrive within {time} (limits.body_time)")))
+    })
+}
+
+async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Bytes> {
+    let too_large =
+        || Error::new(Code::TooLarge, format!("the body has more than {limit} bytes ({name})")).with("limit", name);
+    // Before the first byte is taken: a client that declares too much is not read to the limit.
+    if http_body::Body::size_hint(&body).lower() > limit as u64 {
+        return Err(too_large());
+    }
+    let mut first = Bytes::new();
+    let mut rest: Vec<u8> = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Error::new(Code::InvalidRequest, "the body ended early"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if first.len() + rest.len() + data.len() > limit {
+            return Err(too_large());
+        }
+        if first.is_empty() {
+            first = data;
+        } else {
+            rest.extend_from_slice(&data);
+        }
+    }
+    if rest.is_empty() {
+        return Ok(first);
+    }
+    // Several frames: `rest` grew by doubling, so one more copy of the first frame is no worse.
+    rest.splice(..0, first.iter().copied());
+    Ok(rest.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures_util::stream;
+
+    use super::*;
+
+    async fn body(frames: &[&'static str], limit: usize) -> Result<Bytes> {
+        let frames: Vec<_> =
+            frames.iter().map(|frame| Ok::<_, Infallible>(Bytes::from_static(frame.as_bytes()))).collect();
+        read_body(Body::from_stream(stream::iter(frames)), limit, "limits.x", Duration::MAX).await
+    }
+
+    #[tokio::test]
+    async fn bodies_in_one_piece_and_in_many() {
+        assert_eq!(body(&[], 10).await.unwrap(), "");
+        assert_eq!(body(&["abc"], 10).await.unwrap(), "abc");
+        assert_eq!(body(&["abc", "d", "efgh"], 8).await.unwrap(), "abcdefgh");
+        assert_eq!(body(&["abc", "d", "efgh"], 7).await.unwrap_err().code(), Code::TooLarge);
+        assert_eq!(
+            read_body(Body::from("abc"), 2, "limits.x", Duration::MAX).await.unwrap_err().code(),
+            Code::TooLarge
+        );
+    }
+}

@@ -1,0 +1,3 @@
+//! Clients of other systems, byte by byte over real sockets.
+
+mod ganomede;
