@@ -78,6 +78,17 @@ label! {
     }
 }
 
+label! {
+    /// What a connection to Redis is for.
+    Lane as "lane" {
+        Commands = "commands",
+        Events = "events",
+        Mail = "mail",
+        /// Where it is waited for replicas.
+        Acks = "acks",
+    }
+}
+
 /// Handles to every metric.
 #[derive(Debug)]
 pub struct Metrics {
@@ -114,6 +125,9 @@ pub struct Metrics {
     pub calls_late: Counter,
     pub services: Gauge,
     pub providers: Gauge,
+
+    /// Connections to Redis made again after they had broken.
+    pub redis_reconnects: By<Lane, Counter>,
 
     pub ws_ignored: Counter,
     pub ws_unreadable: Counter,
@@ -173,6 +187,9 @@ impl Metrics {
             calls_late: it.counter("weir_rpc_late_total", "Replies that came after the deadline of their call."),
             services: it.gauge("weir_rpc_services", "Services that have a provider."),
             providers: it.gauge("weir_rpc_providers", "Providers, one per connection and service."),
+
+            redis_reconnects: it
+                .counters("weir_redis_reconnects_total", "Connections to Redis that broke and were made again."),
 
             ws_ignored: it.counter("weir_ws_ignored_total", "Answers on WebSockets that nobody waited for."),
             ws_unreadable: it.counter("weir_ws_unreadable_total", "Messages on WebSockets that were not JSON."),

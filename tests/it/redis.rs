@@ -1,5 +1,6 @@
 //! weir on Redis: real servers, real faults.
 
+mod connections;
 // Starters offer what a deployment can do, whether or not a test asks for it yet.
 #[allow(dead_code)]
 pub mod proxy;

@@ -1,0 +1,552 @@
+//! [`Deployment`]: the servers that are one Redis, and which of them has what.
+//!
+//! Standalone and Sentinel are one server, whose address is asked each time. A Cluster is several, each with some of
+//! 16,384 slots; a key's slot is told by what stands in its braces.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    address::{Address, Kind, Url},
+    lane::{Ears, Lane, State, Target, master},
+    link::{Deaf, Fault, Link},
+    resp::{Command, Value},
+    script::Script,
+};
+use crate::metrics::{Lane as Name, Metrics};
+
+pub const SLOTS: usize = 16384;
+/// How long a command may wait for a connection, or for a server that is loading or handing over.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(25);
+/// How often it is asked who is the master, or has which slots, while nothing seems wrong...
+const CALM: Duration = Duration::from_secs(5);
+/// ...and while something does.
+const ALARM: Duration = Duration::from_millis(300);
+/// A server that has lost its slots may still owe answers.
+const LEAVE: Duration = Duration::from_secs(5);
+
+/// One server, with its lane for commands.
+pub struct Server {
+    pub target: Target,
+    commands: Lane,
+    /// The process that answers, and since when we know it: Unix seconds of its own clock.
+    known: Mutex<(Box<str>, u64)>,
+}
+
+pub struct Deployment {
+    pub url: Arc<Url>,
+    pub metrics: Arc<Metrics>,
+    map: RwLock<Map>,
+    /// Something seems to have moved.
+    doubt: Arc<Notify>,
+    changed: watch::Sender<u64>,
+    guard: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Map {
+    servers: BTreeMap<Address, Arc<Server>>,
+    /// Of a Cluster; else empty.
+    slots: Vec<Slot>,
+}
+
+#[derive(Clone, Default)]
+struct Slot {
+    server: Option<Arc<Server>>,
+    /// When it was found to have come there, if it was elsewhere before.
+    since: Option<std::time::Instant>,
+}
+
+/// What to do with a command whose answer was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// Once more: it does the same again, or nothing.
+    Again,
+    /// Say so.
+    Tell,
+}
+
+/// An answer, and the link that it came over.
+pub type Answered = (Value, Arc<Link>);
+
+impl Deployment {
+    /// Begins to connect. Needs a tokio runtime.
+    pub fn start(url: Url, metrics: Arc<Metrics>) -> Arc<Self> {
+        let deployment = Arc::new(Deployment {
+            url: Arc::new(url),
+            metrics,
+            map: RwLock::default(),
+            doubt: Arc::default(),
+            changed: watch::Sender::new(0),
+            guard: Mutex::default(),
+        });
+        if !deployment.url.is_cluster() {
+            deployment.map.write().servers.insert(only(), deployment.server_at(Target::Master));
+        }
+        *deployment.guard.lock() = Some(tokio::spawn(guard(Arc::downgrade(&deployment))));
+        deployment
+    }
+
+    fn server_at(&self, target: Target) -> Arc<Server> {
+        let commands = self.lane(&target, Name::Commands, Arc::new(|_| Arc::new(Deaf)));
+        Arc::new(Server { target, commands, known: Mutex::default() })
+    }
+
+    /// Another connection to the same server as a [`Server`]'s.
+    pub fn lane(&self, target: &Target, name: Name, ears: Ears) -> Lane {
+        Lane::start(self.url.clone(), target.clone(), name, ears, self.metrics.clone())
+    }
+
+    /// Waits until every slot can be asked for, or says what is in the way.
+    pub async fn ready(&self, patience: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + patience;
+        let mut reason = "no server answers".to_owned();
+        loop {
+            let servers = self.servers();
+            let mut up = !servers.is_empty();
+            for server in servers {
+                if let Err(why) = server.commands.ready(deadline).await {
+                    (up, reason) = (false, why.to_string());
+                }
+            }
+            if up {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(reason);
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    /// All of them: the masters of a Cluster.
+    pub fn servers(&self) -> Vec<Arc<Server>> {
+        self.map.read().servers.values().cloned().collect()
+    }
+
+    /// Who has the slot of `key`.
+    pub fn server_of(&self, key: &[u8]) -> Option<Arc<Server>> {
+        let map = self.map.read();
+        match self.url.is_cluster() {
+            true => map.slots.get(slot(key))?.server.clone(),
+            false => map.servers.values().next().cloned(),
+        }
+    }
+
+    /// Names the server that has the slot of `key`, and says how to reach it.
+    pub fn place_of(&self, key: &[u8]) -> Option<(Address, Target)> {
+        match self.url.is_cluster() {
+            true => match &self.server_of(key)?.target {
+                Target::Address(address) => Some((address.clone(), Target::Address(address.clone()))),
+                Target::Master => None,
+            },
+            false => Some((only(), self.server_of(key)?.target.clone())),
+        }
+    }
+
+    /// From this second on, what is not in Redis is known never to have been there: before it, this process of Redis
+    /// was not known, or had not got the slot.
+    pub fn horizon(&self, key: &[u8], link: &Link) -> u64 {
+        if link.server.evicts {
+            return u64::MAX;
+        }
+        let map = self.map.read();
+        let (server, since) = match self.url.is_cluster() {
+            true => match map.slots.get(slot(key)) {
+                Some(Slot { server: Some(server), since }) => (server, *since),
+                _ => return u64::MAX,
+            },
+            false => match map.servers.values().next() {
+                Some(server) => (server, None),
+                None => return u64::MAX,
+            },
+        };
+        let mut known = server.known.lock();
+        if known.0 != link.server.run_id {
+            *known = (link.server.run_id.clone(), link.server.time / 1000 + 1);
+        }
+        since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1))
+    }
+
+    /// Changes whenever a slot is found elsewhere.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Asks for a look at who has what.
+    pub fn doubt(&self) {
+        self.doubt.notify_one();
+    }
+
+    /// A command about `key`, as `make` makes it for the server that will answer.
+    ///
+    /// What was surely not done is tried again, for two seconds; what may have been done only if `lost` allows it.
+    pub async fn call(&self, key: &[u8], lost: Lost, make: impl Fn(&Link) -> Command) -> Result<Answered, Fault> {
+        self.attempt(key, lost, None, |link| {
+            let command = make(&link);
+            async move { Ok(command) }
+        })
+        .await
+    }
+
+    /// A script about keys of one slot. `fill` adds the keys and arguments for the server that will answer.
+    pub async fn run(
+        &self,
+        script: &'static Script,
+        keys: &[&[u8]],
+        lost: Lost,
+        fill: impl Fn(&Link, &mut Command),
+    ) -> Result<Answered, Fault> {
+        let Some(first) = keys.first() else { return Err(Fault::Refused("ERR a script without keys".into())) };
+        let fill = &fill;
+        self.attempt(first, lost, Some(script), |link| async move {
+            let mut command = script.call(&link, keys.len() as u64).await?;
+            keys.iter().for_each(|key| command.push(key));
+            fill(&link, &mut command);
+            Ok(command)
+        })
+        .await
+    }
+
+    async fn attempt<F: Future<Output = Result<Command, Fault>>>(
+        &self,
+        key: &[u8],
+        lost: Lost,
+        script: Option<&Script>,
+        make: impl Fn(Arc<Link>) -> F,
+    ) -> Result<Answered, Fault> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut asking: Option<Address> = None;
+        loop {
+            let link = match asking.take() {
+                Some(address) => self.known_server(&address).commands.ready(deadline).await.map(|link| (link, true)),
+                None => match self.server_of(key) {
+                    Some(server) => server.commands.ready(deadline).await.map(|link| (link, false)),
+                    None => Err("nobody has this slot of the Redis Cluster".into()),
+                },
+            };
+            let fault = match link {
+                Err(reason) => Fault::Away(reason.as_ref().into()),
+                Ok((link, asked)) => {
+                    let done = match make(link.clone()).await {
+                        Ok(command) if asked => link.ask_after(&Command::new("ASKING"), &command).await,
+                        Ok(command) => link.ask(&command).await,
+                        Err(fault) => Err(fault),
+                    };
+                    match done {
+                        Ok(value) => return Ok((value, link)),
+                        Err(Fault::Lost) if lost == Lost::Tell => return Err(Fault::Lost),
+                        Err(Fault::Refused(error)) => match Refusal::of(&error) {
+                            Refusal::Other => return Err(Fault::Refused(error)),
+                            Refusal::Moved(slot, address) => {
+                                self.moved(slot, &address);
+                                Fault::Away(error)
+                            }
+                            Refusal::Ask(address) => {
+                                asking = Some(address);
+                                Fault::Away(error)
+                            }
+                            Refusal::NoScript => {
+                                if let Some(script) = script
+                                    && let Err(Fault::Refused(error)) = script.load(&link).await
+                                    && Refusal::of(&error) == Refusal::Other
+                                {
+                                    return Err(Fault::Refused(error));
+                                }
+                                Fault::Away(error)
+                            }
+                            Refusal::NotMaster => {
+                                // It was one. Who is now, the lane finds out.
+                                link.close();
+                                self.doubt();
+                                Fault::Away(error)
+                            }
+                            Refusal::NotNow => {
+                                self.doubt();
+                                sleep(PAUSE.mul_f64(0.5 + fastrand::f64())).await;
+                                Fault::Away(error)
+                            }
+                        },
+                        Err(fault) => {
+                            self.doubt();
+                            fault
+                        }
+                    }
+                }
+            };
+            if Instant::now() >= deadline {
+                return Err(fault);
+            }
+            if asking.is_none() && matches!(fault, Fault::Away(_)) && self.server_of(key).is_none() {
+                self.doubt();
+                sleep(PAUSE).await;
+            }
+        }
+    }
+
+    /// The server at an address that the Cluster named; a new one if we did not know it.
+    fn known_server(&self, address: &Address) -> Arc<Server> {
+        if let Some(server) = self.map.read().servers.get(address) {
+            return server.clone();
+        }
+        let server = self.server_at(Target::Address(address.clone()));
+        self.map.write().servers.entry(address.clone()).or_insert(server).clone()
+    }
+
+    /// A server says who has the slot.
+    pub fn moved(&self, slot: usize, address: &Address) {
+        if !self.url.is_cluster() || slot >= SLOTS {
+            return;
+        }
+        let server = self.known_server(address);
+        let mut map = self.map.write();
+        if let Some(slot) = map.slots.get_mut(slot)
+            && !slot.server.as_ref().is_some_and(|known| Arc::ptr_eq(known, &server))
+        {
+            *slot = Slot { server: Some(server), since: Some(std::time::Instant::now()) };
+            drop(map);
+            self.changed.send_modify(|n| *n += 1);
+        }
+        self.doubt();
+    }
+
+    /// Looks who has what. True if nothing is in doubt.
+    async fn look(&self) -> bool {
+        match &self.url.kind {
+            Kind::One(_) => true,
+            Kind::Sentinel { .. } => self.look_at_master().await,
+            Kind::Cluster(seeds) => self.look_at_slots(seeds).await,
+        }
+    }
+
+    /// A master that was replaced may not know it, and keep its connections.
+    async fn look_at_master(&self) -> bool {
+        let Ok(address) = master(&self.url).await else { return true };
+        for server in self.servers() {
+            if let Some(link) = server.commands.link()
+                && link.address != address
+            {
+                tracing::warn!(was = %link.address, now = %address, "Sentinel names another master");
+                link.close();
+                self.changed.send_modify(|n| *n += 1);
+            }
+        }
+        true
+    }
+
+    async fn look_at_slots(&self, seeds: &[Address]) -> bool {
+        let mut guides: Vec<Address> = Vec::new();
+        for server in self.servers() {
+            if let Some(link) = server.commands.link()
+                && let Ok(Ok(slots)) = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await
+            {
+                if let Some(ranges) = ranges(&slots, &link.address) {
+                    return self.adopt(&ranges);
+                }
+            } else if let Target::Address(address) = &server.target {
+                guides.push(address.clone());
+            }
+        }
+        guides.extend(seeds.iter().cloned());
+        for guide in guides {
+            if let Ok(link) = Link::open_guide(&self.url, &guide).await
+                && let Ok(Ok(slots)) = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await
+                && let Some(ranges) = ranges(&slots, &guide)
+            {
+                return self.adopt(&ranges);
+            }
+        }
+        false
+    }
+
+    /// True if every slot has a server that answers.
+    fn adopt(&self, ranges: &[(usize, usize, Address)]) -> bool {
+        let since = Some(std::time::Instant::now());
+        let mut slots = vec![Slot::default(); SLOTS];
+        let mut owners: BTreeMap<Address, Arc<Server>> = BTreeMap::new();
+        for (from, to, address) in ranges {
+            let server = owners.entry(address.clone()).or_insert_with(|| self.known_server(address)).clone();
+            slots[*from..=*to].fill(Slot { server: Some(server), since });
+        }
+        let whole = slots.iter().all(|slot| slot.server.is_some());
+        let answering = owners.values().all(|server| server.commands.link().is_some());
+        let mut map = self.map.write();
+        let fresh = map.slots.is_empty();
+        let mut moved = fresh;
+        for (n, slot) in slots.iter_mut().enumerate() {
+            let before = map.slots.get(n);
+            let same = match (before.and_then(|slot| slot.server.as_ref()), &slot.server) {
+                (Some(was), Some(is)) => Arc::ptr_eq(was, is),
+                (None, None) => true,
+                _ => false,
+            };
+            match before {
+                Some(before) if same => slot.since = before.since,
+                _ if fresh => slot.since = None,
+                _ => moved = true,
+            }
+        }
+        map.slots = slots;
+        let gone: Vec<_> = map.servers.keys().filter(|address| !owners.contains_key(*address)).cloned().collect();
+        let gone: Vec<_> = gone.iter().filter_map(|address| map.servers.remove(address)).collect();
+        drop(map);
+        if !gone.is_empty() {
+            tokio::spawn(async move {
+                sleep(LEAVE).await;
+                drop(gone);
+            });
+        }
+        if moved {
+            self.changed.send_modify(|n| *n += 1);
+        }
+        whole && answering
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        if let Some(guard) = self.guard.lock().take() {
+            guard.abort();
+        }
+    }
+}
+
+impl Server {
+    /// The connection for commands, if there is one.
+    pub fn link(&self) -> Option<Arc<Link>> {
+        self.commands.link()
+    }
+
+    /// What happens to it.
+    pub fn changes(&self) -> watch::Receiver<State> {
+        self.commands.changes()
+    }
+
+    /// Ends the connection for commands, so that another is made.
+    pub fn replace(&self) {
+        self.commands.replace();
+    }
+}
+
+/// The name of the only server there is: its address may change.
+fn only() -> Address {
+    Address { host: "master".into(), port: 1 }
+}
+
+/// Looks at the servers now and then, and at once when somebody has doubts.
+async fn guard(deployment: Weak<Deployment>) {
+    loop {
+        let (calm, doubt) = {
+            let Some(this) = deployment.upgrade() else { return };
+            (this.look().await, this.doubt.clone())
+        };
+        let _ = timeout(if calm { CALM } else { ALARM }, doubt.notified()).await;
+        // Everybody has the same doubt at the same time.
+        sleep(PAUSE).await;
+    }
+}
+
+/// What an error of Redis means for the command: in none of these cases was anything done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refusal {
+    Moved(usize, Address),
+    Ask(Address),
+    NoScript,
+    /// A replica.
+    NotMaster,
+    /// Later: loading, handing over, without a majority.
+    NotNow,
+    /// It will not be different the next time.
+    Other,
+}
+
+impl Refusal {
+    pub fn of(error: &str) -> Self {
+        let mut words = error.split(' ');
+        let code = words.next().unwrap_or_default();
+        let mut place = || {
+            let slot = words.next()?.parse().ok()?;
+            Some((slot, Address::parse(words.next()?, 6379).ok()?))
+        };
+        match code {
+            "MOVED" => place().map_or(Refusal::NotNow, |(slot, address)| Refusal::Moved(slot, address)),
+            "ASK" => place().map_or(Refusal::NotNow, |(_, address)| Refusal::Ask(address)),
+            "NOSCRIPT" => Refusal::NoScript,
+            "READONLY" => Refusal::NotMaster,
+            "TRYAGAIN" | "LOADING" | "CLUSTERDOWN" | "MASTERDOWN" | "BUSY" | "UNBLOCKED" => Refusal::NotNow,
+            _ => Refusal::Other,
+        }
+    }
+}
+
+/// The slot of a key: of what stands between the first `{` and the next `}`, if anything does.
+pub fn slot(key: &[u8]) -> usize {
+    let tag = memchr::memchr(b'{', key).and_then(|open| {
+        let rest = &key[open + 1..];
+        memchr::memchr(b'}', rest).filter(|close| *close > 0).map(|close| &rest[..close])
+    });
+    usize::from(crc16(tag.unwrap_or(key))) % SLOTS
+}
+
+/// CRC-16/XMODEM, as Redis Cluster has it.
+fn crc16(bytes: &[u8]) -> u16 {
+    bytes.iter().fold(0, |crc, byte| {
+        (0..8).fold(crc ^ u16::from(*byte) << 8, |crc, _| if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x1021 })
+    })
+}
+
+/// What CLUSTER SLOTS says: ranges and their masters.
+fn ranges(slots: &Value, asked: &Address) -> Option<Vec<(usize, usize, Address)>> {
+    let mut ranges = Vec::new();
+    for range in slots.list()? {
+        let [from, to, master, ..] = range.list()? else { return None };
+        let (from, to) = (from.int()? as usize, to.int()? as usize);
+        let [host, port, ..] = master.list()? else { return None };
+        let host = match host.text() {
+            // It does not know its own name: then it is where it was asked.
+            None | Some("" | "?") => asked.host.clone(),
+            Some(host) => host.into(),
+        };
+        if from > to || to >= SLOTS {
+            return None;
+        }
+        ranges.push((from, to, Address { host, port: u16::try_from(port.int()?).ok()? }));
+    }
+    (!ranges.is_empty()).then_some(ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_those_of_redis() {
+        // As CLUSTER KEYSLOT answers.
+        assert_eq!(crc16(b"123456789"), 0x31c3);
+        assert_eq!((slot(b"foo"), slot(b"weir:{foo}:m"), slot(b"{}foo")), (12182, 12182, slot(b"{}foo")));
+        assert_ne!(slot(b"{}foo"), slot(b"foo"));
+    }
+
+    #[test]
+    fn refusals_are_told_apart() {
+        let at = |port| Address { host: "h".into(), port };
+        assert_eq!(Refusal::of("MOVED 7 h:1"), Refusal::Moved(7, at(1)));
+        assert_eq!(Refusal::of("ASK 7 h:2"), Refusal::Ask(at(2)));
+        assert_eq!(Refusal::of("NOSCRIPT No matching script."), Refusal::NoScript);
+        assert_eq!(Refusal::of("LOADING Redis is loading"), Refusal::NotNow);
+        assert_eq!(Refusal::of("OOM command not allowed"), Refusal::Other);
+    }
+}

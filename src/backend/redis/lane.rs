@@ -1,0 +1,192 @@
+//! [`Lane`], a connection to one server that is made anew whenever it breaks, for as long as the lane lives.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    address::{Address, Kind, Url},
+    link::{Ear, Fault, Link},
+    resp::{Command, Value},
+};
+use crate::metrics::{Label as _, Lane as Name, Metrics};
+
+/// The wait after the second failure in a row; it doubles up to...
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+/// ...this, each time give or take a third: many nodes must not come back in step.
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// How long one sentinel may take to answer.
+const SENTINEL: Duration = Duration::from_secs(1);
+
+/// Which server a lane leads to.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// This one.
+    Address(Address),
+    /// Whoever the sentinels say is the master, each time.
+    Master,
+}
+
+/// Makes what listens to a connection, for each anew: what the last one still says must not pass for the next one's.
+/// The number is the link's.
+pub type Ears = Arc<dyn Fn(u64) -> Arc<dyn Ear> + Send + Sync>;
+
+pub struct Lane {
+    state: watch::Receiver<State>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Clone)]
+pub enum State {
+    Up(Arc<Link>),
+    /// Why, for people.
+    Down(Arc<str>),
+}
+
+impl Lane {
+    pub fn start(url: Arc<Url>, target: Target, name: Name, ears: Ears, metrics: Arc<Metrics>) -> Self {
+        let (tx, state) = watch::channel(State::Down("not connected yet".into()));
+        let task = tokio::spawn(keep(url, target, name, ears, metrics, tx));
+        Lane { state, task }
+    }
+
+    pub fn link(&self) -> Option<Arc<Link>> {
+        match &*self.state.borrow() {
+            State::Up(link) if !link.is_closed() => Some(link.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits for a connection, until `deadline`. The error says what is in the way.
+    pub async fn ready(&self, deadline: Instant) -> Result<Arc<Link>, Arc<str>> {
+        if let Some(link) = self.link() {
+            return Ok(link);
+        }
+        let mut state = self.state.clone();
+        let up = state.wait_for(|state| matches!(state, State::Up(link) if !link.is_closed()));
+        if let Ok(Ok(state)) = tokio::time::timeout_at(deadline, up).await
+            && let State::Up(link) = &*state
+        {
+            return Ok(link.clone());
+        }
+        Err(match &*self.state.borrow() {
+            State::Up(_) => "the connection to Redis broke".into(),
+            State::Down(reason) => reason.clone(),
+        })
+    }
+
+    /// What happens to it.
+    pub fn changes(&self) -> watch::Receiver<State> {
+        self.state.clone()
+    }
+
+    /// Ends the connection, so that another is made.
+    pub fn replace(&self) {
+        if let State::Up(link) = &*self.state.borrow() {
+            link.close();
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Nobody else holds it for long, and what it carries has nobody to come back to.
+        self.replace();
+    }
+}
+
+async fn keep(
+    url: Arc<Url>,
+    target: Target,
+    name: Name,
+    ears: Ears,
+    metrics: Arc<Metrics>,
+    state: watch::Sender<State>,
+) {
+    let title = format!("weir-{}", name.value());
+    let mut wait = Duration::ZERO;
+    let mut said: Option<String> = None;
+    let mut first = true;
+    loop {
+        let opened = match find(&url, &target).await {
+            Ok(address) => Link::open(&url, &address, &title, &*ears).await,
+            Err(reason) => Err(reason),
+        };
+        match opened {
+            Ok(link) => {
+                let link = Arc::new(link);
+                if !first {
+                    metrics.redis_reconnects[name].add(1);
+                    tracing::info!(lane = name.value(), server = %link.address, "connected to Redis again");
+                }
+                (first, said) = (false, None);
+                let since = Instant::now();
+                if state.send(State::Up(link.clone())).is_err() {
+                    return;
+                }
+                link.closed().await;
+                tracing::warn!(lane = name.value(), server = %link.address, "the connection to Redis is lost");
+                let _ = state.send(State::Down("the connection to Redis is lost".into()));
+                // At once, unless it never holds.
+                if since.elapsed() > LONGEST_WAIT {
+                    wait = Duration::ZERO;
+                }
+            }
+            Err(reason) => {
+                // Once for each reason, not every two seconds.
+                if said.as_ref() != Some(&reason) {
+                    tracing::warn!(lane = name.value(), %reason, "cannot connect to Redis");
+                    said = Some(reason.clone());
+                }
+                let _ = state.send(State::Down(reason.into()));
+            }
+        }
+        sleep(wait.mul_f64(0.67 + 0.66 * fastrand::f64())).await;
+        wait = (wait * 2).clamp(FIRST_WAIT, LONGEST_WAIT * 3 / 4);
+    }
+}
+
+async fn find(url: &Url, target: &Target) -> Result<Address, String> {
+    match (target, &url.kind) {
+        (Target::Address(address), _) | (Target::Master, Kind::One(address)) => Ok(address.clone()),
+        (Target::Master, Kind::Sentinel { .. }) => master(url).await,
+        (Target::Master, Kind::Cluster(_)) => Err("a Redis Cluster has no single master".into()),
+    }
+}
+
+/// Asks the sentinels, beginning with any, who the master is.
+pub async fn master(url: &Url) -> Result<Address, String> {
+    let Kind::Sentinel { sentinels, master } = &url.kind else { return Err("there are no sentinels".into()) };
+    let from = fastrand::usize(..sentinels.len().max(1));
+    let mut reasons = Vec::new();
+    for sentinel in sentinels[from..].iter().chain(&sentinels[..from]) {
+        let asked = async {
+            let link = Link::open_guide(url, sentinel).await?;
+            let ask = Command::new("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(master);
+            match link.ask(&ask).await {
+                Ok(Value::List(parts)) => {
+                    match (parts.first().and_then(Value::text), parts.get(1).and_then(Value::int)) {
+                        (Some(host), Some(port)) => {
+                            Ok(Address { host: host.into(), port: u16::try_from(port).unwrap_or_default() })
+                        }
+                        _ => Err(format!("{sentinel} answers nonsense")),
+                    }
+                }
+                Ok(_) => Err(format!("{sentinel} knows no master {master:?}")),
+                Err(Fault::Refused(error)) => Err(format!("{sentinel}: {error}")),
+                Err(_) => Err(format!("{sentinel}: the connection broke")),
+            }
+        };
+        match timeout(SENTINEL, asked).await {
+            Ok(Ok(address)) => return Ok(address),
+            Ok(Err(reason)) => reasons.push(reason),
+            Err(_) => reasons.push(format!("{sentinel}: no answer")),
+        }
+    }
+    Err(reasons.join("; "))
+}

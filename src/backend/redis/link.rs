@@ -1,0 +1,478 @@
+//! [`Link`], one connection to one server, for as long as it lasts.
+//!
+//! Everybody's commands go out in one stream, many in one write, and the answers come back in the same order. A link
+//! knows which commands have left this process: when it breaks, what never left was surely not done.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
+    sync::{Notify, oneshot},
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs, pki_types::ServerName},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    address::{Address, Url},
+    resp::{self, Command, Value},
+};
+
+/// A server that is asked this often...
+const BEAT: Duration = Duration::from_secs(1);
+/// ...and says nothing for so long is away, whatever its TCP says.
+const SILENCE: Duration = Duration::from_secs(4);
+const CONNECT: Duration = Duration::from_secs(4);
+/// What one link may hold of what waits to be sent, and how many answers it may wait for.
+const MAX_BYTES: usize = 64 << 20;
+const MAX_WAITING: usize = 100_000;
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It was surely not done: it never left this process, or Redis said so.
+    Away(Box<str>),
+    /// It may have been done: it was sent, and the answer is lost.
+    Lost,
+    /// Redis answered with an error.
+    Refused(Box<str>),
+}
+
+/// What a link hears that nobody asked for.
+pub trait Ear: Send + Sync + 'static {
+    /// A push: its kind first, as `message`.
+    fn push(&self, items: Vec<Value>);
+
+    /// An error that is no answer: SUBSCRIBE is answered by pushes, but may be refused.
+    fn refused(&self, error: &str);
+}
+
+/// For links without subscriptions.
+pub struct Deaf;
+
+impl Ear for Deaf {
+    fn push(&self, _: Vec<Value>) {}
+
+    fn refused(&self, _: &str) {}
+}
+
+/// What a server said of itself when we connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Another one whenever the process is started.
+    pub run_id: Box<str>,
+    pub version: (u16, u16),
+    /// It may forget what it likes when its memory is full.
+    pub evicts: bool,
+    /// Its clock when we connected, Unix milliseconds.
+    pub time: u64,
+}
+
+pub struct Link {
+    /// No other link of this process has it.
+    pub number: u64,
+    pub address: Address,
+    pub server: Identity,
+    /// When that was.
+    opened: Instant,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Something is there to be sent.
+    wake: Notify,
+    closed: CancellationToken,
+}
+
+#[derive(Default)]
+struct State {
+    out: Vec<u8>,
+    /// Who waits for an answer, in the order of the commands.
+    waiting: VecDeque<Option<oneshot::Sender<Result<Value, Fault>>>>,
+    /// How many of those have been handed to the socket.
+    sent: usize,
+    /// From the first command on that is not answered, an error is not the answer to what waits.
+    told: bool,
+    ended: bool,
+}
+
+/// An answer that is on its way. Dropped, nobody hears it; the command is done all the same.
+#[must_use]
+pub struct Answer(Result<oneshot::Receiver<Result<Value, Fault>>, Option<Fault>>);
+
+impl Future for Answer {
+    type Output = Result<Value, Fault>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Ok(receiver) => {
+                // Who answers is not dropped without an answer; if it were, nobody would know what became of it.
+                Pin::new(receiver).poll(cx).map(|got| got.unwrap_or(Err(Fault::Lost)))
+            }
+            Err(fault) => Poll::Ready(Err(fault.take().unwrap_or(Fault::Lost))),
+        }
+    }
+}
+
+fn next_number() -> u64 {
+    static NUMBER: AtomicU64 = AtomicU64::new(1);
+    NUMBER.fetch_add(1, Ordering::Relaxed)
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+impl Link {
+    /// Connects, and asks the server who it is. Fails with a sentence.
+    pub async fn open(
+        url: &Url,
+        address: &Address,
+        name: &str,
+        ears: &(dyn Fn(u64) -> Arc<dyn Ear> + Send + Sync),
+    ) -> Result<Self, String> {
+        let opening = async {
+            let stream = connect(url, address).await.map_err(|error| format!("{address}: {error}"))?;
+            let number = next_number();
+            let mut link = Link::over(stream, address.clone(), number, ears(number));
+            link.server = link.greet(url, name).await?;
+            link.opened = Instant::now();
+            Ok(link)
+        };
+        tokio::time::timeout(CONNECT, opening).await.unwrap_or_else(|_| Err(format!("{address}: no answer")))
+    }
+
+    /// As [`open`](Self::open), for somebody who only knows where others are: a sentinel, or any server of a Cluster.
+    pub async fn open_guide(url: &Url, address: &Address) -> Result<Self, String> {
+        let opening = async {
+            let stream = connect(url, address).await.map_err(|error| format!("{address}: {error}"))?;
+            let link = Link::over(stream, address.clone(), next_number(), Arc::new(Deaf));
+            // A sentinel has logins of its own, and most have none.
+            if url.is_cluster() {
+                link.hello(url, "weir-guide").await?;
+            }
+            Ok(link)
+        };
+        tokio::time::timeout(CONNECT, opening).await.unwrap_or_else(|_| Err(format!("{address}: no answer")))
+    }
+
+    fn over(stream: Box<dyn Stream>, address: Address, number: u64, ear: Arc<dyn Ear>) -> Self {
+        let shared =
+            Arc::new(Shared { state: Mutex::default(), wake: Notify::new(), closed: CancellationToken::new() });
+        let (read, write) = tokio::io::split(stream);
+        tokio::spawn(write_loop(shared.clone(), write));
+        tokio::spawn(read_loop(shared.clone(), read, ear));
+        let server = Identity { run_id: "".into(), version: (0, 0), evicts: false, time: 0 };
+        Link { number, address, server, opened: Instant::now(), shared }
+    }
+
+    fn why(&self, what: &str, fault: Fault) -> String {
+        let at = &self.address;
+        match fault {
+            Fault::Refused(error) => format!("{at} refuses {what}: {error}"),
+            Fault::Away(reason) => format!("{at}: {reason}"),
+            Fault::Lost => format!("{at}: the connection broke at {what}"),
+        }
+    }
+
+    async fn hello(&self, url: &Url, name: &str) -> Result<(), String> {
+        let mut hello = Command::new("HELLO").arg("3");
+        if let Some(password) = &url.password {
+            hello = hello.arg("AUTH").arg(url.user.as_deref().unwrap_or("default")).arg(password);
+        }
+        let hello = hello.arg("SETNAME").arg(name);
+        match self.ask(&hello).await {
+            Ok(_) => Ok(()),
+            Err(Fault::Refused(error)) if error.starts_with("ERR unknown command") || error.starts_with("NOPROTO") => {
+                Err(format!("{} is too old: weir needs Redis 6.2 or newer, or Valkey", self.address))
+            }
+            Err(fault) => Err(self.why("HELLO", fault)),
+        }
+    }
+
+    async fn greet(&self, url: &Url, name: &str) -> Result<Identity, String> {
+        let at = &self.address;
+        let said = |what: &str, fault: Fault| self.why(what, fault);
+        self.hello(url, name).await?;
+        if url.database > 0 {
+            let select = Command::new("SELECT").int(url.database.into());
+            self.ask(&select).await.map_err(|fault| said("SELECT", fault))?;
+        }
+        let info = self.ask(&Command::new("INFO")).await.map_err(|fault| said("INFO", fault))?;
+        let time = self.ask(&Command::new("TIME")).await.map_err(|fault| said("TIME", fault))?;
+        let info = info.text().unwrap_or_default();
+        let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let version = field("redis_version").unwrap_or_default();
+        let mut numbers = version.split('.').map(|part| part.parse().unwrap_or_default());
+        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        // Valkey calls itself Redis 7.2.4 in this field.
+        let needed = if url.is_cluster() { (7, 0) } else { (6, 2) };
+        if version < needed {
+            let (major, minor) = needed;
+            let what = if url.is_cluster() { "a Redis Cluster (sharded pub/sub)" } else { "Redis" };
+            let (is, of) = version;
+            return Err(format!("{at} is Redis {is}.{of}: of {what} weir needs {major}.{minor} or newer, or Valkey"));
+        }
+        let clustered = field("redis_mode") == Some("cluster") || field("cluster_enabled") == Some("1");
+        if clustered && !url.is_cluster() {
+            return Err(format!("{at} is part of a Redis Cluster: write redis-cluster://{at}"));
+        }
+        if !clustered && url.is_cluster() {
+            return Err(format!("{at} is not part of a Redis Cluster: write redis://{at}"));
+        }
+        if field("role") != Some("master") {
+            return Err(format!("{at} is a replica now, not the master"));
+        }
+        let run_id = field("run_id").filter(|id| !id.is_empty()).ok_or(format!("{at} has no run_id"))?;
+        let limited = field("maxmemory").is_some_and(|bytes| bytes != "0");
+        let evicts = limited && field("maxmemory_policy").is_some_and(|policy| policy != "noeviction");
+        let parts = time.list().unwrap_or_default();
+        let part = |n: usize| parts.get(n).and_then(Value::int).unwrap_or_default();
+        Ok(Identity { run_id: run_id.into(), version, evicts, time: part(0) * 1000 + part(1) / 1000 })
+    }
+
+    /// Sends a command that is answered.
+    pub fn ask(&self, command: &Command) -> Answer {
+        let (tx, rx) = oneshot::channel();
+        match self.push(&[command], Some(tx)) {
+            Ok(()) => Answer(Ok(rx)),
+            Err(fault) => Answer(Err(Some(fault))),
+        }
+    }
+
+    /// Sends a command right behind another whose answer does not matter, as `ASKING`.
+    pub fn ask_after(&self, first: &Command, command: &Command) -> Answer {
+        let (tx, rx) = oneshot::channel();
+        match self.push(&[first, command], Some(tx)) {
+            Ok(()) => Answer(Ok(rx)),
+            Err(fault) => Answer(Err(Some(fault))),
+        }
+    }
+
+    /// Sends a command that is answered by pushes, as `SUBSCRIBE`.
+    pub fn tell(&self, command: &Command) -> Result<(), Fault> {
+        let mut state = self.shared.state.lock();
+        self.shared.room(&state, command.size())?;
+        command.write(&mut state.out);
+        state.told = true;
+        drop(state);
+        self.shared.wake.notify_one();
+        Ok(())
+    }
+
+    fn push(&self, commands: &[&Command], last: Option<oneshot::Sender<Result<Value, Fault>>>) -> Result<(), Fault> {
+        let mut state = self.shared.state.lock();
+        self.shared.room(&state, commands.iter().map(|command| command.size()).sum())?;
+        for command in commands {
+            command.write(&mut state.out);
+        }
+        for _ in 1..commands.len() {
+            state.waiting.push_back(None);
+        }
+        state.waiting.push_back(last);
+        drop(state);
+        self.shared.wake.notify_one();
+        Ok(())
+    }
+
+    /// What the clock of the server showed at a moment, Unix milliseconds; never less than when we connected.
+    pub fn time_at(&self, moment: Instant) -> u64 {
+        self.server.time + moment.saturating_duration_since(self.opened).as_millis() as u64
+    }
+
+    /// Ends it: what was sent is lost, what was not is away.
+    pub fn close(&self) {
+        self.shared.closed.cancel();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.is_cancelled()
+    }
+
+    /// Waits for the end of it.
+    pub async fn closed(&self) {
+        self.shared.closed.cancelled().await;
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    fn room(&self, state: &State, bytes: usize) -> Result<(), Fault> {
+        if state.ended || self.closed.is_cancelled() {
+            return Err(Fault::Away("the connection to Redis is closed".into()));
+        }
+        if state.out.len() + bytes > MAX_BYTES.max(bytes) || state.waiting.len() >= MAX_WAITING {
+            return Err(Fault::Away("too much waits for Redis".into()));
+        }
+        Ok(())
+    }
+
+    /// Tells everybody who waits.
+    fn end(&self) {
+        self.closed.cancel();
+        let mut state = self.state.lock();
+        state.ended = true;
+        let sent = std::mem::take(&mut state.sent);
+        let waiting = std::mem::take(&mut state.waiting);
+        state.out = Vec::new();
+        drop(state);
+        for (at, waiting) in waiting.into_iter().enumerate() {
+            let fault = match at < sent {
+                true => Fault::Lost,
+                false => Fault::Away("the connection to Redis broke".into()),
+            };
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(Err(fault));
+            }
+        }
+    }
+}
+
+async fn write_loop(shared: Arc<Shared>, mut socket: impl AsyncWrite + Unpin) {
+    let writing = async {
+        let mut buffer = Vec::new();
+        loop {
+            shared.wake.notified().await;
+            // Who else is about to ask may do it in the same write.
+            tokio::task::yield_now().await;
+            {
+                let mut state = shared.state.lock();
+                std::mem::swap(&mut buffer, &mut state.out);
+                state.sent = state.waiting.len();
+            }
+            if buffer.is_empty() {
+                continue;
+            }
+            socket.write_all(&buffer).await?;
+            socket.flush().await?;
+            buffer.clear();
+            if buffer.capacity() > 1 << 20 {
+                buffer = Vec::new();
+            }
+        }
+    };
+    let _: Result<(), io::Error> = tokio::select! {
+        ended = writing => ended,
+        () = shared.closed.cancelled() => Ok(()),
+    };
+    shared.end();
+}
+
+async fn read_loop(shared: Arc<Shared>, mut socket: impl AsyncRead + Unpin, ear: Arc<dyn Ear>) {
+    let mut received = BytesMut::with_capacity(16 << 10);
+    let mut beat = tokio::time::interval(BEAT);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut heard = Instant::now();
+    loop {
+        tokio::select! {
+            // What has come counts before the time that has passed: this process may have been asleep itself.
+            biased;
+            () = shared.closed.cancelled() => break,
+            read = socket.read_buf(&mut received) => match read {
+                Ok(1..) => {
+                    heard = Instant::now();
+                    if !shared.hear(&mut received, &*ear) {
+                        break;
+                    }
+                }
+                Ok(0) | Err(_) => break,
+            },
+            _ = beat.tick() => {
+                if heard.elapsed() > SILENCE {
+                    break;
+                }
+                let mut state = shared.state.lock();
+                Command::new("PING").write(&mut state.out);
+                state.waiting.push_back(None);
+                drop(state);
+                shared.wake.notify_one();
+            }
+        }
+    }
+    shared.end();
+}
+
+impl Shared {
+    /// Hands out what has come. False if it cannot be understood.
+    fn hear(&self, received: &mut BytesMut, ear: &dyn Ear) -> bool {
+        loop {
+            let value = match resp::take(received) {
+                Ok(Some(value)) => value,
+                Ok(None) => return true,
+                Err(_) => return false,
+            };
+            match value {
+                Value::Push(items) => ear.push(items),
+                value => {
+                    let mut state = self.state.lock();
+                    if let Value::Error(error) = &value
+                        && state.told
+                    {
+                        drop(state);
+                        ear.refused(error);
+                        continue;
+                    }
+                    if state.sent == 0 {
+                        return false;
+                    }
+                    state.sent -= 1;
+                    let waiting = state.waiting.pop_front().flatten();
+                    drop(state);
+                    if let Some(waiting) = waiting {
+                        let answer = match value {
+                            Value::Error(error) => Err(Fault::Refused(error)),
+                            value => Ok(value),
+                        };
+                        let _ = waiting.send(answer);
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn connect(url: &Url, address: &Address) -> io::Result<Box<dyn Stream>> {
+    let tcp = TcpStream::connect((&*address.host, address.port)).await?;
+    tcp.set_nodelay(true)?;
+    if !url.tls {
+        return Ok(Box::new(tcp));
+    }
+    let name = ServerName::try_from(address.host.to_string()).map_err(io::Error::other)?;
+    Ok(Box::new(TlsConnector::from(tls()?).connect(name, tcp).await?))
+}
+
+fn tls() -> io::Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        return Err(io::Error::other(
+            "no certificates to trust on this machine: install ca-certificates, or set SSL_CERT_FILE",
+        ));
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?;
+    Ok(Arc::new(config.with_root_certificates(roots).with_no_client_auth()))
+}
