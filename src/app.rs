@@ -85,7 +85,11 @@ impl App {
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));
-        for (address, doors) in clients.chain(config.admin.listen.map(|address| (address, Doors::Operators))) {
+        let operators = config.admin.listen.map(|address| (address, Doors::Operators));
+        let grip = gateway.compat.grip.is_some().then_some(&config.compat.grip);
+        let proxy = grip.and_then(|grip| Some((grip.listen?, Doors::Proxy)));
+        let publishers = grip.and_then(|grip| Some((grip.publish_listen?, Doors::Publishers)));
+        for (address, doors) in clients.chain(operators).chain(proxy).chain(publishers) {
             let listener = TcpListener::bind(address).await.map_err(|error| {
                 let remedy = match error.kind() {
                     io::ErrorKind::AddrInUse => ": is weir running already? --listen names another address",
@@ -100,7 +104,7 @@ impl App {
         Ok(App { listeners, gateway, memory, wheel, connections })
     }
 
-    /// Where weir listens, in the order of the configuration; `admin.listen` comes last.
+    /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         // A listener that is bound has an address.
         self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()

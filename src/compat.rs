@@ -6,6 +6,7 @@
 
 mod form;
 pub mod ganomede;
+pub mod grip;
 
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use axum::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use self::grip::Grip;
 use crate::{
     auth::Identity,
     bus::{Bus, Placed},
@@ -41,7 +43,11 @@ pub struct Parts {
 }
 
 /// Those that are on.
-pub struct Compat(Vec<Adapter>);
+pub struct Compat {
+    adapters: Vec<Adapter>,
+    /// It has listeners of its own besides.
+    pub grip: Option<Arc<Grip>>,
+}
 
 /// One foreign protocol on the listeners for clients.
 pub struct Adapter {
@@ -53,19 +59,24 @@ pub struct Adapter {
 impl Compat {
     /// The adapters of `compat.enable`.
     pub fn new(parts: &Parts) -> Result<Self> {
-        let mut adapters = Vec::new();
+        let mut compat = Compat { adapters: Vec::new(), grip: None };
         for name in &parts.config.compat.enable {
             match name {
-                Name::Ganomede => adapters.push(ganomede::adapter(parts)?),
-                Name::MicroStream | Name::NodeSse | Name::Grip => {}
+                Name::Ganomede => compat.adapters.push(ganomede::adapter(parts)?),
+                Name::Grip => {
+                    let grip = Arc::new(Grip::new(parts)?);
+                    compat.adapters.push(grip::adapter(&grip));
+                    compat.grip = Some(grip);
+                }
+                Name::MicroStream | Name::NodeSse => {}
             }
         }
-        Ok(Compat(adapters))
+        Ok(compat)
     }
 
     /// Whose path it is, if any adapter's.
     pub fn find(&self, path: &str) -> Option<&Adapter> {
-        self.0.iter().find(|adapter| (adapter.owns)(path))
+        self.adapters.iter().find(|adapter| (adapter.owns)(path))
     }
 }
 

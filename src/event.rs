@@ -153,14 +153,19 @@ impl Draft {
 
     /// As [`new`](Self::new), for weir's own events.
     pub(crate) fn unchecked_kind(parts: Parts<'_>, limit: usize) -> Result<Self> {
+        if let Some(meta) = parts.meta {
+            check_meta(meta)?;
+        }
+        Self::with_own_meta(parts, limit)
+    }
+
+    /// As [`unchecked_kind`](Self::unchecked_kind), with a `meta` that an adapter made: it may be larger than a client's.
+    pub(crate) fn with_own_meta(parts: Parts<'_>, limit: usize) -> Result<Self> {
         if let Some(from) = parts.from {
             label("from", from)?;
         }
         if let Some(key) = parts.key {
             label("key", key)?;
-        }
-        if let Some(meta) = parts.meta {
-            check_meta(meta)?;
         }
         let body = Body::encode(&parts);
         if body.bytes.len() > limit {
@@ -231,6 +236,19 @@ impl Event {
     /// `from`, as the JSON text of a string, quotes included.
     pub fn from_json(&self) -> Option<&str> {
         (self.body.from_start > 0).then(|| self.body.text(self.body.from_start as usize..self.body.tail as usize))
+    }
+
+    /// `meta`, as JSON text.
+    pub fn meta_json(&self) -> Option<&str> {
+        const START: &[u8] = br#","meta":"#;
+        let start = self.body.tail as usize;
+        self.body.bytes[start..].starts_with(START).then_some(())?;
+        let end = match (self.body.data_start as usize, self.body.binary) {
+            (0, _) => self.body.bytes.len() - 1,
+            (data, false) => data - r#","data":"#.len(),
+            (data, true) => data - r#","data_base64":"#.len(),
+        };
+        Some(self.body.text(start + START.len()..end))
     }
 
     /// `data`, as JSON text. `None` if absent or binary.
@@ -400,6 +418,16 @@ mod tests {
         assert_eq!(event.kind_json(), Some(r#""created""#));
         assert_eq!(event.from_json(), Some(r#""shop/v1""#));
         assert_eq!(event.data_json(), Some(r#"{"id":7}"#));
+        assert_eq!(event.meta_json(), Some(r#"{"traceparent":"00-1"}"#));
+    }
+
+    #[test]
+    fn meta_is_found_before_whatever_follows() {
+        let meta = Some(raw(r#"{"a":"b"}"#));
+        for data in [Data::None, Data::Text("x"), Data::Bytes(b"\0"), Data::Json(raw("null"))] {
+            assert_eq!(event(Parts { meta, data, ..Default::default() }).meta_json(), Some(r#"{"a":"b"}"#));
+            assert_eq!(event(Parts { data, ..Default::default() }).meta_json(), None);
+        }
     }
 
     #[test]

@@ -63,6 +63,10 @@ pub enum Doors {
     Clients,
     /// `admin.listen`.
     Operators,
+    /// `compat.grip.listen`: every path is an origin's.
+    Proxy,
+    /// `compat.grip.publish_listen`.
+    Publishers,
 }
 
 /// A listener's way in: the rules for every request, then the routes.
@@ -90,6 +94,10 @@ impl Door {
     {
         let (mut head, body) = request.into_parts();
         let version = head.version;
+        if matches!(self.doors, Doors::Proxy | Doors::Publishers) {
+            let answer = caught(self.grip(head, Body::new(body))).await;
+            return self.finish(version, answer);
+        }
         if self.doors != Doors::Operators
             && let Some(adapter) = self.gateway.compat.find(head.uri.path())
         {
@@ -129,6 +137,28 @@ impl Door {
         headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
         page.mark(headers);
         self.finish(version, answer)
+    }
+
+    /// Whether clients come here for an origin behind weir.
+    pub fn is_proxy(&self) -> bool {
+        self.doors == Doors::Proxy
+    }
+
+    /// None of weir's own rules hold before an origin: it has its own.
+    async fn grip(&self, head: Parts, body: Body) -> Response {
+        let refused = head.extensions.get::<Refused>().map(|Refused(error)| error.clone());
+        let checked = match (refused, self.doors) {
+            (Some(error), _) => Err(error),
+            (None, Doors::Publishers) => self.origins.check_host(&head),
+            _ => Ok(()),
+        };
+        let request = Request::from_parts(head, body);
+        match (checked, &self.gateway.compat.grip) {
+            (Err(error), _) => error.into_response(),
+            (Ok(()), Some(grip)) if self.doors == Doors::Proxy => grip.proxy(request).await,
+            (Ok(()), Some(grip)) => grip.publish(request).await,
+            (Ok(()), None) => StatusCode::NOT_FOUND.into_response(),
+        }
     }
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {
@@ -226,6 +256,7 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
         Doors::One => health.merge(clients).merge(operators),
         Doors::Clients => health.merge(clients),
         Doors::Operators => health.merge(operators),
+        Doors::Proxy | Doors::Publishers => Router::new(),
     };
     routes.fallback(not_found).with_state(gateway)
 }

@@ -27,6 +27,7 @@ pub mod index {
     pub const SSE_BARE: usize = 3;
     pub const SSE_DATA: usize = 4;
     pub const SSE_DATA_BARE: usize = 5;
+    pub const GRIP: usize = 6;
 }
 
 impl Format {

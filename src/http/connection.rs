@@ -29,6 +29,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
+use socket2::TcpKeepalive;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpListener,
@@ -37,6 +38,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Door, extract::Refused};
 use crate::{
+    compat::grip::Peer,
     error::{Code, Error},
     metrics::{Connected, Metrics, Transport},
     transport::{
@@ -48,6 +50,9 @@ use crate::{
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often a connection inside hyper is looked at, at least.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// How often a peer is asked whether it is there, where nothing else would tell.
+const PROBE: Duration = Duration::from_secs(30);
 
 /// What a connection may take and how long.
 #[derive(Clone, Debug)]
@@ -134,6 +139,11 @@ impl Connections {
                     let _ = socket.set_nodelay(true);
                     // Idle streams would notice a vanished peer only after a quarter of an hour of retransmissions.
                     let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stall_timeout * 2));
+                    if door.is_proxy() {
+                        // What is held for an origin may be silent for ever: who is there is asked of the system.
+                        let asking = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
+                        let _ = socket2::SockRef::from(&socket).set_tcp_keepalive(&asking);
+                    }
                     self.serve(Io::Tcp(socket), peer, &door);
                 }
                 // The connection died in the queue: the next one may be well.
@@ -418,6 +428,9 @@ async fn call(
     if client.refuse {
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
         request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));
+    }
+    if client.door.is_proxy() {
+        request.extensions_mut().insert(Peer(client.peer.ip()));
     }
     let mut response = client.door.clone().answer(request).await;
     if client.refuse && version <= Version::HTTP_11 {

@@ -85,6 +85,8 @@ pub enum Beat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     GoOn,
+    /// More is to be said aside: until then events wait.
+    Wait,
     /// Ends, as agreed.
     Done,
     /// Ends, for this reason.
@@ -150,6 +152,7 @@ impl<V: Voice> Held<V> {
     fn then(&mut self, then: Then, out: &mut Out) -> bool {
         match then {
             Then::GoOn => return true,
+            Then::Wait => {}
             Then::Done => {
                 self.connected.done();
                 self.ended = true;
@@ -198,11 +201,14 @@ impl<V: Voice> Flow for Held<V> {
         }
         let before = out.len();
         let aside = self.voice.poll_aside(cx, out);
-        if !self.then(aside, out) {
-            return Turn::Ended;
-        }
         let mut turn = Turn::Idle;
-        if self.subs.poll_turn(cx).is_ready() {
+        if !self.then(aside, out) {
+            turn = match aside {
+                Then::Wait if out.is_full() => Turn::Full,
+                Then::Wait => Turn::Idle,
+                _ => return Turn::Ended,
+            };
+        } else if self.subs.poll_turn(cx).is_ready() {
             turn = loop {
                 if out.is_full() {
                     break Turn::Full;
@@ -220,7 +226,8 @@ impl<V: Voice> Flow for Held<V> {
                     }
                 };
                 if !self.then(then, out) {
-                    break Turn::Ended;
+                    // What it wants to say aside it is asked for at the next turn.
+                    break if then == Then::Wait { Turn::Full } else { Turn::Ended };
                 }
             };
         }

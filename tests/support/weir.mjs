@@ -80,6 +80,11 @@ export class Weir {
     return weir;
   }
 
+  /** Where it listens, in the order of the configuration: the main listeners, then those of adapters. */
+  addresses() {
+    return this.log.split("\n").filter(line => line.includes("listening")).map(line => /http:\/\/[^\s"\\]+/.exec(line)[0]);
+  }
+
   kill(signal = "SIGKILL") {
     if (this.process.exitCode === null && this.process.signalCode === null) this.process.kill(signal);
     return this.exited;

@@ -1,0 +1,309 @@
+//! GRIP, as Pushpin speaks it: weir is the proxy in front of HTTP servers (origins). An origin answers a request with
+//! instructions in its headers, and weir holds the answer open: as a stream that published items are added to, or until an
+//! item answers it. What is published becomes events of the bus, so every other world sees it, and theirs are seen here.
+//!
+//! The proxy has a listener of its own, for every path of it is an origin's; where origins publish is another.
+
+mod filter;
+mod hold;
+mod instruct;
+mod item;
+mod mark;
+mod patch;
+mod poll;
+mod proxy;
+mod publish;
+mod token;
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::body::Body as AxumBody;
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header,
+    uri::{Authority, PathAndQuery, Scheme},
+};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    instruct::{Hold, Instead, Instruct},
+    proxy::{Ask, Failure, Origins},
+    token::Key,
+};
+use super::{Adapter, Parts};
+use crate::{
+    bus::Bus,
+    config::{Config, GripRoute},
+    error::{Error, Result},
+    event::Channel,
+    metrics::Metrics,
+    transport::{held::Holding, wheel::Wheel},
+};
+
+/// How often one request is asked again because what it waits for had changed already.
+const MOST_ASKED: usize = 16;
+
+/// The address of whoever made a request: an extension of requests to the proxy.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
+
+/// The proxy, and where its origins publish.
+pub struct Grip {
+    bus: Arc<Bus>,
+    config: Arc<Config>,
+    metrics: Arc<Metrics>,
+    wheel: Arc<Wheel>,
+    holding: Arc<Holding>,
+    draining: CancellationToken,
+    origins: Origins,
+    /// The longest path first.
+    routes: Vec<Route>,
+}
+
+/// An origin, and the paths that are its own.
+pub struct Route {
+    path: String,
+    scheme: Scheme,
+    authority: Authority,
+    prefix: String,
+    /// The issuer that tokens for publishing must name, if any.
+    iss: Option<String>,
+    /// Publishing asks for it.
+    key: Option<Secret>,
+    /// Signs what goes to the origin. Without a key of the route it is one that nobody else has: an origin that verifies
+    /// finds it wrong, and one that does not knows that it is asked by a proxy.
+    signer: Key,
+}
+
+struct Secret {
+    key: Key,
+    bytes: Vec<u8>,
+    /// As it is configured.
+    text: String,
+}
+
+/// Publishing on the main listeners.
+pub(super) fn adapter(grip: &Arc<Grip>) -> Adapter {
+    let grip = grip.clone();
+    let publish = move |request: Request<AxumBody>| {
+        let grip = grip.clone();
+        async move { grip.publish(request).await }
+    };
+    let owns = |path: &str| matches!(path, "/grip/publish" | "/grip/publish/");
+    Adapter::new(owns, axum::Router::new().fallback(publish))
+}
+
+/// What an origin answered, when it is not simply passed on.
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Content,
+}
+
+/// The body of an answer.
+enum Content {
+    Incoming(Incoming),
+    Bytes(Bytes),
+}
+
+/// What became of an origin's answer.
+enum Outcome {
+    Done(Response<AxumBody>),
+    /// The origin has to be asked again, and told the ids that it gave.
+    Again(HeaderMap),
+}
+
+// === impl Grip ===
+
+impl Grip {
+    pub fn new(parts: &Parts) -> Result<Self> {
+        let grip = &parts.config.compat.grip;
+        let mut routes =
+            grip.routes.iter().map(Route::new).collect::<Result<Vec<_>, String>>().map_err(Error::params)?;
+        routes.sort_by_key(|route| std::cmp::Reverse(route.path.len()));
+        if routes.is_empty() {
+            tracing::warn!("GRIP has no origin: name one in [[compat.grip.routes]]");
+        }
+        let tls = routes.iter().any(|route| route.scheme == Scheme::HTTPS);
+        let holding = Holding {
+            wheel: parts.wheel.clone(),
+            metrics: parts.metrics.clone(),
+            stalled: parts.config.limits.stalled,
+        };
+        Ok(Grip {
+            bus: parts.bus.clone(),
+            config: parts.config.clone(),
+            metrics: parts.metrics.clone(),
+            wheel: parts.wheel.clone(),
+            holding: Arc::new(holding),
+            draining: parts.draining.clone(),
+            origins: Origins::new(grip, tls, parts.wheel.clone()).map_err(Error::params)?,
+            routes,
+        })
+    }
+
+    fn route(&self, path: &str) -> Option<&Route> {
+        self.routes.iter().find(|route| route.owns(path))
+    }
+
+    /// Answers a request of a client, by its origin.
+    pub async fn proxy(self: &Arc<Self>, request: Request<AxumBody>) -> Response<AxumBody> {
+        let (head, body) = request.into_parts();
+        let Some(route) = self.route(head.uri.path()) else {
+            let text = format!("No route for {}.\n", head.uri.path());
+            return proxy::text(StatusCode::BAD_GATEWAY, text);
+        };
+        let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        let peer = head.extensions.get::<Peer>().map(|peer| peer.0);
+        let mut headers = head.headers;
+        proxy::to_origin(&mut headers, &head.uri, peer, self.signature(route));
+        // What had a body cannot be sent twice.
+        let again = http_body::Body::is_end_stream(&body).then(|| headers.clone());
+        let mut ask = Ask { method: head.method.clone(), path: path.clone(), headers, body };
+        for _ in 0..MOST_ASKED {
+            let outcome = match self.origins.ask(route, ask).await {
+                Ok(answer) => self.treat(route, &head.method, &path, answer, again.is_some()).await,
+                Err(failure) => Err(failure),
+            };
+            let last = match outcome {
+                Ok(Outcome::Done(response)) => return response,
+                Ok(Outcome::Again(last)) => last,
+                Err(failure) => return failure.answer(),
+            };
+            let mut headers = again.clone().unwrap_or_default();
+            headers.extend(last);
+            proxy::sign(&mut headers, self.signature(route));
+            ask = Ask { method: head.method.clone(), path: path.clone(), headers, body: AxumBody::empty() };
+        }
+        Failure::Wrong("its ids never fit what is published".into()).answer()
+    }
+
+    fn signature(&self, route: &Route) -> HeaderValue {
+        // Base64 and dots.
+        HeaderValue::try_from(route.signer.sign(&self.config.compat.grip.iss)).unwrap_or(HeaderValue::from_static(""))
+    }
+
+    /// Does with an answer what it says. `repeatable`: the request can be made again.
+    async fn treat(
+        self: &Arc<Self>,
+        route: &Route,
+        method: &Method,
+        path: &PathAndQuery,
+        mut answer: Response<Incoming>,
+        repeatable: bool,
+    ) -> Result<Outcome, Failure> {
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let (metrics, wheel) = (self.metrics.clone(), self.wheel.clone());
+            return Ok(Outcome::Done(proxy::tunnel(answer, metrics, wheel)));
+        }
+        let held = *method != Method::HEAD && Instruct::is_in(answer.headers());
+        let as_body = instruct::is_body(answer.headers());
+        proxy::strip_hop(answer.headers_mut());
+        let found = Instruct::take(answer.headers_mut());
+        let (mut head, body) = answer.into_parts();
+        if !held {
+            if let Ok(Instruct { status: Some(status), .. }) = found {
+                head.status = status;
+            }
+            return Ok(Outcome::Done(proxy::pass(Response::from_parts(head, body))));
+        }
+        let mut instruct = found.map_err(Failure::Wrong)?;
+        let mut answer = Answer { status: head.status, headers: head.headers, body: Content::Incoming(body) };
+        if as_body {
+            let body = self.whole(answer.body).await?;
+            let Instead { status, headers, body } = instruct.read_body(answer.status, &body).map_err(Failure::Wrong)?;
+            let status = status.unwrap_or(answer.status);
+            answer = Answer { status, headers, body: Content::Bytes(body.into()) };
+        }
+        answer.status = instruct.status.unwrap_or(answer.status);
+        if answer.headers.contains_key(header::CONTENT_ENCODING) {
+            // What is published would be added to it as plain text.
+            return Err(Failure::Wrong("an answer that is held cannot have a Content-Encoding".into()));
+        }
+        let most = self.config.limits.stream_channels;
+        if instruct.channels.len() > most {
+            return Err(Failure::Wrong(format!(
+                "an answer is held on at most {most} channels (limits.stream_channels)"
+            )));
+        }
+        match instruct.hold {
+            Some(Hold::Response) => self.hold_response(route, instruct, answer, repeatable).await,
+            Some(Hold::Stream) => self.hold_stream(route, path, instruct, answer).await.map(Outcome::Done),
+            None => Ok(Outcome::Done(answer.respond())),
+        }
+    }
+
+    /// The channels of the bus that an origin means.
+    fn channels(&self, route: &Route, instruct: &Instruct) -> Result<Vec<Channel>, Failure> {
+        let wrong = |error: Error| Failure::Wrong(format!("Grip-Channel: {}", error.detail()));
+        let parse =
+            |channel: &instruct::Channel| Channel::parse(&format!("{}{}", route.prefix, channel.name)).map_err(wrong);
+        instruct.channels.iter().map(parse).collect()
+    }
+
+    /// A whole body, of at most `limits.publish_bytes`.
+    async fn whole(&self, body: Content) -> Result<Bytes, Failure> {
+        let incoming = match body {
+            Content::Incoming(incoming) => incoming,
+            Content::Bytes(bytes) => return Ok(bytes),
+        };
+        let most = self.config.limits.publish_bytes;
+        let collecting = Limited::new(incoming, most).collect();
+        let timeout = self.config.compat.grip.timeout;
+        match tokio::time::timeout(timeout, collecting).await {
+            Ok(Ok(whole)) => Ok(whole.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => {
+                Err(Failure::Wrong(format!("its answer has more than {most} bytes (limits.publish_bytes)")))
+            }
+            Ok(Err(_)) => Err(Failure::Broken),
+            Err(_) => Err(Failure::Late(timeout)),
+        }
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    /// As it is.
+    fn respond(self) -> Response<AxumBody> {
+        let mut response = match self.body {
+            Content::Incoming(incoming) => proxy::pass(Response::new(incoming)),
+            Content::Bytes(bytes) => Response::new(AxumBody::from(bytes)),
+        };
+        *response.status_mut() = self.status;
+        *response.headers_mut() = self.headers;
+        response
+    }
+}
+
+// === impl Route ===
+
+impl Route {
+    fn new(route: &GripRoute) -> Result<Self, String> {
+        let (scheme, authority) =
+            proxy::server(&route.origin).ok_or_else(|| format!("{} is not where a server is", route.origin))?;
+        let bytes = route.key_bytes().ok_or_else(|| format!("the key of {} is not base64", route.path))?;
+        let key = (!bytes.is_empty()).then(|| Secret {
+            key: Key::new(&bytes),
+            text: route.key.reveal().to_owned(),
+            bytes: bytes.clone(),
+        });
+        Ok(Route {
+            path: route.path.clone(),
+            scheme,
+            authority,
+            prefix: route.prefix.clone(),
+            iss: (!route.iss.is_empty()).then(|| route.iss.clone()),
+            signer: if key.is_some() { Key::new(&bytes) } else { Key::random() },
+            key,
+        })
+    }
+
+    /// Whether a path is this or below it: `/api` has `/api/x`, and not `/apiary`.
+    fn owns(&self, path: &str) -> bool {
+        path.strip_prefix(&self.path)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/') || self.path.ends_with('/'))
+    }
+}

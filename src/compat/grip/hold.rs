@@ -1,0 +1,136 @@
+//! `Grip-Hold: stream`: the origin's answer goes out at once and stays open, and what is published is added to it.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use axum::body::Body as AxumBody;
+use bytes::Bytes;
+use http::{HeaderMap, Response, StatusCode, header, uri::PathAndQuery};
+use http_body::Body;
+use hyper::body::Incoming;
+
+use super::{
+    Answer, Content, Grip, Route,
+    instruct::{Instruct, KeepAlive},
+    mark,
+    proxy::Failure,
+};
+use crate::{
+    bus::Subscriptions,
+    error::{Code, Error},
+    position::Start,
+    transport::{
+        carrier::Out,
+        chunk,
+        held::{Beat, Held, Then, Voice},
+    },
+};
+
+/// A stream that follows nothing: what is published goes to all of them as it is.
+struct Plain {
+    /// The origin's own words, until they are all said.
+    opening: Option<Box<Incoming>>,
+    keep_alive: Option<Box<Alive>>,
+}
+
+/// How a stream is kept alive.
+pub struct Alive {
+    data: Bytes,
+    beat: Beat,
+}
+
+impl Grip {
+    pub(super) async fn hold_stream(
+        self: &Arc<Self>,
+        route: &Route,
+        _path: &PathAndQuery,
+        instruct: Instruct,
+        answer: Answer,
+    ) -> Result<Response<AxumBody>, Failure> {
+        let channels = self.channels(route, &instruct)?;
+        let mut subs = Subscriptions::new(&mark::PLAIN);
+        // Before the client is told anything: what is published once it has read the head is not missed.
+        for watch in self.bus.watch(&channels).await.map_err(away)? {
+            subs.add(watch, Start::Now, None);
+        }
+        let (opening, first) = match answer.body {
+            Content::Incoming(incoming) => (Some(Box::new(incoming)), Vec::new()),
+            Content::Bytes(bytes) => (None, vec![chunk::of(&bytes)]),
+        };
+        let plain = Plain { opening, keep_alive: instruct.keep_alive.map(|alive| Box::new(Alive::new(alive))) };
+        let head = head(answer.status, answer.headers);
+        Ok(Held::new(&self.holding, subs, plain).respond(head, first))
+    }
+}
+
+/// The head of a stream: of any length.
+fn head(status: StatusCode, headers: HeaderMap) -> Response<()> {
+    let mut head = Response::new(());
+    *head.status_mut() = status;
+    *head.headers_mut() = headers;
+    head.headers_mut().remove(header::CONTENT_LENGTH);
+    head
+}
+
+/// What the bus cannot do now.
+pub fn away(error: Error) -> Failure {
+    tracing::debug!(%error, "could not hold an answer");
+    Failure::Wrong("what it wants to hold cannot be held now".into())
+}
+
+impl Alive {
+    fn new(KeepAlive { data, timeout, always }: KeepAlive) -> Self {
+        let beat = if always { Beat::Always(timeout) } else { Beat::Silence(timeout) };
+        Alive { data: chunk::of(&data), beat }
+    }
+}
+
+/// Pushes what an origin says, until all is said.
+fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut Out) -> Then {
+    let Some(body) = from else { return Then::GoOn };
+    while !out.is_full() {
+        match Pin::new(&mut **body).poll_frame(cx) {
+            Poll::Pending => return Then::Wait,
+            Poll::Ready(None) => {
+                *from = None;
+                return Then::GoOn;
+            }
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Ok(data) = frame.into_data() {
+                    out.push(chunk::of(&data));
+                }
+            }
+            Poll::Ready(Some(Err(_))) => return Then::End(Code::ProviderGone),
+        }
+    }
+    Then::Wait
+}
+
+impl Voice for Plain {
+    fn beat(&self) -> Option<Beat> {
+        self.keep_alive.as_ref().map(|alive| alive.beat)
+    }
+
+    fn keep_alive(&mut self) -> Bytes {
+        match (&self.opening, &self.keep_alive) {
+            (None, Some(alive)) => alive.data.clone(),
+            // In the midst of what the origin says it would break it.
+            _ => Bytes::new(),
+        }
+    }
+
+    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Then {
+        pour(&mut self.opening, cx, out)
+    }
+
+    fn events(&mut self, _: u32, bytes: Bytes, _: u32, out: &mut Out) -> Then {
+        let (chunk, closes) = mark::unpack(bytes);
+        if let Some(chunk) = chunk {
+            out.push(chunk);
+        }
+        if closes { Then::Done } else { Then::GoOn }
+    }
+}
