@@ -4,9 +4,12 @@
 //! An adapter owns some paths of the listeners for clients and answers them by its original's rules: its own errors,
 //! its own CORS. weir's own paths are not among them, but for the page at `/`.
 
+mod event_stream;
 mod form;
 pub mod ganomede;
 pub mod grip;
+mod js;
+mod node_sse;
 
 use std::sync::Arc;
 
@@ -27,7 +30,7 @@ use crate::{
     event::{Channel, Draft},
     metrics::{Metrics, Transport},
     rpc::Hub,
-    transport::wheel::Wheel,
+    transport::{held::Holding, wheel::Wheel},
 };
 
 /// What adapters are made of.
@@ -54,23 +57,27 @@ pub struct Adapter {
     /// Whether a path is this adapter's.
     owns: Box<dyn Fn(&str) -> bool + Send + Sync>,
     router: Router,
+    /// Whose pages may read what is weir's to say (`cors.origins`), and not the original's.
+    pub our_cors: bool,
 }
 
 impl Compat {
-    /// The adapters of `compat.enable`.
+    /// The adapters of `compat.enable`, and the routes of `compat.sse`.
     pub fn new(parts: &Parts) -> Result<Self> {
         let mut compat = Compat { adapters: Vec::new(), grip: None };
         for name in &parts.config.compat.enable {
             match name {
                 Name::Ganomede => compat.adapters.push(ganomede::adapter(parts)?),
+                Name::NodeSse => compat.adapters.push(node_sse::adapter(parts)),
                 Name::Grip => {
                     let grip = Arc::new(Grip::new(parts)?);
                     compat.adapters.push(grip::adapter(&grip));
                     compat.grip = Some(grip);
                 }
-                Name::MicroStream | Name::NodeSse => {}
+                Name::MicroStream => {}
             }
         }
+        compat.adapters.extend(event_stream::adapter(parts)?);
         Ok(compat)
     }
 
@@ -84,7 +91,11 @@ impl Adapter {
     /// What answers the paths that it `owns`. Every one of them gets to the router, whatever its method: 404 and 405 look as
     /// in the original.
     fn new(owns: impl Fn(&str) -> bool + Send + Sync + 'static, router: Router) -> Self {
-        Adapter { owns: Box::new(owns), router }
+        Adapter { owns: Box::new(owns), router, our_cors: false }
+    }
+
+    fn with_our_cors(self) -> Self {
+        Adapter { our_cors: true, ..self }
     }
 
     pub async fn answer(&self, request: Request<Body>) -> Response<Body> {
@@ -96,6 +107,12 @@ impl Adapter {
 }
 
 impl Parts {
+    /// What held streams share.
+    fn holding(&self) -> Arc<Holding> {
+        let stalled = self.config.limits.stalled;
+        Arc::new(Holding { wheel: self.wheel.clone(), metrics: self.metrics.clone(), stalled })
+    }
+
     /// Publishes what a client of another system sent. It is counted as any publish over HTTP.
     async fn publish(&self, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
         let identity = Identity::anonymous();

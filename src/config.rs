@@ -6,6 +6,7 @@
 
 mod load;
 mod originals;
+mod route;
 mod slot;
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, time::Duration};
@@ -14,6 +15,7 @@ use base64::Engine;
 
 pub use load::{Loaded, Override, Problem, Problems, Source, load};
 use load::{Table, Tables};
+pub use route::{Template, fill};
 pub use slot::{Adapter, Backend, Format, Level, Secret};
 use slot::{Item, Setting, Slot};
 
@@ -257,6 +259,7 @@ part! {
         /// Any of microstream, ganomede, node-sse, grip; what is not named costs nothing.
         enable: Vec<Adapter> as Adapters = Vec::new(),
         ganomede: Ganomede as Part = Ganomede::default(),
+        sse: SseRoutes as Part = SseRoutes::default(),
         grip: Grip as Part = Grip::default(),
     }
 }
@@ -268,6 +271,22 @@ part! {
         secret: Secret as Secret = Secret::default(),
         /// How long a poll waits for events.
         poll_timeout: Duration as Pause = seconds(5),
+    }
+}
+
+part! {
+    /// Streams at paths of one's own, as @fanoutio/eventstream serves them.
+    SseRoutes {
+        /// As [[compat.sse.routes]] with `path` and `channels`: in both, {id} is a segment of the path or a parameter of the URL.
+        routes: Vec<SseRoute> as Tables = Vec::new(),
+    }
+}
+
+part! {
+    /// A path, and the channels that are streamed there.
+    SseRoute {
+        path: String as Path = String::new(),
+        channels: Vec<String> as Texts = Vec::new(),
     }
 }
 
@@ -345,6 +364,12 @@ impl Table for ChannelRule {
     const EXAMPLE: &'static str = "{ match = \"*\", keep = { count = 5 } }";
 }
 
+impl Table for SseRoute {
+    const REQUIRED: &'static [(&'static str, &'static str)] =
+        &[("path", "where is it?"), ("channels", "what is streamed there?")];
+    const EXAMPLE: &'static str = "{ path = \"/api/events/{id}\", channels = [\"{id}\"] }";
+}
+
 impl Table for GripRoute {
     const REQUIRED: &'static [(&'static str, &'static str)] = &[("origin", "where is the server?")];
     const EXAMPLE: &'static str = "{ path = \"/\", origin = \"http://127.0.0.1:3000\" }";
@@ -369,6 +394,41 @@ impl GripRoute {
             Some(text) => base64::engine::general_purpose::STANDARD.decode(text).ok(),
             None => Some(self.key.reveal().into()),
         }
+    }
+}
+
+// === impl Compat ===
+
+impl Compat {
+    /// Routes whose paths are somebody else's, or no paths.
+    fn route_collisions(&self) -> Option<(&'static str, String)> {
+        let mut taken: Vec<(&str, &str)> =
+            ["/", "/v1/*", "/health/*", "/metrics", "/openapi.json", "/console/*"].map(|path| (path, "weir's")).into();
+        for adapter in &self.enable {
+            taken.extend(adapter.paths().iter().map(|path| (*path, adapter.as_str())));
+        }
+        let mut found = Vec::new();
+        let mut wrong = |reason: String| found.push(reason);
+        for (n, route) in self.sse.routes.iter().enumerate() {
+            let template = match Template::parse(&route.path) {
+                Ok(template) => template,
+                Err(reason) => {
+                    wrong(reason);
+                    continue;
+                }
+            };
+            let meets = |other: &str| Template::parse(other).is_ok_and(|other| template.collides(&other));
+            for (path, owner) in taken.iter().filter(|(path, _)| meets(path)) {
+                wrong(format!("{} would take {path}, which is {owner} already", route.path));
+            }
+            for other in self.sse.routes[..n].iter().filter(|other| meets(&other.path)) {
+                wrong(format!("{} and {} are both the path of some requests", other.path, route.path));
+            }
+            if route.channels.is_empty() {
+                wrong(format!("{} streams no channels", route.path));
+            }
+        }
+        (!found.is_empty()).then(|| ("compat.sse.routes", found.join("; ")))
     }
 }
 
@@ -448,6 +508,7 @@ impl Config {
                           (WEIR__COMPAT__GANOMEDE__SECRET, or API_SECRET where ganomede is the only adapter)";
             found.push(("compat.ganomede.secret", reason.to_owned()));
         }
+        found.extend(self.compat.route_collisions());
         if self.compat.enable.contains(&Adapter::Grip) {
             found.extend(self.compat.grip.contradictions(self.auth.allow_anonymous));
         }

@@ -3,7 +3,7 @@
 //! An event is encoded once, when its draft is made, except for what only the bus knows (epoch, offset, time).
 //! Every wire format is that encoding with something in front and behind.
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{borrow::Cow, fmt, ops::Range, sync::Arc};
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::value::RawValue;
@@ -370,6 +370,16 @@ pub fn write_json_str(text: &str, out: &mut Vec<u8>) {
     }
     // Writing into a Vec cannot fail.
     let _ = serde_json::to_writer(out, text);
+}
+
+/// The string that a JSON text means; nearly always the text without its quotes.
+pub fn read_json_str(json: &str) -> Cow<'_, str> {
+    let inner = json.get(1..json.len().saturating_sub(1)).unwrap_or_default();
+    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
+        return Cow::Borrowed(inner);
+    }
+    // A lone surrogate is legal JSON and no string: it stays as it was written.
+    serde_json::from_str(json).map_or(Cow::Borrowed(inner), Cow::Owned)
 }
 
 /// Appends JSON as one line. Raw line ends are legal JSON only between tokens, where a space means the same.

@@ -27,7 +27,7 @@ use tower::ServiceExt;
 use crate::{
     auth::Identity,
     bus::Bus,
-    compat::Compat,
+    compat::{Adapter, Compat},
     config::Config,
     error::{Again, Code, Error},
     metrics::{Metrics, Status},
@@ -101,12 +101,7 @@ impl Door {
         if self.doors != Doors::Operators
             && let Some(adapter) = self.gateway.compat.find(head.uri.path())
         {
-            let refused = head.extensions.get::<Refused>().map(|Refused(error)| error.clone());
-            let answer = match refused.map_or_else(|| self.origins.check_host(&head), Err) {
-                Ok(()) => caught(adapter.answer(Request::from_parts(head, Body::new(body)))).await,
-                Err(error) => error.into_response(),
-            };
-            return self.finish(version, answer);
+            return self.answer_by(adapter, head, Body::new(body)).await;
         }
         let page = self.origins.page(&head);
         let admitted = match head.extensions.get::<Refused>() {
@@ -159,6 +154,35 @@ impl Door {
             (Ok(()), Some(grip)) => grip.publish(request).await,
             (Ok(()), None) => StatusCode::NOT_FOUND.into_response(),
         }
+    }
+
+    /// Answers by an adapter's rules, which may have none of their own for pages of other origins.
+    async fn answer_by(&self, adapter: &Adapter, head: Parts, body: Body) -> Response {
+        let version = head.version;
+        let page = adapter.our_cors.then(|| self.origins.page(&head));
+        let admitted = match head.extensions.get::<Refused>() {
+            Some(Refused(error)) => Err(error.clone()),
+            None => self.origins.check_host(&head),
+        };
+        let admitted =
+            admitted.and_then(|()| page.as_ref().map_or(Ok(()), |page| self.origins.check_page(&head, page)));
+        if let Err(error) = admitted {
+            return self.finish(version, error.into_response());
+        }
+        let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
+        let method = head.method.clone();
+        let mut answer = caught(adapter.answer(Request::from_parts(head, body))).await;
+        if let Some(page) = page {
+            if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
+                answer = not_allowed(&answer, &method);
+                if let Some(asked) = preflight {
+                    let allow = answer.headers()[header::ALLOW].clone();
+                    page.preflight(&asked, allow, answer.headers_mut());
+                }
+            }
+            page.mark(answer.headers_mut());
+        }
+        self.finish(version, answer)
     }
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {

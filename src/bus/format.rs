@@ -28,6 +28,8 @@ pub mod index {
     pub const SSE_DATA: usize = 4;
     pub const SSE_DATA_BARE: usize = 5;
     pub const GRIP: usize = 6;
+    pub const NODE_SSE: usize = 7;
+    pub const EVENT_STREAM: usize = 8;
 }
 
 impl Format {

@@ -35,6 +35,11 @@ impl<'a> Form<'a> {
         }
     }
 
+    /// Every value of a parameter, in order.
+    pub fn texts(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.all(name).map(|(_, value)| value)
+    }
+
     /// `name`, `name[]` and `name[key]` are one parameter.
     fn all(&self, name: &str) -> impl Iterator<Item = (&str, &str)> {
         let same =
@@ -53,6 +58,7 @@ mod tests {
         assert_eq!((form.text("a"), form.text("d"), form.text("e")), (Some("1"), Some(""), Some("%zz")));
         assert_eq!((form.text("b"), form.text("c"), form.text("x")), (None, None, None));
         assert!(form.has("b") && form.has("c") && !form.has("x"));
+        assert_eq!(form.texts("b").collect::<Vec<_>>(), ["x y/z", "2"]);
         assert!(!Form::parse("").has(""));
     }
 }

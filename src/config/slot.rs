@@ -48,6 +48,8 @@ pub(super) enum Slot<'a> {
     Url(&'a mut String),
     /// Any text; what it means is somebody else's to say.
     Text(&'a mut String),
+    /// Texts, of which each is somebody else's to read.
+    Texts(&'a mut Vec<String>),
     /// Empty text is none.
     Secret(&'a mut Secret),
     /// A list of tables.
@@ -158,6 +160,7 @@ impl Slot<'_> {
             }
             Slot::Url(to) => **to = url(&given.text("a URL")?)?,
             Slot::Text(to) => **to = given.text("text")?,
+            Slot::Texts(to) => **to = given.list()?,
             Slot::Secret(to) => **to = Secret::parse(given.text("text")?)?,
             Slot::Tables(to) => return Err(format!("needs a list of tables, as [{}]", to.example())),
         }
@@ -176,7 +179,7 @@ impl fmt::Display for Slot<'_> {
             Slot::Addresses(list) => write_list(list.iter().map(|address| address.to_string()), f),
             Slot::Address(None) => f.write_str("\"\""),
             Slot::Address(Some(address)) => write!(f, "\"{address}\""),
-            Slot::Origins(list) => write_list(list.iter().cloned(), f),
+            Slot::Origins(list) | Slot::Texts(list) => write_list(list.iter().cloned(), f),
             Slot::Pattern(text) | Slot::Path(text) | Slot::Url(text) | Slot::Text(text) => f.write_str(&quoted(text)),
             Slot::Secret(secret) => f.write_str(if secret.is_empty() { "\"\"" } else { "\"********\"" }),
             Slot::Backend(Backend::Memory) => f.write_str("\"memory\""),
@@ -277,6 +280,16 @@ impl Adapter {
             Adapter::Ganomede => "ganomede",
             Adapter::NodeSse => "node-sse",
             Adapter::Grip => "grip",
+        }
+    }
+
+    /// What it owns of the listeners for clients; `*` is whatever follows.
+    pub(super) const fn paths(self) -> &'static [&'static str] {
+        match self {
+            Adapter::MicroStream => &["/socket.io/*"],
+            Adapter::Ganomede => &["/events/v1/*", "/latest", "/about"],
+            Adapter::NodeSse => &["/subscribe", "/publish", "/lastEvent"],
+            Adapter::Grip => &["/grip/*"],
         }
     }
 

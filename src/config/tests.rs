@@ -288,3 +288,32 @@ fn variables_of_an_original_count_where_it_is_alone() {
         assert_eq!(ignored.config.server.listen, Config::default().server.listen);
     }
 }
+
+#[test]
+fn routes_of_streams_take_nobody_s_paths() {
+    let routes = |paths: &[&str]| {
+        let tables: Vec<_> = paths
+            .iter()
+            .map(|path| format!("[[compat.sse.routes]]\npath = \"{path}\"\nchannels = [\"{{id}}\", \"all\"]\n"))
+            .collect();
+        read(&tables.join(""), &[], &[])
+    };
+    let loaded = routes(&["/api/events/{id}", "/api/rooms/{id}/events"]).unwrap();
+    assert_eq!(loaded.config.compat.sse.routes[1].channels, ["{id}", "all"]);
+    let shown = loaded.config.to_toml(false, &BTreeMap::new());
+    assert_eq!(read(&shown, &[], &[]).unwrap().config, loaded.config);
+    for (paths, reason) in [
+        (&["/v1/{id}"][..], "compat.sse.routes: /v1/{id} would take /v1/*, which is weir's already"),
+        (&["/{id}"], "/{id} would take /metrics, which is weir's already"),
+        (&["/"], "/ would take /, which is weir's already"),
+        (&["/a/{id}", "/a/b"], "/a/{id} and /a/b are both the path of some requests"),
+        (&["/a{id}"], "a token is a whole segment"),
+    ] {
+        let problems = routes(paths).unwrap_err();
+        assert!(problems.contains(reason), "{problems}");
+    }
+    let enabled = "compat.enable = [\"node-sse\"]\n[[compat.sse.routes]]\npath = \"/subscribe\"\nchannels = []";
+    let problems = read(enabled, &[], &[]).unwrap_err();
+    assert!(problems.contains("/subscribe would take /subscribe, which is node-sse already"), "{problems}");
+    assert!(problems.contains("/subscribe streams no channels"), "{problems}");
+}

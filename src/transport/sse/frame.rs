@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use crate::{
     bus::{Format, Gap, index},
-    event::{Channel, Event, write_json_str},
+    event::{Channel, Event, read_json_str, write_json_str},
     position::Position,
     transport::chunk::{HEAD, TAIL, close, open, text},
 };
@@ -40,11 +40,11 @@ fn data<const ID: bool>(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     if let Some(kind) = event.kind_json() {
         out.extend_from_slice(b"event: ");
         // No type has control characters: it is one line.
-        with_string(kind, |kind| out.extend_from_slice(kind.as_bytes()));
+        out.extend_from_slice(read_json_str(kind).as_bytes());
         out.push(b'\n');
     }
     match event.data_json().or(event.data_base64()) {
-        Some(text) if text.starts_with('"') => with_string(text, |text| lines(text, out)),
+        Some(text) if text.starts_with('"') => lines(&read_json_str(text), out),
         Some(json) => lines(json, out),
         // Not left out: a block without data is never dispatched.
         None => lines("", out),
@@ -58,19 +58,6 @@ fn id(position: Position, out: &mut Vec<u8>) {
     out.push(b'-');
     out.extend_from_slice(itoa::Buffer::new().format(position.offset).as_bytes());
     out.push(b'\n');
-}
-
-/// Calls `then` with the string that a JSON text means.
-fn with_string(json: &str, then: impl FnOnce(&str)) {
-    let inner = json.get(1..json.len().saturating_sub(1)).unwrap_or_default();
-    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
-        return then(inner);
-    }
-    match serde_json::from_str::<String>(json) {
-        Ok(text) => then(&text),
-        // A lone surrogate is legal JSON and no string: it stays as it was written.
-        Err(_) => then(inner),
-    }
 }
 
 /// A `data:` line for each line, whatever ends it.

@@ -1,0 +1,181 @@
+//! The endpoints of @fanoutio/eventstream without the program around them: `[[compat.sse.routes]]` says at which paths
+//! which channels are streamed, as its Express handlers do.
+
+use std::{borrow::Cow, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::State,
+    http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
+};
+
+use super::{Adapter, Parts, form::Form};
+use crate::{
+    auth::Identity,
+    bus::{Format, Subscriptions, index},
+    config::{Template, fill},
+    error::{Code, Error, Result},
+    event::{Channel, Event, read_json_str},
+    position::Start,
+    transport::{
+        carrier::Out,
+        chunk,
+        held::{Beat, Held, Holding, Voice},
+        query::decode,
+        sse::is_acceptable,
+    },
+};
+
+/// The first block, and the one that breaks a silence.
+const OPEN: &[u8] = b"event: stream-open\ndata: \n\n";
+const KEEP_ALIVE: &[u8] = b"event: keep-alive\ndata: \n\n";
+/// The original's.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// What all requests share.
+struct EventStream {
+    parts: Parts,
+    holding: Arc<Holding>,
+    routes: Arc<[Route]>,
+}
+
+struct Route {
+    path: Template,
+    channels: Vec<String>,
+}
+
+/// An event as the original encodes it.
+static BLOCK: Format = Format { index: index::EVENT_STREAM, open: chunk::open, event, close: chunk::close };
+
+fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
+    if let Some(kind) = event.kind_json() {
+        out.extend_from_slice(b"event: ");
+        // No type has control characters, and no JSON here has line ends: a line each.
+        out.extend_from_slice(read_json_str(kind).as_bytes());
+        out.push(b'\n');
+    }
+    out.extend_from_slice(b"data: ");
+    out.extend_from_slice(event.data_json().or(event.data_base64()).unwrap_or_default().as_bytes());
+    out.extend_from_slice(b"\n\n");
+}
+
+/// The routes that are configured; nothing if there are none.
+pub fn adapter(parts: &Parts) -> Result<Option<Adapter>> {
+    let configured = &parts.config.compat.sse.routes;
+    let route = |route: &crate::config::SseRoute| {
+        let path = Template::parse(&route.path).map_err(Error::internal)?;
+        Ok(Route { path, channels: route.channels.clone() })
+    };
+    let routes: Arc<[Route]> = configured.iter().map(route).collect::<Result<_>>()?;
+    if routes.is_empty() {
+        return Ok(None);
+    }
+    let own = routes.clone();
+    let owns = move |path: &str| own.iter().any(|route| route.path.matches(path).is_some());
+    let it = EventStream { parts: parts.clone(), holding: parts.holding(), routes };
+    Ok(Some(Adapter::new(owns, Router::new().fallback(answer).with_state(Arc::new(it))).with_our_cors()))
+}
+
+async fn answer(State(it): State<Arc<EventStream>>, request: Request<Body>) -> Response<Body> {
+    let (head, _) = request.into_parts();
+    if !matches!(head.method, Method::GET | Method::HEAD) {
+        // Whose page may do what is the door's to say; it looks at this.
+        let mut answer = refused(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed.\n");
+        answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return answer;
+    }
+    match it.stream(&head).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            refused(status, format!("{}\n", error.detail()))
+        }
+    }
+}
+
+impl EventStream {
+    async fn stream(&self, head: &Head) -> Result<Response<Body>> {
+        if !is_acceptable(&head.headers) {
+            return Err(Error::new(Code::NotAcceptable, "Not Acceptable."));
+        }
+        if head.headers.get("last-event-id").is_some_and(|id| id == "error") {
+            return Err(Error::params("last-event-id header may not be 'error'."));
+        }
+        let channels = self.channels(head)?;
+        if channels.is_empty() {
+            return Err(Error::params("No specified channels."));
+        }
+        let most = self.parts.config.limits.stream_channels;
+        if channels.len() > most {
+            let detail = format!("{} channels, limits.stream_channels is {most}.", channels.len());
+            return Err(Error::params(detail));
+        }
+        for channel in &channels {
+            let _ = Identity::anonymous().may_subscribe(channel)?;
+        }
+        let mut answer = Response::new(());
+        let headers = answer.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        if head.method == Method::HEAD {
+            return Ok(answer.map(|()| Body::empty()));
+        }
+        let mut subs = Subscriptions::new(&BLOCK);
+        for watch in self.parts.bus.watch(&channels).await? {
+            subs.add(watch, Start::Now, None);
+        }
+        Ok(Held::new(&self.holding, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
+    }
+
+    /// The channels of a request, none twice.
+    fn channels(&self, head: &Head) -> Result<Vec<Channel>> {
+        let path = head.uri.path();
+        let found = self.routes.iter().find_map(|route| Some((route, route.path.matches(path)?)));
+        let Some((route, tokens)) = found else { return Ok(Vec::new()) };
+        let query = Form::parse(head.uri.query().unwrap_or_default());
+        let value = |name: &str| match tokens.iter().find(|(token, _)| *token == name) {
+            Some((_, text)) => decode(text, false).unwrap_or(Cow::Borrowed(text)),
+            None => query.texts(name).collect::<Vec<_>>().join(",").into(),
+        };
+        let mut channels = Vec::new();
+        for template in &route.channels {
+            let name = fill(template, value);
+            let name = name.trim();
+            if name.is_empty() {
+                continue;
+            }
+            let channel = Channel::parse(name)?;
+            if !channels.contains(&channel) {
+                channels.push(channel);
+            }
+        }
+        Ok(channels)
+    }
+}
+
+fn refused(status: StatusCode, text: impl Into<Body>) -> Response<Body> {
+    let mut answer = Response::new(text.into());
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+/// Says nothing but that it is there.
+struct Quiet;
+
+impl Voice for Quiet {
+    fn beat(&self) -> Option<Beat> {
+        Some(Beat::Silence(SILENCE))
+    }
+
+    fn keep_alive(&mut self) -> Bytes {
+        chunk::of(KEEP_ALIVE)
+    }
+
+    /// Only a time to come back after, so that not all do at once.
+    fn farewell(&mut self, _: Code, out: &mut Out) {
+        out.push(chunk::of(format!("retry: {}\n", fastrand::u16(1000..4000)).as_bytes()));
+    }
+}

@@ -1,0 +1,133 @@
+//! node-sse-server: `/subscribe`, `/publish`, `/lastEvent` and `/`.
+//!
+//! Channels and their last events are the bus's: what other worlds publish its browsers see, from every node, and after
+//! a restart where the bus survives one. Who is online is this node's to say.
+
+mod presence;
+mod publish;
+mod subscribe;
+mod wire;
+
+use std::sync::{Arc, atomic::AtomicU64};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::State,
+    http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
+};
+
+use self::{presence::Presence, subscribe::Known};
+use super::{Adapter, Parts, form::Form};
+use crate::{error::Error, transport::held::Holding};
+
+/// What all requests share.
+struct NodeSse {
+    parts: Parts,
+    holding: Arc<Holding>,
+    presence: Arc<Presence>,
+    /// The last `clientId` that was counted.
+    clients: AtomicU64,
+    known: Known,
+}
+
+#[derive(Clone, Copy)]
+enum Route {
+    Root,
+    Subscribe,
+    Publish,
+    LastEvent,
+}
+
+/// A failure as the original tells it.
+enum Refusal {
+    /// A sentence.
+    Text(String),
+    /// A page of Express, for what its body parser refuses. Without the stack of calls that is in the original's.
+    Page(StatusCode, String),
+}
+
+pub fn adapter(parts: &Parts) -> Adapter {
+    let it = NodeSse {
+        holding: parts.holding(),
+        presence: Arc::default(),
+        clients: AtomicU64::new(0),
+        known: Known::default(),
+        parts: parts.clone(),
+    };
+    Adapter::new(|path| Route::find(path).is_some(), Router::new().fallback(answer).with_state(Arc::new(it)))
+}
+
+async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let answer = if head.method == Method::OPTIONS { Ok(preflight(&head)) } else { it.answer(&head, body).await };
+    let mut answer = match answer {
+        Ok(answer) => answer,
+        Err(Refusal::Text(text)) => {
+            let mut answer = Response::new(Body::from(text));
+            *answer.status_mut() = StatusCode::BAD_REQUEST;
+            answer
+        }
+        Err(Refusal::Page(status, text)) => wire::page(status, &text),
+    };
+    answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+    answer
+}
+
+impl NodeSse {
+    async fn answer(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
+        let path = head.uri.path();
+        let query = Form::parse(head.uri.query().unwrap_or_default());
+        let reads = matches!(head.method, Method::GET | Method::HEAD);
+        match Route::find(path) {
+            Some(Route::Root) if reads => Ok(Response::new(Body::from("ROOT"))),
+            Some(Route::Subscribe) if reads => self.subscribe(head, &query).await,
+            Some(Route::LastEvent) if reads => self.last_event(&query).await,
+            Some(Route::Publish) if head.method == Method::POST => self.publish(head, body).await,
+            _ => Err(Refusal::Page(StatusCode::NOT_FOUND, format!("Cannot {} {path}", head.method))),
+        }
+    }
+}
+
+/// As Express's `cors` answers, whoever asks.
+fn preflight(head: &Head) -> Response<Body> {
+    let mut answer = Response::new(Body::empty());
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    let headers = answer.headers_mut();
+    let methods = HeaderValue::from_static("GET,HEAD,PUT,PATCH,POST,DELETE");
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
+    headers.insert(header::VARY, HeaderValue::from_static("Access-Control-Request-Headers"));
+    if let Some(asked) = head.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
+    }
+    answer
+}
+
+// === impl Route ===
+
+impl Route {
+    /// Express minds neither letters' case nor one slash at the end.
+    fn find(path: &str) -> Option<Self> {
+        if path == "/" {
+            return Some(Route::Root);
+        }
+        let bare = path.strip_suffix('/').unwrap_or(path);
+        let all = [("/subscribe", Route::Subscribe), ("/publish", Route::Publish), ("/lastEvent", Route::LastEvent)];
+        all.into_iter().find(|(name, _)| bare.eq_ignore_ascii_case(name)).map(|(_, route)| route)
+    }
+}
+
+// === impl Refusal ===
+
+/// Of what has no counterpart in the original.
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        match status {
+            StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN => {
+                Refusal::Text(format!("Bad Request: {}", error.detail()))
+            }
+            status => Refusal::Page(status, error.detail().to_owned()),
+        }
+    }
+}

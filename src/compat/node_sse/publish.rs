@@ -1,0 +1,137 @@
+//! `POST /publish`: a batch of events, all or none.
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, Response, StatusCode, header, request::Parts as Head},
+};
+use serde::Deserialize;
+use serde_json::{
+    Value,
+    value::{RawValue, to_raw_value},
+};
+
+use super::{NodeSse, Refusal, wire};
+use crate::{
+    compat::js,
+    error::{Code, Error},
+    event::{Channel, Data, Draft, Parts},
+    transport::body::read_body,
+};
+
+/// The original's, in bytes.
+const MAX_BODY: usize = 100 * 1024;
+/// What the server says of its own accord.
+const RESERVED: [&str; 3] = ["registered", "lastEvent", "online-presence"];
+const INCOMPLETE: &str =
+    "Bad Request: 'channelName', 'type', and 'payload' are three required json fields in an event.";
+
+/// An event as sent. Whatever is left out passes for null, as in JavaScript.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Sent<'a> {
+    #[serde(rename = "channelName")]
+    channel: Value,
+    #[serde(rename = "type")]
+    kind: Value,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
+}
+
+impl NodeSse {
+    pub(super) async fn publish(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
+        let time = self.parts.config.limits.body_time;
+        let body = read_body(body, MAX_BODY, "100 KiB", time).await.map_err(|error| match error.code() {
+            Code::TooLarge => {
+                let text = "PayloadTooLargeError: request entity too large";
+                Refusal::Page(StatusCode::PAYLOAD_TOO_LARGE, text.to_owned())
+            }
+            _ => error.into(),
+        })?;
+        // What is not declared as JSON is not read.
+        if !is_json(&head.headers) || body.is_empty() {
+            return Ok(Response::default());
+        }
+        let unreadable = |error: &dyn std::fmt::Display| {
+            Refusal::Page(StatusCode::BAD_REQUEST, format!("SyntaxError: {error} in JSON"))
+        };
+        let text = std::str::from_utf8(&body).map_err(|error| unreadable(&error))?;
+        let whole: &RawValue = serde_json::from_str(text).map_err(|error| unreadable(&error))?;
+        if !whole.get().starts_with(['{', '[']) {
+            return Err(unreadable(&"a value that is neither an object nor a list"));
+        }
+        let events = events(whole.get())?;
+        for event in &events {
+            if let Some(kind) = event.kind.as_str().filter(|kind| RESERVED.contains(kind)) {
+                return Err(Refusal::Text(format!("Event type \"{kind}\" is reserved, can't fire!")));
+            }
+        }
+        // All are looked at before any is published.
+        let mut batch = Vec::with_capacity(events.len());
+        for event in &events {
+            batch.push(self.draft(event, &batch).await?);
+        }
+        if !batch.is_empty() {
+            self.parts.publish(batch).await?;
+        }
+        Ok(Response::default())
+    }
+
+    async fn draft(&self, event: &Sent<'_>, before: &[(Channel, Draft)]) -> Result<(Channel, Draft), Refusal> {
+        let incomplete = || Refusal::Text(INCOMPLETE.to_owned());
+        let payload = event.payload.ok_or_else(incomplete)?;
+        // A text of many bytes is not copied to see that it is none of the few that pass for nothing.
+        let falsy = matches!(payload.get(), "\"\"" | "false" | "null")
+            || serde_json::from_str::<f64>(payload.get()).is_ok_and(|number| number == 0.0);
+        if falsy || js::is_falsy(&event.channel) || js::is_falsy(&event.kind) {
+            return Err(incomplete());
+        }
+        let channel = Channel::parse(&js::text(&event.channel))?;
+        let kind = js::text(&event.kind);
+        let exists = before.iter().any(|(other, _)| *other == channel) || self.exists(&channel).await?;
+        let mark = match exists {
+            false => Some(wire::FIRST),
+            true if !payload.get().starts_with('"') => Some(wire::VALUE),
+            true => None,
+        };
+        let meta = mark.map(|mark| to_raw_value(&serde_json::json!({ wire::META: mark }))).transpose();
+        let meta = meta.map_err(|error| Error::internal(error.to_string()))?;
+        let parts = Parts { kind: Some(&kind), meta: meta.as_deref(), data: Data::Json(payload), ..Parts::default() };
+        Ok((channel, Draft::new(parts, self.parts.config.limits.event)?))
+    }
+
+    /// Whether anybody has subscribed or published to a channel, as far as it is remembered.
+    pub(super) async fn exists(&self, channel: &Channel) -> Result<bool, Error> {
+        if self.known.has(channel) {
+            return Ok(true);
+        }
+        let info = self.parts.bus.inspect(channel).await?;
+        let exists = info.top > 0 || info.readers > 0;
+        if exists {
+            self.known.add(channel);
+        }
+        Ok(exists)
+    }
+}
+
+/// `events` of a body, which is nothing if it is not there.
+fn events(body: &str) -> Result<Vec<Sent<'_>>, Refusal> {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Whole<'a> {
+        #[serde(borrow)]
+        events: Option<&'a RawValue>,
+    }
+    // A list has no members.
+    let Ok(Whole { events: Some(events) }) = serde_json::from_str(body) else { return Ok(Vec::new()) };
+    let falsy = serde_json::from_str::<Value>(events.get()).is_ok_and(|value| js::is_falsy(&value));
+    if falsy {
+        return Ok(Vec::new());
+    }
+    serde_json::from_str(events.get())
+        .map_err(|_| Refusal::Text("Bad Request: 'events' is a list of json objects.".to_owned()))
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
+}

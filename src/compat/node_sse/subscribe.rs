@@ -1,0 +1,185 @@
+//! `GET /subscribe` and `GET /lastEvent`.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::{Arc, atomic::Ordering::Relaxed},
+    task::Context,
+    time::Duration,
+};
+
+use axum::{
+    body::{Body, Bytes},
+    http::{HeaderValue, Method, Response, header, request::Parts as Head},
+};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use super::{
+    NodeSse, Refusal,
+    presence::{Member, Presence},
+    wire,
+};
+use crate::{
+    auth::Identity,
+    bus::{Limit, Subscriptions},
+    compat::{form::Form, js},
+    error::{Code, Result},
+    event::{Channel, Event},
+    position::{Position, Start},
+    transport::{
+        carrier::Out,
+        chunk,
+        held::{Beat, Held, Then, Voice},
+        sse::frame::HEARTBEAT,
+    },
+};
+
+/// Names of channels that are remembered to exist though nothing is in them.
+const MAX_KNOWN: usize = 10_000;
+/// Bytes of a `clientId`: everybody online is told of everybody's.
+const MAX_CLIENT: usize = 255;
+
+/// Channels that were subscribed to or published to. The original knows all of them for ever.
+#[derive(Default)]
+pub(super) struct Known(Mutex<(HashSet<Channel>, VecDeque<Channel>)>);
+
+/// What one browser hears beside events.
+struct Browser {
+    member: Member,
+    /// Milliseconds of silence before a comment. Different for each: they were all opened at once.
+    beat: u32,
+}
+
+impl NodeSse {
+    pub(super) async fn subscribe(&self, head: &Head, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
+        let bad = || Refusal::Text("Bad Request".to_owned());
+        let mut channels = Vec::new();
+        for name in query.texts("channels").flat_map(|names| names.split(',')).filter(|name| !name.is_empty()) {
+            let channel = Channel::parse(name).map_err(|_| bad())?;
+            if !channels.contains(&channel) {
+                channels.push(channel);
+            }
+        }
+        if channels.is_empty() || channels.len() > self.parts.config.limits.stream_channels {
+            return Err(bad());
+        }
+        for channel in &channels {
+            let _ = Identity::anonymous().may_subscribe(channel)?;
+        }
+        let given = query.texts("clientId").collect::<Vec<_>>().join(",");
+        if given.len() > MAX_CLIENT {
+            return Err(bad());
+        }
+        let mut answer = Response::new(());
+        for (name, value) in [
+            (header::CONTENT_TYPE, "text/event-stream"),
+            (header::CACHE_CONTROL, "no-cache"),
+            (header::CONNECTION, "keep-alive"),
+        ] {
+            answer.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        answer.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+        if head.method == Method::HEAD {
+            return Ok(answer.map(|()| Body::empty()));
+        }
+
+        let mut subs = Subscriptions::new(&wire::EVENT);
+        let mut first = vec![chunk::of(b"\n")];
+        let watches = self.parts.bus.watch(&channels).await?;
+        let mut places = Vec::with_capacity(channels.len());
+        for watch in watches {
+            places.push(subs.add(watch, Start::Now, None).position);
+        }
+        let id = match given.is_empty() {
+            true => Value::from(self.clients.fetch_add(1, Relaxed) + 1),
+            false => Value::from(given),
+        };
+        first.push(wire::frame(None, "registered", &json!({ "clientId": id }).to_string()));
+        for (channel, at) in channels.iter().zip(places) {
+            self.known.add(channel);
+            let last = match self.event_at(channel, at).await? {
+                Some(event) => js::text(&wire::last_event(&event)),
+                None => "{}".to_owned(),
+            };
+            first.push(wire::frame(Some(channel), "lastEvent", &last));
+        }
+        let beat = self.parts.config.sse.heartbeat.mul_f64(fastrand::f64() / 2.0 + 0.75);
+        let beat = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
+        // The last that is done: everybody hears of it, this one too.
+        let member = Presence::join(&self.presence, &js::text(&id));
+        Ok(Held::new(&self.holding, subs, Browser { member, beat }).respond(answer, first))
+    }
+
+    pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
+        let channel = query.text("channel").and_then(|name| Channel::parse(name).ok());
+        let channel = channel.ok_or_else(|| Refusal::Text("Bad Request".to_owned()))?;
+        let _ = Identity::anonymous().may_subscribe(&channel)?;
+        let newest = Limit { events: 1, bytes: 0 };
+        let page = self.parts.bus.read(&channel, Start::Last(1), newest, None).await?;
+        let mut out = Vec::new();
+        match page.events.last() {
+            Some(event) => {
+                out.extend_from_slice(br#"{"response":"#);
+                js::stringify(&wire::last_event(event), &mut out);
+                out.push(b'}');
+            }
+            None if self.exists(&channel).await? => out.extend_from_slice(br#"{"response":"{}"}"#),
+            None => out.extend_from_slice(b"{}"),
+        }
+        let mut answer = Response::new(Body::from(out));
+        let kind = HeaderValue::from_static("application/json; charset=utf-8");
+        answer.headers_mut().insert(header::CONTENT_TYPE, kind);
+        Ok(answer)
+    }
+
+    /// The event at a position, if it is still there.
+    async fn event_at(&self, channel: &Channel, at: Position) -> Result<Option<Arc<Event>>> {
+        if at.epoch.is_absent() || at.offset == 0 {
+            return Ok(None);
+        }
+        let before = Start::After(Position { offset: at.offset - 1, ..at });
+        let page = self.parts.bus.read(channel, before, Limit { events: 1, bytes: 0 }, None).await?;
+        Ok(page.events.into_iter().next().filter(|event| event.position() == at))
+    }
+}
+
+impl Voice for Browser {
+    fn beat(&self) -> Option<Beat> {
+        Some(Beat::Silence(Duration::from_millis(self.beat.into())))
+    }
+
+    /// A comment, which no `EventSource` shows to anybody. The original has none, and keeps the dead.
+    fn keep_alive(&mut self) -> Bytes {
+        Bytes::from_static(HEARTBEAT)
+    }
+
+    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Then {
+        self.member.poll(cx, |frame| out.push(frame));
+        Then::GoOn
+    }
+
+    /// Only a time to come back after, so that not all do at once.
+    fn farewell(&mut self, _: Code, out: &mut Out) {
+        out.push(chunk::of(format!("retry: {}\n", fastrand::u16(1000..4000)).as_bytes()));
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    pub fn has(&self, channel: &Channel) -> bool {
+        self.0.lock().0.contains(channel)
+    }
+
+    pub fn add(&self, channel: &Channel) {
+        let (names, order) = &mut *self.0.lock();
+        if names.insert(channel.clone()) {
+            order.push_back(channel.clone());
+            if order.len() > MAX_KNOWN
+                && let Some(oldest) = order.pop_front()
+            {
+                names.remove(&oldest);
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Frames and pages as the original writes them.
+
+use std::borrow::Cow;
+
+use axum::{
+    body::{Body, Bytes},
+    http::{HeaderValue, Response, StatusCode, header},
+};
+use serde_json::Value;
+
+use crate::{
+    bus::{Format, index},
+    compat::js,
+    event::{Channel, Event, read_json_str, write_json_str},
+    transport::chunk,
+};
+
+/// Marks, in the `meta` of an event, what only this world can tell: that a payload was no text, so that its text is the
+/// one that JavaScript makes of it.
+pub const META: &str = "weir.node-sse";
+pub const VALUE: &str = "value";
+/// The event was published to a channel that did not exist. Then the original keeps the payload alone.
+pub const FIRST: &str = "first";
+
+/// Nothing but an event of this world looks like this to a browser.
+pub static EVENT: Format = Format { index: index::NODE_SSE, open: chunk::open, event, close: chunk::close };
+
+fn event(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
+    let kind = event.kind_json().unwrap_or(r#""message""#);
+    out.extend_from_slice(b"event: ");
+    // No type has control characters: it is one line.
+    out.extend_from_slice(read_json_str(kind).as_bytes());
+    out.extend_from_slice(
+        br#"
+data: {"channelName":"#,
+    );
+    write_json_str(channel.as_str(), out);
+    out.extend_from_slice(br#","type":"#);
+    out.extend_from_slice(kind.as_bytes());
+    out.extend_from_slice(br#","payload":"#);
+    write_json_str(&payload(event), out);
+    out.extend_from_slice(b"}\n\n");
+}
+
+/// `{channelName?,type,payload}` as a chunk.
+pub fn frame(channel: Option<&Channel>, kind: &str, payload: &str) -> Bytes {
+    let mut out = Vec::with_capacity(128 + payload.len());
+    chunk::open(&mut out);
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(kind.as_bytes());
+    out.extend_from_slice(b"\ndata: {");
+    if let Some(channel) = channel {
+        out.extend_from_slice(br#""channelName":"#);
+        write_json_str(channel.as_str(), &mut out);
+        out.push(b',');
+    }
+    out.extend_from_slice(br#""type":"#);
+    write_json_str(kind, &mut out);
+    out.extend_from_slice(br#","payload":"#);
+    write_json_str(payload, &mut out);
+    out.extend_from_slice(b"}\n\n");
+    chunk::close(&mut out);
+    out.into()
+}
+
+/// The text that subscribers get.
+fn payload(event: &Event) -> Cow<'_, str> {
+    match event.data_json().or(event.data_base64()) {
+        Some(text) if text.starts_with('"') => read_json_str(text),
+        Some(json) if mark(event).is_some() => js::text(&parse(json)).into(),
+        Some(json) => json.into(),
+        None => "".into(),
+    }
+}
+
+/// The last event of a channel, as `/lastEvent` has it: a text, or the bare payload of a first one.
+pub fn last_event(event: &Event) -> Value {
+    let mark = mark(event);
+    let raw = match event.data_json() {
+        Some(json) if mark.is_some() || json.starts_with('"') => parse(json),
+        _ => Value::String(payload(event).into_owned()),
+    };
+    if mark.as_deref() == Some(FIRST) {
+        return raw;
+    }
+    let mut out = br#"{"type":"#.to_vec();
+    out.extend_from_slice(event.kind_json().unwrap_or(r#""message""#).as_bytes());
+    out.extend_from_slice(br#","payload":"#);
+    js::stringify(&raw, &mut out);
+    out.push(b'}');
+    Value::String(String::from_utf8_lossy(&out).into_owned())
+}
+
+/// What it was published as, if that is not plain.
+fn mark(event: &Event) -> Option<String> {
+    let meta = event.meta_json().filter(|meta| meta.contains(META))?;
+    let meta: Value = serde_json::from_str(meta).ok()?;
+    Some(meta.get(META)?.as_str()?.to_owned())
+}
+
+/// Of what was JSON when it came in.
+fn parse(json: &str) -> Value {
+    serde_json::from_str(json).unwrap_or_default()
+}
+
+/// What Express answers of itself.
+pub fn page(status: StatusCode, text: &str) -> Response<Body> {
+    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;");
+    let page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>Error</title>\n</head>\n<body>\n\
+         <pre>{text}</pre>\n</body>\n</html>\n"
+    );
+    let mut answer = Response::new(Body::from(page));
+    *answer.status_mut() = status;
+    let headers = answer.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("default-src 'none'"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        event::{Data, Draft, Parts},
+        position::Position,
+    };
+
+    fn shown(parts: Parts<'_>) -> (String, Value) {
+        let at = Position { epoch: "k3Vq00".parse().unwrap(), offset: 7 };
+        let event = Draft::new(parts, 1000).unwrap().place(at, 1);
+        let text = chunk::text(&EVENT.encode(&Channel::parse("a").unwrap(), [std::sync::Arc::new(event)]));
+        let event = Draft::new(parts, 1000).unwrap().place(at, 1);
+        (String::from_utf8(text.into()).unwrap(), last_event(&event))
+    }
+
+    #[test]
+    fn events_of_all_worlds() {
+        let raw = |json| serde_json::from_str(json).unwrap();
+        let frame = |kind: &str, payload: &str| {
+            format!("event: {kind}\ndata: {{\"channelName\":\"a\",\"type\":\"{kind}\",\"payload\":{payload}}}\n\n")
+        };
+        let value = Some(raw(r#"{"weir.node-sse":"value"}"#));
+        let first = Some(raw(r#"{"weir.node-sse":"first"}"#));
+        let kind = Some("t");
+        for (meta, data, payload, last) in [
+            (None, Data::Text("{\"x\":\"é\"}"), r#""{\"x\":\"é\"}""#, r#"{"type":"t","payload":"{\"x\":\"é\"}"}"#),
+            (None, Data::Json(raw(r#"{"x": 1}"#)), r#""{\"x\": 1}""#, r#"{"type":"t","payload":"{\"x\": 1}"}"#),
+            (None, Data::None, r#""""#, r#"{"type":"t","payload":""}"#),
+            (None, Data::Bytes(b"\0"), r#""AA==""#, r#"{"type":"t","payload":"AA=="}"#),
+            (value, Data::Json(raw(r#"{"x": 1}"#)), r#""[object Object]""#, r#"{"type":"t","payload":{"x":1}}"#),
+            (value, Data::Json(raw("[1, 2]")), r#""1,2""#, r#"{"type":"t","payload":[1,2]}"#),
+            (value, Data::Json(raw("12.50")), r#""12.5""#, r#"{"type":"t","payload":12.5}"#),
+        ] {
+            let (text, told) = shown(Parts { kind, meta, data, ..Parts::default() });
+            assert_eq!((text, told), (frame("t", payload), Value::from(last)));
+        }
+        let (text, told) = shown(Parts { kind, meta: first, data: Data::Json(raw("[1]")), ..Parts::default() });
+        assert_eq!((text, told), (frame("t", r#""1""#), serde_json::json!([1])));
+        assert_eq!(shown(Parts { data: Data::Text("x"), ..Parts::default() }).0, frame("message", r#""x""#));
+    }
+}

@@ -1,0 +1,98 @@
+//! `[[compat.sse.routes]]`: the endpoints of @fanoutio/eventstream from configuration alone.
+
+use std::time::Duration;
+
+use weir::config::SseRoute;
+
+use super::{Stream, empty};
+use crate::support::{Starter, Weir, weir};
+
+fn routes() -> Starter {
+    let route = |path: &str, channels: &[&str]| SseRoute {
+        path: path.to_owned(),
+        channels: channels.iter().map(|channel| channel.to_string()).collect(),
+    };
+    weir().with(|config| {
+        config.drain.window = Duration::ZERO;
+        config.compat.sse.routes = vec![
+            route("/api/events/{id}", &["{id}"]),
+            route("/api/rooms/{room}/events", &["room-{room}", "user-{user}", " {extra} "]),
+        ];
+    })
+}
+
+async fn publish(weir: &Weir, channel: &str, query: &str, data: &str) {
+    weir.post(format!("/v1/events?channel={channel}{query}"), data.to_owned()).await.expect(201);
+}
+
+const OPEN: &str = "event: stream-open\ndata: \n\n";
+
+#[tokio::test]
+async fn a_stream_of_a_route() {
+    let weir = routes().await;
+    let mut stream = Stream::open(&weir, "/api/events/a%20b/").await;
+    assert_eq!(stream.head.header("content-type"), Some("text/event-stream"));
+    assert_eq!(stream.head.header("transfer-encoding"), Some("chunked"));
+    // Subscribed before the head was sent.
+    publish(&weir, "a%20b", "&type=created", r#"{"id":[1, "x"]}"#).await;
+    publish(&weir, "a%20b", "", r#""text""#).await;
+    stream.expect(OPEN).await;
+    stream.expect("event: created\ndata: {\"id\":[1, \"x\"]}\n\n").await;
+    stream.expect("data: \"text\"\n\n").await;
+    drop(stream);
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn tokens_of_the_path_and_of_the_query_in_several_channels() {
+    let weir = routes().await;
+    let mut stream = Stream::open(&weir, "/api/rooms/7/events?user=jo%20e&x=1").await;
+    stream.expect(OPEN).await;
+    publish(&weir, "room-7", "", "1").await;
+    stream.expect("data: 1\n\n").await;
+    publish(&weir, "user-jo%20e", "", "2").await;
+    stream.expect("data: 2\n\n").await;
+    assert_eq!(weir.gateway().bus.topics().readers(), 2, "an empty name is none");
+    weir.leave();
+    let end = stream.rest().await;
+    assert!(end.starts_with("retry: ") && end.ends_with('\n') && !end.ends_with("\n\n"), "{end:?}");
+    weir.left().await;
+}
+
+#[tokio::test]
+async fn what_is_refused() {
+    let weir = routes().await;
+    let refused = async |headers: &[(&str, &str)], path: &str, status: u16, text: &str| {
+        let mut client = weir.client().await;
+        client.send("GET", path, headers, b"").await;
+        let reply = client.reply().await.expect(status);
+        assert_eq!(reply.text(), text);
+        assert_eq!(reply.header("content-type"), Some("text/plain; charset=utf-8"));
+    };
+    let not_acceptable = "Not Acceptable.\n";
+    refused(&[("accept", "application/json"), ("last-event-id", "error")], "/api/events/a", 406, not_acceptable).await;
+    let error = "last-event-id header may not be 'error'.\n";
+    refused(&[("accept", "*/*"), ("last-event-id", "error")], "/api/events/%20", 400, error).await;
+    refused(&[], "/api/events/%20", 400, "No specified channels.\n").await;
+    refused(&[], "/api/events/a%0Ab", 400, "a channel name has no control characters\n").await;
+    weir.get("/api/events").await.refused("not_found");
+    let posted = weir.request("POST", "/api/events/a").await;
+    assert_eq!(posted.header("allow"), Some("GET, HEAD, OPTIONS"));
+    posted.refused("method_not_allowed");
+    let head = weir.request("HEAD", "/api/events/a").await.expect(200);
+    assert_eq!(head.header("content-type"), Some("text/event-stream"));
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn pages_of_other_origins_are_weir_s_to_judge() {
+    let weir = routes().with(|config| config.cors.origins = vec!["https://shop.example".into()]).await;
+    for (origin, allowed) in [("https://shop.example", true), ("https://evil.example", false)] {
+        let reply = weir.request("HEAD", "/api/events/a").header("origin", origin).await.expect(200);
+        assert_eq!(reply.header("access-control-allow-origin"), allowed.then_some(origin));
+        assert_eq!(reply.header("vary"), Some("Origin"));
+        let asked = weir.request("OPTIONS", "/api/events/a").header("origin", origin);
+        let asked = asked.header("access-control-request-method", "GET").await.expect(204);
+        assert_eq!(asked.header("access-control-allow-methods"), allowed.then_some("GET, HEAD, OPTIONS"));
+    }
+}

@@ -1,0 +1,141 @@
+//! The table "Between worlds": one channel, written by each and read by all, in the same order and with the same content.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use weir::config::{Adapter, SseRoute};
+
+use super::Stream;
+use crate::support::{Weir, weir};
+
+/// One event in the words of each world.
+struct Seen {
+    native: Value,
+    ganomede: Value,
+    node_sse: (&'static str, &'static str),
+    stream: &'static str,
+}
+
+async fn post(weir: &Weir, path: &str, body: Value) {
+    let reply = weir.request("POST", path).header("content-type", "application/json").body(body.to_string()).await;
+    assert!(reply.status < 300, "{reply:?}");
+}
+
+#[tokio::test]
+async fn written_by_each_and_read_by_all() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
+            config.compat.ganomede.secret = "s".into();
+            config.compat.ganomede.poll_timeout = Duration::ZERO;
+            config.compat.sse.routes = vec![SseRoute { path: "/events/{id}".into(), channels: vec!["{id}".into()] }];
+        })
+        .await;
+    let mut node_sse = Stream::open(&weir, "/subscribe?channels=c&clientId=me").await;
+    node_sse
+        .expect(
+            "\nevent: registered\ndata: {\"type\":\"registered\",\"payload\":\"{\\\"clientId\\\":\\\"me\\\"}\"}\n\n\
+             event: lastEvent\ndata: {\"channelName\":\"c\",\"type\":\"lastEvent\",\"payload\":\"{}\"}\n\n\
+             event: online-presence\ndata: {\"type\":\"online-presence\",\"payload\":\"[\\\"me\\\"]\"}\n\n",
+        )
+        .await;
+    let mut stream = Stream::open(&weir, "/events/c").await;
+    stream.expect("event: stream-open\ndata: \n\n").await;
+
+    // Written.
+    post(&weir, "/v1/events", json!({"channel": "c", "type": "created", "from": "shop", "data": {"id": 7}})).await;
+    post(&weir, "/v1/events", json!({"channel": "c"})).await;
+    post(&weir, "/v1/events", json!({"channel": "c", "data": "text"})).await;
+    post(&weir, "/v1/events", json!({"channel": "c", "data": null})).await;
+    let emitted = json!({"clientId": "w", "secret": "s", "channel": "c", "from": "g/v1", "type": "add", "data": [1]});
+    post(&weir, "/events/v1/events", emitted).await;
+    let emitted = json!({"clientId": "w", "secret": "s", "channel": "c", "from": "g/v1", "type": "bare"});
+    post(&weir, "/events/v1/events", emitted).await;
+    let fired = json!([
+        {"channelName": "c", "type": "note", "payload": "{\"a\":1}"},
+        {"channelName": "c", "type": "raw", "payload": {"a": 1}},
+        {"channelName": "c", "type": "list", "payload": [1, 2]},
+    ]);
+    post(&weir, "/publish", json!({ "events": fired })).await;
+
+    // Read.
+    let all = [
+        Seen {
+            native: json!({"type": "created", "from": "shop", "data": {"id": 7}}),
+            ganomede: json!({"type": "created", "from": "shop", "data": {"id": 7}}),
+            node_sse: ("created", r#"{\"id\":7}"#),
+            stream: "event: created\ndata: {\"id\":7}\n\n",
+        },
+        Seen {
+            native: json!({}),
+            ganomede: json!({"type": "message", "from": ""}),
+            node_sse: ("message", ""),
+            stream: "data: \n\n",
+        },
+        Seen {
+            native: json!({"data": "text"}),
+            ganomede: json!({"type": "message", "from": "", "data": {"value": "text"}}),
+            node_sse: ("message", "text"),
+            stream: "data: \"text\"\n\n",
+        },
+        Seen {
+            native: json!({"data": null}),
+            ganomede: json!({"type": "message", "from": "", "data": {"value": null}}),
+            node_sse: ("message", "null"),
+            stream: "data: null\n\n",
+        },
+        Seen {
+            native: json!({"type": "add", "from": "g/v1", "data": [1]}),
+            ganomede: json!({"type": "add", "from": "g/v1", "data": [1]}),
+            node_sse: ("add", "[1]"),
+            stream: "event: add\ndata: [1]\n\n",
+        },
+        Seen {
+            native: json!({"type": "bare", "from": "g/v1"}),
+            ganomede: json!({"type": "bare", "from": "g/v1"}),
+            node_sse: ("bare", ""),
+            stream: "event: bare\ndata: \n\n",
+        },
+        Seen {
+            native: json!({"type": "note", "data": "{\"a\":1}"}),
+            ganomede: json!({"type": "note", "from": "", "data": {"value": "{\"a\":1}"}}),
+            node_sse: ("note", r#"{\"a\":1}"#),
+            stream: "event: note\ndata: \"{\\\"a\\\":1}\"\n\n",
+        },
+        Seen {
+            native: json!({"type": "raw", "data": {"a": 1}, "meta": {"weir.node-sse": "value"}}),
+            ganomede: json!({"type": "raw", "from": "", "data": {"a": 1}}),
+            node_sse: ("raw", "[object Object]"),
+            stream: "event: raw\ndata: {\"a\":1}\n\n",
+        },
+        Seen {
+            native: json!({"type": "list", "data": [1, 2], "meta": {"weir.node-sse": "value"}}),
+            ganomede: json!({"type": "list", "from": "", "data": [1, 2]}),
+            node_sse: ("list", "1,2"),
+            stream: "event: list\ndata: [1,2]\n\n",
+        },
+    ];
+    let native = weir.get("/v1/events?channel=c").await.expect(200).json();
+    let polled = weir.get("/events/v1/events?clientId=r&channel=c&secret=s").await.expect(200).json();
+    assert_eq!(native["events"].as_array().unwrap().len(), all.len());
+    assert_eq!(polled.as_array().unwrap().len(), all.len());
+    for (at, seen) in all.iter().enumerate() {
+        let mut event = native["events"][at].clone();
+        for known in ["channel", "epoch", "offset", "time"] {
+            event.as_object_mut().unwrap().remove(known);
+        }
+        assert_eq!(event, seen.native);
+        let mut event = polled[at].clone();
+        assert_eq!(event["id"], at + 1);
+        assert_eq!(event["timestamp"], native["events"][at]["time"]);
+        event.as_object_mut().unwrap().retain(|name, _| name != "id" && name != "timestamp");
+        assert_eq!(event, seen.ganomede);
+        let (kind, payload) = seen.node_sse;
+        let data = format!(r#"{{"channelName":"c","type":"{kind}","payload":"{payload}"}}"#);
+        node_sse.expect(&format!("event: {kind}\ndata: {data}\n\n")).await;
+        stream.expect(seen.stream).await;
+    }
+    // weir's own pages go on, but for the one at `/`.
+    assert_eq!(weir.get("/").await.expect(200).text(), "ROOT");
+    weir.get("/health/live").await.expect(200);
+}
