@@ -6,6 +6,7 @@ mod args;
 mod client;
 mod commands;
 mod connect;
+mod doctor;
 mod output;
 mod provide;
 mod publish;

@@ -215,6 +215,25 @@ pub enum ClientCommand {
         prefix: Option<String>,
     },
 
+    /// Look at a node, or at a Redis, as weir uses it, and say what to change
+    #[command(after_help = DOCTOR)]
+    Doctor {
+        #[command(flatten)]
+        remote: Remote,
+        /// The node, as its clients reach it: through every proxy [default: --url]
+        #[arg(value_name = "URL", value_parser = Base::parse)]
+        node: Option<Base>,
+        /// A Redis: redis://, rediss://, redis+sentinel://HOST,…/NAME, redis-cluster://HOST,…
+        #[arg(long, value_name = "URL", conflicts_with_all = ["node", "long"])]
+        redis: Option<String>,
+        /// What the keys of weir begin with in that Redis
+        #[arg(long, value_name = "PREFIX", default_value = "weir", requires = "redis")]
+        prefix: String,
+        /// Wait for 75 seconds to see which idle connections are cut off
+        #[arg(long)]
+        long: bool,
+    },
+
     /// List channels, show one, trim or delete one
     #[command(args_conflicts_with_subcommands = true)]
     Channels {
@@ -348,6 +367,19 @@ A cancelled call ends it.
 
 After a lost connection it comes back. On the first Ctrl-C it finishes the calls it has and takes
 no more.";
+
+const DOCTOR: &str = "\
+Streams, long-polls, a WebSocket and a large body go to the node and back: what buffers, cuts off or
+refuses them on the way is found, and named with what to change.
+
+  weir doctor https://weir.example.com --token \"$TOKEN\"
+  weir doctor --long                                    also what idle connections meet
+  weir doctor --redis redis://:password@redis:6379      before weir is told to use it
+  weir doctor --redis redis+sentinel://a,b,c/weir | jq 'select(.state != \"ok\")'
+
+A finding is a line of JSON on standard output (unless that is a terminal) and prose on standard
+error. Advice ends with 0, a problem with 1. It publishes to a channel of its own, weir.doctor.*,
+and deletes it; in Redis it writes four keys that expire within a minute.";
 
 /// A stream that begins at something unreadable begins at `now`, and says so with a gap: a program can go on from
 /// there, but whoever typed it wants to hear it.

@@ -11,7 +11,7 @@ use super::{
     Failure, Target,
     args::{ChannelsCommand, ClientCommand, ConsumersCommand, List, Remote},
     client::Client,
-    note,
+    doctor, note,
     output::Output,
     provide, publish, sse,
 };
@@ -33,7 +33,7 @@ pub async fn run(command: ClientCommand) -> Result<(), Failure> {
 async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failure> {
     match command {
         ClientCommand::Publish { remote, channel, data, lines, kind, key, from } => {
-            let mut client = client(remote)?;
+            let mut client = client(&remote)?;
             let label = publish::Label { channel: &channel, kind: kind.as_deref(), from: from.as_deref() };
             match lines {
                 true => publish::lines(&mut client, label, out).await,
@@ -49,14 +49,14 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
         ClientCommand::Tail { remote, channels, last, after, kinds, count } => {
             let target = Target::new("/v1/sse").each("channel", &channels).each("type", &kinds);
             let target = target.maybe("last", last).maybe("after", after);
-            sse::tail(&mut client(remote)?, &target, count, out).await
+            sse::tail(&mut client(&remote)?, &target, count, out).await
         }
         ClientCommand::Read { remote, channels, last, after, kinds, limit, all, wait, consumer, commit } => {
             let target = Target::new("/v1/events").each("channel", &channels).each("type", &kinds);
             let target = target.maybe("limit", limit).maybe("wait", wait.map(duration::format));
             let target = target.maybe("consumer", consumer).maybe("commit", commit.then_some("auto"));
             let first = target.clone().maybe("last", last).maybe("after", after);
-            read(&mut client(remote)?, first, &target, all, PATIENCE + wait.unwrap_or_default(), out).await
+            read(&mut client(&remote)?, first, &target, all, PATIENCE + wait.unwrap_or_default(), out).await
         }
         ClientCommand::Call { remote, method, params, timeout } => {
             if !method.contains('/') {
@@ -72,17 +72,28 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
             let target = Target::new("/v1/services/").path(&method).maybe("timeout", timeout.map(duration::format));
             let patience = timeout.map_or(LONG_CALL, |timeout| timeout + PATIENCE);
             let body = (!body.is_empty()).then_some(body);
-            print(client(remote)?.ask(Method::POST, &target, body, patience).await?, out)
+            print(client(&remote)?.ask(Method::POST, &target, body, patience).await?, out)
         }
         ClientCommand::Provide { remote, service, concurrency, exclusive, timeout, command } => {
             let offer = provide::Offer { service, concurrency, exclusive, timeout, command };
-            provide::provide(&client(remote)?, &offer).await
+            provide::provide(&client(&remote)?, &offer).await
         }
         ClientCommand::Services { remote, prefix } => {
-            list(&mut client(remote)?, "services", prefix.as_deref(), out).await
+            list(&mut client(&remote)?, "services", prefix.as_deref(), out).await
         }
         ClientCommand::Channels { list: given, command } => {
             channels(command.unwrap_or(ChannelsCommand::List(given)), out).await
+        }
+        ClientCommand::Doctor { mut remote, node, redis, prefix, long } => {
+            let mut report = doctor::Report::new(out);
+            match redis {
+                Some(url) => doctor::redis(&url, &prefix, &mut report).await?,
+                None => {
+                    remote.url = node.unwrap_or(remote.url);
+                    doctor::node(&remote, long, &mut report).await?;
+                }
+            }
+            report.verdict()
         }
         ClientCommand::Consumers { list: given, command } => {
             consumers(command.unwrap_or(ConsumersCommand::List(given)), out).await
@@ -93,7 +104,7 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
 async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Failure> {
     let (remote, method, target) = match command {
         ChannelsCommand::List(List { remote, prefix }) => {
-            return list(&mut client(remote)?, "channels", prefix.as_deref(), out).await;
+            return list(&mut client(&remote)?, "channels", prefix.as_deref(), out).await;
         }
         ChannelsCommand::Show { remote, channel } => {
             (remote, Method::GET, Target::new("/v1/channels").query("channel", channel))
@@ -103,14 +114,14 @@ async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Fail
             (remote, Method::DELETE, target)
         }
     };
-    print(client(remote)?.ask(method, &target, None, PATIENCE).await?, out)
+    print(client(&remote)?.ask(method, &target, None, PATIENCE).await?, out)
 }
 
 async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Failure> {
     let named = |name: &str| Target::new("/v1/consumers/").segment(name);
     let (remote, method, target, body) = match command {
         ConsumersCommand::List(List { remote, prefix }) => {
-            return list(&mut client(remote)?, "consumers", prefix.as_deref(), out).await;
+            return list(&mut client(&remote)?, "consumers", prefix.as_deref(), out).await;
         }
         ConsumersCommand::Show { remote, consumer } => (remote, Method::GET, named(&consumer), None),
         ConsumersCommand::Delete { remote, consumer } => (remote, Method::DELETE, named(&consumer), None),
@@ -127,7 +138,7 @@ async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Fa
         }
     };
     let body = body.map(|body| body.to_string().into_bytes());
-    print(client(remote)?.ask(method, &target, body, PATIENCE).await?, out)
+    print(client(&remote)?.ask(method, &target, body, PATIENCE).await?, out)
 }
 
 /// One page of `GET /v1/events`. Its parts go out as they came.
@@ -199,8 +210,8 @@ fn print(answer: Option<Box<RawValue>>, out: &mut Output) -> Result<(), Failure>
     answer.map_or(Ok(()), |answer| out.json(&answer))
 }
 
-fn client(remote: Remote) -> Result<Client, Failure> {
-    Client::new(remote.url, remote.token.as_deref()).map_err(Failure::Usage)
+pub fn client(remote: &Remote) -> Result<Client, Failure> {
+    Client::new(remote.url.clone(), remote.token.as_deref()).map_err(Failure::Usage)
 }
 
 /// An argument, or all of standard input for `-`.

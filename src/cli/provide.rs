@@ -40,7 +40,7 @@ const SILENCE: Duration = Duration::from_secs(120);
 /// How long the node may take to accept the connection, and to answer `weir.provide`.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
-type Socket = WebSocketStream<Box<dyn Stream>>;
+pub type Socket = WebSocketStream<Box<dyn Stream>>;
 
 /// What is offered, and who answers.
 pub struct Offer {
@@ -293,7 +293,8 @@ impl Session {
     }
 }
 
-async fn upgrade(client: &Client) -> Result<Socket, Failure> {
+/// Opens a WebSocket to the node.
+pub async fn upgrade(client: &Client) -> Result<Socket, Failure> {
     let url = client.base.ws(&Target::new("/v1/ws"));
     let mut request = url.into_client_request().map_err(|error| Failure::Usage(error.to_string()))?;
     request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));

@@ -23,14 +23,14 @@ const LONGEST_LINE: usize = 64 << 20;
 
 /// One dispatched event of the stream.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Block {
-    kind: String,
-    data: String,
+pub struct Block {
+    pub kind: String,
+    pub data: String,
 }
 
 /// Server-sent events from bytes, as the HTML specification reads them, but for a lone CR.
 #[derive(Default)]
-struct Reader {
+pub struct Reader {
     line: Vec<u8>,
     block: Block,
     has_data: bool,
@@ -132,7 +132,7 @@ impl Reader {
     }
 
     /// Takes bytes until an event is complete. None when they are used up.
-    fn next(&mut self, from: &mut &[u8]) -> Result<Option<Block>, Failure> {
+    pub fn next(&mut self, from: &mut &[u8]) -> Result<Option<Block>, Failure> {
         while let Some(end) = memchr::memchr(b'\n', from) {
             self.line.extend_from_slice(&from[..end]);
             *from = &from[end + 1..];

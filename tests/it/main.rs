@@ -5,6 +5,7 @@ mod cli;
 mod compat;
 mod conformance;
 mod connection;
+mod doctor;
 mod errors;
 mod guarantees;
 mod http;

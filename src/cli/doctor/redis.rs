@@ -1,0 +1,196 @@
+//! A Redis, as weir would use it: one server, a master that Sentinel names, or every master of a cluster.
+
+mod commands;
+mod deployment;
+mod server;
+
+use std::collections::HashMap;
+
+use redis::{RedisError, Value, cmd};
+
+use self::server::{Part, Server};
+use super::{super::Failure, Report};
+use crate::backend::redis::address::{Address, Kind, Url};
+
+/// Looks at what `url` names. `prefix` is what the keys of weir begin with.
+pub async fn examine(url: &str, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+    let url = Url::parse(url).map_err(Failure::Usage)?;
+    match &url.kind {
+        Kind::One(address) => {
+            let mut server = reach(&url, address, report).await?;
+            server.examine(Part::Alone, prefix, report).await
+        }
+        Kind::Sentinel { sentinels, master } => sentinel(&url, sentinels, master, prefix, report).await,
+        Kind::Cluster(seeds) => cluster(&url, seeds, prefix, report).await,
+    }
+}
+
+/// Connects to a server on which all depends.
+async fn reach(url: &Url, address: &Address, report: &mut Report<'_>) -> Result<Server, Failure> {
+    report.of(address.to_string());
+    match Server::connect(url, address, true).await {
+        Ok(server) => Ok(server),
+        Err(error) => {
+            report.problem("reach", reason(&error), remedy(&error))?;
+            Err(match is_refused(&error) {
+                true => Failure::Refused("Redis does not let us in".into()),
+                false => Failure::Unavailable("there is nothing to look at".into()),
+            })
+        }
+    }
+}
+
+async fn sentinel(
+    url: &Url,
+    sentinels: &[Address],
+    name: &str,
+    prefix: &str,
+    report: &mut Report<'_>,
+) -> Result<(), Failure> {
+    let mut masters: Vec<String> = Vec::new();
+    for address in sentinels {
+        report.of(format!("sentinel {address}"));
+        let mut server = match Server::connect(url, address, false).await {
+            Ok(server) => server,
+            Err(error) => {
+                report.problem("sentinel", reason(&error), "start it, or take it out of the URL")?;
+                continue;
+            }
+        };
+        let known: Result<HashMap<String, String>, RedisError> =
+            server.ask(cmd("SENTINEL").arg("MASTER").arg(name)).await;
+        let known = match known {
+            Ok(known) => known,
+            Err(error) => {
+                let change = format!("is {name} the name in `sentinel monitor`?");
+                report.problem("sentinel", reason(&error), change)?;
+                continue;
+            }
+        };
+        let number = |field: &str| known.get(field).and_then(|value| value.parse::<u64>().ok()).unwrap_or(0);
+        let field = |field: &str| known.get(field).map_or("?", String::as_str);
+        let (others, replicas, quorum) = (number("num-other-sentinels"), number("num-slaves"), number("quorum"));
+        let found = format!(
+            "{name} is {}:{}, flags {}; {replicas} replicas, {others} other sentinels, quorum {quorum}, down after {} ms",
+            field("ip"),
+            field("port"),
+            field("flags"),
+            field("down-after-milliseconds")
+        );
+        let able: Result<Value, RedisError> = server.ask(cmd("SENTINEL").arg("CKQUORUM").arg(name)).await;
+        if field("flags") != "master" {
+            report.problem("sentinel", found, "the master is down for this sentinel: see its log")?;
+        } else if let Err(error) = able {
+            report.problem(
+                "sentinel",
+                format!("{found}; {}", reason(&error)),
+                "no failover is possible: start more",
+            )?;
+        } else if replicas == 0 {
+            report.problem("sentinel", found, "there is nothing to fail over to: add a replica")?;
+        } else if others < 2 {
+            report.advice("sentinel", found, "three sentinels on three machines survive the loss of one")?;
+        } else {
+            report.ok("sentinel", found)?;
+        }
+        let master = format!("{}:{}", field("ip"), field("port"));
+        if !masters.contains(&master) {
+            masters.push(master);
+        }
+    }
+    let Some(master) = masters.first() else {
+        report.of(None);
+        return Err(Failure::Unavailable("no sentinel names a master".into()));
+    };
+    if masters.len() > 1 {
+        let found = format!("they name different masters: {}", masters.join(", "));
+        report.problem("sentinel", found, "a failover is under way, or they cannot hear each other")?;
+    }
+    let address = Address::parse(master, 6379).map_err(Failure::Failed)?;
+    let mut server = reach(url, &address, report).await?;
+    server.examine(Part::Replicated, prefix, report).await
+}
+
+async fn cluster(url: &Url, seeds: &[Address], prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+    let mut first = None;
+    for address in seeds {
+        report.of(address.to_string());
+        match Server::connect(url, address, true).await {
+            Ok(server) => {
+                first = Some(server);
+                break;
+            }
+            Err(error) if is_refused(&error) => {
+                report.problem("reach", reason(&error), remedy(&error))?;
+                return Err(Failure::Refused("Redis does not let us in".into()));
+            }
+            Err(error) => report.problem("reach", reason(&error), "start it, or take it out of the URL")?,
+        }
+    }
+    let Some(mut server) = first else {
+        return Err(Failure::Unavailable("there is nothing to look at".into()));
+    };
+    let known: String = match server.ask(cmd("CLUSTER").arg("INFO")).await {
+        Ok(known) => known,
+        Err(error) => {
+            report.problem("cluster", reason(&error), "write redis:// if it is no cluster")?;
+            return Ok(());
+        }
+    };
+    let fields = server::fields(&known);
+    let number = |field: &str| fields.get(field).and_then(|value| value.parse::<u64>().ok()).unwrap_or(0);
+    let nodes: String = server.ask(cmd("CLUSTER").arg("NODES")).await.unwrap_or_default();
+    let nodes = deployment::nodes(&nodes);
+    let masters: Vec<_> = nodes.iter().filter(|node| node.master && node.slots > 0).collect();
+    let (covered, failing) = (number("cluster_slots_ok"), nodes.iter().filter(|node| node.failing).count());
+    let found = format!("{} masters, {} servers, {covered} of 16384 slots served", masters.len(), nodes.len());
+    if fields.get("cluster_state").map(String::as_str) != Some("ok") || covered < 16384 {
+        let change = "channels in slots that nobody serves are away: see `redis-cli --cluster check`";
+        report.problem("cluster", found, change)?;
+    } else if failing > 0 {
+        report.problem("cluster", format!("{found}; {failing} failing"), "start what has failed, or forget it")?;
+    } else {
+        report.ok("cluster", found)?;
+    }
+    let bare: Vec<&str> = masters
+        .iter()
+        .filter(|master| !nodes.iter().any(|node| node.replica_of == master.id && !node.failing))
+        .map(|master| master.address.as_str())
+        .collect();
+    if !bare.is_empty() {
+        let found = format!("no replica of {}", bare.join(", "));
+        report.advice("cluster", found, "without one, the channels of a lost master are away until it is back")?;
+    }
+    for master in masters.iter().filter(|master| !master.failing) {
+        let address = Address::parse(&master.address, 6379).map_err(Failure::Failed)?;
+        report.of(address.to_string());
+        match Server::connect(url, &address, true).await {
+            Ok(mut server) => server.examine(Part::Shard, prefix, report).await?,
+            Err(error) => report.problem("reach", reason(&error), remedy(&error))?,
+        }
+    }
+    Ok(())
+}
+
+/// What Redis said, or what happened to the connection.
+fn reason(error: &RedisError) -> String {
+    match (error.code(), error.detail()) {
+        (Some(code), Some(detail)) => format!("{code} {detail}"),
+        _ => error.to_string(),
+    }
+}
+
+fn is_refused(error: &RedisError) -> bool {
+    matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM"))
+        || error.kind() == redis::ErrorKind::AuthenticationFailed
+}
+
+fn remedy(error: &RedisError) -> &'static str {
+    if is_refused(error) {
+        "name user and password in the URL: redis://user:password@host"
+    } else if error.is_timeout() {
+        "is the address right, and does a firewall let us through?"
+    } else {
+        "start it, or name where it is; with TLS the URL begins with rediss://"
+    }
+}

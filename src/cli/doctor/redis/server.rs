@@ -1,0 +1,464 @@
+//! One Redis server: what it says of itself, and what it does when it is asked.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    time::{Duration, Instant},
+};
+
+use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, RedisError, aio::MultiplexedConnection, cmd};
+
+use super::{
+    super::{
+        super::Failure,
+        Report,
+        latency::{Latency, Span},
+        node::unix,
+    },
+    commands, deployment, reason,
+};
+use crate::backend::redis::address::{Address, Url};
+
+const CONNECT: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(10);
+const MIB: u64 = 1 << 20;
+/// A delay that every publish would have.
+const FAR: Duration = Duration::from_millis(2);
+/// Longer than an answer takes of a Redis that does nothing else.
+const STALLED: Duration = Duration::from_millis(50);
+
+/// What part a server plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Alone,
+    /// The master that Sentinel names.
+    Replicated,
+    /// A master of a cluster.
+    Shard,
+}
+
+pub struct Server {
+    connection: MultiplexedConnection,
+    database: u32,
+    /// Of INFO.
+    info: HashMap<String, String>,
+    /// Of CONFIG, unless it is kept from us.
+    settings: HashMap<String, String>,
+    resp3: Result<(), String>,
+}
+
+impl Server {
+    /// `login`: as weir does. Sentinels are asked without.
+    pub async fn connect(url: &Url, address: &Address, login: bool) -> Result<Self, RedisError> {
+        let config =
+            || AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(ANSWER));
+        let mut resp3 = Ok(());
+        let connection = match deployment::client(url, address, login, ProtocolVersion::RESP3)?
+            .get_multiplexed_async_connection_with_config(&config())
+            .await
+        {
+            Ok(connection) => connection,
+            Err(error) if error.is_io_error() || super::is_refused(&error) => return Err(error),
+            Err(error) => {
+                resp3 = Err(reason(&error));
+                deployment::client(url, address, login, ProtocolVersion::RESP2)?
+                    .get_multiplexed_async_connection_with_config(&config())
+                    .await?
+            }
+        };
+        let mut server =
+            Server { connection, database: url.database, info: HashMap::new(), settings: HashMap::new(), resp3 };
+        // The first command shows whether we are let in.
+        let _: String = server.ask(&cmd("PING")).await?;
+        Ok(server)
+    }
+
+    pub async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
+        command.query_async(&mut self.connection).await
+    }
+
+    pub async fn examine(&mut self, part: Part, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+        let info = self.ask::<String>(&cmd("INFO")).await;
+        self.settings = self.ask(cmd("CONFIG").arg("GET").arg("*")).await.unwrap_or_default();
+        match &info {
+            Ok(info) => {
+                self.info = fields(info);
+                self.version(part, report)?;
+                self.role(report)?;
+            }
+            Err(error) => report.problem("info", reason(error), "weir asks INFO: let its user (ACL: +info)")?,
+        }
+        self.commands(part, prefix, report).await?;
+        self.latency(prefix, report).await?;
+        self.clock(report).await?;
+        if info.is_err() {
+            // The rest is in there.
+            return Ok(());
+        }
+        self.persistence(part, report)?;
+        self.memory(report)?;
+        self.buffers(report)?;
+        self.connections(report)?;
+        self.replicas(part, report)
+    }
+
+    fn said(&self, field: &str) -> &str {
+        self.info.get(field).map_or("", String::as_str)
+    }
+
+    fn number(&self, field: &str) -> u64 {
+        self.said(field).parse().unwrap_or(0)
+    }
+
+    /// None if we may not know.
+    fn set(&self, name: &str) -> Option<&str> {
+        self.settings.get(name).map(String::as_str)
+    }
+
+    fn version(&self, part: Part, report: &mut Report<'_>) -> Result<(), Failure> {
+        let speaks = self.said("redis_version");
+        let (name, version) = match (self.said("valkey_version"), self.said("dragonfly_version")) {
+            ("", "") => ("Redis", speaks),
+            ("", dragonfly) => ("Dragonfly", dragonfly),
+            (valkey, _) => ("Valkey", valkey),
+        };
+        let found = match name {
+            "Redis" => format!("Redis {version}"),
+            _ => format!("{name} {version} (as Redis {speaks})"),
+        };
+        let mut parts = speaks.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+        let speaks = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+        match (&self.resp3, part) {
+            _ if speaks < (6, 2) => report.problem("version", found, "weir needs Redis 6.2 or later, or Valkey")?,
+            (Err(reason), _) => {
+                let change = "events are pushed by RESP3: is there a proxy before it that does not speak it?";
+                report.problem("version", format!("{found}; no RESP3: {reason}"), change)?;
+            }
+            (_, Part::Shard) if speaks < (7, 0) => {
+                report.problem("version", found, "in a cluster weir needs the sharded pub/sub of Redis 7.0")?;
+            }
+            _ if name == "Dragonfly" => report.advice("version", found, "weir is tested with Redis and Valkey")?,
+            _ => report.ok("version", format!("{found}, RESP3"))?,
+        }
+        if self.database != 0 {
+            let found = format!("database {}", self.database);
+            let change = "pub/sub knows no databases: two weirs on one server need two prefixes, whatever database";
+            report.advice("database", found, change)?;
+        }
+        Ok(())
+    }
+
+    fn role(&self, report: &mut Report<'_>) -> Result<(), Failure> {
+        if self.said("role") == "slave" {
+            let found = format!("a replica of {}:{}", self.said("master_host"), self.said("master_port"));
+            report.problem("role", found, "weir writes: name its master, or the sentinels that know it")?;
+        }
+        if self.said("loading") == "1" {
+            report.problem("role", "still loads its data", "wait until it is done")?;
+        }
+        Ok(())
+    }
+
+    /// Runs all that weir runs, on keys that go away by themselves.
+    async fn commands(&mut self, part: Part, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+        let scratch = format!("{prefix}:{{$doctor-{:08x}}}", fastrand::u32(..));
+        // What is refused for one reason is one thing to change.
+        let mut refused: Vec<(String, Vec<&str>)> = Vec::new();
+        let all = commands::all(&scratch, part == Part::Shard);
+        for (name, command) in &all {
+            let Err(error) = self.ask::<redis::Value>(command).await else { continue };
+            // Another master of the cluster has our slot.
+            if matches!(error.code(), Some("MOVED" | "ASK")) {
+                continue;
+            }
+            let why = match (error.code(), reason(&error)) {
+                (Some("NOPERM"), why) if why.contains("keys used") => {
+                    format!("keys that begin with {prefix}: are not allowed")
+                }
+                (Some("NOPERM"), why) if why.contains("channels") => {
+                    format!("channels that begin with {prefix}: are not allowed")
+                }
+                (Some("NOPERM"), _) => "the command is not allowed".to_owned(),
+                (_, why) => why,
+            };
+            match refused.iter_mut().find(|(known, _)| *known == why) {
+                Some((_, names)) if names.contains(name) => {}
+                Some((_, names)) => names.push(name),
+                None => refused.push((why, vec![name])),
+            }
+        }
+        let _: Result<redis::Value, _> = self.ask(cmd("DEL").arg(&commands::keys(&scratch))).await;
+        if refused.is_empty() {
+            return report.ok("commands", format!("all that weir uses work ({})", all.len()));
+        }
+        let refused: Vec<String> = refused.iter().map(|(why, names)| format!("{}: {why}", names.join(" "))).collect();
+        let change = format!(
+            "ACL SETUSER NAME ~{prefix}:* &{prefix}:* +@all -@admin -@dangerous +info +role +config|get allows what weir needs"
+        );
+        report.problem("commands", refused.join("; "), change)
+    }
+
+    async fn latency(&mut self, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+        let scratch = format!("{prefix}:{{$doctor-{:08x}}}", fastrand::u32(..));
+        for (check, command) in [("ping", cmd("PING")), ("script", commands::append(&scratch))] {
+            let mut taken = Vec::new();
+            for _ in 0..200 {
+                let began = Instant::now();
+                match self.ask::<redis::Value>(&command).await {
+                    Err(error) if error.is_io_error() => {
+                        return report.problem(
+                            check,
+                            "the connection was lost",
+                            "see the log of Redis, and the network",
+                        );
+                    }
+                    // Another master has the slot. To be told so takes as long as a script that does little.
+                    Err(error) if !matches!(error.code(), Some("MOVED" | "ASK")) => break,
+                    _ => taken.push(began.elapsed()),
+                }
+            }
+            if taken.is_empty() {
+                // Refused, and said so above.
+                continue;
+            }
+            let latency = Latency::of(taken);
+            let found = format!(
+                "median {}, p99 {}, slowest of 200 {}",
+                Span(latency.median()),
+                Span(latency.p99()),
+                Span(latency.longest())
+            );
+            if latency.median() > FAR {
+                report.advice(check, found, "every publish waits for it: put Redis near weir, in the same zone")?;
+            } else if latency.p99() > STALLED {
+                report.advice(check, found, "something stalls it: see SLOWLOG and LATENCY DOCTOR")?;
+            } else {
+                report.ok(check, found)?;
+            }
+        }
+        let _: Result<redis::Value, _> = self.ask(cmd("DEL").arg(&commands::keys(&scratch))).await;
+        Ok(())
+    }
+
+    async fn clock(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
+        let (began, before) = (Instant::now(), unix());
+        match self.ask::<(u64, u32)>(&cmd("TIME")).await {
+            Ok((seconds, micros)) => {
+                let taken = began.elapsed();
+                let theirs = Duration::from_secs(seconds) + Duration::from_micros(micros.into());
+                super::super::clock("the clock of Redis", theirs, before + taken / 2, taken, report)
+            }
+            Err(error) => report.problem("clock", reason(&error), "weir asks TIME: let its user (ACL: +time)"),
+        }
+    }
+
+    fn persistence(&self, part: Part, report: &mut Report<'_>) -> Result<(), Failure> {
+        for (field, what) in
+            [("rdb_last_bgsave_status", "the last snapshot"), ("aof_last_write_status", "the last write to the AOF")]
+        {
+            if self.said(field) == "err" {
+                report.problem("persistence", format!("{what} failed"), "is the disk full? see the log of Redis")?;
+            }
+        }
+        let snapshots = self.set("save").filter(|save| !save.is_empty());
+        if self.said("aof_enabled") == "1" {
+            let (found, change) = match self.set("appendfsync") {
+                Some("always") => ("AOF, written at each command: a crash loses nothing that was answered", None),
+                Some("no") => (
+                    "AOF, written when the system likes: a crash of the machine may lose half a minute",
+                    Some("appendfsync everysec loses a second at most, and costs little"),
+                ),
+                _ => (
+                    "AOF, written each second: a crash of the machine may lose the last; readers are told by a gap",
+                    None,
+                ),
+            };
+            return match change {
+                Some(change) => report.advice("persistence", found, change),
+                None => report.ok("persistence", found),
+            };
+        }
+        let change = "appendonly yes, appendfsync everysec: then a restart loses a second at most";
+        if let Some(snapshots) = snapshots {
+            let found = format!(
+                "snapshots only ({snapshots}): a crash loses what came after the last; readers are told by a gap"
+            );
+            return report.advice("persistence", found, change);
+        }
+        if self.settings.is_empty() {
+            return report.advice("persistence", "no AOF; whether there are snapshots is kept from us", change);
+        }
+        let found = match part {
+            Part::Alone => "none: a restart loses every event and cursor; readers are told by a gap",
+            _ => "none: a master that is restarted before the failover comes back empty, and empties its replicas",
+        };
+        report.advice("persistence", found, change)
+    }
+
+    fn memory(&self, report: &mut Report<'_>) -> Result<(), Failure> {
+        let (used, most) = (self.number("used_memory"), self.number("maxmemory"));
+        let policy = self.said("maxmemory_policy");
+        let full = used * 100 / most.max(1);
+        if most == 0 {
+            let found = format!("{} used, no maxmemory", Size(used));
+            let change = "set maxmemory to about two thirds of the machine's: publishes are refused then, where else \
+                          the system would kill Redis";
+            report.advice("memory", found, change)?;
+        } else {
+            let found = format!("{} of {} used", Size(used), Size(most));
+            match full {
+                95.. => report.problem(
+                    "memory",
+                    found,
+                    "raise maxmemory, or keep less in the channels: publishes fail soon",
+                )?,
+                80.. => report.advice("memory", found, "raise maxmemory, or keep less in the channels")?,
+                _ => report.ok("memory", found)?,
+            }
+        }
+        let keep = "maxmemory-policy noeviction: a channel that is full refuses, one that is evicted forgets";
+        match (policy, most) {
+            ("noeviction", _) => report.ok("eviction", "noeviction")?,
+            ("", _) => {}
+            (policy, 0) => report.advice("eviction", format!("{policy}, which takes effect with maxmemory"), keep)?,
+            (policy, _) => report.problem("eviction", format!("{policy}: events and cursors may vanish"), keep)?,
+        }
+        match self.number("evicted_keys") {
+            0 => Ok(()),
+            evicted => report.advice("eviction", format!("{evicted} keys evicted since it started"), keep),
+        }
+    }
+
+    /// What a node may be behind before Redis closes its events connection.
+    fn buffers(&self, report: &mut Report<'_>) -> Result<(), Failure> {
+        let Some(limits) = self.set("client-output-buffer-limit").and_then(pubsub_limit) else {
+            return report.advice(
+                "buffers",
+                "kept from us",
+                "client-output-buffer-limit pubsub should be 32mb 8mb 60 or more",
+            );
+        };
+        let (hard, soft, seconds) = limits;
+        let found = match (hard, soft) {
+            (0, 0) => "no limit for pub/sub".to_owned(),
+            _ => format!("pub/sub may be behind by {}, or {} for {seconds} s", Size(hard), Size(soft)),
+        };
+        let change = "client-output-buffer-limit pubsub 32mb 8mb 60: below it a burst closes the connection that events \
+                      come by, and every node reads it again";
+        let below = |limit: u64, least: u64| limit != 0 && limit < least;
+        if below(hard, 2 * MIB) || below(soft, MIB) {
+            report.problem("buffers", format!("{found}: one large event may be too much"), change)
+        } else if below(hard, 32 * MIB) || below(soft, 8 * MIB) {
+            report.advice("buffers", found, change)
+        } else {
+            report.ok("buffers", found)
+        }
+    }
+
+    fn connections(&self, report: &mut Report<'_>) -> Result<(), Failure> {
+        let timeout: u64 = self.set("timeout").and_then(|timeout| timeout.parse().ok()).unwrap_or(0);
+        if (1..10).contains(&timeout) {
+            let found = format!("timeout {timeout}: closes connections that say nothing for so many seconds");
+            report.problem("connections", found, "timeout 0: a node that is busy for a moment would lose its own")?;
+        }
+        if self.set("tcp-keepalive") == Some("0") {
+            let change = "tcp-keepalive 60: else connections of machines that are gone stay for ever";
+            report.advice("connections", "tcp-keepalive 0", change)?;
+        }
+        let open = self.number("connected_clients");
+        let most = self.set("maxclients").unwrap_or_else(|| self.said("maxclients")).parse().unwrap_or(0);
+        let found = format!("{open} of {most} clients");
+        if most > 0 && open * 10 >= most * 8 {
+            report.problem(
+                "connections",
+                found,
+                "raise maxclients: a node takes three, and comes back after every loss",
+            )
+        } else if self.number("rejected_connections") > 0 {
+            let found = format!("{found}; {} were turned away since it started", self.said("rejected_connections"));
+            report.advice("connections", found, "raise maxclients")
+        } else if most > 0 {
+            report.ok("connections", found)
+        } else {
+            report.ok("connections", format!("{open} clients"))
+        }
+    }
+
+    fn replicas(&self, part: Part, report: &mut Report<'_>) -> Result<(), Failure> {
+        let count = self.number("connected_slaves");
+        if count == 0 {
+            return match part {
+                Part::Alone => report.advice(
+                    "replicas",
+                    "none: when this server is away, so is weir's bus",
+                    "Sentinel or a cluster takes over within seconds",
+                ),
+                // Said of the deployment.
+                Part::Replicated | Part::Shard => Ok(()),
+            };
+        }
+        let behind: Vec<String> = (0..count)
+            .filter_map(|n| {
+                let line = self.info.get(&format!("slave{n}"))?;
+                let part = |name: &str| line.split(',').find_map(|part| part.strip_prefix(name)).unwrap_or("?");
+                let late = part("lag=").parse::<u64>().is_ok_and(|lag| lag > 10);
+                (part("state=") != "online" || late).then(|| {
+                    format!("{}:{} is {}, {} s behind", part("ip="), part("port="), part("state="), part("lag="))
+                })
+            })
+            .collect();
+        if !behind.is_empty() {
+            return report.problem("replicas", behind.join("; "), "a failover to it loses events: see its log");
+        }
+        let found = format!("{count} in step");
+        match self.set("min-replicas-to-write") {
+            Some("0") => report.advice(
+                "replicas",
+                format!("{found}; min-replicas-to-write 0"),
+                "min-replicas-to-write 1, min-replicas-max-lag 10: a master that is cut off stops taking events that its \
+                 successor will not have",
+            ),
+            _ => report.ok("replicas", found),
+        }
+    }
+}
+
+/// `512 KiB`, `3.2 MiB`, `48 GiB`.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = self.0 as f64 / MIB as f64;
+        match mib {
+            10240.0.. => write!(f, "{:.0} GiB", mib / 1024.0),
+            10.0.. => write!(f, "{mib:.0} MiB"),
+            1.0.. => write!(f, "{mib:.1} MiB"),
+            _ => write!(f, "{:.0} KiB", mib * 1024.0),
+        }
+    }
+}
+
+/// Lines of `name:value`, as INFO and CLUSTER INFO have them.
+pub fn fields(text: &str) -> HashMap<String, String> {
+    let fields = text.lines().filter_map(|line| line.trim_end().split_once(':'));
+    fields.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+/// Of `normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60`.
+fn pubsub_limit(limits: &str) -> Option<(u64, u64, u64)> {
+    let mut words = limits.split_ascii_whitespace().skip_while(|word| *word != "pubsub").skip(1);
+    let mut next = || words.next()?.parse().ok();
+    Some((next()?, next()?, next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_as_redis_writes_them() {
+        let limits = "normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60";
+        assert_eq!(pubsub_limit(limits), Some((32 * MIB, 8 * MIB, 60)));
+        assert_eq!(pubsub_limit("normal 0 0 0"), None);
+    }
+}

@@ -1,0 +1,305 @@
+//! `weir doctor` against what it is for: proxies that spoil things, and Redis servers that are set up badly.
+
+use std::{process::Stdio, sync::Arc};
+
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, tcp},
+    time::{Duration, timeout},
+};
+
+use crate::{
+    redis::servers::{Cluster, Sentinel, Server},
+    support::weir,
+};
+
+/// What the command found.
+struct Findings {
+    code: Option<i32>,
+    lines: Vec<Value>,
+    prose: String,
+}
+
+async fn doctor(args: &[&str]) -> Findings {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_weir"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("WEIR")) {
+        command.env_remove(name);
+    }
+    let output = command.arg("doctor").args(args).stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(Duration::from_secs(120), output).await.expect("it ends").unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    Findings { code: output.status.code(), lines, prose: String::from_utf8(output.stderr).unwrap() }
+}
+
+impl Findings {
+    /// The worst finding of a check.
+    #[track_caller]
+    fn of(&self, check: &str) -> &Value {
+        let rank = |finding: &&Value| ["ok", "advice", "problem"].iter().position(|state| finding["state"] == *state);
+        let found = self.lines.iter().filter(|finding| finding["check"] == check).max_by_key(rank);
+        found.unwrap_or_else(|| panic!("nothing about {check}:\n{}", self.prose))
+    }
+
+    #[track_caller]
+    fn is(&self, check: &str, state: &str, text: &str) {
+        let finding = self.of(check);
+        let found = finding["found"].as_str().unwrap();
+        assert!(finding["state"] == state && found.contains(text), "{check}: {finding}");
+        assert_eq!(finding.get("change").is_some(), state != "ok", "{finding}");
+        assert!(self.prose.contains(found), "{}", self.prose);
+    }
+}
+
+// === a node, and what stands before it ===
+
+/// How a proxy spoils what passes.
+#[derive(Clone, Copy, PartialEq)]
+enum Spoils {
+    /// Streams of events are held back until a buffer is full.
+    Buffers,
+    /// What is silent for a second is cut.
+    Idle,
+    /// The Upgrade header is dropped, and large bodies are refused.
+    OldFashioned,
+}
+
+/// A proxy that spoils what passes to `upstream`. Answers its URL.
+async fn relay(upstream: std::net::SocketAddr, spoils: Spoils) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((near, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let far = TcpStream::connect(upstream).await.unwrap();
+                let (from_client, to_client) = near.into_split();
+                let (from_node, to_node) = far.into_split();
+                let to_client = Arc::new(tokio::sync::Mutex::new(to_client));
+                // Either end closes both.
+                tokio::select! {
+                    () = requests(from_client, to_node, to_client.clone(), spoils) => {}
+                    () = answers(from_node, to_client, spoils) => {}
+                }
+            });
+        }
+    });
+    url
+}
+
+type Answers = Arc<tokio::sync::Mutex<tcp::OwnedWriteHalf>>;
+
+async fn requests(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, back: Answers, spoils: Spoils) {
+    let mut buf = vec![0; 64 << 10];
+    while let Ok(n @ 1..) = from.read(&mut buf).await {
+        let mut bytes = buf[..n].to_vec();
+        if spoils == Spoils::OldFashioned {
+            let text = String::from_utf8_lossy(&bytes).to_lowercase();
+            if let Some((_, length)) = text.split_once("content-length: ")
+                && length.split("\r\n").next().unwrap().parse::<usize>().unwrap() > 1 << 20
+            {
+                let answer = "HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 12\r\nConnection: close\r\n\r\n<h1>413</h1>";
+                back.lock().await.write_all(answer.as_bytes()).await.unwrap();
+                // Read on, so that the answer is not lost to a reset.
+                while let Ok(1..) = from.read(&mut buf).await {}
+                return;
+            }
+            if let Some(at) = text.find("\r\nupgrade:") {
+                bytes[at + 2] = b'x';
+            }
+        }
+        if to.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn answers(mut from: tcp::OwnedReadHalf, to: Answers, spoils: Spoils) {
+    let patience = Duration::from_secs(if spoils == Spoils::Idle { 1 } else { 600 });
+    let mut buf = vec![0; 64 << 10];
+    let (mut held, mut holds) = (Vec::new(), false);
+    while let Ok(Ok(n @ 1..)) = timeout(patience, from.read(&mut buf)).await {
+        held.extend_from_slice(&buf[..n]);
+        let head = String::from_utf8_lossy(&held);
+        if spoils == Spoils::Buffers && !holds && head.contains("content-type: text/event-stream") {
+            holds = true;
+            // The head goes at once, with the one event that makes it a stream.
+        } else if holds && held.len() < 32 << 10 {
+            continue;
+        }
+        if to.lock().await.write_all(&held).await.is_err() {
+            return;
+        }
+        held.clear();
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_is_well() {
+    let weir = weir().await;
+    let found = doctor(&[&format!("http://{}", weir.address)]).await;
+    assert_eq!(found.code, Some(0), "{}", found.prose);
+    for (check, text) in [
+        ("reach", "answers in"),
+        ("ready", "takes clients"),
+        ("version", env!("CARGO_PKG_VERSION")),
+        ("stream", "events come"),
+        ("long-poll", "an event ends it"),
+        ("websocket", "a call comes back"),
+        ("body", "arrive"),
+    ] {
+        assert_eq!(found.of(check)["state"], "ok", "{}", found.prose);
+        assert!(found.of(check)["found"].as_str().unwrap().contains(text), "{}", found.of(check));
+    }
+    let left = weir.get("/v1/channels?prefix=weir.doctor").await.expect(200).json();
+    assert_eq!(left["channels"], Value::Array(Vec::new()), "it cleans up");
+}
+
+#[tokio::test]
+async fn nobody_there_and_somebody_else() {
+    let found = doctor(&["127.0.0.1:1"]).await;
+    assert_eq!(found.code, Some(4), "{}", found.prose);
+    found.is("reach", "problem", "cannot connect");
+    // A server that is no weir.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let other = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let _ = socket.read(&mut [0; 4096]).await;
+                let _ = socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await;
+            });
+        }
+    });
+    let found = doctor(&[&other]).await;
+    assert_eq!(found.code, Some(4), "{}", found.prose);
+    found.is("reach", "problem", "is this a weir?");
+    let found = doctor(&["--redis", "http://127.0.0.1"]).await;
+    assert_eq!(found.code, Some(2), "{}", found.prose);
+}
+
+#[tokio::test]
+async fn a_proxy_that_buffers() {
+    let weir = weir().await;
+    let found = doctor(&[&relay(weir.address, Spoils::Buffers).await]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("stream", "problem", "only when 65536 bytes more have been sent");
+    assert!(found.of("stream")["change"].as_str().unwrap().contains("proxy_buffering off"));
+    for check in ["long-poll", "websocket", "body"] {
+        assert_eq!(found.of(check)["state"], "ok", "{}", found.of(check));
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_that_gives_up() {
+    let weir = weir().await;
+    let found = doctor(&[&relay(weir.address, Spoils::Idle).await, "--long"]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("long-poll", "problem", "asked to wait for 3.0 s");
+    for check in ["idle stream", "idle socket", "idle poll"] {
+        found.is(check, "problem", "cut off after");
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_of_old() {
+    let weir = weir().await;
+    let found = doctor(&[&relay(weir.address, Spoils::OldFashioned).await]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("websocket", "problem", "without its Upgrade header");
+    found.is("body", "problem", "413");
+    assert_eq!(found.of("stream")["state"], "ok");
+}
+
+// === Redis ===
+
+#[tokio::test]
+async fn a_redis_that_is_set_up_well() {
+    let redis = Server::start(&["--appendonly", "yes", "--maxmemory", "1gb"]).await;
+    let found = doctor(&["--redis", &redis.url()]).await;
+    assert_eq!(found.code, Some(0), "{}", found.prose);
+    found.is("version", "ok", "Redis 7");
+    found.is("commands", "ok", "all that weir uses work");
+    found.is("persistence", "ok", "AOF");
+    found.is("eviction", "ok", "noeviction");
+    found.is("memory", "ok", "of 1024 MiB used");
+    found.is("buffers", "ok", "32 MiB");
+    found.is("replicas", "advice", "none");
+    assert_eq!(redis.cli(&["DBSIZE"]).await, "0", "it cleans up");
+}
+
+#[tokio::test]
+async fn a_redis_that_is_set_up_badly() {
+    let redis = Server::start(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru", "--timeout", "3"]).await;
+    for setting in [["client-output-buffer-limit", "pubsub 1mb 512kb 10"], ["tcp-keepalive", "0"], ["maxclients", "5"]]
+    {
+        redis.cli(&["CONFIG", "SET", setting[0], setting[1]]).await;
+    }
+    let _others: Vec<_> = futures_util::future::join_all((0..3).map(|_| TcpStream::connect(redis.address()))).await;
+    let found = doctor(&["--redis", &format!("{}/3", redis.url())]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("eviction", "problem", "allkeys-lru");
+    found.is("buffers", "problem", "512 KiB for 10 s");
+    found.is("persistence", "advice", "none");
+    found.is("database", "advice", "database 3");
+    assert!(found.prose.contains("PROBLEM  connections  timeout 3"), "{}", found.prose);
+    assert!(found.prose.contains("tcp-keepalive 0"), "{}", found.prose);
+    found.is("connections", "problem", "of 5 clients");
+}
+
+#[tokio::test]
+async fn what_the_user_may_not() {
+    let redis = Server::start(&[]).await;
+    redis.cli(&["ACL", "SETUSER", "poor", "on", ">pw", "~other:*", "resetchannels", "+@all", "-xadd", "-config"]).await;
+    let found = doctor(&["--redis", &format!("redis://poor:pw@{}", redis.address())]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("commands", "problem", "XADD: the command is not allowed");
+    found.is("commands", "problem", "keys that begin with weir: are not allowed");
+    found.is("commands", "problem", "channels that begin with weir: are not allowed");
+    found.is("buffers", "advice", "kept from us");
+    // What it advises is enough.
+    let advised = found.of("commands")["change"].as_str().unwrap().to_owned();
+    let rules: Vec<&str> = advised.split(' ').filter(|word| word.starts_with(['~', '&', '+', '-'])).collect();
+    redis.cli(&[&["ACL", "SETUSER", "rich", "on", ">pw"][..], &rules].concat()).await;
+    let found = doctor(&["--redis", &format!("redis://rich:pw@{}", redis.address())]).await;
+    found.is("commands", "ok", "all that weir uses work");
+    let found = doctor(&["--redis", &format!("redis://rich:wrong@{}", redis.address())]).await;
+    assert_eq!(found.code, Some(3), "{}", found.prose);
+    found.is("reach", "problem", "WRONGPASS");
+    assert!(!found.prose.contains("wrong@"), "a password is not shown: {}", found.prose);
+}
+
+#[tokio::test]
+async fn sentinels_and_their_master() {
+    let mut sentinel = Sentinel::start().await;
+    let found = doctor(&["--redis", &sentinel.url()]).await;
+    assert_eq!(found.code, Some(0), "{}", found.prose);
+    assert_eq!(found.lines.iter().filter(|finding| finding["check"] == "sentinel").count(), 3);
+    found.is("sentinel", "ok", "2 replicas, 2 other sentinels");
+    found.is("replicas", "advice", "min-replicas-to-write 0");
+    // A replica is no place to write to.
+    let replica = (sentinel.master().await + 1) % 3;
+    let found = doctor(&["--redis", &sentinel.servers[replica].url()]).await;
+    found.is("role", "problem", "a replica of");
+    sentinel.sentinels.truncate(1);
+    let url = sentinel.url();
+    crate::redis::servers::until("a sentinel that is alone", || async {
+        doctor(&["--redis", &url]).await.of("sentinel")["state"] == "problem"
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn masters_of_a_cluster() {
+    let mut cluster = Cluster::start(3, 0).await;
+    let found = doctor(&["--redis", &cluster.url()]).await;
+    assert_eq!(found.code, Some(0), "{}", found.prose);
+    found.is("cluster", "advice", "no replica of");
+    assert_eq!(found.lines.iter().filter(|finding| finding["check"] == "version").count(), 3);
+    cluster.servers[2].kill();
+    let url = cluster.url();
+    crate::redis::servers::until("a loss that is seen", || async {
+        doctor(&["--redis", &url]).await.of("cluster")["state"] == "problem"
+    })
+    .await;
+}
