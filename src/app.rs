@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::memory::Memory,
     bus::{self, Bus, Clock, Topics},
+    cluster,
     compat::{self, Compat},
     config::{self, Config},
     event::{Channel, Data, Draft, Parts},
@@ -19,6 +20,7 @@ use crate::{
     },
     metrics::Metrics,
     pattern::Pattern,
+    presence::{self, Presence},
     rpc::{self, Hub},
     transport::{
         sse::{self, Sse},
@@ -32,6 +34,8 @@ const BUS_SWEEP: Duration = Duration::from_millis(60);
 /// How exactly deadlines of calls are kept.
 const HUB_SWEEP: Duration = Duration::from_millis(20);
 
+/// How long the bus may take to hear who leaves with this node.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// A sample of a histogram waits for so long at most.
 const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 
@@ -60,14 +64,19 @@ impl App {
             heartbeat: config.sse.heartbeat,
             stalled: config.limits.stalled,
             channels: config.limits.stream_channels,
+            present_info: config.limits.present_info,
         };
-        let sse = Arc::new(Sse::new(bus.clone(), wheel.clone(), metrics.clone(), sse));
+        let cluster = cluster::local::alone();
+        let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
+        let presence = Presence::new(presence, bus.clone(), cluster, metrics.clone());
+        let sse = Arc::new(Sse::new(bus.clone(), presence.clone(), wheel.clone(), metrics.clone(), sse));
         let hub = Hub::new(hub_config(&config), rpc::Clock::real(), metrics.clone());
         let config = Arc::new(config);
         let draining = CancellationToken::new();
         let ws = Arc::new(Ws {
             bus: bus.clone(),
             hub: hub.clone(),
+            presence: presence.clone(),
             wheel: wheel.clone(),
             metrics: metrics.clone(),
             config: config.clone(),
@@ -81,7 +90,8 @@ impl App {
             wheel: wheel.clone(),
             draining: draining.clone(),
         })?;
-        let gateway = Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, compat, draining });
+        let gateway =
+            Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, presence, compat, draining });
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));
@@ -150,6 +160,7 @@ impl App {
                 tokio::spawn(async move { connections.accept(listener, door, stop).await })
             })
             .collect();
+        let present = Tasks(vec![tokio::spawn(gateway.presence.clone().run())]);
         gateway.metrics.ready.set(1);
 
         shutdown.await;
@@ -163,6 +174,10 @@ impl App {
         wheel.drain(drain.window);
         if tokio::time::timeout(drain.grace, connections.closed()).await.is_err() {
             tracing::warn!(open = connections.len(), "cut off what did not end within drain.grace");
+        }
+        drop(present);
+        if tokio::time::timeout(FAREWELL, gateway.presence.close()).await.is_err() {
+            tracing::warn!("the bus is away: who was here is not announced as gone");
         }
         Ok(())
     }

@@ -216,6 +216,10 @@ part! {
         consumers: usize as Count = 100_000,
         /// Channels of one consumer.
         consumer_channels: usize as Count = 1_000,
+        /// Subscriptions of this node that say who is present.
+        presences: usize as Count = 100_000,
+        /// What a client may tell of itself where it is present.
+        present_info: usize as Size = KIB,
         /// Idempotency keys remembered of one channel.
         keys: usize as Count = 10_000,
         /// Bytes queued for one connection, beyond which nothing more is read from its channels.

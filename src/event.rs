@@ -23,6 +23,8 @@ pub const MAX_CHANNEL: usize = 255;
 pub const MAX_LABEL: usize = 128;
 /// Largest `meta` object, in bytes of JSON.
 pub const MAX_META: usize = 1024;
+/// What the channels begin with on which joins and leaves of others are announced.
+pub const PRESENCE: &str = "$presence/";
 
 /// The name of a channel: 1–255 bytes of UTF-8 without control characters. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,6 +106,23 @@ impl Channel {
     /// Names beginning with `$` are weir's own: anyone may read them, nobody may write them.
     pub fn is_reserved(&self) -> bool {
         self.0.starts_with('$')
+    }
+
+    /// The channel on which joins and leaves of this one are announced.
+    ///
+    /// # Errors
+    /// `invalid_params` for channels of weir's own, and for names so long that there is none.
+    pub fn presence(&self) -> Result<Channel> {
+        if self.is_reserved() {
+            return Err(Error::params(format!(
+                "channel {self} has no presence: names beginning with $ are weir's own"
+            )));
+        }
+        let most = MAX_CHANNEL - PRESENCE.len();
+        if self.0.len() > most {
+            return Err(Error::params(format!("a channel with presence has a name of at most {most} bytes")));
+        }
+        Ok(Channel(format!("{PRESENCE}{self}").into()))
     }
 
     /// Refuses what a client may not write to.

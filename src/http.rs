@@ -32,6 +32,7 @@ use crate::{
     error::{Again, Code, Error},
     metrics::{Metrics, Status},
     pattern::Pattern,
+    presence::Presence,
     rpc::Hub,
     transport::{
         sse::{self, Sse},
@@ -50,6 +51,7 @@ pub struct Gateway {
     pub metrics: Arc<Metrics>,
     pub sse: Arc<Sse>,
     pub ws: Arc<Ws>,
+    pub presence: Arc<Presence>,
     pub compat: Compat,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,
@@ -257,7 +259,7 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Every route.
 pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
-    use api::{channels, consumers, jsonrpc, services, stream};
+    use api::{channels, consumers, jsonrpc, presence, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
         .route("/", get(page))
@@ -266,6 +268,7 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
         .route("/v1/sse", get(stream::get))
         .route("/v1/ws", get(jsonrpc::upgrade))
         .route("/v1/rpc", post(jsonrpc::post))
+        .route("/v1/presence", get(presence::get))
         .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))
         .route("/v1/consumers/{name}/commit", post(consumers::commit))
         .route("/v1/consumers/{name}/seek", post(consumers::seek))

@@ -18,6 +18,7 @@ pub mod http;
 pub mod metrics;
 pub mod pattern;
 pub mod position;
+pub mod presence;
 pub mod rpc;
 pub mod telemetry;
 pub mod transport;

@@ -129,6 +129,10 @@ pub struct Metrics {
     /// Connections to Redis made again after they had broken.
     pub redis_reconnects: By<Lane, Counter>,
 
+    pub presence_leases: Gauge,
+    pub presence_members: Gauge,
+    pub presence_announced: Counter,
+
     pub ws_ignored: Counter,
     pub ws_unreadable: Counter,
 
@@ -190,6 +194,11 @@ impl Metrics {
 
             redis_reconnects: it
                 .counters("weir_redis_reconnects_total", "Connections to Redis that broke and were made again."),
+
+            presence_leases: it.gauge("weir_presence_leases", "Subscriptions on this node that hold a member present."),
+            presence_members: it.gauge("weir_presence_members", "Members of all channels, on all nodes, as announced."),
+            presence_announced: it
+                .counter("weir_presence_announced_total", "Joins and leaves that this node has announced."),
 
             ws_ignored: it.counter("weir_ws_ignored_total", "Answers on WebSockets that nobody waited for."),
             ws_unreadable: it.counter("weir_ws_unreadable_total", "Messages on WebSockets that were not JSON."),

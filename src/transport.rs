@@ -8,6 +8,7 @@ pub mod frame;
 pub mod handshake;
 pub mod held;
 pub mod longpoll;
+pub mod present;
 pub mod query;
 pub mod sse;
 pub mod takeover;

@@ -49,6 +49,7 @@ fn observe(gateway: &Gateway) {
     let topics = gateway.bus.topics();
     gateway.metrics.channels.set(topics.count() as i64);
     gateway.metrics.bus_memory_bytes.set(topics.used() as i64);
+    gateway.metrics.presence_members.set(gateway.presence.members() as i64);
     gateway.hub.measure();
 }
 

@@ -4,6 +4,7 @@ pub mod channels;
 pub mod consumers;
 pub mod events;
 pub mod jsonrpc;
+pub mod presence;
 pub mod services;
 pub mod stream;
 
@@ -15,7 +16,7 @@ use http::{HeaderValue, StatusCode, header};
 
 use crate::{
     error::{Error, Result},
-    transport::query::Query,
+    transport::query::{Query, hex, unhex},
 };
 
 /// The content type of every answer that succeeds.
@@ -72,12 +73,6 @@ impl Listing {
             return None;
         }
         entries.truncate(self.limit);
-        entries.last().map(|last| name(last).bytes().map(|byte| format!("{byte:02x}")).collect())
+        entries.last().map(|last| hex(name(last).as_bytes()))
     }
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
-    let pairs = text.as_bytes().chunks(2);
-    pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
 }

@@ -38,6 +38,7 @@ use super::{admin, api};
         api::services::list,
         api::services::call,
         api::jsonrpc::post,
+        api::presence::get,
         admin::live,
         admin::ready,
         admin::metrics,
@@ -197,6 +198,10 @@ pub struct StreamQuery {
     /// With several channels: an `id:` for every event.
     #[param(pattern = "^all$")]
     ids: Option<String>,
+    /// A client that is on these channels while the stream lasts.
+    present: Option<Label>,
+    /// JSON that others are to know of it, at most 1 KiB.
+    info: Option<String>,
 }
 
 /// Of `DELETE /v1/events`.
@@ -215,6 +220,19 @@ pub struct ListQuery {
     /// Of the names.
     prefix: Option<String>,
     /// 100 if nothing is said.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u64>,
+    page: Option<PageName>,
+}
+
+/// Of `GET /v1/presence`.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PresenceQuery {
+    channel: OwnChannelName,
+    /// Only how many.
+    count: Option<bool>,
+    /// 1,000 if nothing is said.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
     page: Option<PageName>,
@@ -461,6 +479,37 @@ pub struct Consumers {
     consumers: Vec<Consumer>,
     #[schema(nullable = false)]
     page: Option<String>,
+}
+
+/// Who is on a channel.
+#[derive(ToSchema)]
+pub struct Presence {
+    channel: String,
+    /// All members, shown or not.
+    count: u64,
+    /// Read `$presence/CHANNEL` after this to keep the list up to date. Absent while the bus is away.
+    #[schema(nullable = false)]
+    position: Option<String>,
+    /// By name. Absent if only the count was asked for.
+    #[schema(nullable = false)]
+    members: Option<Vec<PresentMember>>,
+    /// There are more: give this as `page`.
+    #[schema(nullable = false)]
+    page: Option<String>,
+}
+
+/// A client that holds a subscription.
+#[derive(ToSchema)]
+pub struct PresentMember {
+    client: String,
+    /// Who its credentials say it is.
+    subject: String,
+    #[schema(example = "sse")]
+    transport: String,
+    /// Any JSON, as the client gave it.
+    info: Option<Value>,
+    /// Unix milliseconds.
+    since: u64,
 }
 
 /// Params of a call; nothing will do as well.

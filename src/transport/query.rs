@@ -207,6 +207,18 @@ pub fn duration(name: &str, text: &str) -> Result<Duration> {
     crate::duration::parse(text).map_err(|reason| Error::params(format!("{name}: {reason}")))
 }
 
+/// A name in a `page`: of characters that no URL minds.
+pub fn hex(name: &[u8]) -> String {
+    name.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What [`hex`] was made of.
+pub fn unhex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
+}
+
 /// Undoes percent-encoding; `plus` says whether `+` is a space (in a query, not in a path).
 pub fn decode(text: &str, plus: bool) -> Result<Cow<'_, str>> {
     if !text.bytes().any(|byte| byte == b'%' || plus && byte == b'+') {

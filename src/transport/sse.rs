@@ -17,11 +17,12 @@ use crate::{
     bus::{Bus, Filter, Format, Gap, Reason, Subscriptions},
     error::{Again, Code, Error, Result},
     event::Channel,
-    metrics::Metrics,
+    metrics::{Label as _, Metrics, Transport},
     position::{Position, Start},
+    presence::{Client, Lease, Presence},
     transport::{
         carrier::Offer,
-        chunk,
+        chunk, present,
         query::{Begin, Query},
         wheel::Wheel,
     },
@@ -32,6 +33,7 @@ const EVENT_STREAM: &str = "text/event-stream";
 /// What all streams of an App share.
 pub struct Sse {
     bus: Arc<Bus>,
+    presence: Arc<Presence>,
     wheel: Arc<Wheel>,
     metrics: Arc<Metrics>,
     settings: Settings,
@@ -45,6 +47,8 @@ pub struct Settings {
     pub stalled: Duration,
     /// Channels of one stream.
     pub channels: usize,
+    /// Bytes that a client may tell of itself where it is present.
+    pub present_info: usize,
 }
 
 /// What a client asked for.
@@ -54,11 +58,17 @@ struct Asked {
     filter: Option<Arc<Filter>>,
     bare_data: bool,
     ids_of_all: bool,
+    present: Option<Client>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { heartbeat: Duration::from_secs(20), stalled: Duration::from_secs(30), channels: 100 }
+        Settings {
+            heartbeat: Duration::from_secs(20),
+            stalled: Duration::from_secs(30),
+            channels: 100,
+            present_info: 1024,
+        }
     }
 }
 
@@ -118,8 +128,14 @@ fn jitter(base: Duration) -> Duration {
 // === impl Sse ===
 
 impl Sse {
-    pub fn new(bus: Arc<Bus>, wheel: Arc<Wheel>, metrics: Arc<Metrics>, settings: Settings) -> Self {
-        Sse { bus, wheel, metrics, settings }
+    pub fn new(
+        bus: Arc<Bus>,
+        presence: Arc<Presence>,
+        wheel: Arc<Wheel>,
+        metrics: Arc<Metrics>,
+        settings: Settings,
+    ) -> Self {
+        Sse { bus, presence, wheel, metrics, settings }
     }
 
     /// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
@@ -147,7 +163,7 @@ impl Sse {
         if self.wheel.is_draining() {
             return Err(Error::new(Code::Draining, "this node is leaving"));
         }
-        let offer = self.begin(asked).await?;
+        let offer = self.begin(identity, asked).await?;
         Ok(offer.respond(stream(())))
     }
 
@@ -168,13 +184,14 @@ impl Sse {
             Some("all") => true,
             Some(_) => return Err(Error::params("ids is all, or left out")),
         };
+        let present = present::from_query(&mut query, self.settings.present_info)?;
         query.finish()?;
-        Ok(Asked { channels, begin, filter, bare_data, ids_of_all })
+        Ok(Asked { channels, begin, filter, bare_data, ids_of_all, present })
     }
 
     /// The positions are taken here: what is published while the head of the response is on its way is not missed.
-    async fn begin(self: &Arc<Self>, asked: Asked) -> Result<Offer<Stream>> {
-        let Asked { channels, begin, filter, bare_data, ids_of_all } = asked;
+    async fn begin(self: &Arc<Self>, identity: &Identity, asked: Asked) -> Result<Offer<Stream>> {
+        let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
         let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
             Ok(starts) => (starts, false),
             // Never a status: that would end an EventSource for good.
@@ -200,7 +217,14 @@ impl Sse {
                 gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
             }
         }
-        let (stream, first) = Stream::begin(self.clone(), subs, gaps, ids, filter.is_some());
+        let leases: Result<Box<[Lease]>> = present
+            .iter()
+            .flat_map(|client| {
+                let sse = Transport::Sse.value();
+                channels.iter().map(move |channel| self.presence.enter(channel, client, identity.subject(), sse))
+            })
+            .collect();
+        let (stream, first) = Stream::begin(self.clone(), subs, leases?, gaps, ids, filter.is_some());
         Ok(Offer::new(stream, first))
     }
 }

@@ -29,19 +29,25 @@ use crate::{
     bus::{Bus, Filter, Watch},
     config::Config,
     error::{Code, Error, Result},
-    metrics::Metrics,
+    event::Channel,
+    metrics::{Label as _, Metrics, Transport},
     position::Start,
+    presence::{Client, Lease, Presence},
     rpc::Hub,
-    transport::{handshake::Handshake, query::Query, takeover::Takeover, wheel::Wheel},
+    transport::{handshake::Handshake, present, query::Query, takeover::Takeover, wheel::Wheel},
 };
 
 /// Subprotocols that mean what is spoken here anyway. A browser that offers some and gets none gives up.
 const PROTOCOLS: [&str; 4] = ["weir.v1", "weir.jsonrpc", "jsonrpc", "jsonrpc2.0"];
 
+/// A subscription that may begin: its channel is in use, and who is to be present is.
+type Ready = (Wanted, Watch, Option<Lease>);
+
 /// What all sockets of an App share.
 pub struct Ws {
     pub bus: Arc<Bus>,
     pub hub: Arc<Hub>,
+    pub presence: Arc<Presence>,
     pub wheel: Arc<Wheel>,
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
@@ -86,13 +92,20 @@ impl Ws {
         })))
     }
 
+    /// Has `client` be on `channel`, if there is one.
+    fn enter(&self, identity: &Identity, channel: &Channel, client: Option<&Client>) -> Result<Option<Lease>> {
+        let enter = |client| self.presence.enter(channel, client, identity.subject(), Transport::Ws.value());
+        client.map(enter).transpose()
+    }
+
     /// What the URL subscribes to. The positions are taken here: what is published while the handshake is on its way is
     /// not missed.
-    async fn begin(&self, identity: &Identity, head: &Parts) -> Result<Vec<(Wanted, Watch)>> {
+    async fn begin(&self, identity: &Identity, head: &Parts) -> Result<Vec<Ready>> {
         let mut query = Query::parse(head.uri.query())?;
         let channels = query.channels(self.config.limits.stream_channels, "limits.stream_channels")?;
         let begin = query.begin(None)?;
         let kinds = query.types()?;
+        let client = present::from_query(&mut query, self.config.limits.present_info)?;
         query.finish()?;
         let starts = begin.starts(&channels, Start::Now)?;
         for channel in &channels {
@@ -105,7 +118,8 @@ impl Ws {
                 Start::Now => Start::After(watch.resolve(start).0),
                 start => start,
             };
-            begun.push((Wanted { channel, start: Some(start), filter: Filter::new(&kinds)? }, watch));
+            let lease = self.enter(identity, &channel, client.as_ref())?;
+            begun.push((Wanted { channel, start: Some(start), filter: Filter::new(&kinds)? }, watch, lease));
         }
         Ok(begun)
     }

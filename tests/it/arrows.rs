@@ -13,6 +13,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("rpc", 5),
     ("auth", 5),
     ("backend", 5),
+    ("presence", 5),
     ("bus", 4),
     ("cluster", 4),
     ("position", 3),
@@ -42,7 +43,8 @@ fn point_one_way() {
             if ANYWHERE.contains(&used.as_str()) || EXCEPTIONS.contains(&(of, used.as_str())) {
                 continue;
             }
-            let sideways = used != of && [of, &used].iter().all(|name| ["rpc", "auth", "backend"].contains(name));
+            let sideways =
+                used != of && [of, &used].iter().all(|name| ["rpc", "auth", "backend", "presence"].contains(name));
             if floor(&used) > floor(of) || sideways {
                 wrong.push(format!("{from} uses {used}"));
             }

@@ -13,6 +13,7 @@ mod http_read;
 mod http_rules;
 mod http_services;
 mod jsonrpsee;
+mod presence;
 mod process;
 mod redis;
 mod socket;

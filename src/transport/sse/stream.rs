@@ -16,6 +16,7 @@ use crate::{
     event::Channel,
     metrics::{Connected, Transport},
     position::{Names, Position},
+    presence::Lease,
     transport::{
         carrier::{Flow, Out, TURN, Turn},
         wheel::{Due, Timer, Wheel},
@@ -41,6 +42,8 @@ pub(super) enum Ids {
 pub(super) struct Stream {
     /// In slots counted from 0, and none ever leaves.
     subs: Subscriptions,
+    /// Whom the reader says to be, on its channels.
+    _leases: Box<[Lease]>,
     /// Of several channels, for their token.
     names: Option<Box<Names>>,
     sse: Arc<Sse>,
@@ -68,7 +71,14 @@ pub(super) struct Stream {
 impl Stream {
     /// A stream that has begun: `subs` hold all its channels, in slots counted from 0, and `gaps` are what is missing
     /// before them. Also returns the first blocks, as chunks.
-    pub fn begin(sse: Arc<Sse>, subs: Subscriptions, gaps: Vec<Gap>, ids: Ids, filtered: bool) -> (Self, Vec<Bytes>) {
+    pub fn begin(
+        sse: Arc<Sse>,
+        subs: Subscriptions,
+        leases: Box<[Lease]>,
+        gaps: Vec<Gap>,
+        ids: Ids,
+        filtered: bool,
+    ) -> (Self, Vec<Bytes>) {
         let beat = jitter(sse.settings.heartbeat);
         let timer = sse.wheel.timer(beat);
         sse.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
@@ -79,6 +89,7 @@ impl Stream {
             told: 0,
             names: None,
             subs,
+            _leases: leases,
             timer,
             events: 0,
             bytes: 0,

@@ -176,6 +176,7 @@ impl Session {
                 Ok(json(&serde_json::json!({ "subject": "", "expires": null, "anonymous": true })))
             }
             "weir.read" => self.read(params),
+            "weir.presence" => self.presence(params),
             "weir.commit" => self.commit(params),
             "weir.cancel" | "$/cancelRequest" => self.cancel(params),
             "weir.services" => {

@@ -13,7 +13,7 @@ use crate::{
     error::{Code, Error, Result},
     event::{Channel, Incoming, Text, label, misread, parse},
     position::{After, Start},
-    transport::query::duration,
+    transport::{present::Present, query::duration},
 };
 
 /// The one object in `params`: `{…}` or `[{…}]`. Absent params are `{}`.
@@ -83,7 +83,9 @@ pub struct Subscribe<'a> {
     /// For all of them.
     #[serde(borrow)]
     pub after: Option<Place<'a>>,
-    pub present: Option<IgnoredAny>,
+    /// Who is present on all of them, while they are subscribed.
+    #[serde(borrow)]
+    pub present: Option<Present<'a>>,
 }
 
 /// `"chat"`, or `{"channel":"orders","after":"k3Vq00-42","type":["created"]}`.
@@ -118,9 +120,6 @@ pub struct Wanted {
 impl Subscribe<'_> {
     /// Checks everything but permissions.
     pub fn wanted(self) -> Result<Vec<Wanted>> {
-        if self.present.is_some() {
-            return Err(not_yet("present"));
-        }
         if self.channels.is_empty() {
             return Err(Error::params("channels is empty"));
         }
@@ -371,7 +370,8 @@ mod tests {
             r#"{"channels":[""]}"#,
             r#"{"channels":[{"channel":"a","after":"now","last":1}]}"#,
             r#"{"channels":[{"channel":"a","after":-1}]}"#,
-            r#"{"channels":["a"],"present":{"client":"c"}}"#,
+            r#"{"channels":["a"],"present":"c"}"#,
+            r#"{"channels":["a"],"present":{"client":"c","nick":1}}"#,
             r#"{"channels":"a"}"#,
         ] {
             assert_eq!(wanted(bad).unwrap_err().code(), Code::InvalidParams, "{bad}");

@@ -10,12 +10,13 @@ use bytes::Bytes;
 use foldhash::fast::RandomState;
 use serde::Serialize;
 
-use super::{jsonrpc, params::Wanted};
+use super::{Ready, jsonrpc, params::Wanted};
 use crate::{
     bus::{Delivery, Format, Gap, Item, Subscriptions, Watch, index},
     event::Channel,
     metrics::Gauge,
     position::{Position, Start},
+    presence::Lease,
     transport::frame,
 };
 
@@ -36,8 +37,13 @@ pub struct Reader {
     places: HashMap<Channel, u32, RandomState>,
     /// Accepted, but their answer is part of a batch that is not complete: it has to precede the first event.
     waiting: Vec<Waiting>,
+    /// Who is present where, if anybody.
+    leases: Option<Box<Leases>>,
     gauge: Gauge,
 }
+
+#[derive(Default)]
+struct Leases(HashMap<Channel, Lease, RandomState>);
 
 /// The slot of a channel that is one of those that wait.
 const WAITING: u32 = u32::MAX;
@@ -70,7 +76,7 @@ impl Reader {
     /// Reads nothing yet. `gauge` counts subscriptions.
     pub fn new(gauge: Gauge) -> Self {
         let subscriptions = Subscriptions::new(&FORMAT);
-        Reader { subscriptions, places: HashMap::default(), waiting: Vec::new(), gauge }
+        Reader { subscriptions, places: HashMap::default(), waiting: Vec::new(), leases: None, gauge }
     }
 
     pub fn len(&self) -> usize {
@@ -82,8 +88,11 @@ impl Reader {
     }
 
     /// Begins to read a channel, or changes how it is read. `batch` is that of the request, or 0.
-    pub fn subscribe(&mut self, wanted: Wanted, watch: Watch, batch: u32) -> Begun {
+    pub(super) fn subscribe(&mut self, (wanted, watch, lease): Ready, batch: u32) -> Begun {
         let Wanted { channel, start, filter } = wanted;
+        if let Some(lease) = lease {
+            self.leases.get_or_insert_default().0.insert(channel.clone(), lease);
+        }
         let filter = filter.map(Arc::new);
         let place = self.places.get(&channel).copied();
         if place == Some(WAITING) {
@@ -120,6 +129,9 @@ impl Reader {
     pub fn unsubscribe(&mut self, channel: &Channel) -> bool {
         let Some(slot) = self.places.remove(channel) else { return false };
         self.gauge.add(-1);
+        if let Some(leases) = &mut self.leases {
+            leases.0.remove(channel);
+        }
         match slot {
             WAITING => self.waiting.retain(|waiting| waiting.channel != *channel),
             slot => self.subscriptions.remove(slot),

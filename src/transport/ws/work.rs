@@ -15,20 +15,20 @@ use futures_util::{
 use serde_json::value::RawValue;
 
 use super::{
-    Ws,
+    Ready, Ws,
     dispatch::{NULL, Outcome, Session},
     jsonrpc,
     outbox::refuse,
-    params::{self, Publish, Wanted},
+    params::{self, Publish},
     reader::Reader,
 };
 use crate::{
-    bus::{Placed, PublishFailed, Watch},
+    bus::{Placed, PublishFailed},
     error::{Code, Error, Result},
     event::{Channel, Draft},
     metrics::Transport,
     rpc::Tag,
-    transport::longpoll,
+    transport::{longpoll, present},
 };
 
 /// Jobs that are finished before others have their turn: a bus in memory makes none of them wait.
@@ -62,7 +62,7 @@ struct Finished {
 pub(super) enum Done {
     /// JSON.
     Result(Vec<u8>),
-    Subscribe(Vec<(Wanted, Watch)>),
+    Subscribe(Vec<Ready>),
     Unsubscribe(Vec<Channel>),
 }
 
@@ -110,6 +110,8 @@ impl Session {
 
     pub(super) fn subscribe(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
         let asked: params::Subscribe<'_> = params::read(params)?;
+        let most = self.ws.config.limits.present_info;
+        let client = asked.present.as_ref().map(|present| present.client(most)).transpose()?;
         let wanted = asked.wanted()?;
         let mut refused: Option<Error> = None;
         let mut names = Vec::new();
@@ -125,12 +127,24 @@ impl Session {
         // What is too much in any case puts no channel into use. The rest is counted when its turn comes: requests before
         // this one may still wait for theirs.
         self.has_room(wanted.len(), 0)?;
-        let ws = self.ws.clone();
+        let (ws, identity) = (self.ws.clone(), self.identity.clone());
         let work = async move {
             let channels: Vec<Channel> = wanted.iter().map(|wanted| wanted.channel.clone()).collect();
             let watches = ws.bus.watch(&channels).await?;
-            Ok(Done::Subscribe(wanted.into_iter().zip(watches).collect()))
+            let ready = wanted.into_iter().zip(watches).map(|(wanted, watch)| {
+                let lease = ws.enter(&identity, &wanted.channel, client.as_ref())?;
+                Ok((wanted, watch, lease))
+            });
+            Ok(Done::Subscribe(ready.collect::<Result<_>>()?))
         };
+        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: false })
+    }
+
+    pub(super) fn presence(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
+        let asking = present::Asking::from_params(params::object(params)?, &self.ws.config.limits)?;
+        asking.permit(&self.identity)?;
+        let presence = self.ws.presence.clone();
+        let work = async move { Ok(Done::Result(asking.answer(&presence).await?)) };
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: false })
     }
 
@@ -145,15 +159,15 @@ impl Session {
     }
 
     /// Subscribes by the URL, before anything is read.
-    pub fn read_at_once(&mut self, begun: Vec<(Wanted, Watch)>) {
+    pub fn read_at_once(&mut self, begun: Vec<Ready>) {
         self.begin(None, begun);
     }
 
-    fn begin(&mut self, to: Option<&Tag>, list: Vec<(Wanted, Watch)>) {
+    fn begin(&mut self, to: Option<&Tag>, list: Vec<Ready>) {
         let batch = to.map_or(0, |to| to.note);
         let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
         let reader = self.reader.get_or_insert_with(|| Box::new(Reader::new(gauge.clone())));
-        let begun: Vec<_> = list.into_iter().map(|(wanted, watch)| reader.subscribe(wanted, watch, batch)).collect();
+        let begun: Vec<_> = list.into_iter().map(|ready| reader.subscribe(ready, batch)).collect();
         for gap in begun.iter().filter_map(|begun| begun.gap.as_ref()) {
             self.ws.metrics.gap(gap.reason.as_str());
             if to.is_none() {
@@ -257,7 +271,7 @@ impl Session {
             Ok(Done::Subscribe(list)) => {
                 let reader = self.reader.as_deref();
                 let is_new = |channel| reader.is_none_or(|reader| !reader.has(channel));
-                let new = list.iter().filter(|(wanted, _)| is_new(&wanted.channel)).count();
+                let new = list.iter().filter(|(wanted, _, _)| is_new(&wanted.channel)).count();
                 match self.has_room(new, reader.map_or(0, Reader::len)) {
                     Ok(()) => self.begin(to.as_ref(), list),
                     Err(error) => refuse(outbox, to.as_ref(), &error),

@@ -1,0 +1,32 @@
+//! `/v1/presence`: who is on a channel.
+
+use std::sync::Arc;
+
+use axum::{extract::State, http::request::Parts, response::Response};
+use http::StatusCode;
+
+use super::json;
+use crate::{
+    auth::Identity,
+    error::Result,
+    http::{
+        Gateway,
+        openapi::{PresenceQuery, Problem},
+    },
+    transport::{present::Asking, query::Query},
+};
+
+/// `GET /v1/presence`.
+#[utoipa::path(get, path = "/v1/presence", tag = "events",
+    description = "Who is on a channel, as announced on `$presence/CHANNEL` up to `position`. Whoever may read a channel may ask.",
+    params(PresenceQuery),
+    responses(
+        (status = 200, body = crate::http::openapi::Presence),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+    let asking = Asking::from_query(Query::parse(head.uri.query())?, &gateway.config.limits)?;
+    asking.permit(&identity)?;
+    Ok(json(StatusCode::OK, asking.answer(&gateway.presence).await?))
+}

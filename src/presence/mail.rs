@@ -1,0 +1,209 @@
+//! What nodes tell each other of their members: all of it when they meet or may have missed something, then what changes.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::atomic::Ordering::Relaxed,
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{
+    About, Presence, State,
+    book::Name,
+    pause,
+    wire::{self, Mails, Note},
+};
+use crate::{
+    cluster::{Incoming, Member, NodeId, Sent, Topic, Weight},
+    position::Position,
+};
+
+/// Bytes of one mail, about.
+const MAIL: usize = 48 << 10;
+/// Between two rounds of mail, so that what comes together goes together.
+const PAUSE: Duration = Duration::from_millis(10);
+/// How often what could not be sent, or did not come, is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long what a node held counts after its link broke, unless it says so again. Milliseconds.
+const LOST: u64 = 15_000;
+/// Mails that wait for one node; if there are more, it will be told all anew instead.
+const BACKLOG: usize = 2_000;
+/// When that is. Milliseconds.
+const ANEW: u64 = 1_000;
+
+/// Another node.
+#[derive(Default)]
+struct Node {
+    /// It is to be told all, from this time on.
+    greet: Option<u64>,
+    /// Mail that does not fit yet.
+    backlog: VecDeque<Bytes>,
+    /// Since when it is not known whether it still holds what it said.
+    lost: Option<u64>,
+    /// What it says was announced, until it has said all.
+    told: Option<Vec<(Name, Position, About)>>,
+}
+
+impl Presence {
+    pub(super) async fn correspond(&self) {
+        let (members, mailbox) = (self.cluster.members(), self.cluster.mailbox(Topic::Presence));
+        let mut nodes: HashMap<NodeId, Node> = HashMap::new();
+        loop {
+            let waits =
+                nodes.values().any(|node| node.greet.is_some() || node.lost.is_some() || !node.backlog.is_empty());
+            tokio::select! {
+                () = mailbox.ready() => {}
+                () = members.ready() => {}
+                () = self.news.notified() => {}
+                () = tokio::time::sleep(LOOK), if waits => {}
+            }
+            let now = self.now();
+            for incoming in mailbox.take() {
+                self.take(incoming, &mut nodes, now);
+            }
+            for Member { node, up } in members.take() {
+                if up {
+                    nodes.entry(node).or_default().greet = Some(now);
+                } else {
+                    nodes.remove(&node);
+                    self.state.lock().book.forget(node, now);
+                }
+            }
+            for (id, node) in &mut nodes {
+                if node.lost.is_some_and(|since| now >= since + LOST) {
+                    node.lost = None;
+                    self.state.lock().book.forget(*id, now);
+                }
+            }
+            self.write(&mut nodes, now);
+            for (id, node) in &mut nodes {
+                self.send(*id, node, now);
+            }
+            pause(PAUSE).await;
+        }
+    }
+
+    fn take(&self, incoming: Incoming, nodes: &mut HashMap<NodeId, Node>, now: u64) {
+        match incoming {
+            Incoming::Mail { from, mail } => {
+                let node = nodes.entry(from).or_insert_with(|| Node { greet: Some(now), ..Node::default() });
+                let notes = wire::read(&mail);
+                let mut state = self.state.lock();
+                for note in notes {
+                    self.hear(&mut state, from, node, note, now);
+                }
+            }
+            Incoming::Returned { to, .. } => {
+                if let Some(node) = nodes.get_mut(&to) {
+                    node.greet.get_or_insert(now);
+                }
+            }
+            Incoming::Lost { with, .. } => {
+                if let Some(node) = nodes.get_mut(&with) {
+                    node.backlog.clear();
+                    node.told = None;
+                    node.greet = Some(now);
+                    node.lost.get_or_insert(now);
+                }
+            }
+        }
+    }
+
+    fn hear(&self, state: &mut State, from: NodeId, node: &mut Node, note: Note, now: u64) {
+        let book = &mut state.book;
+        match note {
+            Note::All => book.begin_all(from),
+            Note::Held(name, about) => book.hear(from, name, Some(about), now),
+            Note::Gone(name) => book.hear(from, name, None, now),
+            Note::That => {
+                book.end_all(from, now);
+                node.lost = None;
+            }
+            // Only one node announces, and hears of it from nobody.
+            _ if book.leads() => {}
+            Note::AllTold => node.told = Some(Vec::new()),
+            Note::Told(name, at, about) => match &mut node.told {
+                Some(told) => told.push((name, at, about)),
+                None => book.told(name, Some(about.into()), at, now),
+            },
+            Note::Untold(name, at) => book.told(name, None, at, now),
+            Note::ThatTold => {
+                let Some(told) = node.told.take() else { return };
+                book.untell(now);
+                for (name, at, about) in told {
+                    book.told(name, Some(about.into()), at, now);
+                }
+                self.sure.store(true, Relaxed);
+            }
+        }
+    }
+
+    /// Writes what each node is to be told.
+    fn write(&self, nodes: &mut HashMap<NodeId, Node>, now: u64) {
+        let mut state = self.state.lock();
+        if std::mem::take(&mut state.anew) {
+            nodes.values_mut().for_each(|node| node.greet = Some(now));
+        }
+        let greets = |node: &Node| node.greet.is_some_and(|at| at <= now);
+        state.book.set_others(!nodes.is_empty());
+        let (news, said) = (state.book.news(), std::mem::take(&mut state.said));
+        let all = if nodes.values().any(greets) { self.all(&state) } else { Vec::new() };
+        drop(state);
+        let mut mails = Mails::new(MAIL);
+        for ((channel, client), about) in &news {
+            match about {
+                Some(about) => mails.held((channel, client), about),
+                None => mails.gone((channel, client)),
+            }
+        }
+        for ((channel, client), at, about) in &said {
+            mails.told((channel, client), *at, about.as_deref());
+        }
+        let news = mails.finish();
+        for node in nodes.values_mut() {
+            if greets(node) {
+                node.greet = None;
+                node.backlog = all.iter().cloned().collect();
+            } else if node.greet.is_none() {
+                node.backlog.extend(news.iter().cloned());
+                if node.backlog.len() > BACKLOG.max(2 * all.len()) {
+                    node.backlog = VecDeque::new();
+                    node.greet = Some(now + ANEW);
+                }
+            }
+        }
+    }
+
+    /// All that this node holds, and if it is the one that announces, all that was announced.
+    fn all(&self, state: &State) -> Vec<Bytes> {
+        let mut mails = Mails::new(MAIL);
+        mails.all();
+        for (channel, client, about) in state.book.all_own() {
+            mails.held((channel, client), &about);
+        }
+        mails.that();
+        if state.book.leads() {
+            mails.all_told();
+            for (channel, client, about, at) in state.book.all_told() {
+                mails.told((channel, client), at, Some(about));
+            }
+            mails.that_told();
+        }
+        mails.finish()
+    }
+
+    fn send(&self, to: NodeId, node: &mut Node, now: u64) {
+        while let Some(mail) = node.backlog.pop_front() {
+            match self.cluster.send(to, Topic::Presence, Weight::May, &mail) {
+                Sent::Taken => {}
+                Sent::Full => return node.backlog.push_front(mail),
+                // It will be up again, or never.
+                Sent::NoSuchNode => {
+                    node.backlog = VecDeque::new();
+                    node.lost.get_or_insert(now);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Who is there: `GET /v1/presence` and `weir.presence`; and how a reader says that it is.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::query::{Query, hex, unhex};
+use crate::{
+    auth::Identity,
+    config::Limits,
+    error::{Error, Result},
+    event::{Channel, Text, write_json_str},
+    presence::{Client, Listed, Presence},
+};
+
+/// Members of one answer, at most and if nothing is said.
+const MAX_LIMIT: u64 = 1_000;
+
+/// A question, checked.
+#[derive(Debug)]
+pub struct Asking {
+    channel: Channel,
+    /// Only how many.
+    count: bool,
+    limit: usize,
+    /// The last name of the page before.
+    after: Option<String>,
+    bytes: usize,
+}
+
+/// The same, as written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked<'a> {
+    #[serde(borrow)]
+    channel: Text<'a>,
+    #[serde(default)]
+    count: bool,
+    limit: Option<u64>,
+    #[serde(borrow)]
+    page: Option<Text<'a>>,
+}
+
+/// `"present":{"client":"c1","info":{}}`, as written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Present<'a> {
+    #[serde(borrow)]
+    client: Text<'a>,
+    #[serde(borrow)]
+    info: Option<&'a RawValue>,
+}
+
+// === impl Asking ===
+
+impl Asking {
+    /// From the parameters of `GET /v1/presence`.
+    pub fn from_query(mut query: Query<'_>, limits: &Limits) -> Result<Self> {
+        let channel = query.one_channel()?;
+        let count = match query.take("count")?.as_deref() {
+            None | Some("false") => false,
+            Some("true" | "") => true,
+            Some(_) => return Err(Error::params("count is true or false")),
+        };
+        let (limit, page) = (query.number("limit")?, query.take("page")?);
+        query.finish()?;
+        Self::check(channel, count, limit, page.as_deref(), limits)
+    }
+
+    /// From the params of `weir.presence`.
+    pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
+        let asked: Asked<'_> = crate::event::parse(params)?;
+        let channel = Channel::parse(&asked.channel)?;
+        Self::check(channel, asked.count, asked.limit, asked.page.as_deref(), limits)
+    }
+
+    fn check(channel: Channel, count: bool, limit: Option<u64>, page: Option<&str>, limits: &Limits) -> Result<Self> {
+        let limit = limit.unwrap_or(MAX_LIMIT);
+        if !(1..=MAX_LIMIT).contains(&limit) {
+            return Err(Error::params(format!("limit: 1 to {MAX_LIMIT}")));
+        }
+        let after = match page {
+            Some(page) => {
+                let name = unhex(page).and_then(|name| String::from_utf8(name).ok());
+                Some(name.ok_or_else(|| Error::params("page is what the last answer called page"))?)
+            }
+            None => None,
+        };
+        Ok(Asking { channel, count, limit: limit as usize, after, bytes: limits.page_bytes })
+    }
+
+    /// Whoever may read a channel may know who else does.
+    pub fn permit(&self, identity: &Identity) -> Result<()> {
+        let _ = identity.may_subscribe(&self.channel)?;
+        Ok(())
+    }
+
+    /// `{"channel":"C","count":2,"position":"k3Vq-7","members":[…],"page":"…"}`
+    pub async fn answer(&self, presence: &Presence) -> Result<Vec<u8>> {
+        let limit = if self.count { 0 } else { self.limit };
+        let Listed { page, position } = presence.list(&self.channel, self.after.as_deref(), limit, self.bytes).await?;
+        let mut out = br#"{"channel":"#.to_vec();
+        write_json_str(self.channel.as_str(), &mut out);
+        out.extend_from_slice(br#","count":"#);
+        out.extend_from_slice(itoa::Buffer::new().format(page.count).as_bytes());
+        if let Some(position) = position {
+            out.extend_from_slice(format!(r#","position":"{position}""#).as_bytes());
+        }
+        if !self.count {
+            out.extend_from_slice(br#","members":["#);
+            for (n, (client, about)) in page.members.iter().enumerate() {
+                if n > 0 {
+                    out.push(b',');
+                }
+                about.write_json(client, &mut out);
+            }
+            out.push(b']');
+            if let Some((last, _)) = page.members.last().filter(|_| page.more) {
+                out.extend_from_slice(format!(r#","page":"{}""#, hex(last.as_bytes())).as_bytes());
+            }
+        }
+        out.push(b'}');
+        Ok(out)
+    }
+}
+
+// === saying so ===
+
+/// `present=c1` and `info={}` of a URL that reads channels; `most` is `limits.present_info`.
+pub fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<Client>> {
+    let (client, info) = (query.take("present")?, query.take("info")?);
+    let Some(client) = client else {
+        return match info {
+            Some(_) => Err(Error::params("info is about a client that is present: name it with present")),
+            None => Ok(None),
+        };
+    };
+    let info: Option<&RawValue> = info
+        .as_deref()
+        .map(|info| serde_json::from_str(info).map_err(|error| Error::params(format!("info is JSON: {error}"))))
+        .transpose()?;
+    Client::read(&client, info, most).map(Some)
+}
+
+impl Present<'_> {
+    pub fn client(&self, most: usize) -> Result<Client> {
+        Client::read(&self.client, self.info, most)
+    }
+}

@@ -1,0 +1,299 @@
+//! Who is on a channel, as clients see it: leases of streams and sockets, lists, joins and leaves.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    socket::{Socket, eventually},
+    support::{Client, Weir, metric, weir},
+};
+
+/// A stream, read up to its first block.
+async fn stream(weir: &Weir, query: &str) -> Client {
+    let mut client = weir.client().await;
+    client.send("GET", &format!("/v1/sse?{query}"), &[], b"").await;
+    assert_eq!(client.head().await.status, 200);
+    client.chunk().await;
+    client
+}
+
+async fn list(weir: &Weir, channel: &str) -> Value {
+    weir.get(format!("/v1/presence?channel={channel}")).await.expect(200).json()
+}
+
+/// Waits until so many are on a channel, and lists them.
+pub async fn until(weir: &Weir, channel: &str, count: usize) -> Value {
+    let start = Instant::now();
+    loop {
+        let list = list(weir, channel).await;
+        if list["count"] == count {
+            return list;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "not {count}: {list}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn names(list: &Value) -> Vec<&str> {
+    list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
+}
+
+/// What a reader makes of the events of `$presence/CHANNEL`.
+#[derive(Default)]
+pub struct Replay {
+    pub members: BTreeMap<String, Value>,
+    pub joins: usize,
+    pub leaves: usize,
+    pub events: usize,
+}
+
+impl Replay {
+    pub async fn of(weir: &Weir, channel: &str, after: &str) -> Self {
+        let mut replay = Replay::default();
+        let mut after = after.to_owned();
+        loop {
+            let page = weir
+                .get(format!("/v1/events?channel=$presence/{channel}&after={after}&limit=1000"))
+                .await
+                .expect(200)
+                .json();
+            assert_eq!(page["gaps"], json!([]));
+            page["events"].as_array().unwrap().iter().for_each(|event| replay.take(event));
+            after = page["next"].as_str().unwrap().to_owned();
+            if page["more"] == false {
+                return replay;
+            }
+        }
+    }
+
+    pub fn take(&mut self, event: &Value) {
+        self.events += 1;
+        assert!(event["data"].to_string().len() < 64 << 10);
+        if event["data"]["all"] == true {
+            self.members.clear();
+        }
+        for member in event["data"]["members"].as_array().unwrap() {
+            let client = member["client"].as_str().unwrap().to_owned();
+            match event["type"].as_str().unwrap() {
+                "join" => {
+                    self.joins += 1;
+                    self.members.insert(client, member.clone());
+                }
+                "leave" => {
+                    self.leaves += 1;
+                    assert!(self.members.remove(&client).is_some(), "{client} had not joined");
+                }
+                other => panic!("{other}"),
+            }
+        }
+    }
+
+    pub fn list(&self) -> Vec<&Value> {
+        self.members.values().collect()
+    }
+}
+
+#[tokio::test]
+async fn members_are_listed_and_announced() {
+    let weir = weir().await;
+    let mut watcher = Socket::open(weir.address).await;
+    watcher.ok("weir.subscribe", json!({ "channels": ["$presence/chat"] })).await;
+    assert_eq!(list(&weir, "chat").await["members"], json!([]));
+
+    let one = stream(&weir, "channel=chat&channel=other&present=c1&info=%7B%22nick%22:%20%22%C3%A9%22%7D").await;
+    let join = watcher.notice("weir.event").await;
+    let mut two = Socket::open(weir.address).await;
+    two.ok("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "c2" } })).await;
+    let second = watcher.notice("weir.event").await;
+    let listed = until(&weir, "chat", 2).await;
+    let members = listed["members"].as_array().unwrap();
+    assert_eq!((&join["type"], &join["data"]["members"]), (&json!("join"), &json!([members[0]])));
+    assert_eq!(second["data"]["members"], json!([members[1]]));
+    let since = members[0]["since"].as_u64().unwrap();
+    assert_eq!(
+        members[0],
+        json!({ "client": "c1", "subject": "", "transport": "sse", "info": { "nick": "é" }, "since": since })
+    );
+    assert_eq!(members[1]["transport"], "ws");
+    assert!(members[1].get("info").is_none());
+    assert_eq!(listed["position"], format!("{}-{}", second["epoch"].as_str().unwrap(), second["offset"]));
+    assert_eq!(until(&weir, "other", 1).await["members"][0]["client"], "c1");
+    assert_eq!(two.ok("weir.presence", json!({ "channel": "chat" })).await, listed);
+    let counted = weir.get("/v1/presence?channel=chat&count=true").await.expect(200).json();
+    assert_eq!(counted, json!({ "channel": "chat", "count": 2, "position": listed["position"] }));
+
+    drop(one);
+    let leave = watcher.notice("weir.event").await;
+    assert_eq!(
+        (&leave["type"], &leave["data"]),
+        (&json!("leave"), &json!({ "members": [{ "client": "c1", "subject": "" }] }))
+    );
+    two.ok("weir.unsubscribe", json!({ "channels": ["chat"] })).await;
+    assert_eq!(watcher.notice("weir.event").await["data"]["members"][0]["client"], "c2");
+    until(&weir, "other", 0).await;
+    eventually("nothing is left", || weir.gateway().presence.counts() == (0, 0, 0)).await;
+    assert_eq!(metric(&weir, "weir_presence_leases"), 0);
+    // A page that comes now can still begin where nothing is missed.
+    let position = list(&weir, "chat").await["position"].as_str().unwrap().to_owned();
+    assert_eq!(Replay::of(&weir, "chat", &position).await.list(), Vec::<&Value>::new());
+}
+
+#[tokio::test]
+async fn a_name_is_one_member_however_many_hold_it() {
+    let weir = weir().await;
+    let first = stream(&weir, "channel=a&present=c&info=1").await;
+    let alone = until(&weir, "a", 1).await;
+    let mut second = Socket::open_at(weir.address, "/v1/ws?channel=a&present=c&info=1").await;
+    let other = stream(&weir, "channel=a&present=d").await;
+    let both = until(&weir, "a", 2).await;
+    assert_eq!(names(&both), ["c", "d"]);
+    assert_eq!(both["members"][0]["since"], alone["members"][0]["since"]);
+    drop(first);
+    drop(other);
+    until(&weir, "a", 1).await;
+    // What the last of them says is what counts, and is announced as another join.
+    second.ok("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "c", "info": [2] } })).await;
+    let start = Instant::now();
+    while list(&weir, "a").await["members"][0]["info"] != json!([2]) {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let now = list(&weir, "a").await;
+    assert_eq!(now["members"][0]["since"], alone["members"][0]["since"]);
+    let replay = Replay::of(&weir, "a", "earliest").await;
+    assert_eq!(json!(replay.list()), now["members"]);
+    // Subscribing again without a word about it changes nothing.
+    second.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
+    assert_eq!(weir.gateway().presence.counts().0, 1);
+    // Another name in place of the first.
+    second.ok("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "e" } })).await;
+    let start = Instant::now();
+    while names(&list(&weir, "a").await) != ["e"] {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(second);
+    until(&weir, "a", 0).await;
+}
+
+#[tokio::test]
+async fn who_comes_back_at_once_was_never_away() {
+    let weir = weir().await;
+    let mut held = stream(&weir, "channel=a&present=c").await;
+    until(&weir, "a", 1).await;
+    for _ in 0..20 {
+        drop(held);
+        held = stream(&weir, "channel=a&present=c").await;
+    }
+    // And who only looked in was never there.
+    for _ in 0..20 {
+        drop(stream(&weir, "channel=a&present=guest").await);
+    }
+    let marker = stream(&weir, "channel=a&present=z").await;
+    until(&weir, "a", 2).await;
+    let replay = Replay::of(&weir, "a", "earliest").await;
+    // On a machine that stands still for a quarter of a second more may be seen, but never another list.
+    assert_eq!(replay.members.keys().collect::<Vec<_>>(), ["c", "z"]);
+    assert!(replay.joins < 20, "{} joins", replay.joins);
+    drop((held, marker));
+}
+
+#[tokio::test]
+async fn ten_thousand_come_and_go_in_few_events() {
+    let weir = weir().await;
+    let mut watcher = Socket::open(weir.address).await;
+    watcher.ok("weir.subscribe", json!({ "channels": ["$presence/hall"] })).await;
+    // Each would need a socket of its own: without, this measures weir and not the test.
+    let presence = &weir.gateway().presence;
+    let hall = weir::event::Channel::parse("hall").unwrap();
+    let leases: Vec<_> = (0..10_000)
+        .map(|n| {
+            let client = weir::presence::Client::read(&format!("client-{n:05}"), None, 100).unwrap();
+            presence.enter(&hall, &client, "", "ws").unwrap()
+        })
+        .collect();
+    until(&weir, "hall", 10_000).await;
+    let mut seen = Replay::default();
+    while seen.members.len() < 10_000 {
+        seen.take(&watcher.notice("weir.event").await);
+    }
+    assert!(seen.events < 100, "{} events", seen.events);
+    // Page by page.
+    let (mut paged, mut page) = (Vec::new(), String::new());
+    loop {
+        let answer = weir.get(format!("/v1/presence?channel=hall&limit=999{page}")).await.expect(200).json();
+        assert_eq!(answer["count"], 10_000);
+        paged.extend(answer["members"].as_array().unwrap().clone());
+        let Some(next) = answer.get("page") else { break };
+        page = format!("&page={}", next.as_str().unwrap());
+    }
+    assert_eq!(json!(paged), json!(seen.list()));
+    drop(leases);
+    while !seen.members.is_empty() {
+        seen.take(&watcher.notice("weir.event").await);
+    }
+    assert_eq!((seen.joins, seen.leaves), (10_000, 10_000));
+    assert!(seen.events < 200, "{} events", seen.events);
+    eventually("nothing is left", || presence.counts() == (0, 0, 0)).await;
+}
+
+#[tokio::test]
+async fn what_makes_no_sense_is_refused() {
+    let weir = weir().with(|config| (config.limits.presences, config.limits.present_info) = (2, 20)).await;
+    for bad in [
+        "/v1/sse?channel=a&present=",
+        "/v1/sse?channel=a&info=1",
+        "/v1/sse?channel=a&present=c&info=%7B",
+        "/v1/sse?channel=$services&present=c",
+        "/v1/sse?channel=$presence/a&present=c",
+        "/v1/presence",
+        "/v1/presence?channel=$services",
+        "/v1/presence?channel=a&limit=0",
+        "/v1/presence?channel=a&limit=1001",
+        "/v1/presence?channel=a&page=x",
+        "/v1/presence?channel=a&count=1",
+        "/v1/presence?channel=a&prefix=b",
+    ] {
+        weir.get(bad).await.expect(400).refused("invalid_params");
+    }
+    let long = "x".repeat(129);
+    weir.get(format!("/v1/sse?channel=a&present={long}")).await.refused("invalid_params");
+    let long = "x".repeat(250);
+    weir.get(format!("/v1/sse?channel={long}&present=c")).await.refused("invalid_params");
+    let problem = weir.get(format!("/v1/sse?channel=a&present=c&info=%22{long}%22")).await.refused("too_large");
+    assert_eq!(problem["limit"], "limits.present_info");
+    weir.post("/v1/events?channel=$presence/a", "1").await.refused("forbidden");
+    // All of its channels or none.
+    let problem = weir.get("/v1/sse?channel=a&channel=b&channel=c&present=c").await.refused("limit_reached");
+    assert_eq!(problem["limit"], "limits.presences");
+    let mut socket = Socket::open(weir.address).await;
+    let refused =
+        socket.refused("weir.subscribe", json!({ "channels": ["a", "b", "c"], "present": { "client": "c" } })).await;
+    assert_eq!(refused["data"]["code"], "limit_reached");
+    assert_eq!(weir.gateway().presence.counts().0, 0);
+    assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 0);
+    socket.refused("weir.subscribe", json!({ "channels": ["$services"], "present": { "client": "c" } })).await;
+    socket.refused("weir.presence", json!({ "channel": "a", "limit": 5000 })).await;
+    // HEAD opens nothing.
+    weir.request("HEAD", "/v1/sse?channel=a&present=c").await.expect(200);
+    assert_eq!(weir.gateway().presence.counts().0, 0);
+}
+
+#[tokio::test]
+async fn leaving_is_announced_before_the_node_is_gone() {
+    let weir = weir().with(|config| config.drain.window = Duration::ZERO).await;
+    let _held = stream(&weir, "channel=a&present=c").await;
+    until(&weir, "a", 1).await;
+    let (bus, presence) = (weir.gateway().bus.clone(), weir.gateway().presence.clone());
+    weir.leave();
+    weir.left().await;
+    assert_eq!(presence.counts(), (0, 0, 0));
+    let on = weir::event::Channel::parse("$presence/a").unwrap();
+    let limit = weir::bus::Limit { events: 10, bytes: 100_000 };
+    let page = bus.read(&on, weir::position::Start::Last(1), limit, None).await.unwrap();
+    assert_eq!(page.events[0].kind_json(), Some("\"leave\""));
+}
