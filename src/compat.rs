@@ -4,12 +4,15 @@
 //! An adapter owns some paths of the listeners for clients and answers them by its original's rules: its own errors,
 //! its own CORS. weir's own paths are not among them, but for the page at `/`.
 
+mod engineio;
 mod event_stream;
 mod form;
 pub mod ganomede;
 pub mod grip;
 mod js;
+mod microstream;
 mod node_sse;
+mod socketio;
 
 use std::sync::Arc;
 
@@ -74,7 +77,7 @@ impl Compat {
                     compat.adapters.push(grip::adapter(&grip));
                     compat.grip = Some(grip);
                 }
-                Name::MicroStream => {}
+                Name::MicroStream => compat.adapters.push(microstream::adapter(parts)),
             }
         }
         compat.adapters.extend(event_stream::adapter(parts)?);

@@ -262,9 +262,32 @@ part! {
     Compat {
         /// Any of microstream, ganomede, node-sse, grip; what is not named costs nothing.
         enable: Vec<Adapter> as Adapters = Vec::new(),
+        microstream: MicroStream as Part = MicroStream::default(),
         ganomede: Ganomede as Part = Ganomede::default(),
         sse: SseRoutes as Part = SseRoutes::default(),
         grip: Grip as Part = Grip::default(),
+    }
+}
+
+part! {
+    /// A hub for clients of MicroStream, which speak Socket.IO at /socket.io/. The defaults are the original's.
+    MicroStream {
+        /// A client whose heartbeat is missing for so long is disconnected, and its name is free.
+        heartbeat_timeout: Duration as Time = seconds(15),
+        /// How often that is looked at.
+        sweep: Duration as Time = seconds(5),
+        /// A ping goes out this often.
+        ping: Duration as Time = seconds(25),
+        /// How long its answer may take.
+        ping_timeout: Duration as Time = seconds(20),
+        /// How long the client that has a name is given to show that it lives when another one asks for the name.
+        probe: Duration as Time = seconds(2),
+        /// One message; a client that sends a larger one is disconnected.
+        max_payload: usize as Size = 1_000_000,
+        /// Bytes queued for one client, beyond which it gets no more requests.
+        queued: usize as Size = 16 * MIB,
+        /// Requests in flight of one client.
+        calls: usize as Count = 10_000,
     }
 }
 

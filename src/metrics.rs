@@ -48,6 +48,8 @@ label! {
         Ws = "ws",
         /// Reads over HTTP, waiting or not.
         Poll = "poll",
+        /// Clients of Socket.IO, by whatever they are connected.
+        SocketIo = "socketio",
     }
 }
 

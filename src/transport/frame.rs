@@ -40,8 +40,18 @@ const MAX_REPLIES: usize = 4096;
 
 /// Appends one whole text frame, whose payload `write` appends.
 pub fn text(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+    whole(TEXT, out, write);
+}
+
+/// Appends one whole binary frame.
+pub fn binary(out: &mut Vec<u8>, payload: &[u8]) {
+    whole(BINARY, out, |out| out.extend_from_slice(payload));
+}
+
+#[inline]
+fn whole(first: u8, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
-    out.extend_from_slice(&[TEXT, 0, 0, 0]);
+    out.extend_from_slice(&[first, 0, 0, 0]);
     write(out);
     let len = out.len() - start - ROOM;
     match len {
@@ -57,7 +67,7 @@ pub fn text(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
         }
         _ => {
             let mut header = [0; 10];
-            header[0] = TEXT;
+            header[0] = first;
             header[1] = 127;
             header[2..].copy_from_slice(&(len as u64).to_be_bytes());
             out.splice(start..start + ROOM, header);
@@ -107,7 +117,10 @@ pub enum Payload<'a> {
     Text(&'a str),
     /// Some clients send their JSON as bytes.
     Binary(&'a [u8]),
-    Pieces(Bytes),
+    Pieces {
+        text: bool,
+        bytes: Bytes,
+    },
 }
 
 impl Payload<'_> {
@@ -116,7 +129,7 @@ impl Payload<'_> {
         match self {
             Payload::Text(text) => Ok(text),
             Payload::Binary(bytes) => std::str::from_utf8(bytes),
-            Payload::Pieces(bytes) => std::str::from_utf8(bytes),
+            Payload::Pieces { bytes, .. } => std::str::from_utf8(bytes),
         }
     }
 }
@@ -307,8 +320,8 @@ impl Careful {
         use tungstenite::Message;
         let mut feed = Feed { input, replies };
         match self.context.read(&mut feed) {
-            Ok(Message::Text(text)) => Ok(Some(Incoming::Message(Payload::Pieces(text.into())))),
-            Ok(Message::Binary(bytes)) => Ok(Some(Incoming::Message(Payload::Pieces(bytes)))),
+            Ok(Message::Text(text)) => Ok(Some(Incoming::Message(Payload::Pieces { text: true, bytes: text.into() }))),
+            Ok(Message::Binary(bytes)) => Ok(Some(Incoming::Message(Payload::Pieces { text: false, bytes }))),
             Ok(Message::Close(_)) => {
                 self.closing = true;
                 self.reply(&mut feed);
@@ -403,7 +416,7 @@ mod tests {
                 match came {
                     Incoming::Message(Payload::Text(text)) => messages.push(Some(text.into())),
                     Incoming::Message(Payload::Binary(bytes)) => messages.push(Some(bytes.into())),
-                    Incoming::Message(Payload::Pieces(bytes)) => messages.push(Some(bytes.into())),
+                    Incoming::Message(Payload::Pieces { bytes, .. }) => messages.push(Some(bytes.into())),
                     Incoming::Alive => {}
                     Incoming::Close => messages.push(None),
                 }

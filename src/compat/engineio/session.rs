@@ -1,0 +1,365 @@
+//! [`Session`]: one client, by whatever it is connected: polls, a socket, or first the one and then the other.
+//!
+//! What is said on it is the affair of a [`Conversation`]. It is dropped as soon as the session is to end, so that what
+//! it holds is free at once; the session itself may stay a moment for its last words to be read.
+
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use super::{
+    Common,
+    outbox::Outbox,
+    packet::{Framing, Packet},
+};
+use crate::{
+    error::Code,
+    metrics::{Connected, Transport},
+    transport::wheel::Wheel,
+};
+
+/// What a session is about. Called by one task at a time, in the order of what the client sent.
+pub trait Conversation: Send {
+    /// A message of text.
+    fn text(&mut self, text: &str) -> Result<(), Broken>;
+
+    /// A message of bytes.
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), Broken>;
+
+    /// Some time has passed: a quarter of a second or so.
+    fn tick(&mut self, now: u32) -> Result<(), Broken>;
+
+    /// The session that this one asked about lives, or has ended.
+    fn probed(&mut self, alive: bool);
+
+    /// The node goes: nothing new is taken on.
+    fn leave(&mut self);
+
+    /// Whether nobody waits for it, nor it for anybody.
+    fn is_quiet(&self) -> bool;
+}
+
+/// The client said what makes no sense: its session ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken;
+
+/// The id of a session: nobody else may guess it.
+pub type Sid = [u8; 20];
+
+/// One client.
+pub struct Session {
+    pub sid: Sid,
+    pub outbox: Arc<Outbox>,
+    common: Arc<Common>,
+    conversation: Mutex<Option<Box<dyn Conversation>>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    stage: Stage,
+    /// A poll is held; a body is being read.
+    polled: bool,
+    posted: bool,
+    /// When the next ping is due; or, once it is `asked`, its answer.
+    ping: u32,
+    asked: bool,
+    /// When a session whose last words were not read is forgotten. 0: it is not ending.
+    until: u32,
+    leaving: bool,
+    /// Who wants to know whether the client lives, and until when it has to say so.
+    askers: Vec<(u32, Weak<Session>)>,
+    connected: Option<Connected>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Polling,
+    /// A socket wants to take over from the polls.
+    Upgrading,
+    Socket,
+    Over,
+}
+
+/// One of the two requests that a session has at a time; given back on drop.
+pub struct Turn<'a> {
+    session: &'a Session,
+    poll: bool,
+    done: bool,
+}
+
+// === impl Session ===
+
+impl Session {
+    pub fn new(common: &Arc<Common>, framing: Framing) -> Arc<Self> {
+        let now = common.wheel.now();
+        Arc::new(Session {
+            sid: new_sid(),
+            common: common.clone(),
+            outbox: Arc::new(Outbox::new(framing, common.settings.queued)),
+            conversation: Mutex::new(None),
+            state: Mutex::new(State {
+                stage: if framing == Framing::Polling { Stage::Polling } else { Stage::Socket },
+                polled: false,
+                posted: false,
+                ping: now + Wheel::ticks(common.settings.ping),
+                asked: false,
+                until: 0,
+                leaving: false,
+                askers: Vec::new(),
+                connected: Some(common.metrics.connected(Transport::SocketIo)),
+            }),
+        })
+    }
+
+    pub fn begin(&self, conversation: Box<dyn Conversation>) {
+        *self.conversation.lock() = Some(conversation);
+    }
+
+    pub fn stage(&self) -> Stage {
+        self.state.lock().stage
+    }
+
+    pub fn sid(&self) -> &str {
+        str::from_utf8(&self.sid).unwrap_or_default()
+    }
+
+    /// Takes one packet of an open session.
+    pub fn receive(&self, packet: &Packet<'_>) -> Result<(), Broken> {
+        let taken = match packet {
+            Packet::Message(text) => self.with(|conversation| conversation.text(text)),
+            Packet::Binary(bytes) => self.with(|conversation| conversation.bytes(bytes)),
+            Packet::Pong | Packet::Noop => Ok(()),
+            Packet::Close => {
+                self.close_because(None);
+                return Ok(());
+            }
+            // Heartbeats go the other way in this revision.
+            Packet::Ping(_) | Packet::Upgrade => Err(Broken),
+        };
+        match taken {
+            Ok(()) if !self.outbox.is_ending() => {}
+            Ok(()) => self.end(),
+            Err(Broken) => self.close(Code::Protocol),
+        }
+        taken
+    }
+
+    fn with(&self, act: impl FnOnce(&mut dyn Conversation) -> Result<(), Broken>) -> Result<(), Broken> {
+        match self.conversation.lock().as_deref_mut() {
+            Some(conversation) => act(conversation),
+            None => Ok(()),
+        }
+    }
+
+    /// The client has sent something.
+    pub fn heard(&self) {
+        let mut state = self.state.lock();
+        if state.asked {
+            state.asked = false;
+            state.ping = self.common.wheel.now() + Wheel::ticks(self.common.settings.ping);
+        }
+        if !state.askers.is_empty() {
+            let askers = std::mem::take(&mut state.askers);
+            drop(state);
+            tell(askers, true);
+        }
+    }
+
+    /// Finds out whether the client lives, and tells `asker`'s conversation. False: it has ended already, and nobody is
+    /// told. A client that says nothing in time is gone: its session is closed first.
+    pub fn probe(&self, asker: &Weak<Session>) -> bool {
+        let mut state = self.state.lock();
+        if state.stage == Stage::Over || state.until != 0 {
+            return false;
+        }
+        state.askers.push((self.common.wheel.now() + Wheel::ticks(self.common.settings.probe) + 1, asker.clone()));
+        drop(state);
+        self.outbox.text("2");
+        true
+    }
+
+    /// Looks at the clock. False: the session is over, and to be forgotten.
+    pub fn tick(&self) -> bool {
+        let now = self.common.wheel.now();
+        let mut state = self.state.lock();
+        if state.stage == Stage::Over {
+            return false;
+        }
+        let unanswered = state.asked && now >= state.ping || state.askers.iter().any(|(until, _)| now >= *until);
+        if state.until != 0 && now >= state.until || unanswered {
+            drop(state);
+            self.close(Code::DeadPeer);
+            return false;
+        }
+        let ping = now >= state.ping && state.until == 0;
+        if ping {
+            state.asked = true;
+            state.ping = now + Wheel::ticks(self.common.settings.ping_timeout);
+        }
+        let (leaving, ending) = (state.leaving, state.until != 0);
+        drop(state);
+        if ping {
+            self.outbox.relax();
+            self.outbox.text("2");
+        }
+        if ending {
+            return true;
+        }
+        let quiet = leaving && self.conversation.lock().as_ref().is_none_or(|conversation| conversation.is_quiet());
+        if quiet || leaving && self.common.wheel.draining_for() >= self.common.settings.grace {
+            self.outbox.finish();
+        }
+        let ticked = self.with(|conversation| conversation.tick(now));
+        match ticked {
+            Ok(()) if self.outbox.is_ending() => self.end(),
+            Ok(()) => {}
+            Err(Broken) => self.close(Code::Protocol),
+        }
+        true
+    }
+
+    /// This session's turn to go, in a drain.
+    pub fn leave(&self) {
+        if !std::mem::replace(&mut self.state.lock().leaving, true)
+            && let Some(conversation) = self.conversation.lock().as_deref_mut()
+        {
+            conversation.leave();
+        }
+    }
+
+    pub fn is_leaving(&self) -> bool {
+        self.state.lock().leaving
+    }
+
+    /// Nothing more is done for the client; what waits for it is still delivered.
+    fn end(&self) {
+        let mut state = self.state.lock();
+        if state.until == 0 {
+            state.until = self.common.wheel.now() + Wheel::ticks(self.common.settings.farewell);
+        }
+        let askers = std::mem::take(&mut state.askers);
+        drop(state);
+        self.forget(askers);
+    }
+
+    /// Ends at once, from our side.
+    pub fn close(&self, code: Code) {
+        self.close_because(Some(code));
+    }
+
+    /// Ends at once; without a code the client left.
+    pub fn close_because(&self, code: Option<Code>) {
+        let mut state = self.state.lock();
+        if state.stage == Stage::Over {
+            return;
+        }
+        state.stage = Stage::Over;
+        if let Some(connected) = &mut state.connected {
+            match code {
+                Some(code) => connected.because(code),
+                None => connected.peer(),
+            }
+        }
+        let (askers, connected) = (std::mem::take(&mut state.askers), state.connected.take());
+        drop(state);
+        drop(connected);
+        self.outbox.close();
+        self.forget(askers);
+    }
+
+    fn forget(&self, askers: Vec<(u32, Weak<Session>)>) {
+        // Not under its own lock: it says goodbye to others.
+        let conversation = self.conversation.lock().take();
+        drop(conversation);
+        tell(askers, false);
+    }
+
+    // --- polls ---
+
+    /// Begins a poll, or the reading of a body. `None`: there is one already, or the client reads elsewhere.
+    pub fn begin_request(&self, poll: bool) -> Option<Turn<'_>> {
+        let mut state = self.state.lock();
+        if !matches!(state.stage, Stage::Polling | Stage::Upgrading) {
+            return None;
+        }
+        let busy = if poll { &mut state.polled } else { &mut state.posted };
+        // Lazily: a turn that is not taken must not be given back.
+        (!std::mem::replace(busy, true)).then(|| Turn { session: self, poll, done: false })
+    }
+
+    // --- upgrade ---
+
+    /// A socket wants to take over. False: one does already, or has.
+    pub fn begin_upgrade(&self) -> bool {
+        let mut state = self.state.lock();
+        let may = state.stage == Stage::Polling && state.until == 0;
+        if may {
+            state.stage = Stage::Upgrading;
+        }
+        may
+    }
+
+    /// The socket did not make it.
+    pub fn give_up_upgrade(&self) {
+        let mut state = self.state.lock();
+        if state.stage == Stage::Upgrading {
+            state.stage = Stage::Polling;
+            drop(state);
+            self.outbox.upgrading(false);
+        }
+    }
+
+    /// The socket has taken over. False: the session has ended meanwhile.
+    pub fn upgrade(&self) -> bool {
+        let mut state = self.state.lock();
+        if state.stage != Stage::Upgrading {
+            return false;
+        }
+        state.stage = Stage::Socket;
+        drop(state);
+        self.outbox.upgrade();
+        true
+    }
+}
+
+impl Turn<'_> {
+    /// The request is answered as it should be.
+    pub fn done(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = self.session.state.lock();
+        match self.poll {
+            true => state.polled = false,
+            false => state.posted = false,
+        }
+        drop(state);
+        if !self.done {
+            // The client hung up on a held poll, or in the middle of a body: it is gone, and its name is free.
+            self.session.close_because(None);
+        }
+    }
+}
+
+fn tell(askers: Vec<(u32, Weak<Session>)>, alive: bool) {
+    for asker in askers.iter().filter_map(|(_, asker)| asker.upgrade()) {
+        if let Some(conversation) = asker.conversation.lock().as_deref_mut() {
+            conversation.probed(alive);
+        }
+    }
+}
+
+/// As the original's look.
+pub fn new_sid() -> Sid {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut sid = [0; 20];
+    let mut filled = 0;
+    while filled < sid.len() {
+        // Interrupted, or before the kernel has any: it will.
+        filled += rustix::rand::getrandom(&mut sid[filled..], rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+    }
+    sid.map(|byte| LETTERS[usize::from(byte & 63)])
+}

@@ -1,0 +1,353 @@
+//! [`Socket`]: a session's WebSocket, one task. Either it opened the session, or it takes over from polls: then it first
+//! proves that it carries anything (`2probe`, `3probe`), and is the session's from `5` on.
+
+use std::{
+    cell::Cell,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    Server,
+    outbox::{KEPT, Taken},
+    packet::{self, Framing, Packet},
+    session::Session,
+};
+use crate::{
+    error::Code,
+    transport::{
+        frame::{self, Broken, Decoder, Incoming, Payload},
+        takeover::{self, Io, Seat},
+        wheel::{Due, Timer, Wheel},
+    },
+};
+
+/// Bytes read at once.
+const SCRATCH: usize = 64 * 1024;
+/// Turns before other connections have theirs.
+const TURNS: usize = 2;
+
+thread_local! {
+    /// Shared by all sockets of a worker; taken for the time of one read.
+    static BUFFER: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+pub struct Socket {
+    io: Io,
+    decoder: Decoder,
+    out: Vec<u8>,
+    /// Written bytes of `out`.
+    at: usize,
+    session: Arc<Session>,
+    server: Arc<Server>,
+    timer: Timer,
+    /// The tick since which the client took nothing. 0: it takes.
+    blocked: u32,
+    /// The tick at which a probe or a farewell is over. 0: neither.
+    until: u32,
+    phase: Phase,
+    listening: bool,
+    early: Bytes,
+    _seat: Seat,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Not the session's yet.
+    Probing,
+    Open,
+    /// Our close is on its way; the client's is awaited.
+    Closing,
+    /// Both have said it.
+    Closed,
+}
+
+/// The connection is over.
+struct Over;
+
+// === impl Socket ===
+
+impl Socket {
+    /// `probing`: the session is carried by polls yet.
+    pub fn new(server: Arc<Server>, session: Arc<Session>, probing: bool, taken: takeover::Taken) -> Self {
+        let settings = &server.common.settings;
+        let patience = if probing { settings.upgrade } else { settings.stalled };
+        let mut timer = server.common.wheel.timer(settings.stalled);
+        timer.at_most(patience);
+        Socket {
+            io: taken.io,
+            decoder: Decoder::new(settings.max_payload),
+            out: Vec::new(),
+            at: 0,
+            session,
+            timer,
+            blocked: 0,
+            until: if probing { after(&server, patience) } else { 0 },
+            phase: if probing { Phase::Probing } else { Phase::Open },
+            listening: false,
+            early: taken.early,
+            server,
+            _seat: taken.seat,
+        }
+    }
+
+    /// Says goodbye: what is written so far, and a close.
+    fn close(&mut self, code: Code) {
+        if self.phase == Phase::Open {
+            self.session.close(code);
+        }
+        // A frame that is begun has to be finished.
+        frame::close(&mut self.out, code.close().unwrap_or(1000), code.as_str());
+        self.phase = Phase::Closing;
+        self.until = after(&self.server, self.server.common.settings.farewell);
+        self.timer.at_most(self.server.common.settings.farewell);
+    }
+
+    // --- time ---
+
+    fn poll_time(&mut self, cx: &mut Context<'_>) -> Result<(), Over> {
+        while let Poll::Ready(due) = self.timer.poll(cx) {
+            match due {
+                Due::Leave if self.phase == Phase::Open => self.session.leave(),
+                Due::Leave => {}
+                Due::Time => self.tick()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self) -> Result<(), Over> {
+        let now = self.server.common.wheel.now();
+        if self.until != 0 && now >= self.until {
+            return Err(Over);
+        }
+        let stalled = self.server.common.settings.stalled;
+        if self.blocked != 0 && Wheel::span(self.blocked, now) >= stalled {
+            self.session.close(Code::Slow);
+            return Err(Over);
+        }
+        self.timer.reset(stalled);
+        if self.blocked != 0 {
+            self.timer.at_most(stalled.saturating_sub(Wheel::span(self.blocked, now)));
+        }
+        if self.until != 0 {
+            self.timer.at_most(Wheel::span(now, self.until));
+        }
+        Ok(())
+    }
+
+    // --- reading ---
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Over>> {
+        if self.blocked != 0 && self.session.outbox.is_full() {
+            // It does not read what it asked for: it may not ask for more. The write wakes us.
+            return Poll::Pending;
+        }
+        if self.listening && self.early.is_empty() && !self.io.is_readable() {
+            return Poll::Pending;
+        }
+        BUFFER.with(|kept| {
+            let mut buffer = kept.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
+            let read = self.poll_read_into(cx, &mut buffer);
+            kept.set(Some(buffer));
+            read
+        })
+    }
+
+    fn poll_read_into(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Result<(), Over>> {
+        if !self.early.is_empty() {
+            let mut early = std::mem::take(&mut self.early).to_vec();
+            self.take(&mut early);
+            return Poll::Ready(Ok(()));
+        }
+        let mut read = ReadBuf::new(buffer);
+        let polled = Pin::new(&mut self.io).poll_read(cx, &mut read);
+        self.listening = polled.is_pending();
+        let end = match ready!(polled) {
+            Ok(()) => read.filled().is_empty(),
+            Err(_) => true,
+        };
+        let n = read.filled().len();
+        if end {
+            return Poll::Ready(Err(Over));
+        }
+        self.take(&mut buffer[..n]);
+        Poll::Ready(Ok(()))
+    }
+
+    /// Does what was read.
+    fn take(&mut self, mut input: &mut [u8]) {
+        if self.phase == Phase::Open {
+            self.session.heard();
+        }
+        let mut replies = Vec::new();
+        loop {
+            match self.decoder.next(&mut input, &mut replies) {
+                Ok(None) => break,
+                Ok(Some(Incoming::Message(message))) => {
+                    let packet = match &message {
+                        Payload::Text(text) => packet::read(text),
+                        Payload::Binary(bytes) => Some(Packet::Binary((*bytes).into())),
+                        Payload::Pieces { text: true, bytes } => str::from_utf8(bytes).ok().and_then(packet::read),
+                        Payload::Pieces { text: false, bytes } => Some(Packet::Binary(bytes[..].into())),
+                    };
+                    self.packet(packet);
+                }
+                Ok(Some(Incoming::Alive)) => {}
+                Ok(Some(Incoming::Close)) => {
+                    match self.phase {
+                        Phase::Open => self.session.close_because(None),
+                        Phase::Probing => self.session.give_up_upgrade(),
+                        Phase::Closing | Phase::Closed => replies.clear(),
+                    }
+                    self.phase = Phase::Closed;
+                    self.until = after(&self.server, self.server.common.settings.farewell);
+                    break;
+                }
+                Err(Broken(code)) => {
+                    match self.phase {
+                        Phase::Probing => {
+                            self.session.give_up_upgrade();
+                            self.close(code);
+                        }
+                        Phase::Open => self.close(code),
+                        Phase::Closing | Phase::Closed => self.phase = Phase::Closed,
+                    }
+                    return;
+                }
+            }
+        }
+        // Between frames, as `out` always ends with one.
+        self.out.extend_from_slice(&replies);
+    }
+
+    fn packet(&mut self, packet: Option<Packet<'_>>) {
+        match (self.phase, packet) {
+            (Phase::Open, Some(packet)) => {
+                // What it broke is closed already.
+                if self.session.receive(&packet).is_err() {
+                    self.close(Code::Protocol);
+                }
+            }
+            (Phase::Probing, Some(Packet::Ping("probe"))) => {
+                frame::text(&mut self.out, |out| out.extend_from_slice(b"3probe"));
+                self.session.outbox.upgrading(true);
+            }
+            (Phase::Probing, Some(Packet::Upgrade)) if self.session.upgrade() => {
+                self.phase = Phase::Open;
+                self.until = 0;
+                self.session.heard();
+            }
+            (Phase::Open, None) => self.close(Code::Protocol),
+            (Phase::Probing, _) => {
+                self.session.give_up_upgrade();
+                self.close(Code::Protocol);
+            }
+            (Phase::Closing | Phase::Closed, _) => {}
+        }
+    }
+
+    // --- writing ---
+
+    /// Writes a turn. Ready: all is written; `true` if there may be more. Pending: the client takes no more.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        if self.at == self.out.len() {
+            self.at = 0;
+            if self.out.capacity() > KEPT {
+                self.out = Vec::new();
+            }
+            self.out.clear();
+        }
+        if self.out.is_empty() && self.phase == Phase::Open {
+            match self.session.outbox.poll_take(cx, Framing::WebSocket, &mut self.out) {
+                Poll::Ready(Taken::Packets) => {}
+                Poll::Ready(Taken::Slow) => self.close(Code::Slow),
+                Poll::Ready(Taken::Over | Taken::Elsewhere) => {
+                    let leaving = self.session.is_leaving();
+                    self.close(if leaving { Code::Draining } else { Code::Kicked });
+                }
+                Poll::Pending => return Poll::Ready(Ok(false)),
+            }
+        }
+        while self.at < self.out.len() {
+            match Pin::new(&mut self.io).poll_write(cx, &self.out[self.at..]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(n)) => {
+                    self.at += n;
+                    self.blocked = 0;
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    if self.blocked == 0 {
+                        self.blocked = self.server.common.wheel.now();
+                        self.timer.at_most(self.server.common.settings.stalled);
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        // The waker is left only where there is nothing to take.
+        Poll::Ready(Ok(self.phase == Phase::Open))
+    }
+
+    fn is_written(&self) -> bool {
+        self.at == self.out.len()
+    }
+
+    /// One turn after the other, until there is nothing to do or others should have theirs.
+    fn run(&mut self, cx: &mut Context<'_>) -> Poll<Over> {
+        if let Err(over) = self.poll_time(cx) {
+            return Poll::Ready(over);
+        }
+        for _ in 0..TURNS {
+            let mut busy = match self.poll_read(cx) {
+                Poll::Ready(Err(over)) => return Poll::Ready(over),
+                read => read.is_ready(),
+            };
+            match self.poll_write(cx) {
+                Poll::Ready(Err(_)) => return Poll::Ready(Over),
+                Poll::Ready(Ok(more)) => busy |= more,
+                Poll::Pending => {}
+            }
+            if self.phase == Phase::Closed && self.is_written() {
+                ready!(Pin::new(&mut self.io).poll_shutdown(cx)).ok();
+                return Poll::Ready(Over);
+            }
+            if !busy {
+                return Poll::Pending;
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+impl Future for Socket {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.get_mut().run(cx).map(|Over| ())
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        match self.phase {
+            // Whatever became of the upgrade, the polls go on.
+            Phase::Probing => self.session.give_up_upgrade(),
+            _ => self.session.close_because(None),
+        }
+    }
+}
+
+/// The tick that is `time` from now.
+fn after(server: &Server, time: Duration) -> u32 {
+    server.common.wheel.now() + Wheel::ticks(time)
+}

@@ -1,0 +1,151 @@
+//! A MicroStream hub: services of Socket.IO clients that call each other by name, and weir's services with them.
+//!
+//! A client's `serviceName` is a service of weir's, its events are methods: it is provided exclusively, for a hub of
+//! MicroStream knows one client by a name. A request between two such clients goes as it was sent; [`translate`] says what
+//! becomes of it elsewhere.
+
+mod bytes;
+mod client;
+mod port;
+mod translate;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use axum::{Router, body::Body, extract::State, http::Request};
+use foldhash::fast::RandomState;
+use parking_lot::Mutex;
+
+use super::{
+    Adapter, Parts,
+    engineio::{self, Common, Server, Session},
+};
+use crate::{config::Config, rpc::Hub, transport::wheel::Wheel};
+use client::Client;
+
+/// Where the original is.
+const PATH: &str = "/socket.io/";
+
+/// Bytes of one packet's attachments, in messages of the largest size.
+const ATTACHED: usize = 8;
+/// How long a client may be connected without joining: the original's.
+const CONNECT: Duration = Duration::from_secs(45);
+/// How long a socket that wants to take over from polls may take: the original's.
+const UPGRADE: Duration = Duration::from_secs(10);
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What its clients share.
+pub struct MicroStream {
+    rpc: Arc<Hub>,
+    wheel: Arc<Wheel>,
+    settings: Settings,
+    /// For so many ticks an answer may be waited for.
+    memory: u32,
+    /// The clients that are connected to this node.
+    names: Mutex<HashMap<Box<str>, Member, RandomState>>,
+}
+
+struct Settings {
+    heartbeat_timeout: Duration,
+    sweep: Duration,
+    connect: Duration,
+    calls: usize,
+    max_bytes: usize,
+}
+
+struct Member {
+    session: Weak<Session>,
+    /// The tick of its last heartbeat.
+    beat: Arc<AtomicU32>,
+}
+
+pub fn adapter(parts: &Parts) -> Adapter {
+    let server = serve(parts);
+    let answer =
+        |State(server): State<Arc<Server>>, request: Request<Body>| async move { server.answer(request).await };
+    Adapter::new(|path| path.starts_with(PATH), Router::new().fallback(answer).with_state(server))
+}
+
+fn serve(parts: &Parts) -> Arc<Server> {
+    let hub = Arc::new(MicroStream::new(parts));
+    let common =
+        Common { settings: settings(&parts.config), wheel: parts.wheel.clone(), metrics: parts.metrics.clone() };
+    Server::start(
+        Arc::new(common),
+        Box::new(move |session, mut query| {
+            // Of several the first, as far as anybody can tell.
+            let names = query.take_all("serviceName");
+            Box::new(Client::new(hub.clone(), session, names.first().map(|name| &**name)))
+        }),
+    )
+}
+
+fn settings(config: &Config) -> engineio::Settings {
+    let own = &config.compat.microstream;
+    engineio::Settings {
+        ping: own.ping,
+        ping_timeout: own.ping_timeout,
+        probe: own.probe,
+        max_payload: own.max_payload,
+        queued: own.queued,
+        sessions: config.limits.connections,
+        body_time: config.limits.body_time,
+        stalled: config.limits.stalled,
+        upgrade: UPGRADE,
+        farewell: FAREWELL,
+        grace: config.drain.grace,
+        window: config.drain.window,
+    }
+}
+
+impl MicroStream {
+    fn new(parts: &Parts) -> Self {
+        let (own, rpc) = (&parts.config.compat.microstream, &parts.config.rpc);
+        MicroStream {
+            rpc: parts.hub.clone(),
+            wheel: parts.wheel.clone(),
+            settings: Settings {
+                heartbeat_timeout: own.heartbeat_timeout,
+                sweep: own.sweep,
+                connect: CONNECT,
+                calls: own.calls,
+                max_bytes: own.max_payload.saturating_mul(ATTACHED),
+            },
+            memory: Wheel::ticks(rpc.timeout.min(rpc.max_timeout) + rpc.late_window),
+            names: Mutex::default(),
+        }
+    }
+
+    fn comes(&self, name: &str, session: &Weak<Session>, beat: &Arc<AtomicU32>) {
+        let member = Member { session: session.clone(), beat: beat.clone() };
+        self.names.lock().insert(name.into(), member);
+    }
+
+    /// Forgets a name, unless somebody else has it by now.
+    fn leaves(&self, name: &str, beat: &Arc<AtomicU32>) {
+        let mut names = self.names.lock();
+        if names.get(name).is_some_and(|member| Arc::ptr_eq(&member.beat, beat)) {
+            names.remove(name);
+            if names.is_empty() {
+                names.shrink_to_fit();
+            }
+        }
+    }
+
+    fn holder(&self, name: &str) -> Option<Arc<Session>> {
+        self.names.lock().get(name)?.session.upgrade()
+    }
+
+    /// A heartbeat in somebody else's name counts, as with the original.
+    fn beats(&self, name: &str) {
+        if let Some(member) = self.names.lock().get(name) {
+            member.beat.store(self.wheel.now(), Relaxed);
+        }
+    }
+}

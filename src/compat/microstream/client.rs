@@ -1,0 +1,323 @@
+//! [`Client`]: what one client of a MicroStream hub says.
+
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicU32, Ordering::Relaxed},
+};
+
+use serde_json::value::RawValue;
+
+use super::{
+    MicroStream, bytes,
+    port::{self, Port},
+    translate::{self, Heartbeat, Payload, Request, Response},
+};
+use crate::{
+    auth::Identity,
+    compat::{
+        engineio::{Broken, Conversation, Session, new_sid},
+        socketio::{Event, Kind, Packet, connect_error},
+    },
+    error::{Code, Error},
+    rpc::{Call, Connection, Provide},
+    transport::wheel::Wheel,
+};
+
+/// How often a client that finds its name taken asks whether the other one lives.
+const TRIES: u8 = 3;
+
+/// One client's conversation.
+pub struct Client {
+    hub: Arc<MicroStream>,
+    session: Weak<Session>,
+    port: Arc<Port>,
+    /// Its hold on weir's hub, while it is connected.
+    link: Option<Connection>,
+    name: Box<str>,
+    /// Its query said one.
+    named: bool,
+    stage: Stage,
+    /// The tick since which it is not connected.
+    since: u32,
+    /// The tick of its last heartbeat.
+    beat: Arc<AtomicU32>,
+    /// When it was last looked at.
+    looked: u32,
+    /// A packet whose bytes have not all come.
+    partial: Option<Box<Partial>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Fresh,
+    /// Its name is taken; it is being found out whether by a living client. So often it was, before.
+    Asking(u8),
+    Connected,
+}
+
+struct Partial {
+    kind: Kind,
+    payload: String,
+    left: usize,
+    bytes: Vec<Vec<u8>>,
+    size: usize,
+}
+
+// === impl Client: packets ===
+
+impl Client {
+    pub fn new(hub: Arc<MicroStream>, session: &Arc<Session>, name: Option<&str>) -> Self {
+        let now = hub.wheel.now();
+        Client {
+            session: Arc::downgrade(session),
+            port: Arc::new(Port::new(session.outbox.clone(), hub.wheel.clone())),
+            link: None,
+            // The original keeps clients without a name under this one.
+            name: name.unwrap_or("undefined").into(),
+            named: name.is_some(),
+            stage: Stage::Fresh,
+            since: now,
+            beat: Arc::new(AtomicU32::new(now)),
+            looked: now,
+            partial: None,
+            hub,
+        }
+    }
+
+    fn say(&self, packet: &str) {
+        if let Some(session) = self.session.upgrade() {
+            session.outbox.text(packet);
+        }
+    }
+
+    fn packet(&mut self, packet: &Packet<'_>) -> Result<(), Broken> {
+        if packet.kind == Kind::Connect {
+            if packet.namespace != "/" {
+                self.say(&connect_error(packet.namespace, "Invalid namespace", None));
+                return Ok(());
+            }
+            if self.stage != Stage::Fresh {
+                return Err(Broken);
+            }
+            self.register(0);
+            return Ok(());
+        }
+        if packet.namespace != "/" || self.stage == Stage::Fresh {
+            return Err(Broken);
+        }
+        match packet.kind {
+            Kind::Disconnect => self.part(),
+            Kind::Event | Kind::Ack if packet.attachments > 0 => {
+                let (kind, payload, left) = (packet.kind, packet.payload.to_owned(), packet.attachments);
+                self.partial = Some(Box::new(Partial { kind, payload, left, bytes: Vec::new(), size: 0 }));
+            }
+            Kind::Event if !packet.payload.is_empty() => self.event(packet.payload)?,
+            Kind::Event | Kind::Ack => {}
+            Kind::Connect | Kind::ConnectError => return Err(Broken),
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, payload: &str) -> Result<(), Broken> {
+        let Event { name, argument } = serde_json::from_str(payload).map_err(|_| Broken)?;
+        if let Some(link) = &self.link {
+            match &*name.0 {
+                "request" => self.request(link, argument),
+                "response" => self.response(link, argument),
+                "heartbeat" => self.heartbeat(argument),
+                // The original has no ears for others.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The client leaves, or is made to. Its name is free at once.
+    fn part(&mut self) {
+        self.stage = Stage::Fresh;
+        self.since = self.hub.wheel.now();
+        self.partial = None;
+        // First of all: who finds the name taken finds out by whom.
+        self.link = None;
+        self.hub.leaves(&self.name, &self.beat);
+    }
+
+    // --- registration ---
+
+    fn register(&mut self, tries: u8) {
+        for tries in tries..=TRIES {
+            match self.provide() {
+                Ok(()) => return,
+                Err(error) if error.code() == Code::ServiceTaken => {
+                    // Held by a client of this hub, and not for the last time to be asked?
+                    let asked = tries < TRIES
+                        && self.hub.holder(&self.name).is_some_and(|holder| {
+                            self.stage = Stage::Asking(tries);
+                            holder.probe(&self.session)
+                        });
+                    if asked {
+                        return;
+                    }
+                    if tries == TRIES || self.hub.holder(&self.name).is_none() {
+                        let name = self.named.then_some(&*self.name);
+                        return self.refuse(translate::DUPLICATE, &translate::duplicate(name));
+                    }
+                    // It ended at this moment.
+                }
+                Err(error) => {
+                    let (code, data) = translate::refused(&error, &self.name);
+                    return self.refuse(&code, &data);
+                }
+            }
+        }
+    }
+
+    fn refuse(&mut self, message: &str, data: &str) {
+        self.stage = Stage::Fresh;
+        self.since = self.hub.wheel.now();
+        self.say(&connect_error("/", message, Some(data)));
+    }
+
+    fn provide(&mut self) -> Result<(), Error> {
+        let identity = Identity::anonymous();
+        let permit = identity.may_provide(&self.name)?;
+        let link = self.hub.rpc.connect_with(self.port.clone(), self.hub.settings.calls);
+        let provided = link.provide(&Provide {
+            subject: permit.subject(),
+            exclusive: true,
+            concurrency: u32::try_from(self.hub.settings.calls).unwrap_or(u32::MAX).saturating_mul(16),
+            ..Provide::new(&self.name)
+        })?;
+        self.stage = Stage::Connected;
+        self.beat.store(self.hub.wheel.now(), Relaxed);
+        self.hub.comes(&self.name, &self.session, &self.beat);
+        let id = new_sid();
+        self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
+        // Requests begin here: they come after the answer.
+        drop(provided);
+        self.link = Some(link);
+        Ok(())
+    }
+
+    // --- events ---
+
+    fn request(&self, link: &Connection, argument: Option<&RawValue>) {
+        // What makes no sense killed the original; here nothing comes of it.
+        let Some(Request { target_service: target, payload: Some(sent) }) = translate::object(argument) else { return };
+        let Some(Payload { id, event, data }) = translate::object(Some(sent)) else { return };
+        let (service, event) = (translate::name(target), translate::name(event));
+        let params = translate::params(data);
+        let identity = Identity::anonymous();
+        let call = Call {
+            // Who waits longer gets it late, as a response like any other.
+            late: true,
+            // The original knows at once.
+            wait: Some(std::time::Duration::ZERO),
+            as_sent: Some(sent),
+            caller: identity.subject(),
+            ..Call::new(&service, &event, params.as_deref())
+        };
+        link.call(port::tag(id, target), &call);
+    }
+
+    fn response(&self, link: &Connection, argument: Option<&RawValue>) {
+        let Some(Response { id, response }) = translate::object(argument) else { return };
+        // Of a request that nobody made, or made of somebody else, nothing comes either.
+        if let Some(call) = self.port.answered(id) {
+            link.reply(call, translate::answer(response));
+        }
+    }
+
+    fn heartbeat(&self, argument: Option<&RawValue>) {
+        let Some(Heartbeat { service_name }) = translate::object(argument) else { return };
+        let name = translate::name(service_name);
+        if *name == *self.name {
+            self.beat.store(self.hub.wheel.now(), Relaxed);
+        } else {
+            self.hub.beats(&name);
+        }
+    }
+
+    /// Whether its heartbeat has been missing for too long, at the moments when that is looked at.
+    fn is_stale(&mut self, now: u32) -> bool {
+        let sweep = Wheel::ticks(self.hub.settings.sweep);
+        let due = now / sweep != self.looked / sweep;
+        self.looked = now;
+        due && Wheel::span(self.beat.load(Relaxed), now) > self.hub.settings.heartbeat_timeout
+    }
+}
+
+impl Conversation for Client {
+    fn text(&mut self, text: &str) -> Result<(), Broken> {
+        if self.partial.is_some() {
+            // Its bytes are missing.
+            return Err(Broken);
+        }
+        self.packet(&Packet::read(text).ok_or(Broken)?)
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        let partial = self.partial.as_mut().ok_or(Broken)?;
+        partial.size += bytes.len();
+        if partial.size > self.hub.settings.max_bytes {
+            return Err(Broken);
+        }
+        partial.bytes.push(bytes.to_vec());
+        partial.left -= 1;
+        if partial.left > 0 {
+            return Ok(());
+        }
+        let Some(whole) = self.partial.take() else { return Ok(()) };
+        match whole.kind {
+            Kind::Event => self.event(&bytes::inline(&whole.payload, &whole.bytes).ok_or(Broken)?),
+            _ => Ok(()),
+        }
+    }
+
+    fn tick(&mut self, now: u32) -> Result<(), Broken> {
+        match self.stage {
+            Stage::Fresh if Wheel::span(self.since, now) > self.hub.settings.connect => return Err(Broken),
+            Stage::Fresh | Stage::Asking(_) => {}
+            Stage::Connected => {
+                if self.is_stale(now) {
+                    self.part();
+                    if let Some(session) = self.session.upgrade() {
+                        session.outbox.part("41");
+                    }
+                } else if now.is_multiple_of(256) {
+                    // Seldom: what is forgotten here is bounded anyway.
+                    self.port.forget(self.hub.memory);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn probed(&mut self, alive: bool) {
+        let Stage::Asking(tries) = self.stage else { return };
+        if alive {
+            let name = self.named.then_some(&*self.name);
+            self.refuse(translate::DUPLICATE, &translate::duplicate(name));
+        } else {
+            self.register(tries + 1);
+        }
+    }
+
+    fn leave(&mut self) {
+        if let Some(link) = &self.link {
+            link.withdraw_all();
+        }
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.link.as_ref().is_none_or(Connection::is_idle)
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if self.stage == Stage::Connected {
+            self.part();
+        }
+    }
+}

@@ -1,0 +1,104 @@
+// MicroStream's client, as its library behaves on the wire, over the real socket.io-client: requests, responses, heartbeats.
+
+import { randomBytes } from "node:crypto";
+import { io } from "socket.io-client";
+import { until, within } from "./weir.mjs";
+
+const QUICK = { reconnectionDelay: 20, reconnectionDelayMax: 100 };
+
+export class MicroStream {
+  /** Handlers by event; what a handler returns is the response. `options` are socket.io-client's. */
+  constructor(t, url, serviceName, handlers = {}, { heartbeat = 1_000, timeout = 15_000, ...options } = {}) {
+    this.name = serviceName;
+    this.timeout = timeout;
+    this.pending = new Map();
+    this.requests = [];
+    this.late = [];
+    this.errors = [];
+    this.disconnects = [];
+    const query = serviceName === undefined ? {} : { serviceName };
+    this.socket = io(url, { query, forceNew: true, ...QUICK, ...options });
+    this.socket.on("request", request => {
+      this.requests.push(request);
+      const { id, event } = request;
+      let response;
+      if (!handlers[event]) {
+        response = { error: { code: "EVENT_NOT_FOUND", message: `Event "${event}" not found`, errorData: { event, requestID: id, serviceName } } };
+      } else {
+        try {
+          response = handlers[event](request.data, request);
+        } catch (error) {
+          response = { error: { code: "INTERNAL_SERVER_ERROR", message: "Internal server error", errorData: { event, requestID: id, error: error.message } } };
+        }
+      }
+      if (response !== MicroStream.SILENCE) this.socket.emit("response", { id, response });
+    });
+    this.socket.on("response", ({ id, response }) => {
+      const waiting = this.pending.get(id);
+      if (!waiting) return void this.late.push({ id, response });
+      this.pending.delete(id);
+      if (response.error) waiting.reject(response.error);
+      else waiting.resolve(response);
+    });
+    this.socket.on("connect", () => {
+      clearInterval(this.beating);
+      if (heartbeat) this.beating = setInterval(() => this.socket.emit("heartbeat", { serviceName }), heartbeat);
+    });
+    this.socket.on("connect_error", error => this.errors.push(error));
+    this.socket.on("disconnect", reason => this.disconnects.push(reason));
+    t?.after(() => this.close());
+  }
+
+  static async connect(...args) {
+    const client = new MicroStream(...args);
+    await client.connected();
+    return client;
+  }
+
+  connected() {
+    return until(`${this.name} to be connected`, () => this.socket.connected);
+  }
+
+  get transport() {
+    return this.socket.io.engine.transport.name;
+  }
+
+  /** As `client.sendRequest`. Rejects with the error object, or after its own timeout. */
+  request(targetService, event, data, id = randomBytes(16).toString("base64url").slice(0, 21)) {
+    const answer = new Promise((resolve, reject) => this.pending.set(id, { resolve, reject }));
+    const payload = data === undefined ? { id, event } : { id, event, data };
+    this.socket.emit("request", { targetService, payload });
+    const timer = setTimeout(() => this.pending.get(id)?.reject({ code: "REQUEST_TIMEOUT" }), this.timeout);
+    return answer.finally(() => {
+      clearTimeout(timer);
+      this.pending.delete(id);
+    });
+  }
+
+  /** The next `count` requests that this one gets. */
+  got(count = 1) {
+    return until(`${count} requests to ${this.name}`, () => this.requests.length >= count && this.requests);
+  }
+
+  refused() {
+    return until(`${this.name} to be refused`, () => this.errors[0]);
+  }
+
+  close() {
+    clearInterval(this.beating);
+    this.socket.disconnect();
+  }
+
+  /** The socket dies without a word, and does not come back. */
+  vanish() {
+    clearInterval(this.beating);
+    this.socket.io.reconnection(false);
+    return within("the end", new Promise(resolve => {
+      this.socket.once("disconnect", resolve);
+      this.socket.io.engine.close();
+    }));
+  }
+}
+
+/** What a handler returns so that nothing is answered. */
+MicroStream.SILENCE = Symbol("silence");
