@@ -30,6 +30,7 @@ pub mod index {
     pub const GRIP: usize = 6;
     pub const NODE_SSE: usize = 7;
     pub const EVENT_STREAM: usize = 8;
+    pub const GRIP_MARKED: usize = 9;
 }
 
 impl Format {

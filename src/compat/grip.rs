@@ -5,9 +5,11 @@
 //! The proxy has a listener of its own, for every path of it is an origin's; where origins publish is another.
 
 mod filter;
+mod frame;
 mod hold;
 mod instruct;
 mod item;
+mod link;
 mod mark;
 mod patch;
 mod poll;
@@ -25,21 +27,19 @@ use http::{
 };
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use tokio_util::sync::CancellationToken;
 
 use self::{
     instruct::{Hold, Instead, Instruct},
+    link::At,
     proxy::{Ask, Failure, Origins},
     token::Key,
 };
 use super::{Adapter, Parts};
 use crate::{
-    bus::Bus,
-    config::{Config, GripRoute},
+    config::GripRoute,
     error::{Error, Result},
     event::Channel,
-    metrics::Metrics,
-    transport::{held::Holding, wheel::Wheel},
+    transport::held::Holding,
 };
 
 /// How often one request is asked again because what it waits for had changed already.
@@ -51,12 +51,8 @@ pub struct Peer(pub IpAddr);
 
 /// The proxy, and where its origins publish.
 pub struct Grip {
-    bus: Arc<Bus>,
-    config: Arc<Config>,
-    metrics: Arc<Metrics>,
-    wheel: Arc<Wheel>,
+    parts: Parts,
     holding: Arc<Holding>,
-    draining: CancellationToken,
     origins: Origins,
     /// The longest path first.
     routes: Vec<Route>,
@@ -133,38 +129,37 @@ impl Grip {
             stalled: parts.config.limits.stalled,
         };
         Ok(Grip {
-            bus: parts.bus.clone(),
-            config: parts.config.clone(),
-            metrics: parts.metrics.clone(),
-            wheel: parts.wheel.clone(),
+            parts: parts.clone(),
             holding: Arc::new(holding),
-            draining: parts.draining.clone(),
             origins: Origins::new(grip, tls, parts.wheel.clone()).map_err(Error::params)?,
             routes,
         })
     }
 
-    fn route(&self, path: &str) -> Option<&Route> {
-        self.routes.iter().find(|route| route.owns(path))
+    fn route(&self, path: &str) -> Option<usize> {
+        self.routes.iter().position(|route| route.owns(path))
     }
 
     /// Answers a request of a client, by its origin.
     pub async fn proxy(self: &Arc<Self>, request: Request<AxumBody>) -> Response<AxumBody> {
         let (head, body) = request.into_parts();
-        let Some(route) = self.route(head.uri.path()) else {
+        let Some(nth) = self.route(head.uri.path()) else {
             let text = format!("No route for {}.\n", head.uri.path());
             return proxy::text(StatusCode::BAD_GATEWAY, text);
         };
+        let route = &self.routes[nth];
         let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
         let peer = head.extensions.get::<Peer>().map(|peer| peer.0);
         let mut headers = head.headers;
         proxy::to_origin(&mut headers, &head.uri, peer, self.signature(route));
+        let host = headers.get(header::HOST).cloned();
+        let at = || At { grip: self.clone(), route: nth, path: path.clone(), host: host.clone() };
         // What had a body cannot be sent twice.
         let again = http_body::Body::is_end_stream(&body).then(|| headers.clone());
         let mut ask = Ask { method: head.method.clone(), path: path.clone(), headers, body };
         for _ in 0..MOST_ASKED {
             let outcome = match self.origins.ask(route, ask).await {
-                Ok(answer) => self.treat(route, &head.method, &path, answer, again.is_some()).await,
+                Ok(answer) => self.treat(at(), &head.method, answer, again.is_some()).await,
                 Err(failure) => Err(failure),
             };
             let last = match outcome {
@@ -182,20 +177,20 @@ impl Grip {
 
     fn signature(&self, route: &Route) -> HeaderValue {
         // Base64 and dots.
-        HeaderValue::try_from(route.signer.sign(&self.config.compat.grip.iss)).unwrap_or(HeaderValue::from_static(""))
+        HeaderValue::try_from(route.signer.sign(&self.parts.config.compat.grip.iss))
+            .unwrap_or(HeaderValue::from_static(""))
     }
 
     /// Does with an answer what it says. `repeatable`: the request can be made again.
     async fn treat(
         self: &Arc<Self>,
-        route: &Route,
+        at: At,
         method: &Method,
-        path: &PathAndQuery,
         mut answer: Response<Incoming>,
         repeatable: bool,
     ) -> Result<Outcome, Failure> {
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            let (metrics, wheel) = (self.metrics.clone(), self.wheel.clone());
+            let (metrics, wheel) = (self.parts.metrics.clone(), self.parts.wheel.clone());
             return Ok(Outcome::Done(proxy::tunnel(answer, metrics, wheel)));
         }
         let held = *method != Method::HEAD && Instruct::is_in(answer.headers());
@@ -222,17 +217,25 @@ impl Grip {
             // What is published would be added to it as plain text.
             return Err(Failure::Wrong("an answer that is held cannot have a Content-Encoding".into()));
         }
-        let most = self.config.limits.stream_channels;
+        self.check(&instruct)?;
+        match (instruct.hold, &instruct.next) {
+            (Some(Hold::Response), _) => self.hold_response(&self.routes[at.route], instruct, answer, repeatable).await,
+            (Some(Hold::Stream), _) | (None, Some(_)) => {
+                self.hold_stream(at, instruct, answer).await.map(Outcome::Done)
+            }
+            (None, None) => Ok(Outcome::Done(answer.respond())),
+        }
+    }
+
+    /// Whether this node holds as much as is asked.
+    fn check(&self, instruct: &Instruct) -> Result<(), Failure> {
+        let most = self.parts.config.limits.stream_channels;
         if instruct.channels.len() > most {
             return Err(Failure::Wrong(format!(
                 "an answer is held on at most {most} channels (limits.stream_channels)"
             )));
         }
-        match instruct.hold {
-            Some(Hold::Response) => self.hold_response(route, instruct, answer, repeatable).await,
-            Some(Hold::Stream) => self.hold_stream(route, path, instruct, answer).await.map(Outcome::Done),
-            None => Ok(Outcome::Done(answer.respond())),
-        }
+        Ok(())
     }
 
     /// The channels of the bus that an origin means.
@@ -249,9 +252,9 @@ impl Grip {
             Content::Incoming(incoming) => incoming,
             Content::Bytes(bytes) => return Ok(bytes),
         };
-        let most = self.config.limits.publish_bytes;
+        let most = self.parts.config.limits.publish_bytes;
         let collecting = Limited::new(incoming, most).collect();
-        let timeout = self.config.compat.grip.timeout;
+        let timeout = self.parts.config.compat.grip.timeout;
         match tokio::time::timeout(timeout, collecting).await {
             Ok(Ok(whole)) => Ok(whole.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => {
@@ -274,6 +277,11 @@ impl Answer {
         };
         *response.status_mut() = self.status;
         *response.headers_mut() = self.headers;
+        // The origin answered with another status, which had a body.
+        if matches!(self.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+            *response.body_mut() = AxumBody::empty();
+            response.headers_mut().remove(header::CONTENT_LENGTH);
+        }
         response
     }
 }

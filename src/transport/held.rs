@@ -56,6 +56,9 @@ pub trait Voice: Send + Unpin + 'static {
         Then::GoOn
     }
 
+    /// Changes what is read, between what was said aside and the next events.
+    fn tune(&mut self, _: &mut Subscriptions) {}
+
     /// Pushes the `count` events of one subscription, encoded as its format wants them and shared with other readers.
     fn events(&mut self, _slot: u32, bytes: Bytes, _count: u32, out: &mut Out) -> Then {
         out.push(bytes);
@@ -201,6 +204,12 @@ impl<V: Voice> Flow for Held<V> {
         }
         let before = out.len();
         let aside = self.voice.poll_aside(cx, out);
+        let subs = self.subs.len() as i64;
+        self.voice.tune(&mut self.subs);
+        let more = self.subs.len() as i64 - subs;
+        if more != 0 {
+            self.holding.metrics.subscriptions[Transport::Sse].add(more);
+        }
         let mut turn = Turn::Idle;
         if !self.then(aside, out) {
             turn = match aside {

@@ -7,6 +7,7 @@ mod conformance;
 mod connection;
 mod doctor;
 mod errors;
+mod grip;
 mod guarantees;
 mod http;
 mod http_read;

@@ -8,14 +8,14 @@ use std::{
 
 use axum::body::Body as AxumBody;
 use bytes::Bytes;
-use http::{HeaderMap, Response, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderMap, Response, StatusCode, header};
 use http_body::Body;
 use hyper::body::Incoming;
 
 use super::{
-    Answer, Content, Grip, Route,
+    Answer, Content, Grip, frame,
     instruct::{Instruct, KeepAlive},
-    mark,
+    link::{At, Linked},
     proxy::Failure,
 };
 use crate::{
@@ -38,31 +38,50 @@ struct Plain {
 
 /// How a stream is kept alive.
 pub struct Alive {
-    data: Bytes,
-    beat: Beat,
+    pub data: Bytes,
+    pub beat: Beat,
 }
 
 impl Grip {
     pub(super) async fn hold_stream(
         self: &Arc<Self>,
-        route: &Route,
-        _path: &PathAndQuery,
+        at: At,
         instruct: Instruct,
         answer: Answer,
     ) -> Result<Response<AxumBody>, Failure> {
-        let channels = self.channels(route, &instruct)?;
-        let mut subs = Subscriptions::new(&mark::PLAIN);
+        let channels = self.channels(&self.routes[at.route], &instruct)?;
+        let linked = instruct.is_followed();
+        let mut subs = match linked {
+            true => Subscriptions::new(&frame::MARKED).one_by_one(),
+            false => Subscriptions::new(&frame::PLAIN),
+        };
         // Before the client is told anything: what is published once it has read the head is not missed.
-        for watch in self.bus.watch(&channels).await.map_err(away)? {
-            subs.add(watch, Start::Now, None);
+        let mut slots = Vec::with_capacity(channels.len());
+        for watch in self.parts.bus.watch(&channels).await.map_err(away)? {
+            let channel = watch.channel().clone();
+            slots.push((subs.add(watch, Start::Now, None).slot, channel));
         }
         let (opening, first) = match answer.body {
             Content::Incoming(incoming) => (Some(Box::new(incoming)), Vec::new()),
             Content::Bytes(bytes) => (None, vec![chunk::of(&bytes)]),
         };
-        let plain = Plain { opening, keep_alive: instruct.keep_alive.map(|alive| Box::new(Alive::new(alive))) };
         let head = head(answer.status, answer.headers);
-        Ok(Held::new(&self.holding, subs, plain).respond(head, first))
+        if !linked {
+            let plain = Plain { opening, keep_alive: instruct.keep_alive.map(|alive| Box::new(Alive::new(alive))) };
+            return Ok(Held::new(&self.holding, subs, plain).respond(head, first));
+        }
+        let mut outdated = false;
+        for (channel, asked) in channels.iter().zip(&instruct.channels) {
+            let Some(prev) = &asked.prev_id else { continue };
+            if instruct.next.is_none() {
+                let name = &asked.name;
+                return Err(Failure::Wrong(format!("channel '{name}' specifies prev-id, but no next link found")));
+            }
+            // An item may have come between the origin's look and ours.
+            outdated |= self.last_id(channel).await.is_some_and(|last| last != *prev);
+        }
+        let linked = Linked::new(self, at, instruct, slots, opening, outdated);
+        Ok(Held::new(&self.holding, subs, linked).respond(head, first))
     }
 }
 
@@ -82,14 +101,14 @@ pub fn away(error: Error) -> Failure {
 }
 
 impl Alive {
-    fn new(KeepAlive { data, timeout, always }: KeepAlive) -> Self {
+    pub fn new(KeepAlive { data, timeout, always }: KeepAlive) -> Self {
         let beat = if always { Beat::Always(timeout) } else { Beat::Silence(timeout) };
         Alive { data: chunk::of(&data), beat }
     }
 }
 
 /// Pushes what an origin says, until all is said.
-fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut Out) -> Then {
+pub fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut Out) -> Then {
     let Some(body) = from else { return Then::GoOn };
     while !out.is_full() {
         match Pin::new(&mut **body).poll_frame(cx) {
@@ -127,7 +146,7 @@ impl Voice for Plain {
     }
 
     fn events(&mut self, _: u32, bytes: Bytes, _: u32, out: &mut Out) -> Then {
-        let (chunk, closes) = mark::unpack(bytes);
+        let (chunk, closes) = frame::unpack(bytes);
         if let Some(chunk) = chunk {
             out.push(chunk);
         }

@@ -220,6 +220,12 @@ impl Instruct {
         }
         Ok(())
     }
+
+    /// Whether a held stream has to look at each item: its client may not get all of them, or has to get all of them.
+    pub fn is_followed(&self) -> bool {
+        let looks = |channel: &Channel| channel.prev_id.is_some() || !channel.filters.is_empty();
+        self.next.is_some() || self.channels.iter().any(looks)
+    }
 }
 
 /// Whether the body is instructions, and not for the client.
@@ -471,6 +477,7 @@ mod tests {
             always: false,
         };
         assert_eq!(instruct.keep_alive, Some(keep_alive));
+        assert!(!instruct.is_followed());
     }
 
     #[test]
@@ -496,6 +503,7 @@ mod tests {
         assert_eq!((&instruct.meta["user"][..], &instruct.meta["other"][..]), ("alice, \"a\"", "1"));
         let next = Link { uri: "/next?a=1,2;b".into(), timeout: Some(Duration::from_secs(9)) };
         assert_eq!(instruct.next, Some(next));
+        assert!(instruct.is_followed());
     }
 
     #[test]

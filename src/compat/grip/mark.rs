@@ -17,10 +17,8 @@ use serde_json::{
 
 use super::item::{Action, Body, Item, Response};
 use crate::{
-    bus::{Format, index},
     error::Result,
-    event::{self, Channel, Data, Draft, Event, Parts},
-    transport::chunk,
+    event::{self, Data, Draft, Event, Parts},
 };
 
 /// The member of `meta`. Its value is text, as all of `meta` is: of JSON.
@@ -309,45 +307,4 @@ fn lines(text: &str) -> Option<impl Iterator<Item = &str>> {
         rest = rest[end..].strip_prefix("\r\n").unwrap_or(&rest[end + 1..]);
         Some(line)
     }))
-}
-
-// === frames ===
-
-/// The first byte of a frame after which the stream ends. A size begins with a digit.
-const CLOSES: u8 = b'!';
-
-/// What held streams get that follow nothing: bytes, and nothing else, shared by all of them.
-pub static PLAIN: Format = Format { index: index::GRIP, open: chunk::open, event: plain, close: close_plain };
-
-fn plain(_: &Channel, event: &Event, out: &mut Vec<u8>) {
-    if out[0] == CLOSES {
-        return;
-    }
-    // Without a mark in it, it is a block.
-    match said(event, Mark::of(event).as_ref()) {
-        Said::Bytes(bytes) => out.extend_from_slice(&bytes),
-        Said::Close => out[0] = CLOSES,
-        // Who follows nothing has nothing to ask for.
-        Said::Nothing | Said::Hint => {}
-    }
-}
-
-fn close_plain(out: &mut Vec<u8>) {
-    let closes = out[0] == CLOSES;
-    chunk::close(out);
-    if closes {
-        out[0] = CLOSES;
-    }
-}
-
-/// What a frame of [`PLAIN`] is: the chunk to push, if there is one, and whether the stream ends behind it.
-pub fn unpack(frame: bytes::Bytes) -> (Option<bytes::Bytes>, bool) {
-    let closes = frame.first() == Some(&CLOSES);
-    if frame.len() <= chunk::HEAD.len() + chunk::TAIL.len() {
-        return (None, closes);
-    }
-    match closes {
-        true => (Some(chunk::of(&chunk::text(&frame))), true),
-        false => (Some(frame), false),
-    }
 }

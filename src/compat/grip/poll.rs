@@ -47,13 +47,13 @@ impl Grip {
         let channels = self.channels(route, &instruct)?;
         let mut subs = Subscriptions::new(Format::NONE);
         let mut waiting = Vec::with_capacity(channels.len());
-        for (nth, watch) in self.bus.watch(&channels).await.map_err(away)?.into_iter().enumerate() {
+        for (nth, watch) in self.parts.bus.watch(&channels).await.map_err(away)?.into_iter().enumerate() {
             let channel = watch.channel().clone();
             let added = subs.add(watch, Start::Now, None);
             let prev = instruct.channels[nth].prev_id.clone();
             waiting.push(Waiting { slot: added.slot, nth, channel, at: added.position, prev });
         }
-        let _counted = Counted::new(&self.metrics, &subs);
+        let _counted = Counted::new(&self.parts.metrics, &subs);
         // An item may have come between the origin's look and ours.
         let again = || {
             let mut last = HeaderMap::new();
@@ -77,7 +77,7 @@ impl Grip {
         }
         let body = self.whole(std::mem::replace(&mut answer.body, Content::Bytes(Bytes::new()))).await?;
         let mut alarm = std::pin::pin!(tokio::time::sleep_until(Instant::now() + instruct.timeout));
-        let mut leaving = std::pin::pin!(self.draining.cancelled());
+        let mut leaving = std::pin::pin!(self.parts.draining.cancelled());
         loop {
             tokio::select! {
                 biased;
@@ -88,7 +88,8 @@ impl Grip {
             }
             for wait in &mut waiting {
                 let limit = Limit { events: PAGE, bytes: usize::MAX };
-                let page = self.bus.read(&wait.channel, Start::After(wait.at), limit, None).await.map_err(away)?;
+                let page =
+                    self.parts.bus.read(&wait.channel, Start::After(wait.at), limit, None).await.map_err(away)?;
                 // What is gone may have been the answer: the origin knows.
                 if page.gap.is_some() && repeatable {
                     return Ok(again());
@@ -120,7 +121,7 @@ impl Grip {
     /// The id of the newest item of a channel, if it is known.
     pub(super) async fn last_id(&self, channel: &Channel) -> Option<String> {
         let limit = Limit { events: RECENT as usize, bytes: usize::MAX };
-        let page = self.bus.read(channel, Start::Last(RECENT), limit, None).await.ok()?;
+        let page = self.parts.bus.read(channel, Start::Last(RECENT), limit, None).await.ok()?;
         page.events.iter().rev().find_map(|event| Mark::of(event))?.id
     }
 }

@@ -41,8 +41,11 @@ use crate::{
 /// How long an idle connection to an origin is kept. Shorter than what common servers keep theirs (Node: 5 s; most: 60 s
 /// or more): a request that meets a closing one is sent again only if nothing of it was written.
 const IDLE: Duration = Duration::from_secs(4);
+/// How long one side of a tunnel stays open when the other has closed.
+const LINGER: Duration = Duration::from_secs(5);
 /// What the proxy does beyond passing on, for origins that ask.
-const FEATURES: HeaderValue = HeaderValue::from_static("status");
+const FEATURES: HeaderValue =
+    HeaderValue::from_static("status, link:next, filter:skip-self, filter:skip-users, filter:require-sub");
 
 /// Headers that are between two neighbours only (RFC 9110, 7.6.1), besides those that `Connection` names.
 const HOP: [HeaderName; 8] = [
@@ -326,7 +329,7 @@ pub fn tunnel(mut answer: Response<Incoming>, metrics: Arc<Metrics>, wheel: Arc<
 }
 
 async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, metrics: Arc<Metrics>, wheel: Arc<Wheel>) {
-    let Taken { io: mut client, early, seat: _seat, .. } = taken;
+    let Taken { io: client, early, seat: _seat, .. } = taken;
     let mut connected = metrics.connected(Transport::Ws);
     let Ok(upgraded) = upgrade.await else { return };
     let mut origin = TokioIo::new(upgraded);
@@ -342,13 +345,27 @@ async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, metrics: Arc<Me
     });
     let both = async {
         origin.write_all(&early).await?;
-        tokio::io::copy_bidirectional(&mut client, &mut origin).await
+        let (mut from_client, mut to_client) = tokio::io::split(client);
+        let (mut from_origin, mut to_origin) = tokio::io::split(origin);
+        let mut up = std::pin::pin!(async {
+            tokio::io::copy(&mut from_client, &mut to_origin).await?;
+            to_origin.shutdown().await
+        });
+        let mut down = std::pin::pin!(async {
+            tokio::io::copy(&mut from_origin, &mut to_client).await?;
+            to_client.shutdown().await
+        });
+        // Who hears that the other has no more to say has some time for last words, and not for ever.
+        let last = tokio::select! {
+            ended = &mut up => ended.map(|()| tokio::time::timeout(LINGER, down)),
+            ended = &mut down => return ended.map(|()| tokio::time::timeout(LINGER, up))?.await.unwrap_or(Ok(())),
+        };
+        last?.await.unwrap_or(Ok(()))
     };
     tokio::select! {
-        // Neither side has more to say, or one of them is gone.
         ended = both => match ended {
-            Ok(_) => connected.done(),
-            Err(_) => connected.peer(),
+            Ok(()) => connected.done(),
+            Err::<_, std::io::Error>(_) => connected.peer(),
         },
         () = leave => connected.because(crate::error::Code::Draining),
     }

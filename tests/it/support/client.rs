@@ -140,6 +140,14 @@ impl Client {
         (size > 0).then(|| chunk.into())
     }
 
+    /// Reads so many bytes as they are.
+    pub async fn read(&mut self, length: usize) -> Vec<u8> {
+        while self.buffer.len() < length {
+            assert!(self.fill().await, "the connection ended early");
+        }
+        self.buffer.drain(..length).collect()
+    }
+
     /// Whether the server has closed the connection, without an answer or after the last one.
     pub async fn is_closed(&mut self) -> bool {
         self.buffer.is_empty() && !self.fill().await

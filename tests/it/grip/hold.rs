@@ -1,0 +1,306 @@
+//! Held streams that follow nothing, and held responses.
+
+use serde_json::json;
+use std::time::Duration;
+
+use super::{Grip, Origin, before, behind, proxy::closed, route, until};
+use crate::support::Client;
+
+const HELD: &[(&str, &str)] = &[("Grip-Hold", "stream"), ("Grip-Channel", "a, b")];
+
+/// A client whose answer is held.
+pub async fn held(grip: &Grip, origin: &mut Origin, headers: &[(&str, &str)], body: &str) -> Client {
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/x?y=1", &[], b"").await;
+    origin.next().await.answer(headers, body).await;
+    let reply = client.head().await;
+    assert_eq!(reply.status, 200);
+    assert_eq!(reply.header("content-length"), None);
+    assert_eq!(reply.header("transfer-encoding"), Some("chunked"));
+    assert!(!reply.headers.iter().any(|(name, _)| name.starts_with("grip-")), "{reply:?}");
+    client
+}
+
+/// What comes of a stream up to so many bytes.
+pub async fn text(client: &mut Client, length: usize) -> String {
+    let mut text = Vec::new();
+    while text.len() < length {
+        text.extend_from_slice(&client.chunk().await.expect("more of the stream"));
+    }
+    String::from_utf8(text).unwrap()
+}
+
+#[tokio::test]
+async fn a_stream_is_the_publishers_bytes_behind_the_origins() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut client = held(&grip, &mut origin, HELD, "open\n").await;
+    // At once behind the head, and never lost.
+    grip.stream("a", "event: message\ndata: {\"a\":1}\n\n").await;
+    assert_eq!(text(&mut client, 35).await, "open\nevent: message\ndata: {\"a\":1}\n\n");
+    grip.stream("b", "no block").await;
+    grip.stream("c", "somebody else's").await;
+    grip.weir.publish("a", r#"{"from":"elsewhere"}"#).await;
+    assert_eq!(text(&mut client, 8).await, "no block");
+    assert_eq!(text(&mut client, 28).await, "data: {\"from\":\"elsewhere\"}\n\n");
+    let bytes: Vec<u8> = (0..=255).collect();
+    let binary = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &bytes);
+    grip.publish("a", json!({"formats": {"http-stream": {"content-bin": binary}}})).await;
+    assert_eq!(client.chunk().await.unwrap(), bytes);
+    grip.publish("b", json!({"formats": {"http-stream": {"action": "close"}}})).await;
+    assert_eq!(client.chunk().await, None);
+    assert!(client.is_closed().await);
+    closed(&grip).await;
+}
+
+#[tokio::test]
+async fn many_items_at_once_keep_their_order() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut client = held(&grip, &mut origin, HELD, "").await;
+    let item = |n: usize| json!({"channel": "a", "formats": {"http-stream": {"content": format!("{n};")}}});
+    let items: Vec<_> =
+        (0..300).map(item).chain([json!({"channel": "a", "http-stream": {"action": "close"}}), item(300)]).collect();
+    grip.publish_raw(json!({ "items": items }).to_string()).await.expect(200);
+    let mut got = Vec::new();
+    while let Some(chunk) = client.chunk().await {
+        got.extend_from_slice(&chunk);
+    }
+    let expected: String = (0..300).map(|n| format!("{n};")).collect();
+    assert_eq!(String::from_utf8(got).unwrap(), expected);
+}
+
+#[tokio::test]
+async fn the_origins_words_are_never_broken_into() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/", &[], b"").await;
+    let mut exchange = origin.next().await;
+    exchange.write("HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: a\r\nContent-Length: 10\r\n\r\nfirst").await;
+    client.head().await;
+    assert_eq!(text(&mut client, 5).await, "first");
+    grip.stream("a", "later").await;
+    exchange.write("words").await;
+    assert_eq!(text(&mut client, 10).await, "wordslater");
+}
+
+#[tokio::test]
+async fn keep_alives_in_silence_or_always() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    for (alive, bytes) in [
+        (r"event: keep-alive\ndata: \n\n; format=cstring; timeout=1", "event: keep-alive\ndata: \n\n"),
+        ("Ogo=; format=base64; timeout=1; mode=interval", ":\n"),
+        ("raw; timeout=1", "raw"),
+    ] {
+        let headers = [HELD, &[("Grip-Keep-Alive", alive)]].concat();
+        let mut client = held(&grip, &mut origin, &headers, "open\n").await;
+        assert_eq!(text(&mut client, 5).await, "open\n");
+        for _ in 0..2 {
+            assert_eq!(text(&mut client, 1).await, bytes);
+        }
+        grip.stream("a", "x").await;
+        assert!([format!("x{bytes}"), format!("{bytes}x")].contains(&text(&mut client, 1 + bytes.len()).await));
+    }
+}
+
+#[tokio::test]
+async fn instructions_in_a_body() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let body = json!({
+        "hold": {"mode": "stream", "channels": [{"name": "a"}]},
+        "response": {"headers": {"X-A": "1"}, "body": "open\n"},
+    });
+    let kind = [("Content-Type", "application/grip-instruct")];
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/", &[], b"").await;
+    origin.next().await.answer(&kind, body.to_string()).await;
+    let reply = client.head().await;
+    assert_eq!((reply.status, reply.header("x-a"), reply.header("content-type")), (200, Some("1"), None));
+    grip.stream("a", "x").await;
+    assert_eq!(text(&mut client, 6).await, "open\nx");
+    // Without a hold it is just the answer.
+    let asked = tokio::spawn(grip.ask("GET", "/").into_future());
+    origin.next().await.answer(&kind, r#"{"response":{"code":404,"body-bin":"AP8="}}"#).await;
+    assert_eq!(asked.await.unwrap().expect(404).body, [0, 255][..]);
+}
+
+#[tokio::test]
+async fn other_heads_and_other_ways() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    // Another status than 200, and HTTP/1.0: no chunks.
+    let mut client = Client::connect(grip.proxy).await;
+    client.write("GET / HTTP/1.0\r\nHost: a\r\n\r\n").await;
+    origin.next().await.answer(&[HELD, &[("Grip-Status", "201")]].concat(), "open\n").await;
+    let reply = client.head().await;
+    assert_eq!((reply.status, reply.header("transfer-encoding")), (201, None));
+    grip.stream("a", "x").await;
+    assert_eq!(client.read(6).await, b"open\nx");
+    grip.publish("a", json!({"formats": {"http-stream": {"action": "close"}}})).await;
+    assert!(client.is_closed().await);
+}
+
+#[tokio::test]
+async fn a_prefix_is_the_routes_own() {
+    let (mut one, mut two) = (Origin::start().await, Origin::start().await);
+    let keyed = |path, origin, name: &str| {
+        let mut route = route(path, origin);
+        (route.prefix, route.key) = (format!("{name}-"), name.into());
+        route
+    };
+    let grip = behind(vec![keyed("/one", &one, "one"), keyed("/two", &two, "two")], |starter| starter).await;
+    let mut clients = Vec::new();
+    for (path, origin) in [("/one", &mut one), ("/two", &mut two)] {
+        let mut client = Client::connect(grip.proxy).await;
+        client.send("GET", path, &[], b"").await;
+        origin.next().await.answer(HELD, "").await;
+        assert_eq!(client.head().await.status, 200);
+        clients.push(client);
+    }
+    let item =
+        |channel: &str| json!({"items": [{"channel": channel, "http-stream": {"content": channel}}]}).to_string();
+    for (key, channel) in [("one", "a"), ("two", "a"), ("two", "two-b")] {
+        let bearer = format!("Bearer {key}");
+        let request = crate::support::Request::new(grip.publish, "POST", "/publish/".into());
+        request.header("Authorization", &bearer).body(item(channel)).await.expect(200);
+    }
+    assert_eq!(text(&mut clients[0], 1).await, "a");
+    assert_eq!(text(&mut clients[1], 6).await, "atwo-b");
+    let channels = grip.weir.get("/v1/channels").await.expect(200).json();
+    let names: Vec<_> = channels["channels"].as_array().unwrap().iter().map(|info| &info["channel"]).collect();
+    assert_eq!(names, ["one-a", "two-a", "two-b"]);
+}
+
+#[tokio::test]
+async fn a_drain_ends_what_is_held() {
+    let mut origin = Origin::start().await;
+    let grip = behind(vec![route("/", &origin)], |starter| {
+        starter.with(|config| config.drain.window = Duration::from_millis(100))
+    })
+    .await;
+    let mut client = held(&grip, &mut origin, HELD, "open\n").await;
+    assert_eq!(text(&mut client, 5).await, "open\n");
+    let waiting = tokio::spawn(grip.ask("GET", "/wait").into_future());
+    origin.next().await.answer(&[("Grip-Hold", "response"), ("Grip-Channel", "answers")], "timeout").await;
+    grip.readers("answers", 1).await;
+    grip.weir.leave();
+    assert_eq!(waiting.await.unwrap().expect(200).text(), "timeout");
+    assert_eq!(client.chunk().await, None);
+    grip.weir.left().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_cannot_keep_up_ends_rather_than_miss_something() {
+    let mut origin = Origin::start().await;
+    let grip =
+        behind(vec![route("/", &origin)], |starter| starter.with(|config| config.channels[0].keep.count = 5)).await;
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/", &[], b"").await;
+    let mut exchange = origin.next().await;
+    exchange.write("HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: a\r\nContent-Length: 4\r\n\r\nop").await;
+    client.head().await;
+    for n in 0..10 {
+        grip.stream("a", &n.to_string()).await;
+    }
+    exchange.write("en").await;
+    assert_eq!(text(&mut client, 4).await, "open");
+    assert_eq!(client.chunk().await, None);
+    assert_eq!(grip.metric("weir_gaps_total{reason=\"trimmed\"}"), 1);
+}
+
+// === responses ===
+
+const WAITS: &[(&str, &str)] =
+    &[("Grip-Hold", "response"), ("Grip-Channel", "answers"), ("X-Origin", "1"), ("Content-Type", "a/b")];
+
+#[tokio::test]
+async fn a_response_is_answered_by_an_item() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    for (item, status, body) in [
+        (json!({"body": "{\"a\":1}"}), 200, r#"{"a":1}"#),
+        (
+            json!({"code": 404, "reason": "No", "headers": [["X-Item", "1"], ["Grip-X", "1"], ["Content-Type", "c/d"]], "body": ""}),
+            404,
+            "",
+        ),
+        (json!({"body-patch": [{"op": "replace", "path": "/n", "value": 2}]}), 200, r#"{"n":2}"#),
+    ] {
+        let asked = tokio::spawn(grip.ask("GET", "/").into_future());
+        origin.next().await.answer(WAITS, r#"{"n":1}"#).await;
+        grip.readers("answers", 1).await;
+        // Not for responses.
+        grip.stream("answers", "x").await;
+        grip.weir.publish("answers", "1").await;
+        let items = json!({"formats": {"http-response": item}});
+        grip.publish("answers", items).await;
+        let reply = asked.await.unwrap().expect(status);
+        assert_eq!((reply.text(), reply.header("x-origin"), reply.header("grip-x")), (body, Some("1"), None));
+        assert_eq!(reply.header("content-type"), Some(if status == 404 { "c/d" } else { "a/b" }));
+        assert_eq!(reply.header("content-length"), Some(&*body.len().to_string()));
+    }
+    grip.readers("answers", 0).await;
+    // What is no format for streams is an event all the same, but nothing to a held stream.
+    let read = grip.weir.get("/v1/events?channel=answers&last=1").await.expect(200).json();
+    assert_eq!((&read["events"][0]["type"], &read["events"][0]["data"]), (&json!("grip"), &json!(null)));
+    closed(&grip).await;
+}
+
+#[tokio::test]
+async fn a_response_that_nobody_answers_is_the_origins() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let asked = tokio::spawn(grip.ask("POST", "/").body("x").into_future());
+    let headers = [WAITS, &[("Grip-Timeout", "0"), ("Grip-Status", "304")]].concat();
+    origin.next().await.answer(&headers, "late").await;
+    let reply = asked.await.unwrap().expect(304);
+    assert_eq!((reply.text(), reply.header("x-origin")), ("", Some("1")));
+    closed(&grip).await;
+    // A client that does not wait is not waited for.
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/", &[], b"").await;
+    origin.next().await.answer(WAITS, "late").await;
+    grip.readers("answers", 1).await;
+    drop(client);
+    closed(&grip).await;
+}
+
+#[tokio::test]
+async fn a_response_that_is_outdated_is_asked_for_again() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    grip.publish("answers", json!({"id": "2", "formats": {"http-response": {"body": "two"}}})).await;
+    let asked = tokio::spawn(grip.ask("GET", "/p").header("X-A", "1").into_future());
+    let outdated = [("Grip-Hold", "response"), ("Grip-Channel", "answers; prev-id=1")];
+    origin.next().await.answer(&outdated, "").await;
+    let exchange = origin.next().await;
+    assert_eq!((exchange.line(), exchange.header("x-a")), ("GET /p", Some("1")));
+    assert_eq!(exchange.header("grip-last"), Some("answers; last-id=1"));
+    let current = [("Grip-Hold", "response"), ("Grip-Channel", "answers; prev-id=2")];
+    exchange.answer(&current, "").await;
+    grip.readers("answers", 1).await;
+    // A hint has the origin asked as well.
+    grip.publish("answers", json!({"id": "3", "prev-id": "2", "formats": {"http-response": {"action": "hint"}}})).await;
+    let exchange = origin.next().await;
+    assert_eq!(exchange.header("grip-last"), Some("answers; last-id=2"));
+    exchange.answer(&[], "fresh").await;
+    assert_eq!(asked.await.unwrap().expect(200).text(), "fresh");
+    closed(&grip).await;
+}
+
+#[tokio::test]
+async fn filters_of_clients_and_publishers() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let filtered = [("Grip-Hold", "stream"), ("Grip-Channel", "a; filter=skip-self"), ("Grip-Set-Meta", "user=alice")];
+    let mut client = held(&grip, &mut origin, &filtered, "").await;
+    for (sender, content) in [("alice", "mine"), ("bob", "his")] {
+        grip.publish("a", json!({"meta": {"sender": sender}, "formats": {"http-stream": {"content": content}}})).await;
+    }
+    assert_eq!(text(&mut client, 3).await, "his");
+    drop(client);
+    until(async || grip.weir.connections().is_empty()).await;
+}

@@ -1,0 +1,257 @@
+//! What goes through, and what does not.
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL};
+use serde_json::Value;
+use std::time::Duration;
+
+use super::{Grip, Origin, before, behind, route, until};
+use crate::support::Client;
+
+fn claims(token: &str) -> Value {
+    serde_json::from_slice(&BASE64URL.decode(token.split('.').nth(1).unwrap()).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn a_request_and_its_answer_pass_as_they_are() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let asked = grip
+        .ask("POST", "/a%20b/c?d=e&f")
+        .header("Host", "example.com")
+        .header("Cookie", "a=1; b=2")
+        .header("Connection", "X-Mine")
+        .header("X-Mine", "hop")
+        .header("Grip-Sig", "forged")
+        .header("Grip-Anything", "forged")
+        .header("X-Forwarded-For", "10.1.1.1")
+        .body("hello");
+    let asked = tokio::spawn(async move { asked.await });
+    let mut exchange = origin.next().await;
+    assert_eq!(exchange.line(), "POST /a%20b/c?d=e&f");
+    assert_eq!(exchange.body(5).await, b"hello");
+    assert_eq!((exchange.header("host"), exchange.header("cookie")), (Some("example.com"), Some("a=1; b=2")));
+    assert_eq!((exchange.header("x-mine"), exchange.header("grip-anything")), (None, None));
+    assert_eq!(exchange.header("x-forwarded-for"), Some("10.1.1.1, 127.0.0.1"));
+    assert_eq!(exchange.header("x-forwarded-proto"), Some("http"));
+    assert!(exchange.header("grip-feature").unwrap().contains("link:next"));
+    assert_eq!(exchange.head.to_ascii_lowercase().matches("grip-sig").count(), 1);
+    let claims = claims(exchange.header("grip-sig").unwrap());
+    assert_eq!(claims["iss"], "pushpin");
+    assert!(claims["exp"].as_u64().unwrap() > 1_700_000_000);
+    let answer = "HTTP/1.1 418 Teapot\r\nContent-Length: 3\r\nX-A: 1\r\nX-A: 2\r\nSet-Cookie: x\r\nGrip-Status: 299\r\n\
+                  Connection: x-hop\r\nX-Hop: 1\r\nGrip-Foo: bar\r\n\r\nabc";
+    exchange.write(answer.replace("Grip-Status: 299\r\n", "")).await;
+    let reply = asked.await.unwrap().expect(418);
+    assert_eq!((reply.text(), reply.all("x-a").as_str(), reply.header("set-cookie")), ("abc", "1, 2", Some("x")));
+    assert_eq!((reply.header("x-hop"), reply.header("grip-foo")), (None, None));
+}
+
+#[tokio::test]
+async fn the_longest_path_that_fits_counts() {
+    let (mut all, mut api) = (Origin::start().await, Origin::start().await);
+    let mut keyed = route("/api", &api);
+    keyed.key = "secret".into();
+    let grip = behind(vec![route("/", &all), keyed], |starter| starter).await;
+    for (path, is_api) in [("/", false), ("/api", true), ("/api/x", true), ("/apiary", false), ("/api?x", true)] {
+        let asked = tokio::spawn(grip.ask("GET", path).into_future());
+        let exchange = if is_api { api.next().await } else { all.next().await };
+        assert_eq!(exchange.line(), format!("GET {path}"));
+        exchange.answer(&[], "x").await;
+        asked.await.unwrap().expect(200);
+    }
+    let nowhere = behind(vec![route("/api", &api)], |starter| starter).await;
+    let reply = nowhere.ask("GET", "/other").await.expect(502);
+    assert_eq!(reply.text(), "No route for /other.\n");
+}
+
+#[tokio::test]
+async fn bodies_are_streamed_both_ways() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut client = Client::connect(grip.proxy).await;
+    client.write("POST /up HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n").await;
+    let mut exchange = origin.next().await;
+    assert_eq!(exchange.body(8).await, b"3\r\none\r\n");
+    // Answered before the request is whole.
+    exchange.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n2\r\nok\r\n").await;
+    assert_eq!(client.head().await.status, 200);
+    assert_eq!(client.chunk().await.unwrap(), "ok");
+    client.write("3\r\ntwo\r\n0\r\n\r\n").await;
+    assert_eq!(exchange.chunks().await, b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n");
+    exchange.write("4\r\nmore\r\n0\r\n\r\n").await;
+    assert_eq!((client.chunk().await.unwrap(), client.chunk().await), ("more".into(), None));
+}
+
+#[tokio::test]
+async fn head_and_bodiless_answers() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let asked = tokio::spawn(grip.ask("HEAD", "/x").into_future());
+    let mut exchange = origin.next().await;
+    assert_eq!(exchange.line(), "HEAD /x");
+    exchange.write("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nGrip-Hold: stream\r\nGrip-Channel: a\r\n\r\n").await;
+    let reply = asked.await.unwrap().expect(200);
+    assert_eq!((reply.header("content-length"), reply.header("grip-hold")), (Some("5"), None));
+    exchange.done();
+    let asked = tokio::spawn(grip.ask("GET", "/x").into_future());
+    let mut exchange = origin.next().await;
+    exchange
+        .write("HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 304 Not Modified\r\nETag: \"1\"\r\n\r\n")
+        .await;
+    let reply = asked.await.unwrap().expect(304);
+    assert_eq!(reply.header("etag"), Some("\"1\""));
+}
+
+#[tokio::test]
+async fn an_origin_that_misbehaves() {
+    let mut origin = Origin::start().await;
+    let grip = behind(vec![route("/", &origin)], |starter| {
+        starter.with(|config| config.compat.grip.timeout = Duration::from_millis(300))
+    })
+    .await;
+    for (answer, says) in [
+        ("", "it broke off"),
+        ("nonsense\r\n\r\n", "it broke off"),
+        ("HTTP/1.1 200 OK\r\nGrip-Hold: forever\r\n\r\n", "Grip-Hold must be set to either 'response' or 'stream'"),
+        ("HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: \u{1}\r\n\r\n", "it broke off"),
+        (
+            "HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: a\r\nGrip-Timeout: x\r\n\r\n",
+            "failed to parse Grip-Timeout",
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nContent-Encoding: gzip\r\nGrip-Channel: a\r\n\r\n",
+            "an answer that is held cannot have a Content-Encoding",
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: a; prev-id=1\r\n\r\n",
+            "channel 'a' specifies prev-id, but no next link found",
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: application/grip-instruct\r\nContent-Length: 1\r\n\r\n{",
+            "failed to parse application/grip-instruct content as JSON",
+        ),
+        ("HTTP/1.1 200 OK\r\nGrip-Hold: response\r\nContent-Length: 9\r\n\r\nabc", "it broke off"),
+    ] {
+        let asked = tokio::spawn(grip.ask("POST", "/x").into_future());
+        let mut exchange = origin.next().await;
+        exchange.write(answer).await;
+        drop(exchange);
+        let reply = asked.await.unwrap().expect(502);
+        assert_eq!(reply.text(), format!("Error while proxying to origin: {says}.\n"), "{answer}");
+        assert_eq!(reply.header("content-type"), Some("text/plain"));
+    }
+    let asked = tokio::spawn(grip.ask("GET", "/x").into_future());
+    let mut exchange = origin.next().await;
+    let reply = asked.await.unwrap().expect(504);
+    assert_eq!(reply.text(), "Error while proxying to origin: it did not answer within 300ms.\n");
+    assert!(exchange.is_cancelled().await);
+
+    // Cut off in the midst of a body, the client is too, and does not take it for whole.
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/x", &[], b"").await;
+    let mut exchange = origin.next().await;
+    exchange.write("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc").await;
+    assert_eq!(client.head().await.header("content-length"), Some("10"));
+    assert_eq!(client.read(3).await, b"abc");
+    drop(exchange);
+    assert!(client.is_closed().await);
+
+    let gone = origin.address;
+    drop(origin);
+    let grip = behind(
+        vec![weir::config::GripRoute {
+            origin: format!("http://127.0.0.1:{}", unused(gone).await),
+            path: "/".into(),
+            ..Default::default()
+        }],
+        |starter| starter,
+    )
+    .await;
+    let reply = grip.ask("GET", "/x").await.expect(502);
+    assert_eq!(reply.text(), "Error while proxying to origin: it cannot be reached.\n");
+}
+
+/// A port on which nobody listens.
+async fn unused(_: std::net::SocketAddr) -> u16 {
+    tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn a_client_that_goes_ends_what_it_asked_for() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    for answer in
+        ["", "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", "HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\n\r\nabc"]
+    {
+        let mut client = Client::connect(grip.proxy).await;
+        client.send("GET", "/x", &[], b"").await;
+        let mut exchange = origin.next().await;
+        exchange.write(answer).await;
+        if !answer.is_empty() {
+            client.head().await;
+        }
+        drop(client);
+        assert!(exchange.is_cancelled().await, "{answer}");
+    }
+    closed(&grip).await;
+}
+
+#[tokio::test]
+async fn websockets_are_tunnels() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut client = Client::connect(grip.proxy).await;
+    let upgrade = [
+        ("Connection", "Upgrade"),
+        ("Upgrade", "websocket"),
+        ("Sec-WebSocket-Key", "abc"),
+        ("Sec-WebSocket-Version", "13"),
+    ];
+    client.send("GET", "/ws", &upgrade, b"").await;
+    let mut exchange = origin.next().await;
+    assert_eq!((exchange.header("upgrade"), exchange.header("connection")), (Some("websocket"), Some("upgrade")));
+    assert_eq!(exchange.header("sec-websocket-key"), Some("abc"));
+    assert!(exchange.header("grip-sig").is_some());
+    let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: xyz\r\n\r\nearly";
+    exchange.write(head).await;
+    let reply = client.head().await;
+    assert_eq!(
+        (reply.status, reply.header("upgrade"), reply.header("connection")),
+        (101, Some("websocket"), Some("upgrade"))
+    );
+    assert_eq!(reply.header("sec-websocket-accept"), Some("xyz"));
+    assert_eq!(client.read(5).await, b"early");
+    client.write("from client").await;
+    assert_eq!(exchange.read().await, b"from client");
+    exchange.write("from origin").await;
+    assert_eq!(client.read(11).await, b"from origin");
+    assert_eq!(grip.metric("weir_connections{transport=\"ws\"}"), 1);
+    drop(exchange);
+    assert!(client.is_closed().await);
+    drop(client);
+    // Refused, it is an answer as any other.
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/ws", &upgrade, b"").await;
+    origin.next().await.answer(&[], "no").await;
+    assert_eq!(client.reply().await.text(), "no");
+    drop(client);
+    closed(&grip).await;
+    // A drain ends tunnels.
+    let mut client = Client::connect(grip.proxy).await;
+    client.send("GET", "/ws", &upgrade, b"").await;
+    let mut exchange = origin.next().await;
+    exchange.write(head).await;
+    assert_eq!(client.head().await.status, 101);
+    grip.weir.leave();
+    assert!(exchange.is_cancelled().await);
+}
+
+/// Waits until nobody is connected, and counts what is left.
+pub async fn closed(grip: &Grip) {
+    until(async || grip.weir.connections().is_empty()).await;
+    for transport in ["http", "sse", "ws", "poll"] {
+        assert_eq!(grip.metric(&format!("weir_connections{{transport=\"{transport}\"}}")), 0, "{transport}");
+        assert_eq!(grip.metric(&format!("weir_subscriptions{{transport=\"{transport}\"}}")), 0, "{transport}");
+    }
+    assert_eq!(grip.weir.gateway().bus.topics().readers(), 0);
+}

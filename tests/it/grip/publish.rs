@@ -1,0 +1,194 @@
+//! Where origins publish.
+
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use serde_json::json;
+
+use super::{Grip, Origin, before, behind, route};
+use crate::support::{Reply, Request};
+
+async fn nobody() -> Grip {
+    before(&Origin::start().await).await
+}
+
+async fn ask(grip: &Grip, method: &'static str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
+    let request = Request::new(grip.publish, method, path.into()).body(body.to_owned());
+    headers.iter().fold(request, |request, (name, value)| request.header(name, value)).await
+}
+
+const ITEM: &str = r#"{"items":[{"channel":"a","formats":{"http-stream":{"content":"x"}}}]}"#;
+
+#[tokio::test]
+async fn answers_in_pushpins_words() {
+    let grip = nobody().await;
+    let grip = &grip;
+    for (method, path, body, status, text) in [
+        ("POST", "/publish/", ITEM, 200, "Published\n"),
+        ("POST", "/publish", ITEM, 200, "Published\n"),
+        ("POST", "/publish/?x=1", r#"{"items":[]}"#, 200, "Published\n"),
+        ("POST", "/publish/", r#"{"items":[{"channel":"a","formats":{"odd":{}}}]}"#, 200, "Published\n"),
+        ("POST", "/publish/", "{", 400, "Body is not valid JSON.\n"),
+        ("POST", "/publish/", "", 400, "Body is not valid JSON.\n"),
+        ("POST", "/publish/", "{}", 400, "Invalid format: object does not contain 'items'\n"),
+        ("POST", "/publish/", r#"{"items":1}"#, 400, "Invalid format: object contains 'items' with wrong type\n"),
+        ("POST", "/publish/", r#"{"items":[{"channel":"a"}]}"#, 400, "Invalid format: no formats specified\n"),
+        ("GET", "/publish/", "", 405, "Method not allowed: GET.\n"),
+        ("GET", "/", "", 200, "Pushpin API\n"),
+        ("POST", "/elsewhere", "", 404, "Not Found\n"),
+    ] {
+        let reply = ask(grip, method, path, &[], body).await;
+        assert_eq!((reply.status, reply.text()), (status, text), "{method} {path} {body}");
+        assert_eq!(reply.header("content-type"), Some("text/plain"));
+    }
+    let json = ask(grip, "POST", "/publish/", &[("Accept", "application/json")], ITEM).await;
+    assert_eq!((json.text(), json.header("content-type")), ("{\"message\":\"Published\"}\n", Some("application/json")));
+    ask(grip, "POST", "/publish/", &[("Accept", "image/png")], ITEM).await.expect(406);
+    ask(grip, "POST", "/publish/", &[("Origin", "http://evil.example")], ITEM).await.expect(403);
+    ask(grip, "POST", "/publish/", &[("Host", "evil.example")], ITEM).await.expect(403);
+    // What native names forbid is a wrong format here.
+    for channel in ["", "$services", "a\u{1}"] {
+        let item = json!({"items": [{"channel": channel, "http-stream": {"content": "x"}}]}).to_string();
+        let reply = ask(grip, "POST", "/publish/", &[], &item).await;
+        assert!([400, 403].contains(&reply.status), "{channel:?}: {reply:?}");
+    }
+    // The main listener has it too.
+    let reply = grip.weir.post("/grip/publish/", ITEM).await.expect(200);
+    assert_eq!(reply.text(), "Published\n");
+    // All of a request or nothing of it, if it is wrong.
+    let half = r#"{"items":[{"channel":"half","http-stream":{"content":"x"}},{"channel":"half","http-stream":{}}]}"#;
+    ask(grip, "POST", "/publish/", &[], half).await.expect(400);
+    assert_eq!(grip.weir.get("/v1/events?channel=half").await.json()["events"], json!([]));
+}
+
+#[tokio::test]
+async fn limits_are_named() {
+    let grip = behind(vec![], |starter| {
+        starter.with(|config| {
+            config.limits.publish_bytes = 300;
+            config.limits.event = 150;
+        })
+    })
+    .await;
+    let item =
+        |length| json!({"items": [{"channel": "a", "http-stream": {"content": "x".repeat(length)}}]}).to_string();
+    ask(&grip, "POST", "/publish/", &[], &item(10)).await.expect(200);
+    let reply = ask(&grip, "POST", "/publish/", &[], &item(200)).await.expect(413);
+    assert!(reply.text().contains("limits.event"), "{}", reply.text());
+    let reply = ask(&grip, "POST", "/publish/", &[], &item(400)).await.expect(413);
+    assert_eq!(reply.text(), "Body has more than 300 bytes (limits.publish_bytes).\n");
+}
+
+#[tokio::test]
+async fn keys_are_asked_for_where_there_are_some() {
+    let origin = Origin::start().await;
+    let mut keyed = route("/", &origin);
+    keyed.key = "base64:c2VjcmV0".into();
+    let grip = behind(vec![keyed], |starter| starter).await;
+    for (authorization, status) in [
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer wrong", 401),
+        ("Bearer secret", 200),
+        ("Bearer base64:c2VjcmV0", 200),
+        (&format!("Basic {}", BASE64.encode("anybody:secret")), 200),
+        (&format!("Basic {}", BASE64.encode("secret:wrong")), 401),
+        ("Basic !", 401),
+        ("Digest secret", 401),
+    ] {
+        let reply = ask(&grip, "POST", "/publish/", &[("Authorization", authorization)], ITEM).await;
+        assert_eq!(reply.status, status, "{authorization}: {}", reply.text());
+        assert_eq!(reply.header("www-authenticate"), (status == 401).then_some("Bearer"));
+    }
+    // The main listener is no way around it, nor is a page.
+    grip.weir.post("/grip/publish/", ITEM).await.expect(401);
+    let page = [("Authorization", "Bearer secret"), ("Origin", "http://page.example")];
+    ask(&grip, "POST", "/publish/", &page, ITEM).await.expect(200);
+}
+
+#[tokio::test]
+async fn an_id_counts_once() {
+    let grip = nobody().await;
+    for content in ["one", "one", "other"] {
+        grip.publish("a", json!({"id": "1", "formats": {"http-stream": {"content": content}}})).await;
+        grip.publish("b", json!({"id": "1".repeat(500), "formats": {"http-stream": {"content": content}}})).await;
+    }
+    for channel in ["a", "b"] {
+        let read = grip.weir.get(format!("/v1/events?channel={channel}")).await.expect(200).json();
+        assert_eq!(read["events"].as_array().unwrap().len(), 1);
+        assert_eq!(read["events"][0]["data"], "one");
+    }
+}
+
+#[tokio::test]
+async fn an_item_waits_for_the_one_before_it() {
+    let grip = nobody().await;
+    let body = |id: &str, prev: &str| {
+        json!({"items": [{"channel": "a", "id": id, "prev-id": prev, "http-stream": {"content": id}}]}).to_string()
+    };
+    ask(&grip, "POST", "/publish/", &[], &body("1", "0")).await.expect(200);
+    let publish = grip.publish;
+    let third = tokio::spawn(Request::new(publish, "POST", "/publish/".into()).body(body("3", "2")).into_future());
+    grip.readers("a", 1).await;
+    ask(&grip, "POST", "/publish/", &[], &body("2", "1")).await.expect(200);
+    third.await.unwrap().expect(200);
+    let read = grip.weir.get("/v1/events?channel=a").await.expect(200).json();
+    let order: Vec<_> = read["events"].as_array().unwrap().iter().map(|event| event["data"].clone()).collect();
+    assert_eq!(order, ["1", "2", "3"]);
+    grip.readers("a", 0).await;
+    // What never comes is not waited for for ever.
+    ask(&grip, "POST", "/publish/", &[], &body("9", "8")).await.expect(200);
+}
+
+/// The row and the column of GRIP in "Between worlds".
+#[tokio::test]
+async fn between_worlds() {
+    let mut origin = Origin::start().await;
+    let grip = behind(vec![route("/", &origin)], |starter| {
+        starter.with(|config| {
+            config.compat.enable.push(weir::config::Adapter::Ganomede);
+            config.compat.ganomede.secret = "s".into();
+        })
+    })
+    .await;
+    let mut client = super::hold::held(&grip, &mut origin, &[("Grip-Hold", "stream"), ("Grip-Channel", "w")], "").await;
+    grip.stream("w", "event: e\ndata: {\"a\":1}\n\n").await;
+    grip.stream("w", "event: e\ndata: text\n\n").await;
+    grip.stream("w", "no block").await;
+    grip.weir.post("/v1/events?channel=w&type=n", "[1]").await.expect(201);
+    grip.weir.post("/v1/events?channel=w", "text").await.expect(201);
+    let posted = r#"{"secret":"s","clientId":"c","channel":"w","from":"f","type":"g","data":{"b":2}}"#;
+    grip.weir
+        .request("POST", "/events/v1/events")
+        .header("Content-Type", "application/json")
+        .body(posted)
+        .await
+        .expect(200);
+
+    let stream = "event: e\ndata: {\"a\":1}\n\nevent: e\ndata: text\n\nno blockevent: n\ndata: [1]\n\ndata: \"text\"\n\nevent: g\ndata: {\"b\":2}\n\n";
+    assert_eq!(super::hold::text(&mut client, stream.len()).await, stream);
+
+    let native = grip.weir.get("/v1/events?channel=w").await.expect(200).json();
+    let native: Vec<_> =
+        native["events"].as_array().unwrap().iter().map(|event| json!([event["type"], event["data"]])).collect();
+    let expected = [
+        json!(["e", {"a": 1}]),
+        json!(["e", "text"]),
+        json!(["grip", "no block"]),
+        json!(["n", [1]]),
+        json!([null, "text"]),
+        json!(["g", {"b": 2}]),
+    ];
+    assert_eq!(native, expected);
+
+    let ganomede = grip.weir.get("/events/v1/events?secret=s&clientId=c&channel=w&after=0").await.expect(200).json();
+    let ganomede: Vec<_> =
+        ganomede.as_array().unwrap().iter().map(|event| json!([event["type"], event["data"]])).collect();
+    let expected = [
+        json!(["e", {"a": 1}]),
+        json!(["e", {"value": "text"}]),
+        json!(["grip", {"value": "no block"}]),
+        json!(["n", [1]]),
+        json!(["message", {"value": "text"}]),
+        json!(["g", {"b": 2}]),
+    ];
+    assert_eq!(ganomede, expected);
+}
