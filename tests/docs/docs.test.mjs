@@ -3,8 +3,9 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { existsSync, readdirSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import http from "node:http";
+import { tmpdir } from "node:os";
 import path from "node:path";
 import { test } from "node:test";
 import { BIN, CHROMIUM_ARGS, ROOT, Socket, Weir, until, within } from "../support/weir.mjs";
@@ -232,11 +233,22 @@ class Page {
   }
 }
 
+/** The file of settings that a page shows is the one its weir has. */
+function configured(t, found) {
+  const settings = found.find(block => block.lang === "toml" && block.skip === undefined);
+  if (!settings) return [];
+  const folder = mkdtempSync(path.join(tmpdir(), "weir-docs-"));
+  t.after(() => rmSync(folder, { recursive: true }));
+  const file = path.join(folder, "weir.toml");
+  writeFileSync(file, settings.text);
+  return ["--config", file];
+}
+
 for (const name of pages) {
   test(name, async t => {
     const found = blocks(path.join(ROOT, name));
     if (!found.some(block => RUNNABLE.has(block.lang) && !block.skip)) return t.diagnostic("nothing to run");
-    const weir = await Weir.start(t);
+    const weir = await Weir.start(t, { args: configured(t, found) });
     const page = new Page(t, weir);
     let previous;
     for (const block of found) {
