@@ -1,4 +1,4 @@
-//! Calls: caller → hub → provider → hub → caller, over WebSocket JSON-RPC.
+//! Calls: caller → hub → provider → hub → caller, over WebSocket: JSON-RPC, or MicroStream's events on Socket.IO.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -19,6 +19,14 @@ use crate::{
     wire,
 };
 
+/// What is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    JsonRpc,
+    /// One client of a name, so each provider is a service of its own.
+    MicroStream,
+}
+
 /// Who calls whom.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
@@ -37,6 +45,7 @@ pub struct Rig {
     poll: Poll,
     /// Providers first.
     peers: Vec<Peer>,
+    wire: Wire,
     layout: Layout,
     scratch: Vec<u8>,
     busy_poll: bool,
@@ -50,6 +59,9 @@ struct Peer {
 }
 
 struct Caller {
+    wire: Wire,
+    /// The service that it calls, as a caller of MicroStream.
+    target: usize,
     number: u32,
     next: u64,
     under_way: Vec<Stamp>,
@@ -68,7 +80,7 @@ impl Rig {
     pub fn weir(server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
-            let mut stream = blocking_upgrade(server.addr())?;
+            let mut stream = blocking_upgrade(server.addr(), "/v1/ws")?;
             if number < layout.providers {
                 let mut provide = Vec::new();
                 let text = br#"{"jsonrpc":"2.0","id":1,"method":"weir.provide","params":{"service":"bench","concurrency":1000}}"#;
@@ -79,7 +91,25 @@ impl Rig {
             }
             peers.push(stream);
         }
-        Self::new("weir", server, peers, layout, busy_poll)
+        Self::new("weir", server.pid(), peers, Wire::JsonRpc, layout, busy_poll)
+    }
+
+    /// The same calls by clients of MicroStream, at weir or at another hub.
+    pub fn microstream(who: &'static str, addr: SocketAddr, pid: u32, layout: Layout, busy_poll: bool) -> Result<Self> {
+        let mut peers = Vec::new();
+        for number in 0..layout.providers + layout.callers {
+            let path = format!("/socket.io/?EIO=4&transport=websocket&serviceName=bench{number}");
+            let mut stream = blocking_upgrade(addr, &path)?;
+            let open = blocking_frame(&mut stream)?;
+            ensure!(open.starts_with(b"0{"), "{}", String::from_utf8_lossy(&open));
+            let mut connect = Vec::new();
+            wire::put_frame(wire::TEXT, b"40", &mut connect);
+            stream.write_all(&connect)?;
+            let connected = blocking_frame(&mut stream)?;
+            ensure!(connected.starts_with(b"40{"), "{}", String::from_utf8_lossy(&connected));
+            peers.push(stream);
+        }
+        Self::new(who, pid, peers, Wire::MicroStream, layout, busy_poll)
     }
 
     /// The same at a floor, which relays the same frames.
@@ -95,13 +125,14 @@ impl Rig {
             peers.push(stream);
         }
         drop(link::connect(server.addr(), &[PUBLISHER])?); // all are here
-        Self::new(who, server, peers, layout, busy_poll)
+        Self::new(who, server.pid(), peers, Wire::JsonRpc, layout, busy_poll)
     }
 
     fn new(
         who: &'static str,
-        server: &Process,
+        pid: u32,
         streams: Vec<std::net::TcpStream>,
+        wire: Wire,
         layout: Layout,
         busy_poll: bool,
     ) -> Result<Self> {
@@ -112,13 +143,15 @@ impl Rig {
             let mut stream = TcpStream::from_std(stream);
             poll.registry().register(&mut stream, Token(token), Interest::READABLE | Interest::WRITABLE)?;
             let caller = token.checked_sub(layout.providers).map(|number| Caller {
+                wire,
+                target: number % layout.providers,
                 number: number as u32,
                 next: 0,
                 under_way: Vec::new(),
             });
             peers.push(Peer { stream, out: Vec::new(), rest: wire::Rest::default(), caller });
         }
-        Ok(Rig { who, pid: server.pid(), poll, peers, layout, scratch: vec![0; 64 * 1024], busy_poll })
+        Ok(Rig { who, pid, poll, peers, wire, layout, scratch: vec![0; 64 * 1024], busy_poll })
     }
 
     /// Calls for so long, waits for the last answer, and says what it cost.
@@ -129,7 +162,11 @@ impl Rig {
         let (cpu, load, begin) = (sys::cpu(self.pid), sys::cpu(std::process::id()), sys::now());
         let end = begin + time.as_nanos() as u64;
         let mut last = begin;
-        for peer in &mut self.peers {
+        for (number, peer) in self.peers.iter_mut().enumerate() {
+            if self.wire == Wire::MicroStream {
+                let beat = format!(r#"42["heartbeat",{{"serviceName":"bench{number}"}}]"#);
+                wire::put_frame(wire::TEXT, beat.as_bytes(), &mut peer.out);
+            }
             if let Some(caller) = &mut peer.caller {
                 (0..layout.in_flight).for_each(|_| caller.call(layout.size, &mut peer.out));
             }
@@ -189,6 +226,8 @@ impl Peer {
                 while let Some((opcode, from, to)) = wire::frame(&input[at..])? {
                     let text = &input[at + from..at + to];
                     match (opcode, &mut *caller) {
+                        // Engine.IO's own ping.
+                        (wire::TEXT, _) if text == b"2" => wire::put_frame(wire::TEXT, b"3", out),
                         (wire::TEXT, Some(caller)) => caller.answered(text, size, out, book),
                         (wire::TEXT, None) => reply(text, out)?,
                         (wire::PING, _) => wire::put_frame(wire::PONG, text, out),
@@ -211,22 +250,36 @@ impl Caller {
         let stamp = Stamp { sequence: self.next, sent: sys::now(), channel: self.number };
         self.next += 1;
         let mut text = Vec::with_capacity(size + 100);
-        text.extend_from_slice(br#"{"jsonrpc":"2.0","id":""#);
+        match self.wire {
+            Wire::JsonRpc => text.extend_from_slice(br#"{"jsonrpc":"2.0","id":""#),
+            Wire::MicroStream => {
+                let _ = write!(text, r#"42["request",{{"targetService":"bench{}","payload":{{"id":""#, self.target);
+            }
+        }
         stamp::put_hex(self.number.into(), 4, &mut text);
         stamp::put_hex(stamp.sequence, 12, &mut text);
-        text.extend_from_slice(br#"","method":"bench/echo","params":"#);
+        match self.wire {
+            Wire::JsonRpc => text.extend_from_slice(br#"","method":"bench/echo","params":"#),
+            Wire::MicroStream => text.extend_from_slice(br#"","event":"echo","data":"#),
+        }
         stamp.put(size, &mut text);
-        text.push(b'}');
+        text.extend_from_slice(match self.wire {
+            Wire::JsonRpc => b"}",
+            Wire::MicroStream => b"}}]",
+        });
         wire::put_frame(wire::TEXT, &text, out);
         self.under_way.push(stamp);
     }
 
     fn answered(&mut self, text: &[u8], size: usize, out: &mut Vec<u8>, book: &mut Book) {
         // The result is the last member: our params, untouched.
-        let id =
-            text.get(CALLER_AT..CALLER_AT + 16).and_then(|id| Some((stamp::hex(&id[..4])?, stamp::hex(&id[4..])?)));
+        let (at, tail) = match self.wire {
+            Wire::JsonRpc => (CALLER_AT, 1),
+            Wire::MicroStream => (br#"42["response",{"id":""#.len(), 2),
+        };
+        let id = text.get(at..at + 16).and_then(|id| Some((stamp::hex(&id[..4])?, stamp::hex(&id[4..])?)));
         let at = id.and_then(|(_, sequence)| self.under_way.iter().position(|call| call.sequence == sequence));
-        match (id, at, Stamp::at_end(text, size, 1)) {
+        match (id, at, Stamp::at_end(text, size, tail)) {
             (Some((number, _)), Some(at), Some(echoed))
                 if number == u64::from(self.number) && echoed == self.under_way[at] =>
             {
@@ -251,19 +304,30 @@ impl Caller {
     }
 }
 
-/// Echoes `params` of a forwarded call, which are its last member.
+/// Echoes `params` (or `data`) of a forwarded call, which are its last member.
 fn reply(text: &[u8], out: &mut Vec<u8>) -> Result<()> {
+    if let Some(rest) = text.strip_prefix(br#"42["request",{"id":"#) {
+        let garbled = || format!("not a request: {}", String::from_utf8_lossy(text));
+        let id = &rest[..memchr::memchr(b',', rest).with_context(garbled)?];
+        let data = memmem::find(rest, br#""data":"#).with_context(garbled)? + 7;
+        let data = &rest[data..rest.len() - 2];
+        put(&[br#"42["response",{"id":"#, id, br#","response":"#, data, b"}]"], out);
+        return Ok(());
+    }
     const ID: &[u8] = br#"{"jsonrpc":"2.0","id":"#;
     let garbled = || format!("not a call: {}", String::from_utf8_lossy(text));
     let rest = text.strip_prefix(ID).with_context(garbled)?;
     let id = &rest[..memchr::memchr(b',', rest).with_context(garbled)?];
     let params = memmem::find(rest, br#""params":"#).with_context(garbled)? + 9;
     let params = &rest[params..rest.len() - 1];
-    let parts = [ID, id, br#","result":"#, params, b"}"];
+    put(&[ID, id, br#","result":"#, params, b"}"], out);
+    Ok(())
+}
+
+fn put(parts: &[&[u8]], out: &mut Vec<u8>) {
     wire::put_header(wire::TEXT, parts.iter().map(|part| part.len()).sum(), 0x80, out);
     out.extend_from_slice(&[0; 4]);
     parts.iter().for_each(|part| out.extend_from_slice(part));
-    Ok(())
 }
 
 fn flush(stream: &mut TcpStream, out: &mut Vec<u8>) -> io::Result<()> {
@@ -279,11 +343,11 @@ fn flush(stream: &mut TcpStream, out: &mut Vec<u8>) -> io::Result<()> {
 }
 
 /// Opens a WebSocket and reads the answer's head, to the byte.
-fn blocking_upgrade(addr: SocketAddr) -> Result<std::net::TcpStream> {
+fn blocking_upgrade(addr: SocketAddr, path: &str) -> Result<std::net::TcpStream> {
     let mut stream = std::net::TcpStream::connect(addr)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    stream.write_all(wire::upgrade(&addr.to_string()).as_bytes())?;
+    stream.write_all(wire::upgrade(&addr.to_string(), path).as_bytes())?;
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];

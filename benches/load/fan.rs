@@ -72,7 +72,7 @@ impl Rig {
             Transport::H2(streams) => (layout.readers / streams, streams * layout.per_reader),
             _ => (layout.readers, layout.per_reader),
         };
-        let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string()).as_bytes())?;
+        let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string(), "/v1/ws").as_bytes())?;
         let mut rig = Self::new("weir", server, publisher, To::Weir, layout, busy_poll)?;
         for at in 0..connections {
             let first = (at * per_link % layout.channels) as u32;

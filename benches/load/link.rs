@@ -134,7 +134,7 @@ impl Link {
                     wire::put_frame(wire::TEXT, message.as_bytes(), &mut subscribe);
                     opening += 1;
                 }
-                wire::upgrade(&host).into_bytes()
+                wire::upgrade(&host, "/v1/ws").into_bytes()
             }
             Transport::H2(streams) => {
                 let mut hello = wire::h2_preface();

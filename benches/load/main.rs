@@ -50,6 +50,9 @@ struct Args {
     /// An environment variable of weir, `KEY=VALUE`.
     #[arg(long)]
     env: Vec<String>,
+    /// A hub of MicroStream that runs already, on the core of weir, to be measured beside: `PID@ADDRESS:PORT`.
+    #[arg(long)]
+    hub: Option<String>,
     /// The core of weir and of the floors.
     #[arg(long, default_value_t = 0)]
     server_core: usize,
@@ -135,7 +138,15 @@ fn load(args: &Args) -> Result<bool> {
         .map(|pair| pair.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned())))
         .collect::<Option<_>>()
         .context("--env takes KEY=VALUE")?;
+    let hub = match &args.hub {
+        Some(hub) => {
+            let (pid, addr) = hub.split_once('@').context("--hub takes PID@ADDRESS:PORT")?;
+            Some((pid.parse()?, addr.parse()?))
+        }
+        None => None,
+    };
     let options = scenarios::Options {
+        hub,
         weir: sys::Weir { program: args.weir.clone(), core: args.server_core, args: Vec::new(), env },
         floor_core: args.server_core,
         repeat: args.repeat.max(1),

@@ -101,7 +101,7 @@ const POLLED: u32 = 900_000;
 impl Polls {
     /// With `named`, weir keeps the cursors.
     pub fn weir(server: &Process, consumers: usize, size: usize, named: bool) -> Result<Self> {
-        let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string()).as_bytes())?;
+        let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string(), "/v1/ws").as_bytes())?;
         Self::new("weir", server, consumers, size, named, publisher, None)
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Write},
+    net::SocketAddr,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -29,6 +30,8 @@ pub struct Options {
     pub slice: Duration,
     pub size: usize,
     pub busy_poll: bool,
+    /// Another hub of MicroStream, to be measured beside: its process and address.
+    pub hub: Option<(u32, SocketAddr)>,
     /// Smaller or larger numbers of readers, connections and channels than the scenario's own.
     pub scale: f64,
 }
@@ -50,6 +53,11 @@ enum Kind {
     Calls {
         callers: usize,
         providers: usize,
+        in_flight: usize,
+    },
+    /// The same by clients of MicroStream.
+    MicroStream {
+        callers: usize,
         in_flight: usize,
     },
     /// Calls 1 × 1 without and with a channel with so many readers, published to so often a second.
@@ -126,6 +134,16 @@ pub const ALL: &[Scenario] = &[
         kind: Kind::Calls { callers: 1, providers: 1, in_flight: 1 },
     },
     Scenario {
+        name: "microstream",
+        what: "clients of MicroStream: 16 callers × 8 calls under way, 1 provider",
+        kind: Kind::MicroStream { callers: 16, in_flight: 8 },
+    },
+    Scenario {
+        name: "microstream-1",
+        what: "clients of MicroStream: 1 caller × 1 call under way, 1 provider",
+        kind: Kind::MicroStream { callers: 1, in_flight: 1 },
+    },
+    Scenario {
         name: "call-beside",
         what: "1 × 1, without and beside a channel with 15,000 SSE readers and 2 messages/s",
         kind: Kind::Beside { readers: 15_000, rate: 2.0 },
@@ -189,6 +207,10 @@ impl Scenario {
             Kind::Calls { callers, providers, in_flight } => {
                 let layout = calls::Layout { callers, providers, in_flight, size: options.size };
                 call(&mut report, layout, options)?;
+            }
+            Kind::MicroStream { callers, in_flight } => {
+                let layout = calls::Layout { callers, providers: 1, in_flight, size: options.size };
+                microstream(&mut report, layout, options)?;
             }
             Kind::Beside { readers, rate } => {
                 report.ratio_of = "p99_us";
@@ -313,6 +335,37 @@ fn call(report: &mut Report, layout: calls::Layout, options: &Options) -> Result
         let half = options.slice / 2;
         let repeat =
             vec![floor.run(half)?, logged(weir.run(options.slice), &server)?, floor.run(half)?, each_rig.run(half)?];
+        report.repeats.push(repeat);
+    }
+    Ok(())
+}
+
+fn microstream(report: &mut Report, layout: calls::Layout, options: &Options) -> Result<()> {
+    let mut with = options.weir.clone();
+    with.args.extend(["--compat".into(), "microstream".into()]);
+    let server = Process::weir(&with)?;
+    let batched = Process::floor("relay-batched", options.floor_core, &[])?;
+    let poll = options.busy_poll;
+    let mut weir = logged(calls::Rig::microstream("weir", server.addr(), server.pid(), layout, poll), &server)?;
+    // The same server and calls, in weir's own words.
+    let mut native = logged(calls::Rig::weir(&server, layout, poll), &server)?;
+    let mut floor = calls::Rig::floor("floor", &batched, layout, poll)?;
+    let mut hub = match options.hub {
+        Some((pid, addr)) => Some(calls::Rig::microstream("the other hub", addr, pid, layout, poll)?),
+        None => None,
+    };
+    logged(weir.run(Duration::from_millis(300)), &server)?;
+    for _ in 0..options.repeat {
+        let half = options.slice / 2;
+        let mut repeat = vec![
+            floor.run(half)?,
+            logged(weir.run(options.slice), &server)?,
+            Measure { who: "weir, JSON-RPC", ..logged(native.run(half), &server)? },
+            floor.run(half)?,
+        ];
+        if let Some(hub) = &mut hub {
+            repeat.push(hub.run(options.slice)?);
+        }
         report.repeats.push(repeat);
     }
     Ok(())

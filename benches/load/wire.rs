@@ -183,9 +183,9 @@ pub fn put_header(opcode: u8, length: usize, mask: u8, out: &mut Vec<u8>) {
 }
 
 /// The request that opens a WebSocket.
-pub fn upgrade(host: &str) -> String {
+pub fn upgrade(host: &str, path: &str) -> String {
     format!(
-        "GET /v1/ws HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
 }

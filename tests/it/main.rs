@@ -14,6 +14,7 @@ mod http_read;
 mod http_rules;
 mod http_services;
 mod jsonrpsee;
+mod microstream;
 mod presence;
 mod process;
 mod redis;

@@ -2,7 +2,7 @@
 
 import { randomBytes } from "node:crypto";
 import { io } from "socket.io-client";
-import { until, within } from "./weir.mjs";
+import { until } from "./weir.mjs";
 
 const QUICK = { reconnectionDelay: 20, reconnectionDelayMax: 100 };
 
@@ -87,16 +87,6 @@ export class MicroStream {
   close() {
     clearInterval(this.beating);
     this.socket.disconnect();
-  }
-
-  /** The socket dies without a word, and does not come back. */
-  vanish() {
-    clearInterval(this.beating);
-    this.socket.io.reconnection(false);
-    return within("the end", new Promise(resolve => {
-      this.socket.once("disconnect", resolve);
-      this.socket.io.engine.close();
-    }));
   }
 }
 

@@ -193,7 +193,7 @@ export class Relay {
       const upstream = net.connect(port, "127.0.0.1");
       const pair = [client, upstream];
       relay.pairs.add(pair);
-      if (!relay.frozen) client.pipe(upstream).pipe(client);
+      client.pipe(upstream).pipe(client);
       for (const end of pair) {
         end.on("error", () => {});
         end.on("close", () => {
@@ -216,15 +216,6 @@ export class Relay {
   /** Ends every connection the hard way, in both directions. */
   cut() {
     for (const pair of this.pairs) for (const end of pair) end.resetAndDestroy();
-  }
-
-  /** Nothing gets through any more, and neither end is told. */
-  freeze() {
-    this.frozen = true;
-    for (const [client, upstream] of this.pairs) {
-      client.unpipe(upstream);
-      upstream.unpipe(client);
-    }
   }
 
   /** While refusing, new connections are ended at once, as if nobody listened. */

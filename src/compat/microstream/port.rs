@@ -226,8 +226,13 @@ impl Peer for Port {
         self.answer(to, answer);
     }
 
-    fn withdrawn(&self, _: &str, _: &str) {
-        self.outbox.part("41");
+    fn withdrawn(&self, _: &str, reason: &str) {
+        match reason {
+            // Somebody else has the name: who is told so stays away.
+            "replaced" => self.outbox.part("41"),
+            // Who is only cut off comes back by itself, and asks for its name again.
+            _ => self.outbox.finish(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ import { test } from "node:test";
 import { io } from "socket.io-client";
 import WebSocket from "ws";
 import { MicroStream } from "../../support/microstream.mjs";
-import { Relay, Weir, until, within } from "../../support/weir.mjs";
+import { Socket, Weir, until, within } from "../../support/weir.mjs";
 
 const ON = { args: ["--compat", "microstream"] };
 const started = (t, env = {}) => Weir.start(t, { ...ON, env });
@@ -198,22 +198,6 @@ test("a duplicate is refused in the original's words", async t => {
   });
 });
 
-test("a client that died without a word is replaced by its successor", async t => {
-  for (const transports of [["polling"], ["websocket"]]) {
-    const weir = await started(t, { WEIR__COMPAT__MICROSTREAM__PROBE: "500ms" });
-    const relay = await Relay.start(t, weir.port);
-    const dead = await MicroStream.connect(t, `http://127.0.0.1:${relay.port}`, "A", {}, { transports, heartbeat: 0 });
-    relay.freeze();
-    const heir = await MicroStream.connect(t, weir.url, "A", handlers, { transports });
-    const b = await MicroStream.connect(t, weir.url, "B");
-    assert.deepEqual(await b.request("A", "add", { a: 1, b: 2 }), { sum: 3 });
-    dead.vanish();
-    heir.close();
-    b.close();
-    await empty(weir);
-  }
-});
-
 test("without heartbeats a client is disconnected, and its name is free", async t => {
   const weir = await started(t, { WEIR__COMPAT__MICROSTREAM__HEARTBEAT_TIMEOUT: "1500ms", WEIR__COMPAT__MICROSTREAM__SWEEP: "500ms" });
   for (const transports of [["polling"], ["websocket"]]) {
@@ -238,7 +222,9 @@ test("a provider that goes: nothing is sent; its requesters' own timeouts end th
   const b = await MicroStream.connect(t, weir.url, "B", handlers, { timeout: 1_000 });
   const lost = b.request("A", "silent", {}).catch(error => error);
   await a.got();
-  await a.vanish();
+  a.socket.io.engine.close();
+  await until("its end", () => a.disconnects.length);
+  a.close();
   assert.deepEqual(await lost, { code: "REQUEST_TIMEOUT" });
   assert.deepEqual(b.late, []);
   const error = await b.request("A", "echo", {}, "r9").catch(error => error);
@@ -342,6 +328,27 @@ const get = async (weir, query, options = {}) => {
 };
 const POLL = "?EIO=4&transport=polling";
 const open = async (weir, more = "") => JSON.parse((await get(weir, POLL + more)).text.slice(1)).sid;
+
+test("a client that died without a word is replaced by its successor", async t => {
+  const weir = await started(t, { WEIR__COMPAT__MICROSTREAM__PROBE: "500ms" });
+  const b = await MicroStream.connect(t, weir.url, "B");
+  const replaced = async name => {
+    const heir = await MicroStream.connect(t, weir.url, name, handlers);
+    assert.deepEqual(await b.request(name, "add", { a: 1, b: 2 }), { sum: 3 });
+    heir.close();
+  };
+  // Both are connected, and say nothing to a ping.
+  const socket = await Socket.open(t, `${weir.url.replace("http", "ws")}/socket.io/?EIO=4&transport=websocket&serviceName=A`);
+  socket.send("40");
+  await socket.text(({ text }) => text.startsWith("40"), "to be connected");
+  await replaced("A");
+  const sid = await open(weir, "&serviceName=P");
+  await get(weir, `${POLL}&sid=${sid}`, { method: "POST", body: "40" });
+  await replaced("P");
+  assert.equal((await get(weir, `${POLL}&sid=${sid}`)).text, '{"code":1,"message":"Session ID unknown"}');
+  b.close();
+  await empty(weir);
+});
 
 test("the handshake, headers and errors of Engine.IO, to the byte", async t => {
   const weir = await started(t);

@@ -1,0 +1,155 @@
+//! Clients of MicroStream, byte by byte: what they leave behind, and what happens where no library would go.
+//! How their real client fares is in `tests/clients/node/microstream.test.mjs`.
+
+use std::time::Duration;
+
+use tokio_tungstenite::tungstenite::Message;
+use weir::config::{Adapter, Config};
+
+use crate::{
+    socket::{Socket, eventually, soon},
+    support::{Client, Weir, metric, weir},
+};
+
+const SOCKET: &str = "/socket.io/?EIO=4&transport=websocket";
+const POLL: &str = "/socket.io/?EIO=4&transport=polling";
+
+async fn hub(change: impl FnOnce(&mut Config)) -> Weir {
+    let on = |config: &mut Config| {
+        config.compat.enable = vec![Adapter::MicroStream];
+        change(config);
+    };
+    weir().with(on).await
+}
+
+/// Joined, by a WebSocket.
+async fn client(weir: &Weir, name: &str) -> Socket {
+    let mut client = Socket::open_at(weir.address, &format!("{SOCKET}&serviceName={name}")).await;
+    assert!(client.text().await.starts_with("0{\"sid\":\""));
+    client.send("40").await;
+    assert!(client.text().await.starts_with("40{\"sid\":\""));
+    client
+}
+
+/// Joined, by polls.
+async fn poller(weir: &Weir, name: &str) -> (Client, String) {
+    let mut client = weir.client().await;
+    let open = client.get(&format!("{POLL}&serviceName={name}")).await.expect(200);
+    let (_, rest) = open.text().split_once("\"sid\":\"").unwrap();
+    let path = format!("{POLL}&sid={}", rest.split_once('"').unwrap().0);
+    assert_eq!(client.post(&path, "40").await.expect(200).text(), "ok");
+    assert!(client.get(&path).await.expect(200).text().starts_with("40{"));
+    (client, path)
+}
+
+fn request(target: &str, id: u32, data: &str) -> String {
+    format!(r#"42["request",{{"targetService":"{target}","payload":{{"id":"{id}","event":"e","data":{data}}}}}]"#)
+}
+
+async fn empty(weir: &Weir) {
+    let (gateway, connections) = (weir.gateway(), weir.connections());
+    eventually("all counts are back at zero", || {
+        let counts = gateway.hub.counts();
+        connections.is_empty()
+            && metric(weir, "weir_connections{transport=\"socketio\"}") == 0
+            && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
+    })
+    .await;
+    eventually("no timer is left", || gateway.ws.wheel.is_empty()).await;
+}
+
+#[tokio::test]
+async fn clients_that_vanish_leave_nothing() {
+    let weir = hub(|config| config.rpc.timeout = Duration::from_millis(100)).await;
+    let mut target = client(&weir, "target").await;
+    let (mut sockets, mut polls) = (Vec::new(), Vec::new());
+    for n in 0..40 {
+        let mut socket = client(&weir, &format!("socket-{n}")).await;
+        socket.send(request("target", n, "1")).await;
+        // In the middle of a packet, some of them.
+        if n % 3 == 0 {
+            socket.send(r#"452-["request",{"targetService":"target","payload":{"id":"b"}}]"#).await;
+            socket.raw(Message::binary(vec![1, 2, 3])).await;
+        }
+        sockets.push(socket);
+        let (mut poll, path) = poller(&weir, &format!("poll-{n}")).await;
+        poll.post(&path, &request("target", n, "{}")).await.expect(200);
+        // A poll that is held.
+        poll.send("GET", &path, &[], b"").await;
+        if n % 4 == 0 {
+            // And a socket that takes over.
+            let mut upgrade = Socket::open_at(weir.address, &path.replace("polling", "websocket")).await;
+            upgrade.send("2probe").await;
+            assert_eq!(upgrade.text().await, "3probe");
+            upgrade.send("5").await;
+            sockets.push(upgrade);
+        }
+        polls.push(poll);
+    }
+    for _ in 0..80 {
+        assert!(target.text().await.starts_with("42[\"request\",{"));
+    }
+    assert_eq!(metric(&weir, "weir_connections{transport=\"socketio\"}"), 81);
+    eventually("some are late", || weir.gateway().hub.counts().late == 80).await;
+    drop((sockets, polls));
+    eventually("those are gone", || metric(&weir, "weir_connections{transport=\"socketio\"}") == 1).await;
+    // It answers nobody, and lives.
+    for n in 0..80 {
+        target.send(format!(r#"42["response",{{"id":"{n}","response":{{}}}}]"#)).await;
+    }
+    target.send(request("target", 7, "null")).await;
+    assert_eq!(target.text().await, r#"42["request",{"id":"7","event":"e","data":null}]"#);
+    drop(target);
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn a_target_that_does_not_read_gets_no_more() {
+    let weir = hub(|config| config.compat.microstream.queued = 200_000).await;
+    let (_deaf, path) = poller(&weir, "deaf").await;
+    let mut caller = client(&weir, "caller").await;
+    let data = format!("\"{}\"", "x".repeat(50_000));
+    let mut refused = 0;
+    for n in 0..10 {
+        caller.send(request("deaf", n, &data)).await;
+    }
+    caller.send(request("nobody", 10, "1")).await;
+    loop {
+        let answer = caller.text().await;
+        if answer.contains("TARGET_SERVICE_NOT_FOUND") {
+            break;
+        }
+        assert!(answer.contains(r#""code":"BUSY""#), "{answer}");
+        refused += 1;
+    }
+    // As many as there is room for, and one that goes beyond.
+    assert_eq!(refused, 6);
+    assert_eq!(weir.get(&path).await.expect(200).text().matches("42[\"request\"").count(), 4);
+    assert_eq!(weir.gateway().hub.counts().pending, 4);
+}
+
+#[tokio::test]
+async fn whoever_does_not_read_its_answers_is_closed() {
+    let weir = hub(|config| config.compat.microstream.queued = 20_000).await;
+    let (mut client, path) = poller(&weir, "client").await;
+    let echo = r#"42["request",{"targetService":"weir","payload":{"id":"1","event":"echo","data":{"x":"DATA"}}}]"#;
+    let echo = echo.replace("DATA", &"x".repeat(9_000));
+    let said = [&*echo; 10].join("\u{1e}");
+    assert_eq!(client.post(&path, &said).await.expect(200).text(), "ok");
+    eventually("it is gone", || metric(&weir, "weir_connections{transport=\"socketio\"}") == 0).await;
+    drop(client);
+    empty(&weir).await;
+}
+
+#[tokio::test]
+async fn a_node_that_leaves_takes_no_new_clients() {
+    let weir = hub(|config| config.drain.window = Duration::ZERO).await;
+    let (mut poll, path) = poller(&weir, "poll").await;
+    let mut socket = client(&weir, "socket").await;
+    poll.send("GET", &path, &[], b"").await;
+    weir.leave();
+    // Closed, and not told to stay away.
+    assert_eq!(poll.reply().await.expect(200).text(), "1");
+    assert_eq!(soon(socket.closed()).await.1, "draining");
+    soon(weir.left()).await;
+}
