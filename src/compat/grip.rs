@@ -31,6 +31,7 @@ use hyper::body::Incoming;
 use self::{
     instruct::{Hold, Instead, Instruct},
     link::At,
+    poll::Again,
     proxy::{Ask, Failure, Origins},
     token::Key,
 };
@@ -157,9 +158,16 @@ impl Grip {
         // What had a body cannot be sent twice.
         let again = http_body::Body::is_end_stream(&body).then(|| headers.clone());
         let mut ask = Ask { method: head.method.clone(), path: path.clone(), headers, body };
-        for _ in 0..MOST_ASKED {
+        let mut asked = 0;
+        loop {
+            let repeat = match asked {
+                _ if again.is_none() || asked == MOST_ASKED => Again::Never,
+                0 => Again::First,
+                _ => Again::More,
+            };
+            asked += 1;
             let outcome = match self.origins.ask(route, ask).await {
-                Ok(answer) => self.treat(at(), &head.method, answer, again.is_some()).await,
+                Ok(answer) => self.treat(at(), &head.method, answer, repeat).await,
                 Err(failure) => Err(failure),
             };
             let last = match outcome {
@@ -172,7 +180,6 @@ impl Grip {
             proxy::sign(&mut headers, self.signature(route));
             ask = Ask { method: head.method.clone(), path: path.clone(), headers, body: AxumBody::empty() };
         }
-        Failure::Wrong("its ids never fit what is published".into()).answer()
     }
 
     fn signature(&self, route: &Route) -> HeaderValue {
@@ -181,13 +188,13 @@ impl Grip {
             .unwrap_or(HeaderValue::from_static(""))
     }
 
-    /// Does with an answer what it says. `repeatable`: the request can be made again.
+    /// Does with an answer what it says.
     async fn treat(
         self: &Arc<Self>,
         at: At,
         method: &Method,
         mut answer: Response<Incoming>,
-        repeatable: bool,
+        again: Again,
     ) -> Result<Outcome, Failure> {
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             let (metrics, wheel) = (self.parts.metrics.clone(), self.parts.wheel.clone());
@@ -219,7 +226,7 @@ impl Grip {
         }
         self.check(&instruct)?;
         match (instruct.hold, &instruct.next) {
-            (Some(Hold::Response), _) => self.hold_response(&self.routes[at.route], instruct, answer, repeatable).await,
+            (Some(Hold::Response), _) => self.hold_response(&self.routes[at.route], instruct, answer, again).await,
             (Some(Hold::Stream), _) | (None, Some(_)) => {
                 self.hold_stream(at, instruct, answer).await.map(Outcome::Done)
             }

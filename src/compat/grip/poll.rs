@@ -26,6 +26,16 @@ const PAGE: usize = 64;
 /// So far back an item is looked for.
 const RECENT: u64 = 32;
 
+/// Whether the origin can be asked again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    /// It was asked once.
+    First,
+    More,
+    /// Its request had a body, or it was asked often enough.
+    Never,
+}
+
 /// A channel that an answer waits for.
 struct Waiting {
     slot: u32,
@@ -42,8 +52,9 @@ impl Grip {
         route: &Route,
         instruct: Instruct,
         mut answer: Answer,
-        repeatable: bool,
+        again: Again,
     ) -> Result<Outcome, Failure> {
+        let repeatable = again != Again::Never;
         let channels = self.channels(route, &instruct)?;
         let mut subs = Subscriptions::new(Format::NONE);
         let mut waiting = Vec::with_capacity(channels.len());
@@ -54,8 +65,7 @@ impl Grip {
             waiting.push(Waiting { slot: added.slot, nth, channel, at: added.position, prev });
         }
         let _counted = Counted::new(&self.parts.metrics, &subs);
-        // An item may have come between the origin's look and ours.
-        let again = || {
+        let ask_again = || {
             let mut last = HeaderMap::new();
             for asked in &instruct.channels {
                 let value =
@@ -66,12 +76,13 @@ impl Grip {
             }
             Outcome::Again(last)
         };
-        if repeatable {
+        // An item may have come between the origin's look and ours. Asked twice, it knows what it says.
+        if again == Again::First {
             for wait in &waiting {
                 if let Some(prev) = &wait.prev
                     && self.last_id(&wait.channel).await.is_some_and(|last| last != *prev)
                 {
-                    return Ok(again());
+                    return Ok(ask_again());
                 }
             }
         }
@@ -87,12 +98,12 @@ impl Grip {
                 () = &mut leaving => break,
             }
             for wait in &mut waiting {
-                let limit = Limit { events: PAGE, bytes: usize::MAX };
+                let limit = Limit { events: PAGE, bytes: self.parts.config.limits.page_bytes };
                 let page =
                     self.parts.bus.read(&wait.channel, Start::After(wait.at), limit, None).await.map_err(away)?;
                 // What is gone may have been the answer: the origin knows.
                 if page.gap.is_some() && repeatable {
-                    return Ok(again());
+                    return Ok(ask_again());
                 }
                 wait.at = page.next;
                 for event in &page.events {
@@ -101,14 +112,18 @@ impl Grip {
                     if !filter::passes(&instruct, wait.nth, &mark.meta) {
                         continue;
                     }
+                    if wait.prev.is_some() && wait.prev == mark.id {
+                        // The origin knew of it.
+                        continue;
+                    }
                     if wait.prev.is_some() && wait.prev != mark.prev && repeatable {
-                        return Ok(again());
+                        return Ok(ask_again());
                     }
                     match mark::answer(event, item, &body) {
                         Some((status, headers, body)) => {
                             return Ok(Outcome::Done(answered(answer.headers, status, headers, body)));
                         }
-                        None if repeatable => return Ok(again()),
+                        None if repeatable => return Ok(ask_again()),
                         None => {}
                     }
                 }
@@ -120,9 +135,18 @@ impl Grip {
 
     /// The id of the newest item of a channel, if it is known.
     pub(super) async fn last_id(&self, channel: &Channel) -> Option<String> {
-        let limit = Limit { events: RECENT as usize, bytes: usize::MAX };
-        let page = self.parts.bus.read(channel, Start::Last(RECENT), limit, None).await.ok()?;
-        page.events.iter().rev().find_map(|event| Mark::of(event))?.id
+        for count in [1, RECENT] {
+            let limit = Limit { events: count as usize, bytes: self.parts.config.limits.page_bytes };
+            let page = self.parts.bus.read(channel, Start::Last(count), limit, None).await.ok()?;
+            // Cut short, it does not reach to the newest.
+            if page.more {
+                return None;
+            }
+            if let Some(mark) = page.events.iter().rev().find_map(|event| Mark::of(event)) {
+                return mark.id;
+            }
+        }
+        None
     }
 }
 

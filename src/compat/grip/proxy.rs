@@ -264,6 +264,13 @@ pub fn to_origin(headers: &mut HeaderMap, uri: &Uri, peer: Option<IpAddr>, signa
         headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
+    // HTTP/2 may have cut it into pieces, which no HTTP/1 server puts together.
+    if headers.get_all(header::COOKIE).iter().nth(1).is_some() {
+        let pieces: Vec<_> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        if let Ok(whole) = HeaderValue::from_bytes(&pieces.join(&b"; "[..])) {
+            headers.insert(header::COOKIE, whole);
+        }
+    }
     // HTTP/2 has it in the URI.
     if let Some(Ok(host)) = uri.authority().map(|host| HeaderValue::from_str(host.as_str())) {
         headers.insert(header::HOST, host);
@@ -398,6 +405,7 @@ mod tests {
             ("te", "trailers, deflate"),
             ("upgrade", "websocket"),
             ("cookie", "a=1"),
+            ("cookie", "b=2"),
         ]);
         let peer = Some("::ffff:127.0.0.1".parse().unwrap());
         to_origin(&mut map, &Uri::from_static("/"), peer, HeaderValue::from_static("sig"));
@@ -411,7 +419,7 @@ mod tests {
             ("accept-encoding", "identity"),
             ("connection", "te"),
             ("te", "trailers"),
-            ("cookie", "a=1"),
+            ("cookie", "a=1; b=2"),
             ("grip-sig", "sig"),
         ]);
         assert_eq!(map, expected);

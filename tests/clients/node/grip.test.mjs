@@ -8,7 +8,8 @@ import { Channel, HttpResponseFormat, HttpStreamFormat, Item, Publisher } from "
 import { ServeGrip } from "@fanoutio/serve-grip";
 import { EventSource } from "eventsource";
 import express from "express";
-import { Weir, until, within } from "../../support/weir.mjs";
+import { chromium } from "playwright-core";
+import { CHROMIUM_ARGS, Weir, until, within } from "../../support/weir.mjs";
 
 /** An app on a free port. */
 async function serve(t, app) {
@@ -197,4 +198,30 @@ test("a published item is the same whatever it is called", async t => {
   assert.deepEqual(events.map(event => event.type), ["grip", "grip", "grip", "grip"]);
   assert.equal(events[0].data, "plain text, no block\r\n");
   assert.equal(events[1].data_base64, binary.toString("base64"));
+});
+
+test("a page in Chromium, served and streamed by the same proxy", async t => {
+  let stream;
+  const { weir, proxy } = await behind(t, { route: { key: "secret" } }, (app, { publish }) => {
+    stream = new EventStream({ grip: `${publish}/?iss=realm&key=secret` });
+    app.get("/", (_, response) => response.type("html").send("<!doctype html><title>a page</title>"));
+    app.get("/api/:id", stream("{id}"));
+  });
+  const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: CHROMIUM_ARGS });
+  t.after(() => browser.close());
+  const page = await browser.newPage();
+  await page.goto(proxy);
+  const opened = page.evaluate(() => {
+    window.heard = [];
+    window.source = new EventSource("/api/a");
+    window.source.onmessage = event => window.heard.push(event.data);
+    return new Promise(resolve => window.source.addEventListener("stream-open", () => resolve(true)));
+  });
+  assert.ok(await within("the stream to open", opened));
+  await stream.publishEvent("a", { event: "message", data: { text: "hello" } });
+  await weir.publish("events-a", "from a service", "&type=message");
+  await until("two events in the page", () => page.evaluate(() => window.heard.length >= 2));
+  assert.deepEqual(await page.evaluate(() => window.heard), ['{"text":"hello"}', '"from a service"']);
+  await page.evaluate(() => window.source.close());
+  await weir.watched("events-a", 0);
 });

@@ -144,7 +144,7 @@ async fn between_worlds() {
     let mut origin = Origin::start().await;
     let grip = behind(vec![route("/", &origin)], |starter| {
         starter.with(|config| {
-            config.compat.enable.push(weir::config::Adapter::Ganomede);
+            config.compat.enable.extend([weir::config::Adapter::Ganomede, weir::config::Adapter::NodeSse]);
             config.compat.ganomede.secret = "s".into();
         })
     })
@@ -163,7 +163,10 @@ async fn between_worlds() {
         .await
         .expect(200);
 
-    let stream = "event: e\ndata: {\"a\":1}\n\nevent: e\ndata: text\n\nno blockevent: n\ndata: [1]\n\ndata: \"text\"\n\nevent: g\ndata: {\"b\":2}\n\n";
+    let published = json!({"events": [{"channelName": "w", "type": "s", "payload": {"c": 3}}]}).to_string();
+    grip.weir.request("POST", "/publish").header("Content-Type", "application/json").body(published).await.expect(200);
+
+    let stream = "event: e\ndata: {\"a\":1}\n\nevent: e\ndata: text\n\nno blockevent: n\ndata: [1]\n\ndata: \"text\"\n\nevent: g\ndata: {\"b\":2}\n\nevent: s\ndata: {\"c\":3}\n\n";
     assert_eq!(super::hold::text(&mut client, stream.len()).await, stream);
 
     let native = grip.weir.get("/v1/events?channel=w").await.expect(200).json();
@@ -176,6 +179,7 @@ async fn between_worlds() {
         json!(["n", [1]]),
         json!([null, "text"]),
         json!(["g", {"b": 2}]),
+        json!(["s", {"c": 3}]),
     ];
     assert_eq!(native, expected);
 
@@ -189,6 +193,24 @@ async fn between_worlds() {
         json!(["n", [1]]),
         json!(["message", {"value": "text"}]),
         json!(["g", {"b": 2}]),
+        json!(["s", {"c": 3}]),
     ];
     assert_eq!(ganomede, expected);
+
+    let mut browser = grip.weir.client().await;
+    browser.send("GET", "/subscribe?channels=w", &[], b"").await;
+    assert_eq!(browser.head().await.status, 200);
+    grip.readers("w", 2).await;
+    grip.stream("w", "event: e\ndata: {\"a\":1}\n\n").await;
+    grip.stream("w", "no block").await;
+    let mut heard = String::new();
+    while !heard.contains("no block") {
+        heard += std::str::from_utf8(&browser.chunk().await.unwrap()).unwrap();
+    }
+    for frame in [
+        r#"{"channelName":"w","type":"e","payload":"{\"a\":1}"}"#,
+        r#"{"channelName":"w","type":"grip","payload":"no block"}"#,
+    ] {
+        assert!(heard.contains(frame), "{heard}");
+    }
 }
