@@ -292,6 +292,8 @@ test("clients come back after a restart, and find their names free", async t => 
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const b = await MicroStream.connect(t, weir.url, "B", handlers);
+  // In the middle of an upgrade the library would notice only when a ping fails to come.
+  await until("both upgrades", () => a.transport === "websocket" && b.transport === "websocket");
   await weir.kill();
   await until("both to have noticed", () => a.disconnects.length && b.disconnects.length);
   const kept = b.request("A", "add", { a: 1, b: 2 }).catch(error => error); // kept by the client until it is back
