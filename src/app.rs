@@ -8,8 +8,11 @@ use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    backend::memory::Memory,
-    bus::{self, Bus, Clock, Topics},
+    backend::{
+        memory::Memory,
+        redis::{self, Redis, address::Url, deployment::Deployment},
+    },
+    bus::{self, Bus, Clock, Log, Topics},
     cluster,
     compat::{self, Compat},
     config::{self, Config},
@@ -36,6 +39,9 @@ const HUB_SWEEP: Duration = Duration::from_millis(20);
 
 /// How long the bus may take to hear who leaves with this node.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the start waits for Redis.
+const REDIS_CONNECT: Duration = Duration::from_secs(3);
+
 /// A sample of a histogram waits for so long at most.
 const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 
@@ -43,7 +49,6 @@ const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 pub struct App {
     listeners: Vec<(TcpListener, Arc<Door>)>,
     gateway: Arc<Gateway>,
-    memory: Arc<Memory>,
     wheel: Arc<Wheel>,
     connections: Connections,
 }
@@ -55,11 +60,14 @@ impl App {
     /// Binds the addresses of `config` and wires the parts. Needs a tokio runtime.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let topics = Arc::new(Topics::new(bus_config(&config), Clock::System));
-        let memory = Arc::new(Memory::new(topics.clone()));
         let metrics = Arc::new(Metrics::new());
+        let log: Arc<dyn Log> = match config.bus.backend {
+            config::Backend::Memory => Arc::new(Memory::new(topics.clone())),
+            config::Backend::Redis => Arc::new(redis(&config, topics.clone(), metrics.clone()).await?),
+        };
         let wheel = Wheel::start();
         let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());
-        let bus = Arc::new(Bus::new(memory.clone(), topics));
+        let bus = Arc::new(Bus::new(log, topics));
         let sse = sse::Settings {
             heartbeat: config.sse.heartbeat,
             stalled: config.limits.stalled,
@@ -111,7 +119,7 @@ impl App {
             let door = Door::new(gateway.clone(), address.ip().is_loopback(), doors);
             listeners.push((listener, Arc::new(door)));
         }
-        Ok(App { listeners, gateway, memory, wheel, connections })
+        Ok(App { listeners, gateway, wheel, connections })
     }
 
     /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
@@ -138,18 +146,25 @@ impl App {
     /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
     /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let App { listeners, gateway, memory, wheel, connections } = self;
+        let App { listeners, gateway, wheel, connections } = self;
         let drain = gateway.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
-            every(BUS_SWEEP, move || memory.sweep()),
+            every(BUS_SWEEP, {
+                let bus = gateway.bus.clone();
+                move || bus.sweep()
+            }),
             every(HUB_SWEEP, {
                 let hub = gateway.hub.clone();
                 move || hub.sweep()
             }),
             every(METRICS_UPKEEP, {
-                let metrics = gateway.metrics.clone();
-                move || metrics.upkeep()
+                let gateway = gateway.clone();
+                move || {
+                    let welcome = !gateway.draining.is_cancelled() && gateway.bus.ready().is_ok();
+                    gateway.metrics.ready.set(welcome.into());
+                    gateway.metrics.upkeep();
+                }
             }),
             tokio::spawn(announce_services(gateway.clone())),
         ]);
@@ -161,8 +176,6 @@ impl App {
             })
             .collect();
         let present = Tasks(vec![tokio::spawn(gateway.presence.clone().run())]);
-        gateway.metrics.ready.set(1);
-
         shutdown.await;
 
         gateway.metrics.ready.set(0);
@@ -181,6 +194,21 @@ impl App {
         }
         Ok(())
     }
+}
+
+/// Connects to Redis. What will not be different the next time is said now; a Redis that is away may come.
+async fn redis(config: &Config, topics: Arc<Topics>, metrics: Arc<Metrics>) -> anyhow::Result<Redis> {
+    let settings = &config.bus.redis;
+    let url = Url::parse(settings.url.reveal()).map_err(|error| anyhow!("bus.redis.url: {error}"))?;
+    let deployment = Deployment::start(url, metrics);
+    if let Err(reason) = deployment.ready(REDIS_CONNECT).await {
+        tracing::warn!(%reason, "Redis cannot be reached yet");
+    }
+    let ack = match settings.ack {
+        config::Ack::Stored => redis::Ack::Stored,
+        config::Ack::Replicated => redis::Ack::Replicated,
+    };
+    Ok(Redis::start(deployment, topics, redis::Settings { prefix: settings.prefix.clone(), ack }))
 }
 
 /// Publishes what changes among the services to the channel `$services`.

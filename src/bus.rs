@@ -1,19 +1,25 @@
 //! [`Bus`]: what everybody calls to publish, read and wait. Over it the transports, under it a backend.
 
+mod extent;
 mod format;
 mod log;
 mod ring;
 mod subscription;
 mod topic;
+mod window;
 
 use std::{collections::HashMap, sync::Arc};
 
+use futures_util::future::try_join_all;
+
 pub use self::{
+    extent::{Extent, Past, TERMS, Term},
     format::{Filter, Format, index},
-    log::{Act, Consumer, Gap, Info, Limit, Log, Page, Placed, Reason, Tail},
+    log::{Act, Consumer, Gap, Info, Limit, Log, Page, Placed, Reason, Tail, Tailed},
     ring::{Keep, KeyLimits, Ring},
     subscription::{Added, Delivery, Item, Parked, Subscriptions},
     topic::{Clock, Config, Rule, Topic, Topics},
+    window::Heard,
 };
 use crate::{
     error::{Error, Result},
@@ -23,6 +29,8 @@ use crate::{
 
 /// A filtered read looks at most at so many events: what it has passed is in `next`.
 const MAX_SCAN: usize = 10_000;
+/// Channels put into use at a time, where that is a question to somebody else.
+const TAILS: usize = 256;
 
 /// The core. Fan-out, replay, limits and order are written here, once; what lies in which place is the backend's.
 pub struct Bus {
@@ -34,7 +42,7 @@ pub struct Bus {
 /// wakes you, so nothing is lost in between.
 pub struct Watch {
     topic: Arc<Topic>,
-    _tail: Tail,
+    tail: Tail,
 }
 
 /// Some drafts could not be placed. The rest may have been.
@@ -54,6 +62,16 @@ impl Bus {
     /// The channels in use on this node.
     pub fn topics(&self) -> &Topics {
         &self.topics
+    }
+
+    /// Whether events can be placed and heard of now.
+    pub fn ready(&self) -> Result<()> {
+        self.log.ready()
+    }
+
+    /// One part of the housekeeping: all of it after 64 calls.
+    pub fn sweep(&self) {
+        self.log.sweep();
     }
 
     /// Unix milliseconds.
@@ -92,18 +110,29 @@ impl Bus {
         placed.first().copied().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))
     }
 
+    /// Places drafts with the times that they had, behind `top`, where the log must end; 0 where there is none. For imports.
+    pub async fn restore(&self, channel: &Channel, top: u64, drafts: Vec<(u64, Draft)>) -> Result<Vec<Placed>> {
+        self.log.restore(channel, top, drafts).await
+    }
+
     /// Puts channels into use, in their order.
     pub async fn watch(&self, channels: &[Channel]) -> Result<Vec<Watch>> {
-        let mut watches = Vec::with_capacity(channels.len());
-        for channel in channels {
+        let begin = async |channel: &Channel| {
             let topic = self.topics.with(channel, |topic, ring| {
                 ring.join();
                 topic.clone()
             });
             // Joined before the await: if that fails or is dropped, the watch leaves again.
-            let mut watch = Watch { topic, _tail: Tail::default() };
-            watch._tail = self.log.tail(&watch.topic).await?;
-            watches.push(watch);
+            let mut watch = Watch { topic, tail: Tail::default() };
+            watch.tail = self.log.tail(&watch.topic).await?;
+            Ok(watch)
+        };
+        let mut watches = Vec::with_capacity(channels.len());
+        for some in channels.chunks(TAILS) {
+            match some {
+                [one] => watches.push(begin(one).await?),
+                many => watches.extend(try_join_all(many.iter().map(begin)).await?),
+            }
         }
         Ok(watches)
     }
@@ -211,6 +240,13 @@ impl Watch {
     /// The first position of `start`, and what is missing before it.
     pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
         self.topic.resolve(start)
+    }
+
+    /// Has what is older than the ring fetched, for all who wait for it.
+    fn fetch(&self) {
+        if let Some(tail) = &self.tail.0 {
+            tail.fetch();
+        }
     }
 
     fn lock(&self) -> parking_lot::MutexGuard<'_, Ring> {

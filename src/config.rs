@@ -16,7 +16,7 @@ use base64::Engine;
 pub use load::{Loaded, Override, Problem, Problems, Source, load};
 use load::{Table, Tables};
 pub use route::{Template, fill};
-pub use slot::{Adapter, Backend, Format, Level, Secret};
+pub use slot::{Ack, Adapter, Backend, Format, Level, Secret};
 use slot::{Item, Setting, Slot};
 
 /// Something that has settings. A part owns its section; [`Config`] only composes them.
@@ -109,11 +109,25 @@ part! {
 part! {
     /// Where events are kept.
     Bus {
-        /// `memory`: in this process, for as long as it lives.
+        /// `memory`: in this process, for as long as it lives. `redis`: in Redis, for all nodes that use it.
         backend: Backend as Backend = Backend::Memory,
         /// How long the key of a publish is remembered, so that a repeat is not placed again.
         idempotency_window: Duration as Time = seconds(300),
         memory: Memory as Part = Memory::default(),
+        redis: Redis as Part = Redis::default(),
+    }
+}
+
+part! {
+    /// The Redis backend: Redis 6.2 or newer (a Cluster 7.0), or Valkey.
+    Redis {
+        /// `redis://[user:password@]host:6379[/database]`, `redis+sentinel://host:26379,host/master` or `redis-cluster://host:6379,host`;
+        /// with `rediss` instead of `redis` over TLS.
+        url: Secret as Secret = Secret::default(),
+        /// Before every key and every pub/sub channel. Nodes of one bus have the same.
+        prefix: String as Text = "weir:".to_owned(),
+        /// When a publish is answered: `stored`, when the master has it, or `replicated`, when a replica has it as well.
+        ack: Ack as Ack = Ack::Stored,
     }
 }
 
@@ -527,6 +541,12 @@ impl Config {
             "bus.memory.budget",
             "is less than limits.event: not one would fit",
         );
+        must(
+            self.bus.backend != Backend::Redis || !self.bus.redis.url.is_empty(),
+            "bus.redis.url",
+            "is missing: where is Redis? (WEIR__BUS__REDIS__URL=redis://localhost:6379)",
+        );
+        must(!self.bus.redis.prefix.contains(['{', '}']), "bus.redis.prefix", "must not have braces");
         must(self.sse.heartbeat >= seconds(1), "sse.heartbeat", "must be at least 1s");
         must(self.ws.ping >= seconds(1), "ws.ping", "must be at least 1s");
 

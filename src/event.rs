@@ -70,6 +70,9 @@ pub struct Event {
     body: Body,
 }
 
+/// Bytes before the body of a stored event.
+pub(crate) const STORED: usize = 11;
+
 /// The encoded parts of an event that do not depend on its place, in one allocation:
 /// `,"type":…,"from":…` then (from `tail`) `,"meta":…,"data":…}`.
 #[derive(Clone)]
@@ -202,6 +205,11 @@ impl Draft {
         self.body.bytes.len()
     }
 
+    /// The body, and the idempotency key.
+    pub(crate) fn parts(&self) -> (&Body, Option<&str>) {
+        (&self.body, self.key.as_deref())
+    }
+
     /// Puts the draft in its place.
     pub fn place(self, at: Position, time: u64) -> Event {
         Event { epoch: at.epoch, offset: at.offset, time, body: self.body }
@@ -244,6 +252,11 @@ impl Event {
     /// Encoded size in bytes, without what the bus adds.
     pub fn size(&self) -> usize {
         self.body.bytes.len()
+    }
+
+    /// What a backend stored, in its place.
+    pub(crate) fn restore(at: Position, time: u64, stored: &[u8]) -> Option<Self> {
+        Some(Event { epoch: at.epoch, offset: at.offset, time, body: Body::restore(stored)? })
     }
 
     /// `type`, as the JSON text of a string, quotes included.
@@ -365,6 +378,31 @@ impl Body {
         std::str::from_utf8(&self.bytes[range]).unwrap_or_default()
     }
 
+    /// Appends the body as a backend stores it: where its parts are (big end first), then the parts.
+    pub(crate) fn store(&self, out: &mut Vec<u8>) {
+        out.reserve(STORED + self.bytes.len());
+        for part in [self.kind_end, self.from_start, self.tail] {
+            out.extend_from_slice(&part.to_be_bytes());
+        }
+        out.extend_from_slice(&self.data_start.to_be_bytes());
+        out.push(self.binary.into());
+        out.extend_from_slice(&self.bytes);
+    }
+
+    /// Reads what [`store`](Self::store) wrote; nothing if that is not what it is.
+    pub(crate) fn restore(stored: &[u8]) -> Option<Self> {
+        let (head, bytes) = stored.split_at_checked(STORED)?;
+        let part = |at: usize| u16::from_be_bytes([head[at], head[at + 1]]);
+        let (kind_end, from_start, tail) = (part(0), part(2), part(4));
+        let data_start = u32::from_be_bytes([head[6], head[7], head[8], head[9]]);
+        let body = Body { bytes: bytes.into(), kind_end, from_start, tail, data_start, binary: head[10] != 0 };
+        // What is cut out later must be there.
+        let kind = kind_end == 0 || (8..=tail).contains(&kind_end);
+        let from = from_start == 0 || (kind_end..=tail).contains(&from_start);
+        let inside = (tail as usize) < bytes.len() && (data_start as usize) < bytes.len();
+        (kind && from && inside && bytes.ends_with(b"}") && std::str::from_utf8(bytes).is_ok()).then_some(body)
+    }
+
     /// A 64-bit fingerprint: the same body again has the same one.
     pub(crate) fn fingerprint(&self) -> u64 {
         use std::hash::BuildHasher;
@@ -468,6 +506,36 @@ mod tests {
         let bytes = event(Parts { data: Data::Bytes(b"\0\xff"), ..Default::default() });
         assert_eq!(bytes.data_json(), None);
         assert_eq!(bytes.data_base64(), Some(r#""AP8=""#));
+    }
+
+    #[test]
+    fn what_is_stored_comes_back() {
+        for parts in [
+            Parts::default(),
+            Parts { kind: Some("k"), from: Some("f"), data: Data::Text("ä"), ..Default::default() },
+            Parts { data: Data::Bytes(b"\xff"), meta: Some(raw(r#"{"a":"b"}"#)), ..Default::default() },
+        ] {
+            let draft = Draft::new(parts, 1000).unwrap();
+            let (mut stored, at) = (Vec::new(), event(parts).position());
+            draft.body.store(&mut stored);
+            assert_eq!(json(&Event::restore(at, 1763640000123, &stored).unwrap()), json(&event(parts)));
+            for end in 0..stored.len() {
+                let _ = Event::restore(at, 0, &stored[..end]).map(|event| json(&event));
+            }
+            for at_byte in 0..STORED {
+                let mut odd = stored.clone();
+                odd[at_byte] = 0xff;
+                let odd = Event::restore(at, 0, &odd);
+                let _ = odd.map(|event| {
+                    (
+                        json(&event),
+                        event.kind_json().is_some(),
+                        event.from_json().is_some(),
+                        event.data_json().is_some(),
+                    )
+                });
+            }
+        }
     }
 
     #[test]

@@ -130,6 +130,16 @@ pub struct Metrics {
 
     /// Connections to Redis made again after they had broken.
     pub redis_reconnects: By<Lane, Counter>,
+    /// From a publish to its answer by Redis.
+    pub redis_append_seconds: Histogram,
+    /// From the time of an event to when this node hears of it.
+    pub redis_lag_seconds: Histogram,
+    /// Looks at a log that found what had not been heard of.
+    pub redis_repairs: Counter,
+    /// Messages that could not be read.
+    pub redis_unreadable: Counter,
+    /// Servers whose probe comes back.
+    pub redis_echoing: Gauge,
 
     pub presence_leases: Gauge,
     pub presence_members: Gauge,
@@ -196,6 +206,20 @@ impl Metrics {
 
             redis_reconnects: it
                 .counters("weir_redis_reconnects_total", "Connections to Redis that broke and were made again."),
+            redis_append_seconds: it
+                .histogram("weir_redis_append_seconds", "From a publish to the answer of Redis that it is placed."),
+            redis_lag_seconds: it.histogram(
+                "weir_redis_lag_seconds",
+                "From the time of an event, by the clock of Redis, to when this node heard of it.",
+            ),
+            redis_repairs: it.counter(
+                "weir_redis_repairs_total",
+                "Looks at a log that found events which had not been heard of when they were published.",
+            ),
+            redis_unreadable: it
+                .counter("weir_redis_unreadable_total", "Messages from Redis that this weir could not read."),
+            redis_echoing: it
+                .gauge("weir_redis_echoing", "Redis servers through which a probe of this node comes back."),
 
             presence_leases: it.gauge("weir_presence_leases", "Subscriptions on this node that hold a member present."),
             presence_members: it.gauge("weir_presence_members", "Members of all channels, on all nodes, as announced."),

@@ -34,21 +34,24 @@ impl Memory {
         Memory { topics, consumers: Mutex::default() }
     }
 
-    /// One part of the housekeeping: all of it after 64 calls.
-    pub fn sweep(&self) {
-        if !self.topics.sweep() {
-            return;
-        }
-        let old = self.topics.now().saturating_sub(self.topics.config().consumer_idle.as_millis() as u64);
-        self.consumers.lock().retain(|_, state| state.seen >= old);
-    }
-
     fn place(&self, channel: &Channel, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
         self.topics.reserve(drafts.iter().map(Draft::size).sum())?;
         let (placed, parked) = self.topics.with(channel, |topic, ring| {
             let before = ring.memory();
             let now = self.topics.now();
             let placed = ring.append(channel, subject, drafts, topic.keep(), &self.topics.config().keys, now)?;
+            self.topics.account(before, ring.memory());
+            Ok((placed, ring.take_parked()))
+        })?;
+        parked.wake();
+        Ok(placed)
+    }
+
+    fn place_again(&self, channel: &Channel, top: u64, drafts: Vec<(u64, Draft)>) -> Result<Vec<Placed>> {
+        self.topics.reserve(drafts.iter().map(|(_, draft)| draft.size()).sum())?;
+        let (placed, parked) = self.topics.with(channel, |topic, ring| {
+            let before = ring.memory();
+            let placed = ring.restore(top, drafts, topic.keep(), self.topics.now())?;
             self.topics.account(before, ring.memory());
             Ok((placed, ring.take_parked()))
         })?;
@@ -137,7 +140,7 @@ impl Memory {
             if !to.epoch.is_absent() && to.epoch == ring.epoch() && to.offset > ring.top() {
                 return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));
             }
-            Ok((known.map(|known| ring.rank(known)), ring.rank(to)))
+            Ok((known.map(|known| ring.extent().rank(known)), ring.extent().rank(to)))
         };
         let (before, after) = match self.topics.get(channel) {
             Some(topic) => rank(&topic.lock())?,
@@ -175,6 +178,18 @@ fn describe(channel: &Channel, ring: &Ring) -> Info {
 
 /// Nothing here waits: every answer is ready.
 impl Log for Memory {
+    fn ready(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn sweep(&self) {
+        if !self.topics.sweep() {
+            return;
+        }
+        let old = self.topics.now().saturating_sub(self.topics.config().consumer_idle.as_millis() as u64);
+        self.consumers.lock().retain(|_, state| state.seen >= old);
+    }
+
     fn append<'a>(
         &'a self,
         channel: &'a Channel,
@@ -182,6 +197,15 @@ impl Log for Memory {
         drafts: Vec<Draft>,
     ) -> BoxFuture<'a, Result<Vec<Placed>>> {
         ready(self.place(channel, subject, drafts)).boxed()
+    }
+
+    fn restore<'a>(
+        &'a self,
+        channel: &'a Channel,
+        top: u64,
+        drafts: Vec<(u64, Draft)>,
+    ) -> BoxFuture<'a, Result<Vec<Placed>>> {
+        ready(self.place_again(channel, top, drafts)).boxed()
     }
 
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {

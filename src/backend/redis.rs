@@ -1,9 +1,112 @@
-//! Redis: one bus for many nodes.
+//! Redis: one bus for many nodes. Its scripts place, store and show in one step; what they publish fills the rings of
+//! every node that reads; what a node may have missed it looks up, once for all who read there.
+//!
+//! `resp` and `link` are a connection, `lane` one that is made again, `deployment` and `feed` what Redis is as a whole:
+//! for commands, for subscriptions. On them stand `log`, `tail` and `consumers`: the contract of a backend.
 
+mod acks;
 pub mod address;
+mod consumers;
 pub mod deployment;
 pub mod feed;
+mod keys;
 pub mod lane;
 pub mod link;
+mod log;
+mod probe;
 pub mod resp;
 pub mod script;
+mod tail;
+mod wire;
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::task::JoinHandle;
+
+pub use self::acks::Ack;
+use self::{acks::Acks, deployment::Deployment, feed::Feed, keys::Keys, probe::Probes, tail::Tails};
+use crate::{bus::Topics, metrics::Lane};
+
+/// How often tails and probes are looked after.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// The log of many nodes. Dropped, it ends its subscriptions.
+pub struct Redis(Arc<Inner>);
+
+/// How it is used.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Before every key and every pub/sub channel.
+    pub prefix: String,
+    /// When a publish is answered.
+    pub ack: Ack,
+}
+
+struct Inner {
+    deployment: Arc<Deployment>,
+    topics: Arc<Topics>,
+    keys: Keys,
+    tails: Arc<Tails>,
+    feed: Arc<Feed>,
+    probes: Probes,
+    acks: Option<Acks>,
+    /// A test owns the time.
+    clock_is_ours: bool,
+    /// The first second after this was made, by that time.
+    began: u64,
+    beat: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Redis {
+    /// Needs a tokio runtime. Whether Redis can be reached shows later.
+    pub fn start(deployment: Arc<Deployment>, topics: Arc<Topics>, settings: Settings) -> Self {
+        let tails = Arc::new(Tails::default());
+        let inner = Arc::new_cyclic(|inner| {
+            tails.belong_to(inner.clone());
+            Inner {
+                feed: Feed::start(deployment.clone(), Lane::Events, tails.clone()),
+                keys: Keys::new(&settings.prefix),
+                tails: tails.clone(),
+                probes: Probes::default(),
+                acks: match settings.ack {
+                    Ack::Stored => None,
+                    Ack::Replicated => Some(Acks::default()),
+                },
+                clock_is_ours: topics.is_manual(),
+                began: topics.now() / 1000 + 1,
+                deployment,
+                topics,
+                beat: Mutex::default(),
+            }
+        });
+        let beat = tokio::spawn({
+            let inner = Arc::downgrade(&inner);
+            async move {
+                let mut ticks = tokio::time::interval(BEAT);
+                ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                loop {
+                    ticks.tick().await;
+                    let Some(inner) = inner.upgrade() else { return };
+                    inner.probe();
+                    inner.audit();
+                }
+            }
+        });
+        *inner.beat.lock() = Some(beat);
+        Redis(inner)
+    }
+
+    /// Looks after channels that have been quiet, as it is done all the time. For tests that own the time.
+    pub async fn audit(&self) {
+        self.0.audit_all().await;
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        if let Some(beat) = self.0.beat.lock().take() {
+            beat.abort();
+        }
+    }
+}

@@ -21,6 +21,12 @@ use crate::{
 
 /// A place for events. All methods may be called at once from many tasks.
 pub trait Log: Send + Sync + 'static {
+    /// Whether events can be placed and heard of now. Answers at once, from what is known.
+    fn ready(&self) -> Result<()>;
+
+    /// One part of the housekeeping: all of it after 64 calls.
+    fn sweep(&self);
+
     /// Places all drafts of one channel in one atomic step: place, store, show. None or all of them.
     ///
     /// `subject` is who publishes: the scope of idempotency keys. Fails with `bus_unavailable` (surely not placed),
@@ -30,6 +36,17 @@ pub trait Log: Send + Sync + 'static {
         channel: &'a Channel,
         subject: &'a str,
         drafts: Vec<Draft>,
+    ) -> BoxFuture<'a, Result<Vec<Placed>>>;
+
+    /// Places drafts of one channel with the times that they had (never decreasing, never later than now), behind the
+    /// offset `top`, where the log must end: 0 where there is none. For imports, which go on where they were interrupted.
+    ///
+    /// Fails with `conflict` if the log ends elsewhere, else as [`append`](Self::append). Keys are not looked at.
+    fn restore<'a>(
+        &'a self,
+        channel: &'a Channel,
+        top: u64,
+        drafts: Vec<(u64, Draft)>,
     ) -> BoxFuture<'a, Result<Vec<Placed>>>;
 
     /// Up to `limit` events, and at least one if there is one, from `start` on.
@@ -73,7 +90,14 @@ pub trait Log: Send + Sync + 'static {
 
 /// Keeps a ring filled while it lives. Nothing, where the ring is the log.
 #[derive(Clone, Default)]
-pub struct Tail(pub Option<Arc<dyn Send + Sync>>);
+pub struct Tail(pub Option<Arc<dyn Tailed>>);
+
+/// A channel whose ring is a window on a log that is elsewhere.
+pub trait Tailed: Send + Sync {
+    /// Begins to fetch what readers of the ring [want](super::Ring::wanted), until none of them does. Called when there
+    /// was none before.
+    fn fetch(&self);
+}
 
 /// Where a draft was placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! [`Ring`]: the newest events of one channel in use, with its readers' parking and their shared frames.
 //!
 //! One synchronous type, always behind its topic's lock. A backend fills it; readers only touch the ring. In the
-//! memory backend the ring *is* the log.
+//! memory backend the ring *is* the log; elsewhere it is a [window](super::window) on the log's newest events.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,9 +13,11 @@ use bytes::Bytes;
 use slab::Slab;
 
 use super::{
+    extent::{Extent, Past},
     format::{Filter, Format},
     log::{Gap, Limit, Page, Placed, Reason},
     subscription::{Inbox, Parked, Ticket},
+    window::Window,
 };
 use crate::{
     error::{Code, Error, Result},
@@ -23,8 +25,10 @@ use crate::{
     position::{Epoch, Position, Start},
 };
 
+/// Marks the key of a reader that waits for older events.
+pub(super) const OLDER: u32 = 1 << 31;
 /// What an event costs beside its encoded body: its header, two reference counts, its place in the queue.
-const EVENT_COST: usize = 96;
+pub(super) const EVENT_COST: usize = 96;
 /// A reader gets at most so much at once, so that nobody waits for one who is far behind.
 const TURN_BYTES: usize = 16 * 1024;
 pub(super) const TURN_EVENTS: usize = 64;
@@ -46,41 +50,25 @@ pub struct Keep {
 }
 
 pub struct Ring {
-    epoch: Epoch,
-    /// Offset of `events[0]`, or of the next event if there is none.
-    first: u64,
-    events: VecDeque<Arc<Event>>,
-    bytes: usize,
-    /// Of the newest event, Unix milliseconds.
-    time: u64,
-    /// From this second on the channel is known to have had no log, until (if it has one) `born`.
-    absent: u64,
-    born: u64,
-    /// The life before this one, while it is remembered.
-    past: Option<Past>,
-    /// Why the events before `first` are gone.
-    cut: Reason,
+    pub(super) extent: Extent,
+    /// The newest of the log: all of it, unless this is a window.
+    pub(super) events: VecDeque<Arc<Event>>,
+    pub(super) bytes: usize,
+    /// Where the log itself is elsewhere.
+    pub(super) window: Option<Box<Window>>,
     /// Subscriptions, parked or not.
     readers: u32,
     /// Readers that have seen everything. A ticket is good for one round: an append takes all of them.
     parked: Slab<Ticket>,
     round: u32,
-    frames: VecDeque<Frame>,
+    pub(super) frames: VecDeque<Frame>,
     keys: Option<Box<Keys>>,
     /// Nobody will look here again: the topic has left the table.
     pub(super) retired: bool,
 }
 
-/// How a life of the channel ended.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Past {
-    pub epoch: Epoch,
-    pub top: u64,
-    pub reason: Reason,
-}
-
 /// Encoded once, given to every reader that needs the same.
-struct Frame {
+pub(super) struct Frame {
     format: usize,
     from: u64,
     to: u64,
@@ -116,6 +104,8 @@ pub(super) enum Step {
         count: u32,
     },
     Gap(Gap),
+    /// It must be fetched from the log first.
+    Older,
     /// Nothing shown, but there is more to look at.
     Scanned,
     Nothing,
@@ -131,15 +121,10 @@ pub(super) struct Parking {
 impl Ring {
     pub(super) fn new(absent: u64, past: Option<Past>) -> Self {
         Ring {
-            epoch: Epoch::ABSENT,
-            first: 1,
+            extent: Extent::none(absent, past),
             events: VecDeque::new(),
             bytes: 0,
-            time: 0,
-            absent,
-            born: 0,
-            past,
-            cut: Reason::Trimmed,
+            window: None,
             readers: 0,
             parked: Slab::new(),
             round: 0,
@@ -149,17 +134,37 @@ impl Ring {
         }
     }
 
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
+    pub(super) fn is_window(&self) -> bool {
+        self.window.is_some()
     }
 
+    /// What to take for the time of day: here and where the log is, it may differ. A position of a channel without a log
+    /// says since when it is known; that an older one says the same costs nothing.
+    pub(super) fn clock(&self, now: u64) -> u64 {
+        if self.is_window() { self.extent.time } else { now }
+    }
+
+    pub fn extent(&self) -> &Extent {
+        &self.extent
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.extent.epoch
+    }
+
+    /// Oldest offset that can be read.
     pub fn first(&self) -> u64 {
-        self.first
+        self.extent.first
     }
 
     /// Offset of the newest event ever placed in this life; 0 if there was none.
     pub fn top(&self) -> u64 {
-        self.first + self.events.len() as u64 - 1
+        self.extent.top
+    }
+
+    /// Offset of `events[0]`, or of the next event if there is none.
+    pub(super) fn start(&self) -> u64 {
+        self.extent.top + 1 - self.events.len() as u64
     }
 
     /// Memory of the events kept.
@@ -169,11 +174,12 @@ impl Ring {
 
     /// Memory of all that the budget has to know: the events, and the keys, which outlive them.
     pub fn memory(&self) -> usize {
-        self.bytes + self.keys.as_ref().map_or(0, |keys| keys.order.len() * KEY_COST)
+        let older = self.window.as_ref().map_or(0, |window| window.bytes());
+        self.bytes + older + self.keys.as_ref().map_or(0, |keys| keys.order.len() * KEY_COST)
     }
 
     pub fn time(&self) -> Option<u64> {
-        (self.time > 0).then_some(self.time)
+        (self.extent.time > 0).then_some(self.extent.time)
     }
 
     pub fn readers(&self) -> u32 {
@@ -182,36 +188,29 @@ impl Ring {
 
     #[cfg(test)]
     pub(super) fn parked(&self) -> usize {
-        self.parked.len()
+        self.parked.len() + self.window.as_ref().map_or(0, |window| window.waiting())
     }
 
     pub(super) fn past(&self) -> Option<Past> {
-        match self.epoch.is_absent() {
-            true => self.past,
-            false => Some(Past { epoch: self.epoch, top: self.top(), reason: Reason::Reset }),
+        match self.extent.is_absent() {
+            true => self.extent.past,
+            false => Some(Past { epoch: self.epoch(), top: self.top(), reason: Reason::Reset }),
         }
     }
 
     /// From which second on there is no log, if this life ends now.
     pub(super) fn end(&self, now: u64) -> u64 {
-        match self.epoch.is_absent() {
-            true => self.absent,
+        let Extent { absent, born, .. } = self.extent;
+        match self.extent.is_absent() {
+            true => absent,
             // A position of this very second may be older than the end.
-            false => self.absent.max(self.born).max(now / 1000) + 1,
+            false => absent.max(born).max(now / 1000) + 1,
         }
     }
 
     /// Unix milliseconds of the oldest event.
     pub(super) fn oldest(&self) -> Option<u64> {
         self.events.front().map(|event| event.time)
-    }
-
-    /// Where a reader is who has seen everything.
-    pub fn head(&self, now: u64) -> Position {
-        match self.epoch.is_absent() {
-            true => Position::absent(self.absent.max(now / 1000)),
-            false => Position { epoch: self.epoch, offset: self.top() },
-        }
     }
 
     // === filling ===
@@ -229,13 +228,8 @@ impl Ring {
         now: u64,
     ) -> Result<Vec<Placed>> {
         self.check_keys(channel, subject, &drafts)?;
-        if self.epoch.is_absent() {
-            self.epoch = Epoch::random();
-            self.first = 1;
-            self.born = self.absent.max(now / 1000);
-            self.cut = Reason::Trimmed;
-        }
-        let time = self.time.max(now);
+        self.begin(now);
+        let time = self.extent.time.max(now);
         let mut placed = Vec::with_capacity(drafts.len());
         for mut draft in drafts {
             let key = draft.key.take().map(|key| (hash_key(subject, &key), draft.body.fingerprint()));
@@ -245,19 +239,49 @@ impl Ring {
                 placed.push(Placed { duplicate: true, ..used.placed });
                 continue;
             }
-            let position = Position { epoch: self.epoch, offset: self.top() + 1 };
+            let position = Position { epoch: self.epoch(), offset: self.top() + 1 };
             let here = Placed { position, time, duplicate: false };
             if let Some((key, body)) = key {
                 let keys = self.keys.get_or_insert_default();
                 keys.used.insert(key, Used { body, placed: here });
                 keys.order.push_back((now, key));
             }
-            self.time = time;
-            self.bytes += draft.size() + EVENT_COST;
-            self.events.push_back(Arc::new(draft.place(position, time)));
+            self.place(draft, position, time);
             placed.push(here);
         }
         self.expire_keys(limits, now);
+        self.trim(keep, now);
+        Ok(placed)
+    }
+
+    /// Begins a life, if there is none.
+    fn begin(&mut self, now: u64) {
+        if self.extent.is_absent() {
+            let Extent { absent, time, past, .. } = self.extent;
+            let born = absent.max(now / 1000);
+            self.extent = Extent { epoch: Epoch::random(), born, time, ..Extent::none(absent, past) };
+        }
+    }
+
+    fn place(&mut self, draft: Draft, position: Position, time: u64) {
+        (self.extent.time, self.extent.top) = (time, position.offset);
+        self.bytes += draft.size() + EVENT_COST;
+        self.events.push_back(Arc::new(draft.place(position, time)));
+    }
+
+    /// Places drafts with the times that they had, behind `top`.
+    pub fn restore(&mut self, top: u64, drafts: Vec<(u64, Draft)>, keep: &Keep, now: u64) -> Result<Vec<Placed>> {
+        if self.top() != top {
+            return Err(Error::new(Code::Conflict, format!("the log ends at {}, not at {top}", self.top())));
+        }
+        self.begin(now);
+        let mut placed = Vec::with_capacity(drafts.len());
+        for (time, draft) in drafts {
+            let position = Position { epoch: self.epoch(), offset: self.top() + 1 };
+            let time = time.min(now).max(self.oldest().map_or(0, |_| self.extent.time));
+            self.place(draft, position, time);
+            placed.push(Placed { position, time, duplicate: false });
+        }
         self.trim(keep, now);
         Ok(placed)
     }
@@ -297,6 +321,10 @@ impl Ring {
 
     /// Lets go of what retention no longer keeps.
     pub(super) fn trim(&mut self, keep: &Keep, now: u64) {
+        if self.window.is_some() {
+            // What is kept is decided where the log is.
+            return;
+        }
         let old = now.saturating_sub(keep.age.as_millis() as u64);
         while self.events.len() > 1 && (self.events.len() > keep.count || self.bytes > keep.bytes) {
             self.drop_oldest(Reason::Trimmed);
@@ -316,9 +344,9 @@ impl Ring {
 
     fn drop_oldest(&mut self, reason: Reason) {
         if let Some(event) = self.events.pop_front() {
-            self.first += 1;
+            self.extent.first += 1;
             self.bytes -= event.size() + EVENT_COST;
-            self.cut = reason;
+            self.extent.cut = reason;
         }
         if self.events.is_empty() {
             self.events = VecDeque::new();
@@ -327,10 +355,10 @@ impl Ring {
 
     /// Removes the events before `before`.
     pub fn trim_before(&mut self, before: Position) -> Result<()> {
-        if before.epoch != self.epoch || before.offset > self.top() + 1 {
+        if before.epoch != self.epoch() || before.offset > self.top() + 1 {
             return Err(Error::new(Code::InvalidPosition, "before is a position in the channel as it is now"));
         }
-        while self.first < before.offset {
+        while self.first() < before.offset {
             self.drop_oldest(Reason::Deleted);
         }
         self.frames.clear();
@@ -339,89 +367,25 @@ impl Ring {
 
     /// Ends this life of the channel: the next event begins another. Readers stay.
     pub fn delete(&mut self, now: u64) {
-        if self.epoch.is_absent() {
+        if self.extent.is_absent() {
             return;
         }
-        let past = Past { epoch: self.epoch, top: self.top(), reason: Reason::Deleted };
-        let (readers, round, time) = (self.readers, self.round, self.time);
+        let past = Past { epoch: self.epoch(), top: self.top(), reason: Reason::Deleted };
+        let (readers, round, time) = (self.readers, self.round, self.extent.time);
         let parked = std::mem::take(&mut self.parked);
-        *self = Ring { readers, round, parked, time, ..Ring::new(self.end(now), Some(past)) };
+        *self = Ring { readers, round, parked, ..Ring::new(self.end(now), Some(past)) };
+        self.extent.time = time;
     }
 
     // === reading ===
 
-    /// The first position of `start`, and what is missing before it.
-    pub fn resolve(&self, channel: &Channel, start: Start, now: u64) -> (Position, Option<Gap>) {
-        let absent = self.epoch.is_absent();
-        let at = |offset| Position { epoch: self.epoch, offset };
-        let asked = match start {
-            Start::Now => return (self.head(now), None),
-            _ if absent && !matches!(start, Start::After(_)) => return (self.head(now), None),
-            Start::Earliest => return (at(self.first - 1), None),
-            Start::Last(n) => return (at(self.top().saturating_sub(n).max(self.first - 1)), None),
-            Start::AfterOffset(offset) => at(offset),
-            Start::After(position) => position,
-        };
-        let lost = |reason, missed| {
-            let next = if absent { self.head(now) } else { at(self.first) };
-            let gap = Gap { channel: channel.clone(), reason, after: Some(asked), next, missed };
-            (gap.resume(), Some(gap))
-        };
-        // Everything this life has, or will have, follows.
-        let contiguous = match self.past {
-            _ if asked.epoch == self.epoch && !absent => {
-                let top = self.top();
-                if asked.offset > top {
-                    let next = at(top + 1);
-                    let reason = Reason::BadPosition;
-                    let gap = Gap { channel: channel.clone(), reason, after: Some(asked), next, missed: None };
-                    return (gap.resume(), Some(gap));
-                }
-                asked.offset
-            }
-            _ if asked.epoch.is_absent() => {
-                if asked.offset < self.absent || (!absent && asked.offset > self.born) {
-                    return lost(Reason::Reset, None);
-                }
-                0
-            }
-            Some(past) if past.epoch == asked.epoch => {
-                if asked.offset != past.top {
-                    let reason = if asked.offset > past.top { Reason::BadPosition } else { past.reason };
-                    return lost(reason, None);
-                }
-                0
-            }
-            _ => return lost(Reason::Reset, None),
-        };
-        if absent {
-            (self.head(now), None)
-        } else if contiguous + 1 < self.first {
-            lost(self.cut, Some(self.first - contiguous - 1))
-        } else {
-            (at(contiguous), None)
-        }
-    }
-
-    /// Orders positions of one channel: those of unknown lives first, then the life before this one, then this one.
-    pub fn rank(&self, position: Position) -> (u8, u64) {
-        let absent = self.epoch.is_absent();
-        match position.epoch {
-            epoch if epoch.is_absent() && absent => (3, position.offset),
-            epoch if epoch.is_absent() => (2, position.offset),
-            epoch if epoch == self.epoch => (3, position.offset),
-            epoch if self.past.is_some_and(|past| past.epoch == epoch) => (1, position.offset),
-            _ => (0, 0),
-        }
-    }
-
     /// A page for somebody who does not stay.
     pub fn page(&self, channel: &Channel, start: Start, limit: Limit, now: u64) -> Page {
-        let (mut next, gap) = self.resolve(channel, start, now);
+        let (mut next, gap) = self.extent.resolve(channel, start, now);
         let mut events = Vec::new();
-        if !self.epoch.is_absent() {
+        if !self.extent.is_absent() {
             let mut bytes = 0;
-            for event in self.events.range((next.offset + 1 - self.first) as usize..) {
+            for event in self.events.range((next.offset + 1 - self.start()) as usize..) {
                 bytes += event.size() + channel.as_str().len() + EVENT_COST;
                 if events.len() == limit.events || (bytes > limit.bytes && !events.is_empty()) {
                     break;
@@ -430,7 +394,7 @@ impl Ring {
                 events.push(event.clone());
             }
         }
-        let more = !self.epoch.is_absent() && next.offset < self.top();
+        let more = !self.extent.is_absent() && next.offset < self.top();
         Page { events, next, more, gap }
     }
 
@@ -443,39 +407,71 @@ impl Ring {
         format: &'static Format,
         turn: usize,
     ) -> Step {
-        if position.epoch != self.epoch || position.offset + 1 < self.first {
-            let (at, gap) = self.resolve(channel, Start::After(*position), self.time);
+        if position.epoch != self.epoch() || position.offset + 1 < self.start() {
+            let (at, gap) = self.extent.resolve(channel, Start::After(*position), self.extent.time);
             if let Some(gap) = gap {
                 *position = at;
                 return Step::Gap(gap);
             }
-            if self.epoch.is_absent() {
+            if self.extent.is_absent() {
                 // The position is kept: it says what this reader has had when a new life begins.
                 return Step::Nothing;
             }
             *position = at;
+            if at.epoch != self.epoch() || at.offset + 1 < self.start() {
+                return match self.window.as_ref().and_then(|window| window.older(at)) {
+                    Some(_) => self.step_from(true, channel, position, filter, format, turn),
+                    None => Step::Older,
+                };
+            }
         }
-        let from = position.offset + 1;
-        if from > self.top() {
+        if position.offset >= self.top() {
             return Step::Nothing;
         }
+        self.step_from(false, channel, position, filter, format, turn)
+    }
+
+    /// What follows `position`, which has something behind it: in the ring, or among the older events that were fetched.
+    fn step_from(
+        &mut self,
+        older: bool,
+        channel: &Channel,
+        position: &mut Position,
+        filter: Option<&Filter>,
+        format: &'static Format,
+        turn: usize,
+    ) -> Step {
         match filter {
-            None => self.step_all(channel, position, from, format, turn),
-            Some(filter) => self.step_some(channel, position, from, filter, format, turn),
+            None => self.step_all(older, channel, position, format, turn),
+            Some(filter) => self.step_some(older, channel, position, filter, format, turn),
         }
+    }
+
+    fn events(&self, older: bool) -> &VecDeque<Arc<Event>> {
+        match &self.window {
+            Some(window) if older => &window.events,
+            _ => &self.events,
+        }
+    }
+
+    /// The events after `offset`.
+    fn events_after(&self, older: bool, offset: u64) -> impl Iterator<Item = &Arc<Event>> {
+        let events = self.events(older);
+        let first = events.front().map_or(offset + 1, |event| event.offset);
+        events.range((offset + 1 - first) as usize..)
     }
 
     fn step_all(
         &mut self,
+        older: bool,
         channel: &Channel,
         position: &mut Position,
-        from: u64,
         format: &'static Format,
         turn: usize,
     ) -> Step {
-        let start = (from - self.first) as usize;
+        let from = position.offset + 1;
         let (mut to, mut bytes) = (from - 1, 0);
-        for event in self.events.range(start..).take(turn) {
+        for event in self.events_after(older, position.offset).take(turn) {
             bytes += event.size() + EVENT_COST;
             if bytes > TURN_BYTES && to >= from {
                 break;
@@ -483,21 +479,20 @@ impl Ring {
             to = event.offset;
         }
         position.offset = to;
-        Step::Events { bytes: self.frame(channel, from, to, format), count: (to - from + 1) as u32 }
+        Step::Events { bytes: self.frame(older, channel, from, to, format), count: (to - from + 1) as u32 }
     }
 
     fn step_some(
         &mut self,
+        older: bool,
         channel: &Channel,
         position: &mut Position,
-        from: u64,
         filter: &Filter,
         format: &'static Format,
         turn: usize,
     ) -> Step {
-        let start = (from - self.first) as usize;
         let (mut shown, mut bytes) = (Vec::new(), 0);
-        for event in self.events.range(start..).take(TURN_SCAN) {
+        for event in self.events_after(older, position.offset).take(TURN_SCAN) {
             if filter.matches(event) {
                 bytes += event.size() + EVENT_COST;
                 if shown.len() == turn || (bytes > TURN_BYTES && !shown.is_empty()) {
@@ -512,20 +507,20 @@ impl Ring {
             [] => Step::Scanned,
             [one] => {
                 let at = one.offset;
-                Step::Events { bytes: self.frame(channel, at, at, format), count: 1 }
+                Step::Events { bytes: self.frame(older, channel, at, at, format), count: 1 }
             }
             many => Step::Events { bytes: format.encode(channel, many), count: many.len() as u32 },
         }
     }
 
     /// The events `from..=to`, encoded; shared if anybody else may want the same.
-    fn frame(&mut self, channel: &Channel, from: u64, to: u64, format: &'static Format) -> Bytes {
+    fn frame(&mut self, older: bool, channel: &Channel, from: u64, to: u64, format: &'static Format) -> Bytes {
         let known = |frame: &&Frame| (frame.to, frame.from, frame.format) == (to, from, format.index);
         if let Some(frame) = self.frames.iter().rev().find(known) {
             return frame.bytes.clone();
         }
-        let range = (from - self.first) as usize..=(to - self.first) as usize;
-        let bytes = format.encode(channel, self.events.range(range));
+        let count = (to - from + 1) as usize;
+        let bytes = format.encode(channel, self.events_after(older, from - 1).take(count));
         if self.readers > 1 {
             // The budget does not know of them: a channel of large events must not keep all of them twice.
             let mut held: usize = self.frames.iter().map(|frame| frame.bytes.len()).sum();
@@ -540,7 +535,7 @@ impl Ring {
 
     /// Whether somebody at `position` has something to read.
     pub(super) fn is_behind(&self, position: Position) -> bool {
-        !self.epoch.is_absent() && (position.epoch != self.epoch || position.offset < self.top())
+        !self.extent.is_absent() && (position.epoch != self.epoch() || position.offset < self.top())
     }
 
     // === waiting ===
@@ -568,6 +563,9 @@ impl Ring {
 
     /// False if an append has taken the ticket: then word is, or will be, in the inbox.
     pub(super) fn unpark(&mut self, parking: Parking) -> bool {
+        if parking.key & OLDER != 0 {
+            return self.window.as_mut().is_some_and(|window| window.unpark(parking));
+        }
         parking.round == self.round && self.parked.try_remove(parking.key as usize).is_some()
     }
 
@@ -583,6 +581,9 @@ impl Ring {
         if !self.frames.is_empty() {
             self.frames = VecDeque::new();
         }
+        if let Some(window) = &mut self.window {
+            window.cool();
+        }
         if self.events.capacity() > 64 && self.events.capacity() > self.events.len() * 4 {
             self.events.shrink_to_fit();
         }
@@ -590,7 +591,11 @@ impl Ring {
 
     /// Nothing is here that anybody could miss.
     pub(super) fn is_idle(&self) -> bool {
-        self.events.is_empty() && self.readers == 0 && self.keys.is_none()
+        match &self.window {
+            // The log is elsewhere.
+            Some(window) => self.readers == 0 && !window.tailed,
+            None => self.events.is_empty() && self.readers == 0 && self.keys.is_none(),
+        }
     }
 }
 
@@ -623,8 +628,12 @@ mod tests {
         let draft = || Draft::new(Parts { data: Data::Text(&text), ..Parts::default() }, 1_000_000).unwrap();
         for offset in 1..=20 {
             ring.append(&channel, "", vec![draft()], &keep, &keys, 1000).unwrap();
-            let frame = ring.frame(&channel, offset, offset, &TEXT);
-            assert_eq!(ring.frame(&channel, offset, offset, &TEXT).as_ptr(), frame.as_ptr(), "the newest is shared");
+            let frame = ring.frame(false, &channel, offset, offset, &TEXT);
+            assert_eq!(
+                ring.frame(false, &channel, offset, offset, &TEXT).as_ptr(),
+                frame.as_ptr(),
+                "the newest is shared"
+            );
             let held: usize = ring.frames.iter().map(|frame| frame.bytes.len()).sum();
             assert!(held <= FRAME_BYTES + frame.len(), "{held}");
         }

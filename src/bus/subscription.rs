@@ -221,6 +221,15 @@ impl Subscriptions {
         let Sub { watch, position, filter, life, parking } = self.subs.get_mut(slot as usize)?;
         let mut ring = watch.lock();
         let step = ring.step(watch.channel(), position, filter.as_deref(), self.format, self.turn as usize);
+        if matches!(step, Step::Older) {
+            let (place, first) = ring.park_older(*position, &self.inbox, slot, *life);
+            *parking = Some(place);
+            drop(ring);
+            if first {
+                watch.fetch();
+            }
+            return None;
+        }
         // Parked in the same breath as it reaches the head: one lock a delivery, not two.
         if !matches!(step, Step::Scanned) && !ring.is_behind(*position) {
             *parking = Some(ring.park(&self.inbox, slot, *life));
@@ -230,7 +239,7 @@ impl Subscriptions {
         match step {
             Step::Events { bytes, count } => Some(Item::Events { bytes, count }),
             Step::Gap(gap) => Some(Item::Gap(gap)),
-            Step::Scanned | Step::Nothing => None,
+            Step::Scanned | Step::Nothing | Step::Older => None,
         }
     }
 

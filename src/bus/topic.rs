@@ -17,8 +17,9 @@ use indexmap::IndexMap;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{
+    extent::Past,
     log::Gap,
-    ring::{Keep, KeyLimits, Past, Ring},
+    ring::{Keep, KeyLimits, Ring},
 };
 use crate::{
     error::{Code, Error, Result},
@@ -137,9 +138,10 @@ impl Topic {
         self.ring.lock()
     }
 
-    /// See [`Ring::resolve`].
+    /// See [`Extent::resolve`](super::extent::Extent::resolve).
     pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
-        self.lock().resolve(&self.channel, start, self.clock.now())
+        let ring = self.lock();
+        ring.extent().resolve(&self.channel, start, ring.clock(self.clock.now()))
     }
 }
 
@@ -202,6 +204,17 @@ impl Topics {
         }
     }
 
+    /// How much of a channel is kept.
+    pub fn keep_of(&self, channel: &Channel) -> Keep {
+        let rule = self.config.rules.iter().find(|rule| rule.pattern.matches(channel.as_str()));
+        rule.map_or(self.config.keep, |rule| rule.keep)
+    }
+
+    /// The bus's idea of time is a test's.
+    pub fn is_manual(&self) -> bool {
+        matches!(self.clock, Clock::Manual(_))
+    }
+
     /// Does `work` with the ring of a channel that is in use from now on.
     pub fn with<R>(&self, channel: &Channel, work: impl FnOnce(&Arc<Topic>, &mut Ring) -> R) -> R {
         loop {
@@ -225,10 +238,9 @@ impl Topics {
             Some(end) => (end.absent.max(horizon), Some(end.past)),
             None => (horizon, None),
         };
-        let keep = self.config.rules.iter().find(|rule| rule.pattern.matches(channel.as_str()));
         let topic = Arc::new(Topic {
             channel: channel.clone(),
-            keep: keep.map_or(self.config.keep, |rule| rule.keep),
+            keep: self.keep_of(channel),
             clock: self.clock.clone(),
             ring: Mutex::new(Ring::new(absent, past)),
         });
@@ -327,7 +339,9 @@ impl Topics {
             let quiet = ring.time().is_none_or(|time| time + (LINGER.as_millis() as u64) < now);
             if ring.is_idle() && quiet {
                 ring.retired = true;
-                if let Some(past) = ring.past() {
+                // Of a window something is left.
+                self.account(ring.memory(), 0);
+                if let Some(past) = ring.past().filter(|_| !ring.is_window()) {
                     let absent = ring.end(now);
                     shard.remember(self.hasher.hash_one(&topic.channel), past, absent);
                 }

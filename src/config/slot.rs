@@ -38,6 +38,7 @@ pub(super) enum Slot<'a> {
     Origins(&'a mut Vec<String>),
     Pattern(&'a mut String),
     Backend(&'a mut Backend),
+    Ack(&'a mut Ack),
     /// No name twice.
     Adapters(&'a mut Vec<Adapter>),
     Level(&'a mut Level),
@@ -65,6 +66,17 @@ pub struct Secret(String);
 pub enum Backend {
     /// In this process, for as long as it lives.
     Memory,
+    /// In Redis, for all nodes that use it.
+    Redis,
+}
+
+/// When a publish is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ack {
+    /// When the master has it.
+    Stored,
+    /// When a replica has it as well.
+    Replicated,
 }
 
 /// Somebody else's protocol that weir speaks.
@@ -132,7 +144,13 @@ impl Slot<'_> {
             }
             Slot::Backend(to) => match given.text("a name")?.as_str() {
                 "memory" => **to = Backend::Memory,
-                other => return Err(format!("{other:?} is no backend; there is: memory")),
+                "redis" => **to = Backend::Redis,
+                other => return Err(format!("{other:?} is no backend; there are: memory, redis")),
+            },
+            Slot::Ack(to) => match given.text("a name")?.as_str() {
+                "stored" => **to = Ack::Stored,
+                "replicated" => **to = Ack::Replicated,
+                other => return Err(format!("{other:?} is no moment to answer; there are: stored, replicated")),
             },
             Slot::Adapters(to) => {
                 let mut list = Vec::new();
@@ -183,6 +201,9 @@ impl fmt::Display for Slot<'_> {
             Slot::Pattern(text) | Slot::Path(text) | Slot::Url(text) | Slot::Text(text) => f.write_str(&quoted(text)),
             Slot::Secret(secret) => f.write_str(if secret.is_empty() { "\"\"" } else { "\"********\"" }),
             Slot::Backend(Backend::Memory) => f.write_str("\"memory\""),
+            Slot::Backend(Backend::Redis) => f.write_str("\"redis\""),
+            Slot::Ack(Ack::Stored) => f.write_str("\"stored\""),
+            Slot::Ack(Ack::Replicated) => f.write_str("\"replicated\""),
             Slot::Adapters(list) => write_list(list.iter().map(|adapter| adapter.as_str().to_owned()), f),
             Slot::Level(Level(text)) => f.write_str(&quoted(text)),
             Slot::Format(Format::Auto) => f.write_str("\"auto\""),

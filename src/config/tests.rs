@@ -81,8 +81,7 @@ keep = { count = -1, wiegth = 3 }
 [[channels]]
 keep.age = "1d"
 "#;
-    let environment =
-        [("WEIR__LOG__LEVEL", "louder"), ("WEIR__BUS__REDIS__URL", "redis://x"), ("WEIR__HEARTBEAT", "5s")];
+    let environment = [("WEIR__LOG__LEVEL", "louder"), ("WEIR__PLUGINS__URL", "redis://x"), ("WEIR__HEARTBEAT", "5s")];
     let problems = read(text, &environment, &[]).unwrap_err();
     let mut expected: Vec<&str> = r#"weir.toml: sse.hearbeat: unknown key; did you mean sse.heartbeat?
 weir.toml: colour: unknown key
@@ -96,7 +95,7 @@ weir.toml: cors.origins: "null" is not an origin: write https://example.com or h
 weir.toml: channels[0].keep.count: needs a whole number, not -1
 weir.toml: channels[0].keep.wiegth: unknown key
 weir.toml: channels[1]: has no `match`: which channels is it for?
-WEIR__BUS__REDIS__URL: bus.redis.url: unknown key
+WEIR__PLUGINS__URL: plugins.url: unknown key
 WEIR__HEARTBEAT: heartbeat: unknown key; did you mean sse.heartbeat?
 WEIR__LOG__LEVEL: log.level: "louder" is no level: write one of error, warn, info, debug, trace, off, or by target as "info,weir::rpc=debug""#
         .lines()

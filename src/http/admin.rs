@@ -23,11 +23,14 @@ pub async fn live() -> Response {
 /// `GET /health/ready`. Open to everyone: whether clients are welcome.
 #[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Whether clients are welcome.", responses(
     (status = 200, description = "Clients are welcome.", body = Healthy),
-    (status = 503, description = "`draining`: this node is leaving.", body = openapi::Problem, content_type = "application/problem+json"),
+    (status = 503, description = "`draining`: this node is leaving. `bus_unavailable`: events cannot be placed and heard of.", body = openapi::Problem, content_type = "application/problem+json"),
 ))]
 pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
     if gateway.draining.is_cancelled() {
         return Error::new(Code::Draining, "this node is leaving").into_response();
+    }
+    if let Err(error) = gateway.bus.ready() {
+        return error.into_response();
     }
     healthy()
 }

@@ -121,6 +121,11 @@ impl Registry {
         each(|labels| self.gauge_of(name, help, labels))
     }
 
+    pub fn histogram(&self, name: &'static str, help: &'static str) -> Histogram {
+        self.0.describe_histogram(KeyName::from(name), Some(Unit::Seconds), help.into());
+        Histogram(self.0.register_histogram(&Key::from_static_name(name), &METADATA))
+    }
+
     pub fn histograms<L: Label>(&self, name: &'static str, help: &'static str) -> By<L, Histogram> {
         self.0.describe_histogram(KeyName::from(name), Some(Unit::Seconds), help.into());
         each(|labels| Histogram(self.0.register_histogram(&Key::from_parts(name, labels), &METADATA)))

@@ -13,13 +13,19 @@ use std::{
 use proptest::{prelude::*, test_runner::TestRunner};
 use serde_json::{Value, value::RawValue};
 use weir::{
-    backend::memory::Memory,
+    backend::{
+        memory::Memory,
+        redis::{Ack, Redis, Settings, address::Url, deployment::Deployment},
+    },
     bus::*,
     error::Code,
     event::{Channel, Data, Draft, Event, Parts},
+    metrics::Metrics,
     pattern::Pattern,
     position::{Epoch, Position, Start},
 };
+
+use crate::redis::servers::{Cluster, Sentinel, Server};
 
 /// A bus over the backend under test.
 trait Harness: Sync + Send + 'static {
@@ -286,6 +292,26 @@ async fn trimming_by_hand<H: Harness>() {
     let foreign = Position { epoch: Epoch::random(), offset: 1 };
     let refused = h.bus().remove(&channel("a"), Some(foreign)).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidPosition);
+}
+
+async fn a_log_is_restored<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let (bus, a, then) = (h.bus(), channel("a"), h.bus().now() - 60_000);
+    let placed = bus.restore(&a, 0, vec![(then, draft(1)), (then + 5, draft(2))]).await.unwrap();
+    assert_eq!(
+        placed.iter().map(|placed| (placed.position.offset, placed.time)).collect::<Vec<_>>(),
+        [(1, then), (2, then + 5)]
+    );
+    let again = bus.restore(&a, 0, vec![(then, draft(1))]).await.unwrap_err();
+    assert_eq!(again.code(), Code::Conflict, "an import that was interrupted does not begin again");
+    // Times never decrease, and none is later than now.
+    let more = bus.restore(&a, 2, vec![(then, draft(3)), (u64::MAX, draft(4))]).await.unwrap();
+    assert_eq!((more[0].time, more[1].position.offset), (then + 5, 4));
+    assert!(more[1].time <= bus.now());
+    assert_eq!(place(bus, "a", 5).await.position.offset, 5);
+    let page = read(bus, "a", Start::After(placed[0].position)).await;
+    assert_eq!((numbers(&page), page.gap), (vec![2, 3, 4, 5], None));
+    assert_eq!(page.events[0].time, then + 5);
 }
 
 // === keys ===
@@ -661,20 +687,23 @@ struct InMemory {
     now: Arc<AtomicU64>,
 }
 
+fn config(keep: Keep, budget: usize) -> Config {
+    Config {
+        // A rule, so that the matcher has its part in every test.
+        rules: vec![Rule { pattern: Pattern::new("*"), keep }],
+        keep: KEEP,
+        budget,
+        keys: KeyLimits { window: WINDOW, count: 10_000 },
+        consumer_idle: Duration::from_secs(30 * 24 * 3600),
+        max_consumers: 1000,
+        max_cursors: 1000,
+    }
+}
+
 impl InMemory {
     fn with(keep: Keep, budget: usize) -> Self {
         let now = Arc::new(AtomicU64::new(1_763_640_000_123));
-        let config = Config {
-            // A rule, so that the matcher has its part in every test.
-            rules: vec![Rule { pattern: Pattern::new("*"), keep }],
-            keep: KEEP,
-            budget,
-            keys: KeyLimits { window: WINDOW, count: 10_000 },
-            consumer_idle: Duration::from_secs(30 * 24 * 3600),
-            max_consumers: 1000,
-            max_cursors: 1000,
-        };
-        let topics = Arc::new(Topics::new(config, Clock::Manual(now.clone())));
+        let topics = Arc::new(Topics::new(config(keep, budget), Clock::Manual(now.clone())));
         // Past the second in which it began: a position of that second proves nothing.
         now.fetch_add(2000, Ordering::SeqCst);
         let memory = Arc::new(Memory::new(topics.clone()));
@@ -707,7 +736,7 @@ macro_rules! conformance {
                 a_batch_is_one_step_per_channel reading_never_writes nothing_is_missed_between_absence_and_birth
                 a_deleted_log_is_announced an_absent_position_does_not_outlive_a_log
                 an_idle_channel_is_reclaimed_and_reborn a_reader_keeps_its_channel what_is_trimmed_is_announced
-                retention_by_age_and_bytes positions_that_prove_nothing trimming_by_hand a_key_places_once
+                retention_by_age_and_bytes positions_that_prove_nothing trimming_by_hand a_log_is_restored a_key_places_once
                 cursors_go_forward channels_are_listed_by_name a_live_reader_gets_what_comes
                 a_slow_reader_is_told_what_it_missed a_reader_outlives_its_log no_event_between_read_and_wait
                 all_is_given_back);
@@ -727,6 +756,75 @@ macro_rules! conformance {
 }
 
 conformance!(memory: InMemory);
+
+/// On a real Redis: one for all tests of a deployment, a prefix for each.
+///
+/// The suite owns the time, also that of the scripts: where the topics have a clock of their own, what the scripts take for
+/// now is that clock and not TIME. Nothing else differs, and there is no setting for it.
+struct InRedis<D> {
+    bus: Arc<Bus>,
+    redis: Arc<Redis>,
+    now: Arc<AtomicU64>,
+    deployment: std::marker::PhantomData<D>,
+}
+
+/// What the suite runs on.
+trait Deployed: Send + Sync + 'static {
+    fn url() -> impl Future<Output = String> + Send;
+}
+
+macro_rules! deployed {
+    ($name:ident: $server:ty = $start:expr) => {
+        struct $name;
+
+        impl Deployed for $name {
+            async fn url() -> String {
+                static SERVER: tokio::sync::OnceCell<$server> = tokio::sync::OnceCell::const_new();
+                SERVER.get_or_init(|| $start).await.url()
+            }
+        }
+    };
+}
+
+deployed!(Standalone: Server = Server::start(&[]));
+deployed!(Watched: Sentinel = Sentinel::start());
+deployed!(Clustered: Cluster = Cluster::start(3, 0));
+
+impl<D: Deployed> Harness for InRedis<D> {
+    async fn start(keep: Keep) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let url = Url::parse(&D::url().await).unwrap();
+        let now = Arc::new(AtomicU64::new(1_763_640_000_123));
+        let topics = Arc::new(Topics::new(config(keep, 64 << 20), Clock::Manual(now.clone())));
+        let deployment = Deployment::start(url, Arc::new(Metrics::new()));
+        deployment.ready(Duration::from_secs(30)).await.unwrap();
+        let prefix = format!("t{}:", NUMBER.fetch_add(1, Ordering::SeqCst));
+        let redis = Arc::new(Redis::start(deployment, topics.clone(), Settings { prefix, ack: Ack::Stored }));
+        now.fetch_add(2000, Ordering::SeqCst);
+        InRedis { bus: Arc::new(Bus::new(redis.clone(), topics)), redis, now, deployment: std::marker::PhantomData }
+    }
+
+    fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    /// In steps, as time does: what is read is looked after now and then, not once after a year.
+    async fn pass(&self, time: Duration) {
+        let step = Duration::from_secs(30).max(time / 32);
+        let mut left = time;
+        while !left.is_zero() {
+            let now = step.min(left);
+            left -= now;
+            self.now.fetch_add(now.as_millis() as u64, Ordering::SeqCst);
+            self.redis.audit().await;
+        }
+        (0..64).for_each(|_| self.redis.sweep());
+    }
+}
+
+conformance!(redis: InRedis<Standalone>);
+conformance!(redis_sentinel: InRedis<Watched>);
+conformance!(redis_cluster: InRedis<Clustered>);
 
 // === what only memory promises ===
 

@@ -7,7 +7,7 @@ fn each_names_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("proto-docs/guarantees.md")).unwrap();
     let mut sources = String::new();
-    for folder in ["tests/it", "src/rpc/tests", "src/presence"] {
+    for folder in ["tests/it", "tests/it/redis", "src/rpc/tests", "src/presence"] {
         for entry in fs::read_dir(root.join(folder)).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|extension| extension == "rs") {

@@ -1,6 +1,9 @@
 //! weir on Redis: real servers, real faults.
 
+mod apps;
 mod connections;
+mod faults;
+mod nodes;
 // Starters offer what a deployment can do, whether or not a test asks for it yet.
 #[allow(dead_code)]
 pub mod proxy;

@@ -146,6 +146,19 @@ impl Deployment {
         }
     }
 
+    /// The servers that have slots.
+    pub fn places(&self) -> Vec<Address> {
+        let map = self.map.read();
+        if !self.url.is_cluster() {
+            return map.servers.keys().cloned().collect();
+        }
+        let has = |server: &&Arc<Server>| {
+            map.slots.iter().any(|slot| slot.server.as_ref().is_some_and(|of| Arc::ptr_eq(of, server)))
+        };
+        let places = map.servers.iter().filter(|(_, server)| has(server));
+        places.map(|(address, _)| address.clone()).collect()
+    }
+
     /// Names the server that has the slot of `key`, and says how to reach it.
     pub fn place_of(&self, key: &[u8]) -> Option<(Address, Target)> {
         match self.url.is_cluster() {
@@ -159,26 +172,28 @@ impl Deployment {
 
     /// From this second on, what is not in Redis is known never to have been there: before it, this process of Redis
     /// was not known, or had not got the slot.
-    pub fn horizon(&self, key: &[u8], link: &Link) -> u64 {
+    ///
+    /// Nothing, where nobody can know: it may forget what it likes.
+    pub fn horizon(&self, key: &[u8], link: &Link) -> Option<u64> {
         if link.server.evicts {
-            return u64::MAX;
+            return None;
         }
         let map = self.map.read();
         let (server, since) = match self.url.is_cluster() {
             true => match map.slots.get(slot(key)) {
                 Some(Slot { server: Some(server), since }) => (server, *since),
-                _ => return u64::MAX,
+                _ => return None,
             },
             false => match map.servers.values().next() {
                 Some(server) => (server, None),
-                None => return u64::MAX,
+                None => return None,
             },
         };
         let mut known = server.known.lock();
         if known.0 != link.server.run_id {
-            *known = (link.server.run_id.clone(), link.server.time / 1000 + 1);
+            *known = (link.server.run_id.clone(), link.server.since);
         }
-        since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1))
+        Some(since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1)))
     }
 
     /// Changes whenever a slot is found elsewhere.

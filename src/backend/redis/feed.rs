@@ -170,9 +170,14 @@ impl Feed {
         }
     }
 
-    /// Somebody else has some of the slots.
+    /// Somebody else is the master, or has some of the slots.
     fn reroute(self: &Arc<Self>) {
         let mut state = self.state.lock();
+        if !self.deployment.url.is_cluster() {
+            // Another master: whoever the lane leads to now is not it.
+            state.routes.values().for_each(|route| route.lane.replace());
+            return;
+        }
         let mut moved = Vec::new();
         for (channel, want) in &state.wanted {
             if self.deployment.place_of(channel).map(|(place, _)| place) != want.place {

@@ -82,6 +82,8 @@ pub struct Identity {
     pub evicts: bool,
     /// Its clock when we connected, Unix milliseconds.
     pub time: u64,
+    /// From this second on it has been the one that is written to; as far as we can know.
+    pub since: u64,
 }
 
 pub struct Link {
@@ -178,7 +180,7 @@ impl Link {
         let (read, write) = tokio::io::split(stream);
         tokio::spawn(write_loop(shared.clone(), write));
         tokio::spawn(read_loop(shared.clone(), read, ear));
-        let server = Identity { run_id: "".into(), version: (0, 0), evicts: false, time: 0 };
+        let server = Identity { run_id: "".into(), version: (0, 0), evicts: false, time: 0, since: 0 };
         Link { number, address, server, opened: Instant::now(), shared }
     }
 
@@ -244,7 +246,11 @@ impl Link {
         let evicts = limited && field("maxmemory_policy").is_some_and(|policy| policy != "noeviction");
         let parts = time.list().unwrap_or_default();
         let part = |n: usize| parts.get(n).and_then(Value::int).unwrap_or_default();
-        Ok(Identity { run_id: run_id.into(), version, evicts, time: part(0) * 1000 + part(1) / 1000 })
+        // One that was made master, and not started as such, does not say when.
+        let uptime = field("uptime_in_seconds").and_then(|text| text.parse().ok()).unwrap_or(0);
+        let born_master = field("second_repl_offset") == Some("-1");
+        let since = part(0).saturating_sub(if born_master { uptime } else { 0 }) + 1;
+        Ok(Identity { run_id: run_id.into(), version, evicts, time: part(0) * 1000 + part(1) / 1000, since })
     }
 
     /// Sends a command that is answered.

@@ -2,7 +2,10 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering::SeqCst},
+    },
 };
 
 use tokio::{
@@ -26,7 +29,9 @@ pub enum Wire {
 
 pub struct Proxy {
     pub port: u16,
+    upstream: Arc<AtomicU16>,
     wire: Arc<watch::Sender<Wire>>,
+    cuts: Arc<watch::Sender<u64>>,
     task: JoinHandle<()>,
 }
 
@@ -35,20 +40,34 @@ impl Proxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let wire = Arc::new(watch::Sender::new(Wire::Whole));
-        let upstream = SocketAddr::from(([127, 0, 0, 1], upstream));
+        let upstream = Arc::new(AtomicU16::new(upstream));
+        let cuts = Arc::new(watch::Sender::new(0));
         let task = tokio::spawn({
-            let wire = wire.clone();
+            let (wire, upstream, cuts) = (wire.clone(), upstream.clone(), cuts.clone());
             async move {
                 while let Ok((client, _)) = listener.accept().await {
-                    tokio::spawn(carry(client, upstream, wire.subscribe()));
+                    let upstream = SocketAddr::from(([127, 0, 0, 1], upstream.load(SeqCst)));
+                    tokio::spawn(carry(client, upstream, wire.subscribe(), cuts.subscribe()));
                 }
             }
         });
-        Proxy { port, wire, task }
+        Proxy { port, upstream, wire, cuts, task }
     }
 
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Where new connections go.
+    pub fn lead_to(&self, port: u16) {
+        self.upstream.store(port, SeqCst);
+    }
+
+    /// Closes the connections there are. New ones go where it leads to now.
+    pub fn move_to(&self, port: u16) {
+        self.lead_to(port);
+        self.set(Wire::Whole);
+        self.cuts.send_modify(|n| *n += 1);
     }
 
     pub fn set(&self, wire: Wire) {
@@ -62,7 +81,12 @@ impl Drop for Proxy {
     }
 }
 
-async fn carry(client: TcpStream, upstream: SocketAddr, mut wire: watch::Receiver<Wire>) {
+async fn carry(
+    client: TcpStream,
+    upstream: SocketAddr,
+    mut wire: watch::Receiver<Wire>,
+    mut cuts: watch::Receiver<u64>,
+) {
     if *wire.borrow() == Wire::Cut {
         return;
     }
@@ -76,6 +100,7 @@ async fn carry(client: TcpStream, upstream: SocketAddr, mut wire: watch::Receive
         _ = up => {}
         _ = down => {}
         _ = wire.wait_for(|wire| *wire == Wire::Cut) => {}
+        _ = cuts.changed() => {}
     }
 }
 

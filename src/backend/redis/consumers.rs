@@ -1,0 +1,237 @@
+//! Consumers: each has all its cursors in one key, which dies when nobody uses it for long. The set of their names is
+//! only for counting and listing; names of dead ones are taken out when there is no room.
+
+use std::{sync::LazyLock, time::Duration};
+
+use super::{
+    Inner,
+    deployment::Lost,
+    link::Link,
+    log::{failed, nonsense, read_failed},
+    resp::{Command, Value},
+    script::Script,
+};
+use crate::{
+    bus::{Act, Consumer, Limit},
+    error::{Code, Error, Result},
+    event::Channel,
+    position::{Position, Start},
+};
+
+static CONSUMER: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("consumer.lua"))));
+static ADMIT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("admit.lua")));
+
+/// Names looked at together.
+const PAGE: usize = 1000;
+/// Somebody else may move the same cursor at the same time, not for ever.
+const TRIES: usize = 20;
+
+/// What `consumer.lua` found.
+struct Found {
+    status: Box<str>,
+    at: Option<Position>,
+}
+
+impl Inner {
+    pub(super) async fn act(&self, consumer: &str, channel: &Channel, act: Act) -> Result<Option<Position>> {
+        let mut known = self.cursor_at(consumer, channel).await?;
+        for _ in 0..TRIES {
+            let to = match act {
+                Act::Get => return Ok(known),
+                Act::Seek(to) => to,
+                Act::Commit(to) => self.forward(channel, known, to).await?,
+            };
+            if known == Some(to) {
+                return Ok(known);
+            }
+            let mut found = self.set_cursor(consumer, channel, known, to, false).await?;
+            if &*found.status == "new" {
+                self.admit(consumer).await?;
+                found = self.set_cursor(consumer, channel, known, to, true).await?;
+            }
+            match &*found.status {
+                "ok" => return Ok(found.at),
+                "full" => return Err(limit_reached("limits.consumer_channels", self.topics.config().max_cursors)),
+                // Somebody else moved it since we looked.
+                _ => known = found.at,
+            }
+        }
+        Err(Error::new(Code::Conflict, "others move this cursor all the time"))
+    }
+
+    /// The later of two positions.
+    async fn forward(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
+        let (keys, keep) = (self.keys.channel(channel), self.topics.keep_of(channel));
+        let extent = self.look(&keys, &keep, Start::Now, Limit { events: 0, bytes: 0 }).await?.extent;
+        if !to.epoch.is_absent() && to.epoch == extent.epoch && to.offset > extent.top {
+            return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));
+        }
+        Ok(known.filter(|known| extent.rank(*known) >= extent.rank(to)).unwrap_or(to))
+    }
+
+    async fn cursor_at(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
+        let key = self.keys.consumer(consumer);
+        let fill = |_: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push_int(self.idle());
+            command.push("get");
+            command.push(channel.as_str());
+        };
+        let keys = [key.as_bytes()];
+        let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
+        Ok(found(&run.await.map_err(failed)?.0)?.at)
+    }
+
+    async fn set_cursor(
+        &self,
+        consumer: &str,
+        channel: &Channel,
+        from: Option<Position>,
+        to: Position,
+        new: bool,
+    ) -> Result<Found> {
+        let key = self.keys.consumer(consumer);
+        let fill = |_: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push_int(self.idle());
+            command.push("set");
+            command.push(channel.as_str());
+            command.push(from.map_or(String::new(), |from| from.to_string()));
+            command.push(to.to_string());
+            command.push_int(self.topics.config().max_cursors as u64);
+            command.push_int(new.into());
+        };
+        // Done twice, it finds the cursor where the first left it, which is told.
+        let keys = [key.as_bytes()];
+        let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
+        found(&run.await.map_err(failed)?.0)
+    }
+
+    fn idle(&self) -> u64 {
+        u64::try_from(self.topics.config().consumer_idle.as_millis()).unwrap_or(1 << 48).clamp(1, 1 << 48)
+    }
+
+    async fn admit(&self, consumer: &str) -> Result<()> {
+        let most = self.topics.config().max_consumers;
+        for swept in [false, true] {
+            let names = self.keys.consumers();
+            let fill = |_: &Link, command: &mut Command| {
+                command.push(consumer);
+                command.push_int(most as u64);
+            };
+            let keys = [names.as_bytes()];
+            let run = self.deployment.run(&ADMIT, &keys, Lost::Again, fill);
+            if run.await.map_err(failed)?.0.int() == Some(1) {
+                return Ok(());
+            }
+            if !swept {
+                self.sweep_consumers().await?;
+            }
+        }
+        Err(limit_reached("limits.consumers", most))
+    }
+
+    /// Takes the names of consumers that are forgotten out of the set of all.
+    async fn sweep_consumers(&self) -> Result<()> {
+        let names = self.keys.consumers();
+        let mut after: Option<String> = None;
+        loop {
+            let page = self.names_of_consumers("", after.as_deref(), PAGE).await?;
+            let Some(last) = page.last().cloned() else { return Ok(()) };
+            for name in page {
+                if self.describe_consumer(&name).await?.is_none() {
+                    let gone = |_: &Link| Command::new("ZREM").arg(&names).arg(&name);
+                    self.deployment.call(names.as_bytes(), Lost::Again, gone).await.map_err(failed)?;
+                }
+            }
+            after = Some(last);
+        }
+    }
+
+    async fn names_of_consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<String>> {
+        let names = self.keys.consumers();
+        let from = match after {
+            Some(after) if after >= prefix => format!("({after}"),
+            _ => format!("[{prefix}"),
+        };
+        let make = |_: &Link| {
+            let command = Command::new("ZRANGEBYLEX").arg(&names).arg(&from).arg("+").arg("LIMIT");
+            command.int(0).int(limit as u64)
+        };
+        let (answer, _) = self.deployment.call(names.as_bytes(), Lost::Again, make).await.map_err(read_failed)?;
+        let names = answer.list().ok_or_else(nonsense)?.iter().filter_map(Value::text);
+        Ok(names.take_while(|name| name.starts_with(prefix)).map(str::to_owned).collect())
+    }
+
+    pub(super) async fn describe_consumer(&self, name: &str) -> Result<Option<Consumer>> {
+        let key = self.keys.consumer(name);
+        let fill = |_: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push_int(self.idle());
+            command.push("show");
+        };
+        let keys = [key.as_bytes()];
+        let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
+        let answer = run.await.map_err(failed)?.0;
+        let Some([_, _, fields]) = answer.list() else { return Err(nonsense()) };
+        let (mut cursors, mut seen) = (Vec::new(), None);
+        for pair in fields.list().unwrap_or_default().chunks_exact(2) {
+            let (Some(field), Some(value)) = (pair[0].text(), pair[1].text()) else { continue };
+            if field == "s" {
+                seen = value.parse().ok();
+            } else if let Some(Ok(channel)) = field.strip_prefix("c:").map(Channel::parse)
+                && let Ok(position) = value.parse()
+            {
+                cursors.push((channel, position));
+            }
+        }
+        let Some(seen) = seen else { return Ok(None) };
+        cursors.sort_by(|one, other| one.0.cmp(&other.0));
+        let expires = seen + Duration::from_millis(self.idle()).as_millis() as u64;
+        Ok(Some(Consumer { name: name.into(), cursors, seen, expires }))
+    }
+
+    pub(super) async fn list_consumers(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Consumer>> {
+        let mut after = after.map(str::to_owned);
+        let mut consumers = Vec::new();
+        while consumers.len() < limit {
+            let names = self.names_of_consumers(prefix, after.as_deref(), limit - consumers.len()).await?;
+            let Some(last) = names.last() else { break };
+            after = Some(last.clone());
+            for name in names {
+                consumers.extend(self.describe_consumer(&name).await?);
+            }
+        }
+        Ok(consumers)
+    }
+
+    pub(super) async fn forget_consumer(&self, name: &str) -> Result<bool> {
+        let existed = self.describe_consumer(name).await?.is_some();
+        let (key, names) = (self.keys.consumer(name), self.keys.consumers());
+        let delete = |_: &Link| Command::new("DEL").arg(&key);
+        self.deployment.call(key.as_bytes(), Lost::Again, delete).await.map_err(failed)?;
+        let remove = |_: &Link| Command::new("ZREM").arg(&names).arg(name);
+        self.deployment.call(names.as_bytes(), Lost::Again, remove).await.map_err(failed)?;
+        Ok(existed)
+    }
+}
+
+fn found(answer: &Value) -> Result<Found> {
+    let Some([_, status, at]) = answer.list() else { return Err(nonsense()) };
+    let (Some(status), Some(at)) = (status.text(), at.text()) else { return Err(nonsense()) };
+    let at = match at {
+        "" => None,
+        at => Some(at.parse().map_err(|_| nonsense())?),
+    };
+    Ok(Found { status: status.into(), at })
+}
+
+fn limit_reached(limit: &'static str, number: usize) -> Error {
+    Error::new(Code::LimitReached, format!("{limit} is {number}")).with("limit", limit)
+}

@@ -1,0 +1,560 @@
+//! [`Redis`], the log of many nodes: what is placed, read and removed.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, LazyLock},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
+
+use super::{
+    Inner, Redis,
+    deployment::Lost,
+    keys::ChannelKeys,
+    link::{Fault, Link},
+    resp::{Command, Value},
+    script::Script,
+    wire::{Look, Reading},
+};
+use crate::{
+    bus::{Act, Consumer, Extent, Info, Keep, Limit, Log, Page, Placed, Tail, Topic},
+    error::{Code, Error, Result},
+    event::{Channel, Draft, Event},
+    position::{Epoch, Position, Start},
+};
+
+static APPEND: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("append.lua"))));
+static LOOK: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("look.lua"))));
+static REMOVE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("remove.lua"))));
+static RESTORE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("restore.lua"))));
+static TOUCH: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("touch.lua"))));
+
+/// Ten thousand years: what is longer is for ever, and Lua still counts exactly.
+const FOR_EVER: u64 = 1 << 48;
+/// Keys looked at by one SCAN.
+const SCAN: u64 = 1000;
+
+/// Why Redis did not do what was asked. `what` may have been done if the answer was lost.
+pub(super) fn failed(fault: Fault) -> Error {
+    match fault {
+        Fault::Away(reason) => {
+            tracing::debug!(%reason, "Redis is away");
+            Error::new(Code::BusUnavailable, "Redis cannot be reached now")
+        }
+        Fault::Lost => Error::new(Code::Unconfirmed, "it was sent to Redis, and the answer is lost"),
+        Fault::Refused(error) => match error.split(' ').next().unwrap_or_default() {
+            "OOM" => {
+                Error::new(Code::Overloaded, "Redis has no memory left (its maxmemory)").with("limit", "maxmemory")
+            }
+            "VERSION" => Error::new(Code::BusUnavailable, "a newer weir wrote this channel: this node must be updated"),
+            "MISCONF" | "NOREPLICAS" | "NOPERM" | "NOAUTH" | "WRONGTYPE" => {
+                tracing::warn!(%error, "Redis refuses");
+                let code = error.split(' ').next().unwrap_or_default().to_owned();
+                Error::new(
+                    Code::BusUnavailable,
+                    format!("Redis refuses it ({code}); the reason is in the log of this node"),
+                )
+            }
+            _ => Error::internal(format!("Redis: {error}")),
+        },
+    }
+}
+
+pub(super) fn nonsense() -> Error {
+    Error::internal("Redis answers what a script of weir never does")
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(FOR_EVER).min(FOR_EVER)
+}
+
+// === placing ===
+
+impl Inner {
+    /// What the scripts take for now: 0 is the clock of Redis.
+    pub(super) fn script_now(&self) -> u64 {
+        if self.clock_is_ours { self.topics.now() } else { 0 }
+    }
+
+    pub(super) fn publish_verb(&self) -> &'static str {
+        if self.deployment.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" }
+    }
+
+    async fn place(
+        &self,
+        keys: &ChannelKeys,
+        keep: &Keep,
+        subject: &str,
+        drafts: &[Draft],
+    ) -> Result<Vec<Placed>, Failed> {
+        let (placed, link) = self.store(keys, keep, subject, drafts).await?;
+        // One that was placed before may have been placed a moment ago.
+        if self.acks.is_some() {
+            self.replicated(keys.meta().as_bytes(), &link).await?;
+        }
+        Ok(placed)
+    }
+
+    /// Places drafts, and says over which connection.
+    pub(super) async fn store(
+        &self,
+        keys: &ChannelKeys,
+        keep: &Keep,
+        subject: &str,
+        drafts: &[Draft],
+    ) -> Result<(Vec<Placed>, Arc<Link>), Failed> {
+        let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
+        let mut once: Vec<(&str, String)> = Vec::new();
+        let mut numbers = Vec::with_capacity(drafts.len());
+        for draft in drafts {
+            let Some(key) = draft.parts().1 else {
+                numbers.push(0);
+                continue;
+            };
+            let known = once.iter().position(|(known, _)| *known == key).unwrap_or_else(|| {
+                once.push((key, keys.once(subject, key)));
+                once.len() - 1
+            });
+            numbers.push(known as u64 + 1);
+        }
+        let mut all: Vec<&[u8]> = vec![meta.as_bytes(), stream.as_bytes()];
+        all.extend(once.iter().map(|(_, key)| key.as_bytes()));
+        let (now, window) = (self.script_now(), millis(self.topics.config().keys.window));
+        let fill = |link: &Link, command: &mut Command| {
+            command.push_int(now);
+            command.push(&*link.server.run_id);
+            command.push(&*Epoch::random().text());
+            command.push(self.publish_verb());
+            command.push(&events);
+            command.push_int(keep.count as u64);
+            command.push_int(millis(keep.age));
+            command.push_int((keep.bytes as u64).min(FOR_EVER));
+            command.push_int(window.max(1));
+            let mut stored = Vec::new();
+            for (draft, number) in drafts.iter().zip(&numbers) {
+                let (body, _) = draft.parts();
+                command.push_int(*number);
+                if *number > 0 {
+                    command.push(format!("{:016x}", body.fingerprint()));
+                } else {
+                    command.push("");
+                }
+                stored.clear();
+                body.store(&mut stored);
+                command.push(&stored);
+            }
+        };
+        let begun = Instant::now();
+        let (answer, link) = self.deployment.run(&APPEND, &all, Lost::Tell, fill).await.map_err(Failed::Fault)?;
+        self.deployment.metrics.redis_append_seconds.record(begun.elapsed());
+        let [epoch, time, rest @ ..] = answer.list().ok_or_else(Failed::nonsense)? else {
+            return Err(Failed::nonsense());
+        };
+        if epoch.is_nil() {
+            let at = time.int().and_then(|n| drafts.get(usize::try_from(n).ok()?.checked_sub(1)?));
+            let key = at.and_then(|draft| draft.parts().1).unwrap_or_default();
+            return Err(Failed::Reused(key.to_owned()));
+        }
+        let epoch = epoch.text().and_then(|text| text.parse().ok()).ok_or_else(Failed::nonsense)?;
+        let time = time.int().ok_or_else(Failed::nonsense)?;
+        let placed = rest
+            .iter()
+            .map(|placed| match placed {
+                Value::Int(offset) => Some(Placed {
+                    position: Position { epoch, offset: u64::try_from(*offset).ok()? },
+                    time,
+                    duplicate: false,
+                }),
+                placed => {
+                    let mut parts = placed.text()?.split(' ');
+                    let (epoch, offset) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+                    let position = Position { epoch, offset };
+                    Some(Placed { position, time: parts.next()?.parse().ok()?, duplicate: true })
+                }
+            })
+            .collect::<Option<Vec<_>>>()
+            .filter(|placed| placed.len() == drafts.len())
+            .ok_or_else(Failed::nonsense)?;
+        Ok((placed, link))
+    }
+}
+
+impl Inner {
+    async fn place_again(&self, channel: &Channel, top: u64, drafts: Vec<(u64, Draft)>) -> Result<Vec<Placed>> {
+        let (keys, keep) = (self.keys.channel(channel), self.topics.keep_of(channel));
+        let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
+        let fill = |link: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push(&*link.server.run_id);
+            command.push(&*Epoch::random().text());
+            command.push(self.publish_verb());
+            command.push(&events);
+            command.push_int(millis(keep.age));
+            command.push_int(top.min(FOR_EVER));
+            let mut stored = Vec::new();
+            for (time, draft) in &drafts {
+                command.push_int((*time).min(FOR_EVER));
+                stored.clear();
+                draft.parts().0.store(&mut stored);
+                command.push(&stored);
+            }
+        };
+        let keys_of = [meta.as_bytes(), stream.as_bytes()];
+        let (answer, _) = self.deployment.run(&RESTORE, &keys_of, Lost::Tell, fill).await.map_err(failed)?;
+        let [epoch, rest @ ..] = answer.list().ok_or_else(nonsense)? else { return Err(nonsense()) };
+        if epoch.is_nil() {
+            let top = rest.first().and_then(Value::int).unwrap_or_default();
+            return Err(Error::new(Code::Conflict, format!("the log ends at {top}")));
+        }
+        let epoch: Epoch = epoch.text().and_then(|text| text.parse().ok()).ok_or_else(nonsense)?;
+        let times = rest.iter().map(|time| time.int().ok_or_else(nonsense));
+        let placed = times
+            .zip(top + 1..)
+            .map(|(time, offset)| Ok(Placed { position: Position { epoch, offset }, time: time?, duplicate: false }));
+        self.refresh(channel).await;
+        placed.collect()
+    }
+}
+
+/// Why nothing was placed, or nobody knows.
+#[derive(Debug)]
+pub(super) enum Failed {
+    Fault(Fault),
+    /// The key was used for another event.
+    Reused(String),
+    Nonsense,
+}
+
+impl Failed {
+    fn nonsense() -> Self {
+        Failed::Nonsense
+    }
+
+    fn error(self, channel: &Channel) -> Error {
+        match self {
+            Failed::Fault(fault) => failed(fault),
+            Failed::Reused(key) => {
+                Error::new(Code::KeyReused, format!("the key {key:?} was used for another event of channel {channel}"))
+            }
+            Failed::Nonsense => nonsense(),
+        }
+    }
+}
+
+// === reading ===
+
+impl Inner {
+    /// One look at a log: from `start` on, as far as `limit` goes.
+    pub(super) async fn look(&self, keys: &ChannelKeys, keep: &Keep, start: Start, limit: Limit) -> Result<Look> {
+        let (meta, stream) = (keys.meta(), keys.stream());
+        let (from, epoch, number) = match start {
+            Start::Now => ("none", String::new(), 0),
+            Start::Earliest => ("earliest", String::new(), 0),
+            Start::After(position) if position.epoch.is_absent() => ("earliest", String::new(), 0),
+            Start::After(position) => ("after", position.epoch.to_string(), position.offset),
+            Start::AfterOffset(offset) => ("after", "*".to_owned(), offset),
+            Start::Last(n) => ("last", String::new(), n),
+        };
+        let (count, age) = (keep.count as u64, millis(keep.age));
+        // Offsets are exact in Lua up to there; whoever asks for more is past the end of any log.
+        let number = number.min(FOR_EVER);
+        let fill = |_: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push_int(count);
+            command.push_int(age);
+            command.push(from);
+            command.push(&epoch);
+            command.push_int(number);
+            command.push_int(limit.events as u64);
+            command.push_int(limit.bytes as u64);
+        };
+        let keys_of = [meta.as_bytes(), stream.as_bytes()];
+        for _ in 0..3 {
+            let (answer, link) = self.deployment.run(&LOOK, &keys_of, Lost::Again, fill).await.map_err(failed)?;
+            let horizon = match self.clock_is_ours {
+                true => Some(self.began),
+                false => self.deployment.horizon(meta.as_bytes(), &link),
+            };
+            let look = Look::read(&answer, Reading { horizon, count, age }).ok_or_else(nonsense)?;
+            if look.newer {
+                return Err(failed(Fault::Refused("VERSION".into())));
+            }
+            if look.extent.is_absent() || *look.generation == *link.server.run_id.as_bytes() {
+                return Ok(look);
+            }
+            // Another server answers than wrote last: what it does not know of may have been lost, and whoever reads
+            // must hear of it, whether or not anybody writes.
+            self.touch(keys, keep).await?;
+        }
+        Err(Error::new(Code::BusUnavailable, "Redis changes its master all the time"))
+    }
+
+    /// Says that a log is read. Begins a new term if the server is another.
+    pub(super) async fn touch(&self, keys: &ChannelKeys, keep: &Keep) -> Result<bool> {
+        let (meta, events) = (keys.meta(), keys.events());
+        let fill = |link: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push(&*link.server.run_id);
+            command.push(&*Epoch::random().text());
+            command.push(self.publish_verb());
+            command.push(&events);
+            command.push_int(millis(keep.age));
+        };
+        let done = self.deployment.run(&TOUCH, &[meta.as_bytes()], Lost::Again, fill).await.map_err(failed)?;
+        Ok(done.0.int() == Some(1))
+    }
+
+    async fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page> {
+        let keys = self.keys.channel(channel);
+        let keep = self.topics.keep_of(channel);
+        let mut look = self.look(&keys, &keep, start, limit).await?;
+        let (mut next, mut gap) = look.extent.resolve(channel, start, look.now);
+        if !follows(&look, next) {
+            // It was read from elsewhere than it turns out to begin.
+            look = self.look(&keys, &keep, Start::After(next), limit).await?;
+            (next, gap) = look.extent.resolve(channel, start, look.now);
+            if !follows(&look, next) {
+                // What should be there is not: the stream was deleted, or cut, by somebody else.
+                look.extent.first = look
+                    .events
+                    .iter()
+                    .find(|event| event.offset > next.offset)
+                    .map_or(look.extent.top + 1, |event| event.offset);
+                (next, gap) = look.extent.resolve(channel, start, look.now);
+            }
+        }
+        let mut bytes = 0;
+        let mut events = Vec::new();
+        for event in look.events {
+            if event.offset <= next.offset {
+                continue;
+            }
+            bytes += event.size() + channel.as_str().len() + 96;
+            let contiguous = event.offset == next.offset + 1 && event.epoch == next.epoch;
+            if !contiguous || events.len() == limit.events || (bytes > limit.bytes && !events.is_empty()) {
+                break;
+            }
+            next = event.position();
+            events.push(event);
+        }
+        let more = !look.extent.is_absent() && next.offset < look.extent.top;
+        Ok(Page { events, next, more, gap })
+    }
+
+    async fn describe(&self, channel: &Channel) -> Result<Info> {
+        let keys = self.keys.channel(channel);
+        let one = Limit { events: 1, bytes: 0 };
+        let look = self.look(&keys, &self.topics.keep_of(channel), Start::Earliest, one).await?;
+        let Extent { epoch, first, top, time, .. } = look.extent;
+        Ok(Info {
+            channel: channel.clone(),
+            epoch,
+            first: look.events.first().map_or(first, |event| event.offset),
+            top,
+            bytes: if look.events.is_empty() { 0 } else { look.bytes as usize },
+            readers: self.topics.get(channel).map_or(0, |topic| topic.lock().readers()),
+            time: (!epoch.is_absent()).then_some(time),
+        })
+    }
+
+    async fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Info>> {
+        let pattern = self.keys.logs(prefix);
+        let mut after = after.map(str::to_owned);
+        let mut found = Vec::new();
+        // What is left of channels without a log is found as well, so one round may not be enough.
+        while found.len() < limit {
+            let wanted = limit - found.len();
+            let mut first: BTreeSet<Channel> = BTreeSet::new();
+            self.scan(&pattern, |key| {
+                let Some(channel) = self.keys.channel_of(key) else { return };
+                let name = channel.as_str();
+                if !name.starts_with(prefix) || after.as_deref().is_some_and(|after| name <= after) {
+                    return;
+                }
+                first.insert(channel);
+                if first.len() > wanted {
+                    first.pop_last();
+                }
+            })
+            .await?;
+            let names: Vec<Channel> = first.into_iter().collect();
+            let last = names.len() < wanted;
+            let Some(end) = names.last() else { break };
+            after = Some(end.as_str().to_owned());
+            for info in futures_util::future::try_join_all(names.iter().map(|name| self.describe(name))).await? {
+                if !info.epoch.is_absent() {
+                    found.push(info);
+                }
+            }
+            if last {
+                break;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Calls `visit` with every key that fits, on all servers, some of them twice.
+    async fn scan(&self, pattern: &str, mut visit: impl FnMut(&[u8])) -> Result<()> {
+        for server in self.deployment.servers() {
+            let mut cursor = Bytes::from_static(b"0");
+            loop {
+                let link = server.link().ok_or_else(|| failed(Fault::Away("no connection".into())))?;
+                let command = Command::new("SCAN").arg(&cursor).arg("MATCH").arg(pattern).arg("COUNT").int(SCAN);
+                let answer = link.ask(&command).await.map_err(read_failed)?;
+                let Some([Value::Bytes(next), Value::List(keys)]) = answer.list() else { return Err(nonsense()) };
+                keys.iter().filter_map(Value::bytes).for_each(|key| visit(key));
+                cursor = next.clone();
+                if *cursor == *b"0" {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn delete(&self, channel: &Channel, before: Option<Position>) -> Result<()> {
+        let keys = self.keys.channel(channel);
+        let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
+        let keep = self.topics.keep_of(channel);
+        let fill = |_: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push(self.publish_verb());
+            command.push(&events);
+            command.push(before.map_or(String::new(), |before| before.epoch.to_string()));
+            // Offsets begin with 1: nothing lies before it, and 0 says all.
+            command.push_int(before.map_or(0, |before| before.offset.clamp(1, FOR_EVER)));
+            command.push_int(millis(keep.age));
+        };
+        let keys_of = [meta.as_bytes(), stream.as_bytes()];
+        let (done, _) = self.deployment.run(&REMOVE, &keys_of, Lost::Tell, fill).await.map_err(failed)?;
+        match done.int() {
+            Some(1) => {
+                // Whoever asked and reads here reads what is left.
+                self.refresh(channel).await;
+                Ok(())
+            }
+            Some(0) => Err(Error::new(Code::InvalidPosition, "before is a position in the channel as it is now")),
+            _ => Err(nonsense()),
+        }
+    }
+}
+
+/// A read that was lost did nothing.
+pub(super) fn read_failed(fault: Fault) -> Error {
+    match fault {
+        Fault::Lost => failed(Fault::Away("the connection broke".into())),
+        fault => failed(fault),
+    }
+}
+
+/// Whether the first event after `next` is the one that should be.
+fn follows(look: &Look, next: Position) -> bool {
+    let found = look.events.iter().find(|event: &&Arc<Event>| event.offset > next.offset);
+    match found {
+        Some(event) => event.offset == next.offset + 1,
+        None => look.extent.is_absent() || next.offset >= look.extent.top,
+    }
+}
+
+impl Log for Redis {
+    fn ready(&self) -> Result<()> {
+        match self.0.is_ready() {
+            true => Ok(()),
+            false => Err(Error::new(Code::BusUnavailable, "no probe has come back through Redis lately")),
+        }
+    }
+
+    fn sweep(&self) {
+        self.0.topics.sweep();
+    }
+
+    fn append<'a>(
+        &'a self,
+        channel: &'a Channel,
+        subject: &'a str,
+        drafts: Vec<Draft>,
+    ) -> BoxFuture<'a, Result<Vec<Placed>>> {
+        async move {
+            let keys = self.0.keys.channel(channel);
+            let keep = self.0.topics.keep_of(channel);
+            let placed = self.0.place(&keys, &keep, subject, &drafts).await;
+            let placed = placed.map_err(|failed| failed.error(channel))?;
+            // Who publishes here and reads here need not wait for Redis to say it again.
+            self.0.hear_own(&keys.events(), drafts, &placed);
+            Ok(placed)
+        }
+        .boxed()
+    }
+
+    fn restore<'a>(
+        &'a self,
+        channel: &'a Channel,
+        top: u64,
+        drafts: Vec<(u64, Draft)>,
+    ) -> BoxFuture<'a, Result<Vec<Placed>>> {
+        self.0.place_again(channel, top, drafts).boxed()
+    }
+
+    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {
+        async move {
+            let page = match start {
+                Start::Now => self.0.page(channel, start, Limit { events: 0, bytes: 0 }).await,
+                _ => self.0.page(channel, start, limit).await,
+            };
+            let page = page?;
+            // Whoever reads and then waits must not find a ring that knows less than the page did.
+            self.0.catch_up_with(channel, page.next).await;
+            Ok(page)
+        }
+        .boxed()
+    }
+
+    fn tail<'a>(&'a self, topic: &'a Arc<Topic>) -> BoxFuture<'a, Result<Tail>> {
+        self.0.tail(topic).boxed()
+    }
+
+    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<Info>> {
+        self.0.describe(channel).boxed()
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> BoxFuture<'a, Result<Vec<Info>>> {
+        self.0.names(prefix, after, limit).boxed()
+    }
+
+    fn remove<'a>(&'a self, channel: &'a Channel, before: Option<Position>) -> BoxFuture<'a, Result<()>> {
+        self.0.delete(channel, before).boxed()
+    }
+
+    fn cursor<'a>(
+        &'a self,
+        consumer: &'a str,
+        channel: &'a Channel,
+        act: Act,
+    ) -> BoxFuture<'a, Result<Option<Position>>> {
+        self.0.act(consumer, channel, act).boxed()
+    }
+
+    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<Consumer>>> {
+        self.0.describe_consumer(consumer).boxed()
+    }
+
+    fn consumers<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<Consumer>>> {
+        self.0.list_consumers(prefix, after, limit).boxed()
+    }
+
+    fn forget<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<bool>> {
+        self.0.forget_consumer(consumer).boxed()
+    }
+}

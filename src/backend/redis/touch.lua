@@ -1,0 +1,28 @@
+-- Says that a log has readers, so that it is not taken for idle; and begins a new term where writes may have been lost and
+-- nobody has written since, so that those who read hear of it.
+--
+-- KEYS  meta
+-- ARGV  now (0: the clock of Redis) · generation · a fresh epoch · how to publish · where · age
+-- Answers 1, or 0 if there is no log.
+local meta = KEYS[1]
+local found = redis.call('HMGET', meta, 'h', 'e', 'g', 't', 'w')
+local now = tonumber(ARGV[1])
+if now == 0 then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+if not found[1] then return 0 end
+local version, top, last = struct.unpack('>I1I6I6', found[1])
+if version ~= 1 then return 0 end
+local age = tonumber(ARGV[6])
+if now > math.max(last, tonumber(found[5] or 0)) + age + LINGER then return 0 end
+redis.call('HSET', meta, 'w', string.format('%d', now))
+redis.call('PEXPIRE', meta, string.format('%d', 2 * age + GRACE))
+if found[3] ~= ARGV[2] then
+  local terms = (found[4] or '') .. found[2] .. ':' .. string.format('%d', top) .. ','
+  local _, count = string.gsub(terms, ',', '')
+  for _ = 1, count - TERMS do terms = string.gsub(terms, '^[^,]*,', '') end
+  redis.call('HSET', meta, 'e', ARGV[3], 'g', ARGV[2], 't', terms)
+  redis.call(ARGV[4], ARGV[5], '\1x')
+end
+return 1

@@ -1,0 +1,107 @@
+//! Whole nodes on one Redis: what their clients see.
+
+use serde_json::json;
+use weir::{config, error::Code};
+
+use super::servers::{Server as RedisServer, until};
+use crate::{
+    start::Server,
+    support::{Reply, client::Request},
+};
+
+async fn on(redis: &RedisServer) -> Server {
+    Server::with(|config| {
+        config.bus.backend = config::Backend::Redis;
+        config.bus.redis.url = redis.url().as_str().into();
+    })
+    .await
+}
+
+async fn ask(node: &Server, method: &'static str, path: &str, body: &'static str) -> Reply {
+    Request::new(node.at, method, path.to_owned()).body(body).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_moves_from_node_to_node() {
+    let redis = RedisServer::start(&[]).await;
+    let (a, b) = (on(&redis).await, on(&redis).await);
+    let mut stream = a.stream("channel=orders").await;
+    stream.head().await;
+    let opened = stream.opening().await.id;
+    assert!(opened.starts_with("0-"), "{opened}");
+    let placed = ask(&b, "POST", "/v1/events?channel=orders", "1").await.expect(201).json();
+    let first = stream.next().await;
+    assert_eq!(first.json()["data"], json!(1));
+    drop(stream);
+    ask(&a, "POST", "/v1/events?channel=orders", "2").await.expect(201);
+    // The id of one node is where the other goes on, and so is what a page said.
+    let mut stream = b.resume("channel=orders", &first.id).await;
+    stream.head().await;
+    stream.opening().await;
+    assert_eq!(stream.next().await.json()["data"], json!(2));
+    let mut early = b.resume("channel=orders", &opened).await;
+    early.head().await;
+    early.opening().await;
+    assert_eq!(early.next().await.json()["data"], json!(1));
+    let after = format!("/v1/events?channel=orders&after={}-1", placed["epoch"].as_str().unwrap());
+    let page = ask(&a, "GET", &after, "").await.expect(200).json();
+    assert_eq!(page["events"][0]["data"], json!(2), "{page}");
+    // Long-poll with a consumer, at both nodes in turn.
+    let poll = "/v1/events?channel=orders&consumer=job&limit=1";
+    let one = ask(&a, "GET", poll, "").await.expect(200).json();
+    let next = one["next"].as_str().unwrap();
+    let two = ask(&b, "GET", &format!("{poll}&after={next}"), "").await.expect(200).json();
+    assert_eq!((&one["events"][0]["data"], &two["events"][0]["data"]), (&json!(1), &json!(2)), "{one} {two}");
+    drop((stream, early));
+    a.empty().await;
+    b.empty().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_is_away_for_a_while() {
+    let mut redis = RedisServer::start(&[]).await;
+    let node = on(&redis).await;
+    let ready = async |status| {
+        until(&format!("readiness is {status}"), || async {
+            ask(&node, "GET", "/health/ready", "").await.status == status
+        })
+        .await;
+    };
+    ready(200).await;
+    let mut stream = node.stream("channel=a").await;
+    stream.head().await;
+    stream.opening().await;
+    ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);
+    assert_eq!(stream.next().await.json()["data"], json!(1));
+    redis.kill();
+    let refused = ask(&node, "POST", "/v1/events?channel=a", "2").await;
+    assert!(matches!(refused.status, 503 | 504), "{}", refused.text());
+    let refused = ask(&node, "POST", "/v1/events?channel=a", "3").await.expect(503);
+    assert_eq!(refused.header("retry-after"), Some("2"));
+    assert_eq!(refused.json()["code"], Code::BusUnavailable.as_str());
+    // A stream that begins now is told to come again, for a status would end an EventSource.
+    let mut late = node.stream("channel=b").await;
+    assert!(late.head().await.contains("200 ok"));
+    ready(503).await;
+    ask(&node, "GET", "/health/live", "").await.expect(200);
+    redis.restart().await;
+    ready(200).await;
+    ask(&node, "POST", "/v1/events?channel=a", "4").await.expect(201);
+    let gap = stream.next().await;
+    assert_eq!((gap.event.as_str(), &gap.json()["reason"]), ("weir.gap", &json!("reset")));
+    assert_eq!(stream.next().await.json()["data"], json!(4), "on the connection it has had all the time");
+    drop((stream, late));
+    node.empty().await;
+}
+
+#[tokio::test]
+async fn mistakes_are_told_at_the_start() {
+    for (url, sentence) in [("http://a", "redis://"), ("redis://h:x", "not a host and a port")] {
+        let mut config = config::Config::default();
+        config.server.listen = vec![([127, 0, 0, 1], 0).into()];
+        config.bus.backend = config::Backend::Redis;
+        config.bus.redis.url = url.into();
+        let error = weir::app::App::build(config).await.err().unwrap().to_string();
+        assert!(error.contains("bus.redis.url") && error.contains(sentence), "{error}");
+    }
+}

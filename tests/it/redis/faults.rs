@@ -1,0 +1,438 @@
+//! What goes wrong with Redis, one fault at a time. The writer's log is held against every reader's: what was acknowledged
+//! is delivered exactly in order, or announced as a gap.
+
+use weir::{
+    backend::redis::Ack,
+    bus::Reason,
+    error::Code,
+    event::Channel,
+    position::{Position, Start},
+};
+
+use super::{
+    nodes::{ALL, KEEP, Node, Writer, channel, draft, judge, number},
+    proxy::{Proxy, Wire},
+    servers::{Cluster, Sentinel, Server, until},
+};
+
+const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
+
+fn numbers(page: &weir::bus::Page) -> Vec<u64> {
+    page.events.iter().map(|event| number(event)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_go_from_node_to_node() {
+    let redis = Server::start(&[]).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    let (one, two) = (a.reader("c", Start::Now).await, b.reader("c", Start::Earliest).await);
+    let writer = Writer::start(&a, "c");
+    writer.writes(500).await;
+    let late = b.reader("c", Start::Earliest).await;
+    let told = writer.stop().await;
+    for reader in [&one, &two, &late] {
+        reader.sees(told.len() as u64).await;
+        judge(&told, reader);
+        assert_eq!(reader.gaps(), []);
+    }
+    // A position of one node is a position of the other.
+    let at = told[249].what.as_ref().unwrap().position;
+    assert_eq!(numbers(&b.read("c", Start::After(at)).await), (251..=told.len() as u64).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_and_started_again_with_nothing() {
+    let mut redis = Server::start(&[]).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    let (here, there) = (a.reader("c", Start::Now).await, b.reader("c", Start::Now).await);
+    let idle = b.reader("idle", Start::Now).await;
+    a.publish("idle", 1).await.unwrap();
+    idle.sees(1).await;
+    let writer = Writer::start(&a, "c");
+    writer.writes(50).await;
+    redis.kill();
+    writer.fails().await;
+    redis.restart().await;
+    writer.writes(50).await;
+    let told = writer.stop().await;
+    for reader in [&here, &there] {
+        reader.sees(told.len() as u64).await;
+        judge(&told, reader);
+        assert!(reader.gaps().iter().any(|gap| gap.reason == Reason::Reset), "{:?}", reader.gaps());
+    }
+    // Nobody writes there: the next who does finds a reader that is told.
+    a.insist("idle", 2).await;
+    idle.sees(2).await;
+    assert_eq!(idle.gaps().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_and_started_again_with_everything() {
+    let mut redis = Server::start(AOF).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    let reader = b.reader("c", Start::Now).await;
+    let writer = Writer::start(&a, "c");
+    writer.writes(50).await;
+    redis.kill();
+    writer.fails().await;
+    redis.restart().await;
+    writer.writes(50).await;
+    let told = writer.stop().await;
+    reader.sees(told.len() as u64).await;
+    judge(&told, &reader);
+    let gaps = reader.gaps();
+    assert!(gaps.iter().all(|gap| gap.reason == Reason::Failover && gap.missed.is_none()), "{gaps:?}");
+    // Nothing was lost, so whoever reads both terms gets all of it.
+    let (mut start, mut read) = (Start::Earliest, Vec::new());
+    loop {
+        let page = b.read("c", start).await;
+        read.extend(numbers(&page));
+        start = Start::After(page.next);
+        if !page.more {
+            break;
+        }
+    }
+    let acknowledged = told.iter().filter(|told| told.what.is_ok()).map(|told| told.n);
+    assert!(acknowledged.into_iter().all(|n| read.contains(&n)));
+    assert!(read.is_sorted());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_and_continued() {
+    let redis = Server::start(&[]).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    let reader = b.reader("c", Start::Now).await;
+    let writer = Writer::start(&a, "c");
+    writer.writes(20).await;
+    redis.pause();
+    writer.fails().await;
+    redis.resume();
+    writer.writes(20).await;
+    let told = writer.stop().await;
+    reader.sees(told.len() as u64).await;
+    judge(&told, &reader);
+    assert_eq!(reader.gaps(), [], "it is the same server, with all it had");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_node_is_cut_off() {
+    let redis = Server::start(&[]).await;
+    let proxy = Proxy::start(redis.port).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&proxy.url()).await);
+    let reader = b.reader("c", Start::Now).await;
+    let writer = Writer::start(&a, "c");
+    for wire in [Wire::Cut, Wire::Silent] {
+        writer.writes(20).await;
+        proxy.set(wire);
+        // More than the window of a node.
+        writer.writes(400).await;
+        assert!(matches!(b.publish("other", 1).await, Err(Code::BusUnavailable | Code::Unconfirmed)));
+        proxy.set(Wire::Whole);
+    }
+    writer.writes(20).await;
+    let told = writer.stop().await;
+    reader.sees(told.len() as u64).await;
+    judge(&told, &reader);
+    assert_eq!(reader.gaps(), [], "what it missed it looked up");
+    assert!(b.metrics.value("weir_redis_reconnects_total{lane=\"events\"}") >= 1.0);
+}
+
+/// The wire of the connections stays whole, but at its end is a server that was replaced: nobody writes there any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replaced_server_that_stays_up() {
+    let (old, new) = (Server::start(&[]).await, Server::start(&[]).await);
+    let proxy = Proxy::start(old.port).await;
+    let node = Node::start(&proxy.url()).await;
+    until("the probe comes back", || async { weir::bus::Log::ready(&*node.redis).is_ok() }).await;
+    // Only the connection of subscriptions stays behind.
+    proxy.lead_to(new.port);
+    old.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
+    let reader = node.reader("c", Start::Now).await;
+    node.insist("c", 1).await;
+    reader.sees(1).await;
+    until("it has moved", || async { new.cli(&["PUBSUB", "NUMSUB", "weir:{c}:e"]).await.ends_with('1') }).await;
+}
+
+/// The last writes are lost, and new events have taken their places before anybody looked.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_offsets_that_were_taken_again() {
+    let master = Server::start(&[]).await;
+    let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
+    until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+    let (to_a, to_b) = (Proxy::start(master.port).await, Proxy::start(master.port).await);
+    let (a, b) = (Node::start(&to_a.url()).await, Node::start(&to_b.url()).await);
+    for n in 1..=47 {
+        a.publish("c", n).await.unwrap();
+    }
+    let reader = b.reader("c", Start::Earliest).await;
+    let behind = b.read("c", Start::Last(2)).await.events[0].position();
+    reader.sees(47).await;
+    let offset = master.info("master_repl_offset").await.unwrap();
+    until("all is copied", || async { replica.info("slave_repl_offset").await.as_ref() >= Some(&offset) }).await;
+    // From here on nothing is copied.
+    replica.cli(&["REPLICAOF", "NO", "ONE"]).await;
+    let lost: Vec<_> =
+        [a.publish("c", 48).await, a.publish("c", 49).await, a.publish("c", 50).await].into_iter().flatten().collect();
+    assert_eq!(lost.len(), 3, "acknowledged");
+    reader.sees(50).await;
+
+    to_b.set(Wire::Silent);
+    to_a.move_to(replica.port);
+    until("a has moved", || async { replica.cli(&["CLIENT", "LIST"]).await.contains("name=weir-commands") }).await;
+    for n in 51..=60 {
+        a.insist("c", n).await;
+    }
+    to_b.move_to(replica.port);
+
+    reader.sees(60).await;
+    assert_eq!(reader.numbers(), (1..=60).collect::<Vec<_>>(), "all that was placed again is seen");
+    let [gap] = &reader.gaps()[..] else { panic!("{:?}", reader.gaps()) };
+    assert_eq!((gap.reason, gap.after, gap.next.offset), (Reason::Failover, Some(lost[2].position), 48));
+    assert_ne!(gap.next.epoch, lost[2].position.epoch);
+    // A client that had read lost events, and one that had not, resume on the other node.
+    for (had, next, first) in [(lost[1].position, 48, 51), (lost[0].position, 48, 51)] {
+        let page = a.read("c", Start::After(had)).await;
+        let gap = page.gap.clone().unwrap();
+        assert_eq!((gap.reason, gap.next.offset, numbers(&page)[0]), (Reason::Failover, next, first));
+    }
+    let page = a.read("c", Start::After(behind)).await;
+    assert_eq!(
+        (numbers(&page), page.gap.is_none(), page.more),
+        (vec![47], true, true),
+        "the old term first, to its end"
+    );
+    let page = a.read("c", Start::After(page.next)).await;
+    assert_eq!((numbers(&page)[0], page.gap.unwrap().reason), (51, Reason::Failover));
+    // The consumer that had committed a lost position goes back, never forward.
+    a.bus.commit("job", &channel("c"), lost[2].position).await.unwrap();
+    let fresh = a.read("c", Start::Last(1)).await.events[0].position();
+    a.bus.commit("job", &channel("c"), fresh).await.unwrap();
+    assert_eq!(a.bus.cursor("job", &channel("c")).await.unwrap(), Some(fresh));
+}
+
+/// Nobody writes after the failover, and the loss is announced all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loss_is_told_though_nobody_writes_again() {
+    let mut redis = Server::start(AOF).await;
+    let node = Node::start(&redis.url()).await;
+    let reader = node.reader("c", Start::Now).await;
+    let placed = node.publish("c", 1).await.unwrap();
+    reader.sees(1).await;
+    redis.restart().await;
+    until("a gap", || async { !reader.gaps().is_empty() }).await;
+    assert_eq!(reader.gaps()[0].reason, Reason::Failover);
+    let other = Node::start(&redis.url()).await;
+    assert_eq!(other.read("c", Start::After(placed.position)).await.gap.unwrap().reason, Reason::Failover);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sentinel_fails_over_under_load() {
+    let mut sentinel = Sentinel::start().await;
+    let (a, b) = (Node::start(&sentinel.url()).await, Node::start(&sentinel.url()).await);
+    let (here, there) = (a.reader("c", Start::Now).await, b.reader("c", Start::Now).await);
+    let writer = Writer::start(&a, "c");
+    writer.writes(100).await;
+    let old = sentinel.master().await;
+    // The replicas come no further: a password that nobody asked for keeps them from connecting again.
+    for (n, server) in sentinel.servers.iter().enumerate() {
+        if n != old {
+            server.cli(&["CONFIG", "SET", "masterauth", "wrong"]).await;
+        }
+    }
+    sentinel.servers[old].cli(&["CLIENT", "KILL", "TYPE", "replica"]).await;
+    writer.writes(50).await;
+    sentinel.servers[old].kill();
+    writer.fails().await;
+    sentinel.failed_over(old).await;
+    writer.writes(100).await;
+    let told = writer.stop().await;
+    for reader in [&here, &there] {
+        reader.sees(told.len() as u64).await;
+        judge(&told, reader);
+        assert!(reader.gaps().iter().any(|gap| gap.reason == Reason::Failover), "{:?}", reader.gaps());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_moves_and_its_master_dies() {
+    let mut cluster = Cluster::start(3, 3).await;
+    let (a, b) = (Node::start(&cluster.url()).await, Node::start(&cluster.url()).await);
+    let reader = b.reader("c", Start::Now).await;
+    let writer = Writer::start(&a, "c");
+    writer.writes(100).await;
+    let slot = cluster.slot("weir:{c}:m").await;
+    let from = cluster.owner(slot).await;
+    cluster.move_slot(slot, (from + 1) % 3).await;
+    writer.writes(100).await;
+    let owner = cluster.owner(slot).await;
+    assert_ne!(owner, from);
+    cluster.servers[owner].kill();
+    writer.writes(100).await;
+    let told = writer.stop().await;
+    reader.sees(told.len() as u64).await;
+    judge(&told, &reader);
+    assert!(reader.gaps().iter().all(|gap| gap.reason == Reason::Failover), "{:?}", reader.gaps());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_memory_left() {
+    let redis = Server::start(&[]).await;
+    let node = Node::start(&redis.url()).await;
+    let reader = node.reader("c", Start::Now).await;
+    node.publish("c", 1).await.unwrap();
+    redis.cli(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    assert_eq!(node.publish("c", 2).await, Err(Code::Overloaded));
+    assert_eq!(node.publish("new", 2).await, Err(Code::Overloaded));
+    assert_eq!(numbers(&node.read("c", Start::Earliest).await), [1], "it can be read");
+    redis.cli(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    assert_eq!(node.publish("c", 3).await.unwrap().position.offset, 2);
+    reader.sees(3).await;
+    assert_eq!((reader.numbers(), reader.gaps()), (vec![1, 3], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scripts_forgotten_and_connections_killed() {
+    let redis = Server::start(&[]).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    let reader = b.reader("c", Start::Now).await;
+    let writer = Writer::start(&a, "c");
+    for _ in 0..5 {
+        writer.writes(20).await;
+        redis.cli(&["SCRIPT", "FLUSH"]).await;
+        for kind in ["pubsub", "normal"] {
+            writer.writes(20).await;
+            redis.cli(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"]).await;
+        }
+    }
+    writer.writes(20).await;
+    let told = writer.stop().await;
+    reader.sees(told.len() as u64).await;
+    judge(&told, &reader);
+    assert_eq!(reader.gaps(), [], "it is the same server, with all it had");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_is_lost_after_the_script_ran() {
+    let redis = Server::start(&[]).await;
+    let proxy = Proxy::start(redis.port).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&proxy.url()).await);
+    let reader = a.reader("c", Start::Now).await;
+    b.publish("c", 1).await.unwrap();
+    proxy.set(Wire::Deaf);
+    let (bus, c) = (b.bus.clone(), channel("c"));
+    let lost = tokio::spawn(async move { bus.publish_one("me", &c, draft(2, Some("k"))).await });
+    reader.sees(2).await;
+    proxy.set(Wire::Cut);
+    assert_eq!(lost.await.unwrap().unwrap_err().code(), Code::Unconfirmed);
+    proxy.set(Wire::Whole);
+    let again = loop {
+        match b.bus.publish_one("me", &channel("c"), draft(2, Some("k"))).await {
+            Ok(placed) => break placed,
+            Err(error) => assert_eq!(error.code(), Code::BusUnavailable),
+        }
+    };
+    assert!(again.duplicate && again.position.offset == 2, "{again:?}");
+    assert_eq!(a.bus.publish_one("me", &channel("c"), draft(3, Some("k"))).await.unwrap_err().code(), Code::KeyReused);
+    assert_eq!(numbers(&a.read("c", Start::Earliest).await), [1, 2]);
+}
+
+/// As eviction does it: keys vanish, one without the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_vanish() {
+    let redis = Server::start(&[]).await;
+    let node = Node::start(&redis.url()).await;
+    for (name, keys) in [("m", "m"), ("s", "s"), ("both", "ms")] {
+        let reader = node.reader(name, Start::Now).await;
+        let mut placed = Vec::new();
+        for n in 1..=10 {
+            placed.push(node.publish(name, n).await.unwrap());
+        }
+        reader.sees(10).await;
+        for key in keys.chars() {
+            assert_eq!(redis.cli(&["DEL", &format!("weir:{{{name}}}:{key}")]).await, "1");
+        }
+        // Before anybody writes again.
+        let gap = node.read(name, Start::After(placed[4].position)).await.gap.expect(name);
+        assert!(matches!(gap.reason, Reason::Reset | Reason::Trimmed), "{gap:?}");
+        for n in 11..=12 {
+            node.publish(name, n).await.unwrap();
+        }
+        reader.sees(12).await;
+        assert_eq!(reader.numbers(), (1..=12).collect::<Vec<_>>());
+        let page = node.read(name, Start::After(placed[4].position)).await;
+        assert!(page.gap.is_some() && numbers(&page) == [11, 12], "{name}: {page:?}");
+        let had_all = node.read(name, Start::After(placed[9].position)).await;
+        assert_eq!(numbers(&had_all), [11, 12]);
+        assert_eq!(had_all.gap.is_none(), keys == "s", "{name}: a new life cannot know what it had");
+        assert_eq!(numbers(&node.read(name, Start::Earliest).await), [11, 12]);
+    }
+}
+
+/// What is published while nobody is subscribed is looked up, by all at once and only once.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_readers_make_no_storm() {
+    let redis = Server::start(&[]).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    for n in 1..=1000 {
+        a.publish("c", n).await.unwrap();
+    }
+    let looks = || async {
+        let stats = redis.cli(&["INFO", "commandstats"]).await;
+        let line = stats.lines().find(|line| line.starts_with("cmdstat_xrange:")).unwrap_or_default().to_owned();
+        line.split(['=', ',']).nth(1).and_then(|calls| calls.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let before = looks().await;
+    let opening = (0..200).map(|_| b.reader("c", Start::Earliest));
+    let readers = futures_util::future::join_all(opening).await;
+    for reader in &readers {
+        reader.sees(1000).await;
+        assert_eq!((reader.numbers().len(), reader.gaps()), (1000, vec![]));
+    }
+    let looked = looks().await - before;
+    assert!(looked < 200, "{looked} reads for 200 readers of 1000 events");
+    drop(readers);
+    until("readers are given back", || async { b.topics.readers() == 0 }).await;
+    until("the channel is let go of", || async { redis.cli(&["PUBSUB", "CHANNELS", "weir:{c}:e"]).await.is_empty() })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_with_braces() {
+    let cluster = Cluster::start(3, 0).await;
+    let (a, b) = (Node::start(&cluster.url()).await, Node::start(&cluster.url()).await);
+    let names = ["{a}", "}{", "{}", "{a}{b}", "%7b", "a}", "{", "*[x]?\\", "ä/€"];
+    for name in names {
+        let reader = b.reader(name, Start::Now).await;
+        let batch = (1..=3).map(|n| (channel(name), draft(n, (n == 2).then_some("k")))).collect();
+        assert_eq!(a.bus.publish("me", batch).await.unwrap().len(), 3);
+        reader.sees(3).await;
+        a.bus
+            .commit("{c}", &channel(name), Position { offset: 2, ..b.bus.head(&channel(name)).await.unwrap() })
+            .await
+            .unwrap();
+    }
+    let listed = b.bus.list("", None, 100).await.unwrap();
+    let mut sorted: Vec<Channel> = names.iter().map(|name| channel(name)).collect();
+    sorted.sort();
+    assert_eq!(listed.into_iter().map(|info| info.channel).collect::<Vec<_>>(), sorted);
+    assert_eq!(b.bus.list("{a", None, 100).await.unwrap().len(), 2);
+    assert_eq!(b.bus.consumer("{c}").await.unwrap().unwrap().cursors.len(), names.len());
+    for name in names {
+        a.bus.remove(&channel(name), None).await.unwrap();
+    }
+    assert!(b.bus.list("", None, 100).await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_waits_for_a_replica() {
+    let master = Server::start(&[]).await;
+    let node = Node::with(&master.url(), KEEP, Ack::Replicated).await;
+    assert_eq!(node.publish("c", 1).await, Err(Code::Unconfirmed), "there is no replica");
+    let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
+    until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+    let placed = futures_util::future::join_all((2..=100).map(|n| node.publish("c", n))).await;
+    assert!(placed.iter().all(Result::is_ok), "{placed:?}");
+    // Whoever was answered is there, though nobody waited for it here.
+    assert_eq!(replica.cli(&["XLEN", "weir:{c}:s"]).await, "100");
+    assert_eq!(node.bus.read(&channel("c"), Start::Earliest, ALL, None).await.unwrap().events.len(), 100);
+}
