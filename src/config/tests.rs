@@ -95,7 +95,7 @@ weir.toml: cors.origins: "null" is not an origin: write https://example.com or h
 weir.toml: channels[0].keep.count: needs a whole number, not -1
 weir.toml: channels[0].keep.wiegth: unknown key
 weir.toml: channels[1]: has no `match`: which channels is it for?
-WEIR__PLUGINS__URL: plugins.url: unknown key
+WEIR__PLUGINS__URL: plugins.url: unknown key; did you mean bus.redis.url?
 WEIR__HEARTBEAT: heartbeat: unknown key; did you mean sse.heartbeat?
 WEIR__LOG__LEVEL: log.level: "louder" is no level: write one of error, warn, info, debug, trace, off, or by target as "info,weir::rpc=debug""#
         .lines()

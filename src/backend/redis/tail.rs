@@ -23,7 +23,7 @@ use super::{
     Inner,
     feed::Listener,
     keys::ChannelKeys,
-    wire::{Look, Message},
+    wire::{Look, Message, position},
 };
 use crate::{
     bus::{Heard, Limit, Placed, Tail, Tailed, Topic},
@@ -432,6 +432,15 @@ impl Listener for Tails {
             owner.echo(channel);
             return;
         };
+        *entry.heard.lock() = Instant::now();
+        if let Some(at) = position(&message) {
+            // Most of what is published here has been heard of by then.
+            let topic = entry.topic.lock().clone();
+            let ring = topic.lock();
+            if ring.epoch() == at.epoch && at.offset <= ring.top() {
+                return;
+            }
+        }
         let events = match Message::read(&message) {
             Message::Events(events) => events,
             Message::Look => return owner.repair(&entry),
@@ -441,7 +450,6 @@ impl Listener for Tails {
                 return owner.repair(&entry);
             }
         };
-        *entry.heard.lock() = Instant::now();
         if let Some(newest) = events.last() {
             let lag = owner.topics.now().saturating_sub(newest.time);
             owner.deployment.metrics.redis_lag_seconds.record(Duration::from_millis(lag));

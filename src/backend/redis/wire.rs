@@ -71,6 +71,17 @@ fn event(stored: &[u8]) -> Option<Event> {
     Event::restore(Position { epoch, offset: number(&head[14..20]) }, number(&head[8..14]), body)
 }
 
+/// Where the event of a message is, if it is one event; without a look at the rest.
+pub fn position(message: &[u8]) -> Option<Position> {
+    match message {
+        [VERSION, b'e', head @ ..] if head.len() >= 18 => {
+            let epoch = std::str::from_utf8(&head[..6]).ok()?.parse().ok()?;
+            Some(Position { epoch, offset: number(&head[12..18]) })
+        }
+        _ => None,
+    }
+}
+
 impl Message {
     pub fn read(message: &[u8]) -> Self {
         let events = match message {

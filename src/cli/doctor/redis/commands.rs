@@ -52,6 +52,8 @@ pub fn all(scratch: &str, sharded: bool) -> Vec<(&'static str, Cmd)> {
         ("ZADD", vec![z, "1", "a"]),
         ("PEXPIRE", vec![z, minute]),
         ("ZRANGEBYLEX", vec![z, "-", "+"]),
+        ("ZSCORE", vec![z, "a"]),
+        ("ZCARD", vec![z]),
         ("ZREM", vec![z, "a"]),
         ("DEL", vec![k]),
         ("UNLINK", vec![k]),
