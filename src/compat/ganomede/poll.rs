@@ -21,6 +21,7 @@ use crate::{
     compat::form::Form,
     error::Error,
     event::Channel,
+    metrics::Transport,
     position::{Position, Start},
 };
 
@@ -57,7 +58,13 @@ impl Ganomede {
             // Born while we waited: ids from here on are this life's.
             self.parts.bus.seek(&client, &channel, Position { offset: 0, ..next }).await?;
         }
-        Ok(wire::array(place.page.events.iter().map(|event| &**event)))
+        let events = &place.page.events;
+        let out = wire::array(events.iter().map(|event| &**event));
+        if !events.is_empty() {
+            self.parts.metrics.delivered[Transport::Poll].add(events.len() as u64);
+            self.parts.metrics.delivered_bytes[Transport::Poll].add(out.len() as u64);
+        }
+        Ok(out)
     }
 
     /// Moves the position if the client says where it is, and reads on from there.

@@ -95,29 +95,17 @@ pub fn event(event: &Event, out: &mut Vec<u8>) {
     out.extend_from_slice(br#","from":"#);
     out.extend_from_slice(event.from_json().unwrap_or(r#""""#).as_bytes());
     if let Some(data) = event.data_json() {
-        out.extend_from_slice(br#","data":"#);
         // Here it is an object or an array, always.
-        match data.starts_with(['{', '[']) {
-            true => out.extend_from_slice(data.as_bytes()),
-            false => wrapped("value", data, out),
-        }
+        let whole = data.starts_with(['{', '[']);
+        out.extend_from_slice(if whole { br#","data":"# } else { br#","data":{"value":"# });
+        out.extend_from_slice(data.as_bytes());
+        out.extend_from_slice(if whole { b"" } else { b"}" });
     } else if let Some(base64) = event.data_base64() {
-        out.extend_from_slice(br#","data":"#);
-        wrapped("base64", base64, out);
+        out.extend_from_slice(br#","data":{"base64":"#);
+        out.extend_from_slice(base64.as_bytes());
+        out.push(b'}');
     }
     out.push(b'}');
-}
-
-fn wrapped(name: &str, json: &str, out: &mut Vec<u8>) {
-    write_json_str_key(name, out);
-    out.extend_from_slice(json.as_bytes());
-    out.push(b'}');
-}
-
-fn write_json_str_key(name: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(b"{\"");
-    out.extend_from_slice(name.as_bytes());
-    out.extend_from_slice(b"\":");
 }
 
 /// `[…]` of these events.

@@ -9,7 +9,7 @@ use std::{
 
 use axum::{
     body::{Body, Bytes},
-    http::{HeaderValue, Method, Response, header, request::Parts as Head},
+    http::{HeaderValue, Method, Response, Version, header, request::Parts as Head},
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -71,14 +71,14 @@ impl NodeSse {
             return Err(bad());
         }
         let mut answer = Response::new(());
-        for (name, value) in [
-            (header::CONTENT_TYPE, "text/event-stream"),
-            (header::CACHE_CONTROL, "no-cache"),
-            (header::CONNECTION, "keep-alive"),
-        ] {
-            answer.headers_mut().insert(name, HeaderValue::from_static(value));
+        let headers = answer.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        // HTTP/2 has no such header.
+        if head.version <= Version::HTTP_11 {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("keep-alive"));
         }
-        answer.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
         if head.method == Method::HEAD {
             return Ok(answer.map(|()| Body::empty()));
         }
