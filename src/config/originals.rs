@@ -36,6 +36,14 @@ pub(super) fn settings(config: &Config, environment: &[(String, String)]) -> Vec
             set("API_SECRET", "compat.ganomede.secret", get("API_SECRET"));
             set("POLL_TIMEOUT", "compat.ganomede.poll_timeout", get("POLL_TIMEOUT").map(|ms| format!("{ms}ms")));
             set("LOG_LEVEL", "log.level", get("LOG_LEVEL").map(level));
+            let (host, port) = ("REDIS_EVENTS_PORT_6379_TCP_ADDR", "REDIS_EVENTS_PORT_6379_TCP_PORT");
+            if let Some(variable) = [host, port].into_iter().find(|name| get(name).is_some()) {
+                // Whatever it held is not read: weir keeps its events under keys of its own.
+                let (host, port) = (get(host).unwrap_or("localhost".into()), get(port).unwrap_or("6379".into()));
+                let host = if host.contains(':') { format!("[{host}]") } else { host };
+                set(variable, "bus.backend", Some("redis".into()));
+                set(variable, "bus.redis.url", Some(format!("redis://{host}:{port}")));
+            }
         }
         Adapter::MicroStream => set("LOG_LEVEL", "log.level", get("LOG_LEVEL").map(level)),
         Adapter::NodeSse => {

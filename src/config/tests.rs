@@ -274,6 +274,13 @@ fn variables_of_an_original_count_where_it_is_alone() {
     assert!(wrong.contains("POLL_TIMEOUT: compat.ganomede.poll_timeout:"), "{wrong}");
     assert!(wrong.contains("compat.ganomede.secret: is missing"), "{wrong}");
 
+    let redis = ganomede(&[("REDIS_EVENTS_PORT_6379_TCP_ADDR", "db.example")]).unwrap();
+    assert_eq!(
+        (redis.config.bus.backend, redis.config.bus.redis.url.reveal()),
+        (Backend::Redis, "redis://db.example:6379")
+    );
+    assert_eq!(redis.sources["bus.redis.url"].to_string(), "REDIS_EVENTS_PORT_6379_TCP_ADDR");
+
     let node_sse = [("PORT", "9090"), ("DEBUG_LOGS", "true")];
     let config = read("compat.enable = [\"node-sse\"]", &node_sse, &[]).unwrap().config;
     assert_eq!(config.server.listen, ["127.0.0.1:9090".parse().unwrap()]);

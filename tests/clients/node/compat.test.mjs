@@ -2,8 +2,10 @@
 // and Chromium's EventSource.
 
 import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
 import { once } from "node:events";
 import http from "node:http";
+import net from "node:net";
 import { createRequire } from "node:module";
 import { test } from "node:test";
 import { EventSource } from "eventsource";
@@ -202,4 +204,42 @@ test("EventStream from configuration alone", async t => {
   await until("both", () => heard.of("created").length === 1 && heard.of("message").length === 1);
   assert.deepEqual([heard.of("created")[0], heard.of("message")[0]], [{ n: 1 }, { n: 2 }]);
   assert.equal((await fetch(`${weir.url}/api/events/7`, { headers: { accept: "application/json" } })).status, 406);
+});
+
+/** A Redis of its own that forgets everything with the test, and the settings of a weir that keeps its events there. */
+async function redis(t) {
+  const server = net.createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address();
+  await new Promise(resolve => server.close(resolve));
+  const child = spawn("redis-server", ["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"], { stdio: "ignore" });
+  t.after(() => child.kill("SIGKILL"));
+  await until("Redis", () => new Promise(resolve => {
+    const socket = net.connect(port, "127.0.0.1", () => resolve(socket.destroy()));
+    socket.on("error", () => resolve(false));
+  }));
+  return { REDIS_EVENTS_PORT_6379_TCP_ADDR: "127.0.0.1", REDIS_EVENTS_PORT_6379_TCP_PORT: String(port), url: `redis://127.0.0.1:${port}` };
+}
+
+test("on Redis, over a restart and between nodes", async t => {
+  const { url, ...env } = await redis(t);
+  // The variables of the original lead there by themselves.
+  const weir = await serve(t, { env });
+  const browsers = await Weir.start(t, {
+    args: ["--compat", "node-sse"],
+    env: { WEIR__BUS__BACKEND: "redis", WEIR__BUS__REDIS__URL: url },
+  });
+  const page = listen(t, `${browsers.url}/subscribe?channels=orders`, ["registered", "lastEvent", "t"]);
+  await until("the page", () => page.of("lastEvent").length === 1);
+  const heard = ganomede(t, weir, "survivor", { channels: ["orders"] });
+  for (let n = 1; n <= 3; n += 1) await heard.send("orders", { from: "test", type: "t", data: { n } });
+  await until("three events", () => heard.events.length === 3 && page.of("t").length === 3);
+  assert.deepEqual(page.of("t").map(event => event.payload), ['{"n":1}', '{"n":2}', '{"n":3}']);
+  await weir.kill();
+  await publish(browsers, [{ channelName: "orders", type: "t", payload: "meanwhile" }]);
+  await serve(t, { port: weir.port, env });
+  await until("what came meanwhile", () => heard.events.length === 4, 2 * PATIENCE);
+  assert.deepEqual([heard.events[3].id, heard.events[3].data], [4, { value: "meanwhile" }]);
+  const last = await browsers.json("GET", "/lastEvent?channel=orders");
+  assert.deepEqual(JSON.parse(last.response), { type: "t", payload: "meanwhile" });
 });
