@@ -17,6 +17,8 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     Sse,
+    /// As browsers of node-sse-server.
+    NodeSse,
     Ws,
     /// Streams of SSE over HTTP/2, so many to a connection.
     H2(usize),
@@ -121,6 +123,11 @@ impl Link {
         let hello = match transport {
             Transport::Sse => {
                 format!("GET {} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n\r\n", path(0)).into_bytes()
+            }
+            Transport::NodeSse => {
+                let names: Vec<_> = names(0).collect();
+                let path = format!("/subscribe?channels={}", names.join(","));
+                format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n\r\n").into_bytes()
             }
             Transport::Ws => {
                 let names: Vec<_> = names(0).collect();
@@ -305,6 +312,13 @@ fn sse(name: Option<&str>, data: &[u8], size: usize, seen: &mut Seen, opening: &
         Some("weir.open") => *opening = opening.saturating_sub(1),
         Some("weir.gap") => book.faults.gaps += 1,
         Some("weir.position") => {}
+        // What node-sse-server says: the stamp is JSON in a text in JSON.
+        Some("message") => {
+            let plain: Vec<u8> = data.iter().copied().filter(|byte| *byte != b'\\').collect();
+            book.enter(seen, Stamp::find(&plain), now);
+        }
+        Some("registered") => *opening = opening.saturating_sub(1),
+        Some("lastEvent" | "online-presence") => {}
         Some(_) => book.faults.failed += 1,
     }
 }

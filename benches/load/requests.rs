@@ -90,26 +90,40 @@ pub struct Polls {
     publisher: TcpStream,
     /// A floor's answer, to be stamped anew.
     answer: Option<Vec<u8>>,
-    named: bool,
+    dialect: Dialect,
     size: usize,
     next: u64,
     pub busy_poll: bool,
 }
 
+/// How a consumer says where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// By the token of the last page.
+    Tokens,
+    /// The same, and weir keeps its cursor.
+    Named,
+    /// As a client of ganomede-events: by the last id, and weir keeps its position.
+    Ganomede,
+}
+
+/// What ganomede's clients prove themselves by.
+pub const SECRET: &str = "s3cret";
+
 const POLLED: u32 = 900_000;
 
 impl Polls {
-    /// With `named`, weir keeps the cursors.
-    pub fn weir(server: &Process, consumers: usize, size: usize, named: bool) -> Result<Self> {
+    pub fn weir(server: &Process, consumers: usize, size: usize, dialect: Dialect) -> Result<Self> {
         let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string(), "/v1/ws").as_bytes())?;
-        Self::new("weir", server, consumers, size, named, publisher, None)
+        Self::new("weir", server, consumers, size, dialect, publisher, None)
     }
 
-    pub fn floor(server: &Process, consumers: usize, size: usize, answer: Vec<u8>) -> Result<Self> {
+    /// A floor gives `answer`, which is one in that dialect, with ever new stamps.
+    pub fn floor(server: &Process, consumers: usize, size: usize, dialect: Dialect, answer: Vec<u8>) -> Result<Self> {
         let poll = Poll::new()?;
         let requesters = requesters(server.addr(), true, consumers, &poll)?;
         let publisher = link::connect(server.addr(), &[PUBLISHER])?;
-        let mut polls = Self::with("floor", server, poll, requesters, size, false, publisher, Some(answer));
+        let mut polls = Self::with("floor", server, poll, requesters, size, dialect, publisher, Some(answer));
         for at in 0..polls.pollers.len() {
             polls.ask(at)?;
         }
@@ -121,16 +135,24 @@ impl Polls {
         server: &Process,
         consumers: usize,
         size: usize,
-        named: bool,
+        dialect: Dialect,
         publisher: TcpStream,
         answer: Option<Vec<u8>>,
     ) -> Result<Self> {
         let poll = Poll::new()?;
         let requesters = requesters(server.addr(), false, consumers, &poll)?;
-        let mut polls = Self::with(who, server, poll, requesters, size, named, publisher, answer);
+        let mut polls = Self::with(who, server, poll, requesters, size, dialect, publisher, answer);
         // Where we are; from then on nothing may be missed.
         for at in 0..polls.pollers.len() {
-            let start = if named { format!("consumer=load-{at}&start=now") } else { "after=now".to_owned() };
+            let start = match dialect {
+                Dialect::Tokens => "after=now".to_owned(),
+                Dialect::Named => format!("consumer=load-{at}&start=now"),
+                // The channel is new: before its first event.
+                Dialect::Ganomede => {
+                    polls.pollers[at].2 = "0".to_owned();
+                    continue;
+                }
+            };
             let request = format!(
                 "GET /v1/events?channel={}&{start} HTTP/1.1\r\nHost: {}\r\n\r\n",
                 link::channel(POLLED),
@@ -166,24 +188,39 @@ impl Polls {
         poll: Poll,
         requesters: Vec<Requester>,
         size: usize,
-        named: bool,
+        dialect: Dialect,
         publisher: TcpStream,
         answer: Option<Vec<u8>>,
     ) -> Self {
         let pollers =
             requesters.into_iter().map(|requester| (requester, Seen::new(POLLED, 1), String::new())).collect();
         let host = server.addr().to_string();
-        Polls { who, pid: server.pid(), host, poll, pollers, publisher, answer, named, size, next: 0, busy_poll: false }
+        Polls {
+            who,
+            pid: server.pid(),
+            host,
+            poll,
+            pollers,
+            publisher,
+            answer,
+            dialect,
+            size,
+            next: 0,
+            busy_poll: false,
+        }
     }
 
     fn ask(&mut self, at: usize) -> Result<()> {
         let (requester, _, next) = &mut self.pollers[at];
-        let consumer = if self.named { format!("&consumer=load-{at}") } else { String::new() };
-        let request = format!(
-            "GET /v1/events?channel={}&after={next}&wait=30s{consumer} HTTP/1.1\r\nHost: {}\r\n\r\n",
-            link::channel(POLLED),
-            self.host
-        );
+        let channel = link::channel(POLLED);
+        let target = match self.dialect {
+            Dialect::Tokens => format!("/v1/events?channel={channel}&after={next}&wait=30s"),
+            Dialect::Named => format!("/v1/events?channel={channel}&after={next}&wait=30s&consumer=load-{at}"),
+            Dialect::Ganomede => {
+                format!("/events/v1/events?channel={channel}&after={next}&clientId=load-{at}&secret={SECRET}")
+            }
+        };
+        let request = format!("GET {target} HTTP/1.1\r\nHost: {}\r\n\r\n", self.host);
         requester.ask(request.as_bytes())
     }
 
@@ -242,6 +279,7 @@ impl Polls {
             self.poll.poll(&mut events, Some(if self.busy_poll { Duration::ZERO } else { wait }))?;
             for event in events.iter() {
                 let at = event.token().0;
+                let dialect = self.dialect;
                 let (requester, seen, next) = &mut self.pollers[at];
                 let mut answered = false;
                 let now = sys::now();
@@ -257,10 +295,14 @@ impl Polls {
                     if delivered == before + 1 && sample.is_none() {
                         sample = Some(whole.to_vec());
                     }
-                    if memmem::find(body, br#""gaps":[]"#).is_none() {
-                        faults.gaps += 1;
+                    match dialect {
+                        // An empty page says nothing new.
+                        Dialect::Ganomede => *next = last_id(body).unwrap_or_else(|| std::mem::take(next)),
+                        _ => {
+                            faults.gaps += u64::from(memmem::find(body, br#""gaps":[]"#).is_none());
+                            *next = position(body)?;
+                        }
                     }
-                    *next = position(body)?;
                     answered = true;
                     Ok(())
                 })?;
@@ -279,6 +321,13 @@ impl Polls {
         let measure = Measure::of(self.who, delivered, last.saturating_sub(begin), cpu, load, &latency, faults);
         Ok((measure, sample))
     }
+}
+
+/// `id` of the last event of a page, if there is one.
+fn last_id(body: &[u8]) -> Option<String> {
+    let at = memmem::rfind(body, br#"{"id":"#)? + 6;
+    let end = memchr::memchr(b',', &body[at..])?;
+    Some(std::str::from_utf8(&body[at..at + end]).ok()?.to_owned())
 }
 
 /// `next` of a page.

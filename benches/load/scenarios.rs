@@ -13,9 +13,9 @@ use crate::{
     calls,
     fan::{self, Pace},
     idle,
-    link::Transport::{self, H2, Sse, Ws},
+    link::Transport::{self, H2, NodeSse, Sse, Ws},
     report::{Measure, Report},
-    requests::{Polls, Posts},
+    requests::{Dialect, Polls, Posts, SECRET},
     stamp::{self, Faults},
     sys::{self, Process, Server, Weir},
     wire,
@@ -68,7 +68,14 @@ enum Kind {
     Polls {
         consumers: usize,
         rate: f64,
-        named: bool,
+        dialect: Dialect,
+    },
+    /// Readers of an adapter, and as many of weir's own streams at another weir.
+    Adapter {
+        transport: Transport,
+        name: &'static str,
+        readers: usize,
+        pace: Pace,
     },
     Posts {
         connections: usize,
@@ -151,12 +158,27 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "poll",
         what: "100 long-poll consumers × 20 messages/s, tokens",
-        kind: Kind::Polls { consumers: 100, rate: 20.0, named: false },
+        kind: Kind::Polls { consumers: 100, rate: 20.0, dialect: Dialect::Tokens },
     },
     Scenario {
         name: "poll-named",
         what: "100 long-poll consumers × 20 messages/s, cursors kept by weir",
-        kind: Kind::Polls { consumers: 100, rate: 20.0, named: true },
+        kind: Kind::Polls { consumers: 100, rate: 20.0, dialect: Dialect::Named },
+    },
+    Scenario {
+        name: "compat-ganomede",
+        what: "100 clients of ganomede-events × 20 messages/s",
+        kind: Kind::Polls { consumers: 100, rate: 20.0, dialect: Dialect::Ganomede },
+    },
+    Scenario {
+        name: "compat-node-sse",
+        what: "1 channel × 1,000 browsers of node-sse-server, 50 messages/s, beside as many native SSE readers",
+        kind: Kind::Adapter { transport: NodeSse, name: "node-sse", readers: 1000, pace: Pace::Rate(50.0) },
+    },
+    Scenario {
+        name: "compat-node-sse-1",
+        what: "1,000 browsers of node-sse-server, saturated, 1 message under way, beside as many native SSE readers",
+        kind: Kind::Adapter { transport: NodeSse, name: "node-sse", readers: 1000, pace: Pace::Window(1) },
     },
     Scenario {
         name: "publish",
@@ -216,7 +238,12 @@ impl Scenario {
                 report.ratio_of = "p99_us";
                 beside(&mut report, scaled(readers), rate, options)?;
             }
-            Kind::Polls { consumers, rate, named } => polls(&mut report, scaled(consumers), rate, named, options)?,
+            Kind::Polls { consumers, rate, dialect } => polls(&mut report, scaled(consumers), rate, dialect, options)?,
+            Kind::Adapter { transport, name, readers, pace } => {
+                let layout =
+                    fan::Layout { transport, readers: scaled(readers), channels: 1, per_reader: 1, size: options.size };
+                adapter(&mut report, layout, name, pace, options)?;
+            }
             Kind::Posts { connections } => posts(&mut report, connections, options)?,
             Kind::Idle { transport, readers, channels, per_reader } => {
                 let readers =
@@ -314,7 +341,7 @@ fn floors(report: &mut Report, options: &Options) -> Result<()> {
     let process = Process::floor("hold", options.floor_core, &[])?;
     all.push(Measure {
         who: "long-poll",
-        ..Polls::floor(&process, 100, options.size, answer)?.run(20.0, options.slice)?.0
+        ..Polls::floor(&process, 100, options.size, Dialect::Tokens, answer)?.run(20.0, options.slice)?.0
     });
     let process = Process::floor("answer", options.floor_core, b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\n{}")?;
     all.push(Measure { who: "publish", ..Posts::floor(&process, 16, options.size)?.run(options.slice)?.0 });
@@ -451,13 +478,44 @@ pub fn crowd(args: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn polls(report: &mut Report, consumers: usize, rate: f64, named: bool, options: &Options) -> Result<()> {
-    let server = Process::weir(&options.weir)?;
-    let mut weir = logged(Polls::weir(&server, consumers, options.size, named), &server)?;
+/// With an adapter on.
+fn compat(weir: &Weir, name: &str) -> Weir {
+    let mut weir = weir.clone();
+    weir.args.extend(["--compat".to_owned(), name.to_owned()]);
+    weir.env.push(("WEIR__COMPAT__GANOMEDE__SECRET".to_owned(), SECRET.to_owned()));
+    weir
+}
+
+/// The same work by weir's own streams, then by the adapter's: the ratio is what the adapter costs.
+fn adapter(report: &mut Report, layout: fan::Layout, name: &str, pace: Pace, options: &Options) -> Result<()> {
+    let warm = Duration::from_millis(500);
+    let own = Process::weir(&options.weir)?;
+    let server = Process::weir(&compat(&options.weir, name))?;
+    let mut native = logged(fan::Rig::weir(&own, fan::Layout { transport: Sse, ..layout }, options.busy_poll), &own)?;
+    let mut weir = logged(fan::Rig::weir(&server, layout, options.busy_poll), &server)?;
+    logged(native.run(pace, warm), &own)?;
+    logged(weir.run(pace, warm), &server)?;
+    for _ in 0..options.repeat {
+        let half = options.slice / 2;
+        let floor = |(measure, _): (Measure, _)| Measure { who: "floor", ..measure };
+        report.repeats.push(vec![
+            floor(logged(native.run(pace, half), &own)?),
+            logged(weir.run(pace, options.slice), &server)?.0,
+            floor(logged(native.run(pace, half), &own)?),
+        ]);
+    }
+    report.what.push_str("; the floor is weir's own SSE");
+    Ok(())
+}
+
+fn polls(report: &mut Report, consumers: usize, rate: f64, dialect: Dialect, options: &Options) -> Result<()> {
+    let how = if dialect == Dialect::Ganomede { compat(&options.weir, "ganomede") } else { options.weir.clone() };
+    let server = Process::weir(&how)?;
+    let mut weir = logged(Polls::weir(&server, consumers, options.size, dialect), &server)?;
     let (_, sample) = logged(weir.run(rate, Duration::from_millis(500)), &server)?;
     let floor = Process::floor("hold", options.floor_core, &[])?;
     let answer = sample.context("no event came alone in the warm-up")?;
-    let mut floor = Polls::floor(&floor, consumers, options.size, answer).map(|polls| (polls, floor))?;
+    let mut floor = Polls::floor(&floor, consumers, options.size, dialect, answer).map(|polls| (polls, floor))?;
     (weir.busy_poll, floor.0.busy_poll) = (options.busy_poll, options.busy_poll);
     for _ in 0..options.repeat {
         let half = options.slice / 2;
