@@ -47,6 +47,11 @@ toolchain() {
     if wants clippy && ! cargo clippy --version >/dev/null 2>&1; then say "installing clippy"; rustup component add clippy || die "no clippy"; fi
 }
 
+redis() { # real servers: the tests start and kill them
+    command -v redis-server >/dev/null && command -v redis-sentinel >/dev/null && command -v redis-cli >/dev/null ||
+        packages "Redis, for the tests that start it" redis-server redis-sentinel redis-tools
+}
+
 node_modules() {
     command -v node >/dev/null && command -v npm >/dev/null || packages "Node.js" nodejs npm
     (($(node -p 'process.versions.node.split(".")[0]') >= 20)) || die "Node.js 20 or newer is needed; this is $(node --version)"
@@ -91,6 +96,7 @@ step() { # name, what it is, command…
 }
 
 toolchain
+if wants rust || wants node; then redis; fi
 step fmt "is the source formatted" cargo fmt --all --check
 step clippy "lints, all of them errors" cargo clippy --locked --quiet --all-targets -- -D warnings
 step rust "unit, property and integration tests" cargo test --locked --quiet
