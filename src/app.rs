@@ -110,6 +110,12 @@ impl App {
         for (address, doors) in clients.chain(operators).chain(proxy).chain(publishers) {
             let listener = TcpListener::bind(address).await.map_err(|error| {
                 let remedy = match error.kind() {
+                    io::ErrorKind::AddrInUse if doors == Doors::Proxy => {
+                        ": is Pushpin running still? compat.grip.listen names another address"
+                    }
+                    io::ErrorKind::AddrInUse if doors == Doors::Publishers => {
+                        ": is Pushpin running still? compat.grip.publish_listen names another address"
+                    }
                     io::ErrorKind::AddrInUse => ": is weir running already? --listen names another address",
                     io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or CAP_NET_BIND_SERVICE",
                     _ => "",

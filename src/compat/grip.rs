@@ -152,6 +152,7 @@ impl Grip {
         let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
         let peer = head.extensions.get::<Peer>().map(|peer| peer.0);
         let mut headers = head.headers;
+        let socket = proxy::wants_socket(&headers);
         proxy::to_origin(&mut headers, &head.uri, peer, self.signature(route));
         let host = headers.get(header::HOST).cloned();
         let at = || At { grip: self.clone(), route: nth, path: path.clone(), host: host.clone() };
@@ -167,6 +168,14 @@ impl Grip {
             };
             asked += 1;
             let outcome = match self.origins.ask(route, ask).await {
+                Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => match socket {
+                    true => {
+                        let (metrics, wheel) = (self.parts.metrics.clone(), self.parts.wheel.clone());
+                        return proxy::tunnel(answer, metrics, wheel);
+                    }
+                    // Nobody had asked for it.
+                    false => Err(Failure::Broken),
+                },
                 Ok(answer) => self.treat(at(), &head.method, answer, repeat).await,
                 Err(failure) => Err(failure),
             };
@@ -196,10 +205,6 @@ impl Grip {
         mut answer: Response<Incoming>,
         again: Again,
     ) -> Result<Outcome, Failure> {
-        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            let (metrics, wheel) = (self.parts.metrics.clone(), self.parts.wheel.clone());
-            return Ok(Outcome::Done(proxy::tunnel(answer, metrics, wheel)));
-        }
         let held = *method != Method::HEAD && Instruct::is_in(answer.headers());
         let as_body = instruct::is_body(answer.headers());
         proxy::strip_hop(answer.headers_mut());

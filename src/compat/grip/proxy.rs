@@ -238,11 +238,16 @@ pub fn strip_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// What a client asks to become of its connection: `websocket`, as a rule.
-pub fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
-    let connection = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    let asked = connection.flat_map(|value| value.split(',')).any(|name| name.trim().eq_ignore_ascii_case("upgrade"));
-    headers.get(header::UPGRADE).filter(|_| asked).cloned()
+/// Whether a client wants a WebSocket.
+///
+/// No other protocol is let through: behind an upgrade to HTTP/2 a client would speak to the origin itself, and sign its own
+/// requests.
+pub fn wants_socket(headers: &HeaderMap) -> bool {
+    let has = |name: HeaderName, wanted: &str| {
+        let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(wanted))
+    };
+    has(header::CONNECTION, "upgrade") && has(header::UPGRADE, "websocket")
 }
 
 /// Makes a client's headers those of the request to the origin.
@@ -250,16 +255,16 @@ pub fn to_origin(headers: &mut HeaderMap, uri: &Uri, peer: Option<IpAddr>, signa
     // Trailers are passed on: whoever takes them from us may say so.
     let trailers =
         headers.get_all(header::TE).iter().any(|value| value.to_str().is_ok_and(|te| te.contains("trailers")));
-    let upgrade = upgrade(headers);
+    let socket = wants_socket(headers);
     strip_hop(headers);
     instruct::strip(headers);
     // Answered on this side already.
     headers.remove(header::EXPECT);
     // What is published later is added to the answer as it is: so must the answer be.
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    if let Some(protocol) = upgrade {
+    if socket {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(header::UPGRADE, protocol);
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
     } else if trailers {
         headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
@@ -426,9 +431,13 @@ mod tests {
     }
 
     #[test]
-    fn an_upgrade_is_asked_for_in_two_headers() {
-        assert_eq!(upgrade(&headers(&[("upgrade", "websocket")])), None);
-        let asked = headers(&[("upgrade", "websocket"), ("connection", "keep-alive, Upgrade")]);
-        assert_eq!(upgrade(&asked).unwrap(), "websocket");
+    fn only_websockets_are_let_through() {
+        assert!(wants_socket(&headers(&[("upgrade", "WebSocket"), ("connection", "keep-alive, Upgrade")])));
+        assert!(!wants_socket(&headers(&[("upgrade", "websocket")])));
+        let smuggled = [("upgrade", "h2c"), ("connection", "Upgrade, HTTP2-Settings"), ("http2-settings", "x")];
+        let mut map = headers(&smuggled);
+        assert!(!wants_socket(&map));
+        to_origin(&mut map, &Uri::from_static("/"), None, HeaderValue::from_static("sig"));
+        assert!(!map.contains_key("upgrade") && !map.contains_key("connection") && !map.contains_key("http2-settings"));
     }
 }

@@ -112,6 +112,7 @@ async fn an_origin_that_misbehaves() {
     for (answer, says) in [
         ("", "it broke off"),
         ("nonsense\r\n\r\n", "it broke off"),
+        ("HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", "it broke off"),
         ("HTTP/1.1 200 OK\r\nGrip-Hold: forever\r\n\r\n", "Grip-Hold must be set to either 'response' or 'stream'"),
         ("HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: \u{1}\r\n\r\n", "it broke off"),
         (
