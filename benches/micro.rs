@@ -160,12 +160,13 @@ impl Peer for Quiet {
 /// A call routed to its provider, and its reply to the caller; among so many providers.
 #[divan::bench(args = [1, 8])]
 fn call_routing(bencher: Bencher, providers: usize) {
-    let hub = Hub::new(weir::rpc::Config::default(), weir::rpc::Clock::real(), Arc::default());
+    let hub =
+        Hub::new(weir::rpc::Config::default(), weir::rpc::Clock::real(), weir::cluster::local::alone(), Arc::default());
     let peers: Vec<(Arc<Quiet>, Connection)> = (0..providers)
         .map(|_| {
             let peer = Arc::new(Quiet::default());
             let connection = hub.connect(peer.clone());
-            drop(connection.provide(&Provide::new("jwt-service")).unwrap());
+            drop(connection.provide(&Provide::new("jwt-service")).now().ok().unwrap().unwrap());
             (peer, connection)
         })
         .collect();

@@ -13,7 +13,7 @@ use crate::{
         redis::{self, Redis, address::Url, deployment::Deployment},
     },
     bus::{self, Bus, Clock, Log, Topics},
-    cluster,
+    cluster::{self, Cluster},
     compat::{self, Compat},
     config::{self, Config},
     event::{Channel, Data, Draft, Parts},
@@ -49,6 +49,7 @@ const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 pub struct App {
     listeners: Vec<(TcpListener, Arc<Door>)>,
     gateway: Arc<Gateway>,
+    cluster: Arc<dyn Cluster>,
     wheel: Arc<Wheel>,
     connections: Connections,
 }
@@ -74,11 +75,11 @@ impl App {
             channels: config.limits.stream_channels,
             present_info: config.limits.present_info,
         };
-        let cluster = cluster::local::alone();
+        let cluster: Arc<dyn Cluster> = cluster::local::alone();
         let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
-        let presence = Presence::new(presence, bus.clone(), cluster, metrics.clone());
+        let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
         let sse = Arc::new(Sse::new(bus.clone(), presence.clone(), wheel.clone(), metrics.clone(), sse));
-        let hub = Hub::new(hub_config(&config), rpc::Clock::real(), metrics.clone());
+        let hub = Hub::new(hub_config(&config), rpc::Clock::real(), cluster.clone(), metrics.clone());
         let config = Arc::new(config);
         let draining = CancellationToken::new();
         let ws = Arc::new(Ws {
@@ -125,7 +126,7 @@ impl App {
             let door = Door::new(gateway.clone(), address.ip().is_loopback(), doors);
             listeners.push((listener, Arc::new(door)));
         }
-        Ok(App { listeners, gateway, wheel, connections })
+        Ok(App { listeners, gateway, cluster, wheel, connections })
     }
 
     /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
@@ -152,7 +153,7 @@ impl App {
     /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
     /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let App { listeners, gateway, wheel, connections } = self;
+        let App { listeners, gateway, cluster, wheel, connections } = self;
         let drain = gateway.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
@@ -171,6 +172,10 @@ impl App {
                     gateway.metrics.ready.set(welcome.into());
                     gateway.metrics.upkeep();
                 }
+            }),
+            tokio::spawn({
+                let hub = gateway.hub.clone();
+                async move { hub.attend().await }
             }),
             tokio::spawn(announce_services(gateway.clone())),
         ]);
@@ -198,6 +203,8 @@ impl App {
         if tokio::time::timeout(FAREWELL, gateway.presence.close()).await.is_err() {
             tracing::warn!("the bus is away: who was here is not announced as gone");
         }
+        // Names are free for other nodes, which need not wait until this one is missed.
+        cluster.leave().await;
         Ok(())
     }
 }

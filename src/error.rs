@@ -297,6 +297,10 @@ impl Error {
         &self.0.detail
     }
 
+    pub fn is_executed(&self) -> Option<Executed> {
+        self.0.executed
+    }
+
     pub fn retry_after_ms(&self) -> Option<u64> {
         self.0.retry_after.map(|after| after.as_millis() as u64)
     }

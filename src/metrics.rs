@@ -145,6 +145,13 @@ pub struct Metrics {
     pub presence_members: Gauge,
     pub presence_announced: Counter,
 
+    /// Mail about calls.
+    pub mail_sent: Counter,
+    pub mail_received: Counter,
+    /// Other nodes that can be reached.
+    pub links: Gauge,
+    pub links_lost: Counter,
+
     pub ws_ignored: Counter,
     pub ws_unreadable: Counter,
 
@@ -201,8 +208,16 @@ impl Metrics {
             ),
             calls_in_flight: it.gauge("weir_rpc_in_flight", "Calls awaiting their answer."),
             calls_late: it.counter("weir_rpc_late_total", "Replies that came after the deadline of their call."),
-            services: it.gauge("weir_rpc_services", "Services that have a provider."),
-            providers: it.gauge("weir_rpc_providers", "Providers, one per connection and service."),
+            services: it.gauge("weir_rpc_services", "Services that have a provider on this node."),
+            providers: it.gauge("weir_rpc_providers", "Providers on this node, one per connection and service."),
+
+            mail_sent: it.counter("weir_node_mail_sent_total", "Messages about calls sent to other nodes."),
+            mail_received: it.counter("weir_node_mail_received_total", "Messages about calls from other nodes."),
+            links: it.gauge("weir_node_links", "Other nodes that can be reached."),
+            links_lost: it.counter(
+                "weir_node_links_lost_total",
+                "Links to other nodes that broke, by lost mail or because the node went: open calls over them failed.",
+            ),
 
             redis_reconnects: it
                 .counters("weir_redis_reconnects_total", "Connections to Redis that broke and were made again."),

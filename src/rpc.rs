@@ -16,9 +16,13 @@ mod ask;
 mod changes;
 mod connection;
 mod late;
+mod link;
+mod mail;
 mod names;
+mod nodes;
 mod peer;
 mod pending;
+mod provide;
 mod route;
 mod services;
 #[cfg(test)]
@@ -37,21 +41,26 @@ use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::value::RawValue;
+use tokio::sync::{oneshot, watch};
 
 pub use crate::cluster::Clock;
 pub use ask::{Asked, Refusal};
 pub use changes::{Change, ChangeKind};
-pub use connection::{Connection, Provided, Replied};
-pub use peer::{Answer, Forward, Meta, Names, Peer, ProviderError, Written};
+pub use connection::{Connection, Replied};
+pub use peer::{Answer, Forward, Meta, Names, Peer, ProviderError, Relay, Written};
 pub use pending::{CallId, CallIdText, Tag};
+pub use provide::{Provided, Providing};
 
 use crate::{
+    cluster::{Cluster, NodeId, Topic},
     error::{Code, Error, Result},
     metrics::Metrics,
 };
 use changes::Changes;
 use late::Late;
+use nodes::Nodes;
 use pending::Conn;
+use provide::Heard;
 use services::{Room, Service};
 
 /// How long a service without providers is still known: its calls wait for a new one, which is on its way in a deploy.
@@ -160,8 +169,15 @@ pub struct Hub {
     names: [Shard; Self::SHARDS],
     /// Identifies calls; starts anywhere, so that a reply to a former process matches nothing.
     seq: AtomicU64,
-    /// Fences of names that are forgotten were not higher.
-    fence: AtomicU64,
+    cluster: Arc<dyn Cluster>,
+    nodes: Nodes,
+    /// Who waits for the holder of a name to answer.
+    asks: Mutex<HashMap<u64, (NodeId, oneshot::Sender<Heard>)>>,
+    /// Told of every sweep.
+    ticks: watch::Sender<()>,
+    sweeps: AtomicUsize,
+    /// Services whose names are held in the cluster.
+    tenured: Mutex<Vec<Arc<Service>>>,
     provided: AtomicUsize,
     /// Services that have calls, and therefore deadlines.
     ticking: Mutex<Vec<Arc<Service>>>,
@@ -241,12 +257,17 @@ impl Hub {
     /// The service that is always there.
     const BUILT_IN: &'static str = "weir";
 
-    pub fn new(config: Config, clock: Clock, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(config: Config, clock: Clock, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Hub {
+            nodes: Nodes::new(cluster.members(), cluster.roster(Self::PREFIX), cluster.mailbox(Topic::Calls)),
+            cluster,
+            asks: Mutex::default(),
+            ticks: watch::Sender::new(()),
+            sweeps: AtomicUsize::new(0),
+            tenured: Mutex::default(),
             clock,
             names: Default::default(),
             seq: AtomicU64::new(fastrand::u64(..)),
-            fence: AtomicU64::new(0),
             provided: AtomicUsize::new(0),
             ticking: Mutex::default(),
             remembered: Mutex::default(),
@@ -274,7 +295,7 @@ impl Hub {
     /// As [`connect`](Self::connect), with a limit of its own on the calls that it has in flight.
     pub fn connect_with(self: &Arc<Self>, peer: Arc<dyn Peer>, calls: usize) -> Connection {
         self.connections.fetch_add(1, Relaxed);
-        Connection::new(self.clone(), Arc::new(Conn::new(peer, calls)))
+        Connection::new(self.clone(), Arc::new(Conn::new(peer, calls, None)))
     }
 
     /// Finds what is due. To be called every 20 ms or so, by one task.
@@ -287,12 +308,16 @@ impl Hub {
             let mut state = service.state.lock();
             let (expired, after) = state.expire(now);
             state.ticking = !state.is_idle();
-            let keep = state.ticking;
+            let (keep, waits) = (state.ticking, state.waits_for_others());
             drop(state);
             for call in expired {
                 self.overdue(service, call, now);
             }
             self.after(service, after);
+            if waits {
+                // Another node may have room by now, or a name stand again: nobody says so.
+                self.flush(service);
+            }
             if !keep {
                 self.forget(service, now, false);
             }
@@ -300,6 +325,15 @@ impl Hub {
         });
         self.ticking.lock().append(&mut services);
         self.forget_left(now);
+        self.beat(now);
+        // Many names are looked at in turns; a call looks itself.
+        if self.sweeps.fetch_add(1, Relaxed).is_multiple_of(8) || self.tenured.lock().len() < 64 {
+            self.look_after_names();
+        }
+        self.changes.look(self.cluster.leads());
+        if self.ticks.receiver_count() > 0 {
+            self.ticks.send_replace(());
+        }
     }
 
     /// Services whose name begins with `prefix` and that have a provider, at most `limit`, by name.
@@ -320,9 +354,20 @@ impl Hub {
     }
 
     /// Waits until providers came or went, and says where they stand now: one entry per service however often it changed.
-    /// For one task, which may take its time; while nobody asks at most one entry per service is kept.
+    /// Of several nodes, one does. For one task, which may take its time; while nobody asks at most one entry per service
+    /// is kept.
     pub async fn changes(&self) -> Vec<Change> {
-        self.changes.next().await
+        loop {
+            let changes = self.take_changes();
+            if !changes.is_empty() {
+                return changes;
+            }
+            self.changes.some().await;
+        }
+    }
+
+    fn take_changes(&self) -> Vec<Change> {
+        self.changes.take(self.cluster.leads(), self.clock.now())
     }
 
     pub fn counts(&self) -> Counts {
@@ -337,7 +382,7 @@ impl Hub {
             counts.names += shard.len();
             for service in shard.values() {
                 let state = service.state.lock();
-                counts.providers += state.providers();
+                counts.providers += state.here();
                 counts.pending += state.in_flight();
                 counts.waiting += state.waiting();
             }
@@ -348,6 +393,7 @@ impl Hub {
     /// Brings the gauges up to date, for whoever shows them.
     pub fn measure(&self) {
         let Counts { services, providers, pending, waiting, .. } = self.counts();
+        self.metrics.links.set(self.nodes.links() as i64);
         self.metrics.services.set(services as i64);
         self.metrics.providers.set(providers as i64);
         self.metrics.calls_in_flight.set((pending + waiting) as i64);
@@ -371,7 +417,7 @@ impl Service {
         (providers > 0).then(|| ServiceInfo {
             service: self.name.to_string(),
             providers,
-            in_flight: state.in_flight(),
+            in_flight: state.load_anywhere(),
             exclusive: state.is_exclusive(),
             methods: state.methods(),
         })

@@ -68,7 +68,7 @@ impl Lease {
 
     /// Whether somebody else has it, or may have had it: it will not stand again.
     pub fn is_lost(&self) -> bool {
-        self.tenure.lost.load(SeqCst)
+        self.tenure.is_lost()
     }
 
     /// Waits until it is lost.
@@ -124,6 +124,10 @@ impl Tenure {
             // A name without a limit needs no look at the clock.
             until == u64::MAX || self.clock.now() < until
         }
+    }
+
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(SeqCst)
     }
 
     pub fn renew(&self, until: u64) {

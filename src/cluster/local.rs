@@ -182,7 +182,10 @@ impl Net {
         loop {
             let mut more = false;
             for node in self.nodes() {
-                while let Some(batch) = (!node.own.lock().stopped).then(|| node.post.next()).flatten() {
+                if node.is_stopped() {
+                    continue;
+                }
+                while let Some(batch) = node.post.next() {
                     more = true;
                     node.post.landed(&batch, self.deliver(&node, &batch));
                 }
@@ -329,6 +332,10 @@ impl Node {
     /// Whether it does not run, from now on.
     pub fn stop(&self, stop: bool) {
         self.own.lock().stopped = stop;
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.own.lock().stopped
     }
 
     /// Leases that it holds.

@@ -1,6 +1,12 @@
 //! Providers that came and went, for the channel `$services`.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+};
 
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -26,10 +32,15 @@ pub enum ChangeKind {
 }
 
 /// Each service is in it at most once, so it grows with services and not with what they do.
+///
+/// All nodes see all changes, and the one that leads tells them. The others keep what they have seen last: of that, the one
+/// that leads next may have told nothing.
 #[derive(Default)]
 pub(super) struct Changes {
     queue: Mutex<VecDeque<Arc<Service>>>,
     some: Notify,
+    untold: Mutex<VecDeque<(u64, Arc<Service>)>>,
+    leads: AtomicBool,
 }
 
 impl ChangeKind {
@@ -45,6 +56,10 @@ impl ChangeKind {
 impl Changes {
     /// Services that came and went while nobody asked, beyond which changes are not told.
     const MOST: usize = 65_536;
+    /// Changes that another node should tell.
+    const MOST_UNTOLD: usize = 4_096;
+    /// How long they are kept: longer than it takes to see that the node which leads is gone.
+    const REMEMBERED: u64 = 15_000;
 
     pub fn mark(&self, service: &Arc<Service>, state: &mut State) {
         if state.dirty {
@@ -59,19 +74,45 @@ impl Changes {
         }
     }
 
-    pub async fn next(&self) -> Vec<Change> {
-        loop {
-            let changes = self.take();
-            if !changes.is_empty() {
-                return changes;
+    /// Waits until there may be something to tell.
+    pub async fn some(&self) {
+        self.some.notified().await;
+    }
+
+    /// What is to be told now, at `now`, by this node if it `leads`.
+    pub fn take(&self, leads: bool, now: u64) -> Vec<Change> {
+        let changed = std::mem::take(&mut *self.queue.lock());
+        let mut untold = self.untold.lock();
+        untold.retain(|(since, _)| now < since + Self::REMEMBERED);
+        let led = self.leads.swap(leads, SeqCst);
+        let mut told = Vec::new();
+        for service in changed {
+            let Some(change) = Self::settle(&service) else { continue };
+            untold.retain(|(_, other)| !Arc::ptr_eq(other, &service));
+            if leads {
+                told.push(change);
+            } else if untold.len() < Self::MOST_UNTOLD {
+                untold.push_back((now, service));
             }
-            self.some.notified().await;
+        }
+        if leads && !led {
+            told.extend(untold.drain(..).map(|(_, service)| Self::stands(&service)));
+        }
+        told
+    }
+
+    /// Whether this node has come to lead and may have something to tell.
+    pub fn look(&self, leads: bool) {
+        if leads && !self.leads.load(SeqCst) && !self.untold.lock().is_empty() {
+            self.some.notify_one();
         }
     }
 
-    pub fn take(&self) -> Vec<Change> {
-        let changed = std::mem::take(&mut *self.queue.lock());
-        changed.iter().filter_map(|service| Self::settle(service)).collect()
+    fn stands(service: &Service) -> Change {
+        let state = service.state.lock();
+        let providers = state.providers();
+        let kind = if providers > 0 { ChangeKind::Provided } else { ChangeKind::Withdrawn };
+        Change { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind }
     }
 
     fn settle(service: &Service) -> Option<Change> {

@@ -11,10 +11,10 @@ use std::{
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
-    Answer, Call, Hub, Provide,
+    Answer, Call, Hub, Provide, Providing,
     pending::{CallId, Conn, Live, Registration, Tag},
-    route::busy,
-    services::{New, Request, Service},
+    route::{Failed, Tried, busy, no_provider},
+    services::{After, Done, New, Request, Service},
 };
 use crate::{
     duration,
@@ -28,21 +28,8 @@ use crate::{
 ///
 /// One task uses it: calls are written to a provider in the order in which they are made here.
 pub struct Connection {
-    hub: Arc<Hub>,
-    conn: Arc<Conn>,
-}
-
-/// A registration that was accepted. The provider gets calls once this is dropped, so that a transport can answer first.
-#[must_use = "calls begin when it is dropped"]
-pub struct Provided {
-    hub: Arc<Hub>,
-    service: Arc<Service>,
-    conn: Arc<Conn>,
-    provider: u32,
-    /// How many provide the service now.
-    pub providers: usize,
-    /// Of exclusive providers.
-    pub fence: Option<u64>,
+    pub(super) hub: Arc<Hub>,
+    pub(super) conn: Arc<Conn>,
 }
 
 /// What became of a reply.
@@ -95,7 +82,7 @@ impl Connection {
         let count = given_up.len();
         for call in given_up {
             let executed = self.hub.abandon(&call);
-            self.hub.ended(&call, why.code().into());
+            self.hub.ended(&self.conn, &call, why.code().into());
             self.conn.peer.answer(&call.tag, Answer::Failed(why.clone().executed(executed)));
         }
         count
@@ -105,44 +92,61 @@ impl Connection {
     pub fn reply(&self, id: CallId, answer: Answer<'_>) -> Replied {
         let provides = self.conn.provides.lock();
         if let Some(registration) = provides.get(id.slot()) {
-            let finished = registration.service.state.lock().finish(id, registration.provider, &self.conn);
+            let finished = registration.service.state.lock().finish(id, &self.conn);
             if let Some((done, after)) = finished {
                 let then = after.is_something().then(|| (registration.service.clone(), after));
                 drop(provides);
-                let answered = self.hub.settle(&done, answer);
-                if let Some((service, after)) = then {
-                    self.hub.after(&service, after);
-                }
-                return if answered { Replied::Answered } else { Replied::Unmatched };
+                return self.finished(&done, answer, then);
             }
         }
         drop(provides);
+        self.reply_late(id, answer)
+    }
+
+    /// The reply of another node, which says of which service it is: it has more of them than an id has slots.
+    pub(super) fn reply_of(&self, service: &Arc<Service>, id: CallId, load: u64, answer: Answer<'_>) -> Replied {
+        let mut state = service.state.lock();
+        let finished = state.finish(id, &self.conn);
+        state.heard_load(&self.conn, u32::try_from(load).unwrap_or(u32::MAX), self.hub.clock.now());
+        drop(state);
+        match finished {
+            Some((done, after)) => {
+                let then = after.is_something().then(|| (service.clone(), after));
+                self.finished(&done, answer, then)
+            }
+            None => self.reply_late(id, answer),
+        }
+    }
+
+    #[inline]
+    fn finished(&self, done: &Done, answer: Answer<'_>, then: Option<(Arc<Service>, After)>) -> Replied {
+        let answered = self.hub.settle(done, answer);
+        if let Some((service, after)) = then {
+            self.hub.after(&service, after);
+        }
+        if answered { Replied::Answered } else { Replied::Unmatched }
+    }
+
+    fn reply_late(&self, id: CallId, answer: Answer<'_>) -> Replied {
         let Some(call) = self.hub.late.take(id, &self.conn) else { return Replied::Unmatched };
-        self.hub.metrics.calls_late.add(1);
+        if !self.conn.is_link() {
+            // On the node where the provider is, be it for a caller of another.
+            self.hub.metrics.calls_late.add(1);
+        }
         if let Some(tag) = &call.tag {
             call.caller.peer.late(tag, answer);
         }
         Replied::Late
     }
 
-    /// Registers this connection as a provider, or changes how it is registered.
+    /// Registers this connection as a provider, or changes how it is registered. Where other nodes have to be asked it
+    /// takes a moment; dropping what is returned gives it up.
     ///
     /// # Errors
-    /// `service_taken`; `limit_reached`; `invalid_params` for names and numbers that are none.
-    pub fn provide(&self, ask: &Provide<'_>) -> Result<Provided> {
-        self.hub.check_provide(ask)?;
-        loop {
-            let service = self.hub.find_or_create(ask.service);
-            match self.register(&service, ask) {
-                Some(Ok(provided)) => return Ok(provided),
-                Some(Err(error)) => {
-                    self.hub.forget(&service, self.hub.clock.now(), false);
-                    return Err(error);
-                }
-                // It was forgotten at this moment.
-                None => {}
-            }
-        }
+    /// `service_taken`; `limit_reached`; `invalid_params` for names and numbers that are none; `bus_unavailable` while the
+    /// other nodes cannot be asked.
+    pub fn provide(&self, ask: &Provide<'_>) -> Providing {
+        Providing::begin(self.hub.clone(), self.conn.clone(), ask)
     }
 
     /// Ends a registration: no new calls; those in flight may still be answered. Returns how many that are.
@@ -192,8 +196,12 @@ impl Connection {
                 Ok(service) => service,
                 Err(error) => return Err((tag, error)),
             };
-            match self.enter_at(&service, tag, call.late, timeout, &request) {
-                Ok(()) => return Ok(()),
+            match self.enter_at(&service, tag, timeout, &request) {
+                Ok(None) => return Ok(()),
+                Ok(Some((done, error))) => {
+                    hub.settle(&done, Answer::Failed(error));
+                    return Ok(());
+                }
                 Err((tag, Some(error))) => {
                     hub.forget_unused(&service, &request);
                     return Err((tag, error));
@@ -203,16 +211,15 @@ impl Connection {
         }
     }
 
-    /// Without an error: `service` is dead.
+    /// What is returned is to be failed. Without an error: `service` is dead.
     #[inline]
-    fn enter_at(
+    pub(super) fn enter_at(
         &self,
         service: &Arc<Service>,
         tag: Tag,
-        late: bool,
         timeout: u32,
         request: &Request<'_>,
-    ) -> Result<(), (Tag, Option<Error>)> {
+    ) -> Result<Option<Failed>, (Tag, Option<Error>)> {
         let hub = &*self.hub;
         let started = hub.clock.micros();
         let mut live = self.conn.live.lock();
@@ -225,9 +232,18 @@ impl Connection {
         if state.dead {
             return Err((tag, None));
         }
-        let chosen = if state.is_queued() { None } else { state.pick(&[], false) };
-        if chosen.is_none() && state.has_active() && !state.is_flushing() || !state.has_room() {
+        // What another node has asked for is for a provider here, and waits there.
+        let only_here = self.conn.is_link();
+        let chosen = match state.is_queued() && !only_here {
+            true => None,
+            false => state.pick(&[], false, only_here, started / 1_000),
+        };
+        let full = || state.has_active(only_here) && (only_here || !state.is_flushing());
+        if chosen.is_none() && full() || !state.has_room() {
             return Err((tag, Some(busy(&service.name))));
+        }
+        if chosen.is_none() && only_here {
+            return Err((tag, Some(no_provider(&service.name))));
         }
         let seq = hub.next_seq();
         let caller = Some((self.conn.clone(), vacant.key() as u32));
@@ -245,15 +261,13 @@ impl Connection {
         let starts = hub.starts_ticking(&mut state);
         drop(state);
         // Nobody answers before this is here: the right to answer is taken under the lock that `live` holds.
-        vacant.insert(Live { tag, service: service.clone(), index, seq, started, late });
+        vacant.insert(Live { tag, service: service.clone(), index, seq, started, late: request.late });
         drop(live);
         if starts {
             hub.ticking.lock().push(service.clone());
         }
-        if let Some(target) = target {
-            hub.deliver(service, target, request, Some((index, seq)));
-        }
-        Ok(())
+        let Some(target) = target else { return Ok(None) };
+        Ok(hub.try_deliver(service, target, request, Some((index, seq)), &mut Tried::default()))
     }
 
     fn built_in(&self, tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
@@ -272,53 +286,6 @@ impl Connection {
         self.hub.metrics.call_ended(Outcome::Ok, None);
         self.conn.peer.answer(&tag, Answer::Result(result));
         Ok(())
-    }
-
-    /// None: `service` is dead.
-    fn register(&self, service: &Arc<Service>, ask: &Provide<'_>) -> Option<Result<Provided>> {
-        let hub = &self.hub;
-        let mut provides = self.conn.provides.lock();
-        let mut state = service.state.lock();
-        if state.dead {
-            return None;
-        }
-        let mine = provides
-            .iter()
-            .find(|(_, mine)| Arc::ptr_eq(&mine.service, service) && state.is_of(mine.provider, &self.conn))
-            .map(|(_, mine)| mine.provider);
-        if mine.is_none() && provides.len() >= hub.config.provides.min(CallId::SLOTS) {
-            let detail = format!("this connection provides {} services, which is the most", provides.len());
-            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "limits.provides")));
-        }
-        if !state.counted && hub.provided.load(Relaxed) >= hub.config.services {
-            let detail = "as many services as this node takes have providers";
-            return Some(Err(Error::new(Code::LimitReached, detail).with("limit", "limits.services")));
-        }
-        let slot = provides.vacant_key() as u16;
-        let registered = match state.provide(&service.name, &self.conn, mine, slot, ask) {
-            Ok(registered) => registered,
-            Err(error) => return Some(Err(error)),
-        };
-        if mine.is_none() {
-            provides.insert(Registration { service: service.clone(), provider: registered.provider });
-        }
-        hub.touched(service, &mut state);
-        drop(state);
-        drop(provides);
-        if let Some(removed) = registered.replaced {
-            let (old, slot) = (removed.provider.conn.clone(), usize::from(removed.provider.slot));
-            old.peer.withdrawn(&service.name, "replaced");
-            hub.late.retain(&old, |id, call| !(Arc::ptr_eq(call.provider(), &old) && id.slot() == slot));
-            hub.removed(service, removed);
-        }
-        Some(Ok(Provided {
-            hub: hub.clone(),
-            service: service.clone(),
-            conn: self.conn.clone(),
-            provider: registered.provider,
-            providers: registered.providers,
-            fence: registered.fence,
-        }))
     }
 
     /// None: this connection does not provide it, or withdrew it already.
@@ -344,7 +311,7 @@ impl Drop for Connection {
         // Its own calls first, or those that it made to itself would be answered.
         let live = std::mem::take(&mut *conn.live.lock());
         for (_, call) in live {
-            hub.ended(&call, Outcome::Cancelled);
+            hub.ended(conn, &call, Outcome::Cancelled);
             hub.abandon(&call);
         }
         let provides = std::mem::take(&mut *conn.provides.lock());
@@ -356,14 +323,9 @@ impl Drop for Connection {
             hub.removed(&service, removed);
         }
         hub.late.retain(conn, |_, call| !Arc::ptr_eq(&call.caller, conn) && !Arc::ptr_eq(call.provider(), conn));
-        hub.connections.fetch_sub(1, Relaxed);
-    }
-}
-
-impl Drop for Provided {
-    fn drop(&mut self) {
-        self.service.state.lock().start(self.provider, &self.conn);
-        self.hub.flush(&self.service);
+        if !conn.is_link() {
+            hub.connections.fetch_sub(1, Relaxed);
+        }
     }
 }
 
@@ -376,11 +338,12 @@ impl Hub {
         let request = Request::of(call);
         loop {
             let Ok(service) = self.find_for(call.service, &request) else { return };
+            let now = self.clock.now();
             let mut state = service.state.lock();
             if state.dead {
                 continue;
             }
-            let chosen = if state.is_queued() { None } else { state.pick(&[], true) };
+            let chosen = if state.is_queued() { None } else { state.pick(&[], true, false, now) };
             if let Some(provider) = chosen {
                 let target = state.notify(provider);
                 drop(state);
@@ -411,26 +374,6 @@ impl Hub {
             return Err(Error::params("a timeout is at least 1ms"));
         }
         Ok(u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX))
-    }
-
-    fn check_provide(&self, ask: &Provide<'_>) -> Result<()> {
-        label("service", ask.service)?;
-        if ["weir", "rpc.", "$"].iter().any(|own| ask.service.starts_with(own)) {
-            return Err(Error::params("names of services do not begin with weir, rpc. or $"));
-        }
-        for method in ask.methods {
-            label("method", method)?;
-        }
-        if ask.methods.len() > 1_000 {
-            return Err(Error::params("a provider declares at most 1000 methods"));
-        }
-        if ask.concurrency == 0 {
-            return Err(Error::params("concurrency is at least 1"));
-        }
-        if ask.takeover && !ask.exclusive {
-            return Err(Error::params("takeover is for exclusive providers"));
-        }
-        Ok(())
     }
 }
 

@@ -25,7 +25,7 @@ impl Hub {
         if let Some(service) = shard.get(name) {
             return service.clone();
         }
-        let service = Arc::new(Service::new(name, self.fence.load(Relaxed)));
+        let service = Arc::new(Service::new(name));
         shard.insert(service.name.clone(), service.clone());
         service
     }
@@ -60,8 +60,6 @@ impl Hub {
         let over = state.left.is_none_or(|left| now >= left + REMEMBERED.as_millis() as u64);
         if over && state.is_deserted() && !state.dead {
             state.dead = true;
-            // A name that comes back goes on above the fence that it had, though nothing remembers it.
-            self.fence.fetch_max(state.fence, Relaxed);
             shard.remove(&service.name);
         }
     }
@@ -92,20 +90,26 @@ impl Hub {
 
     /// Brings the hub's books up to date with a service whose providers changed. The lock of `state` is held.
     pub(super) fn touched(&self, service: &Arc<Service>, state: &mut State) {
+        let here = state.here() > 0;
+        if here != state.counted {
+            state.counted = here;
+            match here {
+                true => self.provided.fetch_add(1, Relaxed),
+                false => self.provided.fetch_sub(1, Relaxed),
+            };
+        }
         let providers = state.providers();
-        if (providers > 0) != state.counted {
-            state.counted = providers > 0;
-            if state.counted {
-                self.provided.fetch_add(1, Relaxed);
-                state.left = None;
-            } else {
-                self.provided.fetch_sub(1, Relaxed);
-                let now = self.clock.now();
-                state.left = Some(now);
-                if !std::mem::replace(&mut state.remembered, true) {
-                    self.remembered.lock().push_back((now, service.clone()));
-                }
+        if (providers > 0) != state.present {
+            state.present = providers > 0;
+            let now = self.clock.now();
+            state.left = (!state.present).then_some(now);
+            if !state.present && !std::mem::replace(&mut state.remembered, true) {
+                self.remembered.lock().push_back((now, service.clone()));
             }
+        }
+        state.keep_or_release();
+        if state.is_tenured() && !std::mem::replace(&mut state.tenured, true) {
+            self.tenured.lock().push(service.clone());
         }
         if providers != state.announced || state.replaced {
             self.changes.mark(service, state);

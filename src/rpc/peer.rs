@@ -5,9 +5,12 @@ use std::borrow::Cow;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::pending::{CallId, Tag};
-use crate::error::{Code, Error};
+use crate::{
+    cluster::NodeId,
+    error::{Code, Error},
+};
 
-/// The outbound half of a connection: a WebSocket, a held HTTP request, later another node.
+/// The outbound half of a connection: a WebSocket, a held HTTP request, another node.
 ///
 /// Called with no lock of the hub held, from whichever thread caused it, also from inside [`Connection`] methods of the
 /// same connection. It appends to the connection's outbound buffer and returns: it neither blocks nor fails.
@@ -26,7 +29,8 @@ pub trait Peer: Send + Sync {
     /// The reply to a call that was answered as `timeout` and asked for late replies.
     fn late(&self, to: &Tag, answer: Answer<'_>);
 
-    /// This connection no longer provides `service`; its replies are dropped. `reason` is `replaced`.
+    /// This connection no longer provides `service`; its replies are dropped. `reason` is `replaced` or
+    /// `lost`.
     fn withdrawn(&self, service: &str, reason: &str);
 }
 
@@ -53,6 +57,21 @@ pub struct Forward<'a> {
     pub as_sent: Option<&'a RawValue>,
     /// Beside params, if the provider asked.
     pub meta: Option<Meta<'a>>,
+    /// For another node, which has to place it.
+    pub relay: Relay<'a>,
+}
+
+/// What another node has to know of a call, beside what a provider gets.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Relay<'a> {
+    /// Milliseconds that the caller would wait for a provider.
+    pub wait: Option<u64>,
+    /// A late reply is wanted.
+    pub late: bool,
+    /// What is known of that node.
+    pub rev: u64,
+    /// Nodes that returned it.
+    pub tried: &'a [NodeId],
 }
 
 /// How a provider wants its methods named.
@@ -66,7 +85,7 @@ pub enum Names {
 }
 
 /// What weir knows of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Meta<'a> {
     /// Subject of the caller; `""` is anonymous.
     pub caller: &'a str,

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use slab::Slab;
 
 use super::{Peer, services::Service};
+use crate::cluster::NodeId;
 
 /// The id under which a provider knows a call; `w:` and 1 to 13 digits of base 32 on the wire. A string, since clients
 /// that keep one table of ids for both directions would reject their own calls if it met a number of theirs.
@@ -54,7 +55,9 @@ pub(super) struct Conn {
     pub calls: usize,
     /// What it asked and was not answered. Locked before a service, never after.
     pub live: Mutex<Slab<Live>>,
-    /// What it provides; the index is the slot in a [`CallId`]. Locked before a service, never after.
+    /// The node, if it is a link to one.
+    pub node: Option<NodeId>,
+    /// What it provides; the index is the slot in a [`CallId`], but not of links. Locked before a service, never after.
     pub provides: Mutex<Slab<Registration>>,
     /// How many entries of [`Late`](super::late::Late) name it.
     pub late: AtomicUsize,
@@ -92,6 +95,15 @@ impl CallId {
     pub(super) fn new(seq: u64, index: u32, slot: u16) -> Self {
         debug_assert!((index as usize) < Self::ENTRIES && (slot as usize) < Self::SLOTS);
         CallId((seq & Self::SEQ) << 30 | u64::from(index) << 10 | u64::from(slot))
+    }
+
+    /// The whole of it, for other nodes.
+    pub(super) fn number(self) -> u64 {
+        self.0
+    }
+
+    pub(super) fn from_number(number: u64) -> Self {
+        CallId(number)
     }
 
     pub(super) fn slot(self) -> usize {
@@ -208,10 +220,11 @@ impl Conn {
     /// Room that a burst of calls leaves behind in an idle connection, in calls.
     const KEEP: usize = 64;
 
-    pub fn new(peer: Arc<dyn Peer>, calls: usize) -> Self {
+    pub fn new(peer: Arc<dyn Peer>, calls: usize, node: Option<NodeId>) -> Self {
         Conn {
             peer,
             calls,
+            node,
             live: Mutex::default(),
             provides: Mutex::default(),
             late: AtomicUsize::new(0),
@@ -230,6 +243,11 @@ impl Conn {
             *table = Slab::new();
         }
         Some(call)
+    }
+
+    /// Whether it is another node, whose calls are counted there.
+    pub fn is_link(&self) -> bool {
+        self.node.is_some()
     }
 
     pub fn is_closed(&self) -> bool {

@@ -6,17 +6,40 @@ use std::{
 };
 
 use super::{
-    Answer, Forward, Hub, Meta, REMEMBERED, Written,
+    Answer, Forward, Hub, Meta, REMEMBERED, Relay, Written,
     pending::{Conn, Live},
     services::{
         Abandoned, After, Done, Expired, New, Overdue, Removed, Request, Service, State, Target, Ticket, Waited,
     },
 };
+use crate::cluster::NodeId;
 use crate::{
     duration,
     error::{Code, Error, Executed, Result},
     metrics::Outcome,
 };
+
+/// A call that left the table and is to be answered so.
+pub(super) type Failed = (Done, Error);
+
+/// Who need not be asked again for a call.
+#[derive(Default)]
+pub(super) struct Tried {
+    pub keys: Vec<u32>,
+    /// Those of `keys` that are other nodes, and returned it.
+    pub nodes: Vec<NodeId>,
+}
+
+/// Why a provider did not take a call.
+pub(super) enum Refused {
+    Full,
+    /// It takes no calls any more.
+    Gone,
+    /// That node has no provider. `rev`: what was known of it when it was asked.
+    NotThere {
+        rev: u64,
+    },
+}
 
 impl Hub {
     pub(super) fn next_seq(&self) -> u64 {
@@ -24,7 +47,11 @@ impl Hub {
     }
 
     /// Books a call whose right to answer was taken.
-    pub(super) fn ended(&self, call: &Live, outcome: Outcome) {
+    pub(super) fn ended(&self, caller: &Conn, call: &Live, outcome: Outcome) {
+        if caller.is_link() {
+            // It is booked where it was made.
+            return;
+        }
         // A sample is as many bytes as a call until the metrics are swept, and costs two looks at a clock.
         let timed = self.timed.load(Relaxed) < Self::TIMED;
         let took = timed.then(|| {
@@ -37,7 +64,7 @@ impl Hub {
     /// Answers a call unless somebody else did.
     pub(super) fn settle(&self, call: &Done, answer: Answer<'_>) -> bool {
         let Some(live) = call.caller.take(call.live, call.seq) else { return false };
-        self.ended(&live, outcome(&answer));
+        self.ended(&call.caller, &live, outcome(&answer));
         call.caller.peer.answer(&live.tag, answer);
         true
     }
@@ -67,15 +94,29 @@ impl Hub {
         self.starts_ticking(state)
     }
 
-    /// Writes a call that has been placed; looks for another provider while none took it. `entry`: not of notifications.
+    /// Writes a call that has been placed, and fails it if nobody takes it.
+    #[inline]
     pub(super) fn deliver(
+        &self,
+        service: &Arc<Service>,
+        target: Target,
+        request: &Request<'_>,
+        entry: Option<(u32, u64)>,
+    ) {
+        if let Some((done, error)) = self.try_deliver(service, target, request, entry, &mut Tried::default()) {
+            self.settle(&done, Answer::Failed(error));
+        }
+    }
+
+    /// Writes a call that has been placed; looks for another provider while none took it. What is returned is to be failed.
+    pub(super) fn try_deliver(
         &self,
         service: &Arc<Service>,
         mut target: Target,
         request: &Request<'_>,
         entry: Option<(u32, u64)>,
-    ) {
-        let mut tried = Vec::new();
+        tried: &mut Tried,
+    ) -> Option<Failed> {
         loop {
             let meta = target.meta.then(|| Meta {
                 caller: request.caller,
@@ -91,66 +132,99 @@ impl Hub {
                 params: request.params,
                 as_sent: request.as_sent,
                 meta,
+                relay: Relay { wait: request.wait, late: request.late, rev: target.rev, tried: &tried.nodes },
             });
-            if written == Written::Yes {
-                return;
-            }
-            let mut state = service.state.lock();
-            let mut left = After::default();
-            if let Some((index, seq)) = entry
-                && !state.take_back(index, seq, &mut left)
-            {
-                // Answered while it was being written: cancelled, overdue, or the provider was dropped.
-                return;
-            }
-            let removed = match written {
-                Written::Gone => state.remove_conn(target.provider, &target.conn),
-                Written::Full | Written::Yes => None,
+            let refused = match written {
+                Written::Yes => return None,
+                Written::Full => Refused::Full,
+                Written::Gone => Refused::Gone,
             };
-            if removed.is_some() {
-                self.touched(service, &mut state);
+            match self.elsewhere(service, &target.conn, target.provider, refused, request, entry, tried) {
+                Ok(Some(next)) => target = next,
+                Ok(None) => return None,
+                Err(failed) => return Some(failed),
             }
-            if written == Written::Full {
-                tried.push(target.provider);
-            }
-            let next = state.pick(&tried, entry.is_none());
-            let mut refused = None;
-            let mut starts = false;
-            let again = match (next, entry) {
-                (Some(provider), Some((index, _))) => Some(state.place_at(index, provider)),
-                (Some(provider), None) => Some(state.notify(provider)),
-                (None, Some((index, _))) => {
-                    // Who took none of it will not in a moment either, and must not be asked for ever.
-                    let stays = match state.has_active() {
-                        true => Err(busy(&service.name)),
-                        false => self.may_wait(&service.name, &state, request),
-                    };
-                    match stays {
-                        Ok((until, ticket)) => state.wait_first(index, until, request.store(ticket)),
-                        Err(error) => refused = state.give_up(index).map(|done| (done, error)),
-                    }
-                    None
-                }
-                (None, None) => {
-                    starts = !state.has_active() && self.wait_notification(service, &mut state, request);
-                    None
-                }
-            };
+        }
+    }
+
+    /// Looks for another provider for a call that surely nobody has got. None: it waits, or is over.
+    ///
+    /// # Errors
+    /// It can neither be placed nor wait, and has left the table.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn elsewhere(
+        &self,
+        service: &Arc<Service>,
+        conn: &Arc<Conn>,
+        provider: u32,
+        refused: Refused,
+        request: &Request<'_>,
+        entry: Option<(u32, u64)>,
+        tried: &mut Tried,
+    ) -> Result<Option<Target>, Failed> {
+        let now = self.clock.now();
+        let mut state = service.state.lock();
+        let mut left = After::default();
+        if let Some((index, seq)) = entry
+            && !state.take_back(index, seq, &mut left)
+        {
+            // Answered while it was being written: cancelled, overdue, or the provider was dropped.
             drop(state);
-            if starts {
-                self.ticking.lock().push(service.clone());
-            }
-            if let Some(removed) = removed {
-                self.removed(service, removed);
-            }
             self.after(service, left);
-            if let Some((done, error)) = refused {
-                self.settle(&done, Answer::Failed(error));
+            return Ok(None);
+        }
+        let mut removed = None;
+        match refused {
+            Refused::Full => tried.keys.push(provider),
+            Refused::Gone => {
+                removed = state.remove_conn(provider, conn);
+                if removed.is_some() {
+                    self.touched(service, &mut state);
+                }
             }
-            match again {
-                Some(next) => target = next,
-                None => return,
+            Refused::NotThere { rev } => {
+                if let Some(more) = state.unset_far(conn, Some(rev)) {
+                    left.closed.extend(more.closed);
+                    self.touched(service, &mut state);
+                }
             }
+        }
+        let only_here = entry.is_some_and(|(index, _)| state.is_of_link(index));
+        let next = state.pick(&tried.keys, entry.is_none(), only_here, now);
+        let mut failed = None;
+        let mut starts = false;
+        let again = match (next, entry) {
+            (Some(provider), Some((index, _))) => Some(state.place_at(index, provider)),
+            (Some(provider), None) => Some(state.notify(provider)),
+            (None, Some((index, _))) => {
+                // Who took none of it will not in a moment either, and must not be asked for ever.
+                let stays = match state.has_active(only_here) {
+                    true => Err(busy(&service.name)),
+                    false if only_here => Err(no_provider(&service.name)),
+                    false => self.may_wait(&service.name, &state, request),
+                };
+                match stays {
+                    Ok((until, ticket)) => state.wait_again(index, until, request.store(ticket)),
+                    Err(error) => failed = state.give_up(index).map(|done| (done, error)),
+                }
+                None
+            }
+            (None, None) => {
+                starts = !state.has_active(false) && self.wait_notification(service, &mut state, request);
+                None
+            }
+        };
+        drop(state);
+        if starts {
+            self.ticking.lock().push(service.clone());
+        }
+        if let Some(removed) = removed {
+            self.removed(service, removed);
+        }
+        self.after(service, left);
+        match failed {
+            Some(failed) => Err(failed),
+            None => Ok(again),
         }
     }
 
@@ -166,7 +240,7 @@ impl Hub {
         }
         loop {
             // The guard must not live on in the loop's body, which calls peers.
-            let next = service.state.lock().next_waiting();
+            let next = service.state.lock().next_waiting(self.clock.now());
             let Some(Waited { target, entry, request }) = next else { return };
             self.deliver(service, target, &request.request(), entry);
         }
@@ -182,10 +256,10 @@ impl Hub {
     }
 
     /// Frees the slot of a registration that is no more.
-    pub(super) fn vacate(&self, service: &Arc<Service>, conn: &Conn, slot: u16) {
+    pub(super) fn vacate(&self, service: &Arc<Service>, conn: &Conn, slot: u32) {
         let mut provides = conn.provides.lock();
-        if provides.get(usize::from(slot)).is_some_and(|registration| Arc::ptr_eq(&registration.service, service)) {
-            provides.remove(usize::from(slot));
+        if provides.get(slot as usize).is_some_and(|registration| Arc::ptr_eq(&registration.service, service)) {
+            provides.remove(slot as usize);
         }
     }
 
@@ -231,7 +305,7 @@ impl Hub {
             Overdue::Unprovided { full: false } => (no_provider(name), None),
         };
         let Some(live) = done.caller.take(done.live, done.seq) else { return };
-        self.ended(&live, error.code().into());
+        self.ended(&done.caller, &live, error.code().into());
         if let Some((provider, id)) = late {
             let until = now + self.config.late_window.as_millis() as u64;
             let tag = live.late.then(|| live.tag.clone());

@@ -4,6 +4,7 @@
 //! returned, and done by the hub when the lock is free.
 
 mod calls;
+mod far;
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -12,13 +13,20 @@ use slab::Slab;
 
 pub(super) use calls::{Abandoned, After, Done, Entry, Expired, New, Overdue, Request, Room, Target, Ticket, Waited};
 use calls::{NONE, Place};
+use far::Far;
+pub(super) use far::Info;
 
 use super::{Names, Provide, pending::Conn};
-use crate::error::{Code, Error, Result};
+use crate::{
+    cluster::{Claim, Lease},
+    error::{Code, Error, Result},
+};
 
 pub(super) struct Service {
     pub name: Arc<str>,
     pub state: Mutex<State>,
+    /// Who registers a provider waits for who registers one, for the cluster may have to be asked.
+    pub registering: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Default)]
@@ -26,10 +34,18 @@ pub(super) struct State {
     /// No longer in the hub's table: whoever still holds it looks again.
     pub dead: bool,
     providers: Slab<Provider>,
-    /// Providers that are on their way out.
+    /// Providers that are on their way out, those of other nodes too.
     leaving: usize,
-    /// Keys of the providers that take calls.
+    /// Keys of the providers here that take calls.
     active: Vec<u32>,
+    /// Keys of other nodes: each is one provider for all that it has.
+    far: Vec<u32>,
+    /// This node's hold on the name, while it has a provider.
+    tenure: Option<Lease>,
+    /// The lease is exclusive: calls go here only while it stands.
+    guarded: bool,
+    /// Registrations under way.
+    pub registering: usize,
     /// Which of equals is next.
     turn: usize,
     entries: Slab<Entry>,
@@ -42,14 +58,16 @@ pub(super) struct State {
     earliest: u64,
     /// The hub looks at this service in every sweep.
     pub ticking: bool,
-    /// The last number given to an exclusive provider.
-    pub fence: u64,
+    /// Is in the hub's list of services that hold their name.
+    pub tenured: bool,
     /// When the last provider left.
     pub left: Option<u64>,
     /// Is in the hub's list of names whose provider left.
     pub remembered: bool,
-    /// Counts as a service that has a provider.
+    /// Counts as a service that has a provider on this node.
     pub counted: bool,
+    /// Had a provider on some node when last looked at.
+    pub present: bool,
     /// Is in the hub's list of changes.
     pub dirty: bool,
     /// Providers as last told.
@@ -60,7 +78,9 @@ pub(super) struct State {
 pub(super) struct Provider {
     pub conn: Arc<Conn>,
     /// Index in its connection's `provides`.
-    pub slot: u16,
+    pub slot: u32,
+    /// Of another node.
+    far: Option<Far>,
     subject: Box<str>,
     stage: Stage,
     concurrency: u32,
@@ -99,17 +119,27 @@ pub(super) struct Registered {
 // === impl Service ===
 
 impl Service {
-    pub fn new(name: &str, fence: u64) -> Self {
-        Service { name: name.into(), state: Mutex::new(State { fence, earliest: u64::MAX, ..State::default() }) }
+    pub fn new(name: &str) -> Self {
+        let state = State { earliest: u64::MAX, ..State::default() };
+        Service { name: name.into(), state: Mutex::new(state), registering: Arc::default() }
     }
 }
 
 // === impl State: providers ===
 
 impl State {
-    /// Providers, those that are on their way out not counted.
+    /// Providers on all nodes, those that are on their way out not counted.
     pub fn providers(&self) -> usize {
-        self.providers.len() - self.leaving
+        let far = self.far.iter().map(|key| &self.providers[*key as usize]);
+        self.here() + far.filter(|it| it.stage != Stage::Leaving).map(Provider::count).sum::<usize>()
+    }
+
+    /// Providers on this node.
+    pub fn here(&self) -> usize {
+        if self.far.is_empty() {
+            return self.providers.len() - self.leaving;
+        }
+        self.providers.iter().filter(|(_, provider)| provider.far.is_none() && provider.stage != Stage::Leaving).count()
     }
 
     pub fn is_exclusive(&self) -> bool {
@@ -130,7 +160,7 @@ impl State {
     }
 
     pub fn is_deserted(&self) -> bool {
-        self.providers.is_empty() && self.entries.is_empty()
+        self.providers.is_empty() && self.entries.is_empty() && self.registering == 0
     }
 
     /// What the providers say they answer to.
@@ -146,45 +176,65 @@ impl State {
         methods
     }
 
-    /// Registers `conn`, or updates it where `mine` is its key.
+    /// What the cluster has to be asked before `conn` may register; `mine` is its key if it is registered.
+    ///
+    /// # Errors
+    /// `service_taken`, by a connection of this node.
+    pub fn need(&self, name: &str, mine: Option<u32>, ask: &Provide<'_>) -> Result<Option<Claim>> {
+        if let Some((_, other)) = self.other(mine) {
+            match (ask.exclusive, other.fence.is_some()) {
+                (false, false) => {}
+                (true, true) if ask.takeover && *other.subject == *ask.subject => {}
+                (_, true) => return Err(taken(format!("{name} is provided exclusively by another connection"))),
+                (true, false) => return Err(taken(format!("{name} has providers, so nobody can have it exclusively"))),
+            }
+        }
+        let own = mine.and_then(|key| self.providers.get(key as usize));
+        let has = own.is_some_and(|provider| provider.fence.is_some() && provider.stage != Stage::Leaving);
+        let held = self.tenure.as_ref().filter(|lease| !lease.is_lost()).map(Lease::claim);
+        Ok(match ask.exclusive {
+            true => (!has || held != Some(Claim::Exclusive)).then_some(Claim::Exclusive),
+            false => (held != Some(Claim::Shared)).then_some(Claim::Shared),
+        })
+    }
+
+    /// A provider here that is not `mine`.
+    fn other(&self, mine: Option<u32>) -> Option<(u32, &Provider)> {
+        self.providers
+            .iter()
+            .map(|(key, provider)| (key as u32, provider))
+            .find(|(key, it)| it.far.is_none() && it.stage != Stage::Leaving && mine != Some(*key))
+    }
+
+    /// Registers `conn`, or updates it where `mine` is its key. `lease`: what was [needed](Self::need).
+    ///
+    /// # Errors
+    /// `service_taken`, if something has changed since.
     pub fn provide(
         &mut self,
         name: &str,
         conn: &Arc<Conn>,
         mine: Option<u32>,
-        slot: u16,
+        slot: u32,
         ask: &Provide<'_>,
+        lease: Option<Lease>,
     ) -> Result<Registered> {
-        let mut others = self
-            .providers
-            .iter()
-            .filter(|(key, provider)| provider.stage != Stage::Leaving && mine != Some(*key as u32))
-            .map(|(key, provider)| (key as u32, provider));
-        let mut replaced = None;
-        if let Some((key, other)) = others.next() {
-            let may_take_over =
-                ask.takeover && ask.exclusive && other.fence.is_some() && *other.subject == *ask.subject;
-            match (ask.exclusive, other.fence.is_some()) {
-                (false, false) => {}
-                (true, true) if may_take_over => replaced = Some(key),
-                (_, true) => return Err(taken(format!("{name} is provided exclusively by another connection"))),
-                (true, false) => return Err(taken(format!("{name} has providers, so nobody can have it exclusively"))),
-            }
+        if self.need(name, mine, ask)? != lease.as_ref().map(Lease::claim) {
+            return Err(taken(format!("{name} changed hands at this moment")));
         }
-        drop(others);
+        let replaced = self.other(mine).filter(|_| ask.exclusive).map(|(key, _)| key);
         let replaced = replaced.map(|key| {
             self.replaced = true;
             self.remove(key)
         });
-
-        let fence = match mine.and_then(|key| self.providers.get(key as usize)) {
-            _ if !ask.exclusive => None,
-            Some(provider) if provider.fence.is_some() && provider.stage != Stage::Leaving => provider.fence,
-            _ => {
-                self.fence += 1;
-                Some(self.fence)
-            }
+        let fence = match &lease {
+            Some(lease) => lease.fence(),
+            None => mine.and_then(|key| self.providers[key as usize].fence).filter(|_| ask.exclusive),
         };
+        if lease.is_some() {
+            self.guarded = ask.exclusive;
+            self.tenure = lease;
+        }
         let provider = match mine {
             Some(key) => {
                 let provider = &mut self.providers[key as usize];
@@ -203,6 +253,7 @@ impl State {
             None => self.providers.insert(Provider {
                 conn: conn.clone(),
                 slot,
+                far: None,
                 subject: ask.subject.into(),
                 stage: Stage::Starting,
                 concurrency: ask.concurrency,
@@ -225,6 +276,7 @@ impl State {
         {
             provider.stage = Stage::Active;
             self.active.push(key);
+            self.tell();
         }
     }
 
@@ -248,6 +300,7 @@ impl State {
 
     pub fn remove(&mut self, key: u32) -> Removed {
         self.active.retain(|active| *active != key);
+        self.far.retain(|far| *far != key);
         let provider = self.providers.remove(key as usize);
         self.leaving -= usize::from(provider.stage == Stage::Leaving);
         let mut orphans = Vec::with_capacity(provider.in_flight as usize);
@@ -268,9 +321,16 @@ impl State {
         self.is_of(key, conn).then(|| self.remove(key))
     }
 
+    /// Who gets a call now. `full`: those count too that have all they take; `only_here`: other nodes do not count.
+    #[inline]
+    pub fn pick(&mut self, tried: &[u32], full: bool, only_here: bool, now: u64) -> Option<u32> {
+        let here = if self.guarded && !self.stands() { None } else { self.pick_here(tried, full) };
+        if self.far.is_empty() || only_here { here } else { self.pick_far(here, tried, full, now) }
+    }
+
     /// The provider with the fewest calls for its size, equals in turn. Of many, the better of two at random: nearly as
-    /// good, and the time does not grow. `full`: those count too that have all they take.
-    pub fn pick(&mut self, tried: &[u32], full: bool) -> Option<u32> {
+    /// good, and the time does not grow.
+    fn pick_here(&mut self, tried: &[u32], full: bool) -> Option<u32> {
         let free = |key: &u32| {
             let provider = &self.providers[*key as usize];
             (full || provider.in_flight < provider.concurrency) && (tried.is_empty() || !tried.contains(key))
@@ -298,14 +358,22 @@ impl State {
         best
     }
 
-    pub fn has_active(&self) -> bool {
-        !self.active.is_empty()
+    /// Whether somebody takes calls, be they full.
+    pub fn has_active(&self, only_here: bool) -> bool {
+        let here = !self.active.is_empty() && (!self.guarded || self.stands());
+        here || !only_here && self.far.iter().any(|key| self.providers[*key as usize].stage == Stage::Active)
+    }
+
+    /// Whether this node may have its exclusive provider work.
+    fn stands(&self) -> bool {
+        self.tenure.as_ref().is_some_and(Lease::stands)
     }
 
     fn close_if_done(&mut self, key: u32, after: &mut After) {
         let provider = &self.providers[key as usize];
         if provider.stage == Stage::Leaving && provider.in_flight == 0 {
             let provider = self.providers.remove(key as usize);
+            self.far.retain(|far| *far != key);
             self.leaving -= 1;
             after.closed.push((provider.conn, provider.slot));
         }

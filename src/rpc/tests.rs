@@ -1,6 +1,7 @@
 //! Every rule of a call's life, with connections that only remember.
 
 mod fake;
+mod nodes;
 mod providers;
 mod random;
 
@@ -301,7 +302,7 @@ fn a_provider_that_answers_at_once() {
     let peer = Arc::new(AtOnce(Mutex::default(), AtomicUsize::new(0)));
     let connection = Arc::new(world.hub.connect(peer.clone()));
     *peer.0.lock() = Some(Arc::downgrade(&connection));
-    drop(connection.provide(&Provide::new("self")).unwrap());
+    drop(connection.provide(&Provide::new("self")).now().ok().unwrap().unwrap());
     connection.call(Tag::new(b"1"), &Call::new("self", "x", None));
     assert_eq!((peer.1.load(Relaxed), world.hub.counts().pending), (1, 0));
     drop(connection);

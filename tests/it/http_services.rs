@@ -45,7 +45,9 @@ impl Peer for Ear {
 fn provide(weir: &Weir, service: &str, concurrency: u32) -> Provider {
     let (tx, calls) = mpsc::unbounded_channel();
     let connection = weir.gateway().hub.connect(Arc::new(Ear(tx)));
-    drop(connection.provide(&Provide { meta: true, concurrency, ..Provide::new(service) }).unwrap());
+    drop(
+        connection.provide(&Provide { meta: true, concurrency, ..Provide::new(service) }).now().ok().unwrap().unwrap(),
+    );
     Provider { connection, calls }
 }
 

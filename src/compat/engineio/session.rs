@@ -32,6 +32,9 @@ pub trait Conversation: Send {
     /// The session that this one asked about lives, or has ended.
     fn probed(&mut self, alive: bool);
 
+    /// What this one waits for may have happened.
+    fn woken(&mut self);
+
     /// The node goes: nothing new is taken on.
     fn leave(&mut self);
 
@@ -113,6 +116,13 @@ impl Session {
 
     pub fn begin(&self, conversation: Box<dyn Conversation>) {
         *self.conversation.lock() = Some(conversation);
+    }
+
+    /// Something that the conversation waits for may have happened.
+    pub fn wake(&self) {
+        if let Some(conversation) = self.conversation.lock().as_deref_mut() {
+            conversation.woken();
+        }
     }
 
     pub fn stage(&self) -> Stage {

@@ -5,7 +5,9 @@ use std::sync::{
     atomic::{AtomicU32, Ordering::Relaxed},
 };
 
+use parking_lot::Mutex;
 use serde_json::value::RawValue;
+use tokio::task::JoinHandle;
 
 use super::{
     MicroStream, bytes,
@@ -19,7 +21,7 @@ use crate::{
         socketio::{Event, Kind, Packet, connect_error},
     },
     error::{Code, Error},
-    rpc::{Call, Connection, Provide},
+    rpc::{Call, Connection, Provide, Provided},
     transport::wheel::Wheel,
 };
 
@@ -37,6 +39,8 @@ pub struct Client {
     /// Its query said one.
     named: bool,
     stage: Stage,
+    /// Its name is being asked for in the cluster.
+    registering: Option<Registering>,
     /// The tick since which it is not connected.
     since: u32,
     /// The tick of its last heartbeat.
@@ -52,7 +56,23 @@ enum Stage {
     Fresh,
     /// Its name is taken; it is being found out whether by a living client. So often it was, before.
     Asking(u8),
+    /// Other nodes are asked for its name. So often it was found taken, before.
+    Registering(u8),
     Connected,
+}
+
+/// A registration that takes a moment. Dropped, it is given up.
+struct Registering {
+    done: Arc<Mutex<Option<Answered>>>,
+    task: JoinHandle<()>,
+}
+
+type Answered = (Connection, Result<Provided, Error>);
+
+impl Drop for Registering {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 struct Partial {
@@ -76,6 +96,7 @@ impl Client {
             name: name.unwrap_or("undefined").into(),
             named: name.is_some(),
             stage: Stage::Fresh,
+            registering: None,
             since: now,
             beat: Arc::new(AtomicU32::new(now)),
             looked: now,
@@ -137,6 +158,7 @@ impl Client {
         self.stage = Stage::Fresh;
         self.since = self.hub.wheel.now();
         self.partial = None;
+        self.registering = None;
         // First of all: who finds the name taken finds out by whom.
         self.link = None;
         self.hub.leaves(&self.name, &self.beat);
@@ -146,30 +168,47 @@ impl Client {
 
     fn register(&mut self, tries: u8) {
         for tries in tries..=TRIES {
-            match self.provide() {
-                Ok(()) => return,
-                Err(error) if error.code() == Code::ServiceTaken => {
-                    // Held by a client of this hub, and not for the last time to be asked?
-                    let asked = tries < TRIES
-                        && self.hub.holder(&self.name).is_some_and(|holder| {
-                            self.stage = Stage::Asking(tries);
-                            holder.probe(&self.session)
-                        });
-                    if asked {
-                        return;
-                    }
-                    if tries == TRIES || self.hub.holder(&self.name).is_none() {
-                        let name = self.named.then_some(&*self.name);
-                        return self.refuse(translate::DUPLICATE, &translate::duplicate(name));
-                    }
-                    // It ended at this moment.
+            let registered = match self.provide() {
+                // It is told when they have answered.
+                Ok(None) => {
+                    self.stage = Stage::Registering(tries);
+                    return;
                 }
-                Err(error) => {
-                    let (code, data) = translate::refused(&error, &self.name);
-                    return self.refuse(&code, &data);
-                }
+                Ok(Some((link, provided))) => Ok((link, provided)),
+                Err(error) => Err(error),
+            };
+            if !self.registered(tries, registered) {
+                return;
             }
         }
+    }
+
+    /// True: to be tried once more.
+    fn registered(&mut self, tries: u8, registered: Result<(Connection, Provided), Error>) -> bool {
+        match registered {
+            Ok((link, provided)) => self.connected(link, provided),
+            Err(error) if error.code() == Code::ServiceTaken => {
+                // Held by a client of this hub, and not for the last time to be asked?
+                let asked = tries < TRIES
+                    && self.hub.holder(&self.name).is_some_and(|holder| {
+                        self.stage = Stage::Asking(tries);
+                        holder.probe(&self.session)
+                    });
+                if !asked {
+                    if tries < TRIES && self.hub.holder(&self.name).is_some() {
+                        // It ended at this moment.
+                        return true;
+                    }
+                    let name = self.named.then_some(&*self.name);
+                    self.refuse(translate::DUPLICATE, &translate::duplicate(name));
+                }
+            }
+            Err(error) => {
+                let (code, data) = translate::refused(&error, &self.name);
+                self.refuse(&code, &data);
+            }
+        }
+        false
     }
 
     fn refuse(&mut self, message: &str, data: &str) {
@@ -178,16 +217,37 @@ impl Client {
         self.say(&connect_error("/", message, Some(data)));
     }
 
-    fn provide(&mut self) -> Result<(), Error> {
+    /// None: other nodes have to be asked.
+    fn provide(&mut self) -> Result<Option<(Connection, Provided)>, Error> {
         let identity = Identity::anonymous();
         let permit = identity.may_provide(&self.name)?;
         let link = self.hub.rpc.connect_with(self.port.clone(), self.hub.settings.calls);
-        let provided = link.provide(&Provide {
+        let providing = link.provide(&Provide {
             subject: permit.subject(),
             exclusive: true,
             concurrency: u32::try_from(self.hub.settings.calls).unwrap_or(u32::MAX).saturating_mul(16),
             ..Provide::new(&self.name)
-        })?;
+        });
+        let providing = match providing.now() {
+            Ok(provided) => return Ok(Some((link, provided?))),
+            Err(providing) => providing,
+        };
+        let done = Arc::new(Mutex::new(None));
+        let task = tokio::spawn({
+            let (done, session) = (done.clone(), self.session.clone());
+            async move {
+                let provided = providing.await;
+                *done.lock() = Some((link, provided));
+                if let Some(session) = session.upgrade() {
+                    session.wake();
+                }
+            }
+        });
+        self.registering = Some(Registering { done, task });
+        Ok(None)
+    }
+
+    fn connected(&mut self, link: Connection, provided: Provided) {
         self.stage = Stage::Connected;
         self.beat.store(self.hub.wheel.now(), Relaxed);
         self.hub.comes(&self.name, &self.session, &self.beat);
@@ -196,7 +256,6 @@ impl Client {
         // Requests begin here: they come after the answer.
         drop(provided);
         self.link = Some(link);
-        Ok(())
     }
 
     // --- events ---
@@ -277,7 +336,7 @@ impl Conversation for Client {
     fn tick(&mut self, now: u32) -> Result<(), Broken> {
         match self.stage {
             Stage::Fresh if Wheel::span(self.since, now) > self.hub.settings.connect => return Err(Broken),
-            Stage::Fresh | Stage::Asking(_) => {}
+            Stage::Fresh | Stage::Asking(_) | Stage::Registering(_) => {}
             Stage::Connected => {
                 if self.is_stale(now) {
                     self.part();
@@ -299,6 +358,16 @@ impl Conversation for Client {
             let name = self.named.then_some(&*self.name);
             self.refuse(translate::DUPLICATE, &translate::duplicate(name));
         } else {
+            self.register(tries + 1);
+        }
+    }
+
+    fn woken(&mut self) {
+        let Stage::Registering(tries) = self.stage else { return };
+        let done = self.registering.as_ref().and_then(|registering| registering.done.lock().take());
+        let Some((link, provided)) = done else { return };
+        self.registering = None;
+        if self.registered(tries, provided.map(|provided| (link, provided))) {
             self.register(tries + 1);
         }
     }

@@ -287,6 +287,7 @@ mod tests {
             params: None,
             as_sent: Some(sent),
             meta: None,
+            relay: crate::rpc::Relay::default(),
         };
         port.call(&call)
     }

@@ -42,7 +42,7 @@ pub(super) enum Place {
 pub(super) const NONE: u32 = u32::MAX;
 
 /// What is written to a provider, but for what depends on the provider.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(in crate::rpc) struct Request<'a> {
     pub method: &'a str,
     pub params: Option<&'a RawValue>,
@@ -50,6 +50,7 @@ pub(in crate::rpc) struct Request<'a> {
     pub caller: &'a str,
     pub traceparent: Option<&'a str>,
     pub wait: Option<u64>,
+    pub late: bool,
 }
 
 /// A [`Request`] that waits.
@@ -60,6 +61,7 @@ pub(in crate::rpc) struct Stored {
     caller: Box<str>,
     traceparent: Option<Box<str>>,
     wait: Option<u64>,
+    late: bool,
     _room: Ticket,
 }
 
@@ -86,6 +88,8 @@ pub(in crate::rpc) struct Target {
     pub meta: bool,
     pub fence: Option<u64>,
     pub deadline: u64,
+    /// What is known of another node.
+    pub rev: u64,
 }
 
 /// A call that waited and has its provider now.
@@ -116,7 +120,7 @@ pub(in crate::rpc) struct Done {
 #[must_use]
 pub(in crate::rpc) struct After {
     /// Registrations that have finished.
-    pub closed: Vec<(Arc<Conn>, u16)>,
+    pub closed: Vec<(Arc<Conn>, u32)>,
     /// A slot is free and somebody waits for it.
     pub flush: bool,
 }
@@ -180,7 +184,14 @@ impl State {
     /// A notification leaves no trace but the choice.
     pub fn notify(&self, provider: u32) -> Target {
         let Provider { conn, names, meta, fence, .. } = &self.providers[provider as usize];
-        Target { conn: conn.clone(), provider, id: None, names: *names, meta: *meta, fence: *fence, deadline: 0 }
+        let (conn, names, meta, fence) = (conn.clone(), *names, *meta, *fence);
+        Target { conn, provider, id: None, names, meta, fence, deadline: 0, rev: self.rev(provider) }
+    }
+
+    fn id(&self, seq: u64, index: u32, provider: u32) -> CallId {
+        let provider = &self.providers[provider as usize];
+        // The slots of a link are too many for an id, and it does not look for them there.
+        CallId::new(seq, index, if provider.far.is_some() { 0 } else { provider.slot as u16 })
     }
 
     /// Takes a call that could not be written from its provider, unless it was finished meanwhile. Before the lock is
@@ -203,33 +214,43 @@ impl State {
         self.attach(index, provider);
         let Entry { seq, deadline, .. } = self.entries[index as usize];
         let mut target = self.notify(provider);
-        target.id = Some(CallId::new(seq, index, self.providers[provider as usize].slot));
+        target.id = Some(self.id(seq, index, provider));
         target.deadline = deadline;
         target
     }
 
-    /// Before all others that wait.
-    pub fn wait_first(&mut self, index: u32, due: u64, request: Box<Stored>) {
+    /// Before all that came later, though they may wait already.
+    pub fn wait_again(&mut self, index: u32, due: u64, request: Box<Stored>) {
         let seq = self.wait_at(index, due, request);
-        self.queue.push_front((index, seq));
+        let later = |(_, other): &(u32, u64)| (other.wrapping_sub(seq) as i64) > 0;
+        let at = self.queue.iter().position(later).unwrap_or(self.queue.len());
+        self.queue.insert(at, (index, seq));
+    }
+
+    /// Whether another node made this call: it goes to nobody but a provider here, and does not wait.
+    pub fn is_of_link(&self, index: u32) -> bool {
+        self.entries.get(index as usize).and_then(|entry| entry.caller.as_ref()).is_some_and(|(conn, _)| conn.is_link())
     }
 
     pub fn give_up(&mut self, index: u32) -> Option<Done> {
         self.entries.remove(index as usize).done()
     }
 
-    /// The reply of `provider`, if it has that call.
-    pub fn finish(&mut self, id: CallId, provider: u32, conn: &Arc<Conn>) -> Option<(Done, After)> {
-        let entry = self.entries.get(id.index() as usize)?;
-        let Place::With { provider: has, .. } = entry.place else { return None };
-        if has != provider || !id.is(entry.seq) || !self.is_of(provider, conn) {
-            return None;
-        }
+    /// The reply of `conn`, if it has that call.
+    pub fn finish(&mut self, id: CallId, conn: &Arc<Conn>) -> Option<(Done, After)> {
+        let (provider, _) = self.with(id, conn)?;
         self.detach(id.index());
         let entry = self.entries.remove(id.index() as usize);
         let mut after = After { closed: Vec::new(), flush: self.waiting > 0 };
         self.close_if_done(provider, &mut after);
         entry.done().map(|done| (done, after))
+    }
+
+    /// The key of `conn` and the number of its call `id`, if it has that.
+    pub fn with(&self, id: CallId, conn: &Arc<Conn>) -> Option<(u32, u64)> {
+        let entry = self.entries.get(id.index() as usize)?;
+        let Place::With { provider, .. } = entry.place else { return None };
+        (id.is(entry.seq) && self.is_of(provider, conn)).then_some((provider, entry.seq))
     }
 
     pub fn abandon(&mut self, index: u32, seq: u64) -> (Abandoned, After) {
@@ -244,8 +265,8 @@ impl State {
         self.detach(index);
         self.entries.remove(index as usize);
         let Some(provider) = with else { return (Abandoned::Waiting, after) };
-        let Provider { conn, slot, meta, .. } = &self.providers[provider as usize];
-        let told = meta.then(|| (conn.clone(), CallId::new(seq, index, *slot)));
+        let Provider { conn, meta, .. } = &self.providers[provider as usize];
+        let told = meta.then(|| (conn.clone(), self.id(seq, index, provider)));
         after.flush = self.waiting > 0;
         self.close_if_done(provider, &mut after);
         (Abandoned::With(told), after)
@@ -269,7 +290,7 @@ impl State {
                 self.earliest = self.earliest.min(entry.due);
             }
         }
-        let full = self.has_active();
+        let full = self.has_active(false);
         for index in due {
             let Entry { seq, deadline, timeout, ref place, .. } = self.entries[index as usize];
             let with = match *place {
@@ -280,8 +301,8 @@ impl State {
             let entry = self.entries.remove(index as usize);
             let why = match with {
                 Some(provider) => {
-                    let Provider { conn, slot, .. } = &self.providers[provider as usize];
-                    let why = Overdue::Unanswered { provider: conn.clone(), id: CallId::new(seq, index, *slot) };
+                    let conn = self.providers[provider as usize].conn.clone();
+                    let why = Overdue::Unanswered { provider: conn, id: self.id(seq, index, provider) };
                     self.close_if_done(provider, &mut after);
                     why
                 }
@@ -307,11 +328,11 @@ impl State {
     }
 
     /// The next that waits, placed. None: nobody waits or no provider is free, and the right is given back.
-    pub fn next_waiting(&mut self) -> Option<Waited> {
+    pub fn next_waiting(&mut self, now: u64) -> Option<Waited> {
         while let Some((index, seq)) = self.queue.pop_front() {
             let Some(entry) = self.entries.get(index as usize).filter(|entry| entry.is_waiting(seq)) else { continue };
             let call = entry.caller.is_some();
-            let Some(provider) = self.pick(&[], !call) else {
+            let Some(provider) = self.pick(&[], !call, false, now) else {
                 self.queue.push_front((index, seq));
                 break;
             };
@@ -405,8 +426,11 @@ impl State {
                 (before, index, count) = (index, next, count + 1);
             }
             assert_eq!(provider.in_flight, count);
-            assert!(provider.in_flight <= provider.concurrency || provider.concurrency < 3, "only an update lowers it");
-            assert_eq!(provider.stage == Stage::Active, self.active.contains(&(key as u32)));
+            let far = provider.far.is_some();
+            let bounded = provider.in_flight <= provider.concurrency || provider.concurrency < 3 || far;
+            assert!(bounded, "only an update lowers it");
+            assert_eq!(provider.stage == Stage::Active && !far, self.active.contains(&(key as u32)));
+            assert_eq!(far, self.far.contains(&(key as u32)));
             assert!(provider.stage != Stage::Leaving || count > 0);
             linked += count as usize;
         }
@@ -422,10 +446,13 @@ impl State {
         assert!(self.entries.iter().all(|(_, entry)| self.earliest <= entry.due));
         assert!(self.ticking || self.entries.is_empty());
         assert!(!self.flushing);
-        assert_eq!(self.counted, self.providers() > 0);
-        let exclusive =
-            self.providers.iter().filter(|(_, it)| it.stage != Stage::Leaving && it.fence.is_some()).count();
-        assert!(exclusive == 0 || exclusive == 1 && self.providers() == 1);
+        assert_eq!(self.counted, self.here() > 0);
+        let here: Vec<_> =
+            self.providers.iter().filter(|(_, it)| it.stage != Stage::Leaving && it.far.is_none()).collect();
+        let exclusive = here.iter().filter(|(_, it)| it.fence.is_some()).count();
+        assert!(exclusive == 0 || exclusive == 1 && here.len() == 1);
+        assert_eq!(self.guarded, exclusive == 1 || self.guarded && self.registering > 0);
+        assert_eq!(self.tenure.is_some(), !here.is_empty() || self.tenure.is_some() && self.registering > 0);
     }
 }
 
@@ -451,7 +478,8 @@ impl Entry {
 impl<'a> Request<'a> {
     pub fn of(call: &Call<'a>) -> Self {
         let Call { method, params, as_sent, caller, traceparent, .. } = *call;
-        Request { method, params, as_sent, caller, traceparent, wait: call.wait.map(|wait| wait.as_millis() as u64) }
+        let wait = call.wait.map(|wait| wait.as_millis() as u64);
+        Request { method, params, as_sent, caller, traceparent, wait, late: call.late }
     }
 
     pub fn store(&self, room: Ticket) -> Box<Stored> {
@@ -462,6 +490,7 @@ impl<'a> Request<'a> {
             caller: self.caller.into(),
             traceparent: self.traceparent.map(Into::into),
             wait: self.wait,
+            late: self.late,
             _room: room,
         })
     }
@@ -481,6 +510,7 @@ impl Stored {
             caller: &self.caller,
             traceparent: self.traceparent.as_deref(),
             wait: self.wait,
+            late: self.late,
         }
     }
 }

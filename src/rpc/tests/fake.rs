@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, value::RawValue};
 
 use super::super::*;
+use crate::cluster::local::{Net, Node};
 
 #[derive(Default)]
 pub struct Fake {
@@ -40,8 +41,11 @@ pub struct Socket {
     pub saw: Arc<Fake>,
 }
 
+/// One node of a cluster, and perhaps the only one.
 pub struct World {
     pub hub: Arc<Hub>,
+    pub node: Arc<Node>,
+    pub net: Arc<Net>,
     clock: Arc<AtomicU64>,
 }
 
@@ -108,7 +112,14 @@ impl World {
 
     pub fn with(config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
-        World { hub: Hub::new(config, Clock::Manual(clock.clone()), Arc::default()), clock }
+        let net = Net::new(Clock::Manual(clock.clone()));
+        Self::join(&net, &clock, config)
+    }
+
+    pub fn join(net: &Arc<Net>, clock: &Arc<AtomicU64>, config: Config) -> Self {
+        let node = net.join();
+        let hub = Hub::new(config, Clock::Manual(clock.clone()), node.clone(), Arc::default());
+        World { hub, node, net: net.clone(), clock: clock.clone() }
     }
 
     pub fn socket(&self) -> Socket {
@@ -118,14 +129,20 @@ impl World {
 
     /// Moves the clock and sweeps.
     pub fn pass(&self, time: Duration) {
-        self.clock.fetch_add(time.as_millis() as u64, SeqCst);
+        let mut left = time.as_millis() as u64;
+        while left > 0 {
+            let step = left.min(3_000);
+            self.clock.fetch_add(step, SeqCst);
+            self.net.beat();
+            left -= step;
+        }
         self.hub.sweep();
     }
 
     /// A socket that provides `service`, shared.
     pub fn provider(&self, service: &str) -> Socket {
         let socket = self.socket();
-        drop(socket.hub.provide(&Provide::new(service)).unwrap());
+        drop(socket.hub.provide(&Provide::new(service)).now().ok().unwrap().unwrap());
         socket
     }
 
@@ -134,6 +151,7 @@ impl World {
         self.pass(Duration::from_secs(61));
         self.pass(Duration::from_secs(1));
         assert_eq!(self.hub.counts(), Counts::default());
+        assert_eq!((self.node.leases(), self.hub.tenured.lock().len()), (0, 0));
     }
 }
 
@@ -154,7 +172,8 @@ impl Socket {
     pub fn provide(&self, service: &str, change: impl FnOnce(&mut Provide<'_>)) -> Result<(usize, Option<u64>)> {
         let mut ask = Provide::new(service);
         change(&mut ask);
-        self.hub.provide(&ask).map(|provided| (provided.providers, provided.fence))
+        let provided = self.hub.provide(&ask).now().ok().expect("nobody has to be asked");
+        provided.map(|provided| (provided.providers, provided.fence))
     }
 
     /// Answers the `nth` call that it got.

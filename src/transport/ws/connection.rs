@@ -221,7 +221,7 @@ impl Socket {
 
     /// This connection's turn to go, in a drain.
     fn leave(&mut self) {
-        let Some(session) = &self.session else { return };
+        let Some(session) = &mut self.session else { return };
         if self.phase != Phase::Open {
             return;
         }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
-    rpc::{self, Answer, Call, CallId, Connection, Names, Provide, ProviderError, Tag},
+    rpc::{self, Answer, Call, CallId, Connection, Names, Provide, Provided, ProviderError, Tag},
     transport::wheel::Wheel,
 };
 
@@ -36,6 +36,8 @@ pub struct Session {
     pub(super) work: Option<Box<Work>>,
     /// Whether it knows weir's own methods, and so its notifications.
     pub knows_weir: bool,
+    /// The node goes, and this session with it: it provides nothing any more.
+    leaving: bool,
     /// One request over HTTP: it can neither subscribe nor provide.
     held: bool,
     /// Unreadable messages since the tick.
@@ -66,6 +68,7 @@ impl Session {
             reader: None,
             work: None,
             knows_weir: false,
+            leaving: false,
             held,
             unreadable: (0, 0),
         }
@@ -289,28 +292,48 @@ impl Session {
         asked.check()?;
         let identity = self.identity.clone();
         let permit = identity.may_provide(&asked.service)?;
+        if self.leaving {
+            return Err(Error::new(Code::Draining, "this node is leaving"));
+        }
         if matches!(asked.names, params::Names::Bare) && self.link().provides_other(&asked.service) {
-            return Err(Error::params(
-                "this connection provides a service already, and could not tell their methods apart: \
-                 say \"names\":\"full\"",
-            ));
+            return Err(two_bare());
         }
         let methods: Vec<&str> = asked.methods.iter().map(|method| &**method).collect();
         let usual = Provide::new(&asked.service);
-        let provided = self.link().provide(&Provide {
+        let bare = matches!(asked.names, params::Names::Bare);
+        let providing = self.link().provide(&Provide {
             subject: permit.subject(),
             exclusive: asked.exclusive,
             takeover: asked.takeover,
             concurrency: asked.concurrency.unwrap_or(usual.concurrency),
-            names: match asked.names {
-                params::Names::Bare => Names::Bare,
-                params::Names::Full => Names::Full,
-            },
+            names: if bare { Names::Bare } else { Names::Full },
             meta: asked.meta,
             methods: &methods,
             ..usual
-        })?;
-        let mut answer = serde_json::json!({ "service": &*asked.service, "providers": provided.providers });
+        });
+        let service = asked.service.to_string();
+        match providing.now() {
+            Ok(provided) => {
+                self.provided(to, &service, bare, provided?);
+                Ok(Outcome::Answered)
+            }
+            // Other nodes are asked first, and nobody waits for that but who asked.
+            Err(providing) => {
+                let work = async move { Ok(Done::Provide { service, bare, provided: providing.await? }) };
+                Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: true })
+            }
+        }
+    }
+
+    pub(super) fn provided(&mut self, to: Option<&Tag>, service: &str, bare: bool, provided: Provided) {
+        if bare && self.link().provides_other(service) {
+            // It asked for both before the first was there.
+            return self.unprovide(to, service, &two_bare());
+        }
+        if self.leaving {
+            return self.unprovide(to, service, &Error::new(Code::Draining, "this node is leaving"));
+        }
+        let mut answer = serde_json::json!({ "service": service, "providers": provided.providers });
         if let Some(fence) = provided.fence {
             answer["fence"] = fence.into();
         }
@@ -319,11 +342,18 @@ impl Session {
         }
         // Calls begin here: they come after the answer.
         drop(provided);
-        Ok(Outcome::Answered)
+    }
+
+    /// Takes a registration back before it gets a call.
+    fn unprovide(&mut self, to: Option<&Tag>, service: &str, why: &Error) {
+        // It does provide it, so this cannot fail.
+        let _ = self.link().withdraw(service);
+        refuse(&self.outbox, to, why);
     }
 
     /// No new calls come in; those in flight go on.
-    pub fn withdraw_all(&self) {
+    pub fn withdraw_all(&mut self) {
+        self.leaving = true;
         if let Some(link) = &self.link {
             link.withdraw_all();
         }
@@ -340,6 +370,12 @@ impl Session {
     pub fn is_quiet(&self) -> bool {
         self.is_idle() && self.link.as_ref().is_none_or(Connection::is_idle)
     }
+}
+
+fn two_bare() -> Error {
+    Error::params(
+        "this connection provides a service already, and could not tell their methods apart: say \"names\":\"full\"",
+    )
 }
 
 /// `code`, `message` and `data` of a provider's error; other members are left behind, for clients die of them.

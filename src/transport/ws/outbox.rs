@@ -329,6 +329,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::rpc::Relay;
 
     struct Count(AtomicUsize);
 
@@ -360,6 +361,7 @@ mod tests {
             params: None,
             as_sent: None,
             meta: None,
+            relay: Relay::default(),
         };
         outbox.call(&call)
     }

@@ -27,7 +27,7 @@ use crate::{
     error::{Code, Error, Result},
     event::{Channel, Draft},
     metrics::Transport,
-    rpc::Tag,
+    rpc::{Provided, Tag},
     transport::{longpoll, present},
 };
 
@@ -64,6 +64,11 @@ pub(super) enum Done {
     Result(Vec<u8>),
     Subscribe(Vec<Ready>),
     Unsubscribe(Vec<Channel>),
+    Provide {
+        service: String,
+        bare: bool,
+        provided: Provided,
+    },
 }
 
 impl Session {
@@ -288,6 +293,7 @@ impl Session {
                     outbox.answer(to, |out| jsonrpc::result_of(out, to.id(), &answer));
                 }
             }
+            Ok(Done::Provide { service, bare, provided }) => self.provided(to.as_ref(), &service, bare, provided),
             Err(error) => refuse(outbox, to.as_ref(), &error),
         }
     }

@@ -1,0 +1,118 @@
+//! [`Link`]: another node, as the hub sees it. A node is a peer: it provides what it has, and it calls.
+//!
+//! ```text
+//! caller ─▶ Hub ─ Link::call ═▶ mail ═▶ Hub::exchange ─▶ provider
+//! caller ◀─ Hub ◀─ Hub::exchange ◀═ mail ◀═ Link::answer ◀─ provider
+//! ```
+//!
+//! A call that a node gets from another is for a provider of its own and does not wait there. If there is none it goes back as
+//! it came, and the node of the caller, which alone knows all, finds another or lets it wait.
+
+use std::sync::{
+    Arc, Weak,
+    atomic::{
+        AtomicBool, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
+};
+
+use super::{
+    Answer, CallId, Forward, Hub, Peer, Tag, Written,
+    mail::{self, Called},
+    services::Request,
+};
+use crate::{
+    cluster::{Cluster, NodeId, Sent, Topic, Weight},
+    error::Code,
+};
+
+pub(super) struct Link {
+    node: NodeId,
+    cluster: Arc<dyn Cluster>,
+    hub: Weak<Hub>,
+    /// When something was last sent, heard, and asked to be heard: each end sees by the next mail whether all has come.
+    pub sent: AtomicU64,
+    pub heard: AtomicU64,
+    pub beat: AtomicU64,
+    /// Calls may be open between the two.
+    pub open: AtomicBool,
+}
+
+impl Link {
+    pub fn new(hub: &Arc<Hub>, node: NodeId) -> Self {
+        Link {
+            node,
+            cluster: hub.cluster.clone(),
+            hub: Arc::downgrade(hub),
+            sent: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            beat: AtomicU64::new(0),
+            open: AtomicBool::new(false),
+        }
+    }
+
+    pub fn send(&self, weight: Weight, mail: &[u8]) -> Sent {
+        let sent = self.cluster.send(self.node, Topic::Calls, weight, mail);
+        if let (Sent::Taken, Some(hub)) = (sent, self.hub.upgrade()) {
+            self.sent.store(hub.clock.now(), Relaxed);
+            hub.metrics.mail_sent.add(1);
+        }
+        sent
+    }
+
+    fn reply(&self, to: &Tag, answer: &Answer<'_>) {
+        let service = mail::read_tag(to.id()).map(|(_, service)| service);
+        let service = self.hub.upgrade().zip(service).and_then(|(hub, service)| hub.find(service));
+        let load = service.map_or(0, |service| service.state.lock().load_here());
+        // One that finds no room is as one that was lost: the caller's deadline ends it.
+        self.send(Weight::Must, &mail::reply(to.id(), load as u64, answer));
+    }
+}
+
+impl Peer for Link {
+    fn call(&self, call: &Forward<'_>) -> Written {
+        let meta = call.meta.unwrap_or_default();
+        let request = Request {
+            method: call.method,
+            params: call.params,
+            as_sent: call.as_sent,
+            caller: meta.caller,
+            traceparent: meta.traceparent,
+            wait: call.relay.wait,
+            late: call.relay.late,
+        };
+        let called = Called {
+            id: call.id.map(CallId::number),
+            service: call.service,
+            request,
+            left: meta.deadline_ms.unwrap_or_default(),
+            rev: call.relay.rev,
+            tried: call.relay.tried.to_vec(),
+        };
+        self.open.store(true, SeqCst);
+        match self.send(Weight::May, &called.write()) {
+            Sent::Taken => Written::Yes,
+            Sent::Full => Written::Full,
+            Sent::NoSuchNode => Written::Gone,
+        }
+    }
+
+    fn cancel(&self, id: CallId) {
+        self.send(Weight::Must, &mail::cancel(id.number()));
+    }
+
+    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+        // The caller's own node has the same deadline, and says it.
+        if !matches!(&answer, Answer::Failed(error) if error.code() == Code::Timeout) {
+            self.reply(to, &answer);
+        }
+    }
+
+    fn late(&self, to: &Tag, answer: Answer<'_>) {
+        self.reply(to, &answer);
+    }
+
+    fn withdrawn(&self, _: &str, _: &str) {
+        // Its own node takes its providers back.
+    }
+}
