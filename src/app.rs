@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{
         memory::Memory,
-        redis::{self, Redis, address::Url, deployment::Deployment},
+        redis::{self, Redis, address::Url, cluster::Nodes, deployment::Deployment},
     },
     bus::{self, Bus, Clock, Log, Topics},
     cluster::{self, Cluster},
@@ -62,9 +62,9 @@ impl App {
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let topics = Arc::new(Topics::new(bus_config(&config), Clock::System));
         let metrics = Arc::new(Metrics::new());
-        let log: Arc<dyn Log> = match config.bus.backend {
-            config::Backend::Memory => Arc::new(Memory::new(topics.clone())),
-            config::Backend::Redis => Arc::new(redis(&config, topics.clone(), metrics.clone()).await?),
+        let (log, cluster): (Arc<dyn Log>, Arc<dyn Cluster>) = match config.bus.backend {
+            config::Backend::Memory => (Arc::new(Memory::new(topics.clone())), cluster::local::alone()),
+            config::Backend::Redis => redis(&config, topics.clone(), metrics.clone()).await?,
         };
         let wheel = Wheel::start();
         let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());
@@ -75,7 +75,6 @@ impl App {
             channels: config.limits.stream_channels,
             present_info: config.limits.present_info,
         };
-        let cluster: Arc<dyn Cluster> = cluster::local::alone();
         let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
         let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
         let sse = Arc::new(Sse::new(bus.clone(), presence.clone(), wheel.clone(), metrics.clone(), sse));
@@ -210,7 +209,11 @@ impl App {
 }
 
 /// Connects to Redis. What will not be different the next time is said now; a Redis that is away may come.
-async fn redis(config: &Config, topics: Arc<Topics>, metrics: Arc<Metrics>) -> anyhow::Result<Redis> {
+async fn redis(
+    config: &Config,
+    topics: Arc<Topics>,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<(Arc<dyn Log>, Arc<dyn Cluster>)> {
     let settings = &config.bus.redis;
     let url = Url::parse(settings.url.reveal()).map_err(|error| anyhow!("bus.redis.url: {error}"))?;
     let deployment = Deployment::start(url, metrics);
@@ -221,7 +224,9 @@ async fn redis(config: &Config, topics: Arc<Topics>, metrics: Arc<Metrics>) -> a
         config::Ack::Stored => redis::Ack::Stored,
         config::Ack::Replicated => redis::Ack::Replicated,
     };
-    Ok(Redis::start(deployment, topics, redis::Settings { prefix: settings.prefix.clone(), ack }))
+    let nodes = Nodes::start(deployment.clone(), &settings.prefix);
+    let settings = redis::Settings { prefix: settings.prefix.clone(), ack };
+    Ok((Arc::new(Redis::start(deployment, topics, settings)), nodes))
 }
 
 /// Publishes what changes among the services to the channel `$services`.

@@ -2,10 +2,12 @@
 //! every node that reads; what a node may have missed it looks up, once for all who read there.
 //!
 //! `resp` and `link` are a connection, `lane` one that is made again, `deployment` and `feed` what Redis is as a whole:
-//! for commands, for subscriptions. On them stand `log`, `tail` and `consumers`: the contract of a backend.
+//! for commands, for subscriptions. On them stand `log`, `tail` and `consumers`, the contract of a backend, and `cluster`,
+//! what nodes know of each other.
 
 mod acks;
 pub mod address;
+pub mod cluster;
 mod consumers;
 pub mod deployment;
 pub mod feed;

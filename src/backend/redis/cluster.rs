@@ -1,0 +1,415 @@
+//! Nodes on one Redis: sessions, names and mail.
+//!
+//! ```text
+//! weir:{nodes}              ZSET   nodes by the time at which they joined; only where to look
+//! weir:{node:ID}            HASH   a session, 10 s from each beat: what the node is, and tells of its names
+//! weir:{name:N}             HASH   f: the last fence of the name · a node: it holds the name, shared
+//! weir:{name:N}:x           STRING the node that holds it exclusively, 10 s from each renewal
+//! weir:{nodes}:news         channel   hello, goodbye, and what changes in sessions
+//! weir:{node:ID}:mail       channel   batches for a node
+//! ```
+//!
+//! A node reads all sessions when it joins and after every break of its news, then follows the news; each second it compares
+//! their revisions with what it knows. No decision compares the clocks of two machines: Redis lets keys expire, and a node
+//! measures with its own clock since when it was not heard.
+
+mod names;
+mod news;
+mod session;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::{sync::Notify, task::JoinHandle, time::sleep};
+
+use self::news::News;
+use super::{
+    deployment::{Deployment, Lost},
+    feed::{Feed, Listener},
+    link::Fault,
+    resp::{Command, Value},
+};
+use crate::{
+    cluster::{
+        Claim, Clock, Cluster, Holding, Keeper, Lease, Mailbox, Members, NodeId, Readers, Roster, Sent, Tenure, Topic,
+        Unclaimed, Weight,
+        post::{Batch, Landed, Post, Received},
+    },
+    metrics::Lane,
+};
+
+/// How long a node that is not heard of counts as up, and an exclusive name that is not renewed as held.
+const TTL: Duration = Duration::from_secs(10);
+/// How long before that its holder stops.
+const MARGIN: Duration = Duration::from_secs(2);
+const BEAT: Duration = Duration::from_secs(3);
+/// How often sessions of others are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// A mail connection that broke is back within this: until then nobody may be there to take a batch, though the node lives.
+const RETURN: Duration = Duration::from_millis(50);
+const RETURNS: usize = 3;
+/// Batches of one node that is not known yet, while it is looked for.
+const STRANGE: usize = 256;
+
+/// This node among the others.
+pub struct Nodes(Arc<Inner>);
+
+struct Inner {
+    me: Weak<Inner>,
+    prefix: Box<str>,
+    deployment: Arc<Deployment>,
+    clock: Clock,
+    post: Post,
+    state: Mutex<State>,
+    /// Something in the session has changed.
+    changed: Notify,
+    /// The sessions of others have to be looked at.
+    look: Notify,
+    /// A name was given back.
+    freed: Notify,
+    leads: AtomicBool,
+    feed: Mutex<Option<Arc<Feed>>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct State {
+    id: NodeId,
+    /// Microseconds of Redis; 0: never heard by it.
+    joined: u64,
+    /// By the clock's milliseconds: until then nobody takes this node for dead.
+    until: u64,
+    left: bool,
+    leases: HashMap<Arc<str>, Arc<Tenure>>,
+    /// Names that are being given back.
+    freeing: HashMap<Arc<str>, u64>,
+    /// What this node tells, of each name with its revision.
+    told: HashMap<Arc<str>, (u64, Bytes)>,
+    rev: u64,
+    /// The revision that Redis was told last.
+    shown: u64,
+    /// Names of which Redis does not know yet what is told.
+    dirty: HashSet<Arc<str>>,
+    /// Redis knows nothing of the session.
+    unknown: bool,
+    others: BTreeMap<NodeId, Other>,
+    /// Batches of nodes that are not known yet.
+    strange: HashMap<NodeId, Vec<Bytes>>,
+    readers: Readers,
+}
+
+/// Another node.
+#[derive(Default)]
+struct Other {
+    joined: u64,
+    rev: u64,
+    told: HashMap<Arc<str>, (u64, Bytes)>,
+    /// Its news have a hole: the session has to be read.
+    stale: bool,
+}
+
+impl Nodes {
+    /// Joins. Needs a tokio runtime. Whether Redis can be reached shows later.
+    pub fn start(deployment: Arc<Deployment>, prefix: &str) -> Arc<Self> {
+        let id = NodeId::random();
+        let inner = Arc::new_cyclic(|me| Inner {
+            me: me.clone(),
+            prefix: prefix.into(),
+            deployment: deployment.clone(),
+            clock: Clock::real(),
+            post: Post::new(id),
+            state: Mutex::new(State {
+                id,
+                joined: 0,
+                until: 0,
+                left: false,
+                leases: HashMap::new(),
+                freeing: HashMap::new(),
+                told: HashMap::new(),
+                rev: 0,
+                shown: 0,
+                dirty: HashSet::new(),
+                unknown: true,
+                others: BTreeMap::new(),
+                strange: HashMap::new(),
+                readers: Readers::default(),
+            }),
+            changed: Notify::new(),
+            look: Notify::new(),
+            freed: Notify::new(),
+            leads: AtomicBool::new(false),
+            feed: Mutex::default(),
+            tasks: Mutex::default(),
+        });
+        let feed = Feed::start(deployment, Lane::Mail, Arc::new(Ears(Arc::downgrade(&inner))));
+        feed.subscribe(inner.mail_channel(id).into());
+        feed.subscribe(inner.news_channel().into());
+        *inner.feed.lock() = Some(feed);
+        inner.tasks.lock().extend([
+            tokio::spawn(session::keep(Arc::downgrade(&inner))),
+            tokio::spawn(session::tell(Arc::downgrade(&inner))),
+            tokio::spawn(news::watch(Arc::downgrade(&inner))),
+            tokio::spawn(carry(Arc::downgrade(&inner))),
+        ]);
+        Arc::new(Nodes(inner))
+    }
+
+    /// Who it is now: another when it was away for too long.
+    pub fn id(&self) -> NodeId {
+        self.0.state.lock().id
+    }
+
+    /// Other nodes that are up.
+    pub fn others(&self) -> Vec<NodeId> {
+        self.0.state.lock().others.keys().copied().collect()
+    }
+
+    /// Leases held, and being given back: for tests that count what is left.
+    pub fn held(&self) -> usize {
+        let state = self.0.state.lock();
+        state.leases.len() + state.freeing.len()
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        self.0.tasks.lock().drain(..).for_each(|task| task.abort());
+        *self.0.feed.lock() = None;
+    }
+}
+
+// === keys ===
+
+impl Inner {
+    fn session_key(&self, node: NodeId) -> String {
+        format!("{}{{node:{node}}}", self.prefix)
+    }
+
+    fn mail_channel(&self, node: NodeId) -> String {
+        format!("{}{{node:{node}}}:mail", self.prefix)
+    }
+
+    fn index_key(&self) -> String {
+        format!("{}{{nodes}}", self.prefix)
+    }
+
+    fn news_channel(&self) -> String {
+        format!("{}{{nodes}}:news", self.prefix)
+    }
+
+    /// Holders of a name, and its exclusive holder.
+    fn name_keys(&self, name: &str) -> (String, String) {
+        let mut holders = format!("{}{{name:", self.prefix);
+        for letter in name.chars() {
+            match letter {
+                '{' => holders.push_str("%7B"),
+                '}' => holders.push_str("%7D"),
+                '%' => holders.push_str("%25"),
+                letter => holders.push(letter),
+            }
+        }
+        holders.push('}');
+        let exclusive = format!("{holders}:x");
+        (holders, exclusive)
+    }
+
+    fn publish(&self, channel: &str, message: &[u8]) -> Command {
+        let verb = if self.deployment.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" };
+        Command::new(verb).arg(channel).arg(message)
+    }
+}
+
+// === mail ===
+
+/// Sends what is to be sent, one batch at a time to each node.
+async fn carry(inner: Weak<Inner>) {
+    loop {
+        let Some(this) = inner.upgrade() else { return };
+        while let Some(batch) = this.post.next() {
+            tokio::spawn(deliver(this.clone(), batch));
+        }
+        let some = this.clone();
+        drop(this);
+        // The post outlives this wait only while somebody else holds it: dropping the node ends the task.
+        some.post.some().await;
+    }
+}
+
+async fn deliver(inner: Arc<Inner>, batch: Batch) {
+    let channel = inner.mail_channel(batch.to);
+    let publish = inner.publish(&channel, &batch.bytes);
+    let mut absent = 0;
+    let landed = loop {
+        // Whoever gets it twice drops the second.
+        match inner.deployment.call(channel.as_bytes(), Lost::Again, |_| publish.clone()).await {
+            Ok((value, _)) if value.int().is_some_and(|takers| takers > 0) => break Landed::Taken,
+            Ok(_) if absent == RETURNS || !inner.post.knows(batch.to) => break Landed::Nobody,
+            Ok(_) => {
+                absent += 1;
+                sleep(RETURN).await;
+            }
+            // Never sent, or perhaps: the session says when it is too late to go on.
+            Err(Fault::Away(_) | Fault::Lost) if inner.is_heard() && inner.post.knows(batch.to) => {}
+            Err(_) => break Landed::Unknown,
+        }
+    };
+    inner.post.landed(&batch, landed);
+    if landed == Landed::Nobody {
+        inner.look.notify_one();
+    }
+}
+
+/// What comes over the mail connection.
+struct Ears(Weak<Inner>);
+
+impl Listener for Ears {
+    fn heard(&self, channel: &Bytes, message: Bytes) {
+        let Some(inner) = self.0.upgrade() else { return };
+        if channel.ends_with(b":news") {
+            if let Some(news) = News::read(&message) {
+                inner.hear(news);
+            }
+        } else {
+            inner.receive(message);
+        }
+    }
+
+    fn subscribed(&self, channel: &Bytes) {
+        let Some(inner) = self.0.upgrade() else { return };
+        if channel.ends_with(b":news") {
+            // Some may have been missed.
+            inner.state.lock().others.values_mut().for_each(|other| other.stale = true);
+            inner.look.notify_one();
+        } else {
+            // Others may have found nobody here.
+            inner.say_hello();
+        }
+    }
+}
+
+impl Inner {
+    fn receive(&self, batch: Bytes) {
+        let mut state = self.state.lock();
+        if let Received::Stranger(node) = self.post.receive(&batch) {
+            // It may be new, and its news still under way.
+            let most = state.strange.len() < STRANGE;
+            let batches = state.strange.entry(node);
+            if most || matches!(batches, std::collections::hash_map::Entry::Occupied(_)) {
+                let batches = batches.or_default();
+                if batches.len() < STRANGE {
+                    batches.push(batch);
+                }
+            }
+            self.look.notify_one();
+        }
+    }
+
+    /// `node` is up: its mail is welcome.
+    fn admit(&self, state: &mut State, node: NodeId) {
+        if node == state.id || !self.post.admit(node) {
+            return;
+        }
+        state.readers.member(node, true);
+        for batch in state.strange.remove(&node).into_iter().flatten() {
+            self.post.receive(&batch);
+        }
+    }
+
+    /// Whether nobody can take this node for dead.
+    fn is_heard(&self) -> bool {
+        let state = self.state.lock();
+        !state.left && self.clock.now() < state.until
+    }
+}
+
+// === the contract ===
+
+impl Cluster for Nodes {
+    fn members(&self) -> Members {
+        let State { readers, others, .. } = &mut *self.0.state.lock();
+        readers.members(others.keys().copied().filter(|node| self.0.post.knows(*node)))
+    }
+
+    fn claim(&self, name: &str, claim: Claim) -> BoxFuture<'static, Result<Lease, Unclaimed>> {
+        Box::pin(self.0.clone().claim(name.into(), claim))
+    }
+
+    fn roster(&self, prefix: &str) -> Roster {
+        let State { readers, others, .. } = &mut *self.0.state.lock();
+        let known = others.iter().flat_map(|(node, other)| {
+            other.told.iter().map(|(name, (rev, info))| Holding {
+                name: name.clone(),
+                node: *node,
+                rev: *rev,
+                info: Some(info.clone()),
+            })
+        });
+        readers.roster(prefix, known)
+    }
+
+    fn send(&self, to: NodeId, topic: Topic, weight: Weight, mail: &[u8]) -> Sent {
+        self.0.post.send(to, topic, weight, mail)
+    }
+
+    fn mailbox(&self, topic: Topic) -> Mailbox {
+        self.0.post.mailbox(topic)
+    }
+
+    fn leads(&self) -> bool {
+        self.0.leads.load(SeqCst)
+    }
+
+    fn leave(&self) -> BoxFuture<'static, ()> {
+        Box::pin(session::leave(self.0.clone()))
+    }
+}
+
+impl Keeper for Inner {
+    fn told(&self, tenure: &Arc<Tenure>) {
+        let mut state = self.state.lock();
+        if state.leases.get(&tenure.name).is_some_and(|mine| Arc::ptr_eq(mine, tenure)) {
+            state.tell(&tenure.name, tenure.info());
+            self.changed.notify_one();
+        }
+    }
+
+    fn released(&self, tenure: &Arc<Tenure>) {
+        let mut state = self.state.lock();
+        if !state.leases.get(&tenure.name).is_some_and(|mine| Arc::ptr_eq(mine, tenure)) {
+            return;
+        }
+        state.leases.remove(&tenure.name);
+        state.tell(&tenure.name, None);
+        self.changed.notify_one();
+        if !tenure.is_lost() && !state.left {
+            state.freeing.insert(tenure.name.clone(), tenure.fence);
+            if let Some(this) = self.me.upgrade() {
+                tokio::spawn(this.free(tenure.name.clone(), tenure.fence));
+            }
+        }
+    }
+}
+
+impl State {
+    fn tell(&mut self, name: &Arc<str>, info: Option<Bytes>) {
+        self.rev += 1;
+        match info {
+            Some(info) => self.told.insert(name.clone(), (self.rev, info)),
+            None => self.told.remove(name),
+        };
+        self.dirty.insert(name.clone());
+    }
+}
+
+/// A list of answers, of which one may be nil.
+fn texts(value: &Value) -> Vec<String> {
+    value.list().unwrap_or_default().iter().filter_map(Value::text).map(ToOwned::to_owned).collect()
+}

@@ -1,0 +1,11 @@
+-- Gives a name back. What was taken since, by the same node too, stays.
+--
+-- KEYS  holders · exclusive holder
+-- ARGV  node · fence, 0 of shared names
+local holders, owner, me = KEYS[1], KEYS[2], ARGV[1]
+if ARGV[2] == '0' then
+  redis.call('HDEL', holders, me)
+elseif redis.call('GET', owner) == '\1' .. me and redis.call('HGET', holders, 'f') == ARGV[2] then
+  redis.call('DEL', owner)
+end
+return 1
