@@ -5,6 +5,8 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 pub struct Process {
     child: Child,
     /// Host and port.
@@ -39,6 +41,11 @@ impl Process {
         // The log is read on, or weir would stand still when the pipe is full.
         std::thread::spawn(move || log.read_to_end(&mut Vec::new()));
         Process { child, address }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
     }
 }
 

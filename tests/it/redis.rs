@@ -1,6 +1,7 @@
 //! weir on Redis: real servers, real faults.
 
 mod apps;
+mod calls;
 mod connections;
 mod faults;
 mod nodes;

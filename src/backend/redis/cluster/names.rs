@@ -16,27 +16,29 @@ static RELEASE: Script = Script::new(include_str!("release.lua"));
 
 /// How long the fence of a name that nobody holds is remembered. It would grow without that too, by the clock of Redis.
 const FENCE: u64 = 24 * 60 * 60 * 1_000;
+/// How long a claim waits for this node to be heard by Redis.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 /// Between two tries to give a name back.
 const AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
 
 impl Inner {
     pub(super) async fn claim(self: Arc<Self>, name: Arc<str>, claim: Claim) -> Result<Lease, Unclaimed> {
-        // Its last lease is still being given back: that must not come after this.
+        let give_up = tokio::time::Instant::now() + PATIENCE;
         loop {
+            // Its last lease may still be being given back: that must not come after this.
             let freed = self.freed.notified();
-            if !self.state.lock().freeing.contains_key(&name) {
+            let heard = self.is_heard();
+            if heard && !self.state.lock().freeing.contains_key(&name) {
                 break;
             }
-            if !self.is_heard() {
+            // It has only just begun, or Redis is away for a moment.
+            if !heard && tokio::time::Instant::now() >= give_up {
                 return Err(Unclaimed::Away);
             }
             tokio::select! {
                 () = freed => {}
-                () = sleep(AGAIN) => {}
+                () = sleep(AGAIN / 10) => {}
             }
-        }
-        if !self.is_heard() {
-            return Err(Unclaimed::Away);
         }
         // On its own: who asked may be gone before Redis answers, and then the lease is dropped where it arises.
         let task = tokio::spawn(async move { self.claim_now(name, claim).await });

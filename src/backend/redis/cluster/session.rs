@@ -22,11 +22,10 @@ use crate::{
 };
 
 static BEAT_SCRIPT: Script = Script::new(include_str!("beat.lua"));
+static TELL: Script = Script::new(include_str!("tell.lua"));
 
 /// Of what is stored and sent.
 pub(super) const VERSION: u8 = 1;
-/// Names told in one command.
-const CHUNK: usize = 500;
 /// Shared names renewed with a beat: all of them well within the time that Redis remembers them.
 const SHARED: usize = 50;
 /// How long goodbye may take.
@@ -176,23 +175,23 @@ impl Inner {
             (state.id, header(state.joined), state.rev, told)
         };
         let session = self.session_key(id);
-        let mut commands = vec![Command::new("DEL").arg(&session)];
-        for chunk in told.chunks(CHUNK) {
-            let mut command = Command::new("HSET").arg(&session);
-            for (name, (rev, info)) in chunk {
-                command.push(field(name));
-                command.push(stored(*rev, info));
-            }
-            commands.push(command);
-        }
-        // The revision last: who sees it sees all.
-        commands.push(Command::new("HSET").arg(&session).arg("v").arg(header).arg("r").int(rev));
-        commands.push(Command::new("PEXPIRE").arg(&session).int(TTL.as_millis() as u64));
-        for command in &commands {
-            if self.deployment.call(session.as_bytes(), Lost::Again, |_| command.clone()).await.is_err() {
-                self.state.lock().unknown = true;
-                return false;
-            }
+        let written = self
+            .deployment
+            .run(&TELL, &[session.as_bytes()], Lost::Again, |_, command| {
+                command.push_int(TTL.as_millis() as u64);
+                for (what, value) in [("v", &header[..]), ("r", rev.to_string().as_bytes())] {
+                    command.push(what);
+                    command.push(value);
+                }
+                for (name, (rev, info)) in &told {
+                    command.push(field(name));
+                    command.push(stored(*rev, info));
+                }
+            })
+            .await;
+        if written.is_err() {
+            self.state.lock().unknown = true;
+            return false;
         }
         let joined = self.state.lock().joined;
         if !self.list(id).await {
