@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::query::{Begin, Query};
 use crate::{
     auth::Identity,
-    bus::{Bus, Filter, Format, Gap, Limit, Subscriptions},
+    bus::{Bus, Filter, Format, Gap, Limit, Page, Subscriptions},
     config::Limits,
     duration,
     error::{Code, Error, Result},
@@ -49,7 +49,7 @@ struct Consuming {
 }
 
 /// What a reader gets.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Answer {
     /// Events as JSON, with commas between.
     events: Vec<u8>,
@@ -57,6 +57,10 @@ pub struct Answer {
     next: Vec<Position>,
     more: bool,
     gaps: Vec<Gap>,
+    /// By channel: whether anything of it is told.
+    told: Vec<bool>,
+    /// A gap comes next, behind what is told: it begins the next answer.
+    cut: bool,
     new: bool,
     /// Whose page it is, if it will be the same again until it is committed.
     uncommitted: Option<String>,
@@ -204,7 +208,7 @@ impl Reading {
         let uncommitted =
             self.consumer.as_ref().filter(|consumer| !consumer.auto).map(|consumer| consumer.name.clone());
         let mut answer =
-            Answer { events: Vec::new(), count: 0, next: Vec::new(), more: false, gaps: Vec::new(), new, uncommitted };
+            Answer { next: Vec::new(), told: vec![false; self.channels.len()], new, uncommitted, ..Answer::default() };
         self.begin(bus, starts, &mut answer).await?;
         if self.waits() && !self.is_enough(&answer) {
             self.wait(bus, draining, &mut answer).await?;
@@ -255,8 +259,7 @@ impl Reading {
             let page = bus.read(channel, *start, self.limit, self.filter.as_ref()).await?;
             answer.next.push(page.next);
             answer.more = page.more;
-            answer.gaps.extend(page.gap);
-            answer.push(channel, &page.events);
+            answer.take(0, channel, page);
             return Ok(());
         }
         // Of several, the page may be full before all were looked at: then the token needs a position nevertheless.
@@ -265,6 +268,7 @@ impl Reading {
                 Start::After(position) => position,
                 start => {
                     let (at, gap) = bus.locate(channel, start).await?;
+                    answer.told[answer.next.len()] = gap.is_some();
                     answer.gaps.extend(gap);
                     at
                 }
@@ -279,10 +283,8 @@ impl Reading {
         if let [channel] = &*self.channels {
             let limit = self.left(answer, self.limit.events);
             let page = bus.read(channel, Start::After(answer.next[0]), limit, self.filter.as_ref()).await?;
-            answer.next[0] = page.next;
             answer.more = page.more;
-            answer.gaps.extend(page.gap);
-            answer.push(channel, &page.events);
+            answer.take(0, channel, page);
             return Ok(());
         }
         let mut open: Vec<usize> = (0..self.channels.len()).collect();
@@ -297,17 +299,15 @@ impl Reading {
                 let limit = self.left(answer, share);
                 let start = Start::After(answer.next[*at]);
                 let page = bus.read(&self.channels[*at], start, limit, self.filter.as_ref()).await?;
-                answer.next[*at] = page.next;
-                answer.gaps.extend(page.gap);
-                answer.push(&self.channels[*at], &page.events);
-                if page.more {
+                let more = page.more;
+                if answer.take(*at, &self.channels[*at], page) && more {
                     unread.push(*at);
                 }
             }
             open = unread;
         }
         // What was not looked at may have more: who asks again finds out.
-        answer.more = !open.is_empty();
+        answer.more = !open.is_empty() || answer.cut;
         Ok(())
     }
 
@@ -356,7 +356,7 @@ impl Reading {
 
     /// A gap is told at once: who waits for news of a channel wants to know that some are lost.
     fn is_enough(&self, answer: &Answer) -> bool {
-        answer.count >= self.min || self.is_full(answer) || !answer.gaps.is_empty()
+        answer.count >= self.min || self.is_full(answer) || !answer.gaps.is_empty() || answer.cut
     }
 
     /// Appends the page: `{"events":[…],"next":"…","more":false,"gaps":[]}`.
@@ -398,6 +398,20 @@ impl Answer {
         if let Some(consumer) = self.uncommitted.as_ref().filter(|_| self.count > 0) {
             metrics.page_of_consumer((consumer, &self.next));
         }
+    }
+
+    /// Adds what was read of a channel. A gap comes before all of it: one that would stand behind something of the same
+    /// channel is left for the next answer, and so is what follows it. Then false.
+    fn take(&mut self, at: usize, channel: &Channel, page: Page) -> bool {
+        if page.gap.is_some() && self.told[at] {
+            (self.cut, self.more) = (true, true);
+            return false;
+        }
+        self.told[at] |= page.gap.is_some() || !page.events.is_empty();
+        self.next[at] = page.next;
+        self.gaps.extend(page.gap);
+        self.push(channel, &page.events);
+        true
     }
 
     fn push(&mut self, channel: &Channel, events: &[Arc<crate::event::Event>]) {

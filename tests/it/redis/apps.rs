@@ -94,6 +94,28 @@ async fn redis_is_away_for_a_while() {
     node.empty().await;
 }
 
+/// An answer lists its gaps before its events: one that comes behind events begins the next answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_ends_where_a_term_does() {
+    let mut redis = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+    let node = on(&redis).await;
+    for _ in 0..3 {
+        ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);
+    }
+    let at = node.at;
+    let poll = tokio::spawn(async move {
+        Request::new(at, "GET", "/v1/events?channel=a&after=earliest&min=5&wait=50s".into()).await.expect(200).json()
+    });
+    until("it waits", || async { node.bus.topics().readers() == 1 }).await;
+    redis.restart().await;
+    until("it goes on", || async { ask(&node, "POST", "/v1/events?channel=a", "2").await.status == 201 }).await;
+    let page = poll.await.unwrap();
+    assert_eq!((page["events"].as_array().unwrap().len(), &page["gaps"], &page["more"]), (3, &json!([]), &json!(true)));
+    let next = format!("/v1/events?channel=a&after={}", page["next"].as_str().unwrap());
+    let page = ask(&node, "GET", &next, "").await.expect(200).json();
+    assert_eq!((&page["gaps"][0]["reason"], &page["events"][0]["data"]), (&json!("failover"), &json!(2)), "{page}");
+}
+
 #[tokio::test]
 async fn mistakes_are_told_at_the_start() {
     for (url, sentence) in [("http://a", "redis://"), ("redis://h:x", "not a host and a port")] {
