@@ -6,6 +6,7 @@
 //
 // The same seed breaks the same things in the same order. Ends with 0 if nothing happened that must not.
 
+import { writeFile } from "node:fs/promises";
 import { setTimeout as pause } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
@@ -164,6 +165,7 @@ if (import.meta.url === pathToFileURL(process.argv[1]).href) {
       nodes: { type: "string", default: "3" },
       faults: { type: "string" },
       every: { type: "string", default: "40" },
+      keep: { type: "string" }, // a file for the whole history
     },
   });
   const cleanups = [];
@@ -175,6 +177,7 @@ if (import.meta.url === pathToFileURL(process.argv[1]).href) {
       faults: values.faults?.split(",").filter(Boolean), say: console.log, load: { every: Number(values.every) },
     });
     console.log(summary(run, verdict));
+    if (values.keep) await writeFile(values.keep, JSON.stringify(run.history));
     if (verdict.violations.length) for (const node of world.nodes) console.log(`--- log of ${node.port}\n${node.weir.log.slice(-3000)}`);
     process.exitCode = verdict.violations.length ? 1 : 0;
   } finally {

@@ -6,6 +6,7 @@
 // Each client moves between the nodes; break what you like meanwhile (tests/history/chaos.mjs does). Channels, services
 // and consumers have names of their own, so any deployment will do. Ends with 0 if nothing happened that must not.
 
+import { writeFile } from "node:fs/promises";
 import { setTimeout as pause } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
@@ -75,6 +76,7 @@ if (import.meta.url === pathToFileURL(process.argv[1]).href) {
       for: { type: "string", default: "30" },
       channels: { type: "string", default: "4" },
       every: { type: "string", default: "40" },
+      keep: { type: "string" }, // a file for the whole history
       patience: { type: "string", default: "30" },
     },
   });
@@ -82,5 +84,6 @@ if (import.meta.url === pathToFileURL(process.argv[1]).href) {
   await pause(values.for * 1000);
   const verdict = await finish(run, values.patience * 1000);
   console.log(summary(run, verdict));
+  if (values.keep) await writeFile(values.keep, JSON.stringify(run.history));
   process.exitCode = verdict.violations.length ? 1 : 0;
 }

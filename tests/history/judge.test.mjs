@@ -29,6 +29,12 @@ test("an announced loss passes, and is counted", () => {
   assert.deepEqual(judge({ writes, readers: [reader(trimmed)] }), { violations: [], gaps: { trimmed: 1 }, missed: 2 });
 });
 
+test("a reset may lead back to the beginning, another gap may not", () => {
+  const again = reason => [event(1), event(2), gap(reason, "e1-2", "e1-1"), event(1, "w1", "e1", 2)];
+  assert.deepEqual(judge({ writes, readers: [reader([event(1), event(2), gap("reset", "e9-2", "e1-1"), event(1, "w1", "e1", 2)])] }).violations, []);
+  assert.match(judge({ writes, readers: [reader(again("failover"))] }).violations.join(), /leads back/);
+});
+
 test("a repeat after a reconnect passes where it may", () => {
   const seen = [event(1), event(2), { connected: true }, event(2), event(3)];
   assert.deepEqual(judge({ writes, readers: [reader(seen, { exact: false })] }).violations, []);
