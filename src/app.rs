@@ -26,7 +26,9 @@ use crate::{
     presence::{self, Presence},
     rpc::{self, Hub},
     transport::{
+        roll::Roll,
         sse::{self, Sse},
+        survey::Survey,
         wheel::Wheel,
         ws::Ws,
     },
@@ -77,7 +79,10 @@ impl App {
         };
         let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
         let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
-        let sse = Arc::new(Sse::new(bus.clone(), presence.clone(), wheel.clone(), metrics.clone(), sse));
+        let roll = Roll::new(wheel.clone());
+        let survey = Survey::new(roll.clone(), cluster.clone());
+        let sse = Sse::new(bus.clone(), presence.clone(), roll.clone(), wheel.clone(), metrics.clone(), sse);
+        let sse = Arc::new(sse);
         let hub = Hub::new(hub_config(&config), rpc::Clock::real(), cluster.clone(), metrics.clone());
         let config = Arc::new(config);
         let draining = CancellationToken::new();
@@ -85,6 +90,7 @@ impl App {
             bus: bus.clone(),
             hub: hub.clone(),
             presence: presence.clone(),
+            roll: roll.clone(),
             wheel: wheel.clone(),
             metrics: metrics.clone(),
             config: config.clone(),
@@ -96,10 +102,21 @@ impl App {
             config: config.clone(),
             metrics: metrics.clone(),
             wheel: wheel.clone(),
+            roll,
             draining: draining.clone(),
         })?;
-        let gateway =
-            Arc::new(Gateway { bus, hub, config: config.clone(), metrics, sse, ws, presence, compat, draining });
+        let gateway = Arc::new(Gateway {
+            bus,
+            hub,
+            config: config.clone(),
+            metrics,
+            sse,
+            ws,
+            presence,
+            survey,
+            compat,
+            draining,
+        });
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));
@@ -156,6 +173,7 @@ impl App {
         let drain = gateway.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
+            tokio::spawn(gateway.survey.clone().run()),
             every(BUS_SWEEP, {
                 let bus = gateway.bus.clone();
                 move || bus.sweep()

@@ -33,7 +33,7 @@ use crate::{
     event::{Channel, Draft},
     metrics::{Metrics, Transport},
     rpc::Hub,
-    transport::{held::Holding, wheel::Wheel},
+    transport::{held::Holding, roll::Roll, wheel::Wheel},
 };
 
 /// What adapters are made of.
@@ -44,6 +44,7 @@ pub struct Parts {
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,
     pub wheel: Arc<Wheel>,
+    pub roll: Arc<Roll>,
     /// Cancelled when this node begins to leave.
     pub draining: CancellationToken,
 }
@@ -113,7 +114,7 @@ impl Parts {
     /// What held streams share.
     fn holding(&self) -> Arc<Holding> {
         let stalled = self.config.limits.stalled;
-        Arc::new(Holding { wheel: self.wheel.clone(), metrics: self.metrics.clone(), stalled })
+        Arc::new(Holding { wheel: self.wheel.clone(), metrics: self.metrics.clone(), roll: self.roll.clone(), stalled })
     }
 
     /// Publishes what a client of another system sent. It is counted as any publish over HTTP.

@@ -196,7 +196,7 @@ impl Code {
         self.face().title
     }
 
-    /// HTTP status. Codes that only end connections have one too, for completeness; it is never sent.
+    /// HTTP status. Codes that only end connections have one too, for completeness; but for `kicked` it is never sent.
     pub const fn status(self) -> u16 {
         self.face().http
     }

@@ -36,6 +36,7 @@ use crate::{
     rpc::Hub,
     transport::{
         sse::{self, Sse},
+        survey::Survey,
         ws::Ws,
     },
 };
@@ -52,6 +53,7 @@ pub struct Gateway {
     pub sse: Arc<Sse>,
     pub ws: Arc<Ws>,
     pub presence: Arc<Presence>,
+    pub survey: Arc<Survey>,
     pub compat: Compat,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,
@@ -259,7 +261,7 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// Every route.
 pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
-    use api::{channels, consumers, jsonrpc, presence, services, stream};
+    use api::{channels, connections, consumers, jsonrpc, presence, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
         .route("/", get(page))
@@ -278,6 +280,7 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
         .route("/metrics", get(admin::metrics))
         .route("/v1/events", delete(events::delete))
         .route("/v1/channels", get(channels::get))
+        .route("/v1/connections", get(connections::list).delete(connections::kick))
         .route("/v1/consumers", get(consumers::list));
     let routes = match door {
         Doors::One => health.merge(clients).merge(operators),

@@ -46,7 +46,7 @@ use tokio::sync::{oneshot, watch};
 pub use crate::cluster::Clock;
 pub use ask::{Asked, Refusal};
 pub use changes::{Change, ChangeKind};
-pub use connection::{Connection, Replied};
+pub use connection::{Connection, Provides, Replied};
 pub use peer::{Answer, Forward, Meta, Names, Peer, ProviderError, Relay, Written};
 pub use pending::{CallId, CallIdText, Tag};
 pub use provide::{Provided, Providing};

@@ -137,6 +137,9 @@ pub enum ClientCommand {
         /// End after N events
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
+        /// Be present under this name on these channels, as `weir presence` shows it
+        #[arg(long, value_name = "CLIENT")]
+        present: Option<String>,
     },
 
     /// Print events that are there, and where to go on
@@ -234,6 +237,26 @@ pub enum ClientCommand {
         long: bool,
     },
 
+    /// List who is on a channel
+    #[command(after_help = PRESENCE)]
+    Presence {
+        #[command(flatten)]
+        remote: Remote,
+        channel: String,
+        /// Only how many
+        #[arg(long)]
+        count: bool,
+    },
+
+    /// List who is connected, on all nodes; end connections
+    #[command(args_conflicts_with_subcommands = true, after_help = CONNECTIONS)]
+    Connections {
+        #[command(flatten)]
+        list: Which,
+        #[command(subcommand)]
+        command: Option<ConnectionsCommand>,
+    },
+
     /// List channels, show one, trim or delete one
     #[command(args_conflicts_with_subcommands = true)]
     Channels {
@@ -260,6 +283,35 @@ pub struct List {
     /// Only names that begin so
     #[arg(long)]
     pub prefix: Option<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct Which {
+    #[command(flatten)]
+    pub remote: Remote,
+    /// Only those of this subject
+    #[arg(long)]
+    pub subject: Option<String>,
+    /// Only those that read this channel
+    #[arg(long)]
+    pub channel: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConnectionsCommand {
+    /// List (what `weir connections` does without a command)
+    List(Which),
+    /// End them, on all nodes
+    Kick {
+        #[command(flatten)]
+        remote: Remote,
+        /// All of this subject
+        #[arg(long, required_unless_present = "id")]
+        subject: Option<String>,
+        /// Just this one, as listed
+        #[arg(long)]
+        id: Option<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -346,6 +398,24 @@ Where to go on is printed on standard error as `next`.
   weir read orders --consumer mailer --wait 30s
 
 A consumer gets the same again until it commits: with --after NEXT, or --commit at once.";
+
+const PRESENCE: &str = "\
+Prints a member a line. Joins and leaves are events: weir tail '$presence/chat'
+
+  weir presence chat
+  weir presence chat --count
+  weir tail chat --present ann              is there, as long as it runs";
+
+const CONNECTIONS: &str = "\
+Prints a connection a line: streams, sockets and reads that wait. Nodes that do not answer are named on
+standard error.
+
+  weir connections
+  weir connections --channel orders | jq .remote
+  weir connections kick --subject user-7
+  weir connections kick --id 8f14e45fceea167a-0000002a
+
+Who is kicked is told not to come back, but can, unless the credentials are withdrawn too.";
 
 const CALL: &str = "\
 Prints the result, as the provider wrote it.

@@ -9,7 +9,7 @@ use tokio::io::AsyncReadExt as _;
 
 use super::{
     Failure, Target,
-    args::{ChannelsCommand, ClientCommand, ConsumersCommand, List, Remote},
+    args::{ChannelsCommand, ClientCommand, ConnectionsCommand, ConsumersCommand, List, Remote, Which},
     client::Client,
     doctor, note,
     output::Output,
@@ -46,9 +46,9 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
                 }
             }
         }
-        ClientCommand::Tail { remote, channels, last, after, kinds, count } => {
+        ClientCommand::Tail { remote, channels, last, after, kinds, count, present } => {
             let target = Target::new("/v1/sse").each("channel", &channels).each("type", &kinds);
-            let target = target.maybe("last", last).maybe("after", after);
+            let target = target.maybe("last", last).maybe("after", after).maybe("present", present);
             sse::tail(&mut client(&remote)?, &target, count, out).await
         }
         ClientCommand::Read { remote, channels, last, after, kinds, limit, all, wait, consumer, commit } => {
@@ -79,7 +79,19 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
             provide::provide(&client(&remote)?, &offer).await
         }
         ClientCommand::Services { remote, prefix } => {
-            list(&mut client(&remote)?, "services", prefix.as_deref(), out).await
+            list(&mut client(&remote)?, "services", named("services", prefix), out).await
+        }
+        ClientCommand::Presence { remote, channel, count } => {
+            let target = Target::new("/v1/presence").query("channel", channel);
+            match count {
+                true => {
+                    print(client(&remote)?.ask(Method::GET, &target.query("count", true), None, PATIENCE).await?, out)
+                }
+                false => list(&mut client(&remote)?, "members", target, out).await,
+            }
+        }
+        ClientCommand::Connections { list: given, command } => {
+            connections(command.unwrap_or(ConnectionsCommand::List(given)), out).await
         }
         ClientCommand::Channels { list: given, command } => {
             channels(command.unwrap_or(ChannelsCommand::List(given)), out).await
@@ -101,10 +113,29 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
     }
 }
 
+async fn connections(command: ConnectionsCommand, out: &mut Output) -> Result<(), Failure> {
+    let target = Target::new("/v1/connections");
+    match command {
+        ConnectionsCommand::List(Which { remote, subject, channel }) => {
+            let target = target.maybe("subject", subject).maybe("channel", channel);
+            list(&mut client(&remote)?, "connections", target, out).await
+        }
+        ConnectionsCommand::Kick { remote, subject, id } => {
+            let target = target.maybe("subject", subject).maybe("id", id);
+            print(client(&remote)?.ask(Method::DELETE, &target, None, PATIENCE).await?, out)
+        }
+    }
+}
+
+/// `/v1/{what}`, of names that begin so.
+fn named(what: &str, prefix: Option<String>) -> Target {
+    Target::new(&format!("/v1/{what}")).maybe("prefix", prefix)
+}
+
 async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Failure> {
     let (remote, method, target) = match command {
         ChannelsCommand::List(List { remote, prefix }) => {
-            return list(&mut client(&remote)?, "channels", prefix.as_deref(), out).await;
+            return list(&mut client(&remote)?, "channels", named("channels", prefix), out).await;
         }
         ChannelsCommand::Show { remote, channel } => {
             (remote, Method::GET, Target::new("/v1/channels").query("channel", channel))
@@ -118,23 +149,23 @@ async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Fail
 }
 
 async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Failure> {
-    let named = |name: &str| Target::new("/v1/consumers/").segment(name);
+    let one = |name: &str| Target::new("/v1/consumers/").segment(name);
     let (remote, method, target, body) = match command {
         ConsumersCommand::List(List { remote, prefix }) => {
-            return list(&mut client(&remote)?, "consumers", prefix.as_deref(), out).await;
+            return list(&mut client(&remote)?, "consumers", named("consumers", prefix), out).await;
         }
-        ConsumersCommand::Show { remote, consumer } => (remote, Method::GET, named(&consumer), None),
-        ConsumersCommand::Delete { remote, consumer } => (remote, Method::DELETE, named(&consumer), None),
+        ConsumersCommand::Show { remote, consumer } => (remote, Method::GET, one(&consumer), None),
+        ConsumersCommand::Delete { remote, consumer } => (remote, Method::DELETE, one(&consumer), None),
         ConsumersCommand::Commit { remote, consumer, after, channels } => {
             let mut body = serde_json::json!({ "after": after });
             if !channels.is_empty() {
                 body["channels"] = channels.into();
             }
-            (remote, Method::POST, named(&consumer).path("/commit"), Some(body))
+            (remote, Method::POST, one(&consumer).path("/commit"), Some(body))
         }
         ConsumersCommand::Seek { remote, consumer, channel, after } => {
             let body = serde_json::json!({ "channel": channel, "after": after });
-            (remote, Method::POST, named(&consumer).path("/seek"), Some(body))
+            (remote, Method::POST, one(&consumer).path("/seek"), Some(body))
         }
     };
     let body = body.map(|body| body.to_string().into_bytes());
@@ -179,11 +210,11 @@ async fn read(
     }
 }
 
-/// Prints the members of every page of `/v1/{what}`.
-async fn list(client: &mut Client, what: &str, prefix: Option<&str>, out: &mut Output) -> Result<(), Failure> {
+/// Prints what every page calls `what`.
+async fn list(client: &mut Client, what: &str, base: Target, out: &mut Output) -> Result<(), Failure> {
     let mut page: Option<String> = None;
     loop {
-        let target = Target::new(&format!("/v1/{what}")).maybe("prefix", prefix).maybe("page", page.as_deref());
+        let target = base.clone().maybe("page", page.as_deref());
         let answer = client.ask(Method::GET, &target, None, PATIENCE).await?;
         let members: std::collections::BTreeMap<Cow<'_, str>, &RawValue> = parse(answer.as_deref())?;
         let entries: Vec<&RawValue> = parse(members.get(what).copied())?;
@@ -191,6 +222,9 @@ async fn list(client: &mut Client, what: &str, prefix: Option<&str>, out: &mut O
             out.json(entry)?;
         }
         out.flush()?;
+        if let Some(silent) = members.get("silent") {
+            note(format_args!("nodes that did not answer: {silent}"));
+        }
         page = match members.get("page") {
             Some(next) => parse(Some(next))?,
             None => None,

@@ -103,6 +103,9 @@ async fn stream(
                 "weir.retry" => {
                     let parsed: Value = serde_json::from_str(&block.data).unwrap_or_default();
                     reader.retry = parsed["after_ms"].as_u64().map(Duration::from_millis).or(reader.retry);
+                    if parsed["code"] == "kicked" {
+                        return Err(Failure::Refused("kicked: an operator has ended this stream".into()));
+                    }
                     let code = parsed["code"].as_str().unwrap_or("asked to come back").to_owned();
                     return Err(Failure::Unavailable(code));
                 }

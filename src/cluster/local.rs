@@ -186,8 +186,13 @@ impl Net {
                     continue;
                 }
                 while let Some(batch) = node.post.next() {
+                    let landed = self.deliver(&node, &batch);
+                    node.post.landed(&batch, landed);
+                    if landed == Landed::Unknown {
+                        // It will try again: not within this moment.
+                        break;
+                    }
                     more = true;
-                    node.post.landed(&batch, self.deliver(&node, &batch));
                 }
             }
             if !more {

@@ -127,6 +127,7 @@ impl Grip {
         let holding = Holding {
             wheel: parts.wheel.clone(),
             metrics: parts.metrics.clone(),
+            roll: parts.roll.clone(),
             stalled: parts.config.limits.stalled,
         };
         Ok(Grip {

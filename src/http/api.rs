@@ -1,6 +1,7 @@
 //! The resources under `/v1`, one file each.
 
 pub mod channels;
+pub mod connections;
 pub mod consumers;
 pub mod events;
 pub mod jsonrpc;

@@ -42,6 +42,7 @@ use crate::{
     error::{Code, Error},
     metrics::{Connected, Metrics, Transport},
     transport::{
+        roll::Remote,
         takeover::{Framing, Io, Seat, Taken, Takeover},
         wheel::{Due, Timer, Wheel},
     },
@@ -334,7 +335,7 @@ async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected)
         // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
         // A copy, though there is hardly ever anything to copy: even an empty slice would keep hyper's buffer alive.
         let early = Bytes::copy_from_slice(&parts.read_buf);
-        take(Taken { io: parts.io.into_inner().io, early, framing, seat });
+        take(Taken { io: parts.io.into_inner().io, peer: client.peer, early, framing, seat });
     }
 }
 
@@ -387,7 +388,7 @@ async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Op
         loop {
             match timer.poll(cx) {
                 // No request was begun: nothing is lost.
-                Poll::Ready(Due::Leave) => return Poll::Ready(None),
+                Poll::Ready(Due::Leave | Due::Kicked) => return Poll::Ready(None),
                 Poll::Ready(Due::Time) if desk.fault(&inner.limits).is_some() || desk.is_idle(&inner.limits) => {
                     return Poll::Ready(None);
                 }
@@ -431,6 +432,10 @@ async fn call(
     }
     if client.door.is_proxy() {
         request.extensions_mut().insert(Peer(client.peer.ip()));
+    }
+    if request.method() == Method::GET {
+        // Of those who may stay it is listed where they come from.
+        request.extensions_mut().insert(Remote(client.peer));
     }
     let mut response = client.door.clone().answer(request).await;
     if client.refuse && version <= Version::HTTP_11 {

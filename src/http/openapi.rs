@@ -30,6 +30,8 @@ use super::{admin, api};
         api::events::delete,
         api::stream::get,
         api::channels::get,
+        api::connections::list,
+        api::connections::kick,
         api::consumers::list,
         api::consumers::get,
         api::consumers::delete,
@@ -91,6 +93,16 @@ pub struct ChannelName(String);
     example = "orders"
 )]
 pub struct OwnChannelName(String);
+
+/// As the name of a channel, of at most 245 bytes; those beginning with `$` have no presence.
+#[derive(ToSchema)]
+#[schema(
+    min_length = 1,
+    max_length = 245,
+    pattern = r"^[^$\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$",
+    example = "chat"
+)]
+pub struct PresentChannelName(String);
 
 /// Types beginning with `weir.` are weir's own.
 #[derive(ToSchema)]
@@ -225,11 +237,43 @@ pub struct ListQuery {
     page: Option<PageName>,
 }
 
+/// Which connections are meant. All that is said has to fit.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ConnectionQuery {
+    /// Of whom.
+    subject: Option<String>,
+    /// That read this channel.
+    channel: Option<ChannelName>,
+    /// Just this one.
+    id: Option<String>,
+}
+
+/// Of lists without a prefix.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PageQuery {
+    /// 100 if nothing is said.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u64>,
+    page: Option<PageName>,
+}
+
+/// Whose connections are to end: `subject` or `id` is needed.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct KickQuery {
+    subject: Option<String>,
+    id: Option<String>,
+    /// Only those that read this channel.
+    channel: Option<ChannelName>,
+}
+
 /// Of `GET /v1/presence`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PresenceQuery {
-    channel: OwnChannelName,
+    channel: PresentChannelName,
     /// Only how many.
     count: Option<bool>,
     /// 1,000 if nothing is said.
@@ -510,6 +554,48 @@ pub struct PresentMember {
     info: Option<Value>,
     /// Unix milliseconds.
     since: u64,
+}
+
+/// A stream, a socket, or a read that waits.
+#[derive(ToSchema)]
+pub struct Connection {
+    /// The node, and a number.
+    id: String,
+    node: String,
+    #[schema(example = "ws")]
+    transport: String,
+    /// Who its credentials say it is.
+    subject: String,
+    /// Where it comes from, if that is known: the last proxy, if there are any.
+    #[schema(required)]
+    remote: Option<String>,
+    /// Unix milliseconds.
+    since: u64,
+    /// How many channels it reads.
+    channels: u64,
+    /// What it provides.
+    #[schema(nullable = false)]
+    services: Option<Vec<String>>,
+}
+
+#[derive(ToSchema)]
+pub struct Connections {
+    connections: Vec<Connection>,
+    /// There are more: give this as `page`.
+    #[schema(nullable = false)]
+    page: Option<String>,
+    /// Nodes that did not answer within two seconds: theirs are missing.
+    #[schema(nullable = false)]
+    silent: Option<Vec<String>>,
+}
+
+#[derive(ToSchema)]
+pub struct Kicked {
+    /// Connections that were told to end.
+    kicked: u64,
+    /// Nodes that did not answer within two seconds: they may have kicked, or not.
+    #[schema(nullable = false)]
+    silent: Option<Vec<String>>,
 }
 
 /// Params of a call; nothing will do as well.

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::Ordering::{Relaxed, SeqCst},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -32,6 +32,10 @@ pub struct Connection {
     pub(super) conn: Arc<Conn>,
 }
 
+/// What a connection provides, as long as there is one.
+#[derive(Clone, Debug)]
+pub struct Provides(Weak<Conn>);
+
 /// What became of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Replied {
@@ -40,6 +44,16 @@ pub enum Replied {
     Late,
     /// Nobody waits for it: cancelled, unknown, or another provider's.
     Unmatched,
+}
+
+impl Provides {
+    /// The services, by name.
+    pub fn names(&self) -> Vec<String> {
+        let Some(conn) = self.0.upgrade() else { return Vec::new() };
+        let mut names: Vec<_> = conn.provides.lock().iter().map(|(_, mine)| mine.service.name.to_string()).collect();
+        names.sort_unstable();
+        names
+    }
 }
 
 impl Connection {
@@ -164,6 +178,11 @@ impl Connection {
     pub fn withdraw_all(&self) -> usize {
         let services: Vec<_> = self.conn.provides.lock().iter().map(|(_, mine)| mine.service.clone()).collect();
         services.iter().filter_map(|service| self.leave(service)).sum()
+    }
+
+    /// What it provides, from now on, for whoever lists connections.
+    pub fn provides(&self) -> Provides {
+        Provides(Arc::downgrade(&self.conn))
     }
 
     /// Calls made and not answered.

@@ -4,6 +4,7 @@
 
 use std::{
     convert::Infallible,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -53,6 +54,9 @@ pub trait Flow: Send + Unpin + 'static {
 
     /// How long the peer may take nothing of what waits for it.
     fn patience(&self) -> Duration;
+
+    /// Whom it was that the flow was taken over for.
+    fn met(&mut self, _: SocketAddr) {}
 }
 
 /// What [`Flow::poll`] found.
@@ -124,7 +128,8 @@ struct Session<F> {
 }
 
 impl<F: Flow> Session<F> {
-    fn new(taken: Taken, flow: F, first: Vec<Bytes>) -> Self {
+    fn new(taken: Taken, mut flow: F, first: Vec<Bytes>) -> Self {
+        flow.met(taken.peer);
         Session {
             io: taken.io,
             out: Out::new(taken.framing, first),

@@ -8,6 +8,7 @@
 //! client has read the head is then never missed.
 
 use std::{
+    net::SocketAddr,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -19,9 +20,11 @@ use http::Response;
 
 use super::{
     carrier::{Flow, Offer, Out, Turn},
+    roll::{Place, Reads, Roll},
     wheel::{Due, Timer, Wheel},
 };
 use crate::{
+    auth::Identity,
     bus::{Delivery, Gap, Item, Subscriptions},
     error::Code,
     metrics::{Connected, Metrics, Transport},
@@ -35,6 +38,7 @@ const REPORT: Duration = Duration::from_secs(20);
 pub struct Holding {
     pub wheel: Arc<Wheel>,
     pub metrics: Arc<Metrics>,
+    pub roll: Arc<Roll>,
     /// How long a peer may take nothing of what waits for it.
     pub stalled: Duration,
 }
@@ -102,6 +106,7 @@ pub struct Held<V> {
     voice: V,
     holding: Arc<Holding>,
     timer: Timer,
+    place: Place,
     connected: Connected,
     /// Ticks: when anything was last pushed (or, of [`Beat::Always`], the last keep-alive).
     last: u32,
@@ -113,7 +118,10 @@ pub struct Held<V> {
 
 impl<V: Voice> Held<V> {
     pub fn new(holding: &Arc<Holding>, subs: Subscriptions, voice: V) -> Self {
-        let timer = holding.wheel.timer(period(&voice));
+        let mut timer = holding.wheel.timer(period(&voice));
+        let channels = (0..subs.len() as u32).filter_map(|slot| subs.channel(slot).cloned());
+        let place = holding.roll.enter(Transport::Sse, &Identity::anonymous(), None, Reads::of(channels.collect()));
+        timer.set_owner(place.number());
         holding.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         Held {
             connected: holding.metrics.connected(Transport::Sse),
@@ -124,6 +132,7 @@ impl<V: Voice> Held<V> {
             ended: false,
             subs,
             voice,
+            place,
             timer,
         }
     }
@@ -193,6 +202,7 @@ impl<V: Voice> Flow for Held<V> {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave => self.end(Code::Draining, out),
+                Due::Kicked => self.end(Code::Kicked, out),
                 Due::Time => self.tick(blocked, out),
             }
         }
@@ -256,6 +266,10 @@ impl<V: Voice> Flow for Held<V> {
 
     fn patience(&self) -> Duration {
         self.holding.stalled
+    }
+
+    fn met(&mut self, peer: SocketAddr) {
+        self.place.met(peer);
     }
 }
 
@@ -333,7 +347,8 @@ mod tests {
             let topics = Arc::new(Topics::new(config, Clock::System));
             let bus = Bus::new(Arc::new(Memory::new(topics.clone())), topics);
             let (wheel, metrics) = (Wheel::start(), Arc::new(Metrics::new()));
-            let holding = Arc::new(Holding { wheel, metrics, stalled: Duration::from_secs(30) });
+            let holding =
+                Arc::new(Holding { roll: Roll::new(wheel.clone()), wheel, metrics, stalled: Duration::from_secs(30) });
             let channels = ["a", "b"].map(|name| Channel::parse(name).unwrap()).into();
             Bench { bus, holding, channels }
         }
@@ -415,6 +430,6 @@ mod tests {
     fn an_idle_stream_is_small() {
         // A voice of four words fits what a native stream takes.
         let size = carrier::size::<Held<Test>>() - size_of::<Test>();
-        assert!(size <= 312, "{size}");
+        assert!(size <= 328, "{size}");
     }
 }

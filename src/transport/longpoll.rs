@@ -195,6 +195,10 @@ impl Reading {
         Ok(())
     }
 
+    pub fn channels(&self) -> &[Channel] {
+        &self.channels
+    }
+
     /// Whether the reader is willing to wait.
     pub fn waits(&self) -> bool {
         !self.wait.is_zero()

@@ -58,7 +58,7 @@ impl Asking {
         let channel = query.one_channel()?;
         let count = match query.take("count")?.as_deref() {
             None | Some("false") => false,
-            Some("true" | "") => true,
+            Some("true") => true,
             Some(_) => return Err(Error::params("count is true or false")),
         };
         let (limit, page) = (query.number("limit")?, query.take("page")?);
@@ -80,8 +80,8 @@ impl Asking {
         }
         let after = match page {
             Some(page) => {
-                let name = unhex(page).and_then(|name| String::from_utf8(name).ok());
-                Some(name.ok_or_else(|| Error::params("page is what the last answer called page"))?)
+                let name = unhex(page).ok_or_else(|| Error::params("page is what the last answer called page"))?;
+                Some(String::from_utf8_lossy(&name).into_owned())
             }
             None => None,
         };

@@ -6,7 +6,7 @@
 pub mod frame;
 mod stream;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{body::Body, response::Response};
 use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
@@ -24,6 +24,7 @@ use crate::{
         carrier::Offer,
         chunk, present,
         query::{Begin, Query},
+        roll::{Reads, Remote, Roll},
         wheel::Wheel,
     },
 };
@@ -34,6 +35,7 @@ const EVENT_STREAM: &str = "text/event-stream";
 pub struct Sse {
     bus: Arc<Bus>,
     presence: Arc<Presence>,
+    roll: Arc<Roll>,
     wheel: Arc<Wheel>,
     metrics: Arc<Metrics>,
     settings: Settings,
@@ -131,11 +133,16 @@ impl Sse {
     pub fn new(
         bus: Arc<Bus>,
         presence: Arc<Presence>,
+        roll: Arc<Roll>,
         wheel: Arc<Wheel>,
         metrics: Arc<Metrics>,
         settings: Settings,
     ) -> Self {
-        Sse { bus, presence, wheel, metrics, settings }
+        Sse { bus, presence, roll, wheel, metrics, settings }
+    }
+
+    pub fn wheel(&self) -> &Arc<Wheel> {
+        &self.wheel
     }
 
     /// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
@@ -163,7 +170,8 @@ impl Sse {
         if self.wheel.is_draining() {
             return Err(Error::new(Code::Draining, "this node is leaving"));
         }
-        let offer = self.begin(identity, asked).await?;
+        let remote = head.extensions.get::<Remote>().map(|Remote(remote)| *remote);
+        let offer = self.begin(identity, remote, asked).await?;
         Ok(offer.respond(stream(())))
     }
 
@@ -190,7 +198,12 @@ impl Sse {
     }
 
     /// The positions are taken here: what is published while the head of the response is on its way is not missed.
-    async fn begin(self: &Arc<Self>, identity: &Identity, asked: Asked) -> Result<Offer<Stream>> {
+    async fn begin(
+        self: &Arc<Self>,
+        identity: &Identity,
+        remote: Option<SocketAddr>,
+        asked: Asked,
+    ) -> Result<Offer<Stream>> {
         let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
         let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
             Ok(starts) => (starts, false),
@@ -224,7 +237,8 @@ impl Sse {
                 channels.iter().map(move |channel| self.presence.enter(channel, client, identity.subject(), sse))
             })
             .collect();
-        let (stream, first) = Stream::begin(self.clone(), subs, leases?, gaps, ids, filter.is_some());
+        let place = self.roll.enter(Transport::Sse, identity, remote, Reads::of(channels));
+        let (stream, first) = Stream::begin(self.clone(), subs, leases?, place, gaps, ids, filter.is_some());
         Ok(Offer::new(stream, first))
     }
 }

@@ -7,6 +7,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -39,6 +40,7 @@ pub enum Framing {
 /// A connection that left the HTTP server.
 pub struct Taken {
     pub io: Io,
+    pub peer: SocketAddr,
     /// What was read behind the request. Belongs to the WebSocket; of no meaning for a stream.
     pub early: Bytes,
     pub framing: Framing,

@@ -4,9 +4,13 @@
 //! sockets, tokens and draining need no more than a quarter of a second of precision, and share one waker each here.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed},
+        atomic::{
+            AtomicU32, AtomicUsize,
+            Ordering::{Acquire, Relaxed, Release},
+        },
     },
     task::{Context, Poll, Waker},
     time::Duration,
@@ -31,6 +35,8 @@ pub struct Wheel {
     drained: AtomicU32,
     /// Seats that may still be called; what the drain paces.
     seats: AtomicUsize,
+    /// How often somebody was kicked.
+    kicks: AtomicU32,
     buckets: [Bucket; BUCKETS as usize],
 }
 
@@ -38,7 +44,10 @@ struct Bucket(Mutex<Slab<Seat>>);
 
 struct Seat {
     due: u32,
+    /// Which connection this is of; 0: of none that can be kicked.
+    owner: u32,
     leave: bool,
+    kicked: bool,
     waker: Option<Waker>,
 }
 
@@ -47,6 +56,8 @@ pub struct Timer {
     wheel: Arc<Wheel>,
     due: u32,
     key: u32,
+    /// How often somebody had been kicked when this last looked whether it was it.
+    kicks: u32,
     bucket: u8,
     left: bool,
     /// Which task the seat's waker belongs to, so that a poll needs no lock.
@@ -60,6 +71,8 @@ pub enum Due {
     Time,
     /// The node drains, and it is this connection's turn to go. Said once.
     Leave,
+    /// Somebody wants this connection to end. Said once.
+    Kicked,
 }
 
 // === impl Wheel ===
@@ -72,6 +85,7 @@ impl Wheel {
             drain: AtomicU32::new(0),
             drained: AtomicU32::new(0),
             seats: AtomicUsize::new(0),
+            kicks: AtomicU32::new(0),
             buckets: std::array::from_fn(|_| Bucket(Mutex::new(Slab::new()))),
         });
         tokio::spawn(turn(Arc::downgrade(&wheel)));
@@ -97,9 +111,32 @@ impl Wheel {
     pub fn timer(self: &Arc<Self>, after: Duration) -> Timer {
         let due = self.now() + Wheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
-        let key = self.buckets[bucket as usize].lock().insert(Seat { due, leave: false, waker: None }) as u32;
+        let key = self.buckets[bucket as usize].lock().insert(Seat {
+            due,
+            owner: 0,
+            leave: false,
+            kicked: false,
+            waker: None,
+        }) as u32;
         self.seats.fetch_add(1, Relaxed);
-        Timer { wheel: self.clone(), due, key, bucket, left: false, task: 0 }
+        Timer { wheel: self.clone(), due, key, kicks: 0, bucket, left: false, task: 0 }
+    }
+
+    /// Calls on the connections with these numbers to end, and leaves in `who` those that were not found: they are gone,
+    /// or were on their way to another bucket.
+    pub fn kick(&self, who: &mut HashSet<u32>) {
+        let mut calls = Vec::new();
+        for bucket in &self.buckets {
+            for (_, seat) in bucket.lock().iter_mut() {
+                if seat.owner != 0 && who.remove(&seat.owner) {
+                    seat.kicked = true;
+                    calls.extend(seat.waker.take());
+                }
+            }
+        }
+        // Before they are woken, or they would not look.
+        self.kicks.fetch_add(1, Release);
+        calls.into_iter().for_each(Waker::wake);
     }
 
     /// Calls on every connection to leave, spread evenly over `window`; those that come later too.
@@ -212,6 +249,13 @@ impl Timer {
         &self.wheel
     }
 
+    /// Says which connection this is of, for [`Wheel::kick`]. Not 0.
+    pub fn set_owner(&mut self, owner: u32) {
+        if let Some(seat) = self.wheel.buckets[self.bucket as usize].lock().get_mut(self.key as usize) {
+            seat.owner = owner;
+        }
+    }
+
     /// Fires after `after` from now instead, rounded up to ticks.
     pub fn reset(&mut self, after: Duration) {
         let due = self.wheel.now() + Wheel::ticks(after);
@@ -247,12 +291,18 @@ impl Timer {
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Due> {
         let now = self.wheel.now();
         let task = cx.waker().data() as usize;
-        if now < self.due && self.task == task && (self.left || !self.wheel.is_draining()) {
+        let kicks = self.wheel.kicks.load(Acquire);
+        if now < self.due && self.task == task && self.kicks == kicks && (self.left || !self.wheel.is_draining()) {
             return Poll::Pending;
         }
+        self.kicks = kicks;
         let mut bucket = self.wheel.buckets[self.bucket as usize].lock();
         let Some(seat) = bucket.get_mut(self.key as usize) else { return Poll::Pending };
         // The waker may have been taken to fire: the next poll has to leave one again.
+        if std::mem::take(&mut seat.kicked) {
+            self.task = 0;
+            return Poll::Ready(Due::Kicked);
+        }
         if !self.left && seat.leave {
             self.left = true;
             self.task = 0;
@@ -374,6 +424,28 @@ mod tests {
         turn(&wheel, 21);
         let rest = left(&mut timers, &mut cx);
         assert_eq!((half + rest, count.0.load(Relaxed)), (1001, 1000));
+        assert!(timers.iter_mut().all(|timer| timer.poll(&mut cx).is_pending()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_kicked_is_woken_and_told_once() {
+        let wheel = Wheel::start();
+        let (count, waker) = waker();
+        let mut cx = Context::from_waker(&waker);
+        let mut timers: Vec<_> = (0..10).map(|i| wheel.timer(Duration::from_secs(i * 7))).collect();
+        timers.iter_mut().zip(1..).for_each(|(timer, owner)| timer.set_owner(owner));
+        turn(&wheel, 1);
+        timers.iter_mut().for_each(|timer| {
+            let _ = timer.poll(&mut cx);
+            timer.reset(Duration::from_secs(60));
+            assert_eq!(timer.poll(&mut cx), Poll::Pending);
+        });
+        let woken = count.0.load(Relaxed);
+        let mut who = HashSet::from([3, 7, 99]);
+        wheel.kick(&mut who);
+        assert_eq!((who, count.0.load(Relaxed) - woken), (HashSet::from([99]), 2));
+        let kicked: Vec<usize> = (0..10).filter(|at| timers[*at].poll(&mut cx) == Poll::Ready(Due::Kicked)).collect();
+        assert_eq!(kicked, [2, 6]);
         assert!(timers.iter_mut().all(|timer| timer.poll(&mut cx).is_pending()));
     }
 

@@ -374,6 +374,26 @@ fn provide_comes_back() {
 }
 
 #[test]
+fn who_is_there_is_listed_and_kicked() {
+    let node = Node::start();
+    let url = node.url.as_str();
+    let mut ann = start(url, &["tail", "chat", "--present", "ann"]);
+    until("ann is present", || weir(url, &["presence", "chat"]).ok().len() == 1);
+    assert_eq!(weir(url, &["presence", "chat"]).ok()[0]["client"], "ann");
+    assert_eq!(weir(url, &["presence", "chat", "--count"]).ok()[0]["count"], 1);
+    let connections = weir(url, &["connections", "--channel", "chat"]).ok();
+    assert_eq!((connections.len(), &connections[0]["transport"]), (1, &json!("sse")));
+    assert!(weir(url, &["connections", "--subject", "user-7"]).ok().is_empty());
+    weir(url, &["connections", "kick"]).fails(2, "--subject");
+    let id = connections[0]["id"].as_str().unwrap();
+    assert_eq!(weir(url, &["connections", "kick", "--id", id]).ok(), [json!({ "kicked": 1 })]);
+    // It does not come back.
+    assert_eq!(wait(&mut ann.process).code(), Some(3));
+    ann.says("kicked");
+    until("ann has left", || weir(url, &["presence", "chat"]).ok().is_empty());
+}
+
+#[test]
 fn consumers_are_kept() {
     let node = Node::start();
     let url = node.url.as_str();

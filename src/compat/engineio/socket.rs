@@ -115,7 +115,8 @@ impl Socket {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave if self.phase == Phase::Open => self.session.leave(),
-                Due::Leave => {}
+                // Nobody can name it yet.
+                Due::Leave | Due::Kicked => {}
                 Due::Time => self.tick()?,
             }
         }

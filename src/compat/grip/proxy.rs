@@ -349,7 +349,7 @@ async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, metrics: Arc<Me
     let leave = std::future::poll_fn(|cx| {
         loop {
             match timer.poll(cx) {
-                Poll::Ready(Due::Leave) => return Poll::Ready(()),
+                Poll::Ready(Due::Leave | Due::Kicked) => return Poll::Ready(()),
                 Poll::Ready(Due::Time) => timer.reset(Duration::from_secs(60 * 60)),
                 Poll::Pending => return Poll::Pending,
             }

@@ -1,6 +1,6 @@
 //! `/v1/events`: publish, read, trim and delete.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, task::Poll, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -28,7 +28,13 @@ use crate::{
     },
     metrics::Transport,
     position::Position,
-    transport::{longpoll::Reading, query::Query, sse},
+    transport::{
+        longpoll::{Answer, Reading},
+        query::Query,
+        roll::{Reads, Remote},
+        sse,
+        wheel::Due,
+    },
 };
 
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -301,11 +307,36 @@ async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Re
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));
     }
-    let answer = reading.answer(&gateway.bus, &gateway.draining).await?;
+    let answer = match reading.waits() {
+        false => reading.answer(&gateway.bus, &gateway.draining).await?,
+        true => listed(gateway, identity, head, &reading).await?,
+    };
     let mut out = Vec::new();
     reading.write_json(&answer, &mut out);
     answer.count(&gateway.metrics, Transport::Poll, out.len());
     Ok(json(StatusCode::OK, out))
+}
+
+/// A read that may wait is on the roll meanwhile, and can be kicked.
+async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
+    let remote = head.extensions.get::<Remote>().map(|Remote(remote)| *remote);
+    let place = gateway.survey.roll().enter(Transport::Poll, identity, remote, Reads::of(reading.channels().to_vec()));
+    // For the kick alone: the read keeps its time itself.
+    let mut timer = gateway.sse.wheel().timer(Duration::from_secs(60 * 60));
+    timer.set_owner(place.number());
+    let kicked = std::future::poll_fn(|cx| {
+        while let Poll::Ready(due) = timer.poll(cx) {
+            if due == Due::Kicked {
+                return Poll::Ready(());
+            }
+        }
+        Poll::Pending
+    });
+    tokio::select! {
+        biased;
+        answer = reading.answer(&gateway.bus, &gateway.draining) => answer,
+        () = kicked => Err(Error::new(Code::Kicked, "an operator has ended this read")),
+    }
 }
 
 /// `DELETE /v1/events`.

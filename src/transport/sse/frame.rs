@@ -78,7 +78,7 @@ fn lines(text: &str, out: &mut Vec<u8>) {
 
 /// The first block: where the reader is. A dispatched event with an `id:`, for an `EventSource` that loses its
 /// connection before the first event must come back to here; an `id:` alone is not remembered by all clients.
-pub fn opening<'a>(retry_ms: u16, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
+pub fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
     let mut out = start();
     line(&mut out, format_args!("retry: {retry_ms}"));
     named(&mut out, Some(id), "weir.open");

@@ -19,6 +19,7 @@ use crate::{
     presence::Lease,
     transport::{
         carrier::{Flow, Out, TURN, Turn},
+        roll::Place,
         wheel::{Due, Timer, Wheel},
     },
 };
@@ -26,6 +27,9 @@ use crate::{
 /// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
 const LONG_TOKEN: usize = 64;
 const TOKEN_PAUSE: Duration = Duration::from_secs(1);
+
+/// Milliseconds: 25 days, the longest that the timers of browsers can wait. More would be no wait at all.
+const NEVER: u32 = i32::MAX as u32;
 
 /// Where a reader's `id:` lines come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +48,7 @@ pub(super) struct Stream {
     subs: Subscriptions,
     /// Whom the reader says to be, on its channels.
     _leases: Box<[Lease]>,
+    _place: Place,
     /// Of several channels, for their token.
     names: Option<Box<Names>>,
     sse: Arc<Sse>,
@@ -58,7 +63,7 @@ pub(super) struct Stream {
     events: u32,
     bytes: u64,
     /// What the `retry:` of the first block said.
-    retry_ms: u16,
+    retry_ms: u32,
     ids: Ids,
     filtered: bool,
     /// The last token was long, and so will be the next.
@@ -75,12 +80,14 @@ impl Stream {
         sse: Arc<Sse>,
         subs: Subscriptions,
         leases: Box<[Lease]>,
+        place: Place,
         gaps: Vec<Gap>,
         ids: Ids,
         filtered: bool,
     ) -> (Self, Vec<Bytes>) {
         let beat = jitter(sse.settings.heartbeat);
-        let timer = sse.wheel.timer(beat);
+        let mut timer = sse.wheel.timer(beat);
+        timer.set_owner(place.number());
         sse.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         let mut stream = Stream {
             connected: sse.metrics.connected(Transport::Sse),
@@ -90,10 +97,11 @@ impl Stream {
             names: None,
             subs,
             _leases: leases,
+            _place: place,
             timer,
             events: 0,
             bytes: 0,
-            retry_ms: super::retry_ms(),
+            retry_ms: super::retry_ms().into(),
             ids,
             filtered,
             long: false,
@@ -141,7 +149,7 @@ impl Stream {
         if !self.ended {
             self.ended = true;
             self.connected.because(code);
-            out.push(frame::retry(code.as_str(), self.retry_ms.into(), false));
+            out.push(frame::retry(code.as_str(), self.retry_ms.into(), self.retry_ms == NEVER));
             out.end();
         }
     }
@@ -188,6 +196,11 @@ impl Flow for Stream {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave => self.end(Code::Draining, out),
+                Due::Kicked => {
+                    // What an `EventSource` takes for its pause: it has no word for "never".
+                    self.retry_ms = NEVER;
+                    self.end(Code::Kicked, out);
+                }
                 Due::Time => {
                     self.tick(blocked || self.ended, out);
                     let next =
@@ -292,6 +305,6 @@ mod tests {
 
     #[test]
     fn an_idle_stream_is_small() {
-        assert!(carrier::size::<Stream>() <= 344, "{}", carrier::size::<Stream>());
+        assert!(carrier::size::<Stream>() <= 368, "{}", carrier::size::<Stream>());
     }
 }

@@ -102,13 +102,17 @@ impl Socket {
     pub fn new(ws: Arc<Ws>, session: Session, outbox: Arc<Outbox>, taken: takeover::Taken) -> Self {
         let now = ws.wheel.now();
         let interval = jitter(ws.config.ws.ping);
+        let mut timer = ws.wheel.timer(interval);
+        if let Some(place) = &session.place {
+            timer.set_owner(place.number());
+        }
         Socket {
             io: taken.io,
             decoder: Decoder::new(ws.config.limits.frame),
             out: Out::default(),
             outbox,
             session: Some(session),
-            timer: ws.wheel.timer(interval),
+            timer,
             ping: after(now, interval),
             blocked: 0,
             until: 0,
@@ -163,6 +167,8 @@ impl Socket {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave => self.leave(),
+                Due::Kicked if self.is_open() => self.close(Code::Kicked),
+                Due::Kicked => {}
                 Due::Time => self.tick()?,
             }
         }

@@ -18,7 +18,7 @@ use crate::{
     auth::Identity,
     error::{Code, Error, Result},
     rpc::{self, Answer, Call, CallId, Connection, Names, Provide, Provided, ProviderError, Tag},
-    transport::wheel::Wheel,
+    transport::{roll::Place, wheel::Wheel},
 };
 
 /// Services in one answer of `weir.services`.
@@ -38,6 +38,8 @@ pub struct Session {
     pub knows_weir: bool,
     /// The node goes, and this session with it: it provides nothing any more.
     leaving: bool,
+    /// Where it is listed; a request over HTTP is not.
+    pub(super) place: Option<Place>,
     /// One request over HTTP: it can neither subscribe nor provide.
     held: bool,
     /// Unreadable messages since the tick.
@@ -69,6 +71,7 @@ impl Session {
             work: None,
             knows_weir: false,
             leaving: false,
+            place: None,
             held,
             unreadable: (0, 0),
         }
@@ -196,7 +199,13 @@ impl Session {
             )),
             "weir.subscribe" => self.subscribe(params),
             "weir.unsubscribe" => self.unsubscribe(params),
-            "weir.provide" => self.provide(params, to),
+            "weir.provide" => {
+                let provides = self.link().provides();
+                if let Some(place) = &self.place {
+                    place.provides(provides);
+                }
+                self.provide(params, to)
+            }
             "weir.withdraw" => {
                 let params::Withdraw { service } = params::read(params)?;
                 let in_flight = self.link().withdraw(&service)?;

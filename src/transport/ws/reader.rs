@@ -8,6 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use foldhash::fast::RandomState;
+use parking_lot::Mutex;
 use serde::Serialize;
 
 use super::{Ready, jsonrpc, params::Wanted};
@@ -18,6 +19,7 @@ use crate::{
     position::{Position, Start},
     presence::Lease,
     transport::frame,
+    transport::roll::{Reads, Subscribed},
 };
 
 /// `{"jsonrpc":"2.0","method":"weir.event","params":<event>}`: one whole frame per event, for a frame holds one message.
@@ -34,7 +36,7 @@ pub static FORMAT: Format = Format {
 pub struct Reader {
     subscriptions: Subscriptions,
     /// The slot of each channel, or [`WAITING`].
-    places: HashMap<Channel, u32, RandomState>,
+    places: Arc<Mutex<Subscribed>>,
     /// Accepted, but their answer is part of a batch that is not complete: it has to precede the first event.
     waiting: Vec<Waiting>,
     /// Who is present where, if anybody.
@@ -76,15 +78,20 @@ impl Reader {
     /// Reads nothing yet. `gauge` counts subscriptions.
     pub fn new(gauge: Gauge) -> Self {
         let subscriptions = Subscriptions::new(&FORMAT);
-        Reader { subscriptions, places: HashMap::default(), waiting: Vec::new(), leases: None, gauge }
+        Reader { subscriptions, places: Arc::default(), waiting: Vec::new(), leases: None, gauge }
+    }
+
+    /// What it is subscribed to, for whoever lists connections.
+    pub fn reads(&self) -> Reads {
+        Reads::Live(Arc::downgrade(&self.places))
     }
 
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.places.lock().len()
     }
 
     pub fn has(&self, channel: &Channel) -> bool {
-        self.places.contains_key(channel)
+        self.places.lock().contains_key(channel)
     }
 
     /// Begins to read a channel, or changes how it is read. `batch` is that of the request, or 0.
@@ -94,7 +101,7 @@ impl Reader {
             self.leases.get_or_insert_default().0.insert(channel.clone(), lease);
         }
         let filter = filter.map(Arc::new);
-        let place = self.places.get(&channel).copied();
+        let place = self.places.lock().get(&channel).copied();
         if place == Some(WAITING) {
             // In the same batch twice: the later counts.
             self.waiting.retain(|waiting| waiting.channel != channel);
@@ -108,7 +115,7 @@ impl Reader {
                     self.waiting.push(Waiting { batch, channel: channel.clone(), watch, position, filter });
                     WAITING
                 };
-                if self.places.insert(channel.clone(), slot).is_none() {
+                if self.places.lock().insert(channel.clone(), slot).is_none() {
                     self.gauge.add(1);
                 }
                 (position, gap)
@@ -127,7 +134,7 @@ impl Reader {
 
     /// Ends a subscription. False if there was none.
     pub fn unsubscribe(&mut self, channel: &Channel) -> bool {
-        let Some(slot) = self.places.remove(channel) else { return false };
+        let Some(slot) = self.places.lock().remove(channel) else { return false };
         self.gauge.add(-1);
         if let Some(leases) = &mut self.leases {
             leases.0.remove(channel);
@@ -154,7 +161,7 @@ impl Reader {
         self.waiting = open;
         for Waiting { channel, watch, position, filter, .. } in done {
             let slot = self.subscriptions.add(watch, Start::After(position), filter).slot;
-            self.places.insert(channel, slot);
+            self.places.lock().insert(channel, slot);
         }
     }
 
@@ -174,7 +181,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.gauge.add(-(self.places.len() as i64));
+        self.gauge.add(-(self.len() as i64));
     }
 }
 

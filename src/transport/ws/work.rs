@@ -171,7 +171,13 @@ impl Session {
     fn begin(&mut self, to: Option<&Tag>, list: Vec<Ready>) {
         let batch = to.map_or(0, |to| to.note);
         let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
-        let reader = self.reader.get_or_insert_with(|| Box::new(Reader::new(gauge.clone())));
+        let reader = self.reader.get_or_insert_with(|| {
+            let reader = Box::new(Reader::new(gauge.clone()));
+            if let Some(place) = &self.place {
+                place.reads(reader.reads());
+            }
+            reader
+        });
         let begun: Vec<_> = list.into_iter().map(|ready| reader.subscribe(ready, batch)).collect();
         for gap in begun.iter().filter_map(|begun| begun.gap.as_ref()) {
             self.ws.metrics.gap(gap.reason.as_str());

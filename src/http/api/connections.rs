@@ -1,0 +1,87 @@
+//! `/v1/connections`: who is connected, on all nodes, and ending that.
+
+use std::sync::Arc;
+
+use axum::{extract::State, http::request::Parts, response::Response};
+use serde::Serialize;
+
+use super::{Listing, to_json};
+use crate::{
+    auth::Identity,
+    error::{Error, Result},
+    http::{
+        Gateway,
+        openapi::{self, Problem},
+    },
+    transport::{
+        query::Query,
+        roll::{Listed, Which},
+    },
+};
+
+/// `GET /v1/connections`.
+#[utoipa::path(get, path = "/v1/connections", tag = "administration",
+    description = "Streams, sockets and reads that wait, on all nodes, by id.",
+    params(openapi::ConnectionQuery, openapi::PageQuery),
+    responses(
+        (status = 200, body = openapi::Connections),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+    let mut query = Query::parse(head.uri.query())?;
+    if query.has("prefix") {
+        return Err(Error::params("unknown parameter \"prefix\": say subject, channel or id"));
+    }
+    let listing = Listing::take(&mut query)?;
+    let which = which(&mut query)?;
+    query.finish()?;
+    let _ = identity.may_administer()?;
+    let mut found = gateway.survey.list(&which, listing.after.as_deref(), listing.limit + 1).await;
+    let page = listing.page(&mut found.found, |connection| &connection.id);
+    Ok(to_json(&Connections { connections: found.found, page, silent: found.silent }))
+}
+
+/// `DELETE /v1/connections`.
+#[utoipa::path(delete, path = "/v1/connections", tag = "administration",
+    description = "Kicks: ends the connections of a subject, or one, on all nodes. Who may still connect can come back.",
+    params(openapi::KickQuery),
+    responses(
+        (status = 200, body = openapi::Kicked),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn kick(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+    let mut query = Query::parse(head.uri.query())?;
+    let which = which(&mut query)?;
+    query.finish()?;
+    if which.id.is_none() && which.subject.is_none() {
+        return Err(Error::params("who is to be kicked is missing: say subject or id"));
+    }
+    let _ = identity.may_administer()?;
+    let kicked = gateway.survey.kick(&which).await;
+    Ok(to_json(&Kicked { kicked: kicked.found, silent: kicked.silent }))
+}
+
+fn which(query: &mut Query<'_>) -> Result<Which> {
+    let mut text = |name| Ok::<_, Error>(query.take(name)?.map(|text| text.into_owned()));
+    let (id, subject) = (text("id")?, text("subject")?);
+    let channel = query.channel()?.map(|channel| channel.as_str().to_owned());
+    Ok(Which { id, subject, channel })
+}
+
+#[derive(Serialize)]
+struct Connections {
+    connections: Vec<Listed>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    page: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    silent: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Kicked {
+    kicked: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    silent: Vec<String>,
+}

@@ -1,0 +1,215 @@
+//! Who is connected, and ending that: on one node over real sockets, and across nodes.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use weir::{
+    auth::Identity,
+    cluster::{Clock, local::Net},
+    metrics::Transport,
+    transport::{
+        roll::{Reads, Roll, Which},
+        survey::Survey,
+        wheel::{Due, Wheel},
+    },
+};
+
+use crate::{
+    socket::{Socket, eventually, soon},
+    support::{Client, Weir, metric, weir},
+};
+
+async fn list(weir: &Weir, query: &str) -> Vec<Value> {
+    weir.get(format!("/v1/connections?{query}")).await.expect(200).json()["connections"].as_array().unwrap().clone()
+}
+
+async fn kick(weir: &Weir, id: &Value) -> Value {
+    weir.delete(format!("/v1/connections?id={}", id.as_str().unwrap())).await.expect(200).json()
+}
+
+async fn open(weir: &Weir, path: &str) -> Client {
+    let mut client = weir.client().await;
+    client.send("GET", path, &[], b"").await;
+    client
+}
+
+#[tokio::test]
+async fn streams_sockets_and_reads_that_wait_are_listed() {
+    let weir = weir().await;
+    let mut stream = open(&weir, "/v1/sse?channel=a&channel=b").await;
+    stream.head().await;
+    let mut socket = Socket::open(weir.address).await;
+    socket.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
+    socket.provide("math").await;
+    let mut poll = open(&weir, "/v1/events?channel=b&wait=50s").await;
+    eventually("three are listed", || weir.gateway().survey.roll().len() == 3).await;
+
+    let all = list(&weir, "").await;
+    let transports: Vec<_> =
+        all.iter().map(|it| (it["transport"].as_str().unwrap(), it["channels"].as_u64().unwrap())).collect();
+    assert_eq!(transports, [("sse", 2), ("ws", 1), ("poll", 1)]);
+    let node = all[0]["node"].as_str().unwrap();
+    for it in &all {
+        assert!(
+            it["id"].as_str().unwrap().starts_with(node) && it["remote"].as_str().unwrap().starts_with("127.0.0.1:"),
+            "{it}"
+        );
+        assert_eq!(it["subject"], "");
+        assert!(it["since"].as_u64().unwrap() > 1_700_000_000_000);
+    }
+    assert_eq!(all[1]["services"], json!(["math"]));
+    assert_eq!(list(&weir, "channel=a").await, all[..2]);
+    assert_eq!(list(&weir, "channel=b").await, [all[0].clone(), all[2].clone()]);
+    assert_eq!(list(&weir, "subject=nobody").await, Vec::<Value>::new());
+    // Page by page.
+    let (mut paged, mut page) = (Vec::new(), String::new());
+    loop {
+        let answer = weir.get(format!("/v1/connections?limit=1{page}")).await.expect(200).json();
+        paged.extend(answer["connections"].as_array().unwrap().clone());
+        let Some(next) = answer.get("page") else { break };
+        page = format!("&page={}", next.as_str().unwrap());
+    }
+    assert_eq!(paged, all);
+    // What changes is seen.
+    socket.ok("weir.unsubscribe", json!({ "channels": ["a"] })).await;
+    socket.ok("weir.withdraw", json!({ "service": "math" })).await;
+    let now = list(&weir, "").await;
+    assert_eq!((&now[1]["channels"], now[1].get("services")), (&json!(0), None));
+    for bad in ["prefix=a", "limit=0", "what=1", "page=x"] {
+        weir.get(format!("/v1/connections?{bad}")).await.refused("invalid_params");
+    }
+    weir.delete("/v1/connections?channel=a").await.refused("invalid_params");
+
+    weir.publish("b", "1").await;
+    poll.reply().await.expect(200);
+    drop((stream, socket));
+    eventually("nobody is left", || weir.gateway().survey.roll().is_empty()).await;
+    eventually("no timer is left", || {
+        weir.connections().is_empty() || metric(&weir, "weir_connections{transport=\"ws\"}") == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn whoever_is_kicked_hears_it_and_goes() {
+    let weir = weir().await;
+    let mut stream = open(&weir, "/v1/sse?channel=a&present=c").await;
+    stream.head().await;
+    stream.chunk().await;
+    let mut other = open(&weir, "/v1/sse?channel=a").await;
+    other.head().await;
+    other.chunk().await;
+    let mut socket = Socket::open(weir.address).await;
+    socket.ok("weir.ping", json!({})).await;
+    let mut poll = open(&weir, "/v1/events?channel=a&wait=50s").await;
+    eventually("four are listed", || weir.gateway().survey.roll().len() == 4).await;
+    let all = list(&weir, "").await;
+    let of = |transport: &str| all.iter().find(|it| it["transport"] == transport).unwrap()["id"].clone();
+
+    assert_eq!(kick(&weir, &of("sse")).await, json!({ "kicked": 1 }));
+    let last = stream.chunk().await.unwrap();
+    assert_eq!(last, "retry: 2147483647\nevent: weir.retry\ndata: {\"code\":\"kicked\",\"after_ms\":2147483647}\n\n");
+    assert_eq!(stream.chunk().await, None);
+    assert!(stream.is_closed().await);
+    eventually("it is not present any more", || weir.gateway().presence.counts().0 == 0).await;
+    kick(&weir, &of("ws")).await;
+    assert_eq!(socket.closed().await, (4503, "kicked".to_owned()));
+    kick(&weir, &of("poll")).await;
+    poll.reply().await.refused("kicked");
+    assert_eq!(kick(&weir, &of("ws")).await, json!({ "kicked": 0 }));
+    eventually("three are gone", || weir.gateway().survey.roll().len() == 1).await;
+    for (transport, count) in [("sse", 1), ("ws", 1)] {
+        let series = format!("weir_connections_closed_total{{transport=\"{transport}\",reason=\"kicked\"}}");
+        eventually("it is counted", || metric(&weir, &series) == count).await;
+    }
+    // The other goes on.
+    weir.publish("a", "1").await;
+    assert!(other.chunk().await.unwrap().starts_with(b"id: "));
+    let all = list(&weir, "").await;
+    kick(&weir, &all[0]["id"]).await;
+    assert!(other.chunk().await.unwrap().ends_with(b"2147483647}\n\n"));
+}
+
+#[tokio::test]
+async fn operators_list_and_clients_do_not() {
+    let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
+    weir.get("/v1/connections").await.refused("not_found");
+    weir.delete("/v1/connections?id=x").await.refused("not_found");
+    weir.get("/v1/presence?channel=a").await.expect(200);
+    let operator = |method, path: &str| crate::support::Request::new(weir.addresses[1], method, path.to_owned());
+    operator("GET", "/v1/connections").await.expect(200);
+    assert_eq!(operator("DELETE", "/v1/connections?subject=u7").await.expect(200).json(), json!({ "kicked": 0 }));
+}
+
+#[tokio::test]
+async fn all_nodes_are_asked_and_the_silent_are_named() {
+    let time = Arc::new(AtomicU64::new(0));
+    let net = Net::new(Clock::Manual(time));
+    let nodes: Vec<_> = (0..3).map(|_| net.join()).collect();
+    let carrier = net.clone();
+    tokio::spawn(async move {
+        loop {
+            carrier.carry();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    let mut surveys = Vec::new();
+    let mut places = Vec::new();
+    for node in &nodes {
+        let wheel = Wheel::start();
+        let survey = Survey::new(Roll::new(wheel.clone()), node.clone());
+        tokio::spawn(survey.clone().run());
+        for _ in 0..50 {
+            let place = survey.roll().enter(Transport::Ws, &Identity::anonymous(), None, Reads::Nothing);
+            let mut timer = wheel.timer(Duration::from_secs(1_000));
+            timer.set_owner(place.number());
+            places.push((place, timer));
+        }
+        surveys.push(survey);
+    }
+    let all = |from: usize| {
+        let survey = surveys[from].clone();
+        async move { survey.list(&Which::default(), None, 1000).await }
+    };
+    for from in 0..3 {
+        let start = std::time::Instant::now();
+        while all(from).await.found.len() < 150 {
+            assert!(start.elapsed() < Duration::from_secs(20));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(all(from).await.silent.is_empty());
+    }
+    // Page by page, across nodes.
+    let (mut ids, mut after) = (Vec::new(), None::<String>);
+    loop {
+        let page = surveys[1].list(&Which::default(), after.as_deref(), 40).await.found;
+        let Some(last) = page.last() else { break };
+        after = Some(last.id.clone());
+        ids.extend(page.into_iter().map(|it| it.id));
+    }
+    assert_eq!(ids.len(), 150);
+    assert!(ids.is_sorted());
+    // One that is on another node.
+    let (own, other) = (surveys[0].roll().node(), surveys[2].roll().node());
+    let id = ids.iter().find(|id| id.starts_with(&other)).unwrap();
+    let which = Which { id: Some(id.clone()), ..Which::default() };
+    assert_eq!(surveys[0].kick(&which).await.found, 1);
+    let mut kicked = 0;
+    for (_, timer) in &mut places {
+        let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(timer.poll(cx))).await;
+        kicked += usize::from(polled == std::task::Poll::Ready(Due::Kicked));
+    }
+    assert_eq!(kicked, 1);
+
+    nodes[2].stop(true);
+    let found = soon(all(0)).await;
+    assert_eq!((found.found.len(), found.silent), (100, vec![other.clone()]));
+    let names: BTreeSet<String> = found.found.into_iter().map(|it| it.node).collect();
+    assert!(names.contains(&own) && !names.contains(&other));
+    let kicked = surveys[0].kick(&Which { subject: Some(String::new()), ..Which::default() }).await;
+    assert_eq!((kicked.found, kicked.silent), (100, vec![other]));
+}

@@ -1,0 +1,332 @@
+//! Presence of several nodes that share a log: one process, a net that carries mail, and a clock of leases that stands still.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use tokio::task::JoinHandle;
+use weir::{
+    backend::memory::Memory,
+    bus::{self, Bus, Keep, KeyLimits, Limit, Topics},
+    cluster::{
+        Clock,
+        local::{Net, Node},
+    },
+    event::Channel,
+    metrics::Metrics,
+    position::Start,
+    presence::{Client, Config, Lease, Presence},
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Nodes {
+    net: Arc<Net>,
+    time: Arc<AtomicU64>,
+    /// Of carrying and beating.
+    rounds: Arc<AtomicU64>,
+    bus: Arc<Bus>,
+    nodes: Vec<One>,
+    carrier: JoinHandle<()>,
+}
+
+struct One {
+    node: Arc<Node>,
+    presence: Arc<Presence>,
+    run: JoinHandle<()>,
+}
+
+/// What the log says.
+#[derive(Debug, Default)]
+struct Told {
+    members: BTreeMap<String, Value>,
+    joins: Vec<String>,
+    leaves: Vec<String>,
+    ended: usize,
+}
+
+impl Nodes {
+    fn start(count: usize) -> Self {
+        let config = bus::Config {
+            rules: Vec::new(),
+            keep: Keep { count: 10_000, age: Duration::from_secs(600), bytes: 1 << 24 },
+            budget: 1 << 26,
+            keys: KeyLimits { window: Duration::from_secs(60), count: 1_000 },
+            consumer_idle: Duration::from_secs(60),
+            max_consumers: 1,
+            max_cursors: 1,
+        };
+        let topics = Arc::new(Topics::new(config, bus::Clock::System));
+        let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
+        let time = Arc::new(AtomicU64::new(0));
+        let net = Net::new(Clock::Manual(time.clone()));
+        let carried = net.clone();
+        let rounds = Arc::<AtomicU64>::default();
+        let beats = rounds.clone();
+        let carrier = tokio::spawn(async move {
+            loop {
+                carried.carry();
+                carried.beat();
+                beats.fetch_add(1, SeqCst);
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        let mut nodes = Nodes { net, time, rounds, bus, nodes: Vec::new(), carrier };
+        (0..count).for_each(|_| nodes.join());
+        nodes
+    }
+
+    fn join(&mut self) {
+        let node = self.net.join();
+        let config = Config { leases: 100_000, event: 1 << 20 };
+        let presence = Presence::new(config, self.bus.clone(), node.clone(), Arc::new(Metrics::new()));
+        let run = tokio::spawn(presence.clone().run());
+        self.nodes.push(One { node, presence, run });
+    }
+
+    fn enter(&self, node: usize, client: &str) -> Lease {
+        let client = Client::read(client, None, 100).unwrap();
+        self.nodes[node].presence.enter(&chat(), &client, "", "ws").unwrap()
+    }
+
+    /// Ends without a word; what it held is nobody's any more.
+    fn kill(&mut self, node: usize) -> One {
+        let one = self.nodes.remove(node);
+        self.net.kill(&one.node);
+        one.run.abort();
+        one
+    }
+
+    /// Longer than any session.
+    async fn sessions_end(&self) {
+        // In steps, and whoever lives says so in between.
+        for _ in 0..6 {
+            self.time.fetch_add(2_000, SeqCst);
+            let rounds = self.rounds.load(SeqCst);
+            while self.rounds.load(SeqCst) < rounds + 2 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
+    }
+
+    async fn list(&self, node: usize) -> Vec<String> {
+        let listed = self.nodes[node].presence.list(&chat(), None, 100_000, usize::MAX).await.unwrap();
+        assert_eq!(listed.page.count, listed.page.members.len());
+        listed.page.members.into_iter().map(|(client, _)| client.to_string()).collect()
+    }
+
+    /// Waits until every node lists just these.
+    async fn until(&self, clients: &[&str]) {
+        let start = Instant::now();
+        for node in 0..self.nodes.len() {
+            loop {
+                let list = self.list(node).await;
+                if list == clients {
+                    break;
+                }
+                assert!(start.elapsed() < PATIENCE, "node {node} lists {list:?} and not {clients:?}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+
+    async fn told(&self) -> Told {
+        let limit = Limit { events: 10_000, bytes: usize::MAX };
+        let page = self.bus.read(&chat().presence().unwrap(), Start::Earliest, limit, None).await.unwrap();
+        let mut told = Told::default();
+        for event in page.events {
+            let data: Value = serde_json::from_str(event.data_json().unwrap()).unwrap();
+            if data["all"] == true {
+                told.members.clear();
+                told.ended += 1;
+            }
+            for member in data["members"].as_array().unwrap() {
+                let client = member["client"].as_str().unwrap().to_owned();
+                if event.kind_json() == Some("\"join\"") {
+                    told.joins.push(client.clone());
+                    told.members.insert(client, member.clone());
+                } else {
+                    told.leaves.push(client.clone());
+                    told.members.remove(&client);
+                }
+            }
+        }
+        told
+    }
+
+    /// The log, every list, and what is there agree.
+    async fn agree(&self, clients: &[&str]) -> Told {
+        self.until(clients).await;
+        let told = self.told().await;
+        assert_eq!(told.members.keys().map(String::as_str).collect::<Vec<_>>(), clients);
+        told
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        self.carrier.abort();
+        self.nodes.iter().for_each(|one| one.run.abort());
+    }
+}
+
+fn chat() -> Channel {
+    Channel::parse("chat").unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_of_all_nodes_are_known_to_all_and_announced_once() {
+    let mut nodes = Nodes::start(3);
+    let leases: Vec<_> = (0..9).map(|n| nodes.enter(n % 3, &format!("c{n}"))).collect();
+    let names: Vec<String> = (0..9).map(|n| format!("c{n}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let told = nodes.agree(&names).await;
+    assert_eq!(told.joins.iter().collect::<BTreeSet<_>>().len(), told.joins.len(), "{told:?}");
+    // Who comes later learns all of it.
+    nodes.join();
+    nodes.agree(&names).await;
+    drop(leases);
+    let told = nodes.agree(&[]).await;
+    assert_eq!((told.joins.len(), told.leaves.len(), told.ended), (9, 9, 0), "{told:?}");
+    let start = Instant::now();
+    while nodes.nodes.iter().any(|one| one.presence.counts() != (0, 0, 0)) {
+        assert!(start.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_is_neither_a_leave_nor_a_join() {
+    let nodes = Nodes::start(3);
+    let mut held = nodes.enter(1, "c");
+    nodes.agree(&["c"]).await;
+    for to in [2, 0, 1, 2, 1, 0] {
+        let next = nodes.enter(to, "c");
+        drop(held);
+        held = next;
+    }
+    let marker = nodes.enter(1, "z");
+    let told = nodes.agree(&["c", "z"]).await;
+    assert_eq!((told.joins, told.leaves), (vec!["c".to_owned(), "z".to_owned()], vec![]));
+    drop((held, marker));
+    nodes.agree(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_node_leaves_no_ghosts_and_one_node_says_so() {
+    let mut nodes = Nodes::start(3);
+    let far = [nodes.enter(2, "far1"), nodes.enter(2, "far2")];
+    let both = [nodes.enter(2, "moved"), nodes.enter(1, "stays")];
+    nodes.agree(&["far1", "far2", "moved", "stays"]).await;
+    let dead = nodes.kill(2);
+    // It has come back elsewhere before its node was missed.
+    let moved = nodes.enter(1, "moved");
+    nodes.sessions_end().await;
+    let told = nodes.agree(&["moved", "stays"]).await;
+    assert_eq!(told.leaves.iter().map(String::as_str).collect::<BTreeSet<_>>(), BTreeSet::from(["far1", "far2"]));
+    assert_eq!((told.joins.len(), told.leaves.len()), (4, 2), "{told:?}");
+    // And the one that announces: the next takes over.
+    let led = nodes.enter(0, "led");
+    nodes.agree(&["led", "moved", "stays"]).await;
+    let leader = nodes.kill(0);
+    nodes.sessions_end().await;
+    let told = nodes.agree(&["moved", "stays"]).await;
+    assert_eq!((told.joins.len(), told.leaves.len(), told.ended), (5, 3, 0), "{told:?}");
+    let after = nodes.enter(0, "after");
+    nodes.agree(&["after", "moved", "stays"]).await;
+    drop((far, both, moved, led, after, dead, leader));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_heals_without_a_trace() {
+    let nodes = Nodes::start(3);
+    let _near = nodes.enter(0, "near");
+    let far = nodes.enter(2, "far");
+    let gone = nodes.enter(0, "gone");
+    nodes.agree(&["far", "gone", "near"]).await;
+    nodes.nodes[2].node.cut(true);
+    nodes.sessions_end().await;
+    let lists = |nodes: &Nodes, wanted: &'static [&'static str]| {
+        let presence = nodes.nodes[1].presence.clone();
+        async move {
+            let start = Instant::now();
+            loop {
+                let page = presence.list(&chat(), None, 100, usize::MAX).await.unwrap().page;
+                let names: Vec<_> = page.members.iter().map(|(client, _)| client.to_string()).collect();
+                if names == wanted {
+                    return;
+                }
+                assert!(start.elapsed() < PATIENCE, "{names:?}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    };
+    lists(&nodes, &["gone", "near"]).await;
+    // Meanwhile things go on, on both sides.
+    drop(gone);
+    let _new = nodes.enter(1, "new");
+    let _late = nodes.enter(2, "late");
+    lists(&nodes, &["near", "new"]).await;
+    nodes.nodes[2].node.cut(false);
+    let told = nodes.agree(&["far", "late", "near", "new"]).await;
+    assert_eq!((told.joins.len(), told.leaves.len()), (6, 2), "{told:?}");
+    drop(far);
+    nodes.agree(&["late", "near", "new"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mail_that_is_lost_is_made_good() {
+    let nodes = Nodes::start(3);
+    let mut held = Vec::new();
+    for round in 0..10 {
+        let lossy = round % 2 == 0;
+        for (from, to) in [(1, 0), (1, 2), (2, 0)] {
+            nodes.net.lose(&nodes.nodes[from].node, &nodes.nodes[to].node, lossy);
+        }
+        held.push(nodes.enter(1 + round % 2, &format!("c{round}")));
+        if round % 3 == 2 {
+            held.remove(0);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // The loss is noticed by whatever comes next.
+    held.push(nodes.enter(1, "y"));
+    held.push(nodes.enter(2, "z"));
+    nodes.agree(&["c3", "c4", "c5", "c6", "c7", "c8", "c9", "y", "z"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_all_nodes_are_new_everybody_from_before_is_gone() {
+    let mut nodes = Nodes::start(2);
+    let held = [nodes.enter(0, "a"), nodes.enter(1, "b")];
+    nodes.agree(&["a", "b"]).await;
+    let dead = [nodes.kill(0), nodes.kill(0)];
+    // Here again before the session of its last life has ended.
+    nodes.join();
+    let again = nodes.enter(0, "b");
+    nodes.sessions_end().await;
+    let told = nodes.agree(&["b"]).await;
+    assert_eq!((told.joins, told.ended), (vec!["a".to_owned(), "b".to_owned(), "b".to_owned()], 1));
+    drop((held, dead, again));
+    nodes.agree(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_across_nodes_is_few_events_and_leaves_nothing() {
+    let nodes = Nodes::start(3);
+    let leases: Vec<_> = (0..6_000).map(|n| nodes.enter(n % 3, &format!("c{n:04}"))).collect();
+    let names: Vec<String> = (0..6_000).map(|n| format!("c{n:04}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    nodes.agree(&names).await;
+    drop(leases);
+    let told = nodes.agree(&[]).await;
+    assert_eq!((told.joins.len(), told.leaves.len()), (6_000, 6_000));
+    let info = nodes.bus.inspect(&chat().presence().unwrap()).await.unwrap();
+    assert!(info.top < 200, "{} events", info.top);
+}
