@@ -62,15 +62,15 @@ struct Tasks(Vec<JoinHandle<()>>);
 impl App {
     /// Binds the addresses of `config` and wires the parts. Needs a tokio runtime.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
-        let topics = Arc::new(Topics::new(bus_config(&config), Clock::System));
         let metrics = Arc::new(Metrics::new());
-        let (log, cluster): (Arc<dyn Log>, Arc<dyn Cluster>) = match config.bus.backend {
-            config::Backend::Memory => (Arc::new(Memory::new(topics.clone())), cluster::local::alone()),
-            config::Backend::Redis => redis(&config, topics.clone(), metrics.clone()).await?,
+        let redis = redis(&config, metrics.clone()).await?;
+        let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), Clock::System));
+        let cluster: Arc<dyn Cluster> = match &redis {
+            Some(deployment) => Nodes::start(deployment.clone(), &config.bus.redis.prefix),
+            None => cluster::local::alone(),
         };
         let wheel = Wheel::start();
         let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());
-        let bus = Arc::new(Bus::new(log, topics));
         let sse = sse::Settings {
             heartbeat: config.sse.heartbeat,
             stalled: config.limits.stalled,
@@ -226,25 +226,39 @@ impl App {
     }
 }
 
-/// Connects to Redis. What will not be different the next time is said now; a Redis that is away may come.
-async fn redis(
-    config: &Config,
-    topics: Arc<Topics>,
-    metrics: Arc<Metrics>,
-) -> anyhow::Result<(Arc<dyn Log>, Arc<dyn Cluster>)> {
-    let settings = &config.bus.redis;
-    let url = Url::parse(settings.url.reveal()).map_err(|error| anyhow!("bus.redis.url: {error}"))?;
+/// The bus of a configuration, without the node that serves it: as `topics` keep it, by the time of `clock`. Needs a tokio
+/// runtime.
+pub async fn bus(config: &Config, topics: bus::Config, clock: Clock, metrics: Arc<Metrics>) -> anyhow::Result<Bus> {
+    Ok(over(redis(config, metrics).await?.as_ref(), config, topics, clock))
+}
+
+fn over(redis: Option<&Arc<Deployment>>, config: &Config, topics: bus::Config, clock: Clock) -> Bus {
+    let topics = Arc::new(Topics::new(topics, clock));
+    let log: Arc<dyn Log> = match redis {
+        None => Arc::new(Memory::new(topics.clone())),
+        Some(deployment) => {
+            let ack = match config.bus.redis.ack {
+                config::Ack::Stored => redis::Ack::Stored,
+                config::Ack::Replicated => redis::Ack::Replicated,
+            };
+            let settings = redis::Settings { prefix: config.bus.redis.prefix.clone(), ack };
+            Arc::new(Redis::start(deployment.clone(), topics.clone(), settings))
+        }
+    };
+    Bus::new(log, topics)
+}
+
+/// Connects to Redis, if it is used. What will not be different the next time is said now; a Redis that is away may come.
+async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Deployment>>> {
+    if config.bus.backend == config::Backend::Memory {
+        return Ok(None);
+    }
+    let url = Url::parse(config.bus.redis.url.reveal()).map_err(|error| anyhow!("bus.redis.url: {error}"))?;
     let deployment = Deployment::start(url, metrics);
     if let Err(reason) = deployment.ready(REDIS_CONNECT).await {
         tracing::warn!(%reason, "Redis cannot be reached yet");
     }
-    let ack = match settings.ack {
-        config::Ack::Stored => redis::Ack::Stored,
-        config::Ack::Replicated => redis::Ack::Replicated,
-    };
-    let nodes = Nodes::start(deployment.clone(), &settings.prefix);
-    let settings = redis::Settings { prefix: settings.prefix.clone(), ack };
-    Ok((Arc::new(Redis::start(deployment, topics, settings)), nodes))
+    Ok(Some(deployment))
 }
 
 /// Publishes what changes among the services to the channel `$services`.
@@ -290,7 +304,8 @@ fn keep(keep: &config::Keep) -> bus::Keep {
     bus::Keep { count: keep.count, age: keep.age, bytes: keep.bytes }
 }
 
-fn bus_config(config: &Config) -> bus::Config {
+/// What the bus takes of the settings.
+pub fn bus_config(config: &Config) -> bus::Config {
     let rule = |rule: &config::ChannelRule| bus::Rule { pattern: Pattern::new(&rule.pattern), keep: keep(&rule.keep) };
     let own = config.compat.enable.contains(&config::Adapter::Ganomede).then(|| bus::Rule {
         pattern: Pattern::new(compat::ganomede::LOG),

@@ -7,6 +7,7 @@ mod client;
 mod commands;
 mod connect;
 mod doctor;
+mod import;
 mod output;
 mod provide;
 mod publish;
@@ -18,8 +19,10 @@ use std::{fmt, process::ExitCode, time::Duration};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-pub use args::{Cli, ClientCommand, Command, ConfigCommand, Serve};
+pub use args::{Cli, ClientCommand, Command, ConfigCommand, ImportCommand, Serve};
 pub use welcome::welcome;
+
+use crate::config::Config;
 
 /// How a command ends if not well: the exit code, and what is said on standard error.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,12 +44,27 @@ pub const USAGE: u8 = 2;
 
 /// Runs a client command to its end. Blocks; has a runtime of its own.
 pub fn run(command: ClientCommand) -> ExitCode {
+    block_on(commands::run(command))
+}
+
+/// Imports into the bus of a configuration. Blocks, too.
+pub fn import(command: ImportCommand, config: Config) -> ExitCode {
+    let ImportCommand::Ganomede(given) = command;
+    block_on(async move {
+        let mut out = output::Output::new();
+        let done = import::ganomede(&given, config, &mut out).await;
+        out.flush()?;
+        done
+    })
+}
+
+fn block_on(work: impl Future<Output = Result<(), Failure>>) -> ExitCode {
     // One thread is plenty for one connection.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::Failed(error.to_string()).exit(),
     };
-    let done = runtime.block_on(commands::run(command));
+    let done = runtime.block_on(work);
     // Whoever still reads standard input is not waited for.
     runtime.shutdown_background();
     match done {

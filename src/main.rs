@@ -10,7 +10,7 @@ use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use weir::{
     app::App,
-    cli::{self, Cli, Command, ConfigCommand, Serve, USAGE, welcome},
+    cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, USAGE, welcome},
     config::{self, Loaded, Problems},
     telemetry,
 };
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
     match Cli::parse().into_command() {
         Command::Serve(serve) => node(&serve),
         Command::Client(command) => cli::run(command),
+        Command::Import { command } => import(command),
         Command::Config { command } => configuration(command),
     }
 }
@@ -94,6 +95,14 @@ fn raise_open_files(connections: usize) {
     let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).map_or(current, |()| maximum);
     if raised.is_some_and(|files| files < connections as u64) {
         tracing::debug!(files = raised, connections, "limits.connections is more than the files this process may open");
+    }
+}
+
+fn import(command: ImportCommand) -> ExitCode {
+    let ImportCommand::Ganomede(given) = &command;
+    match load(&Serve { config: given.config.clone(), ..Serve::default() }) {
+        Ok(Loaded { config, .. }) => cli::import(command, config),
+        Err(problems) => wrong(&problems),
     }
 }
 

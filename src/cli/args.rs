@@ -40,6 +40,11 @@ pub enum Command {
     Serve(Serve),
     #[command(flatten)]
     Client(ClientCommand),
+    /// Bring what another system keeps into the Redis of weir
+    Import {
+        #[command(subcommand)]
+        command: ImportCommand,
+    },
     /// Check the settings, or show them
     Config {
         #[command(subcommand)]
@@ -68,6 +73,40 @@ pub struct Serve {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub compat: Vec<String>,
 }
+
+#[derive(Debug, Subcommand)]
+pub enum ImportCommand {
+    /// Channels, events, positions of clients and indices of ganomede-events
+    #[command(after_help = IMPORT)]
+    Ganomede(ImportGanomede),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ImportGanomede {
+    /// The Redis of ganomede-events, which is only read
+    #[arg(long, value_name = "URL")]
+    pub from: String,
+    /// Settings of the nodes: bus.backend and bus.redis say where to, the channel rules what is kept
+    #[arg(long, value_name = "FILE", env = "WEIR_CONFIG", hide_env_values = true)]
+    pub config: Option<PathBuf>,
+    /// Only say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Also where the channel rules let go of a part of it
+    #[arg(long)]
+    pub allow_trim: bool,
+}
+
+const IMPORT: &str = "\
+Ids become offsets and times stay. An id that has no event is filled by an event of type weir.void,
+which clients of ganomede do not see. last-fetched positions become cursors of consumers.
+
+  WEIR__BUS__BACKEND=redis WEIR__BUS__REDIS__URL=redis://new:6379 \\
+    weir import ganomede --from redis://old:6379
+
+It may be interrupted at any point and run again, and goes on where it was: run it while the
+servers of ganomede still work, stop them, and run it once more. A channel that has events of
+weir's own is refused, and then nothing is written.";
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
@@ -226,11 +265,11 @@ pub enum ClientCommand {
         /// The node, as its clients reach it: through every proxy [default: --url]
         #[arg(value_name = "URL", value_parser = Base::parse)]
         node: Option<Base>,
-        /// A Redis: redis://, rediss://, redis+sentinel://HOST,…/NAME, redis-cluster://HOST,…
-        #[arg(long, value_name = "URL", conflicts_with_all = ["node", "long"])]
+        /// A Redis: redis://, rediss://, redis+sentinel://HOST,…/NAME, redis-cluster://HOST,… [default: that of WEIR__BUS__REDIS__URL]
+        #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["node", "long"])]
         redis: Option<String>,
-        /// What the keys of weir begin with in that Redis
-        #[arg(long, value_name = "PREFIX", default_value = "weir", requires = "redis")]
+        /// bus.redis.prefix: what the keys of weir begin with in that Redis
+        #[arg(long, value_name = "PREFIX", default_value = "weir:", requires = "redis")]
         prefix: String,
         /// Wait for 75 seconds to see which idle connections are cut off
         #[arg(long)]

@@ -99,7 +99,10 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
         ClientCommand::Doctor { mut remote, node, redis, prefix, long } => {
             let mut report = doctor::Report::new(out);
             match redis {
-                Some(url) => doctor::redis(&url, &prefix, &mut report).await?,
+                Some(url) => {
+                    let url = if url.is_empty() { redis_url()? } else { url };
+                    doctor::redis(&url, &prefix, &mut report).await?;
+                }
                 None => {
                     remote.url = node.unwrap_or(remote.url);
                     doctor::node(&remote, long, &mut report).await?;
@@ -246,6 +249,12 @@ fn print(answer: Option<Box<RawValue>>, out: &mut Output) -> Result<(), Failure>
 
 pub fn client(remote: &Remote) -> Result<Client, Failure> {
     Client::new(remote.url.clone(), remote.token.as_deref()).map_err(Failure::Usage)
+}
+
+/// Where a password need not be typed.
+fn redis_url() -> Result<String, Failure> {
+    const NAME: &str = "WEIR__BUS__REDIS__URL";
+    std::env::var(NAME).map_err(|_| Failure::Usage(format!("which Redis? say --redis URL, or set {NAME}")))
 }
 
 /// An argument, or all of standard input for `-`.

@@ -18,7 +18,10 @@ use serde::Serialize;
 
 use super::{Failure, output::Output};
 
-pub use self::{node::examine as node, redis::examine as redis};
+pub use self::{
+    node::examine as node,
+    redis::{client as redis_client, examine as redis},
+};
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

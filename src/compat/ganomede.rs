@@ -21,8 +21,12 @@ use indexmap::IndexMap;
 use md5::{Digest as _, Md5};
 use serde_json::value::RawValue;
 
-pub use self::indices::LOG;
-use self::{indices::Indices, wire::Refusal};
+use self::wire::Refusal;
+pub use self::{
+    indices::{Indices, LOG},
+    poll::consumer,
+    wire::VOID,
+};
 use super::{Adapter, Parts, form::Form};
 use crate::{
     config,

@@ -174,8 +174,10 @@ async fn nobody_there_and_somebody_else() {
     let found = doctor(&[&other]).await;
     assert_eq!(found.code, Some(4), "{}", found.prose);
     found.is("reach", "problem", "is this a weir?");
-    let found = doctor(&["--redis", "http://127.0.0.1"]).await;
-    assert_eq!(found.code, Some(2), "{}", found.prose);
+    for args in [&["--redis", "http://127.0.0.1"][..], &["--redis"]] {
+        let found = doctor(args).await;
+        assert_eq!(found.code, Some(2), "{}", found.prose);
+    }
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ mod http;
 mod http_read;
 mod http_rules;
 mod http_services;
+mod import;
 mod jsonrpsee;
 mod microstream;
 mod presence;

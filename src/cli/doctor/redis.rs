@@ -8,11 +8,12 @@ use std::collections::HashMap;
 
 use redis::{RedisError, Value, cmd};
 
+pub use self::deployment::client;
 use self::server::{Part, Server};
 use super::{super::Failure, Report};
 use crate::backend::redis::address::{Address, Kind, Url};
 
-/// Looks at what `url` names. `prefix` is what the keys of weir begin with.
+/// Looks at what `url` names. `prefix` is `bus.redis.prefix`.
 pub async fn examine(url: &str, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
     let url = Url::parse(url).map_err(Failure::Usage)?;
     match &url.kind {

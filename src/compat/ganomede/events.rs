@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use super::{
     Ganomede, Given,
     poll::{channel, limit},
-    wire::{self, Refusal},
+    wire::{self, Refusal, is_void},
 };
 use crate::{
     bus::{Limit, Page},
@@ -55,13 +55,37 @@ impl Ganomede {
 
     /// At most `count` of the newest events, and at most `bytes` of them but for one.
     async fn newest(&self, channel: &Channel, count: usize, bytes: usize) -> Result<Vec<Arc<Event>>, Error> {
+        let mut last = count;
+        loop {
+            let (events, void) = self.newest_of(channel, last, count, bytes).await?;
+            if last >= count + void {
+                return Ok(events);
+            }
+            // Some only keep a place: as many more are looked at.
+            last = count + void;
+        }
+    }
+
+    /// Of the `last` places; also says how many of them only keep a place.
+    async fn newest_of(
+        &self,
+        channel: &Channel,
+        last: usize,
+        count: usize,
+        bytes: usize,
+    ) -> Result<(Vec<Arc<Event>>, usize), Error> {
+        let mut void = 0;
         let mut events = VecDeque::new();
         let mut held = 0;
-        let mut start = Start::Last(count as u64);
+        let mut start = Start::Last(last as u64);
         loop {
             let page = self.parts.bus.read(channel, start, Limit { events: count, bytes }, None).await?;
             let Page { events: read, next, more, .. } = page;
             for event in read {
+                if is_void(&event) {
+                    void += 1;
+                    continue;
+                }
                 held += event.size();
                 events.push_back(event);
                 while events.len() > count || (held > bytes && events.len() > 1) {
@@ -69,7 +93,7 @@ impl Ganomede {
                 }
             }
             if !more {
-                return Ok(events.into());
+                return Ok((events.into(), void));
             }
             start = Start::After(next);
         }

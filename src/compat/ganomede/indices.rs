@@ -17,7 +17,7 @@ use serde_json::{Value, value::to_raw_value};
 use super::{
     Ganomede, Given,
     poll::channel,
-    wire::{self, Refusal},
+    wire::{self, Refusal, is_void},
 };
 use crate::{
     bus::{Bus, Limit},
@@ -69,7 +69,7 @@ impl Ganomede {
         let channel = given.text("channel").filter(|name| channel(name).is_some());
         let channel = channel.ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
         let field = name("field").ok_or_else(|| Refusal::invalid("Invalid field"))?;
-        let created = self.indices.define(Definition { id, channel, field }).await?;
+        let created = self.indices.define(&id, &channel, &field).await?;
         Ok(if created { wire::string("OK") } else { b"null".to_vec() })
     }
 
@@ -102,7 +102,7 @@ impl Ganomede {
         loop {
             let page = self.parts.bus.read(channel, start, PAGE, None).await?;
             for event in page.events {
-                if !may_have(&event, &finder) || !has(&event, field, value) {
+                if is_void(&event) || !may_have(&event, &finder) || !has(&event, field, value) {
                     continue;
                 }
                 held += event.size();
@@ -159,7 +159,8 @@ impl Indices {
     }
 
     /// Whether this definition is the first of its id.
-    async fn define(&self, definition: Definition) -> Result<bool> {
+    pub async fn define(&self, id: &str, channel: &str, field: &str) -> Result<bool> {
+        let definition = Definition { id: id.to_owned(), channel: channel.to_owned(), field: field.to_owned() };
         if self.find(&definition.id).await?.is_some() {
             return Ok(false);
         }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     Ganomede,
-    wire::{self, Refusal},
+    wire::{self, Refusal, is_void},
 };
 use crate::{
     auth::MAX_CONSUMER,
@@ -67,6 +67,20 @@ impl Ganomede {
         Ok(out)
     }
 
+    /// As the bus reads, but without what only keeps a place.
+    async fn read(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page, Error> {
+        let mut page = self.parts.bus.read(channel, start, limit, None).await?;
+        loop {
+            page.events.retain(|event| !is_void(event));
+            if !page.events.is_empty() || !page.more {
+                return Ok(page);
+            }
+            let gap = page.gap.take();
+            page = self.parts.bus.read(channel, Start::After(page.next), limit, None).await?;
+            page.gap = gap.or(page.gap);
+        }
+    }
+
     /// Moves the position if the client says where it is, and reads on from there.
     async fn place(&self, client: &str, channel: &Channel, after: Option<u64>, limit: Limit) -> Result<Place, Error> {
         let bus = &self.parts.bus;
@@ -76,7 +90,7 @@ impl Ganomede {
             (None, Some(kept)) => Start::After(kept),
             (None, None) => Start::Earliest,
         };
-        let mut page = bus.read(channel, start, limit, None).await?;
+        let mut page = self.read(channel, start, limit).await?;
         let epoch = page.next.epoch;
         let said = match (after, kept) {
             (Some(after), _) => Position { epoch, offset: after },
@@ -94,7 +108,7 @@ impl Ganomede {
         let mut ahead = is_ahead(&page).then_some(said.offset);
         let repeats = ahead.is_some() && kept == Some(said);
         if elsewhere || repeats {
-            page = bus.read(channel, Start::Earliest, limit, None).await?;
+            page = self.read(channel, Start::Earliest, limit).await?;
             ahead = None;
             bus.seek(client, channel, Position { epoch: page.next.epoch, offset: 0 }).await?;
         } else if after.is_some() {
@@ -131,13 +145,13 @@ impl Ganomede {
                 () = &mut alarm => return Ok(()),
             }
             if let Some(after) = place.ahead {
-                let page = bus.read(channel, Start::AfterOffset(after), limit, None).await?;
+                let page = self.read(channel, Start::AfterOffset(after), limit).await?;
                 if !is_ahead(&page) {
                     place.page = page;
                 }
                 return Ok(());
             }
-            place.page = bus.read(channel, Start::After(place.page.next), limit, None).await?;
+            place.page = self.read(channel, Start::After(place.page.next), limit).await?;
             if let Some(slot) = slot {
                 subscriptions.seek(slot, Start::After(place.page.next));
             }
@@ -171,7 +185,7 @@ fn whole(text: &str) -> Option<u64> {
 
 /// The consumer that keeps the positions of a `clientId`: of the same name, where that is one of a consumer. Any other
 /// byte is written `..` and two hexadecimal digits.
-fn consumer(client: &str) -> Option<String> {
+pub fn consumer(client: &str) -> Option<String> {
     let bytes = client.as_bytes();
     let mut name = String::with_capacity(client.len());
     for (at, byte) in bytes.iter().enumerate() {

@@ -12,6 +12,13 @@ use crate::{
     event::{Event, write_json_str},
 };
 
+/// The type of what stands where an imported channel had no event: it keeps the place, and no client sees it.
+pub const VOID: &str = "weir.void";
+
+pub fn is_void(event: &Event) -> bool {
+    event.kind_json() == Some(r#""weir.void""#)
+}
+
 /// A failure as the original tells it: `{"code":…,"message":…}`.
 #[derive(Debug)]
 pub struct Refusal {

@@ -161,7 +161,7 @@ impl Server {
 
     /// Runs all that weir runs, on keys that go away by themselves.
     async fn commands(&mut self, part: Part, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
-        let scratch = format!("{prefix}:{{$doctor-{:08x}}}", fastrand::u32(..));
+        let scratch = format!("{prefix}{{$doctor-{:08x}}}", fastrand::u32(..));
         // What is refused for one reason is one thing to change.
         let mut refused: Vec<(String, Vec<&str>)> = Vec::new();
         let all = commands::all(&scratch, part == Part::Shard);
@@ -173,10 +173,10 @@ impl Server {
             }
             let why = match (error.code(), reason(&error)) {
                 (Some("NOPERM"), why) if why.contains("keys used") => {
-                    format!("keys that begin with {prefix}: are not allowed")
+                    format!("keys that begin with {prefix} are not allowed")
                 }
                 (Some("NOPERM"), why) if why.contains("channels") => {
-                    format!("channels that begin with {prefix}: are not allowed")
+                    format!("channels that begin with {prefix} are not allowed")
                 }
                 (Some("NOPERM"), _) => "the command is not allowed".to_owned(),
                 (_, why) => why,
@@ -193,13 +193,13 @@ impl Server {
         }
         let refused: Vec<String> = refused.iter().map(|(why, names)| format!("{}: {why}", names.join(" "))).collect();
         let change = format!(
-            "ACL SETUSER NAME ~{prefix}:* &{prefix}:* +@all -@admin -@dangerous +info +role +config|get allows what weir needs"
+            "ACL SETUSER NAME ~{prefix}* &{prefix}* +@all -@admin -@dangerous +info +role +config|get allows what weir needs"
         );
         report.problem("commands", refused.join("; "), change)
     }
 
     async fn latency(&mut self, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
-        let scratch = format!("{prefix}:{{$doctor-{:08x}}}", fastrand::u32(..));
+        let scratch = format!("{prefix}{{$doctor-{:08x}}}", fastrand::u32(..));
         for (check, command) in [("ping", cmd("PING")), ("script", commands::append(&scratch))] {
             let mut taken = Vec::new();
             for _ in 0..200 {

@@ -1,0 +1,186 @@
+//! The Redis of ganomede-events, which is only read.
+//!
+//! ```text
+//! indices:<channel>                    the newest id, as text
+//! <channel>:keys                       sorted set of the keys of events, by id
+//! <channel>:<id>                       an event, as JSON
+//! last-fetched:<clientId>:<channel>    the position of a client, as text
+//! indices:<indexId>                    the definition of an index, as JSON: the same names as the counters
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, aio::MultiplexedConnection, cmd, pipe};
+use serde::Deserialize;
+
+use super::super::{Failure, doctor::redis_client};
+use crate::backend::redis::address::{Kind, Url};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Keys of one SCAN, and of one MGET.
+const MANY: usize = 1000;
+
+pub struct Source {
+    connection: MultiplexedConnection,
+}
+
+/// Everything there is but the events.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// With the newest id that was given, which may be of no event.
+    pub channels: BTreeMap<String, u64>,
+    /// What follows `last-fetched:`, and the id.
+    pub cursors: Vec<(String, u64)>,
+    pub indices: Vec<Index>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Index {
+    pub id: String,
+    pub channel: String,
+    pub field: String,
+}
+
+/// Ids of the events that there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub first: u64,
+    pub last: u64,
+    pub count: u64,
+}
+
+impl Source {
+    pub async fn open(url: &str) -> Result<Self, Failure> {
+        let url = Url::parse(url).map_err(Failure::Usage)?;
+        let Kind::One(address) = &url.kind else {
+            return Err(Failure::Usage("ganomede-events uses one Redis: write redis://host:6379".into()));
+        };
+        // Its servers may be older than RESP3.
+        let client = redis_client(&url, address, true, ProtocolVersion::RESP2).map_err(|error| away(&error))?;
+        let config = AsyncConnectionConfig::new();
+        let config = config.set_connection_timeout(Some(PATIENCE)).set_response_timeout(Some(PATIENCE));
+        let connection =
+            client.get_multiplexed_async_connection_with_config(&config).await.map_err(|error| away(&error))?;
+        Ok(Source { connection })
+    }
+
+    async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, Failure> {
+        command.query_async(&mut self.connection).await.map_err(|error| away(&error))
+    }
+
+    /// Looks through all keys but those of events.
+    pub async fn survey(&mut self) -> Result<Survey, Failure> {
+        let mut survey = Survey::default();
+        for key in self.scan("*:keys", "zset").await? {
+            let channel = key.strip_suffix(":keys").unwrap_or_default().to_owned();
+            // Somebody else's set may end so, too.
+            let members: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
+            if !channel.is_empty() && members.iter().all(|member| id_of(member, &channel).is_some()) {
+                survey.channels.insert(channel, 0);
+            }
+        }
+        for (key, value) in self.texts("indices:").await? {
+            let name = &key["indices:".len()..];
+            if let Ok(counter) = value.parse() {
+                survey.channels.insert(name.to_owned(), counter);
+            } else if let Ok(index) = serde_json::from_str::<Index>(&value) {
+                survey.indices.push(index);
+            }
+        }
+        for (key, value) in self.texts("last-fetched:").await? {
+            if let Ok(id) = value.parse() {
+                survey.cursors.push((key["last-fetched:".len()..].to_owned(), id));
+            }
+        }
+        survey.indices.sort_by(|a, b| a.id.cmp(&b.id));
+        survey.cursors.sort();
+        Ok(survey)
+    }
+
+    async fn scan(&mut self, pattern: &str, kind: &str) -> Result<BTreeSet<String>, Failure> {
+        let mut found = BTreeSet::new();
+        let mut cursor: u64 = 0;
+        loop {
+            let mut scan = cmd("SCAN");
+            scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(MANY);
+            let (next, keys): (u64, Vec<Vec<u8>>) = self.ask(&scan).await?;
+            // What is no text is not of the original.
+            let keys: Vec<String> = keys.into_iter().filter_map(|key| String::from_utf8(key).ok()).collect();
+            // TYPE is an argument of SCAN only since Redis 6.
+            let mut types = pipe();
+            for key in &keys {
+                types.cmd("TYPE").arg(key);
+            }
+            let types: Vec<String> = match keys.is_empty() {
+                true => Vec::new(),
+                false => types.query_async(&mut self.connection).await.map_err(|error| away(&error))?,
+            };
+            found.extend(keys.into_iter().zip(types).filter(|(_, is)| is == kind).map(|(key, _)| key));
+            cursor = next;
+            if cursor == 0 {
+                return Ok(found);
+            }
+        }
+    }
+
+    async fn texts(&mut self, prefix: &str) -> Result<Vec<(String, String)>, Failure> {
+        let keys: Vec<String> = self.scan(&format!("{prefix}*"), "string").await?.into_iter().collect();
+        let mut texts = Vec::with_capacity(keys.len());
+        for keys in keys.chunks(MANY) {
+            let values: Vec<Option<Vec<u8>>> = self.ask(cmd("MGET").arg(keys)).await?;
+            let values = values.into_iter().map(|value| value.and_then(|value| String::from_utf8(value).ok()));
+            texts.extend(keys.iter().cloned().zip(values).filter_map(|(key, value)| Some((key, value?))));
+        }
+        Ok(texts)
+    }
+
+    /// None if there are no events.
+    pub async fn bounds(&mut self, channel: &str) -> Result<Option<Bounds>, Failure> {
+        let key = format!("{channel}:keys");
+        let first: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
+        let last: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(-1).arg(-1)).await?;
+        let count: u64 = self.ask(cmd("ZCARD").arg(&key)).await?;
+        let id = |members: &[String]| members.first().and_then(|member| id_of(member, channel));
+        Ok(id(&first).zip(id(&last)).map(|(first, last)| Bounds { first, last, count }))
+    }
+
+    /// Events after an id in their order, at most `limit`; without one, what is listed is not there.
+    pub async fn page(
+        &mut self,
+        channel: &str,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<(u64, Option<String>)>, Failure> {
+        let mut range = cmd("ZRANGEBYSCORE");
+        range.arg(format!("{channel}:keys")).arg(format!("({after}")).arg("+inf").arg("LIMIT").arg(0).arg(limit);
+        let members: Vec<String> = self.ask(&range).await?;
+        if members.is_empty() {
+            return Ok(Vec::new());
+        }
+        let events: Vec<Option<String>> = self.ask(cmd("MGET").arg(&members)).await?;
+        let ids = members.iter().map(|member| id_of(member, channel));
+        let page = ids.zip(events).filter_map(|(id, event)| Some((id?, event)));
+        Ok(page.collect())
+    }
+
+    /// One event.
+    pub async fn event(&mut self, channel: &str, id: u64) -> Result<Option<String>, Failure> {
+        self.ask(cmd("GET").arg(format!("{channel}:{id}"))).await
+    }
+}
+
+fn id_of(member: &str, channel: &str) -> Option<u64> {
+    let id = member.strip_prefix(channel)?.strip_prefix(':')?;
+    id.parse().ok().filter(|id: &u64| *id > 0)
+}
+
+fn away(error: &redis::RedisError) -> Failure {
+    let reason = format!("the source: {error}");
+    match error.code() {
+        Some("NOAUTH" | "WRONGPASS" | "NOPERM") => Failure::Refused(reason),
+        _ => Failure::Unavailable(reason),
+    }
+}
