@@ -13,6 +13,7 @@ use mio::{Events, Interest, Poll, Token, net::TcpStream};
 use crate::{
     floor::CALLER_AT,
     link::{self, CALLER, HELLO, PROVIDER, PUBLISHER},
+    redis,
     report::Measure,
     stamp::{self, Faults, Histogram, Stamp},
     sys::{self, Process, Server},
@@ -78,9 +79,18 @@ struct Book {
 
 impl Rig {
     pub fn weir(server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
+        Self::nodes(server, server, layout, busy_poll)
+    }
+
+    /// Provided on one node, called on another.
+    pub fn nodes(provided: &Process, server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
-            let mut stream = blocking_upgrade(server.addr(), "/v1/ws")?;
+            if number == layout.providers {
+                redis::known(server, "bench")?;
+            }
+            let at = if number < layout.providers { provided } else { server };
+            let mut stream = blocking_upgrade(at.addr(), "/v1/ws")?;
             if number < layout.providers {
                 let mut provide = Vec::new();
                 let text = br#"{"jsonrpc":"2.0","id":1,"method":"weir.provide","params":{"service":"bench","concurrency":1000}}"#;

@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     io::{self, Write},
+    net::SocketAddr,
     time::Duration,
 };
 
@@ -68,11 +69,16 @@ enum To {
 
 impl Rig {
     pub fn weir(server: &dyn Server, layout: Layout, busy_poll: bool) -> Result<Self> {
+        Self::nodes(server.addr(), server, layout, busy_poll)
+    }
+
+    /// Published to one node, read from another.
+    pub fn nodes(publish: SocketAddr, server: &dyn Server, layout: Layout, busy_poll: bool) -> Result<Self> {
         let (connections, per_link) = match layout.transport {
             Transport::H2(streams) => (layout.readers / streams, streams * layout.per_reader),
             _ => (layout.readers, layout.per_reader),
         };
-        let publisher = link::connect(server.addr(), wire::upgrade(&server.addr().to_string(), "/v1/ws").as_bytes())?;
+        let publisher = link::connect(publish, wire::upgrade(&publish.to_string(), "/v1/ws").as_bytes())?;
         let mut rig = Self::new("weir", server, publisher, To::Weir, layout, busy_poll)?;
         for at in 0..connections {
             let first = (at * per_link % layout.channels) as u32;

@@ -8,6 +8,7 @@ mod fan;
 mod floor;
 mod idle;
 mod link;
+mod redis;
 mod report;
 mod requests;
 mod scenarios;
@@ -149,6 +150,7 @@ fn load(args: &Args) -> Result<bool> {
         hub,
         weir: sys::Weir { program: args.weir.clone(), core: args.server_core, args: Vec::new(), env },
         floor_core: args.server_core,
+        load_core: args.load_core,
         repeat: args.repeat.max(1),
         slice: Duration::from_secs_f64(args.seconds.clamp(0.2, 60.0)),
         size: args.size,

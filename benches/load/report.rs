@@ -12,6 +12,8 @@ pub struct Measure {
     pub who: &'static str,
     /// Name and value; the name says the unit.
     pub figures: Vec<(&'static str, f64)>,
+    /// Operations.
+    pub done: u64,
     pub faults: Faults,
 }
 
@@ -48,7 +50,7 @@ impl Measure {
             ("server_busy_%", cpu as f64 * 100.0 / wall.max(1) as f64),
             ("load_busy_%", load as f64 * 100.0 / wall.max(1) as f64),
         ];
-        Measure { who, figures, faults }
+        Measure { who, figures, done, faults }
     }
 
     fn get(&self, name: &str) -> Option<f64> {

@@ -14,6 +14,7 @@ use crate::{
     fan::{self, Pace},
     idle,
     link::Transport::{self, H2, NodeSse, Sse, Ws},
+    redis::{self, Hops, Pipe, Publishers},
     report::{Measure, Report},
     requests::{Dialect, Polls, Posts, SECRET},
     stamp::{self, Faults},
@@ -25,6 +26,7 @@ use crate::{
 pub struct Options {
     pub weir: Weir,
     pub floor_core: usize,
+    pub load_core: usize,
     pub repeat: usize,
     /// Of one slice of weir; a floor runs for half of it before and half after.
     pub slice: Duration,
@@ -89,9 +91,31 @@ enum Kind {
     Churn {
         connections: usize,
     },
+    /// 64 publishes under way, through Redis.
+    Append {
+        over: Over,
+        keyed: bool,
+    },
+    /// Published on one node, read on another.
+    Deliver,
+    /// Called on one node, provided on another.
+    CallNode {
+        callers: usize,
+        in_flight: usize,
+    },
     /// No weir at all.
     Floors,
 }
+
+/// How publishes come.
+#[derive(Clone, Copy, PartialEq)]
+enum Over {
+    WebSocket,
+    Http,
+}
+
+/// Publishes under way through Redis.
+const UNDER_WAY: usize = 64;
 
 const fn fan(name: &'static str, what: &'static str, transport: Transport, pace: Pace) -> Scenario {
     Scenario { name, what, kind: Kind::Fan { transport, readers: 1000, channels: 1, per_reader: 1, pace } }
@@ -197,6 +221,36 @@ pub const ALL: &[Scenario] = &[
         kind: Kind::Churn { connections: 20_000 },
     },
     Scenario {
+        name: "redis-append",
+        what: "64 publishes under way through Redis, over 4 WebSockets",
+        kind: Kind::Append { over: Over::WebSocket, keyed: false },
+    },
+    Scenario {
+        name: "redis-append-http",
+        what: "64 publishes under way through Redis, over 64 kept-alive connections",
+        kind: Kind::Append { over: Over::Http, keyed: false },
+    },
+    Scenario {
+        name: "redis-append-keyed",
+        what: "64 publishes under way through Redis, over 4 WebSockets, each with an idempotency key",
+        kind: Kind::Append { over: Over::WebSocket, keyed: true },
+    },
+    Scenario {
+        name: "redis-deliver",
+        what: "published on one node, read from an SSE stream of another, 1 message under way",
+        kind: Kind::Deliver,
+    },
+    Scenario {
+        name: "redis-call",
+        what: "called on one node, provided on another, 1 call under way",
+        kind: Kind::CallNode { callers: 1, in_flight: 1 },
+    },
+    Scenario {
+        name: "redis-calls",
+        what: "called on one node, provided on another, 16 callers × 8 calls under way",
+        kind: Kind::CallNode { callers: 16, in_flight: 8 },
+    },
+    Scenario {
         name: "floors",
         what: "the floors alone, with frames made up: what the machine can do",
         kind: Kind::Floors,
@@ -256,6 +310,19 @@ impl Scenario {
                     let measure = logged(idle::idle(&server, layout, readers * per_reader), &server)?;
                     report.repeats.push(vec![measure]);
                 }
+            }
+            Kind::Append { over, keyed } => {
+                report.ratio_of = "per_s";
+                append(&mut report, over, keyed, options)?;
+            }
+            Kind::Deliver => {
+                report.ratio_of = "p50_us";
+                deliver(&mut report, options)?;
+            }
+            Kind::CallNode { callers, in_flight } => {
+                report.ratio_of = "p50_us";
+                let layout = calls::Layout { callers, providers: 1, in_flight, size: options.size };
+                call_node(&mut report, layout, options)?;
             }
             Kind::Floors => floors(&mut report, options)?,
             Kind::Churn { connections } => {
@@ -445,7 +512,7 @@ fn with_crowd(
         [lost, duplicated, misordered, gaps, failed] => Faults { lost, duplicated, misordered, gaps, failed },
         _ => bail!("the crowd said {line}"),
     };
-    Ok((calls, Measure { who: "(its readers)", figures: names.into_iter().zip(figures).collect(), faults }))
+    Ok((calls, Measure { who: "(its readers)", figures: names.into_iter().zip(figures).collect(), done: 0, faults }))
 }
 
 struct Guard(std::process::Child);
@@ -541,5 +608,76 @@ fn posts(report: &mut Report, connections: usize, options: &Options) -> Result<(
         let repeat = vec![floor.run(half)?.0, logged(weir.run(options.slice), &server)?.0, floor.run(half)?.0];
         report.repeats.push(repeat);
     }
+    Ok(())
+}
+
+/// Redis has a core for itself, weir and the load share the other: with Redis it would only show how they share.
+fn append(report: &mut Report, over: Over, keyed: bool, options: &Options) -> Result<()> {
+    let how = Weir { core: options.load_core, ..options.weir.clone() };
+    let redis = Process::redis(options.floor_core)?;
+    let said = redis::recorded(&how, &redis, options.size, keyed)?;
+    let server = Process::weir(&redis::node(&how, redis.addr()))?;
+    let mut floor = Pipe::new("floor", &redis, said, keyed, UNDER_WAY, options.busy_poll)?;
+    let mut bare = Pipe::bare(&redis, options.size, UNDER_WAY, options.busy_poll)?;
+    let mut posts = Posts::weir(&server, UNDER_WAY, options.size)?;
+    let mut sockets = Publishers::new(&server, 4, UNDER_WAY / 4, options.size, keyed, false)?;
+    let mut weir = |time| match over {
+        Over::WebSocket => logged(sockets.run(time), &server),
+        Over::Http => Ok(logged(posts.run(time), &server)?.0),
+    };
+    weir(Duration::from_millis(300))?;
+    floor.run(Duration::from_millis(300))?;
+    for _ in 0..options.repeat {
+        let half = options.slice / 2;
+        report.repeats.push(vec![
+            redis::beside(&redis, || floor.run(half))?,
+            redis::beside(&redis, || weir(options.slice))?,
+            redis::beside(&redis, || floor.run(half))?,
+            redis::beside(&redis, || bare.run(half))?,
+        ]);
+    }
+    report.what.push_str("; the floor says to Redis what weir says, pipelined");
+    Ok(())
+}
+
+fn deliver(report: &mut Report, options: &Options) -> Result<()> {
+    let redis = Process::redis(options.floor_core)?;
+    let how = redis::node(&options.weir, redis.addr());
+    let (near, far) = (Process::weir(&how)?, Process::weir(&how)?);
+    let layout = fan::Layout { transport: Sse, readers: 1, channels: 1, per_reader: 1, size: options.size };
+    let mut weir = logged(fan::Rig::nodes(near.addr(), &far, layout, options.busy_poll), &far)?;
+    let mut floor = Hops::new(&redis, false, 1, options.size, options.busy_poll)?;
+    logged(weir.run(Pace::Window(1), Duration::from_millis(300)), &near)?;
+    floor.run(Duration::from_millis(300))?;
+    for _ in 0..options.repeat {
+        let half = options.slice / 2;
+        report.repeats.push(vec![
+            redis::beside(&redis, || floor.run(half))?,
+            redis::beside(&redis, || Ok(logged(weir.run(Pace::Window(1), options.slice), &far)?.0))?,
+            redis::beside(&redis, || floor.run(half))?,
+        ]);
+    }
+    report.what.push_str("; the floor is PUBLISH to message");
+    Ok(())
+}
+
+fn call_node(report: &mut Report, layout: calls::Layout, options: &Options) -> Result<()> {
+    let redis = Process::redis(options.floor_core)?;
+    let how = redis::node(&options.weir, redis.addr());
+    let (near, far) = (Process::weir(&how)?, Process::weir(&how)?);
+    let mut weir = logged(calls::Rig::nodes(&far, &near, layout, options.busy_poll), &near)?;
+    let under_way = layout.callers * layout.in_flight;
+    let mut floor = Hops::new(&redis, true, under_way, options.size, options.busy_poll)?;
+    logged(weir.run(Duration::from_millis(300)), &near)?;
+    floor.run(Duration::from_millis(300))?;
+    for _ in 0..options.repeat {
+        let half = options.slice / 2;
+        report.repeats.push(vec![
+            redis::beside(&redis, || floor.run(half))?,
+            redis::beside(&redis, || logged(weir.run(options.slice), &near))?,
+            redis::beside(&redis, || floor.run(half))?,
+        ]);
+    }
+    report.what.push_str("; the floor is PUBLISH to message, there and back");
     Ok(())
 }

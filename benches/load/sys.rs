@@ -137,6 +137,27 @@ impl Process {
         Ok(process)
     }
 
+    /// Starts a Redis that keeps nothing, on a free port, and waits until it answers.
+    pub fn redis(core: usize) -> Result<Self> {
+        let addr = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("redis-{}", addr.port()));
+        fs::create_dir_all(&home)?;
+        let log = home.join("log");
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["--child", "exec", &core.to_string(), "redis-server", "--bind", "127.0.0.1"]);
+        command.args(["--port", &addr.port().to_string(), "--save", "", "--appendonly", "no"]);
+        command.current_dir(&home).stdin(Stdio::null()).stdout(fs::File::create(&log)?).stderr(Stdio::null());
+        let mut process = Process { child: command.spawn()?, addr, log: Some(log) };
+        let started = Instant::now();
+        while TcpStream::connect(addr).is_err() {
+            if process.child.try_wait()?.is_some() || started.elapsed() > Duration::from_secs(10) {
+                bail!("no redis-server: is it installed? {}", process.log());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(process)
+    }
+
     /// Starts a floor: this program again, in another role. `bytes` is what it is to answer, if anything.
     pub fn floor(role: &str, core: usize, bytes: &[u8]) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
