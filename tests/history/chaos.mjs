@@ -152,6 +152,7 @@ export async function chaos(t, { redis = "standalone", seed = 1, seconds = 30, f
   await pause(Math.max(0, deadline - Date.now()));
   const verdict = await finish(run, 40_000);
   const lossy = [...done.keys()].some(name => FAULTS[name].lossy);
+  if (!lossy && verdict.moves) verdict.violations.push(`nothing was lost, but a consumer's place moved ${verdict.moves} times`);
   if (!lossy && Object.keys(verdict.gaps).length) verdict.violations.push(`nothing was lost, but gaps were announced: ${JSON.stringify(verdict.gaps)}`);
   return { run, verdict, done, world };
 }

@@ -146,8 +146,8 @@ export function pipeliner(run, { channel, every, depth = 8 }) {
 
 // --- readers ---
 
-function log(run, name, channel, exact) {
-  const reader = { name, channel, exact, seen: [] };
+function log(run, name, channel, exact, consumer = false) {
+  const reader = { name, channel, exact, consumer, seen: [] };
   run.history.readers.push(reader);
   return reader;
 }
@@ -245,7 +245,7 @@ function before(next) {
 
 /** Long polls with a token, or with a consumer whose place the server keeps. */
 export function poller(run, { name, channels, consumer }) {
-  const logs = new Map(channels.map(channel => [channel, log(run, name, channel, false)]));
+  const logs = new Map(channels.map(channel => [channel, log(run, name, channel, false, consumer !== undefined)]));
   const query = channels.map(channel => `channel=${encodeURIComponent(channel)}`).join("&");
   let after;
   run.keep(consumer ? "consumer" : "poll", async () => {

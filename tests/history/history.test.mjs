@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { setTimeout as pause } from "node:timers/promises";
 import { Relay, Weir } from "../support/weir.mjs";
+import { chaos } from "./chaos.mjs";
 import { finish, start, summary } from "./check.mjs";
 
 function acquitted(run, verdict) {
@@ -27,3 +28,17 @@ test("one node in memory, whose clients' cable is cut again and again", async t 
   assert.deepEqual(verdict.gaps, {}, "nothing was lost, so there is no gap");
   assert.ok(run.troubles.size > 0, "the cuts hurt nobody");
 });
+
+// The same faults for each seed, in the same order: what fails here can be done again by
+// node tests/history/chaos.mjs --seed … --faults …
+for (const { what, ...how } of [
+  { what: "nodes killed, stopped and cut off, connections and scripts lost", seed: 6, seconds: 15, faults: ["kill-node", "cut-network", "flush-scripts", "kill-connections"] },
+  { what: "Redis killed and restarted, keys lost", seed: 7, seconds: 12, faults: ["restart-redis", "lose-key"] },
+  { what: "a master that dies or sleeps, and another in its place", seed: 8, seconds: 10, redis: "sentinel", faults: ["failover"] },
+]) {
+  test(`three nodes on one Redis: ${what}`, async t => {
+    const { run, verdict, done } = await chaos(t, how);
+    acquitted(run, verdict);
+    assert.ok(done.size > 0, "nothing was broken");
+  });
+}

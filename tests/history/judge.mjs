@@ -15,14 +15,15 @@ const key = at => `${at.epoch}-${at.offset}`;
 /**
  * @param writes  [{channel, id, outcome: "placed"|"no"|"maybe", at?: {epoch, offset}, keyed, by?}]: one entry per attempt, those
  *                of one connection (`by`) in the order in which they were sent
- * @param readers [{name, channel, exact, seen: [{event} | {gap} | {connected: true}], until?}]: `until` is the id it must have seen at last
+ * @param readers [{name, channel, exact, consumer, seen: [{event} | {gap} | {connected: true}], until?}]: `until` is the id it must have seen at last
  * @param calls   [{id, asked, outcome: "result"|"error", by?, executed?}] with `asked` a time
  * @param runs    [{id, by, fence?}]: executions as providers noted them
  * @param grants  [{by, fence, asked, granted}] of one exclusive name
- * @returns {violations: [string], gaps: {reason: count}, missed: number}
+ * @returns {violations: [string], gaps: {reason: count}, missed: number, moves: number}: moves are places of consumers that the server
+ *          lost, which only a lossy failover may do
  */
 export function judge({ writes = [], readers = [], calls = [], runs = [], grants = [] }) {
-  const verdict = { violations: [], gaps: {}, missed: 0 };
+  const verdict = { violations: [], gaps: {}, missed: 0, moves: 0 };
   const wrong = text => verdict.violations.push(text);
   const placed = positions(writes, wrong);
   for (const reader of readers) timeline(reader, placed, verdict);
@@ -77,7 +78,7 @@ function timeline(reader, placed, verdict) {
       if (gap.reason === "reset") {
         // "Nobody here knows where you were": what is read again from its beginning is announced with it.
         had.clear();
-      } else if (last && next && last.epoch === next.epoch && next.offset <= last.offset && gap.reason !== "bad_position") {
+      } else if (!reader.consumer && last && next && last.epoch === next.epoch && next.offset <= last.offset && gap.reason !== "bad_position") {
         wrong(`after ${key(last)} a gap leads back to ${gap.next}`);
       }
       expected = next;
@@ -85,6 +86,13 @@ function timeline(reader, placed, verdict) {
     }
     const { event } = entry;
     lay(placed, channel, event, event.id, name, wrong);
+    if (reader.consumer && (last || expected)) {
+      // Its place is the server's: a failover that loses the last commits moves it.
+      const follows = expected ? leads(expected, event) : last.epoch === event.epoch && event.offset === last.offset + 1;
+      if (!follows && !reconnected) verdict.moves += 1;
+      [last, expected, time, reconnected] = [event, undefined, event.time, false];
+      continue;
+    }
     if (had.has(key(event))) {
       if (exact || !reconnected) wrong(`${key(event)} came twice${exact ? "" : " without a reconnect"}`);
       continue;
@@ -92,7 +100,7 @@ function timeline(reader, placed, verdict) {
     had.add(key(event));
     if (expected) {
       // A gap's `next` is where it goes on; an offset beyond it is a hole that was not told.
-      if (expected.epoch === event.epoch ? expected.offset !== event.offset : expected.epoch !== "0") wrong(`after a gap to ${key(expected)} came ${key(event)}`);
+      if (!leads(expected, event)) wrong(`after a gap to ${key(expected)} came ${key(event)}`);
     } else if (last && last.epoch !== event.epoch) {
       wrong(`from ${key(last)} to ${key(event)} without a gap`);
     } else if (last && event.offset !== last.offset + 1) {
@@ -103,6 +111,11 @@ function timeline(reader, placed, verdict) {
     [last, expected, reconnected] = [event, undefined, false];
   }
   if (reader.until !== undefined && !seen.some(entry => entry.event?.id === reader.until)) wrong(`never came to the end (${reader.until}); its last is ${last ? key(last) : "nothing"}`);
+}
+
+/** Whether a gap that ends at `next` is followed by `event`. Where a channel had no log, any is the first. */
+function leads(next, event) {
+  return next.epoch === event.epoch ? next.offset === event.offset : next.epoch === "0";
 }
 
 /** How often each write appears, whoever saw it. */

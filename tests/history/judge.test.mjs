@@ -18,21 +18,26 @@ function finds(what, history) {
 
 test("what is right passes", () => {
   const seen = [event(1), event(2), { connected: true }, event(3), event(4)];
-  assert.deepEqual(judge({ writes, readers: [reader(seen, { until: "w4" })] }), { violations: [], gaps: {}, missed: 0 });
+  assert.deepEqual(judge({ writes, readers: [reader(seen, { until: "w4" })] }), { violations: [], gaps: {}, missed: 0, moves: 0 });
 });
 
 test("an announced loss passes, and is counted", () => {
   const failover = [...writes, placed(3, "x3", "e2")];
   const seen = [event(1), event(2), gap("failover", "e1-2", "e2-3"), event(3, "x3", "e2")];
-  assert.deepEqual(judge({ writes: failover, readers: [reader(seen, { until: "x3" })] }), { violations: [], gaps: { failover: 1 }, missed: 0 });
+  assert.deepEqual(judge({ writes: failover, readers: [reader(seen, { until: "x3" })] }), { violations: [], gaps: { failover: 1 }, missed: 0, moves: 0 });
   const trimmed = [event(1), gap("trimmed", "e1-1", "e1-4", 2), event(4)];
-  assert.deepEqual(judge({ writes, readers: [reader(trimmed)] }), { violations: [], gaps: { trimmed: 1 }, missed: 2 });
+  assert.deepEqual(judge({ writes, readers: [reader(trimmed)] }), { violations: [], gaps: { trimmed: 1 }, missed: 2, moves: 0 });
 });
 
 test("a reset may lead back to the beginning, another gap may not", () => {
   const again = reason => [event(1), event(2), gap(reason, "e1-2", "e1-1"), event(1, "w1", "e1", 2)];
   assert.deepEqual(judge({ writes, readers: [reader([event(1), event(2), gap("reset", "e9-2", "e1-1"), event(1, "w1", "e1", 2)])] }).violations, []);
   assert.match(judge({ writes, readers: [reader(again("failover"))] }).violations.join(), /leads back/);
+});
+
+test("a consumer's place that moved is counted", () => {
+  const moved = reader([event(1), event(2), event(1), event(2)], { exact: false, consumer: true });
+  assert.deepEqual(judge({ writes, readers: [moved] }), { violations: [], gaps: {}, missed: 0, moves: 1 });
 });
 
 test("a repeat after a reconnect passes where it may", () => {

@@ -31,8 +31,11 @@ pub const SLOTS: usize = 16384;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(25);
-/// How often it is asked who is the master, or has which slots, while nothing seems wrong...
+/// How often it is asked who has which slots while nothing seems wrong: servers say themselves what has moved...
 const CALM: Duration = Duration::from_secs(5);
+/// ...and who is the master: a master that slept through its deposition takes writes that will be lost, for as long as
+/// nobody tells it, and Sentinel takes ten seconds...
+const WATCH: Duration = Duration::from_secs(1);
 /// ...and while something does.
 const ALARM: Duration = Duration::from_millis(300);
 /// A server that has lost its slots may still owe answers.
@@ -464,11 +467,16 @@ fn only() -> Address {
 /// Looks at the servers now and then, and at once when somebody has doubts.
 async fn guard(deployment: Weak<Deployment>) {
     loop {
-        let (calm, doubt) = {
+        let (pause, doubt) = {
             let Some(this) = deployment.upgrade() else { return };
-            (this.look().await, this.doubt.clone())
+            let pause = match this.look().await {
+                false => ALARM,
+                true if matches!(this.url.kind, Kind::Sentinel { .. }) => WATCH,
+                true => CALM,
+            };
+            (pause, this.doubt.clone())
         };
-        let _ = timeout(if calm { CALM } else { ALARM }, doubt.notified()).await;
+        let _ = timeout(pause, doubt.notified()).await;
         // Everybody has the same doubt at the same time.
         sleep(PAUSE).await;
     }
