@@ -251,7 +251,6 @@ async fn reserved_and_unknown_names() {
         ("rpc.discover", json!({}), -32601),
         ("rpc.on", json!(["x"]), -32601),
         ("rpc.x/y", json!([]), -32601),
-        ("weir.presence", json!({ "channel": "a" }), -32601),
         ("weir.event", json!({}), -32601),
         ("subtract", json!([]), -32601),
         ("/", json!([]), -32602),
