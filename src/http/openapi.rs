@@ -46,7 +46,19 @@ use super::{admin, api};
         admin::metrics,
         document,
     ),
-    components(schemas(Event, NewEvent, Placed, Page, Gap, Problem, Channel, Channels, Consumer, Consumers))
+    components(schemas(
+        Event,
+        NewEvent,
+        Placed,
+        Page,
+        Gap,
+        Problem,
+        Channel,
+        Channels,
+        Consumer,
+        Consumers,
+        PresentChannelName
+    ))
 )]
 struct Document;
 
