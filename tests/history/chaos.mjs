@@ -77,6 +77,9 @@ export const FAULTS = {
   } },
 };
 
+/** How long a node believes in a lease that it cannot renew, in ms. */
+const LEASE = 10_000;
+
 /** One deployment, and the means to break it. */
 class World {
   static async start(t, { redis = "standalone", nodes = 3, seed = 1, env = {} }) {
@@ -150,8 +153,8 @@ export async function chaos(t, { redis = "standalone", seed = 1, seconds = 30, f
     await pause(world.ms(300, 3_000));
   }
   await pause(Math.max(0, deadline - Date.now()));
-  const verdict = await finish(run, 40_000);
   const lossy = [...done.keys()].some(name => FAULTS[name].lossy);
+  const verdict = await finish(run, 40_000, { lease: lossy ? LEASE : 0 });
   if (!lossy && verdict.moves) verdict.violations.push(`nothing was lost, but a consumer's place moved ${verdict.moves} times`);
   if (!lossy && Object.keys(verdict.gaps).length) verdict.violations.push(`nothing was lost, but gaps were announced: ${JSON.stringify(verdict.gaps)}`);
   return { run, verdict, done, world };

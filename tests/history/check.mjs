@@ -37,7 +37,7 @@ export function start({ urls, patience, channels = 4, every = 40 }) {
 }
 
 /** Lets everybody come to the end, and judges. Whoever is not there after `patience` ms never will be. */
-export async function finish(run, patience = 30_000) {
+export async function finish(run, patience = 30_000, rules = {}) {
   const deadline = Date.now() + patience;
   run.writing = false;
   const last = new Map();
@@ -51,7 +51,7 @@ export async function finish(run, patience = 30_000) {
   const done = reader => reader.seen.some(entry => entry.event?.id === reader.until);
   while (!run.history.readers.every(done) && Date.now() < deadline) await pause(50);
   await run.stop();
-  return judge(run.history);
+  return judge(run.history, rules);
 }
 
 /** What happened, in a few lines. */

@@ -19,10 +19,11 @@ const key = at => `${at.epoch}-${at.offset}`;
  * @param calls   [{id, asked, outcome: "result"|"error", by?, executed?}] with `asked` a time
  * @param runs    [{id, by, fence?}]: executions as providers noted them
  * @param grants  [{by, fence, asked, granted}] of one exclusive name
+ * @param lease ms that a holder may go on after the Redis that knew of it is gone: a failover that loses the grant lets another in
  * @returns {violations: [string], gaps: {reason: count}, missed: number, moves: number}: moves are places of consumers that the server
  *          lost, which only a lossy failover may do
  */
-export function judge({ writes = [], readers = [], calls = [], runs = [], grants = [] }) {
+export function judge({ writes = [], readers = [], calls = [], runs = [], grants = [] }, { lease = 0 } = {}) {
   const verdict = { violations: [], gaps: {}, missed: 0, moves: 0 };
   const wrong = text => verdict.violations.push(text);
   const placed = positions(writes, wrong);
@@ -30,7 +31,7 @@ export function judge({ writes = [], readers = [], calls = [], runs = [], grants
   appearances(writes, readers, wrong);
   order(writes, wrong);
   judgeCalls(calls, runs, wrong);
-  judgeFences(grants, calls, runs, wrong);
+  judgeFences(grants, calls, runs, lease, wrong);
   return verdict;
 }
 
@@ -173,7 +174,7 @@ function judgeCalls(calls, runs, wrong) {
   }
 }
 
-function judgeFences(grants, calls, runs, wrong) {
+function judgeFences(grants, calls, runs, lease, wrong) {
   const inOrder = [...grants].sort((a, b) => a.granted - b.granted);
   for (const [n, later] of inOrder.entries()) {
     for (const earlier of inOrder.slice(0, n)) {
@@ -184,7 +185,7 @@ function judgeFences(grants, calls, runs, wrong) {
   const asked = new Map(calls.map(call => [call.id, call.asked]));
   for (const run of runs.filter(run => run.fence !== undefined)) {
     const since = asked.get(run.id);
-    const newer = inOrder.find(grant => grant.fence > run.fence && grant.granted < since);
+    const newer = inOrder.find(grant => grant.fence > run.fence && grant.granted + lease < since);
     if (newer) wrong(`call ${run.id} ran under fence ${run.fence}, though ${newer.fence} had been granted before it was made`);
   }
 }

@@ -88,4 +88,6 @@ test("fences that do not fence are found", () => {
   finds(/both have fence 5/, { grants: [first, { ...second, fence: 5 }] });
   const late = { id: 1, asked: 4, outcome: "error", executed: "maybe" };
   finds(/ran under fence 5, though 6/, { grants: [first, second], calls: [late], runs: [{ id: 1, by: "p", fence: 5 }] });
+  const history = { grants: [first, second], calls: [late], runs: [{ id: 1, by: "p", fence: 5 }] };
+  assert.deepEqual(judge(history, { lease: 1 }).violations, []);
 });
