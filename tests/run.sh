@@ -115,7 +115,7 @@ if ((${#clients[@]})); then
         step openapi "the served OpenAPI against the server, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
         step docs "the examples of README.md and proto-docs/" node --test --test-reporter=spec tests/docs/*.test.mjs
         step abuse "clients that stall, lie, shout and vanish" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
-        step history "every transport while things break, and a judge of what everybody saw" node --test --test-concurrency=1 --test-reporter=spec tests/history/*.test.mjs
+        step history "every transport while things break, and a judge of what everybody saw" node --test --test-concurrency=1 --test-force-exit --test-reporter=spec tests/history/*.test.mjs
     else
         failed+=("build"); skipped+=("${clients[@]}")
     fi
