@@ -1,10 +1,12 @@
 //! Connections that only remember, and a hub whose clock stands still.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -172,7 +174,18 @@ impl Socket {
     pub fn provide(&self, service: &str, change: impl FnOnce(&mut Provide<'_>)) -> Result<(usize, Option<u64>)> {
         let mut ask = Provide::new(service);
         change(&mut ask);
-        let provided = self.hub.provide(&ask).now().ok().expect("nobody has to be asked");
+        let provided = self.hub.provide(&ask).now().unwrap_or_else(|mut asking| {
+            // Another thread is giving the name back at this moment. Nobody else has to be asked, so it is soon over.
+            let mut cx = Context::from_waker(Waker::noop());
+            let deadline = std::time::Instant::now() + Duration::from_secs(20);
+            loop {
+                if let Poll::Ready(provided) = Pin::new(&mut asking).poll(&mut cx) {
+                    return provided;
+                }
+                assert!(std::time::Instant::now() < deadline, "nobody has to be asked");
+                std::thread::yield_now();
+            }
+        });
         provided.map(|provided| (provided.providers, provided.fence))
     }
 
