@@ -110,11 +110,6 @@ impl Bus {
         placed.first().copied().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))
     }
 
-    /// Places drafts with the times that they had, behind `top`, where the log must end; 0 where there is none. For imports.
-    pub async fn restore(&self, channel: &Channel, top: u64, drafts: Vec<(u64, Draft)>) -> Result<Vec<Placed>> {
-        self.log.restore(channel, top, drafts).await
-    }
-
     /// Puts channels into use, in their order.
     pub async fn watch(&self, channels: &[Channel]) -> Result<Vec<Watch>> {
         let begin = async |channel: &Channel| {

@@ -47,18 +47,6 @@ impl Memory {
         Ok(placed)
     }
 
-    fn place_again(&self, channel: &Channel, top: u64, drafts: Vec<(u64, Draft)>) -> Result<Vec<Placed>> {
-        self.topics.reserve(drafts.iter().map(|(_, draft)| draft.size()).sum())?;
-        let (placed, parked) = self.topics.with(channel, |topic, ring| {
-            let before = ring.memory();
-            let placed = ring.restore(top, drafts, topic.keep(), self.topics.now())?;
-            self.topics.account(before, ring.memory());
-            Ok((placed, ring.take_parked()))
-        })?;
-        parked.wake();
-        Ok(placed)
-    }
-
     fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Page {
         match self.topics.get(channel) {
             Some(topic) => topic.lock().page(channel, start, limit, self.topics.now()),
@@ -197,15 +185,6 @@ impl Log for Memory {
         drafts: Vec<Draft>,
     ) -> BoxFuture<'a, Result<Vec<Placed>>> {
         ready(self.place(channel, subject, drafts)).boxed()
-    }
-
-    fn restore<'a>(
-        &'a self,
-        channel: &'a Channel,
-        top: u64,
-        drafts: Vec<(u64, Draft)>,
-    ) -> BoxFuture<'a, Result<Vec<Placed>>> {
-        ready(self.place_again(channel, top, drafts)).boxed()
     }
 
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {

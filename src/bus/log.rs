@@ -38,17 +38,6 @@ pub trait Log: Send + Sync + 'static {
         drafts: Vec<Draft>,
     ) -> BoxFuture<'a, Result<Vec<Placed>>>;
 
-    /// Places drafts of one channel with the times that they had (never decreasing, never later than now), behind the
-    /// offset `top`, where the log must end: 0 where there is none. For imports, which go on where they were interrupted.
-    ///
-    /// Fails with `conflict` if the log ends elsewhere, else as [`append`](Self::append). Keys are not looked at.
-    fn restore<'a>(
-        &'a self,
-        channel: &'a Channel,
-        top: u64,
-        drafts: Vec<(u64, Draft)>,
-    ) -> BoxFuture<'a, Result<Vec<Placed>>>;
-
     /// Up to `limit` events, and at least one if there is one, from `start` on.
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>>;
 

@@ -269,23 +269,6 @@ impl Ring {
         self.events.push_back(Arc::new(draft.place(position, time)));
     }
 
-    /// Places drafts with the times that they had, behind `top`.
-    pub fn restore(&mut self, top: u64, drafts: Vec<(u64, Draft)>, keep: &Keep, now: u64) -> Result<Vec<Placed>> {
-        if self.top() != top {
-            return Err(Error::new(Code::Conflict, format!("the log ends at {}, not at {top}", self.top())));
-        }
-        self.begin(now);
-        let mut placed = Vec::with_capacity(drafts.len());
-        for (time, draft) in drafts {
-            let position = Position { epoch: self.epoch(), offset: self.top() + 1 };
-            let time = time.min(now).max(self.oldest().map_or(0, |_| self.extent.time));
-            self.place(draft, position, time);
-            placed.push(Placed { position, time, duplicate: false });
-        }
-        self.trim(keep, now);
-        Ok(placed)
-    }
-
     /// The whole batch is checked before the first write: a repeat with another body changes nothing.
     fn check_keys(&self, channel: &Channel, subject: &str, drafts: &[Draft]) -> Result<()> {
         if drafts.iter().all(|draft| draft.key.is_none()) {

@@ -31,8 +31,6 @@ static LOOK: LazyLock<Script> =
     LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("look.lua"))));
 static REMOVE: LazyLock<Script> =
     LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("remove.lua"))));
-static RESTORE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("restore.lua"))));
 static TOUCH: LazyLock<Script> =
     LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("touch.lua"))));
 
@@ -183,43 +181,6 @@ impl Inner {
             .filter(|placed| placed.len() == drafts.len())
             .ok_or_else(Failed::nonsense)?;
         Ok((placed, link))
-    }
-}
-
-impl Inner {
-    async fn place_again(&self, channel: &Channel, top: u64, drafts: Vec<(u64, Draft)>) -> Result<Vec<Placed>> {
-        let (keys, keep) = (self.keys.channel(channel), self.topics.keep_of(channel));
-        let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
-        let fill = |link: &Link, command: &mut Command| {
-            command.push_int(self.script_now());
-            command.push(&*link.server.run_id);
-            command.push(&*Epoch::random().text());
-            command.push(self.publish_verb());
-            command.push(&events);
-            command.push_int(millis(keep.age));
-            command.push_int(top.min(FOR_EVER));
-            let mut stored = Vec::new();
-            for (time, draft) in &drafts {
-                command.push_int((*time).min(FOR_EVER));
-                stored.clear();
-                draft.parts().0.store(&mut stored);
-                command.push(&stored);
-            }
-        };
-        let keys_of = [meta.as_bytes(), stream.as_bytes()];
-        let (answer, _) = self.deployment.run(&RESTORE, &keys_of, Lost::Tell, fill).await.map_err(failed)?;
-        let [epoch, rest @ ..] = answer.list().ok_or_else(nonsense)? else { return Err(nonsense()) };
-        if epoch.is_nil() {
-            let top = rest.first().and_then(Value::int).unwrap_or_default();
-            return Err(Error::new(Code::Conflict, format!("the log ends at {top}")));
-        }
-        let epoch: Epoch = epoch.text().and_then(|text| text.parse().ok()).ok_or_else(nonsense)?;
-        let times = rest.iter().map(|time| time.int().ok_or_else(nonsense));
-        let placed = times
-            .zip(top + 1..)
-            .map(|(time, offset)| Ok(Placed { position: Position { epoch, offset }, time: time?, duplicate: false }));
-        self.refresh(channel).await;
-        placed.collect()
     }
 }
 
@@ -491,15 +452,6 @@ impl Log for Redis {
             Ok(placed)
         }
         .boxed()
-    }
-
-    fn restore<'a>(
-        &'a self,
-        channel: &'a Channel,
-        top: u64,
-        drafts: Vec<(u64, Draft)>,
-    ) -> BoxFuture<'a, Result<Vec<Placed>>> {
-        self.0.place_again(channel, top, drafts).boxed()
     }
 
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {
