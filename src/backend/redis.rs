@@ -2,11 +2,13 @@
 //! every node that reads; what a node may have missed it looks up, once for all who read there.
 //!
 //! `resp` and `link` are a connection, `lane` one that is made again, `deployment` and `feed` what Redis is as a whole:
-//! for commands, for subscriptions. On them stand `log`, `tail` and `consumers`, the contract of a backend, and `cluster`,
+//! for commands, for subscriptions. On them stand `log`, `append`, `tail` and `consumers`, the contract of a
+//! backend, and `cluster`,
 //! what nodes know of each other.
 
 mod acks;
 pub mod address;
+mod append;
 pub mod cluster;
 mod consumers;
 pub mod deployment;
@@ -27,7 +29,7 @@ use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
 pub use self::acks::Ack;
-use self::{acks::Acks, deployment::Deployment, feed::Feed, keys::Keys, probe::Probes, tail::Tails};
+use self::{acks::Acks, append::Appends, deployment::Deployment, feed::Feed, keys::Keys, probe::Probes, tail::Tails};
 use crate::{bus::Topics, metrics::Lane};
 
 /// How often tails and probes are looked after.
@@ -53,6 +55,7 @@ struct Inner {
     feed: Arc<Feed>,
     probes: Probes,
     acks: Option<Acks>,
+    appends: Appends,
     /// A test owns the time.
     clock_is_ours: bool,
     /// The first second after this was made, by that time.
@@ -75,6 +78,7 @@ impl Redis {
                     Ack::Stored => None,
                     Ack::Replicated => Some(Acks::default()),
                 },
+                appends: Appends::default(),
                 clock_is_ours: topics.is_manual(),
                 began: topics.now() / 1000 + 1,
                 deployment,

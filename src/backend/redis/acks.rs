@@ -12,9 +12,9 @@ use tokio::{
 use super::{
     Inner,
     address::Address,
+    append::Failed,
     lane::Lane,
     link::{Deaf, Fault, Link},
-    log::Failed,
     resp::Command,
 };
 use crate::metrics::Lane as Name;

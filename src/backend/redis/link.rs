@@ -39,6 +39,8 @@ const BEAT: Duration = Duration::from_secs(1);
 /// ...and says nothing for so long is away, whatever its TCP says.
 const SILENCE: Duration = Duration::from_secs(4);
 const CONNECT: Duration = Duration::from_secs(4);
+/// What is worth a write of its own.
+const BATCH: usize = 4 << 10;
 /// What one link may hold of what waits to be sent, and how many answers it may wait for.
 const MAX_BYTES: usize = 64 << 20;
 const MAX_WAITING: usize = 100_000;
@@ -360,8 +362,11 @@ async fn write_loop(shared: Arc<Shared>, mut socket: impl AsyncWrite + Unpin) {
         let mut buffer = Vec::new();
         loop {
             shared.wake.notified().await;
-            // Who else is about to ask may do it in the same write.
-            tokio::task::yield_now().await;
+            // Who else is about to ask may do it in the same write. With so much, let Redis begin: it and this node are
+            // to work at the same time and not by turns.
+            if shared.state.lock().out.len() < BATCH {
+                tokio::task::yield_now().await;
+            }
             {
                 let mut state = shared.state.lock();
                 std::mem::swap(&mut buffer, &mut state.out);

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     sync::{Arc, LazyLock},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -25,8 +25,6 @@ use crate::{
     position::{Epoch, Position, Start},
 };
 
-static APPEND: LazyLock<Script> =
-    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("append.lua"))));
 static LOOK: LazyLock<Script> =
     LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("look.lua"))));
 static REMOVE: LazyLock<Script> =
@@ -35,7 +33,7 @@ static TOUCH: LazyLock<Script> =
     LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("touch.lua"))));
 
 /// Ten thousand years: what is longer is for ever, and Lua still counts exactly.
-const FOR_EVER: u64 = 1 << 48;
+pub(super) const FOR_EVER: u64 = 1 << 48;
 /// Keys looked at by one SCAN.
 const SCAN: u64 = 1000;
 
@@ -69,11 +67,9 @@ pub(super) fn nonsense() -> Error {
     Error::internal("Redis answers what a script of weir never does")
 }
 
-fn millis(time: Duration) -> u64 {
+pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(FOR_EVER).min(FOR_EVER)
 }
-
-// === placing ===
 
 impl Inner {
     /// What the scripts take for now: 0 is the clock of Redis.
@@ -83,129 +79,6 @@ impl Inner {
 
     pub(super) fn publish_verb(&self) -> &'static str {
         if self.deployment.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" }
-    }
-
-    async fn place(
-        &self,
-        keys: &ChannelKeys,
-        keep: &Keep,
-        subject: &str,
-        drafts: &[Draft],
-    ) -> Result<Vec<Placed>, Failed> {
-        let (placed, link) = self.store(keys, keep, subject, drafts).await?;
-        // One that was placed before may have been placed a moment ago.
-        if self.acks.is_some() {
-            self.replicated(keys.meta().as_bytes(), &link).await?;
-        }
-        Ok(placed)
-    }
-
-    /// Places drafts, and says over which connection.
-    pub(super) async fn store(
-        &self,
-        keys: &ChannelKeys,
-        keep: &Keep,
-        subject: &str,
-        drafts: &[Draft],
-    ) -> Result<(Vec<Placed>, Arc<Link>), Failed> {
-        let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
-        let mut once: Vec<(&str, String)> = Vec::new();
-        let mut numbers = Vec::with_capacity(drafts.len());
-        for draft in drafts {
-            let Some(key) = draft.parts().1 else {
-                numbers.push(0);
-                continue;
-            };
-            let known = once.iter().position(|(known, _)| *known == key).unwrap_or_else(|| {
-                once.push((key, keys.once(subject, key)));
-                once.len() - 1
-            });
-            numbers.push(known as u64 + 1);
-        }
-        let mut all: Vec<&[u8]> = vec![meta.as_bytes(), stream.as_bytes()];
-        all.extend(once.iter().map(|(_, key)| key.as_bytes()));
-        let (now, window) = (self.script_now(), millis(self.topics.config().keys.window));
-        let fill = |link: &Link, command: &mut Command| {
-            command.push_int(now);
-            command.push(&*link.server.run_id);
-            command.push(&*Epoch::random().text());
-            command.push(self.publish_verb());
-            command.push(&events);
-            command.push_int(keep.count as u64);
-            command.push_int(millis(keep.age));
-            command.push_int((keep.bytes as u64).min(FOR_EVER));
-            command.push_int(window.max(1));
-            let mut stored = Vec::new();
-            for (draft, number) in drafts.iter().zip(&numbers) {
-                let (body, _) = draft.parts();
-                command.push_int(*number);
-                if *number > 0 {
-                    command.push(format!("{:016x}", body.fingerprint()));
-                } else {
-                    command.push("");
-                }
-                stored.clear();
-                body.store(&mut stored);
-                command.push(&stored);
-            }
-        };
-        let begun = Instant::now();
-        let (answer, link) = self.deployment.run(&APPEND, &all, Lost::Tell, fill).await.map_err(Failed::Fault)?;
-        self.deployment.metrics.redis_append_seconds.record(begun.elapsed());
-        let [epoch, time, rest @ ..] = answer.list().ok_or_else(Failed::nonsense)? else {
-            return Err(Failed::nonsense());
-        };
-        if epoch.is_nil() {
-            let at = time.int().and_then(|n| drafts.get(usize::try_from(n).ok()?.checked_sub(1)?));
-            let key = at.and_then(|draft| draft.parts().1).unwrap_or_default();
-            return Err(Failed::Reused(key.to_owned()));
-        }
-        let epoch = epoch.text().and_then(|text| text.parse().ok()).ok_or_else(Failed::nonsense)?;
-        let time = time.int().ok_or_else(Failed::nonsense)?;
-        let placed = rest
-            .iter()
-            .map(|placed| match placed {
-                Value::Int(offset) => Some(Placed {
-                    position: Position { epoch, offset: u64::try_from(*offset).ok()? },
-                    time,
-                    duplicate: false,
-                }),
-                placed => {
-                    let mut parts = placed.text()?.split(' ');
-                    let (epoch, offset) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-                    let position = Position { epoch, offset };
-                    Some(Placed { position, time: parts.next()?.parse().ok()?, duplicate: true })
-                }
-            })
-            .collect::<Option<Vec<_>>>()
-            .filter(|placed| placed.len() == drafts.len())
-            .ok_or_else(Failed::nonsense)?;
-        Ok((placed, link))
-    }
-}
-
-/// Why nothing was placed, or nobody knows.
-#[derive(Debug)]
-pub(super) enum Failed {
-    Fault(Fault),
-    /// The key was used for another event.
-    Reused(String),
-    Nonsense,
-}
-
-impl Failed {
-    fn nonsense() -> Self {
-        Failed::Nonsense
-    }
-
-    fn error(self, channel: &Channel) -> Error {
-        match self {
-            Failed::Fault(fault) => failed(fault),
-            Failed::Reused(key) => {
-                Error::new(Code::KeyReused, format!("the key {key:?} was used for another event of channel {channel}"))
-            }
-            Failed::Nonsense => nonsense(),
-        }
     }
 }
 
@@ -442,16 +315,7 @@ impl Log for Redis {
         subject: &'a str,
         drafts: Vec<Draft>,
     ) -> BoxFuture<'a, Result<Vec<Placed>>> {
-        async move {
-            let keys = self.0.keys.channel(channel);
-            let keep = self.0.topics.keep_of(channel);
-            let placed = self.0.place(&keys, &keep, subject, &drafts).await;
-            let placed = placed.map_err(|failed| failed.error(channel))?;
-            // Who publishes here and reads here need not wait for Redis to say it again.
-            self.0.hear_own(&keys.events(), drafts, &placed);
-            Ok(placed)
-        }
-        .boxed()
+        self.0.append(channel, subject, drafts).boxed()
     }
 
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::{Inner, address::Address};
+use super::{Inner, address::Address, append::Publish};
 use crate::{
     bus::Keep,
     event::{Draft, Parts},
@@ -88,7 +88,8 @@ impl Inner {
     async fn place_probe(&self, place: &Address, name: &str) {
         let begun = Instant::now();
         let Ok(draft) = Draft::new(Parts::default(), 1000) else { return };
-        let placed = self.store(&self.keys.tagged(name), &KEEP, "", &[draft]).await.is_ok();
+        let publish = Publish { subject: "".into(), drafts: vec![draft] };
+        let placed = self.store(&self.keys.tagged(name), &KEEP, &[&publish]).await.is_ok();
         let mut state = self.probes.state.lock();
         let Some(probe) = state.get_mut(place) else { return };
         // What was not placed proves nothing about what is heard; and it may have come back already.

@@ -311,14 +311,14 @@ impl Inner {
     }
 
     /// What was placed from here, if it is read here and is the next.
-    pub(super) fn hear_own(&self, events: &[u8], drafts: Vec<Draft>, placed: &[Placed]) {
+    pub(super) fn hear_own(&self, events: &[u8], placed: Vec<(Draft, Placed)>) {
         let Some(entry) = self.tails.entry(events) else { return };
         let topic = entry.topic.lock().clone();
         let parked = {
             let mut ring = topic.lock();
             let memory = ring.memory();
             let mut next = false;
-            for (draft, placed) in drafts.into_iter().zip(placed).filter(|(_, placed)| !placed.duplicate) {
+            for (draft, placed) in placed.into_iter().filter(|(_, placed)| !placed.duplicate) {
                 // If others come before it, it is heard of after them.
                 next |= ring.hear(draft.place(placed.position, placed.time), topic.keep()) == Heard::Next;
             }

@@ -12,7 +12,7 @@ use super::{
     outbox::{Outbox, refuse},
     params,
     reader::Reader,
-    work::{Done, Work},
+    work::{Done, Manner, Work},
 };
 use crate::{
     auth::Identity,
@@ -51,7 +51,7 @@ pub(super) enum Outcome {
     /// At once, as JSON.
     Result(Vec<u8>),
     /// When the bus has done it.
-    Later { work: BoxFuture<'static, Result<Done>>, bytes: usize, waits: bool },
+    Later { work: BoxFuture<'static, Result<Done>>, bytes: usize, manner: Manner },
     /// Answered already, if it is answered at all.
     Answered,
 }
@@ -148,7 +148,7 @@ impl Session {
                         self.outbox.answer(to, |out| jsonrpc::result(out, to.id(), &json));
                     }
                 }
-                Ok(Outcome::Later { work, bytes, waits }) => self.later(to, work, bytes, waits),
+                Ok(Outcome::Later { work, bytes, manner }) => self.later(to, work, bytes, manner),
                 Err(error) => refuse(&self.outbox, to.as_ref(), &error),
             }
         }
@@ -329,7 +329,7 @@ impl Session {
             // Other nodes are asked first, and nobody waits for that but who asked.
             Err(providing) => {
                 let work = async move { Ok(Done::Provide { service, bare, provided: providing.await? }) };
-                Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: true })
+                Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Waits })
             }
         }
     }

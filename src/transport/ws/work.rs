@@ -1,5 +1,6 @@
 //! What a [`Session`] asks the bus. It is done one after the other, so that publishes are placed in the order in which they
-//! came; reads that wait are set aside when their turn comes, and hold up nobody.
+//! came. Publishes to one channel keep their order by themselves: they are handed over one behind the other, without
+//! waiting for answers. Reads that wait are set aside when their turn comes, and hold up nobody.
 
 use std::{
     collections::VecDeque,
@@ -33,29 +34,48 @@ use crate::{
 
 /// Jobs that are finished before others have their turn: a bus in memory makes none of them wait.
 const TURN: usize = 64;
+/// Publishes to one channel that are under way at once.
+const RUN: usize = 64;
 
 /// What waits for the bus.
 #[derive(Default)]
 pub(super) struct Work {
     /// One at a time, in order.
     queue: VecDeque<Job>,
+    /// Publishes to one channel that are under way.
+    run: Option<Run>,
     /// All at once: reads that wait for events.
     waits: Option<FuturesUnordered<BoxFuture<'static, Finished>>>,
     /// Encoded bytes of the events in the queue.
     bytes: usize,
 }
 
+struct Run {
+    channel: Channel,
+    jobs: FuturesUnordered<BoxFuture<'static, Finished>>,
+}
+
 struct Job {
     work: BoxFuture<'static, Finished>,
-    bytes: usize,
+    manner: Manner,
+}
+
+/// How a job gets along with others.
+pub(super) enum Manner {
+    /// It begins when all before it have ended, and holds up those behind it.
+    Alone,
+    /// A publish to this channel: placed behind those that began before it.
+    Behind(Channel),
     /// Becomes one of those that wait when its turn comes: what was published before is seen by it.
-    waits: bool,
+    Waits,
 }
 
 /// What a job came to, and whom to tell.
 struct Finished {
     to: Option<Tag>,
     done: Result<Done>,
+    /// What it held of [`Work::bytes`].
+    bytes: usize,
 }
 
 /// What a job did.
@@ -80,6 +100,7 @@ impl Session {
                 let (channel, draft) = event.draft(limits.event)?;
                 let _ = identity.may_publish(&channel)?;
                 let size = draft.size();
+                let manner = Manner::Behind(channel.clone());
                 let work = async move {
                     let placed = ws.bus.publish_one(identity.subject(), &channel, draft).await;
                     let placed = placed.inspect_err(|error| ws.metrics.publish_failed(error.code()))?;
@@ -88,7 +109,7 @@ impl Session {
                     placed.write_json(&channel, &mut out);
                     Ok(Done::Result(out))
                 };
-                Ok(Outcome::Later { work: Box::pin(work), bytes: size, waits: false })
+                Ok(Outcome::Later { work: Box::pin(work), bytes: size, manner })
             }
             Publish::Many(events) => {
                 if events.is_empty() {
@@ -108,7 +129,7 @@ impl Session {
                 }
                 let bytes = drafts.iter().map(|(_, draft)| draft.size()).sum();
                 let work = async move { publish_many(&ws, identity.subject(), drafts).await };
-                Ok(Outcome::Later { work: Box::pin(work), bytes, waits: false })
+                Ok(Outcome::Later { work: Box::pin(work), bytes, manner: Manner::Alone })
             }
         }
     }
@@ -142,7 +163,7 @@ impl Session {
             });
             Ok(Done::Subscribe(ready.collect::<Result<_>>()?))
         };
-        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: false })
+        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Alone })
     }
 
     pub(super) fn presence(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
@@ -150,7 +171,7 @@ impl Session {
         asking.permit(&self.identity)?;
         let presence = self.ws.presence.clone();
         let work = async move { Ok(Done::Result(asking.answer(&presence).await?)) };
-        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: false })
+        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Alone })
     }
 
     /// Whether `new` channels may be subscribed to beside `have`.
@@ -195,13 +216,14 @@ impl Session {
         let params::Unsubscribe { channels } = params::read(params)?;
         let channels = channels.iter().map(|name| Channel::parse(name)).collect::<Result<_>>()?;
         // Queued: a subscription that was asked for before may still wait for the bus.
-        Ok(Outcome::Later { work: Box::pin(ready(Ok(Done::Unsubscribe(channels)))), bytes: 0, waits: false })
+        Ok(Outcome::Later { work: Box::pin(ready(Ok(Done::Unsubscribe(channels)))), bytes: 0, manner: Manner::Alone })
     }
 
     pub(super) fn read(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
         let reading = longpoll::Reading::from_params(params::object(params)?, &self.ws.config.limits)?;
         reading.permit(&self.identity)?;
-        let (ws, waits) = (self.ws.clone(), reading.waits());
+        let manner = if reading.waits() { Manner::Waits } else { Manner::Alone };
+        let ws = self.ws.clone();
         let work = async move {
             let answer = reading.answer(&ws.bus, &ws.draining).await?;
             let mut out = Vec::new();
@@ -209,7 +231,7 @@ impl Session {
             answer.count(&ws.metrics, Transport::Ws, out.len());
             Ok(Done::Result(out))
         };
-        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits })
+        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner })
     }
 
     pub(super) fn commit(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
@@ -222,11 +244,17 @@ impl Session {
             longpoll::commit_named(&ws.bus, &consumer, names, &after).await?;
             Ok(Done::Result(NULL.to_vec()))
         };
-        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, waits: false })
+        Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Alone })
     }
 
     /// Queues `work`.
-    pub(super) fn later(&mut self, to: Option<Tag>, work: BoxFuture<'static, Result<Done>>, bytes: usize, waits: bool) {
+    pub(super) fn later(
+        &mut self,
+        to: Option<Tag>,
+        work: BoxFuture<'static, Result<Done>>,
+        bytes: usize,
+        manner: Manner,
+    ) {
         let limits = &self.ws.config.limits;
         let queued = self.work.get_or_insert_default();
         let many = queued.len() >= limits.calls;
@@ -236,8 +264,8 @@ impl Session {
             return refuse(&self.outbox, to.as_ref(), &error.with("limit", limit));
         }
         queued.bytes += bytes;
-        let work = Box::pin(async move { Finished { to, done: work.await } });
-        queued.queue.push_back(Job { work, bytes, waits });
+        let work = Box::pin(async move { Finished { to, done: work.await, bytes } });
+        queued.queue.push_back(Job { work, manner });
     }
 
     /// Whether nothing waits for the bus.
@@ -271,7 +299,7 @@ impl Session {
         }
     }
 
-    fn finish(&mut self, Finished { to, done }: Finished) {
+    fn finish(&mut self, Finished { to, done, .. }: Finished) {
         let outbox = &self.outbox;
         match done {
             Ok(Done::Result(result)) => {
@@ -307,19 +335,48 @@ impl Session {
 
 impl Work {
     fn len(&self) -> usize {
-        self.queue.len() + self.waits.as_ref().map_or(0, FuturesUnordered::len)
+        let run = self.run.as_ref().map_or(0, |run| run.jobs.len());
+        self.queue.len() + run + self.waits.as_ref().map_or(0, FuturesUnordered::len)
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Option<Finished> {
+        let finished = self.poll_some(cx)?;
+        self.bytes -= finished.bytes;
+        Some(finished)
+    }
+
+    fn poll_some(&mut self, cx: &mut Context<'_>) -> Option<Finished> {
         while let Some(job) = self.queue.front_mut() {
-            if job.waits {
-                let Some(job) = self.queue.pop_front() else { break };
-                self.waits.get_or_insert_default().push(job.work);
-                continue;
+            match (&self.run, &job.manner) {
+                (None, _) => {}
+                (Some(run), Manner::Behind(channel)) if *channel == run.channel && run.jobs.len() < RUN => {}
+                (Some(_), _) => break,
             }
-            let Poll::Ready(finished) = job.work.as_mut().poll(cx) else { break };
-            self.bytes -= job.bytes;
-            self.queue.pop_front();
+            if !matches!(job.manner, Manner::Waits)
+                && let Poll::Ready(finished) = job.work.as_mut().poll(cx)
+            {
+                self.queue.pop_front();
+                return Some(finished);
+            }
+            if matches!(job.manner, Manner::Alone) {
+                break;
+            }
+            // What was published is handed over by now: whatever begins behind it is placed behind it.
+            let Some(job) = self.queue.pop_front() else { break };
+            match job.manner {
+                Manner::Behind(channel) => {
+                    let run = self.run.get_or_insert_with(|| Run { channel, jobs: FuturesUnordered::new() });
+                    run.jobs.push(job.work);
+                }
+                _ => self.waits.get_or_insert_default().push(job.work),
+            }
+        }
+        if let Some(run) = &mut self.run
+            && let Poll::Ready(Some(finished)) = Pin::new(&mut run.jobs).poll_next(cx)
+        {
+            if run.jobs.is_empty() {
+                self.run = None;
+            }
             return Some(finished);
         }
         match Pin::new(self.waits.as_mut()?).poll_next(cx) {

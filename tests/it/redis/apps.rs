@@ -1,10 +1,13 @@
 //! Whole nodes on one Redis: what their clients see.
 
+use std::collections::BTreeMap;
+
 use serde_json::json;
 use weir::{config, error::Code};
 
 use super::servers::{Server as RedisServer, until};
 use crate::{
+    socket::Socket,
     start::Server,
     support::{Reply, client::Request},
 };
@@ -91,6 +94,49 @@ async fn redis_is_away_for_a_while() {
     assert_eq!((gap.event.as_str(), &gap.json()["reason"]), ("weir.gap", &json!("reset")));
     assert_eq!(stream.next().await.json()["data"], json!(4), "on the connection it has had all the time");
     drop((stream, late));
+    node.empty().await;
+}
+
+/// Publishes of one connection wait for each other's place and not for each other's answer: what comes while Redis is at
+/// work goes in one script. A bad one fails by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn publishes_go_together_in_their_order() {
+    let redis = RedisServer::start(&[]).await;
+    let node = on(&redis).await;
+    let mut stream = node.stream("channel=a").await;
+    stream.head().await;
+    stream.opening().await;
+    ask(&node, "POST", "/v1/events?channel=a&key=used", "0").await.expect(201);
+    assert_eq!(stream.next().await.json()["data"], json!(0));
+    let before = redis.calls("evalsha").await;
+    redis.pause();
+    let mut socket = Socket::open(node.at).await;
+    for n in 1..=500 {
+        // The same key for something else: refused, and nobody before or behind it.
+        let params = match n {
+            250 => json!({ "channel": "a", "key": "used", "data": n }),
+            _ => json!({ "channel": "a", "data": n }),
+        };
+        socket.json(json!({ "jsonrpc": "2.0", "id": n, "method": "weir.publish", "params": params })).await;
+    }
+    redis.resume();
+    let mut offsets = BTreeMap::new();
+    for _ in 1..=500 {
+        let answer = socket.next().await;
+        let n = answer["id"].as_u64().unwrap();
+        match n {
+            250 => assert_eq!(answer["error"]["data"]["code"], "key_reused", "{answer}"),
+            _ => assert!(offsets.insert(n, answer["result"]["offset"].as_u64().unwrap()).is_none()),
+        }
+    }
+    let expected: Vec<u64> = (2..=500).collect();
+    assert_eq!(offsets.into_values().collect::<Vec<_>>(), expected, "placed as received");
+    for n in (1..=500).filter(|n| *n != 250) {
+        assert_eq!(stream.next().await.json()["data"], json!(n));
+    }
+    let took = redis.calls("evalsha").await - before;
+    assert!(took < 250, "{took} scripts for 500 publishes");
+    drop((stream, socket));
     node.empty().await;
 }
 

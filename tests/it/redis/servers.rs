@@ -189,6 +189,15 @@ impl Server {
     }
 
     /// It keeps its connections and says nothing more.
+    /// How often it has run `command`, from scripts too.
+    pub async fn calls(&self, command: &str) -> u64 {
+        let stats = self.cli(&["INFO", "commandstats"]).await;
+        let line = stats
+            .lines()
+            .find_map(|line| line.strip_prefix("cmdstat_")?.strip_prefix(command)?.strip_prefix(":calls="));
+        line.and_then(|rest| rest.split(',').next()?.parse().ok()).unwrap_or(0)
+    }
+
     pub fn pause(&self) {
         self.signal(Signal::STOP);
     }
