@@ -362,9 +362,13 @@ async fn write_loop(shared: Arc<Shared>, mut socket: impl AsyncWrite + Unpin) {
         let mut buffer = Vec::new();
         loop {
             shared.wake.notified().await;
-            // Who else is about to ask may do it in the same write. With so much, let Redis begin: it and this node are
-            // to work at the same time and not by turns.
-            if shared.state.lock().out.len() < BATCH {
+            // Who else is about to ask may do it in the same write; unless Redis has nothing to do, or enough is there:
+            // it and this node are to work at the same time and not by turns.
+            let gather = {
+                let state = shared.state.lock();
+                state.sent > 0 && state.out.len() < BATCH
+            };
+            if gather {
                 tokio::task::yield_now().await;
             }
             {
