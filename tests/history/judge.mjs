@@ -77,8 +77,10 @@ function timeline(reader, placed, verdict) {
         if (next.offset <= after.offset) wrong(`a gap leads back from ${gap.after} to ${gap.next}`);
       }
       if (gap.reason === "reset") {
-        // "Nobody here knows where you were": what is read again from its beginning is announced with it.
+        // "Nobody here knows where you were": what is read again from its beginning is announced with it, and so are the
+        // times that it had.
         had.clear();
+        time = 0;
       } else if (!reader.consumer && last && next && last.epoch === next.epoch && next.offset <= last.offset && gap.reason !== "bad_position") {
         wrong(`after ${key(last)} a gap leads back to ${gap.next}`);
       }
