@@ -3,7 +3,7 @@
 //! An event is encoded once, when its draft is made, except for what only the bus knows (epoch, offset, time).
 //! Every wire format is that encoding with something in front and behind.
 
-use std::{borrow::Cow, fmt, ops::Range, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::value::RawValue;
@@ -23,6 +23,8 @@ pub const MAX_CHANNEL: usize = 255;
 pub const MAX_LABEL: usize = 128;
 /// Largest `meta` object, in bytes of JSON.
 pub const MAX_META: usize = 1024;
+/// What types and members of `meta` begin with that only weir gives.
+const OWN: &str = "weir.";
 /// What the channels begin with on which joins and leaves of others are announced.
 pub const PRESENCE: &str = "$presence/";
 
@@ -162,27 +164,20 @@ impl std::borrow::Borrow<str> for Channel {
 // === impl Draft ===
 
 impl Draft {
-    /// Validates and encodes. `limit` is the largest encoded event, in bytes.
+    /// Validates and encodes what a client sent. `limit` is the largest encoded event, in bytes.
     pub fn new(parts: Parts<'_>, limit: usize) -> Result<Self> {
         if let Some(kind) = parts.kind {
-            label("type", kind)?;
-            if kind.starts_with("weir.") {
-                return Err(Error::params("types beginning with weir. are weir's own"));
-            }
+            check_kind(kind)?;
         }
-        Self::unchecked_kind(parts, limit)
-    }
-
-    /// As [`new`](Self::new), for weir's own events.
-    pub(crate) fn unchecked_kind(parts: Parts<'_>, limit: usize) -> Result<Self> {
         if let Some(meta) = parts.meta {
             check_meta(meta)?;
         }
-        Self::with_own_meta(parts, limit)
+        Self::own(parts, limit)
     }
 
-    /// As [`unchecked_kind`](Self::unchecked_kind), with a `meta` that an adapter made: it may be larger than a client's.
-    pub(crate) fn with_own_meta(parts: Parts<'_>, limit: usize) -> Result<Self> {
+    /// As [`new`](Self::new), for what weir or an adapter made: its `type` and the members of its `meta` may be weir's own,
+    /// and `meta` may be larger than a client's.
+    pub(crate) fn own(parts: Parts<'_>, limit: usize) -> Result<Self> {
         if let Some(from) = parts.from {
             label("from", from)?;
         }
@@ -233,13 +228,26 @@ fn has_control(text: &str) -> bool {
     !plain && text.chars().any(char::is_control)
 }
 
+/// Checks the `type` of an event that a client sends.
+pub fn check_kind(kind: &str) -> Result<()> {
+    label("type", kind)?;
+    if kind.starts_with(OWN) {
+        return Err(Error::params("types beginning with weir. are weir's own"));
+    }
+    Ok(())
+}
+
+/// What adapters note in `meta` they believe later: nobody else may write it.
 fn check_meta(meta: &RawValue) -> Result<()> {
     if meta.get().len() > MAX_META {
         return Err(Error::new(Code::TooLarge, format!("meta has at most {MAX_META} bytes")).with("limit", "meta"));
     }
-    serde_json::from_str::<std::collections::BTreeMap<String, String>>(meta.get())
-        .map(drop)
-        .map_err(|_| Error::params("meta is an object of strings"))
+    let members: BTreeMap<String, String> =
+        serde_json::from_str(meta.get()).map_err(|_| Error::params("meta is an object of strings"))?;
+    match members.keys().find(|name| name.starts_with(OWN)) {
+        Some(name) => Err(Error::params(format!("meta.{name}: members beginning with weir. are weir's own"))),
+        None => Ok(()),
+    }
 }
 
 // === impl Event ===
@@ -550,7 +558,11 @@ mod tests {
         assert_eq!(refused(Parts { kind: Some("weir.gap"), ..Default::default() }).code(), Code::InvalidParams);
         assert_eq!(refused(Parts { kind: Some("a\nb"), ..Default::default() }).code(), Code::InvalidParams);
         assert_eq!(refused(Parts { from: Some(""), ..Default::default() }).code(), Code::InvalidParams);
-        assert_eq!(refused(Parts { meta: Some(raw(r#"{"a":1}"#)), ..Default::default() }).code(), Code::InvalidParams);
+        for meta in [r#"{"a":1}"#, r#"{"a":"b","weir.grip":"{}"}"#, r#"{"weir\u002egrip":"{}"}"#] {
+            let parts = Parts { meta: Some(raw(meta)), ..Default::default() };
+            assert_eq!(refused(parts).code(), Code::InvalidParams, "{meta}");
+            assert!(Draft::own(parts, 100).is_ok());
+        }
         let long = "x".repeat(100);
         assert_eq!(refused(Parts { data: Data::Text(&long), ..Default::default() }).code(), Code::TooLarge);
     }

@@ -340,7 +340,7 @@ pub struct NewEvent {
     r#type: Option<TypeName>,
     #[schema(nullable = false)]
     from: Option<Label>,
-    /// Strings, at most 1 KiB.
+    /// Strings, at most 1 KiB. Names beginning with `weir.` are refused.
     #[schema(nullable = false)]
     meta: Option<BTreeMap<String, String>>,
     data: Option<Value>,

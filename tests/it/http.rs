@@ -132,6 +132,8 @@ async fn refused_publishes_place_nothing() {
         (r#"{"channel":"a","from":"a\u0000b"}"#, "invalid_params"),
         (r#"{"channel":"a","key":"a\nb"}"#, "invalid_params"),
         (r#"{"channel":"a","meta":{"a":1}}"#, "invalid_params"),
+        (r#"{"channel":"a","meta":{"weir.x":"1"}}"#, "invalid_params"),
+        (r#"[{"channel":"a","data":1},{"channel":"b","meta":{"a":"1","weir\u002ex":"1"}}]"#, "invalid_params"),
         (r#"{"channel":"$services","data":1}"#, "forbidden"),
         (r#"[{"channel":"a","data":1},{"channel":"b","type":"weir.x"}]"#, "invalid_params"),
         (r#"[{"channel":"a","data":1},{"channel":"$b"}]"#, "forbidden"),

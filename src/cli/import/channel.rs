@@ -241,7 +241,7 @@ impl Course {
     /// Fills the offsets up to `last`.
     async fn void(&mut self, target: &Target, last: u64) -> Result<(), Failure> {
         let parts = Parts { kind: Some(VOID), ..Parts::default() };
-        let void = Draft::unchecked_kind(parts, target.event_limit).map_err(|error| failed(&error))?;
+        let void = Draft::own(parts, target.event_limit).map_err(|error| failed(&error))?;
         while self.at < last {
             let count = usize::try_from(last - self.at).unwrap_or(PAGE).min(PAGE);
             self.place(target, vec![void.clone(); count]).await?;

@@ -13,7 +13,7 @@ use crate::{
     bus::{Limit, Page},
     compat::form::Form,
     error::Error,
-    event::{Channel, Data, Draft, Event, Parts, label},
+    event::{Channel, Data, Draft, Event, Parts, check_kind, label},
     position::Start,
 };
 
@@ -29,10 +29,9 @@ impl Ganomede {
         let name = given.text("channel");
         let channel = name.as_deref().and_then(|name| channel(name).filter(|channel| channel.writable().is_ok()));
         let channel = channel.ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
-        let legal = |what, text: &String| label(what, text).is_ok();
-        let from = given.text("from").filter(|from| legal("from", from));
+        let from = given.text("from").filter(|from| label("from", from).is_ok());
         let from = from.ok_or_else(|| Refusal::invalid("Invalid from"))?;
-        let kind = given.text("type").filter(|kind| legal("type", kind) && !kind.starts_with("weir."));
+        let kind = given.text("type").filter(|kind| check_kind(kind).is_ok());
         let kind = kind.ok_or_else(|| Refusal::invalid("Invalid type"))?;
         let data = given.data()?.map_or(Data::None, Data::Json);
         let parts = Parts { kind: Some(&kind), from: Some(&from), data, ..Parts::default() };

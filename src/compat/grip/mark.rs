@@ -124,7 +124,7 @@ pub fn draft(item: &Item, key: Option<&str>, limit: usize) -> Result<Option<Draf
     mark.response = item.response.as_ref().and_then(|response| Answer::new(response, mark.stream == Stream::Nothing));
     let meta = (!mark.is_empty()).then(|| mark.meta_json());
     parts.meta = meta.as_deref();
-    Draft::with_own_meta(parts, limit).map(Some)
+    Draft::own(parts, limit).map(Some)
 }
 
 fn data(bytes: &[u8]) -> Data<'_> {
@@ -289,8 +289,7 @@ impl<'a> Block<'a> {
                 _ => {}
             }
         }
-        let known = |kind: &str| event::label("type", kind).is_ok() && !kind.starts_with("weir.");
-        (ended && kind.is_none_or(known)).then_some(())?;
+        (ended && kind.is_none_or(|kind| event::check_kind(kind).is_ok())).then_some(())?;
         Some(Block { kind, data: data? })
     }
 }

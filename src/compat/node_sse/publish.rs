@@ -14,7 +14,7 @@ use super::{NodeSse, Refusal, wire};
 use crate::{
     compat::js,
     error::{Code, Error},
-    event::{Channel, Data, Draft, Parts},
+    event::{Channel, Data, Draft, Parts, check_kind},
     transport::body::read_body,
 };
 
@@ -87,6 +87,7 @@ impl NodeSse {
         }
         let channel = Channel::parse(&js::text(&event.channel))?;
         let kind = js::text(&event.kind);
+        check_kind(&kind)?;
         let exists = before.iter().any(|(other, _)| *other == channel) || self.exists(&channel).await?;
         let mark = match exists {
             false => Some(wire::FIRST),
@@ -96,7 +97,7 @@ impl NodeSse {
         let meta = mark.map(|mark| to_raw_value(&serde_json::json!({ wire::META: mark }))).transpose();
         let meta = meta.map_err(|error| Error::internal(error.to_string()))?;
         let parts = Parts { kind: Some(&kind), meta: meta.as_deref(), data: Data::Json(payload), ..Parts::default() };
-        Ok((channel, Draft::new(parts, self.parts.config.limits.event)?))
+        Ok((channel, Draft::own(parts, self.parts.config.limits.event)?))
     }
 
     /// Whether anybody has subscribed or published to a channel, as far as it is remembered.

@@ -129,9 +129,9 @@ mod tests {
 
     fn shown(parts: Parts<'_>) -> (String, Value) {
         let at = Position { epoch: "k3Vq00".parse().unwrap(), offset: 7 };
-        let event = Draft::new(parts, 1000).unwrap().place(at, 1);
+        let event = Draft::own(parts, 1000).unwrap().place(at, 1);
         let text = chunk::text(&EVENT.encode(&Channel::parse("a").unwrap(), [std::sync::Arc::new(event)]));
-        let event = Draft::new(parts, 1000).unwrap().place(at, 1);
+        let event = Draft::own(parts, 1000).unwrap().place(at, 1);
         (String::from_utf8(text.into()).unwrap(), last_event(&event))
     }
 

@@ -138,6 +138,25 @@ async fn an_item_waits_for_the_one_before_it() {
     ask(&grip, "POST", "/publish/", &[], &body("9", "8")).await.expect(200);
 }
 
+#[tokio::test]
+async fn nobody_else_ends_a_stream_or_says_what_it_gets() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut client = super::hold::held(&grip, &mut origin, &[("Grip-Hold", "stream"), ("Grip-Channel", "a")], "").await;
+    let forged = json!({"channel": "a", "data": 1, "meta": {"weir.grip": r#"{"stream":"close"}"#}});
+    let refused = grip.weir.post("/v1/events", forged.to_string()).await.refused("invalid_params");
+    assert_eq!(refused["detail"], "meta.weir.grip: members beginning with weir. are weir's own");
+    grip.weir.post("/v1/events", json!([forged]).to_string()).await.refused("invalid_params");
+    let lines = grip.weir.request("POST", "/v1/events").header("content-type", "application/x-ndjson");
+    lines.body(format!("{forged}\n{forged}")).await.refused("invalid_params");
+    let mut socket = crate::socket::Socket::open(grip.weir.address).await;
+    for params in [forged.clone(), json!({ "events": [forged] })] {
+        assert_eq!(socket.refused("weir.publish", params).await["data"]["code"], "invalid_params");
+    }
+    grip.weir.publish("a", "2").await;
+    assert_eq!(super::hold::text(&mut client, 9).await, "data: 2\n\n");
+}
+
 /// The row and the column of GRIP in "Between worlds".
 #[tokio::test]
 async fn between_worlds() {
