@@ -18,6 +18,7 @@ mod socket;
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -40,6 +41,7 @@ use crate::{
     transport::{
         handshake::Handshake,
         query::Query,
+        roll::{Remote, Roll},
         takeover::Takeover,
         wheel::{TICK, Wheel},
     },
@@ -67,9 +69,8 @@ pub struct Settings {
     pub upgrade: Duration,
     /// How long last words wait to be read.
     pub farewell: Duration,
-    /// How long a drain waits for calls, and over which time it is spread.
+    /// How long a drain waits for calls.
     pub grace: Duration,
-    pub window: Duration,
 }
 
 /// Opens the conversation of a session; gets the query of the client's first request.
@@ -87,6 +88,7 @@ pub struct Common {
     pub settings: Settings,
     pub wheel: Arc<Wheel>,
     pub metrics: Arc<Metrics>,
+    pub roll: Arc<Roll>,
 }
 
 /// Why a request is refused, with the original's numbers and words.
@@ -135,6 +137,7 @@ impl Server {
             _ => return Err(Refusal::Transport),
         };
         let upgrade = Handshake::is_wanted(head);
+        let remote = Remote::of(head);
         match sid.filter(|sid| !sid.is_empty()) {
             Some(sid) => {
                 let session = self.find(&sid).ok_or(Refusal::Session)?;
@@ -159,7 +162,7 @@ impl Server {
             }
             None if framing == Framing::WebSocket => {
                 let handshake = Handshake::read(head, &[]).map_err(|_| Refusal::Request)?;
-                let session = self.begin(framing, query);
+                let session = self.begin(framing, query, remote);
                 // Ends a session whose client is gone before it is taken over.
                 let unclaimed = Unclaimed(Some(session));
                 let server = self.clone();
@@ -170,15 +173,15 @@ impl Server {
                 })))
             }
             None => {
-                let session = self.begin(framing, query);
+                let session = self.begin(framing, query, remote);
                 polling::poll(&session).await
             }
         }
     }
 
     /// A new session; what waits for it is its opening packet.
-    fn begin(&self, framing: Framing, query: Query<'_>) -> Arc<Session> {
-        let session = Session::new(&self.common, framing);
+    fn begin(&self, framing: Framing, query: Query<'_>, remote: Option<SocketAddr>) -> Arc<Session> {
+        let session = Session::new(&self.common, framing, remote);
         let Settings { ping, ping_timeout, max_payload, .. } = &self.common.settings;
         let upgrades = if framing == Framing::Polling { r#"["websocket"]"# } else { "[]" };
         session.outbox.text(&format!(
@@ -212,20 +215,9 @@ impl Server {
         (session.stage() != Stage::Over).then_some(session)
     }
 
-    /// Looks at all sessions: whom to ping, whom to give up, who is over.
+    /// Looks at all sessions: whom to ping, whom to give up, who is called on, who is over.
     fn sweep(&self, sessions: &mut Vec<Arc<Session>>) {
         sessions.extend(self.sessions.lock().values().cloned());
-        if self.common.wheel.is_draining() {
-            // Sockets are paced by the wheel; who polls leaves at a time of its own, the same at every look.
-            let over =
-                self.common.wheel.draining_for().as_secs_f64() / self.common.settings.window.as_secs_f64().max(0.001);
-            let turn = |session: &Session| f64::from(session.sid[0] ^ session.sid[1]) / 128.0;
-            sessions.iter().filter(|session| over >= turn(session)).for_each(|session| {
-                if session.stage() != Stage::Socket {
-                    session.leave();
-                }
-            });
-        }
         for session in sessions.drain(..) {
             if !session.tick() {
                 let mut table = self.sessions.lock();

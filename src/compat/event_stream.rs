@@ -21,7 +21,7 @@ use crate::{
     transport::{
         carrier::Out,
         chunk,
-        held::{Beat, Held, Holding, Voice},
+        held::{Beat, Held, Holding, Voice, retry},
         query::decode,
         sse::is_acceptable,
     },
@@ -174,8 +174,7 @@ impl Voice for Quiet {
         chunk::of(KEEP_ALIVE)
     }
 
-    /// Only a time to come back after, so that not all do at once.
-    fn farewell(&mut self, _: Code, out: &mut Out) {
-        out.push(chunk::of(format!("retry: {}\n", fastrand::u16(1000..4000)).as_bytes()));
+    fn farewell(&mut self, code: Code, out: &mut Out) {
+        out.push(retry(code));
     }
 }

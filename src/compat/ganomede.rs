@@ -128,7 +128,7 @@ impl Ganomede {
             return Err(Refusal::new(StatusCode::UNAUTHORIZED, "InvalidCredentialsError", ""));
         }
         match route {
-            Route::Events if head.method == Method::GET => self.poll(&asked.query).await.map(wire::json),
+            Route::Events if head.method == Method::GET => self.poll(head, &asked.query).await.map(wire::json),
             Route::Events => self.emit(&asked.body).await.map(wire::json),
             Route::Latest => self.latest(&asked.query).await.map(wire::json),
             Route::Indices => self.define(&asked.body).await.map(wire::json),

@@ -17,7 +17,7 @@ mod proxy;
 mod publish;
 mod token;
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::body::Body as AxumBody;
 use bytes::Bytes;
@@ -40,15 +40,11 @@ use crate::{
     config::GripRoute,
     error::{Error, Result},
     event::Channel,
-    transport::held::Holding,
+    transport::{held::Holding, roll::Remote},
 };
 
 /// How often one request is asked again because what it waits for had changed already.
 const MOST_ASKED: usize = 16;
-
-/// The address of whoever made a request: an extension of requests to the proxy.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub IpAddr);
 
 /// The proxy, and where its origins publish.
 pub struct Grip {
@@ -124,15 +120,9 @@ impl Grip {
             tracing::warn!("GRIP has no origin: name one in [[compat.grip.routes]]");
         }
         let tls = routes.iter().any(|route| route.scheme == Scheme::HTTPS);
-        let holding = Holding {
-            wheel: parts.wheel.clone(),
-            metrics: parts.metrics.clone(),
-            roll: parts.roll.clone(),
-            stalled: parts.config.limits.stalled,
-        };
         Ok(Grip {
             parts: parts.clone(),
-            holding: Arc::new(holding),
+            holding: parts.holding(),
             origins: Origins::new(grip, tls, parts.wheel.clone()).map_err(Error::params)?,
             routes,
         })
@@ -151,12 +141,12 @@ impl Grip {
         };
         let route = &self.routes[nth];
         let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-        let peer = head.extensions.get::<Peer>().map(|peer| peer.0);
+        let remote = Remote::of(&head);
         let mut headers = head.headers;
         let socket = proxy::wants_socket(&headers);
-        proxy::to_origin(&mut headers, &head.uri, peer, self.signature(route));
+        proxy::to_origin(&mut headers, &head.uri, remote.map(|remote| remote.ip()), self.signature(route));
         let host = headers.get(header::HOST).cloned();
-        let at = || At { grip: self.clone(), route: nth, path: path.clone(), host: host.clone() };
+        let at = || At { grip: self.clone(), route: nth, path: path.clone(), host: host.clone(), remote };
         // What had a body cannot be sent twice.
         let again = http_body::Body::is_end_stream(&body).then(|| headers.clone());
         let mut ask = Ask { method: head.method.clone(), path: path.clone(), headers, body };
@@ -171,8 +161,7 @@ impl Grip {
             let outcome = match self.origins.ask(route, ask).await {
                 Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => match socket {
                     true => {
-                        let (metrics, wheel) = (self.parts.metrics.clone(), self.parts.wheel.clone());
-                        return proxy::tunnel(answer, metrics, wheel);
+                        return proxy::tunnel(answer, self.holding.clone());
                     }
                     // Nobody had asked for it.
                     false => Err(Failure::Broken),
@@ -232,7 +221,7 @@ impl Grip {
         }
         self.check(&instruct)?;
         match (instruct.hold, &instruct.next) {
-            (Some(Hold::Response), _) => self.hold_response(&self.routes[at.route], instruct, answer, again).await,
+            (Some(Hold::Response), _) => self.hold_response(&at, instruct, answer, again).await,
             (Some(Hold::Stream), _) | (None, Some(_)) => {
                 self.hold_stream(at, instruct, answer).await.map(Outcome::Done)
             }

@@ -74,8 +74,12 @@ pub fn adapter(parts: &Parts) -> Adapter {
 
 fn serve(parts: &Parts) -> Arc<Server> {
     let hub = Arc::new(MicroStream::new(parts));
-    let common =
-        Common { settings: settings(&parts.config), wheel: parts.wheel.clone(), metrics: parts.metrics.clone() };
+    let common = Common {
+        settings: settings(&parts.config),
+        wheel: parts.wheel.clone(),
+        metrics: parts.metrics.clone(),
+        roll: parts.roll.clone(),
+    };
     Server::start(
         Arc::new(common),
         Box::new(move |session, mut query| {
@@ -100,7 +104,6 @@ fn settings(config: &Config) -> engineio::Settings {
         upgrade: UPGRADE,
         farewell: FAREWELL,
         grace: config.drain.grace,
-        window: config.drain.window,
     }
 }
 

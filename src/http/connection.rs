@@ -38,7 +38,6 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Door, extract::Refused};
 use crate::{
-    compat::grip::Peer,
     error::{Code, Error},
     metrics::{Connected, Metrics, Transport},
     transport::{
@@ -430,11 +429,8 @@ async fn call(
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
         request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));
     }
-    if client.door.is_proxy() {
-        request.extensions_mut().insert(Peer(client.peer.ip()));
-    }
-    if request.method() == Method::GET {
-        // Of those who may stay it is listed where they come from.
+    if request.method() == Method::GET || client.door.is_proxy() {
+        // Of those who may stay it is listed where they come from, and origins are told.
         request.extensions_mut().insert(Remote(client.peer));
     }
     let mut response = client.door.clone().answer(request).await;

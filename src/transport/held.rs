@@ -20,6 +20,7 @@ use http::Response;
 
 use super::{
     carrier::{Flow, Offer, Out, Turn},
+    chunk,
     roll::{Place, Reads, Roll},
     wheel::{Due, Timer, Wheel},
 };
@@ -98,6 +99,12 @@ pub enum Then {
     Done,
     /// Ends, for this reason.
     End(Code),
+}
+
+/// Last words to an `EventSource`: when to come back, so that not all do at once. Who was kicked is to stay away.
+pub fn retry(code: Code) -> Bytes {
+    let ms = if code == Code::Kicked { i32::MAX } else { fastrand::i32(1_000..4_000) };
+    chunk::of(format!("retry: {ms}\n").as_bytes())
 }
 
 /// A stream of an adapter. See the [module](self).
@@ -293,7 +300,7 @@ mod tests {
         bus::{Bus, Clock, Config, Format, Keep, KeyLimits, Topics, index},
         event::{Channel, Data, Draft, Parts},
         position::Start,
-        transport::{carrier, chunk},
+        transport::carrier,
     };
 
     static TEXT: Format = Format {

@@ -8,7 +8,8 @@ use std::{
         Arc, Weak,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
-    time::{SystemTime, UNIX_EPOCH},
+    task::Poll,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use foldhash::fast::RandomState;
@@ -16,7 +17,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use slab::Slab;
 
-use super::wheel::Wheel;
+use super::wheel::{Due, Timer, Wheel};
 use crate::{
     auth::Identity,
     event::Channel,
@@ -26,6 +27,8 @@ use crate::{
 
 /// Attempts to reach those who are to be kicked: a timer on its way to another bucket is missed.
 const ATTEMPTS: usize = 8;
+/// Longer than a request waits: it keeps its time itself.
+const LONG: Duration = Duration::from_secs(60 * 60);
 
 /// Where a request comes from, as an extension of it.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +48,12 @@ pub struct Place {
     roll: Arc<Roll>,
     key: u32,
     number: u32,
+}
+
+/// A request that waits for events, on the roll meanwhile.
+pub struct Waiting {
+    _place: Place,
+    timer: Timer,
 }
 
 /// Some seventy bytes per connection.
@@ -100,6 +109,15 @@ pub struct Listed {
     pub services: Vec<String>,
 }
 
+// === impl Remote ===
+
+impl Remote {
+    /// Where a request with this head comes from, if its listener said so.
+    pub fn of(head: &http::request::Parts) -> Option<SocketAddr> {
+        head.extensions.get::<Remote>().map(|Remote(remote)| *remote)
+    }
+}
+
 // === impl Roll ===
 
 impl Roll {
@@ -135,6 +153,19 @@ impl Roll {
         }
         let key = entries.insert(entry) as u32;
         Place { roll: self.clone(), key, number }
+    }
+
+    /// As [`enter`](Self::enter), for a request that waits for events of `channels`.
+    pub fn waiting(
+        self: &Arc<Self>,
+        identity: &Identity,
+        remote: Option<SocketAddr>,
+        channels: Vec<Channel>,
+    ) -> Waiting {
+        let place = self.enter(Transport::Poll, identity, remote, Reads::of(channels));
+        let mut timer = self.wheel.timer(LONG);
+        timer.set_owner(place.number());
+        Waiting { _place: place, timer }
     }
 
     /// Connections now.
@@ -225,6 +256,26 @@ impl Entry {
             channels: self.reads.count(),
             services: self.provides.as_ref().map(Provides::names).unwrap_or_default(),
         }
+    }
+}
+
+// === impl Waiting ===
+
+impl Waiting {
+    /// Waits until somebody wants it to end.
+    pub async fn kicked(&mut self) {
+        std::future::poll_fn(|cx| {
+            loop {
+                match self.timer.poll(cx) {
+                    Poll::Ready(Due::Kicked) => return Poll::Ready(()),
+                    // Whoever waits looks after that.
+                    Poll::Ready(Due::Leave) => {}
+                    Poll::Ready(Due::Time) => self.timer.reset(LONG),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await;
     }
 }
 

@@ -170,7 +170,7 @@ impl Sse {
         if self.wheel.is_draining() {
             return Err(Error::new(Code::Draining, "this node is leaving"));
         }
-        let remote = head.extensions.get::<Remote>().map(|Remote(remote)| *remote);
+        let remote = Remote::of(head);
         let offer = self.begin(identity, remote, asked).await?;
         Ok(offer.respond(stream(())))
     }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use weir::{
     auth::Identity,
     cluster::{Clock, local::Net},
+    config::Adapter,
     metrics::Transport,
     transport::{
         roll::{Reads, Roll, Which},
@@ -132,6 +133,36 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     let all = list(&weir, "").await;
     kick(&weir, &all[0]["id"]).await;
     assert!(other.chunk().await.unwrap().ends_with(b"2147483647}\n\n"));
+}
+
+#[tokio::test]
+async fn streams_and_polls_of_other_systems_too() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
+            config.compat.ganomede.secret = "s".into();
+            config.compat.ganomede.poll_timeout = Duration::from_secs(60);
+        })
+        .await;
+    let mut browser = open(&weir, "/subscribe?channels=a,b").await;
+    browser.head().await;
+    let mut poll = open(&weir, "/events/v1/events?clientId=c&channel=a&secret=s").await;
+    eventually("both are listed", || weir.gateway().survey.roll().len() == 2).await;
+    let all = list(&weir, "channel=a").await;
+    let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
+    assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1])]);
+    for it in &all {
+        assert!(it["remote"].as_str().unwrap().starts_with("127.0.0.1:"), "{it}");
+        kick(&weir, &it["id"]).await;
+    }
+    assert_eq!(poll.reply().await.expect(403).json()["code"], "Forbidden");
+    // An EventSource that is told so stays away.
+    let mut last = Vec::new();
+    while let Some(chunk) = browser.chunk().await {
+        last = chunk.to_vec();
+    }
+    assert_eq!(last, b"retry: 2147483647\n");
+    eventually("nobody is left", || weir.gateway().survey.roll().is_empty()).await;
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 use weir::config::{Adapter, Config};
 
@@ -138,6 +139,53 @@ async fn whoever_does_not_read_its_answers_is_closed() {
     assert_eq!(client.post(&path, &said).await.expect(200).text(), "ok");
     eventually("it is gone", || metric(&weir, "weir_connections{transport=\"socketio\"}") == 0).await;
     drop(client);
+    empty(&weir).await;
+}
+
+async fn listed(weir: &Weir, query: &str) -> Vec<Value> {
+    let answer = weir.get(format!("/v1/connections?{query}")).await.expect(200).json();
+    answer["connections"].as_array().unwrap().clone()
+}
+
+#[tokio::test]
+async fn clients_are_listed_by_their_services_and_kicked() {
+    let weir = hub(|_| {}).await;
+    let mut socket = client(&weir, "socket").await;
+    let (mut poll, path) = poller(&weir, "poll").await;
+    let (mut upgraded, old) = poller(&weir, "upgraded").await;
+    let mut upgrade = Socket::open_at(weir.address, &old.replace("polling", "websocket")).await;
+    upgrade.send("2probe").await;
+    assert_eq!(upgrade.text().await, "3probe");
+    upgrade.send("5").await;
+    let all = listed(&weir, "").await;
+    let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["services"], it["channels"]])).collect();
+    let expected = ["socket", "poll", "upgraded"].map(|name| json!(["socketio", [name], 0]));
+    assert_eq!(told, expected);
+    assert!(all.iter().all(|it| it["remote"].as_str().unwrap().starts_with("127.0.0.1:")), "{all:?}");
+    // The third comes by another connection now.
+    assert_eq!(upgraded.get(&old).await.expect(400).text(), r#"{"code":3,"message":"Bad request"}"#);
+
+    // Told so that the library does not come back by itself; the name is free at once.
+    let kick = async |it: &Value| {
+        let path = format!("/v1/connections?id={}", it["id"].as_str().unwrap());
+        assert_eq!(weir.delete(path).await.expect(200).json(), json!({ "kicked": 1 }));
+    };
+    poll.send("GET", &path, &[], b"").await;
+    for it in &all {
+        kick(it).await;
+    }
+    assert_eq!((socket.text().await, upgrade.text().await), ("41".to_owned(), "41".to_owned()));
+    assert_eq!(poll.reply().await.expect(200).text(), "41");
+    assert_eq!(weir.gateway().hub.counts().providers, 0);
+    let mut heir = client(&weir, "socket").await;
+    // One leaves as it should, the others are ended.
+    drop(socket);
+    assert_eq!(soon(upgrade.closed()).await, (4503, "kicked".to_owned()));
+    let series = "weir_connections_closed_total{transport=\"socketio\",reason=\"kicked\"}";
+    eventually("all three are gone", || metric(&weir, series) == 3).await;
+    assert_eq!(listed(&weir, "").await.len(), 1);
+    heir.send("1").await;
+    drop((heir, poll, upgraded, upgrade));
     empty(&weir).await;
 }
 

@@ -3,7 +3,12 @@
 //! What is said on it is the affair of a [`Conversation`]. It is dropped as soon as the session is to end, so that what
 //! it holds is free at once; the session itself may stay a moment for its last words to be read.
 
-use std::sync::{Arc, Weak};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Weak},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 
@@ -13,10 +18,17 @@ use super::{
     packet::{Framing, Packet},
 };
 use crate::{
+    auth::Identity,
     error::Code,
     metrics::{Connected, Transport},
-    transport::wheel::Wheel,
+    transport::{
+        roll::{Place, Reads},
+        wheel::{Due, Timer, Wheel},
+    },
 };
+
+/// Longer than anything that a session waits for: its seat on the wheel is there for those who call on it.
+const LONG: Duration = Duration::from_secs(60 * 60);
 
 /// What a session is about. Called by one task at a time, in the order of what the client sent.
 pub trait Conversation: Send {
@@ -37,6 +49,9 @@ pub trait Conversation: Send {
 
     /// The node goes: nothing new is taken on.
     fn leave(&mut self);
+
+    /// An operator wants the client to go, and to stay away.
+    fn kicked(&mut self);
 
     /// Whether nobody waits for it, nor it for anybody.
     fn is_quiet(&self) -> bool;
@@ -69,9 +84,18 @@ struct State {
     /// When a session whose last words were not read is forgotten. 0: it is not ending.
     until: u32,
     leaving: bool,
+    kicked: bool,
     /// Who wants to know whether the client lives, and until when it has to say so.
     askers: Vec<(u32, Weak<Session>)>,
-    connected: Option<Connected>,
+    /// Until it is over.
+    present: Option<Present>,
+}
+
+/// A client where connections are counted, listed and called on.
+struct Present {
+    connected: Connected,
+    place: Place,
+    timer: Timer,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +117,12 @@ pub struct Turn<'a> {
 // === impl Session ===
 
 impl Session {
-    pub fn new(common: &Arc<Common>, framing: Framing) -> Arc<Self> {
+    pub fn new(common: &Arc<Common>, framing: Framing, remote: Option<SocketAddr>) -> Arc<Self> {
         let now = common.wheel.now();
+        let connected = common.metrics.connected(Transport::SocketIo);
+        let place = common.roll.enter(Transport::SocketIo, &Identity::anonymous(), remote, Reads::Nothing);
+        let mut timer = common.wheel.timer(LONG);
+        timer.set_owner(place.number());
         Arc::new(Session {
             sid: new_sid(),
             common: common.clone(),
@@ -108,8 +136,9 @@ impl Session {
                 asked: false,
                 until: 0,
                 leaving: false,
+                kicked: false,
                 askers: Vec::new(),
-                connected: Some(common.metrics.connected(Transport::SocketIo)),
+                present: Some(Present { connected, place, timer }),
             }),
         })
     }
@@ -122,6 +151,13 @@ impl Session {
     pub fn wake(&self) {
         if let Some(conversation) = self.conversation.lock().as_deref_mut() {
             conversation.woken();
+        }
+    }
+
+    /// Changes how it is listed.
+    pub fn listed(&self, change: impl FnOnce(&Place)) {
+        if let Some(present) = &self.state.lock().present {
+            change(&present.place);
         }
     }
 
@@ -206,8 +242,17 @@ impl Session {
             state.asked = true;
             state.ping = now + Wheel::ticks(self.common.settings.ping_timeout);
         }
-        let (leaving, ending) = (state.leaving, state.until != 0);
+        let call = state.present.as_mut().and_then(Present::called);
+        let ending = state.until != 0;
+        state.kicked |= call == Some(Due::Kicked);
         drop(state);
+        match call {
+            Some(Due::Leave) => self.leave(),
+            Some(Due::Kicked) => {
+                let _ = self.with(|conversation| Ok(conversation.kicked()));
+            }
+            Some(Due::Time) | None => {}
+        }
         if ping {
             self.outbox.relax();
             self.outbox.text("2");
@@ -215,6 +260,7 @@ impl Session {
         if ending {
             return true;
         }
+        let leaving = self.is_leaving();
         let quiet = leaving && self.conversation.lock().as_ref().is_none_or(|conversation| conversation.is_quiet());
         if quiet || leaving && self.common.wheel.draining_for() >= self.common.settings.grace {
             self.outbox.finish();
@@ -229,7 +275,7 @@ impl Session {
     }
 
     /// This session's turn to go, in a drain.
-    pub fn leave(&self) {
+    fn leave(&self) {
         if !std::mem::replace(&mut self.state.lock().leaving, true)
             && let Some(conversation) = self.conversation.lock().as_deref_mut()
         {
@@ -264,15 +310,18 @@ impl Session {
             return;
         }
         state.stage = Stage::Over;
-        if let Some(connected) = &mut state.connected {
+        // Whoever was kicked has left by itself, if it is polite.
+        let code = if state.kicked { Some(Code::Kicked) } else { code };
+        let mut present = state.present.take();
+        if let Some(Present { connected, .. }) = &mut present {
             match code {
                 Some(code) => connected.because(code),
                 None => connected.peer(),
             }
         }
-        let (askers, connected) = (std::mem::take(&mut state.askers), state.connected.take());
+        let askers = std::mem::take(&mut state.askers);
         drop(state);
-        drop(connected);
+        drop(present);
         self.outbox.close();
         self.forget(askers);
     }
@@ -329,6 +378,19 @@ impl Session {
         drop(state);
         self.outbox.upgrade();
         true
+    }
+}
+
+impl Present {
+    /// Whether somebody calls on it to go. It is asked often enough to need no waker.
+    fn called(&mut self) -> Option<Due> {
+        loop {
+            match self.timer.poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Due::Time) => self.timer.reset(LONG),
+                Poll::Ready(due) => return Some(due),
+                Poll::Pending => return None,
+            }
+        }
     }
 }
 

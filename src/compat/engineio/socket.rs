@@ -80,6 +80,7 @@ impl Socket {
         let patience = if probing { settings.upgrade } else { settings.stalled };
         let mut timer = server.common.wheel.timer(settings.stalled);
         timer.at_most(patience);
+        session.listed(|place| place.met(taken.peer));
         Socket {
             io: taken.io,
             decoder: Decoder::new(settings.max_payload),
@@ -114,8 +115,7 @@ impl Socket {
     fn poll_time(&mut self, cx: &mut Context<'_>) -> Result<(), Over> {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
-                Due::Leave if self.phase == Phase::Open => self.session.leave(),
-                // Nobody can name it yet.
+                // The session has a place of its own, and hears of it there.
                 Due::Leave | Due::Kicked => {}
                 Due::Time => self.tick()?,
             }

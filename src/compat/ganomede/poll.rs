@@ -9,6 +9,7 @@
 
 use std::{future::poll_fn, time::Duration};
 
+use axum::http::request::Parts as Head;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
@@ -16,13 +17,14 @@ use super::{
     wire::{self, Refusal, is_void},
 };
 use crate::{
-    auth::MAX_CONSUMER,
+    auth::{Identity, MAX_CONSUMER},
     bus::{Format, Limit, Page, Reason, Subscriptions},
     compat::form::Form,
-    error::Error,
+    error::{Code, Error},
     event::Channel,
     metrics::Transport,
     position::{Position, Start},
+    transport::roll::Remote,
 };
 
 /// Unless asked for more, and in the original's published version at most.
@@ -40,7 +42,7 @@ struct Place {
 }
 
 impl Ganomede {
-    pub(super) async fn poll(&self, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
+    pub(super) async fn poll(&self, head: &Head, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
         let client = query.text("clientId").filter(|client| !client.is_empty()).and_then(consumer);
         let client = client.ok_or_else(|| Refusal::invalid("Invalid Client ID"))?;
         let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
@@ -51,7 +53,12 @@ impl Ganomede {
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
         if place.page.events.is_empty() && !self.settings.poll_timeout.is_zero() {
-            self.wait(&channel, &mut place, limit).await?;
+            let mut listed = self.parts.roll.waiting(&Identity::anonymous(), Remote::of(head), vec![channel.clone()]);
+            tokio::select! {
+                biased;
+                waited = self.wait(&channel, &mut place, limit) => waited?,
+                () = listed.kicked() => return Err(Error::new(Code::Kicked, "an operator has ended this poll").into()),
+            }
         }
         let next = place.page.next;
         if next.epoch != epoch && !place.page.events.is_empty() {

@@ -3,6 +3,7 @@
 //! where they are, in their channels.
 
 use std::{
+    net::SocketAddr,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -73,6 +74,7 @@ pub struct At {
     pub path: PathAndQuery,
     /// By which the client knows weir.
     pub host: Option<HeaderValue>,
+    pub remote: Option<SocketAddr>,
 }
 
 /// A channel of the stream.

@@ -8,13 +8,15 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use tokio::time::Instant;
 
 use super::{
-    Answer, Content, Grip, Outcome, Route, filter,
+    Answer, Content, Grip, Outcome, filter,
     hold::away,
     instruct::Instruct,
+    link::At,
     mark::{self, Mark},
     proxy::Failure,
 };
 use crate::{
+    auth::Identity,
     bus::{Format, Limit, Subscriptions},
     event::Channel,
     metrics::{Metrics, Transport},
@@ -49,13 +51,13 @@ struct Waiting {
 impl Grip {
     pub(super) async fn hold_response(
         self: &Arc<Self>,
-        route: &Route,
+        at: &At,
         instruct: Instruct,
         mut answer: Answer,
         again: Again,
     ) -> Result<Outcome, Failure> {
         let repeatable = again != Again::Never;
-        let channels = self.channels(route, &instruct)?;
+        let channels = self.channels(&self.routes[at.route], &instruct)?;
         let mut subs = Subscriptions::new(Format::NONE);
         let mut waiting = Vec::with_capacity(channels.len());
         for (nth, watch) in self.parts.bus.watch(&channels).await.map_err(away)?.into_iter().enumerate() {
@@ -65,6 +67,7 @@ impl Grip {
             waiting.push(Waiting { slot: added.slot, nth, channel, at: added.position, prev });
         }
         let _counted = Counted::new(&self.parts.metrics, &subs);
+        let mut listed = self.parts.roll.waiting(&Identity::anonymous(), at.remote, channels);
         let ask_again = || {
             let mut last = HeaderMap::new();
             for asked in &instruct.channels {
@@ -96,6 +99,7 @@ impl Grip {
                 () = &mut alarm => break,
                 // Whoever waits is answered as if its time was up, and comes back to a node that stays.
                 () = &mut leaving => break,
+                () = listed.kicked() => break,
             }
             for wait in &mut waiting {
                 let limit = Limit { events: PAGE, bytes: self.parts.config.limits.page_bytes };

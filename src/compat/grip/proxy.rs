@@ -30,9 +30,13 @@ use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
 
 use super::{Route, instruct};
 use crate::{
+    auth::Identity,
     config,
-    metrics::{Metrics, Transport},
+    error::Code,
+    metrics::Transport,
     transport::{
+        held::Holding,
+        roll::Reads,
         takeover::{Taken, Takeover},
         wheel::{Due, Wheel},
     },
@@ -324,7 +328,7 @@ pub fn pass(answer: Response<Incoming>) -> Response<AxumBody> {
 }
 
 /// A 101: whatever both sides speak now is theirs.
-pub fn tunnel(mut answer: Response<Incoming>, metrics: Arc<Metrics>, wheel: Arc<Wheel>) -> Response<AxumBody> {
+pub fn tunnel(mut answer: Response<Incoming>, holding: Arc<Holding>) -> Response<AxumBody> {
     let upgrade = hyper::upgrade::on(&mut answer);
     let protocol = answer.headers().get(header::UPGRADE).cloned();
     let (mut head, _) = answer.into_parts();
@@ -335,21 +339,24 @@ pub fn tunnel(mut answer: Response<Incoming>, metrics: Arc<Metrics>, wheel: Arc<
     head.version = Version::HTTP_11;
     head.extensions = http::Extensions::new();
     head.extensions.insert(Takeover::new(move |taken| {
-        tokio::spawn(carry(taken, upgrade, metrics, wheel));
+        tokio::spawn(carry(taken, upgrade, holding));
     }));
     Response::from_parts(head, AxumBody::empty())
 }
 
-async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, metrics: Arc<Metrics>, wheel: Arc<Wheel>) {
-    let Taken { io: client, early, seat: _seat, .. } = taken;
-    let mut connected = metrics.connected(Transport::Ws);
+async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, holding: Arc<Holding>) {
+    let Taken { io: client, peer, early, seat: _seat, .. } = taken;
+    let mut connected = holding.metrics.connected(Transport::Ws);
+    let place = holding.roll.enter(Transport::Ws, &Identity::anonymous(), Some(peer), Reads::Nothing);
+    let mut timer = holding.wheel.timer(Duration::from_secs(60 * 60));
+    timer.set_owner(place.number());
     let Ok(upgraded) = upgrade.await else { return };
     let mut origin = TokioIo::new(upgraded);
-    let mut timer = wheel.timer(Duration::from_secs(60 * 60));
     let leave = std::future::poll_fn(|cx| {
         loop {
             match timer.poll(cx) {
-                Poll::Ready(Due::Leave | Due::Kicked) => return Poll::Ready(()),
+                Poll::Ready(Due::Leave) => return Poll::Ready(Code::Draining),
+                Poll::Ready(Due::Kicked) => return Poll::Ready(Code::Kicked),
                 Poll::Ready(Due::Time) => timer.reset(Duration::from_secs(60 * 60)),
                 Poll::Pending => return Poll::Pending,
             }
@@ -379,7 +386,7 @@ async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, metrics: Arc<Me
             Ok(()) => connected.done(),
             Err::<_, std::io::Error>(_) => connected.peer(),
         },
-        () = leave => connected.because(crate::error::Code::Draining),
+        code = leave => connected.because(code),
     }
 }
 

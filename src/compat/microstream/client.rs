@@ -253,6 +253,9 @@ impl Client {
         self.hub.comes(&self.name, &self.session, &self.beat);
         let id = new_sid();
         self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
+        if let Some(session) = self.session.upgrade() {
+            session.listed(|place| place.provides(link.provides()));
+        }
         // Requests begin here: they come after the answer.
         drop(provided);
         self.link = Some(link);
@@ -339,10 +342,7 @@ impl Conversation for Client {
             Stage::Fresh | Stage::Asking(_) | Stage::Registering(_) => {}
             Stage::Connected => {
                 if self.is_stale(now) {
-                    self.part();
-                    if let Some(session) = self.session.upgrade() {
-                        session.outbox.part("41");
-                    }
+                    self.kicked();
                 } else if now.is_multiple_of(256) {
                     // Seldom: what is forgotten here is bounded anyway.
                     self.port.forget(self.hub.memory);
@@ -369,6 +369,14 @@ impl Conversation for Client {
         self.registering = None;
         if self.registered(tries, provided.map(|provided| (link, provided))) {
             self.register(tries + 1);
+        }
+    }
+
+    /// Socket.IO's clients do not come back after this by themselves.
+    fn kicked(&mut self) {
+        self.part();
+        if let Some(session) = self.session.upgrade() {
+            session.outbox.part("41");
         }
     }
 

@@ -29,7 +29,7 @@ use crate::{
     transport::{
         carrier::Out,
         chunk,
-        held::{Beat, Held, Then, Voice},
+        held::{Beat, Held, Then, Voice, retry},
         sse::frame::HEARTBEAT,
     },
 };
@@ -158,9 +158,8 @@ impl Voice for Browser {
         Then::GoOn
     }
 
-    /// Only a time to come back after, so that not all do at once.
-    fn farewell(&mut self, _: Code, out: &mut Out) {
-        out.push(chunk::of(format!("retry: {}\n", fastrand::u16(1000..4000)).as_bytes()));
+    fn farewell(&mut self, code: Code, out: &mut Out) {
+        out.push(retry(code));
     }
 }
 

@@ -1,6 +1,6 @@
 //! `/v1/events`: publish, read, trim and delete.
 
-use std::{fmt, sync::Arc, task::Poll, time::Duration};
+use std::{fmt, sync::Arc};
 
 use axum::{
     body::{Body, Bytes},
@@ -31,9 +31,8 @@ use crate::{
     transport::{
         longpoll::{Answer, Reading},
         query::Query,
-        roll::{Reads, Remote},
+        roll::Remote,
         sse,
-        wheel::Due,
     },
 };
 
@@ -319,23 +318,11 @@ async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Re
 
 /// A read that may wait is on the roll meanwhile, and can be kicked.
 async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
-    let remote = head.extensions.get::<Remote>().map(|Remote(remote)| *remote);
-    let place = gateway.survey.roll().enter(Transport::Poll, identity, remote, Reads::of(reading.channels().to_vec()));
-    // For the kick alone: the read keeps its time itself.
-    let mut timer = gateway.sse.wheel().timer(Duration::from_secs(60 * 60));
-    timer.set_owner(place.number());
-    let kicked = std::future::poll_fn(|cx| {
-        while let Poll::Ready(due) = timer.poll(cx) {
-            if due == Due::Kicked {
-                return Poll::Ready(());
-            }
-        }
-        Poll::Pending
-    });
+    let mut waiting = gateway.survey.roll().waiting(identity, Remote::of(head), reading.channels().to_vec());
     tokio::select! {
         biased;
         answer = reading.answer(&gateway.bus, &gateway.draining) => answer,
-        () = kicked => Err(Error::new(Code::Kicked, "an operator has ended this read")),
+        () = waiting.kicked() => Err(Error::new(Code::Kicked, "an operator has ended this read")),
     }
 }
 

@@ -211,6 +211,40 @@ async fn a_stream_that_cannot_keep_up_ends_rather_than_miss_something() {
     assert_eq!(grip.metric("weir_gaps_total{reason=\"trimmed\"}"), 1);
 }
 
+#[tokio::test]
+async fn whatever_is_held_is_listed_and_can_be_kicked() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let mut stream = held(&grip, &mut origin, HELD, "open\n").await;
+    let waiting = tokio::spawn(grip.ask("GET", "/wait").into_future());
+    origin.next().await.answer(WAITS, "in time").await;
+    grip.readers("answers", 1).await;
+    let mut tunnel = Client::connect(grip.proxy).await;
+    tunnel.send("GET", "/ws", &[("Connection", "Upgrade"), ("Upgrade", "websocket")], b"").await;
+    let mut exchange = origin.next().await;
+    exchange.write("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
+    assert_eq!(tunnel.head().await.status, 101);
+    let roll = grip.weir.gateway().survey.roll();
+    until(async || roll.len() == 3).await;
+    let all = grip.weir.get("/v1/connections").await.expect(200).json();
+    let all = all["connections"].as_array().unwrap();
+    let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
+    assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1]), json!(["ws", 0])]);
+    for it in all {
+        assert!(it["remote"].as_str().unwrap().starts_with("127.0.0.1:"), "{it}");
+        let kicked = grip.weir.delete(format!("/v1/connections?id={}", it["id"].as_str().unwrap())).await;
+        assert_eq!(kicked.expect(200).json(), json!({ "kicked": 1 }));
+    }
+    assert_eq!(text(&mut stream, 5).await, "open\n");
+    assert_eq!(stream.chunk().await, None);
+    // As if its time was up.
+    assert_eq!(waiting.await.unwrap().expect(200).text(), "in time");
+    assert!(exchange.is_cancelled().await && tunnel.is_closed().await);
+    drop((stream, tunnel));
+    closed(&grip).await;
+    assert!(roll.is_empty());
+}
+
 // === responses ===
 
 const WAITS: &[(&str, &str)] =
