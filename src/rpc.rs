@@ -47,7 +47,7 @@ pub use crate::cluster::Clock;
 pub use ask::{Asked, Refusal};
 pub use changes::{Change, ChangeKind};
 pub use connection::{Connection, Provides, Replied};
-pub use peer::{Answer, Forward, Meta, Names, Peer, ProviderError, Relay, Written};
+pub use peer::{Answer, Forward, Meta, Names, Peer, Probed, ProviderError, Relay, Written};
 pub use pending::{CallId, CallIdText, Tag};
 pub use provide::{Provided, Providing};
 
@@ -122,6 +122,8 @@ pub struct Provide<'a> {
     pub exclusive: bool,
     /// Replaces an exclusive provider of the same subject.
     pub takeover: bool,
+    /// Has an exclusive provider [probed](Peer::probe), on whatever node it is, and is refused only by one that lives.
+    pub probe: bool,
     /// Calls in flight that it takes, at least 1.
     pub concurrency: u32,
     pub names: Names,
@@ -240,6 +242,7 @@ impl<'a> Provide<'a> {
             subject: "",
             exclusive: false,
             takeover: false,
+            probe: false,
             concurrency: 1_000,
             names: Names::Bare,
             meta: false,

@@ -12,7 +12,7 @@ mod translate;
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 
 use super::{
     Adapter, Parts,
-    engineio::{self, Common, Server, Session},
+    engineio::{self, Common, Server},
 };
 use crate::{config::Config, rpc::Hub, transport::wheel::Wheel};
 use client::Client;
@@ -48,7 +48,7 @@ pub struct MicroStream {
     /// For so many ticks an answer may be waited for.
     memory: u32,
     /// The clients that are connected to this node.
-    names: Mutex<HashMap<Box<str>, Member, RandomState>>,
+    names: Mutex<HashMap<Box<str>, Beat, RandomState>>,
 }
 
 struct Settings {
@@ -59,11 +59,8 @@ struct Settings {
     max_bytes: usize,
 }
 
-struct Member {
-    session: Weak<Session>,
-    /// The tick of its last heartbeat.
-    beat: Arc<AtomicU32>,
-}
+/// The tick of a client's last heartbeat.
+type Beat = Arc<AtomicU32>;
 
 pub fn adapter(parts: &Parts) -> Adapter {
     let server = serve(parts);
@@ -125,15 +122,14 @@ impl MicroStream {
         }
     }
 
-    fn comes(&self, name: &str, session: &Weak<Session>, beat: &Arc<AtomicU32>) {
-        let member = Member { session: session.clone(), beat: beat.clone() };
-        self.names.lock().insert(name.into(), member);
+    fn comes(&self, name: &str, beat: &Beat) {
+        self.names.lock().insert(name.into(), beat.clone());
     }
 
     /// Forgets a name, unless somebody else has it by now.
-    fn leaves(&self, name: &str, beat: &Arc<AtomicU32>) {
+    fn leaves(&self, name: &str, beat: &Beat) {
         let mut names = self.names.lock();
-        if names.get(name).is_some_and(|member| Arc::ptr_eq(&member.beat, beat)) {
+        if names.get(name).is_some_and(|other| Arc::ptr_eq(other, beat)) {
             names.remove(name);
             if names.is_empty() {
                 names.shrink_to_fit();
@@ -141,14 +137,10 @@ impl MicroStream {
         }
     }
 
-    fn holder(&self, name: &str) -> Option<Arc<Session>> {
-        self.names.lock().get(name)?.session.upgrade()
-    }
-
     /// A heartbeat in somebody else's name counts, as with the original.
     fn beats(&self, name: &str) {
-        if let Some(member) = self.names.lock().get(name) {
-            member.beat.store(self.wheel.now(), Relaxed);
+        if let Some(beat) = self.names.lock().get(name) {
+            beat.store(self.wheel.now(), Relaxed);
         }
     }
 }

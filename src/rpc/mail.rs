@@ -52,6 +52,8 @@ pub(super) struct Ask<'a> {
     pub service: &'a str,
     pub subject: &'a str,
     pub takeover: bool,
+    /// A provider that is dead holds nothing.
+    pub probe: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,7 +172,7 @@ impl Ask<'_> {
     pub fn write(&self) -> Vec<u8> {
         let mut out = vec![ASK];
         number(&mut out, self.ask);
-        out.push(u8::from(self.takeover));
+        out.push(u8::from(self.takeover) | u8::from(self.probe) << 1);
         text(&mut out, self.service);
         text(&mut out, self.subject);
         out
@@ -221,8 +223,9 @@ impl<'a> Mail<'a> {
             BEAT => Mail::Beat { back: false },
             BEAT_BACK => Mail::Beat { back: true },
             ASK => {
-                let (ask, takeover) = (from.number()?, from.byte()? != 0);
-                Mail::Ask(Ask { ask, takeover, service: from.text()?, subject: from.text()? })
+                let (ask, flags) = (from.number()?, from.byte()?);
+                let (takeover, probe) = (flags & 1 != 0, flags & 2 != 0);
+                Mail::Ask(Ask { ask, takeover, probe, service: from.text()?, subject: from.text()? })
             }
             TOLD => Mail::Told { ask: from.number()?, held: from.byte()? != 0 },
             _ => return None,
@@ -394,8 +397,10 @@ mod tests {
 
     #[test]
     fn small_mails() {
-        let ask = Ask { ask: 7, service: "s", subject: "u", takeover: true };
-        assert!(matches!(Mail::read(&ask.write()), Some(Mail::Ask(read)) if read == ask));
+        for (takeover, probe) in [(true, false), (false, true), (true, true)] {
+            let ask = Ask { ask: 7, service: "s", subject: "u", takeover, probe };
+            assert!(matches!(Mail::read(&ask.write()), Some(Mail::Ask(read)) if read == ask));
+        }
         assert!(matches!(Mail::read(&told(300, true)), Some(Mail::Told { ask: 300, held: true })));
         assert!(matches!(Mail::read(&cancel(9)), Some(Mail::Cancel { id: 9 })));
         assert!(matches!(Mail::read(BEAT_MAIL), Some(Mail::Beat { back: false })));

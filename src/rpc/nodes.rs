@@ -250,8 +250,13 @@ impl Hub {
                 }
             }
             Mail::Ask(ask) => {
-                let held = self.is_held(&ask);
-                line.link.send(Weight::Must, &mail::told(ask.ask, held));
+                let (link, number) = (line.link.clone(), ask.ask);
+                self.is_held(
+                    &ask,
+                    Box::new(move |held| {
+                        link.send(Weight::Must, &mail::told(number, held));
+                    }),
+                );
             }
             Mail::Told { ask, held } => {
                 let asked = self.asks.lock().remove(&ask);

@@ -32,7 +32,17 @@ pub trait Peer: Send + Sync {
     /// This connection no longer provides `service`; its replies are dropped. `reason` is `replaced` or
     /// `lost`.
     fn withdrawn(&self, service: &str, reason: &str);
+
+    /// Finds out whether the client lives, since somebody else wants a name that it has. One that does not is gone, with
+    /// all that it provides, before `told` is told so.
+    fn probe(&self, told: Probed) {
+        // As far as anybody knows.
+        told(true);
+    }
 }
+
+/// Told once whether a client lives.
+pub type Probed = Box<dyn FnOnce(bool) + Send>;
 
 /// Whether a call is in the outbound buffer. Anything but `Yes` promises that no byte of it will reach the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

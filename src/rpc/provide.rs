@@ -15,7 +15,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 use tokio::sync::oneshot;
 
 use super::{
-    Hub, Names, Provide,
+    Hub, Names, Probed, Provide,
     mail::Ask,
     pending::{CallId, Conn, Registration},
     services::Service,
@@ -61,6 +61,7 @@ struct Wanted {
     subject: String,
     exclusive: bool,
     takeover: bool,
+    probe: bool,
     concurrency: u32,
     names: Names,
     meta: bool,
@@ -134,12 +135,38 @@ async fn provide(hub: &Arc<Hub>, conn: &Arc<Conn>, wanted: &Wanted) -> Result<Pr
         // None: it was forgotten at this moment.
         let Some(_registering) = Registering::begin(hub, &service) else { continue };
         hub.has_room_for(conn, &service)?;
-        let need = service.state.lock().need(&service.name, mine(conn, &service), &ask)?;
-        let lease = match need {
+        let lease = match need(conn, &service, &ask).await? {
             Some(claim) => Some(hub.claim(&service.name, claim, &ask).await?),
             None => None,
         };
         return hub.register(conn, &service, &ask, lease);
+    }
+}
+
+/// What the cluster has to be asked for. A provider here that is dead is out of the way then, if the asker wants that.
+async fn need(conn: &Arc<Conn>, service: &Arc<Service>, ask: &Provide<'_>) -> Result<Option<Claim>> {
+    let mut probed: Option<Arc<Conn>> = None;
+    loop {
+        let mine = mine(conn, service);
+        let (taken, holder) = {
+            let state = service.state.lock();
+            match state.need(&service.name, mine, ask) {
+                Ok(need) => return Ok(need),
+                Err(taken) => (taken, state.holder(mine)),
+            }
+        };
+        let known = |holder: &Arc<Conn>| probed.as_ref().is_some_and(|probed| Arc::ptr_eq(probed, holder));
+        let Some(holder) = holder.filter(|holder| ask.probe && !known(holder)) else { return Err(taken) };
+        let (told, lives) = oneshot::channel();
+        let told = move |lives| {
+            // Who wanted to know may have given up.
+            let _ = told.send(lives);
+        };
+        holder.peer.probe(Box::new(told));
+        if lives.await.unwrap_or(true) {
+            return Err(taken);
+        }
+        probed = Some(holder);
     }
 }
 
@@ -280,7 +307,8 @@ impl Hub {
     fn ask_holder(&self, node: NodeId, service: &str, ask: &Provide<'_>) -> Asking<'_> {
         let (heard, answer) = oneshot::channel();
         let number = self.next_seq();
-        let mail = Ask { ask: number, service, subject: ask.subject, takeover: ask.exclusive && ask.takeover };
+        let (subject, takeover, probe) = (ask.subject, ask.exclusive && ask.takeover, ask.probe);
+        let mail = Ask { ask: number, service, subject, takeover, probe };
         self.asks.lock().insert(number, (node, heard));
         if self.cluster.send(node, Topic::Calls, Weight::Must, &mail.write()) != Sent::Taken {
             self.asks.lock().remove(&number);
@@ -288,20 +316,26 @@ impl Hub {
         Asking(answer, self, number)
     }
 
-    /// Another node wants a name. Whether it is held here; the same subject gets it.
-    pub(super) fn is_held(&self, ask: &Ask<'_>) -> bool {
-        let Some(service) = self.find(ask.service) else { return false };
+    /// Another node wants a name: `told` whether it is held here. The same subject gets it, and whoever asks for it in the
+    /// place of the dead.
+    pub(super) fn is_held(&self, ask: &Ask<'_>, told: Probed) {
+        let Some(service) = self.find(ask.service) else { return told(false) };
         let mut state = service.state.lock();
-        if state.registering > 0 {
-            return true;
-        }
         let yields = if ask.takeover { state.yields_to(ask.subject) } else { None };
-        let Some(key) = yields else { return state.here() > 0 };
+        let Some(key) = yields.filter(|_| state.registering == 0) else {
+            let held = state.registering > 0 || state.here() > 0;
+            let holder = if ask.probe && state.registering == 0 { state.holder(None) } else { None };
+            drop(state);
+            return match holder {
+                Some(holder) => holder.peer.probe(told),
+                None => told(held),
+            };
+        };
         let removed = state.remove(key);
         self.touched(&service, &mut state);
         drop(state);
         self.replaced(&service, removed, "replaced");
-        false
+        told(false);
     }
 
     /// Names that other nodes have by now are no longer provided here.
@@ -371,6 +405,7 @@ impl Wanted {
             subject: ask.subject.to_owned(),
             exclusive: ask.exclusive,
             takeover: ask.takeover,
+            probe: ask.probe,
             concurrency: ask.concurrency,
             names: ask.names,
             meta: ask.meta,
@@ -379,9 +414,9 @@ impl Wanted {
     }
 
     fn ask<'a>(&'a self, methods: &'a [&'a str]) -> Provide<'a> {
-        let Wanted { service, subject, exclusive, takeover, concurrency, names, meta, .. } = self;
-        let (exclusive, takeover, concurrency, names, meta) = (*exclusive, *takeover, *concurrency, *names, *meta);
-        Provide { service, subject, exclusive, takeover, concurrency, names, meta, methods }
+        let Wanted { service, subject, .. } = self;
+        let Wanted { exclusive, takeover, probe, concurrency, names, meta, .. } = *self;
+        Provide { service, subject, exclusive, takeover, probe, concurrency, names, meta, methods }
     }
 }
 

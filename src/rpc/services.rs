@@ -206,6 +206,12 @@ impl State {
             .find(|(key, it)| it.far.is_none() && it.stage != Stage::Leaving && mine != Some(*key))
     }
 
+    /// Who provides it exclusively here, and is not `mine`.
+    pub fn holder(&self, mine: Option<u32>) -> Option<Arc<Conn>> {
+        let (_, other) = self.other(mine)?;
+        other.fence.is_some().then(|| other.conn.clone())
+    }
+
     /// Registers `conn`, or updates it where `mine` is its key. `lease`: what was [needed](Self::need).
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! The GRIP proxy, between clients and origins of which every byte is known.
 
-mod hold;
+pub mod hold;
 mod link;
 mod origin;
 mod proxy;

@@ -12,7 +12,7 @@ use crate::{
     support::{Client, Weir, metric, weir},
 };
 
-const SOCKET: &str = "/socket.io/?EIO=4&transport=websocket";
+pub const SOCKET: &str = "/socket.io/?EIO=4&transport=websocket";
 const POLL: &str = "/socket.io/?EIO=4&transport=polling";
 
 async fn hub(change: impl FnOnce(&mut Config)) -> Weir {
@@ -24,7 +24,7 @@ async fn hub(change: impl FnOnce(&mut Config)) -> Weir {
 }
 
 /// Joined, by a WebSocket.
-async fn client(weir: &Weir, name: &str) -> Socket {
+pub async fn client(weir: &Weir, name: &str) -> Socket {
     let mut client = Socket::open_at(weir.address, &format!("{SOCKET}&serviceName={name}")).await;
     assert!(client.text().await.starts_with("0{\"sid\":\""));
     client.send("40").await;

@@ -2,6 +2,7 @@
 
 mod apps;
 mod calls;
+mod compat;
 mod connections;
 mod faults;
 mod nodes;

@@ -78,6 +78,11 @@ impl Socket {
         }
     }
 
+    /// The next message, whatever it is.
+    pub async fn message(&mut self) -> Message {
+        soon(self.stream.next()).await.unwrap().unwrap()
+    }
+
     /// The next message.
     pub async fn next(&mut self) -> Value {
         match self.kept.pop_front() {

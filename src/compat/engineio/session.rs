@@ -5,7 +5,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Weak},
+    sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -21,6 +21,7 @@ use crate::{
     auth::Identity,
     error::Code,
     metrics::{Connected, Transport},
+    rpc::Probed,
     transport::{
         roll::{Place, Reads},
         wheel::{Due, Timer, Wheel},
@@ -40,9 +41,6 @@ pub trait Conversation: Send {
 
     /// Some time has passed: a quarter of a second or so.
     fn tick(&mut self, now: u32) -> Result<(), Broken>;
-
-    /// The session that this one asked about lives, or has ended.
-    fn probed(&mut self, alive: bool);
 
     /// What this one waits for may have happened.
     fn woken(&mut self);
@@ -86,7 +84,9 @@ struct State {
     leaving: bool,
     kicked: bool,
     /// Who wants to know whether the client lives, and until when it has to say so.
-    askers: Vec<(u32, Weak<Session>)>,
+    askers: Vec<(u32, Probed)>,
+    /// The conversation is over, and nothing left of it.
+    gone: bool,
     /// Until it is over.
     present: Option<Present>,
 }
@@ -138,6 +138,7 @@ impl Session {
                 leaving: false,
                 kicked: false,
                 askers: Vec::new(),
+                gone: false,
                 present: Some(Present { connected, place, timer }),
             }),
         })
@@ -211,17 +212,18 @@ impl Session {
         }
     }
 
-    /// Finds out whether the client lives, and tells `asker`'s conversation. False: it has ended already, and nobody is
-    /// told. A client that says nothing in time is gone: its session is closed first.
-    pub fn probe(&self, asker: &Weak<Session>) -> bool {
+    /// Finds out whether the client lives. One that says nothing in time is gone: its session is closed, and what it held is
+    /// free, before that is told.
+    pub fn probe(&self, told: Probed) {
         let mut state = self.state.lock();
-        if state.stage == Stage::Over || state.until != 0 {
-            return false;
+        if state.gone {
+            drop(state);
+            return told(false);
         }
-        state.askers.push((self.common.wheel.now() + Wheel::ticks(self.common.settings.probe) + 1, asker.clone()));
+        let until = self.common.wheel.now() + Wheel::ticks(self.common.settings.probe) + 1;
+        state.askers.push((until, told));
         drop(state);
         self.outbox.text("2");
-        true
     }
 
     /// Looks at the clock. False: the session is over, and to be forgotten.
@@ -249,7 +251,9 @@ impl Session {
         match call {
             Some(Due::Leave) => self.leave(),
             Some(Due::Kicked) => {
-                let _ = self.with(|conversation| Ok(conversation.kicked()));
+                if let Some(conversation) = self.conversation.lock().as_deref_mut() {
+                    conversation.kicked();
+                }
             }
             Some(Due::Time) | None => {}
         }
@@ -293,9 +297,8 @@ impl Session {
         if state.until == 0 {
             state.until = self.common.wheel.now() + Wheel::ticks(self.common.settings.farewell);
         }
-        let askers = std::mem::take(&mut state.askers);
         drop(state);
-        self.forget(askers);
+        self.forget();
     }
 
     /// Ends at once, from our side.
@@ -319,17 +322,21 @@ impl Session {
                 None => connected.peer(),
             }
         }
-        let askers = std::mem::take(&mut state.askers);
         drop(state);
         drop(present);
         self.outbox.close();
-        self.forget(askers);
+        self.forget();
     }
 
-    fn forget(&self, askers: Vec<(u32, Weak<Session>)>) {
+    fn forget(&self) {
         // Not under its own lock: it says goodbye to others.
-        let conversation = self.conversation.lock().take();
+        let Some(conversation) = self.conversation.lock().take() else { return };
         drop(conversation);
+        // What it held is free by now: that is what they wait for.
+        let mut state = self.state.lock();
+        state.gone = true;
+        let askers = std::mem::take(&mut state.askers);
+        drop(state);
         tell(askers, false);
     }
 
@@ -416,12 +423,8 @@ impl Drop for Turn<'_> {
     }
 }
 
-fn tell(askers: Vec<(u32, Weak<Session>)>, alive: bool) {
-    for asker in askers.iter().filter_map(|(_, asker)| asker.upgrade()) {
-        if let Some(conversation) = asker.conversation.lock().as_deref_mut() {
-            conversation.probed(alive);
-        }
-    }
+fn tell(askers: Vec<(u32, Probed)>, alive: bool) {
+    askers.into_iter().for_each(|(_, told)| told(alive));
 }
 
 /// As the original's look.

@@ -25,9 +25,6 @@ use crate::{
     transport::wheel::Wheel,
 };
 
-/// How often a client that finds its name taken asks whether the other one lives.
-const TRIES: u8 = 3;
-
 /// One client's conversation.
 pub struct Client {
     hub: Arc<MicroStream>,
@@ -39,7 +36,6 @@ pub struct Client {
     /// Its query said one.
     named: bool,
     stage: Stage,
-    /// Its name is being asked for in the cluster.
     registering: Option<Registering>,
     /// The tick since which it is not connected.
     since: u32,
@@ -54,10 +50,8 @@ pub struct Client {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Fresh,
-    /// Its name is taken; it is being found out whether by a living client. So often it was, before.
-    Asking(u8),
-    /// Other nodes are asked for its name. So often it was found taken, before.
-    Registering(u8),
+    /// Other nodes are asked for its name, or the client that has it whether it lives.
+    Registering,
     Connected,
 }
 
@@ -90,7 +84,7 @@ impl Client {
         let now = hub.wheel.now();
         Client {
             session: Arc::downgrade(session),
-            port: Arc::new(Port::new(session.outbox.clone(), hub.wheel.clone())),
+            port: Arc::new(Port::new(Arc::downgrade(session), session.outbox.clone(), hub.wheel.clone())),
             link: None,
             // The original keeps clients without a name under this one.
             name: name.unwrap_or("undefined").into(),
@@ -120,7 +114,7 @@ impl Client {
             if self.stage != Stage::Fresh {
                 return Err(Broken);
             }
-            self.register(0);
+            self.register();
             return Ok(());
         }
         if packet.namespace != "/" || self.stage == Stage::Fresh {
@@ -166,58 +160,26 @@ impl Client {
 
     // --- registration ---
 
-    fn register(&mut self, tries: u8) {
-        for tries in tries..=TRIES {
-            let registered = match self.provide() {
-                // It is told when they have answered.
-                Ok(None) => {
-                    self.stage = Stage::Registering(tries);
-                    return;
-                }
-                Ok(Some((link, provided))) => Ok((link, provided)),
-                Err(error) => Err(error),
-            };
-            if !self.registered(tries, registered) {
-                return;
-            }
+    fn register(&mut self) {
+        match self.provide() {
+            Ok(Some((link, provided))) => self.connected(link, provided),
+            // It is woken then.
+            Ok(None) => self.stage = Stage::Registering,
+            Err(error) => self.refuse(&error),
         }
     }
 
-    /// True: to be tried once more.
-    fn registered(&mut self, tries: u8, registered: Result<(Connection, Provided), Error>) -> bool {
-        match registered {
-            Ok((link, provided)) => self.connected(link, provided),
-            Err(error) if error.code() == Code::ServiceTaken => {
-                // Held by a client of this hub, and not for the last time to be asked?
-                let asked = tries < TRIES
-                    && self.hub.holder(&self.name).is_some_and(|holder| {
-                        self.stage = Stage::Asking(tries);
-                        holder.probe(&self.session)
-                    });
-                if !asked {
-                    if tries < TRIES && self.hub.holder(&self.name).is_some() {
-                        // It ended at this moment.
-                        return true;
-                    }
-                    let name = self.named.then_some(&*self.name);
-                    self.refuse(translate::DUPLICATE, &translate::duplicate(name));
-                }
-            }
-            Err(error) => {
-                let (code, data) = translate::refused(&error, &self.name);
-                self.refuse(&code, &data);
-            }
-        }
-        false
-    }
-
-    fn refuse(&mut self, message: &str, data: &str) {
+    fn refuse(&mut self, error: &Error) {
         self.stage = Stage::Fresh;
         self.since = self.hub.wheel.now();
-        self.say(&connect_error("/", message, Some(data)));
+        let (message, data) = match error.code() {
+            Code::ServiceTaken => translate::duplicate(self.named.then_some(&*self.name)),
+            _ => translate::refused(error, &self.name),
+        };
+        self.say(&connect_error("/", &message, Some(&data)));
     }
 
-    /// None: other nodes have to be asked.
+    /// None: it takes a moment.
     fn provide(&mut self) -> Result<Option<(Connection, Provided)>, Error> {
         let identity = Identity::anonymous();
         let permit = identity.may_provide(&self.name)?;
@@ -225,6 +187,8 @@ impl Client {
         let providing = link.provide(&Provide {
             subject: permit.subject(),
             exclusive: true,
+            // Whoever comes back after an unclean loss would meet itself.
+            probe: true,
             concurrency: u32::try_from(self.hub.settings.calls).unwrap_or(u32::MAX).saturating_mul(16),
             ..Provide::new(&self.name)
         });
@@ -250,7 +214,7 @@ impl Client {
     fn connected(&mut self, link: Connection, provided: Provided) {
         self.stage = Stage::Connected;
         self.beat.store(self.hub.wheel.now(), Relaxed);
-        self.hub.comes(&self.name, &self.session, &self.beat);
+        self.hub.comes(&self.name, &self.beat);
         let id = new_sid();
         self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
         if let Some(session) = self.session.upgrade() {
@@ -339,7 +303,7 @@ impl Conversation for Client {
     fn tick(&mut self, now: u32) -> Result<(), Broken> {
         match self.stage {
             Stage::Fresh if Wheel::span(self.since, now) > self.hub.settings.connect => return Err(Broken),
-            Stage::Fresh | Stage::Asking(_) | Stage::Registering(_) => {}
+            Stage::Fresh | Stage::Registering => {}
             Stage::Connected => {
                 if self.is_stale(now) {
                     self.kicked();
@@ -352,23 +316,13 @@ impl Conversation for Client {
         Ok(())
     }
 
-    fn probed(&mut self, alive: bool) {
-        let Stage::Asking(tries) = self.stage else { return };
-        if alive {
-            let name = self.named.then_some(&*self.name);
-            self.refuse(translate::DUPLICATE, &translate::duplicate(name));
-        } else {
-            self.register(tries + 1);
-        }
-    }
-
     fn woken(&mut self) {
-        let Stage::Registering(tries) = self.stage else { return };
         let done = self.registering.as_ref().and_then(|registering| registering.done.lock().take());
         let Some((link, provided)) = done else { return };
         self.registering = None;
-        if self.registered(tries, provided.map(|provided| (link, provided))) {
-            self.register(tries + 1);
+        match provided {
+            Ok(provided) => self.connected(link, provided),
+            Err(error) => self.refuse(&error),
         }
     }
 

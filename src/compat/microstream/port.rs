@@ -1,6 +1,9 @@
 //! [`Port`]: a MicroStream client as the hub sees it, to call and to answer.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+};
 
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
@@ -9,11 +12,11 @@ use serde_json::value::RawValue;
 use super::{bytes, translate};
 use crate::{
     compat::{
-        engineio::Outbox,
+        engineio::{Outbox, Session},
         socketio::{close_event, open_event},
     },
     event::write_json_str,
-    rpc::{Answer, CallId, Forward, Peer, Tag, Written},
+    rpc::{Answer, CallId, Forward, Peer, Probed, Tag, Written},
     transport::wheel::Wheel,
 };
 
@@ -24,6 +27,7 @@ const YOUNG: u32 = 120;
 
 /// The outbound side of one client.
 pub struct Port {
+    session: Weak<Session>,
     outbox: Arc<Outbox>,
     wheel: Arc<Wheel>,
     /// What the client was asked, by the id that it knows; those under ids of ours are not here.
@@ -52,8 +56,8 @@ impl Key {
 }
 
 impl Port {
-    pub fn new(outbox: Arc<Outbox>, wheel: Arc<Wheel>) -> Self {
-        Port { outbox, wheel, asked: Mutex::default() }
+    pub fn new(session: Weak<Session>, outbox: Arc<Outbox>, wheel: Arc<Wheel>) -> Self {
+        Port { session, outbox, wheel, asked: Mutex::default() }
     }
 
     /// The call that the client answers under `id`, once.
@@ -234,6 +238,13 @@ impl Peer for Port {
             _ => self.outbox.finish(),
         }
     }
+
+    fn probe(&self, told: Probed) {
+        match self.session.upgrade() {
+            Some(session) => session.probe(told),
+            None => told(false),
+        }
+    }
 }
 
 /// What a request's answer needs: its id, and whom it was for, both as they were written.
@@ -266,7 +277,7 @@ mod tests {
     }
 
     fn port() -> Port {
-        Port::new(Arc::new(Outbox::new(Framing::Polling, 1_000)), Wheel::start())
+        Port::new(Weak::new(), Arc::new(Outbox::new(Framing::Polling, 1_000)), Wheel::start())
     }
 
     fn wrote(port: &Port) -> String {

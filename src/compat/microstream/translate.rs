@@ -272,16 +272,16 @@ fn failure(code: &str, message: &str, error_data: Option<&str>) -> String {
     String::from_utf8(out).unwrap_or_default()
 }
 
-/// The data of a refused registration. `name` is what the client's query said.
-pub fn duplicate(name: Option<&str>) -> String {
+/// Code and data of a registration that is refused since the name is taken. `name` is what the client's query said.
+pub fn duplicate(name: Option<&str>) -> (String, String) {
+    const DUPLICATE: &str = "DUPLICATE_SERVICE_REGISTRATION";
     let data = name.map_or_else(|| json!({}), |name| json!({ "serviceName": name }));
     let message = "Duplicate Service Registration Name! A service with the same name is already registered.";
-    json!({ "code": DUPLICATE, "message": message, "errorData": data }).to_string()
+    let data = json!({ "code": DUPLICATE, "message": message, "errorData": data });
+    (DUPLICATE.to_owned(), data.to_string())
 }
 
-pub const DUPLICATE: &str = "DUPLICATE_SERVICE_REGISTRATION";
-
-/// The data of a registration that weir refuses for another reason.
+/// The same of a registration that weir refuses for another reason.
 pub fn refused(error: &Error, name: &str) -> (String, String) {
     let code = error.code().as_str().to_ascii_uppercase();
     let data = json!({ "code": code, "message": error.detail(), "errorData": { "serviceName": name } });
@@ -416,9 +416,9 @@ mod tests {
     #[test]
     fn a_duplicate() {
         assert_eq!(
-            duplicate(Some("A")),
+            duplicate(Some("A")).1,
             r#"{"code":"DUPLICATE_SERVICE_REGISTRATION","message":"Duplicate Service Registration Name! A service with the same name is already registered.","errorData":{"serviceName":"A"}}"#
         );
-        assert!(duplicate(None).ends_with(r#""errorData":{}}"#));
+        assert!(duplicate(None).1.ends_with(r#""errorData":{}}"#));
     }
 }

@@ -24,6 +24,8 @@ pub struct Fake {
     pub late: Mutex<Vec<(String, String)>>,
     pub cancels: Mutex<Vec<CallId>>,
     pub withdrawn: Mutex<Vec<String>>,
+    /// Asked whether it lives.
+    pub probes: Mutex<Vec<Probed>>,
     pub written: Mutex<Option<Written>>,
     /// Happens once, while a call is being written.
     pub meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
@@ -84,6 +86,10 @@ impl Peer for Fake {
 
     fn withdrawn(&self, service: &str, reason: &str) {
         self.withdrawn.lock().push(format!("{service} {reason}"));
+    }
+
+    fn probe(&self, told: Probed) {
+        self.probes.lock().push(told);
     }
 }
 

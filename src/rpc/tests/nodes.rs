@@ -419,6 +419,38 @@ fn the_same_subject_takes_over_from_another_node() {
 }
 
 #[test]
+fn the_dead_hold_no_names_here_or_on_another_node() {
+    let cluster = Cluster::new(2);
+    let mut ask = Provide::new("a");
+    (ask.exclusive, ask.probe) = (true, true);
+    for at in 0..2 {
+        let (holder, heir) = (cluster.nodes[0].socket(), cluster.nodes[at].socket());
+        cluster.provide(&holder, "a", |it| *it = ask).unwrap();
+        cluster.settle();
+        // Who does not ask for it is refused unasked.
+        let refused = cluster.provide(&heir, "a", |ask| ask.exclusive = true).unwrap_err();
+        assert_eq!((refused.code(), holder.saw.probes.lock().len()), (Code::ServiceTaken, 0));
+        let asked = || {
+            let providing = heir.hub.provide(&ask);
+            cluster.settle();
+            let told = holder.saw.probes.lock().pop().expect("it is asked whether it lives");
+            (providing, told)
+        };
+        let (providing, told) = asked();
+        told(true);
+        assert_eq!(cluster.finish(providing).err().unwrap().code(), Code::ServiceTaken);
+        let (providing, told) = asked();
+        drop(holder);
+        told(false);
+        drop(cluster.finish(providing).unwrap());
+        assert!(heir.saw.probes.lock().is_empty());
+        drop(heir);
+        cluster.settle();
+    }
+    cluster.is_empty_after_a_minute();
+}
+
+#[test]
 fn the_name_of_a_dead_node_is_free_when_its_lease_is_over() {
     let mut cluster = Cluster::new(2);
     let doomed = cluster.nodes[0].socket();

@@ -1,0 +1,260 @@
+//! Clients of other systems, on two nodes of one Redis.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use weir::config::{Adapter, Backend, Config};
+
+use super::servers::{Server, until};
+use crate::{
+    grip::{
+        self, Grip, Origin, behind,
+        hold::{held, text},
+        route,
+    },
+    microstream::{SOCKET, client},
+    socket::{Socket, soon},
+    support::{Request, Weir, weir},
+};
+
+fn on(redis: &Server, config: &mut Config) {
+    config.bus.backend = Backend::Redis;
+    config.bus.redis.url = redis.url().as_str().into();
+}
+
+// === MicroStream ===
+
+/// Whose clients are asked nothing but what a test asks.
+async fn hub(redis: &Server) -> Weir {
+    weir()
+        .with(|config| {
+            on(redis, config);
+            config.compat.enable = vec![Adapter::MicroStream];
+            let quiet = Duration::from_secs(600);
+            let microstream = &mut config.compat.microstream;
+            (microstream.heartbeat_timeout, microstream.ping) = (quiet, quiet);
+            microstream.probe = Duration::from_secs(1);
+        })
+        .await
+}
+
+async fn knows(weir: &Weir, service: &str) {
+    until("a node learns of a service", async || {
+        let listed = weir.get(format!("/v1/services?prefix={service}")).await.expect(200).json();
+        !listed["services"].as_array().unwrap().is_empty()
+    })
+    .await;
+}
+
+/// The argument of the next event, and its name.
+async fn event(client: &mut Socket) -> (String, Value) {
+    let text = client.text().await;
+    let event: Value = serde_json::from_str(text.strip_prefix("42").expect(&text)).unwrap();
+    (event[0].as_str().unwrap().to_owned(), event[1].clone())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn services_of_microstream_and_others_call_each_other_across_nodes() {
+    let redis = Server::start(&[]).await;
+    let (here, there) = (hub(&redis).await, hub(&redis).await);
+    let mut stock = client(&here, "stock").await;
+    let mut shop = client(&there, "shop").await;
+    knows(&there, "stock").await;
+    knows(&here, "shop").await;
+
+    // By JSON-RPC from the other node, and by HTTP.
+    let mut caller = Socket::open(there.address).await;
+    let call = json!({ "jsonrpc": "2.0", "id": 7, "method": "stock/count", "params": { "item": 7 } });
+    for (response, answer) in [
+        (json!({ "left": 3 }), json!({ "result": { "left": 3 } })),
+        (Value::Null, json!({ "result": {} })),
+        (
+            json!({ "error": { "code": "SOLD_OUT", "message": "none", "errorData": [1] } }),
+            json!({ "error": { "code": -32000, "message": "none", "data": { "code": "SOLD_OUT", "errorData": [1] } } }),
+        ),
+    ] {
+        caller.json(call.clone()).await;
+        let (name, request) = event(&mut stock).await;
+        let told = (name.as_str(), &request["event"], &request["data"]);
+        assert_eq!(told, ("request", &json!("count"), &json!({ "item": 7 })));
+        stock.send(format!("42{}", json!(["response", { "id": request["id"], "response": response }]))).await;
+        let mut expected = json!({ "jsonrpc": "2.0", "id": 7 });
+        expected.as_object_mut().unwrap().extend(answer.as_object().unwrap().clone());
+        assert_eq!(caller.next().await, expected);
+    }
+    let asked = tokio::spawn(there.request("POST", "/v1/services/stock/count").body("[1]").into_future());
+    let (_, request) = event(&mut stock).await;
+    stock.send(format!("42{}", json!(["response", { "id": request["id"], "response": "one" }]))).await;
+    assert_eq!(asked.await.unwrap().expect(200).json(), "one");
+
+    // Between two of its clients: as it was sent, there and back, bytes too.
+    shop.send(r#"42["request",{"targetService":"stock","payload":{"id":"r1","event":"any event","more":[1]}}]"#).await;
+    assert_eq!(stock.text().await, r#"42["request",{"id":"r1","event":"any event","more":[1]}]"#);
+    let failed = r#"42["response",{"id":"r1","response":{"error":{"code":"EVENT_NOT_FOUND","message":"no","errorData":{"a":1}}}}]"#;
+    stock.send(failed).await;
+    assert_eq!(shop.text().await, failed);
+    shop.send(r#"451-["request",{"targetService":"stock","payload":{"id":"r2","event":"e","data":{"_placeholder":true,"num":0}}}]"#).await;
+    let bytes = tokio_tungstenite::tungstenite::Message::binary(vec![1, 2, 255]);
+    shop.raw(bytes.clone()).await;
+    assert_eq!(stock.text().await, r#"451-["request",{"id":"r2","event":"e","data":{"_placeholder":true,"num":0}}]"#);
+    assert_eq!(soon(stock.message()).await, bytes);
+    stock.send(r#"42["response",{"id":"r2"}]"#).await;
+    assert_eq!(shop.text().await, r#"42["response",{"id":"r2","response":{}}]"#);
+
+    // The reverse: a provider of JSON-RPC on the other node, and a name that nobody has.
+    let mut math = Socket::open(here.address).await;
+    math.provide("math").await;
+    knows(&there, "math").await;
+    let ask = |id: &str, target: &str| {
+        let payload = json!({ "id": id, "event": "add", "data": 5 });
+        format!("42{}", json!(["request", { "targetService": target, "payload": payload }]))
+    };
+    shop.send(ask("r3", "math")).await;
+    let request = math.request().await;
+    assert_eq!((&request["method"], &request["params"]), (&json!("add"), &json!([5])));
+    math.reply(&request, json!({ "sum": 5 })).await;
+    assert_eq!(shop.text().await, r#"42["response",{"id":"r3","response":{"sum":5}}]"#);
+    shop.send(ask("r4", "nobody")).await;
+    let (_, response) = event(&mut shop).await;
+    assert_eq!(response["response"]["error"]["code"], "TARGET_SERVICE_NOT_FOUND");
+    // One that goes frees its name everywhere, and nothing is sent to who waits for it.
+    shop.send(ask("r5", "stock")).await;
+    stock.text().await;
+    drop(stock);
+    let _stock = client(&there, "stock").await;
+    shop.send(ask("r6", "weir")).await;
+    let (_, response) = event(&mut shop).await;
+    assert_eq!((&response["id"], &response["response"]["error"]["code"]), (&json!("r6"), &json!("EVENT_NOT_FOUND")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_comes_back_to_another_node_gets_its_name_from_the_dead_and_not_from_the_living() {
+    let redis = Server::start(&[]).await;
+    let (here, there) = (hub(&redis).await, hub(&redis).await);
+    let mut old = client(&here, "worker").await;
+    knows(&there, "worker").await;
+    let mut new = Socket::open_at(there.address, &format!("{SOCKET}&serviceName=worker")).await;
+    assert!(new.text().await.starts_with("0{"));
+    new.send("40").await;
+    assert_eq!(old.text().await, "2");
+    old.send("3").await;
+    let refused = new.text().await;
+    assert!(refused.starts_with(r#"44{"message":"DUPLICATE_SERVICE_REGISTRATION","data":{"code":"DUP"#), "{refused}");
+    // It says nothing any more.
+    new.send("40").await;
+    let joined = new.text().await;
+    assert!(joined.starts_with(r#"40{"sid":""#), "{joined}");
+    // Closed already, whatever it still says.
+    assert_eq!(old.text().await, "2");
+    old.closed().await;
+    until("the old one is gone", async || here.gateway().hub.counts().providers == 0).await;
+    knows(&here, "worker").await;
+    let asked = tokio::spawn(here.request("POST", "/v1/services/worker/x").body("{}").into_future());
+    let (_, request) = event(&mut new).await;
+    new.send(format!("42{}", json!(["response", { "id": request["id"], "response": "new" }]))).await;
+    assert_eq!(asked.await.unwrap().expect(200).json(), "new");
+}
+
+// === GRIP ===
+
+/// Two proxies before the same origin.
+async fn proxies(redis: &Server, origin: &Origin) -> (Grip, Grip) {
+    let proxy = async || behind(vec![route("/", origin)], |starter| starter.with(|config| on(redis, config))).await;
+    (proxy().await, proxy().await)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn items_reach_what_other_nodes_hold_to_the_byte() {
+    let redis = Server::start(&[]).await;
+    let mut origin = Origin::start().await;
+    let (here, there) = proxies(&redis, &origin).await;
+    let hold = [("Grip-Hold", "stream"), ("Grip-Channel", "a")];
+    let mut stream = held(&here, &mut origin, &hold, "open\n").await;
+    assert_eq!(text(&mut stream, 5).await, "open\n");
+    for content in
+        ["event: message\ndata: {\"a\": 1}\n\n", "event:e\r\ndata:x\r\n\r\n", "no block", "data: 1\n\ndata: 2\n\n"]
+    {
+        there.stream("a", content).await;
+        assert_eq!(text(&mut stream, content.len()).await, content);
+    }
+    let bytes: Vec<u8> = (0..=255).collect();
+    let binary = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &bytes);
+    there.publish("a", json!({ "formats": { "http-stream": { "content-bin": binary } } })).await;
+    assert_eq!(stream.chunk().await.unwrap(), bytes);
+    // From other worlds, and theirs.
+    there.weir.publish("a", r#"{"native":1}"#).await;
+    assert_eq!(text(&mut stream, 20).await, "data: {\"native\":1}\n\n");
+    let page = here.weir.get("/v1/events?channel=a&last=6").await.expect(200).json();
+    assert_eq!(page["events"][0]["data"], json!({ "a": 1 }));
+    // An id counts once, wherever it is published.
+    for node in [&there, &here] {
+        node.publish("a", json!({ "id": "1", "formats": { "http-stream": { "content": "once;" } } })).await;
+    }
+    // A held answer is answered from there, too.
+    let waiting = tokio::spawn(here.ask("GET", "/wait").into_future());
+    let response = [("Grip-Hold", "response"), ("Grip-Channel", "answers"), ("X-Origin", "1")];
+    origin.next().await.answer(&response, "timeout").await;
+    here.readers("answers", 1).await;
+    there.publish("answers", json!({ "formats": { "http-response": { "code": 202, "body": "from there" } } })).await;
+    let answer = waiting.await.unwrap().expect(202);
+    assert_eq!((answer.text(), answer.header("x-origin")), ("from there", Some("1")));
+    there.publish("a", json!({ "formats": { "http-stream": { "action": "close" } } })).await;
+    assert_eq!(text(&mut stream, 5).await, "once;");
+    assert_eq!(stream.chunk().await, None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_that_miss_nothing_do_so_across_nodes() {
+    let redis = Server::start(&[]).await;
+    let mut origin = Origin::start().await;
+    let (here, there) = proxies(&redis, &origin).await;
+    let linked = |id: &str| {
+        let channel = format!("a; prev-id={id}");
+        [("Grip-Hold", "stream".to_owned()), ("Grip-Channel", channel), ("Grip-Link", "</next>; rel=next".to_owned())]
+    };
+    let first = linked("1");
+    let first = first.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let mut stream = held(&here, &mut origin, &first, "0-1;").await;
+    let item = |prev: u32, id: u32| {
+        let format = json!({ "http-stream": { "content": format!("{id};") } });
+        json!({ "id": id.to_string(), "prev-id": prev.to_string(), "formats": format })
+    };
+    there.publish("a", item(1, 2)).await;
+    here.publish("a", item(2, 3)).await;
+    there.publish("a", item(3, 4)).await;
+    assert_eq!(text(&mut stream, 10).await, "0-1;2;3;4;");
+    // One that waits for the one before it, which is published on the other node.
+    let sixth = {
+        let mut sixth = item(5, 6);
+        sixth["channel"] = json!("a");
+        Request::new(here.publish, "POST", "/publish/".into()).body(json!({ "items": [sixth] }).to_string())
+    };
+    let sixth = tokio::spawn(sixth.into_future());
+    here.readers("a", 2).await;
+    there.publish("a", item(4, 5)).await;
+    sixth.await.unwrap().expect(200);
+    assert_eq!(text(&mut stream, 4).await, "5;6;");
+    assert!(origin.is_quiet());
+    // One is missing, and the origin has it.
+    let mut eighth = item(7, 8);
+    eighth["no-seq"] = json!(true);
+    there.publish("a", eighth).await;
+    let exchange = origin.next().await;
+    assert_eq!((exchange.line(), exchange.header("grip-last")), ("GET /next", Some("a; last-id=6")));
+    let next = linked("8");
+    exchange.answer(&next.each_ref().map(|(name, value)| (*name, value.as_str())), "7-8;").await;
+    there.publish("a", item(8, 9)).await;
+    assert_eq!(text(&mut stream, 6).await, "7-8;9;");
+    // A stream that begins on the other node with what is outdated by now goes to the origin at once.
+    let mut late = held(&there, &mut origin, &first, "0-1;").await;
+    let exchange = origin.next().await;
+    assert_eq!(exchange.header("grip-last"), Some("a; last-id=1"));
+    let next = linked("9");
+    exchange.answer(&next.each_ref().map(|(name, value)| (*name, value.as_str())), "2-9;").await;
+    here.publish("a", item(9, 10)).await;
+    assert_eq!(text(&mut late, 11).await, "0-1;2-9;10;");
+    assert_eq!(text(&mut stream, 3).await, "10;");
+    assert!(origin.is_quiet());
+    drop((stream, late));
+    grip::until(async || here.weir.connections().is_empty() && there.weir.connections().is_empty()).await;
+}
