@@ -115,6 +115,8 @@ if ((${#clients[@]})); then
         step openapi "the served OpenAPI against the server, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
         step docs "the examples of README.md and proto-docs/" node --test --test-reporter=spec tests/docs/*.test.mjs
         step abuse "clients that stall, lie, shout and vanish" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
+        # Node 20 can leave the handle of a socket that was destroyed at a bad moment unclosed, and then waits for it without end
+        # when its event loop is empty and it cleans up. The tests have ended by then.
         step history "every transport while things break, and a judge of what everybody saw" node --test --test-concurrency=1 --test-force-exit --test-reporter=spec tests/history/*.test.mjs
     else
         failed+=("build"); skipped+=("${clients[@]}")
