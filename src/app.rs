@@ -98,6 +98,7 @@ impl App {
         });
         let compat = Compat::new(&compat::Parts {
             bus: bus.clone(),
+            cluster: cluster.clone(),
             hub: hub.clone(),
             config: config.clone(),
             metrics: metrics.clone(),
@@ -307,13 +308,17 @@ fn keep(keep: &config::Keep) -> bus::Keep {
 /// What the bus takes of the settings.
 pub fn bus_config(config: &Config) -> bus::Config {
     let rule = |rule: &config::ChannelRule| bus::Rule { pattern: Pattern::new(&rule.pattern), keep: keep(&rule.keep) };
-    let own = config.compat.enable.contains(&config::Adapter::Ganomede).then(|| bus::Rule {
-        pattern: Pattern::new(compat::ganomede::LOG),
-        // What an index is called is not forgotten.
-        keep: bus::Keep { count: 1 << 20, age: Duration::from_secs(100 * 365 * 24 * 60 * 60), bytes: 1 << 30 },
+    // What an index is called is not forgotten, nor how many clients have been counted.
+    let own = [
+        (config::Adapter::Ganomede, compat::ganomede::LOG, 1 << 20),
+        (config::Adapter::NodeSse, compat::node_sse::CLIENTS, 1),
+    ];
+    let own = own.into_iter().filter(|(adapter, ..)| config.compat.enable.contains(adapter)).map(|(_, name, count)| {
+        let keep = bus::Keep { count, age: Duration::from_secs(100 * 365 * 24 * 60 * 60), bytes: 1 << 30 };
+        bus::Rule { pattern: Pattern::new(name), keep }
     });
     bus::Config {
-        rules: own.into_iter().chain(config.channels.iter().map(rule)).collect(),
+        rules: own.chain(config.channels.iter().map(rule)).collect(),
         keep: keep(&config::Keep::default()),
         budget: config.bus.memory.budget,
         keys: bus::KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },

@@ -11,7 +11,7 @@ pub mod ganomede;
 pub mod grip;
 mod js;
 mod microstream;
-mod node_sse;
+pub mod node_sse;
 mod socketio;
 
 use std::sync::Arc;
@@ -28,6 +28,7 @@ use self::grip::Grip;
 use crate::{
     auth::Identity,
     bus::{Bus, Placed},
+    cluster::Cluster,
     config::{Adapter as Name, Config},
     error::Result,
     event::{Channel, Draft},
@@ -40,6 +41,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Parts {
     pub bus: Arc<Bus>,
+    pub cluster: Arc<dyn Cluster>,
     pub hub: Arc<Hub>,
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,

@@ -1,14 +1,17 @@
 //! node-sse-server: `/subscribe`, `/publish`, `/lastEvent` and `/`.
 //!
 //! Channels and their last events are the bus's: what other worlds publish its browsers see, from every node, and after
-//! a restart where the bus survives one. Who is online is this node's to say.
+//! a restart where the bus survives one. Who is online all nodes know of each other.
 
 mod presence;
 mod publish;
 mod subscribe;
 mod wire;
 
-use std::sync::{Arc, atomic::AtomicU64};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use axum::{
     Router,
@@ -16,19 +19,29 @@ use axum::{
     extract::State,
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use self::{presence::Presence, subscribe::Known};
 use super::{Adapter, Parts, form::Form};
-use crate::{error::Error, transport::held::Holding};
+use crate::{
+    config::Backend,
+    error::Error,
+    event::{self, Channel, Draft},
+    transport::held::Holding,
+};
+
+/// The channel whose offsets are the numbers of clients, where several nodes give them.
+pub const CLIENTS: &str = "$node-sse/clients";
 
 /// What all requests share.
 struct NodeSse {
     parts: Parts,
     holding: Arc<Holding>,
     presence: Arc<Presence>,
-    /// The last `clientId` that was counted.
+    /// The last `clientId` that was counted here.
     clients: AtomicU64,
     known: Known,
+    _others: AbortOnDropHandle<()>,
 }
 
 #[derive(Clone, Copy)]
@@ -48,9 +61,12 @@ enum Refusal {
 }
 
 pub fn adapter(parts: &Parts) -> Adapter {
+    let presence = Arc::<Presence>::default();
+    let others = tokio::spawn(Presence::share(presence.clone(), parts.cluster.clone()));
     let it = NodeSse {
         holding: parts.holding(),
-        presence: Arc::default(),
+        _others: AbortOnDropHandle::new(others),
+        presence,
         clients: AtomicU64::new(0),
         known: Known::default(),
         parts: parts.clone(),
@@ -75,6 +91,15 @@ async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Respo
 }
 
 impl NodeSse {
+    /// A number for a client without a name: the next, on whatever node.
+    async fn number(&self) -> Result<u64, Error> {
+        if self.parts.config.bus.backend == Backend::Memory {
+            return Ok(self.clients.fetch_add(1, Relaxed) + 1);
+        }
+        let draft = Draft::new(event::Parts::default(), self.parts.config.limits.event)?;
+        Ok(self.parts.bus.publish_one("", &Channel::parse(CLIENTS)?, draft).await?.position.offset)
+    }
+
     async fn answer(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
         let path = head.uri.path();
         let query = Form::parse(head.uri.query().unwrap_or_default());

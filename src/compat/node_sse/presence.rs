@@ -1,11 +1,14 @@
 //! Who is online: [`Presence`], told to everybody whenever it changes.
 //!
+//! Each node tells the others who is online there, in a name that all of them hold in the cluster: it is forgotten with
+//! the node. (weir's own presence is of channels, a moment late, and says nothing of who comes a second time.)
+//!
 //! The list is made once per change, and every reader is woken for it. With few readers each change is told, as in the
 //! original; with many, changes that come faster than everybody can be told of them are told together, or a thousand
 //! browsers that reconnect would be a million frames of a thousand names.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering::Relaxed},
@@ -15,13 +18,21 @@ use std::{
 };
 
 use bytes::Bytes;
-use indexmap::IndexMap;
+use indexmap::{IndexMap, IndexSet};
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::time::{Instant, sleep_until};
 
 use super::wire;
-use crate::event::write_json_str;
+use crate::{
+    cluster::{Claim, Cluster, Holding, Lease, NodeId, Roster},
+    event::write_json_str,
+};
+
+/// What nodes tell each other who is online by.
+const NAME: &str = "node-sse:online";
+/// How long before a name that was not given is claimed again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Readers of whom each hears of every change.
 const FEW: usize = 100;
@@ -32,7 +43,7 @@ const KEPT: usize = 32;
 /// Readers woken in one go.
 const INLINE: usize = 32;
 
-/// Everybody online on this node.
+/// Everybody online.
 #[derive(Default)]
 pub struct Presence {
     /// Changes told so far.
@@ -45,6 +56,10 @@ struct Inner {
     /// Connections by `clientId`, in the order of their first.
     clients: IndexMap<Box<str>, usize>,
     connections: usize,
+    /// Those of other nodes.
+    elsewhere: BTreeMap<NodeId, Vec<Box<str>>>,
+    /// By which the others are told.
+    lease: Option<Arc<Lease>>,
     /// The newest frames: the last one has the number `told`.
     frames: VecDeque<Bytes>,
     parked: Slab<Waker>,
@@ -103,6 +118,10 @@ impl Presence {
 
     fn tell(&self) {
         let mut inner = self.inner.lock();
+        inner.tell_others();
+        if inner.connections == 0 {
+            return;
+        }
         let frame = wire::frame(None, "online-presence", &inner.list());
         let pause = match inner.connections {
             ..=FEW => Duration::ZERO,
@@ -132,24 +151,100 @@ impl Presence {
     }
 }
 
-impl Inner {
-    /// The names as JavaScript orders the members of an object: whole numbers first, then as they came.
-    fn list(&self) -> String {
-        let number = |name: &str| name.parse::<u32>().ok().filter(|n| *n < u32::MAX && n.to_string() == name);
-        let mut numbers: Vec<u32> = self.clients.keys().filter_map(|name| number(name)).collect();
-        numbers.sort_unstable();
-        let mut out = vec![b'['];
-        let mut names = numbers.iter().map(u32::to_string).collect::<Vec<_>>();
-        names.extend(self.clients.keys().filter(|name| number(name).is_none()).map(|name| name.to_string()));
-        for (at, name) in names.iter().enumerate() {
-            if at > 0 {
-                out.push(b',');
-            }
-            write_json_str(name, &mut out);
-        }
-        out.push(b']');
-        String::from_utf8_lossy(&out).into_owned()
+// === impl Presence: other nodes ===
+
+impl Presence {
+    /// Tells the other nodes and hears of theirs, for as long as it is polled.
+    pub async fn share(this: Arc<Self>, cluster: Arc<dyn Cluster>) {
+        let roster = cluster.roster(NAME);
+        tokio::join!(this.hold(&*cluster), Self::hear(&this, &roster));
     }
+
+    async fn hold(&self, cluster: &dyn Cluster) {
+        loop {
+            match cluster.claim(NAME, Claim::Shared).await {
+                Ok(lease) if lease.is_alone() => return,
+                Ok(lease) => {
+                    let lease = Arc::new(lease);
+                    self.held_by(Some(lease.clone()));
+                    lease.lost().await;
+                    self.held_by(None);
+                }
+                Err(_) => tokio::time::sleep(AGAIN).await,
+            }
+        }
+    }
+
+    fn held_by(&self, lease: Option<Arc<Lease>>) {
+        let mut inner = self.inner.lock();
+        inner.lease = lease;
+        inner.tell_others();
+    }
+
+    async fn hear(this: &Arc<Self>, roster: &Roster) {
+        loop {
+            roster.ready().await;
+            let mut inner = this.inner.lock();
+            let before = inner.list();
+            for Holding { node, info, .. } in roster.take() {
+                let names: Option<Vec<Box<str>>> = info.and_then(|info| serde_json::from_slice(&info).ok());
+                match names {
+                    Some(names) => drop(inner.elsewhere.insert(node, names)),
+                    None => drop(inner.elsewhere.remove(&node)),
+                }
+            }
+            let changed = inner.list() != before;
+            drop(inner);
+            if changed {
+                Self::changed(this);
+            }
+        }
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    /// Everybody: who is here, and who is elsewhere.
+    fn list(&self) -> String {
+        let elsewhere = self.elsewhere.values().flatten().map(|name| &**name);
+        let others: IndexSet<&str> = elsewhere.filter(|name| !self.clients.contains_key(*name)).collect();
+        json(self.clients.keys().map(|name| &**name).chain(others))
+    }
+
+    fn is_elsewhere(&self, client: &str) -> bool {
+        self.elsewhere.values().flatten().any(|name| **name == *client)
+    }
+
+    /// Of those who are here.
+    fn tell_others(&self) {
+        if let Some(lease) = &self.lease {
+            let some = !self.clients.is_empty();
+            lease.tell(some.then(|| json(self.clients.keys().map(|name| &**name)).into()));
+        }
+    }
+}
+
+/// The names as JavaScript orders the members of an object: whole numbers first, then as they came.
+fn json<'a>(given: impl Iterator<Item = &'a str>) -> String {
+    let number = |name: &str| name.parse::<u32>().ok().filter(|n| *n < u32::MAX && n.to_string() == name);
+    let (mut numbers, mut names) = (Vec::new(), Vec::new());
+    for name in given {
+        match number(name) {
+            Some(number) => numbers.push((number, name)),
+            None => names.push(name),
+        }
+    }
+    numbers.sort_unstable();
+    let mut out = vec![b'['];
+    for name in numbers.into_iter().map(|(_, name)| name).chain(names) {
+        if out.len() > 1 {
+            out.push(b',');
+        }
+        write_json_str(name, &mut out);
+    }
+    out.push(b']');
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 impl Member {
@@ -199,19 +294,21 @@ impl Drop for Member {
             *connections -= 1;
             *connections == 0
         });
-        if gone {
-            inner.clients.shift_remove(&self.client);
+        if !gone {
+            return;
         }
+        inner.clients.shift_remove(&self.client);
         if inner.connections == 0 {
             // Nobody is left to be told, or to catch up.
             inner.frames = VecDeque::new();
             inner.parked = Slab::new();
-            return;
+        }
+        if inner.connections == 0 || inner.is_elsewhere(&self.client) {
+            // For those who are here nothing has changed.
+            return inner.tell_others();
         }
         drop(inner);
-        if gone {
-            Presence::changed(&self.presence);
-        }
+        Presence::changed(&self.presence);
     }
 }
 

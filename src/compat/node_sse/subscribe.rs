@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashSet, VecDeque},
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     task::Context,
     time::Duration,
 };
@@ -91,7 +91,7 @@ impl NodeSse {
             places.push(subs.add(watch, Start::Now, None).position);
         }
         let id = match given.is_empty() {
-            true => Value::from(self.clients.fetch_add(1, Relaxed) + 1),
+            true => Value::from(self.number().await?),
             false => Value::from(given),
         };
         first.push(wire::frame(None, "registered", &json!({ "clientId": id }).to_string()));

@@ -14,7 +14,7 @@ use crate::{
     },
     microstream::{SOCKET, client},
     socket::{Socket, soon},
-    support::{Request, Weir, weir},
+    support::{Client, Request, Weir, weir},
 };
 
 fn on(redis: &Server, config: &mut Config) {
@@ -153,6 +153,73 @@ async fn whoever_comes_back_to_another_node_gets_its_name_from_the_dead_and_not_
     let (_, request) = event(&mut new).await;
     new.send(format!("42{}", json!(["response", { "id": request["id"], "response": "new" }]))).await;
     assert_eq!(asked.await.unwrap().expect(200).json(), "new");
+}
+
+// === node-sse-server ===
+
+/// A browser that has read up to its registration.
+async fn browser(weir: &Weir, query: &str) -> (Client, String) {
+    let mut browser = weir.client().await;
+    browser.send("GET", &format!("/subscribe?channels=a{query}"), &[], b"").await;
+    assert_eq!(browser.head().await.status, 200);
+    let mut heard = String::new();
+    while !heard.contains("event: lastEvent") {
+        heard += str::from_utf8(&browser.chunk().await.unwrap()).unwrap();
+    }
+    (browser, heard)
+}
+
+/// Reads until it is told that these are online, in whatever order.
+async fn told(browser: &mut Client, mut heard: String, names: &[&str]) {
+    let mut wanted = names.to_vec();
+    wanted.sort_unstable();
+    loop {
+        for line in heard.lines().filter(|line| line.contains("online-presence") && line.starts_with("data: ")) {
+            let Ok(frame) = serde_json::from_str::<Value>(&line[6..]) else { continue };
+            let mut online: Vec<String> = serde_json::from_str(frame["payload"].as_str().unwrap()).unwrap();
+            online.sort_unstable();
+            if online == wanted {
+                return;
+            }
+        }
+        heard += str::from_utf8(&browser.chunk().await.expect("more to be told")).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_online_all_nodes_know() {
+    let redis = Server::start(&[]).await;
+    let node = async || {
+        let enabled = |config: &mut Config| config.compat.enable = vec![Adapter::NodeSse];
+        weir().with(|config| on(&redis, config)).with(enabled).await
+    };
+    let (here, there) = (node().await, node().await);
+    let (mut ann, heard) = browser(&here, "&clientId=ann").await;
+    told(&mut ann, heard, &["ann"]).await;
+    let (mut bob, heard) = browser(&there, "&clientId=bob").await;
+    told(&mut bob, heard, &["bob", "ann"]).await;
+    told(&mut ann, String::new(), &["ann", "bob"]).await;
+    // Who has no name is counted by all.
+    let (mut one, heard) = browser(&here, "").await;
+    assert!(heard.contains(r#""payload":"{\"clientId\":1}""#), "{heard}");
+    told(&mut one, heard, &["1", "ann", "bob"]).await;
+    let (two, heard) = browser(&there, "").await;
+    assert!(heard.contains(r#""payload":"{\"clientId\":2}""#), "{heard}");
+    told(&mut ann, String::new(), &["1", "2", "ann", "bob"]).await;
+    // Online as long as it is anywhere.
+    let (also, _) = browser(&here, "&clientId=bob").await;
+    told(&mut ann, String::new(), &["1", "2", "ann", "bob"]).await;
+    drop(bob);
+    until("its node has noticed", async || there.gateway().survey.roll().len() == 1).await;
+    drop(two);
+    told(&mut ann, String::new(), &["1", "ann", "bob"]).await;
+    drop(also);
+    told(&mut ann, String::new(), &["1", "ann"]).await;
+    // A node that leaves takes its clients with it.
+    let (_zoe, _) = browser(&there, "&clientId=zoe").await;
+    told(&mut ann, String::new(), &["1", "ann", "zoe"]).await;
+    there.leave();
+    told(&mut ann, String::new(), &["1", "ann"]).await;
 }
 
 // === GRIP ===
