@@ -151,12 +151,14 @@ impl Door {
             (None, Doors::Publishers) => self.origins.check_host(&head),
             _ => Ok(()),
         };
+        if let Err(error) = checked {
+            return refusal(&head, error);
+        }
         let request = Request::from_parts(head, body);
-        match (checked, &self.gateway.compat.grip) {
-            (Err(error), _) => error.into_response(),
-            (Ok(()), Some(grip)) if self.doors == Doors::Proxy => grip.proxy(request).await,
-            (Ok(()), Some(grip)) => grip.publish(request).await,
-            (Ok(()), None) => StatusCode::NOT_FOUND.into_response(),
+        match &self.gateway.compat.grip {
+            Some(grip) if self.doors == Doors::Proxy => grip.proxy(request).await,
+            Some(grip) => grip.publish(request).await,
+            None => StatusCode::NOT_FOUND.into_response(),
         }
     }
 
@@ -171,7 +173,16 @@ impl Door {
         let admitted =
             admitted.and_then(|()| page.as_ref().map_or(Ok(()), |page| self.origins.check_page(&head, page)));
         if let Err(error) = admitted {
-            return self.finish(version, error.into_response());
+            let mut answer = refusal(&head, error);
+            match page {
+                Some(page) => page.mark(answer.headers_mut()),
+                // The originals are open to every page; one that cannot read this takes it for the end.
+                None => {
+                    let every = HeaderValue::from_static("*");
+                    answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, every);
+                }
+            }
+            return self.finish(version, answer);
         }
         let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
         let method = head.method.clone();

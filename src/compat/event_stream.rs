@@ -15,7 +15,7 @@ use crate::{
     auth::Identity,
     bus::{Format, Subscriptions, index},
     config::{Template, fill},
-    error::{Code, Error, Result},
+    error::{Again, Code, Error, Result},
     event::{Channel, Event, read_json_str},
     position::Start,
     transport::{
@@ -23,7 +23,7 @@ use crate::{
         chunk,
         held::{Beat, Held, Holding, Voice, retry},
         query::decode,
-        sse::is_acceptable,
+        sse::{is_acceptable, refusal},
     },
 };
 
@@ -87,6 +87,8 @@ async fn answer(State(it): State<Arc<EventStream>>, request: Request<Body>) -> R
     }
     match it.stream(&head).await {
         Ok(answer) => answer,
+        // Any other status would end an EventSource for good.
+        Err(error) if error.code().again() == Again::Yes => refusal(&error),
         Err(error) => {
             let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             refused(status, format!("{}\n", error.detail()))

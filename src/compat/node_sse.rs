@@ -25,9 +25,9 @@ use self::{presence::Presence, subscribe::Known};
 use super::{Adapter, Parts, form::Form};
 use crate::{
     config::Backend,
-    error::Error,
+    error::{Again, Error},
     event::{self, Channel, Draft},
-    transport::held::Holding,
+    transport::{held::Holding, sse},
 };
 
 /// The channel whose offsets are the numbers of clients, where several nodes give them.
@@ -58,6 +58,8 @@ enum Refusal {
     Text(String),
     /// A page of Express, for what its body parser refuses. Without the stack of calls that is in the original's.
     Page(StatusCode, String),
+    /// Of what has no counterpart in the original.
+    Weir(Error),
 }
 
 pub fn adapter(parts: &Parts) -> Adapter {
@@ -76,15 +78,15 @@ pub fn adapter(parts: &Parts) -> Adapter {
 
 async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Response<Body> {
     let (head, body) = request.into_parts();
+    let streams = matches!(Route::find(head.uri.path()), Some(Route::Subscribe));
     let answer = if head.method == Method::OPTIONS { Ok(preflight(&head)) } else { it.answer(&head, body).await };
     let mut answer = match answer {
         Ok(answer) => answer,
-        Err(Refusal::Text(text)) => {
-            let mut answer = Response::new(Body::from(text));
-            *answer.status_mut() = StatusCode::BAD_REQUEST;
-            answer
-        }
+        Err(Refusal::Text(text)) => wire::bad_request(text),
         Err(Refusal::Page(status, text)) => wire::page(status, &text),
+        // Any other status would end an EventSource for good.
+        Err(Refusal::Weir(error)) if streams && error.code().again() == Again::Yes => sse::refusal(&error),
+        Err(Refusal::Weir(error)) => wire::failure(&error),
     };
     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
     answer
@@ -144,15 +146,8 @@ impl Route {
 
 // === impl Refusal ===
 
-/// Of what has no counterpart in the original.
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        match status {
-            StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN => {
-                Refusal::Text(format!("Bad Request: {}", error.detail()))
-            }
-            status => Refusal::Page(status, error.detail().to_owned()),
-        }
+        Refusal::Weir(error)
     }
 }

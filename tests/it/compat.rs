@@ -5,9 +5,11 @@ mod ganomede;
 mod node_sse;
 mod worlds;
 
+use weir::config::{Adapter, SseRoute};
+
 use crate::{
     start::eventually,
-    support::{Client, Reply, Weir, metric},
+    support::{Client, Reply, Weir, metric, weir},
 };
 
 /// A stream, read as text.
@@ -47,6 +49,30 @@ impl Stream {
         }
         self.text
     }
+}
+
+/// An `EventSource` that is answered with any status but 200 never comes back.
+#[tokio::test]
+async fn a_node_that_is_full_ends_no_event_source_for_good() {
+    let weir = weir()
+        .with(|config| {
+            config.limits.connections = 1;
+            config.compat.enable = vec![Adapter::NodeSse, Adapter::MicroStream];
+            config.compat.sse.routes = vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
+            config.cors.origins = vec!["https://shop.example".into()];
+        })
+        .await;
+    let mut only = weir.client().await;
+    only.get("/").await.expect(200);
+    for (path, allowed) in [("/subscribe?channels=a", "*"), ("/api/7", "https://shop.example")] {
+        let asked = weir.request("GET", path).header("accept", "text/event-stream");
+        let refused = asked.header("origin", "https://shop.example").await.expect(200);
+        assert_eq!(refused.header("content-type"), Some("text/event-stream"), "{path}");
+        assert_eq!(refused.header("access-control-allow-origin"), Some(allowed), "{path}");
+        assert!(refused.text().starts_with("retry: "), "{}", refused.text());
+    }
+    // Others are told as it is.
+    weir.get("/socket.io/?EIO=4&transport=polling").await.refused("overloaded");
 }
 
 /// Waits until every client, subscription and timer is given back.

@@ -20,7 +20,7 @@ use crate::{
         engineio::{Broken, Conversation, Session, new_sid},
         socketio::{Event, Kind, Packet, connect_error},
     },
-    error::{Code, Error},
+    error::{Again, Code, Error},
     rpc::{Call, Connection, Provide, Provided},
     transport::wheel::Wheel,
 };
@@ -173,6 +173,13 @@ impl Client {
         self.stage = Stage::Fresh;
         self.since = self.hub.wheel.now();
         let (message, data) = match error.code() {
+            // Refused in words it would not come back by itself; cut off it does.
+            code if code.again() == Again::Yes => {
+                if let Some(session) = self.session.upgrade() {
+                    session.outbox.finish();
+                }
+                return;
+            }
             Code::ServiceTaken => translate::duplicate(self.named.then_some(&*self.name)),
             _ => translate::refused(error, &self.name),
         };

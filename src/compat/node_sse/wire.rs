@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::{
     bus::{Format, index},
     compat::js,
+    error::Error,
     event::{Channel, Event, read_json_str, write_json_str},
     transport::chunk,
 };
@@ -101,6 +102,20 @@ fn mark(event: &Event) -> Option<String> {
 /// Of what was JSON when it came in.
 fn parse(json: &str) -> Value {
     serde_json::from_str(json).unwrap_or_default()
+}
+
+/// What weir refuses: a mistake by a sentence, as the original's are, and anything else by a page.
+pub fn failure(error: &Error) -> Response<Body> {
+    match StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR) {
+        StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN => bad_request(format!("Bad Request: {}", error.detail())),
+        status => page(status, error.detail()),
+    }
+}
+
+pub fn bad_request(text: String) -> Response<Body> {
+    let mut answer = Response::new(Body::from(text));
+    *answer.status_mut() = StatusCode::BAD_REQUEST;
+    answer
 }
 
 /// What Express answers of itself.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::config::{Adapter, Backend, Config};
+use weir::config::{Adapter, Backend, Config, SseRoute};
 
 use super::servers::{Server, until};
 use crate::{
@@ -13,8 +13,8 @@ use crate::{
         route,
     },
     microstream::{SOCKET, client},
-    socket::{Socket, soon},
-    support::{Client, Request, Weir, weir},
+    socket::{Socket, eventually, soon},
+    support::{Client, Request, Starter, Weir, weir},
 };
 
 fn on(redis: &Server, config: &mut Config) {
@@ -25,17 +25,15 @@ fn on(redis: &Server, config: &mut Config) {
 // === MicroStream ===
 
 /// Whose clients are asked nothing but what a test asks.
-async fn hub(redis: &Server) -> Weir {
-    weir()
-        .with(|config| {
-            on(redis, config);
-            config.compat.enable = vec![Adapter::MicroStream];
-            let quiet = Duration::from_secs(600);
-            let microstream = &mut config.compat.microstream;
-            (microstream.heartbeat_timeout, microstream.ping) = (quiet, quiet);
-            microstream.probe = Duration::from_secs(1);
-        })
-        .await
+fn quiet(redis: &Server) -> Starter {
+    weir().with(|config| {
+        on(redis, config);
+        config.compat.enable = vec![Adapter::MicroStream];
+        let quiet = Duration::from_secs(600);
+        let microstream = &mut config.compat.microstream;
+        (microstream.heartbeat_timeout, microstream.ping) = (quiet, quiet);
+        microstream.probe = Duration::from_secs(1);
+    })
 }
 
 async fn knows(weir: &Weir, service: &str) {
@@ -56,7 +54,7 @@ async fn event(client: &mut Socket) -> (String, Value) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn services_of_microstream_and_others_call_each_other_across_nodes() {
     let redis = Server::start(&[]).await;
-    let (here, there) = (hub(&redis).await, hub(&redis).await);
+    let (here, there) = (quiet(&redis).await, quiet(&redis).await);
     let mut stock = client(&here, "stock").await;
     let mut shop = client(&there, "shop").await;
     knows(&there, "stock").await;
@@ -130,7 +128,7 @@ async fn services_of_microstream_and_others_call_each_other_across_nodes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_comes_back_to_another_node_gets_its_name_from_the_dead_and_not_from_the_living() {
     let redis = Server::start(&[]).await;
-    let (here, there) = (hub(&redis).await, hub(&redis).await);
+    let (here, there) = (quiet(&redis).await, quiet(&redis).await);
     let mut old = client(&here, "worker").await;
     knows(&there, "worker").await;
     let mut new = Socket::open_at(there.address, &format!("{SOCKET}&serviceName=worker")).await;
@@ -153,6 +151,70 @@ async fn whoever_comes_back_to_another_node_gets_its_name_from_the_dead_and_not_
     let (_, request) = event(&mut new).await;
     new.send(format!("42{}", json!(["response", { "id": request["id"], "response": "new" }]))).await;
     assert_eq!(asked.await.unwrap().expect(200).json(), "new");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_keep_their_order_and_late_responses_arrive_across_nodes() {
+    let redis = Server::start(&[]).await;
+    let node = || quiet(&redis).with(|config| config.rpc.timeout = Duration::from_millis(500));
+    let (here, there) = (node().await, node().await);
+    let mut slow = client(&here, "slow").await;
+    let mut caller = client(&there, "caller").await;
+    knows(&there, "slow").await;
+    let ids: Vec<String> = (0..200).map(|n| format!("r{n}")).collect();
+    for id in &ids {
+        let payload = json!({ "id": id, "event": "e" });
+        caller.send(format!("42{}", json!(["request", { "targetService": "slow", "payload": payload }]))).await;
+    }
+    for id in &ids {
+        assert_eq!(event(&mut slow).await.1["id"], json!(id));
+    }
+    // The caller's own timeout is its own affair; weir's is over, and it was told nothing.
+    eventually("all are late", || here.gateway().hub.counts().late >= 200).await;
+    slow.send(r#"42["response",{"id":"r7","response":{"at":"last"}}]"#).await;
+    assert_eq!(caller.text().await, r#"42["response",{"id":"r7","response":{"at":"last"}}]"#);
+}
+
+// === while Redis is away ===
+
+/// Each is answered so that its client comes back by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_stays_away_because_redis_was_away() {
+    let mut redis = Server::start(&[]).await;
+    let node = quiet(&redis).with(|config| {
+        config.compat.enable = vec![Adapter::MicroStream, Adapter::NodeSse, Adapter::Ganomede];
+        config.compat.ganomede.secret = "s".into();
+        config.compat.ganomede.poll_timeout = Duration::ZERO;
+        config.compat.sse.routes = vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
+    });
+    let node = node.await;
+    redis.kill();
+    // MicroStream's: cut off, and not refused, for after a refusal the library does nothing any more.
+    let mut service = Socket::open_at(node.address, &format!("{SOCKET}&serviceName=worker")).await;
+    assert!(service.text().await.starts_with("0{"));
+    service.send("40").await;
+    service.closed().await;
+    // An EventSource that gets any status but 200 never asks again.
+    for path in ["/subscribe?channels=a&clientId=c", "/api/a"] {
+        let answer = node.get(path).await.expect(200);
+        assert_eq!(answer.header("content-type"), Some("text/event-stream"), "{path}");
+        assert!(answer.text().starts_with("retry: "), "{path}: {}", answer.text());
+    }
+    // ganomede's library reads errors, and nothing but JSON.
+    let poll = "/events/v1/events?clientId=c&channel=a&secret=s";
+    assert_eq!(node.get(poll).await.expect(503).json()["code"], "ServiceUnavailable");
+    redis.restart().await;
+    until("polls are answered", async || node.get(poll).await.status == 200).await;
+    until("the service may register", async || {
+        let mut service = Socket::open_at(node.address, &format!("{SOCKET}&serviceName=worker")).await;
+        service.text().await;
+        service.send("40").await;
+        let said = service.message().await;
+        said.is_text() && said.to_text().unwrap().starts_with("40{")
+    })
+    .await;
+    let (mut page, heard) = browser(&node, "&clientId=c").await;
+    told(&mut page, heard, &["c"]).await;
 }
 
 // === node-sse-server ===
