@@ -13,7 +13,7 @@ use std::{collections::HashMap, sync::Arc};
 use futures_util::future::try_join_all;
 
 pub use self::{
-    extent::{Extent, Past, TERMS, Term},
+    extent::{Extent, Past, Term},
     format::{Filter, Format, index},
     log::{Act, Consumer, Gap, Info, Limit, Log, Page, Placed, Reason, Tail, Tailed},
     ring::{Keep, KeyLimits, Ring},

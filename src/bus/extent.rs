@@ -6,9 +6,6 @@ use crate::{
     position::{Epoch, Position, Start},
 };
 
-/// Terms remembered of one life, the current one included.
-pub const TERMS: usize = 8;
-
 /// Where a log begins and ends, and what was before it.
 ///
 /// A *life* begins with offset 1, where there was no log. It has one *term* or several: a new one begins, and offsets go
@@ -76,6 +73,11 @@ impl Extent {
             true => Position::absent(self.absent.max(now / 1000)),
             false => Position { epoch: self.epoch, offset: self.top },
         }
+    }
+
+    /// Whether this is the current term, or one that has ended and is remembered.
+    pub fn remembers(&self, epoch: Epoch) -> bool {
+        epoch == self.epoch || self.terms.iter().any(|term| term.epoch == epoch)
     }
 
     /// The term in which the event `offset` is, or will be.

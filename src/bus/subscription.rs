@@ -308,6 +308,10 @@ impl Sub {
 // === impl Parked ===
 
 impl Parked {
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Wakes a few at once and the rest by a task that lets others run in between: otherwise a channel with 100,000
     /// readers delays every call by half a second.
     pub fn wake(self) {

@@ -127,7 +127,7 @@ impl Ring {
 
     /// The log as it was at one look, and events of it, one after the other. Looks must be shown in the order in which
     /// they were taken; what was heard since is kept. Answers whom to wake.
-    pub fn show(&mut self, channel: &Channel, keep: &Keep, seen: Extent, events: Vec<Arc<Event>>) -> Parked {
+    pub fn show(&mut self, channel: &Channel, keep: &Keep, seen: Extent, mut events: Vec<Arc<Event>>) -> Parked {
         let (epoch, top) = (self.epoch(), self.top());
         if seen.epoch == epoch && !seen.is_absent() {
             // If the log has fewer events than were heard of, they came in since it was looked at; or they are lost, and
@@ -152,6 +152,9 @@ impl Ring {
         } else {
             self.clear();
             self.extent = seen;
+            // Where one is missing that should be there, the window begins behind it: who needs it is told when it is fetched.
+            let broken = events.windows(2).rposition(|pair| pair[0].offset + 1 != pair[1].offset);
+            events.drain(..broken.map_or(0, |at| at + 1));
             let first = events.first().map(|event| event.offset);
             let ends = events.last().map(|event| (event.epoch, event.offset));
             if let (Some(first), true) = (first, ends == Some((self.epoch(), self.top()))) {

@@ -32,7 +32,7 @@ pub enum Ack {
     Replicated,
 }
 
-/// A publish that waits: which process of Redis placed it, and whom to tell.
+/// A publish that waits: which server placed it, and whom to tell.
 type Waiting = (Box<str>, oneshot::Sender<bool>);
 
 #[derive(Default)]
@@ -45,7 +45,7 @@ impl Inner {
             return Err(Failed::Fault(Fault::Lost));
         };
         let (tx, rx) = oneshot::channel();
-        let waiting = (link.server.run_id.clone(), tx);
+        let waiting = (link.server.generation.clone(), tx);
         {
             let mut lanes = acks.0.lock();
             // No bound is needed: each of them is a publish in flight, and those have one.
@@ -75,9 +75,9 @@ async fn wait(lane: Lane, mut waiting: mpsc::UnboundedReceiver<Waiting>) {
             None => false,
         };
         let mut elsewhere = false;
-        for (run_id, tell) in batch.drain(..) {
-            // What the replicas of another process have does not matter.
-            let same = link.as_ref().is_some_and(|link| link.server.run_id == run_id);
+        for (server, tell) in batch.drain(..) {
+            // What the replicas of another have does not matter.
+            let same = link.as_ref().is_some_and(|link| link.server.generation == server);
             elsewhere |= !same;
             let _ = tell.send(done && same);
         }

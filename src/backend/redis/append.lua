@@ -36,7 +36,9 @@ if hot and #ARGV == 12 and #KEYS == 2 and found[3] == ARGV[2] and now < check_ti
 end
 
 -- Seldom: a life or term begins, or it is time to look what retention lets go.
-local seldom, cold = not hot or found[3] ~= ARGV[2] or now >= check_time, nil
+local server = ARGV[2]
+if hot and found[3] ~= server then server = generation(server) end
+local seldom, cold = not hot or found[3] ~= server or now >= check_time, nil
 local age = tonumber(ARGV[7])
 if seldom then
   -- terms, past, absent, born, life, marks, watched, time of the life before
@@ -89,19 +91,19 @@ if born then
   epoch, life, top, total = ARGV[3], ARGV[3], 0, 0
   -- First what needs memory: it is refused if there is none left, and only as the first write. The second that begins
   -- now counts as before: who asked a moment ago may have been told it.
-  redis.call('HSET', meta, 'e', epoch, 'l', life, 'g', ARGV[2],
+  redis.call('HSET', meta, 'e', epoch, 'l', life, 'g', server,
     'b', string.format('%d', math.max(tonumber(absent or 0), math.floor(now / 1000) + 1)))
   redis.call('HDEL', meta, 't', 'r', 'd', 'w', 'z')
   redis.call('DEL', stream)
   if absent then redis.call('HSET', meta, 'a', string.format('%d', absent)) end
   cold[6] = false
-elseif found[3] ~= ARGV[2] then
+elseif found[3] ~= server then
   -- Another server than the last time: what it does not know of was lost. That is announced, and offsets go on.
   local terms = (cold[1] or '') .. epoch .. ':' .. string.format('%d', top) .. ','
   local _, count = string.gsub(terms, ',', '')
   for _ = 1, count - TERMS do terms = string.gsub(terms, '^[^,]*,', '') end
   epoch = ARGV[3]
-  redis.call('HSET', meta, 'e', epoch, 'g', ARGV[2], 't', terms)
+  redis.call('HSET', meta, 'e', epoch, 'g', server, 't', terms)
 end
 
 local time = math.max(now, last)

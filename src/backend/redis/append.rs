@@ -57,6 +57,7 @@ pub(super) struct Publish {
 
 struct Waiting {
     publish: Publish,
+    since: Instant,
     tell: oneshot::Sender<Outcome>,
 }
 
@@ -68,7 +69,10 @@ type Outcome = Result<(Vec<Placed>, Arc<Link>), Failed>;
 pub(super) enum Failed {
     Fault(Fault),
     /// This draft's key was used for another event.
-    Reused(usize),
+    Reused {
+        at: usize,
+        key: Box<str>,
+    },
     Nonsense,
 }
 
@@ -89,7 +93,6 @@ impl Inner {
         subject: &str,
         drafts: Vec<Draft>,
     ) -> Result<Vec<Placed>> {
-        let keys: Vec<_> = drafts.iter().map(|draft| draft.parts().1.map(Box::<str>::from)).collect();
         let outcome = match self.submit(channel, Publish { subject: subject.into(), drafts }) {
             Ok(outcome) => outcome.await.unwrap_or(Err(Failed::Fault(Fault::Lost))),
             Err(fault) => Err(Failed::Fault(fault)),
@@ -106,8 +109,7 @@ impl Inner {
         placed.map_err(|why| match why {
             Failed::Fault(fault) => failed(fault),
             Failed::Nonsense => nonsense(),
-            Failed::Reused(at) => {
-                let key = keys.get(at).and_then(Option::as_deref).unwrap_or_default();
+            Failed::Reused { key, .. } => {
                 Error::new(Code::KeyReused, format!("the key {key:?} was used for another event of channel {channel}"))
             }
         })
@@ -122,7 +124,7 @@ impl Inner {
             return Err(Fault::Away("too much waits for Redis".into()));
         }
         state.bytes += size;
-        let waiting = Waiting { publish, tell };
+        let waiting = Waiting { publish, since: Instant::now(), tell };
         match state.waiting.entry(channel.clone()) {
             hash_map::Entry::Occupied(mut queue) => queue.get_mut().push_back(waiting),
             hash_map::Entry::Vacant(free) => {
@@ -157,7 +159,7 @@ impl Inner {
         let (now, window) = (self.script_now(), millis(self.topics.config().keys.window));
         let fill = |link: &Link, command: &mut Command| {
             command.push_int(now);
-            command.push(&*link.server.run_id);
+            command.push(&*link.server.generation);
             command.push(&*Epoch::random().text());
             command.push(self.publish_verb());
             command.push(&events);
@@ -179,13 +181,12 @@ impl Inner {
                 command.push(&stored);
             }
         };
-        let begun = Instant::now();
         let (answer, link) = self.deployment.run(&APPEND, &all, Lost::Tell, fill).await.map_err(Failed::Fault)?;
-        self.deployment.metrics.redis_append_seconds.record(begun.elapsed());
         let [epoch, time, rest @ ..] = answer.list().ok_or(Failed::Nonsense)? else { return Err(Failed::Nonsense) };
         if epoch.is_nil() {
-            let at = time.int().and_then(|n| usize::try_from(n).ok()?.checked_sub(1));
-            return Err(at.map_or(Failed::Nonsense, Failed::Reused));
+            let at = time.int().and_then(|n| usize::try_from(n).ok()?.checked_sub(1)).ok_or(Failed::Nonsense)?;
+            let key = drafts.get(at).and_then(|(draft, _)| draft.parts().1).ok_or(Failed::Nonsense)?;
+            return Err(Failed::Reused { at, key: key.into() });
         }
         let epoch = epoch.text().and_then(|text| text.parse().ok()).ok_or(Failed::Nonsense)?;
         let time = time.int().ok_or(Failed::Nonsense)?;
@@ -254,7 +255,7 @@ impl Writer {
             let publishes: Vec<&Publish> = batch.iter().map(|waiting| &waiting.publish).collect();
             match self.inner.store(keys, keep, &publishes).await {
                 Ok((placed, link)) => return self.placed(keys, batch, placed, &link),
-                Err(Failed::Reused(at)) => {
+                Err(Failed::Reused { at, key }) => {
                     // Nothing was placed, and the fault is one publish's: the others go without it.
                     let mut before = 0;
                     let guilty = batch.iter().position(|waiting| {
@@ -264,8 +265,7 @@ impl Writer {
                     let Some(guilty) = guilty.and_then(|index| batch.drain(index..=index).next()) else {
                         return refuse(batch, &Failed::Nonsense);
                     };
-                    let at = at - (before - guilty.publish.drafts.len());
-                    let _ = guilty.tell.send(Err(Failed::Reused(at)));
+                    let _ = guilty.tell.send(Err(Failed::Reused { at, key }));
                 }
                 Err(failed) => {
                     if let Failed::Fault(Fault::Away(_)) = failed {
@@ -283,6 +283,7 @@ impl Writer {
         let mut tell = Vec::with_capacity(batch.len());
         let mut ours = Vec::with_capacity(placed.len());
         for waiting in batch {
+            self.inner.deployment.metrics.redis_append_seconds.record(waiting.since.elapsed());
             let mine: Vec<Placed> = rest.by_ref().take(waiting.publish.drafts.len()).collect();
             ours.extend(waiting.publish.drafts.into_iter().zip(mine.iter().copied()));
             tell.push((waiting.tell, mine));
@@ -309,8 +310,9 @@ impl Drop for Writer {
     fn drop(&mut self) {
         // Ended by force: nobody knows what became of what was under way, and the next publish begins another writer.
         if !self.over {
-            self.take_all();
-            self.inner.appends.0.lock().waiting.remove(&self.channel);
+            let mut state = self.inner.appends.0.lock();
+            let left = state.waiting.remove(&self.channel).unwrap_or_default();
+            state.bytes -= left.iter().map(|waiting| waiting.publish.size()).sum::<usize>();
         }
     }
 }

@@ -193,8 +193,8 @@ impl Deployment {
             },
         };
         let mut known = server.known.lock();
-        if known.0 != link.server.run_id {
-            *known = (link.server.run_id.clone(), link.server.since);
+        if known.0 != link.server.generation {
+            *known = (link.server.generation.clone(), link.server.since);
         }
         Some(since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1)))
     }
@@ -248,6 +248,8 @@ impl Deployment {
     ) -> Result<Answered, Fault> {
         let deadline = Instant::now() + PATIENCE;
         let mut asking: Option<Address> = None;
+        // An answer was lost: whatever is said of later tries, it may have been done.
+        let mut perhaps = false;
         loop {
             let link = match asking.take() {
                 Some(address) => self.known_server(&address).commands.ready(deadline).await.map(|link| (link, true)),
@@ -298,6 +300,8 @@ impl Deployment {
                                 Fault::Away(error)
                             }
                         },
+                        // The link is up and full: there is no use in trying again, and no end to it.
+                        Err(fault @ Fault::Away(_)) if !link.is_closed() => return Err(fault),
                         Err(fault) => {
                             self.doubt();
                             fault
@@ -305,8 +309,9 @@ impl Deployment {
                     }
                 }
             };
+            perhaps |= fault == Fault::Lost;
             if Instant::now() >= deadline {
-                return Err(fault);
+                return Err(if perhaps { Fault::Lost } else { fault });
             }
             if asking.is_none() && matches!(fault, Fault::Away(_)) && self.server_of(key).is_none() {
                 self.doubt();

@@ -34,7 +34,7 @@ use super::{
     resp::{self, Command, Value},
 };
 
-/// A server that is asked this often...
+/// A server that is asked this often whether it still is who it was...
 const BEAT: Duration = Duration::from_secs(1);
 /// ...and says nothing for so long is away, whatever its TCP says.
 const SILENCE: Duration = Duration::from_secs(4);
@@ -77,8 +77,8 @@ impl Ear for Deaf {
 /// What a server said of itself when we connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Another one whenever the process is started.
-    pub run_id: Box<str>,
+    /// Another one whenever the process was started, or made master again: what it had before may be lost since.
+    pub generation: Box<str>,
     pub version: (u16, u16),
     /// It may forget what it likes when its memory is full.
     pub evicts: bool,
@@ -157,6 +157,7 @@ impl Link {
             let mut link = Link::over(stream, address.clone(), number, ears(number));
             link.server = link.greet(url, name).await?;
             link.opened = Instant::now();
+            tokio::spawn(watch(link.shared.clone(), link.server.generation.clone()));
             Ok(link)
         };
         tokio::time::timeout(CONNECT, opening).await.unwrap_or_else(|_| Err(format!("{address}: no answer")))
@@ -182,7 +183,7 @@ impl Link {
         let (read, write) = tokio::io::split(stream);
         tokio::spawn(write_loop(shared.clone(), write));
         tokio::spawn(read_loop(shared.clone(), read, ear));
-        let server = Identity { run_id: "".into(), version: (0, 0), evicts: false, time: 0, since: 0 };
+        let server = Identity { generation: "".into(), version: (0, 0), evicts: false, time: 0, since: 0 };
         Link { number, address, server, opened: Instant::now(), shared }
     }
 
@@ -221,7 +222,7 @@ impl Link {
         let info = self.ask(&Command::new("INFO")).await.map_err(|fault| said("INFO", fault))?;
         let time = self.ask(&Command::new("TIME")).await.map_err(|fault| said("TIME", fault))?;
         let info = info.text().unwrap_or_default();
-        let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let field = |name: &str| field(info, name);
         let version = field("redis_version").unwrap_or_default();
         let mut numbers = version.split('.').map(|part| part.parse().unwrap_or_default());
         let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
@@ -243,7 +244,8 @@ impl Link {
         if field("role") != Some("master") {
             return Err(format!("{at} is a replica now, not the master"));
         }
-        let run_id = field("run_id").filter(|id| !id.is_empty()).ok_or(format!("{at} has no run_id"))?;
+        let generation =
+            generation(field("run_id"), field("master_replid")).ok_or(format!("{at} does not say who it is"))?;
         let limited = field("maxmemory").is_some_and(|bytes| bytes != "0");
         let evicts = limited && field("maxmemory_policy").is_some_and(|policy| policy != "noeviction");
         let parts = time.list().unwrap_or_default();
@@ -252,25 +254,17 @@ impl Link {
         let uptime = field("uptime_in_seconds").and_then(|text| text.parse().ok()).unwrap_or(0);
         let born_master = field("second_repl_offset") == Some("-1");
         let since = part(0).saturating_sub(if born_master { uptime } else { 0 }) + 1;
-        Ok(Identity { run_id: run_id.into(), version, evicts, time: part(0) * 1000 + part(1) / 1000, since })
+        Ok(Identity { generation, version, evicts, time: part(0) * 1000 + part(1) / 1000, since })
     }
 
     /// Sends a command that is answered.
     pub fn ask(&self, command: &Command) -> Answer {
-        let (tx, rx) = oneshot::channel();
-        match self.push(&[command], Some(tx)) {
-            Ok(()) => Answer(Ok(rx)),
-            Err(fault) => Answer(Err(Some(fault))),
-        }
+        self.shared.ask(&[command])
     }
 
     /// Sends a command right behind another whose answer does not matter, as `ASKING`.
     pub fn ask_after(&self, first: &Command, command: &Command) -> Answer {
-        let (tx, rx) = oneshot::channel();
-        match self.push(&[first, command], Some(tx)) {
-            Ok(()) => Answer(Ok(rx)),
-            Err(fault) => Answer(Err(Some(fault))),
-        }
+        self.shared.ask(&[first, command])
     }
 
     /// Sends a command that is answered by pushes, as `SUBSCRIBE`.
@@ -279,21 +273,6 @@ impl Link {
         self.shared.room(&state, command.size())?;
         command.write(&mut state.out);
         state.told = true;
-        drop(state);
-        self.shared.wake.notify_one();
-        Ok(())
-    }
-
-    fn push(&self, commands: &[&Command], last: Option<oneshot::Sender<Result<Value, Fault>>>) -> Result<(), Fault> {
-        let mut state = self.shared.state.lock();
-        self.shared.room(&state, commands.iter().map(|command| command.size()).sum())?;
-        for command in commands {
-            command.write(&mut state.out);
-        }
-        for _ in 1..commands.len() {
-            state.waiting.push_back(None);
-        }
-        state.waiting.push_back(last);
         drop(state);
         self.shared.wake.notify_one();
         Ok(())
@@ -326,6 +305,25 @@ impl Drop for Link {
 }
 
 impl Shared {
+    /// Sends commands; the answer is that to the last.
+    fn ask(&self, commands: &[&Command]) -> Answer {
+        let mut state = self.state.lock();
+        if let Err(fault) = self.room(&state, commands.iter().map(|command| command.size()).sum()) {
+            return Answer(Err(Some(fault)));
+        }
+        let (tx, rx) = oneshot::channel();
+        for command in commands {
+            command.write(&mut state.out);
+        }
+        for _ in 1..commands.len() {
+            state.waiting.push_back(None);
+        }
+        state.waiting.push_back(Some(tx));
+        drop(state);
+        self.wake.notify_one();
+        Answer(Ok(rx))
+    }
+
     fn room(&self, state: &State, bytes: usize) -> Result<(), Fault> {
         if state.ended || self.closed.is_cancelled() {
             return Err(Fault::Away("the connection to Redis is closed".into()));
@@ -394,6 +392,39 @@ async fn write_loop(shared: Arc<Shared>, mut socket: impl AsyncWrite + Unpin) {
     shared.end();
 }
 
+/// Ends a connection to a server that is no longer the master that it was: what is published there may be heard by nobody,
+/// and what it lost as a replica must begin a new term. Connections that nobody writes to would never notice.
+async fn watch(shared: Arc<Shared>, generation: Box<str>) {
+    let ask = Command::new("INFO").arg("replication");
+    loop {
+        tokio::select! {
+            () = shared.closed.cancelled() => return,
+            () = tokio::time::sleep(BEAT) => {}
+        }
+        let Ok(info) = shared.ask(&[&ask]).await else { continue };
+        let info = info.text().unwrap_or_default();
+        let replid = field(info, "master_replid").map(short);
+        if field(info, "role") != Some("master") || replid.is_none_or(|replid| !generation.ends_with(replid)) {
+            shared.closed.cancel();
+        }
+    }
+}
+
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim_end)
+}
+
+/// As much of an id as keeps servers apart.
+fn short(id: &str) -> &str {
+    id.get(..16).unwrap_or(id)
+}
+
+/// As `limits.lua` makes it.
+fn generation(run_id: Option<&str>, replid: Option<&str>) -> Option<Box<str>> {
+    let (run_id, replid) = (run_id.filter(|id| !id.is_empty())?, replid.filter(|id| !id.is_empty())?);
+    Some(format!("{}{}", short(run_id), short(replid)).into())
+}
+
 async fn read_loop(shared: Arc<Shared>, mut socket: impl AsyncRead + Unpin, ear: Arc<dyn Ear>) {
     let mut received = BytesMut::with_capacity(16 << 10);
     let mut beat = tokio::time::interval(BEAT);
@@ -417,11 +448,6 @@ async fn read_loop(shared: Arc<Shared>, mut socket: impl AsyncRead + Unpin, ear:
                 if heard.elapsed() > SILENCE {
                     break;
                 }
-                let mut state = shared.state.lock();
-                Command::new("PING").write(&mut state.out);
-                state.waiting.push_back(None);
-                drop(state);
-                shared.wake.notify_one();
             }
         }
     }
@@ -456,7 +482,7 @@ impl Shared {
                     drop(state);
                     if let Some(waiting) = waiting {
                         let answer = match value {
-                            Value::Error(error) => Err(Fault::Refused(error)),
+                            Value::Error(error) => Err(Fault::Refused(unwrapped(error))),
                             value => Ok(value),
                         };
                         let _ = waiting.send(answer);
@@ -464,6 +490,14 @@ impl Shared {
                 }
             }
         }
+    }
+}
+
+/// Redis 6.2 wraps what a command in a script fails with: `ERR Error running script (call to f_…): @user_script:34: … -OOM …`.
+fn unwrapped(error: Box<str>) -> Box<str> {
+    match error.strip_prefix("ERR Error running script").and_then(|rest| rest.split_once(": -")) {
+        Some((_, inner)) => inner.into(),
+        None => error,
     }
 }
 
@@ -490,4 +524,19 @@ fn tls() -> io::Result<Arc<ClientConfig>> {
         .with_safe_default_protocol_versions()
         .map_err(io::Error::other)?;
     Ok(Arc::new(config.with_root_certificates(roots).with_no_client_auth()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_command_in_a_script_fails_with() {
+        let old =
+            "ERR Error running script (call to f_0c1e): @user_script:34: @user_script: 34: -OOM command not allowed";
+        assert_eq!(&*unwrapped(old.into()), "OOM command not allowed");
+        for other in ["OOM command not allowed when used memory > 'maxmemory'. script: f_0c1e", "ERR unknown: -x"] {
+            assert_eq!(&*unwrapped(other.into()), other);
+        }
+    }
 }

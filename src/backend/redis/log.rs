@@ -110,8 +110,9 @@ impl Inner {
             command.push_int(limit.bytes as u64);
         };
         let keys_of = [meta.as_bytes(), stream.as_bytes()];
+        let mut touched = None;
         for _ in 0..3 {
-            let (answer, link) = self.deployment.run(&LOOK, &keys_of, Lost::Again, fill).await.map_err(failed)?;
+            let (answer, link) = self.deployment.run(&LOOK, &keys_of, Lost::Again, fill).await.map_err(read_failed)?;
             let horizon = match self.clock_is_ours {
                 true => Some(self.began),
                 false => self.deployment.horizon(meta.as_bytes(), &link),
@@ -120,29 +121,30 @@ impl Inner {
             if look.newer {
                 return Err(failed(Fault::Refused("VERSION".into())));
             }
-            if look.extent.is_absent() || *look.generation == *link.server.run_id.as_bytes() {
+            let current = *look.generation == *link.server.generation.as_bytes();
+            if current || look.extent.is_absent() || touched.as_ref() == Some(&look.generation) {
                 return Ok(look);
             }
             // Another server answers than wrote last: what it does not know of may have been lost, and whoever reads
             // must hear of it, whether or not anybody writes.
-            self.touch(keys, keep).await?;
+            touched = self.touch(keys, keep).await?;
         }
         Err(Error::new(Code::BusUnavailable, "Redis changes its master all the time"))
     }
 
-    /// Says that a log is read. Begins a new term if the server is another.
-    pub(super) async fn touch(&self, keys: &ChannelKeys, keep: &Keep) -> Result<bool> {
+    /// Says that a log is read, and answers the generation of it, if there is one. Begins a new term if the server is another.
+    pub(super) async fn touch(&self, keys: &ChannelKeys, keep: &Keep) -> Result<Option<Bytes>> {
         let (meta, events) = (keys.meta(), keys.events());
         let fill = |link: &Link, command: &mut Command| {
             command.push_int(self.script_now());
-            command.push(&*link.server.run_id);
+            command.push(&*link.server.generation);
             command.push(&*Epoch::random().text());
             command.push(self.publish_verb());
             command.push(&events);
             command.push_int(millis(keep.age));
         };
-        let done = self.deployment.run(&TOUCH, &[meta.as_bytes()], Lost::Again, fill).await.map_err(failed)?;
-        Ok(done.0.int() == Some(1))
+        let done = self.deployment.run(&TOUCH, &[meta.as_bytes()], Lost::Again, fill).await.map_err(read_failed)?;
+        Ok(done.0.bytes().cloned())
     }
 
     async fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page> {

@@ -265,17 +265,20 @@ impl Inner {
                 self.fetch_after(&entry, &topic, position).await
             };
             match done {
-                Ok(()) => pause = PAUSE,
-                Err(error) => {
-                    tracing::debug!(channel = %entry.channel, %error, "cannot read what is older yet");
-                    sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
+                Ok(true) => {
+                    pause = PAUSE;
+                    continue;
                 }
+                Ok(false) => {}
+                Err(error) => tracing::debug!(channel = %entry.channel, %error, "cannot read what is older yet"),
             }
+            sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
-    async fn fetch_after(&self, entry: &Entry, topic: &Topic, position: Position) -> Result<()> {
+    /// Whether somebody was served.
+    async fn fetch_after(&self, entry: &Entry, topic: &Topic, position: Position) -> Result<bool> {
         let mut look = self.look(&entry.keys, topic.keep(), Start::After(position), PAGE).await?;
         let (next, gap) = look.extent.resolve(&entry.channel, Start::After(position), look.now);
         let mut events = std::mem::take(&mut look.events);
@@ -303,11 +306,14 @@ impl Inner {
             fetched
         };
         match fetched {
-            Some(parked) => parked.wake(),
+            Some(parked) => {
+                let served = !parked.is_empty();
+                parked.wake();
+                Ok(served)
+            }
             // The log is another than the ring knows.
-            None => drop(self.show(entry).await?),
+            None => self.show(entry).await.map(|_| true),
         }
-        Ok(())
     }
 
     /// What was placed from here, if it is read here and is the next.

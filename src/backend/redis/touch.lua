@@ -3,7 +3,7 @@
 --
 -- KEYS  meta
 -- ARGV  now (0: the clock of Redis) · generation · a fresh epoch · how to publish · where · age
--- Answers 1, or 0 if there is no log.
+-- Answers the generation of the log, or 0 if there is none.
 local meta = KEYS[1]
 local found = redis.call('HMGET', meta, 'h', 'e', 'g', 't', 'w')
 local now = tonumber(ARGV[1])
@@ -18,11 +18,13 @@ local age = tonumber(ARGV[6])
 if now > math.max(last, tonumber(found[5] or 0)) + age + LINGER then return 0 end
 redis.call('HSET', meta, 'w', string.format('%d', now))
 redis.call('PEXPIRE', meta, string.format('%d', 2 * age + GRACE))
-if found[3] ~= ARGV[2] then
+local server = ARGV[2]
+if found[3] ~= server then server = generation(server) end
+if found[3] ~= server then
   local terms = (found[4] or '') .. found[2] .. ':' .. string.format('%d', top) .. ','
   local _, count = string.gsub(terms, ',', '')
   for _ = 1, count - TERMS do terms = string.gsub(terms, '^[^,]*,', '') end
-  redis.call('HSET', meta, 'e', ARGV[3], 'g', ARGV[2], 't', terms)
+  redis.call('HSET', meta, 'e', ARGV[3], 'g', server, 't', terms)
   redis.call(ARGV[4], ARGV[5], '\1x')
 end
-return 1
+return server

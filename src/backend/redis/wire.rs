@@ -165,8 +165,15 @@ impl Look {
             past,
             cut: Reason::Trimmed,
         };
-        let mut events =
-            events.iter().map(|stored| event(stored.bytes()?).map(Arc::new)).collect::<Option<Vec<_>>>()?;
+        let one = |stored: &Value| {
+            let mut event = event(stored.bytes()?)?;
+            if !extent.remembers(event.epoch) {
+                // Of a term that is forgotten: those who were in it are told `reset`, and read it as part of the oldest.
+                event.epoch = extent.epoch_of(event.offset);
+            }
+            Some(Arc::new(event))
+        };
+        let mut events = events.iter().map(one).collect::<Option<Vec<_>>>()?;
         if time < oldest {
             extent.first = top + 1;
             events.clear();

@@ -210,6 +210,76 @@ async fn lost_offsets_that_were_taken_again() {
     assert_eq!(a.bus.cursor("job", &channel("c")).await.unwrap(), Some(fresh));
 }
 
+/// Away and back: the same process is master again, without what it had before it was a replica.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_was_a_replica_meanwhile() {
+    let (a, b) = (Server::start(&[]).await, Server::start(&[]).await);
+    let follows = async |replica: &Server, master: &Server| {
+        replica.cli(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]).await;
+        until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+    };
+    let node = Node::start(&a.url()).await;
+    let reader = node.reader("c", Start::Now).await;
+    for n in 1..=3 {
+        node.publish("c", n).await.unwrap();
+    }
+    follows(&b, &a).await;
+    b.cli(&["REPLICAOF", "NO", "ONE"]).await;
+    let lost = [node.publish("c", 4).await.unwrap(), node.publish("c", 5).await.unwrap()];
+    reader.sees(5).await;
+    follows(&a, &b).await;
+    until("the node has seen it", || async { node.publish("other", 1).await.is_err() }).await;
+    a.cli(&["REPLICAOF", "NO", "ONE"]).await;
+    node.insist("c", 6).await;
+    reader.sees(6).await;
+    assert_eq!(reader.gaps().iter().map(|gap| gap.reason).collect::<Vec<_>>(), [Reason::Failover]);
+    let page = node.read("c", Start::After(lost[1].position)).await;
+    assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![6], Reason::Failover));
+}
+
+/// More terms in one life than are remembered: all of it can be read.
+#[tokio::test(flavor = "multi_thread")]
+async fn terms_that_are_forgotten() {
+    let redis = Server::start(&[]).await;
+    let node = Node::start(&redis.url()).await;
+    for n in 1..=12 {
+        node.publish("c", n).await.unwrap();
+        redis.cli(&["HSET", "weir:{c}:m", "g", "another"]).await;
+    }
+    let (mut start, mut read) = (Start::Earliest, Vec::new());
+    loop {
+        let page = node.read("c", start).await;
+        assert!(page.gap.is_some() || !page.events.is_empty(), "an empty page, and more: {page:?}");
+        read.extend(numbers(&page));
+        start = Start::After(page.next);
+        if !page.more {
+            break;
+        }
+    }
+    assert_eq!(read, (1..=12).collect::<Vec<_>>());
+    let reader = node.reader("c", Start::Earliest).await;
+    reader.sees(12).await;
+    assert_eq!(reader.numbers(), read);
+}
+
+/// Somebody deletes entries of a stream: whoever needs them is told, and whoever does not reads on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hole_in_the_stream() {
+    let redis = Server::start(&[]).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
+    let mut placed = Vec::new();
+    for n in 1..=10 {
+        placed.push(a.publish("c", n).await.unwrap());
+    }
+    redis.cli(&["XDEL", "weir:{c}:s", "5-0"]).await;
+    let (before, behind) =
+        (b.reader("c", Start::After(placed[0].position)).await, b.reader("c", Start::After(placed[8].position)).await);
+    behind.sees(10).await;
+    before.sees(10).await;
+    assert_eq!((behind.numbers(), behind.gaps()), (vec![10], vec![]));
+    assert!(!before.gaps().is_empty() && before.numbers().ends_with(&[6, 7, 8, 9, 10]), "{:?}", before.numbers());
+}
+
 /// Nobody writes after the failover, and the loss is announced all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loss_is_told_though_nobody_writes_again() {
