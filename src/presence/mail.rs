@@ -59,10 +59,12 @@ impl Presence {
                 () = tokio::time::sleep(LOOK), if waits => {}
             }
             let now = self.now();
+            // Before the mail: what went before somebody left is not to bring it back.
+            let changed = members.take();
             for incoming in mailbox.take() {
                 self.take(incoming, &mut nodes, now);
             }
-            for Member { node, up } in members.take() {
+            for Member { node, up } in changed {
                 if up {
                     nodes.entry(node).or_default().greet = Some(now);
                 } else {

@@ -77,8 +77,9 @@ impl Hub {
 
     /// Takes in what has come from other nodes. True: there was something.
     pub fn exchange(self: &Arc<Self>) -> bool {
-        let mail = self.nodes.mailbox.take();
+        // Members first: whose link was lost and who is up again is not to be seen as up and then lost.
         let members = self.nodes.members.take();
+        let mail = self.nodes.mailbox.take();
         let roster = self.nodes.roster.take();
         let some = !(mail.is_empty() && members.is_empty() && roster.is_empty());
         let mut cancelled: HashMap<NodeId, HashSet<u64>> = HashMap::new();

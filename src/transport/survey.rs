@@ -97,6 +97,8 @@ impl Survey {
                 () = mailbox.ready() => {}
                 () = members.ready() => {}
             }
+            // Before the mail: what went before somebody left is not to bring it back.
+            let changed = members.take();
             for incoming in mailbox.take() {
                 match incoming {
                     Incoming::Mail { from, mail } => self.take(from, &mail),
@@ -104,7 +106,7 @@ impl Survey {
                     Incoming::Lost { with, .. } => self.give_up(with),
                 }
             }
-            for Member { node, up } in members.take() {
+            for Member { node, up } in changed {
                 if up {
                     self.state.lock().nodes.entry(node).or_default();
                     self.send(node, &Mail::Called(self.roll.node()));

@@ -364,7 +364,7 @@ impl Cluster for Nodes {
     }
 
     fn leads(&self) -> bool {
-        self.0.leads.load(SeqCst)
+        self.0.leads.load(SeqCst) && self.0.is_heard()
     }
 
     fn leave(&self) -> BoxFuture<'static, ()> {
