@@ -7,6 +7,7 @@ pub mod egress;
 pub mod frame;
 pub mod handshake;
 pub mod held;
+pub mod inlet;
 pub mod longpoll;
 pub mod present;
 pub mod query;

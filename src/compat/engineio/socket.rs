@@ -2,7 +2,6 @@
 //! proves that it carries anything (`2probe`, `3probe`), and is the session's from `5` on.
 
 use std::{
-    cell::Cell,
     io,
     pin::Pin,
     sync::Arc,
@@ -10,8 +9,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::AsyncWrite;
 
 use super::{
     Server,
@@ -23,23 +21,17 @@ use crate::{
     error::Code,
     transport::{
         frame::{self, Broken, Decoder, Incoming, Payload},
-        takeover::{self, Io, Seat},
+        inlet::Inlet,
+        takeover::{self, Seat},
         wheel::{Due, Timer, Wheel},
     },
 };
 
-/// Bytes read at once.
-const SCRATCH: usize = 64 * 1024;
 /// Turns before other connections have theirs.
 const TURNS: usize = 2;
 
-thread_local! {
-    /// Shared by all sockets of a worker; taken for the time of one read.
-    static BUFFER: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
-}
-
 pub struct Socket {
-    io: Io,
+    inlet: Inlet,
     decoder: Decoder,
     out: Vec<u8>,
     /// Written bytes of `out`.
@@ -52,8 +44,6 @@ pub struct Socket {
     /// The tick at which a probe or a farewell is over. 0: neither.
     until: u32,
     phase: Phase,
-    listening: bool,
-    early: Bytes,
     _seat: Seat,
 }
 
@@ -82,7 +72,7 @@ impl Socket {
         timer.at_most(patience);
         session.listed(|place| place.met(taken.peer));
         Socket {
-            io: taken.io,
+            inlet: Inlet::new(taken.io, taken.early),
             decoder: Decoder::new(settings.max_payload),
             out: Vec::new(),
             at: 0,
@@ -91,8 +81,6 @@ impl Socket {
             blocked: 0,
             until: if probing { after(&server, patience) } else { 0 },
             phase: if probing { Phase::Probing } else { Phase::Open },
-            listening: false,
-            early: taken.early,
             server,
             _seat: taken.seat,
         }
@@ -150,35 +138,8 @@ impl Socket {
             // It does not read what it asked for: it may not ask for more. The write wakes us.
             return Poll::Pending;
         }
-        if self.listening && self.early.is_empty() && !self.io.is_readable() {
-            return Poll::Pending;
-        }
-        BUFFER.with(|kept| {
-            let mut buffer = kept.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
-            let read = self.poll_read_into(cx, &mut buffer);
-            kept.set(Some(buffer));
-            read
-        })
-    }
-
-    fn poll_read_into(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Result<(), Over>> {
-        if !self.early.is_empty() {
-            let mut early = std::mem::take(&mut self.early).to_vec();
-            self.take(&mut early);
-            return Poll::Ready(Ok(()));
-        }
-        let mut read = ReadBuf::new(buffer);
-        let polled = Pin::new(&mut self.io).poll_read(cx, &mut read);
-        self.listening = polled.is_pending();
-        let end = match ready!(polled) {
-            Ok(()) => read.filled().is_empty(),
-            Err(_) => true,
-        };
-        let n = read.filled().len();
-        if end {
-            return Poll::Ready(Err(Over));
-        }
-        self.take(&mut buffer[..n]);
+        let Some(mut read) = ready!(self.inlet.poll_read(cx)) else { return Poll::Ready(Err(Over)) };
+        self.take(&mut read);
         Poll::Ready(Ok(()))
     }
 
@@ -277,7 +238,7 @@ impl Socket {
             }
         }
         while self.at < self.out.len() {
-            match Pin::new(&mut self.io).poll_write(cx, &self.out[self.at..]) {
+            match Pin::new(&mut self.inlet.io).poll_write(cx, &self.out[self.at..]) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(n)) => {
                     self.at += n;
@@ -293,7 +254,7 @@ impl Socket {
                 }
             }
         }
-        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        ready!(Pin::new(&mut self.inlet.io).poll_flush(cx))?;
         // The waker is left only where there is nothing to take.
         Poll::Ready(Ok(self.phase == Phase::Open))
     }
@@ -318,7 +279,7 @@ impl Socket {
                 Poll::Pending => {}
             }
             if self.phase == Phase::Closed && self.is_written() {
-                ready!(Pin::new(&mut self.io).poll_shutdown(cx)).ok();
+                ready!(Pin::new(&mut self.inlet.io).poll_shutdown(cx)).ok();
                 return Poll::Ready(Over);
             }
             if !busy {

@@ -5,15 +5,13 @@
 //! nothing wakes it in vain, but it is read on: who waits for its replies must not wait for its reading.
 
 use std::{
-    cell::Cell,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::Bytes;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::AsyncWrite;
 
 use super::{
     Ws,
@@ -28,13 +26,12 @@ use crate::{
     metrics::{Connected, Transport},
     transport::{
         frame::{self, Broken, Decoder, Incoming},
-        takeover::{self, Io, Seat},
+        inlet::Inlet,
+        takeover::{self, Seat},
         wheel::{Due, TICK, Timer, Wheel},
     },
 };
 
-/// Bytes read at once. Messages are parsed where they lie.
-const SCRATCH: usize = 64 * 1024;
 /// Bytes of events gathered for one write.
 const TURN: usize = 64 * 1024;
 /// Turns before other connections have theirs.
@@ -42,14 +39,9 @@ const TURNS: usize = 2;
 /// How long a peer may take to answer our close.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-thread_local! {
-    /// Taken for the time of one read: a panic costs the buffer, not the worker.
-    static BUFFER: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
-}
-
 /// One open WebSocket.
 pub struct Socket {
-    io: Io,
+    inlet: Inlet,
     decoder: Decoder,
     out: Out,
     outbox: Arc<Outbox>,
@@ -65,11 +57,7 @@ pub struct Socket {
     until: u32,
     /// Something came since the last ping.
     heard: bool,
-    /// The socket has our waker for when something can be read.
-    listening: bool,
     phase: Phase,
-    /// Read behind the request.
-    early: Bytes,
     delivered: Delivered,
     connected: Connected,
     _seat: Seat,
@@ -107,7 +95,7 @@ impl Socket {
             timer.set_owner(place.number());
         }
         Socket {
-            io: taken.io,
+            inlet: Inlet::new(taken.io, taken.early),
             decoder: Decoder::new(ws.config.limits.frame),
             out: Out::default(),
             outbox,
@@ -117,9 +105,7 @@ impl Socket {
             blocked: 0,
             until: 0,
             heard: true,
-            listening: false,
             phase: Phase::Open,
-            early: taken.early,
             delivered: Delivered::default(),
             connected: ws.metrics.connected(Transport::Ws),
             ws,
@@ -253,39 +239,14 @@ impl Socket {
             // It does not read what it asked for: it may not ask for more. The write wakes us.
             return Poll::Pending;
         }
-        if self.listening && !self.io.is_readable() {
-            return Poll::Pending;
-        }
-        BUFFER.with(|kept| {
-            let mut buffer = kept.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
-            let read = self.poll_read_into(cx, &mut buffer);
-            kept.set(Some(buffer));
-            read
-        })
-    }
-
-    fn poll_read_into(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Result<(), Over>> {
-        if self.early.is_empty() {
-            let mut read = ReadBuf::new(buffer);
-            let polled = Pin::new(&mut self.io).poll_read(cx, &mut read);
-            self.listening = polled.is_pending();
-            let end = match ready!(polled) {
-                Ok(()) => read.filled().is_empty(),
-                Err(_) => true,
-            };
-            let n = read.filled().len();
-            if end {
-                if self.is_open() {
-                    self.connected.peer();
-                }
-                return Poll::Ready(Err(Over));
+        let Some(mut read) = ready!(self.inlet.poll_read(cx)) else {
+            if self.is_open() {
+                self.connected.peer();
             }
-            self.heard = true;
-            self.take(&mut buffer[..n]);
-        } else {
-            let mut early = std::mem::take(&mut self.early).to_vec();
-            self.take(&mut early);
-        }
+            return Poll::Ready(Err(Over));
+        };
+        self.heard = true;
+        self.take(&mut read);
         Poll::Ready(Ok(()))
     }
 
@@ -335,7 +296,7 @@ impl Socket {
             return Poll::Ready(Ok(more));
         }
         let before = self.out.len();
-        match self.out.poll_write(cx, &mut self.io) {
+        match self.out.poll_write(cx, &mut self.inlet.io) {
             Poll::Ready(Ok(())) => {
                 self.blocked = 0;
                 Poll::Ready(Ok(more))
@@ -418,7 +379,7 @@ impl Socket {
                 Poll::Pending => {}
             }
             if self.phase == Phase::Closed && self.out.is_empty() {
-                ready!(Pin::new(&mut self.io).poll_shutdown(cx)).ok();
+                ready!(Pin::new(&mut self.inlet.io).poll_shutdown(cx)).ok();
                 return Poll::Ready(Over);
             }
             if !busy {
