@@ -4,6 +4,7 @@
 //!
 //! The proxy has a listener of its own, for every path of it is an origin's; where origins publish is another.
 
+mod at;
 mod filter;
 mod frame;
 mod hold;
@@ -11,6 +12,7 @@ mod instruct;
 mod item;
 mod link;
 mod mark;
+mod members;
 mod patch;
 mod poll;
 mod proxy;
@@ -29,8 +31,8 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Incoming;
 
 use self::{
+    at::At,
     instruct::{Hold, Instead, Instruct},
-    link::At,
     poll::Again,
     proxy::{Ask, Failure, Origins},
     token::Key,

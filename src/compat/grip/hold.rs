@@ -13,9 +13,11 @@ use http_body::Body;
 use hyper::body::Incoming;
 
 use super::{
-    Answer, Content, Grip, frame,
+    Answer, Content, Grip,
+    at::At,
+    frame,
     instruct::{Instruct, KeepAlive},
-    link::{At, Linked},
+    link::Linked,
     proxy::Failure,
 };
 use crate::{

@@ -4,8 +4,10 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use serde_json::{Map, Value};
+
+use super::members::{bytes_of, code_of, headers_of, seconds_of, text_of};
 
 /// Of a response hold, and of a keep-alive that names no time.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(55);
@@ -374,78 +376,10 @@ fn unquoted(text: &str) -> String {
     out
 }
 
-// === JSON, as instructions and items have it; `what` is whose member it is ===
-
-pub fn text_of<'a>(from: &'a Map<String, Value>, what: &str, key: &str) -> Result<Option<&'a str>, Wrong> {
-    let Some(value) = from.get(key) else { return Ok(None) };
-    value.as_str().map(Some).ok_or_else(|| format!("{what} contains '{key}' with wrong type"))
-}
-
-/// `bin` is base64 and wins.
-pub fn bytes_of(from: &Map<String, Value>, what: &str, bin: &str, text: &str) -> Result<Option<Vec<u8>>, Wrong> {
-    if let Some(encoded) = text_of(from, what, bin)? {
-        return BASE64.decode(encoded).map(Some).map_err(|_| format!("{what} contains '{bin}' that is not base64"));
-    }
-    Ok(text_of(from, what, text)?.map(|text| text.as_bytes().to_vec()))
-}
-
-/// A number, or the text of one.
-fn number_of(from: &Map<String, Value>, what: &str, key: &str) -> Result<Option<i64>, Wrong> {
-    let Some(value) = from.get(key) else { return Ok(None) };
-    let number = value.as_i64().or_else(|| value.as_str()?.trim().parse().ok());
-    number.map(Some).ok_or_else(|| format!("{what} contains '{key}' with wrong type"))
-}
-
-fn seconds_of(from: &Map<String, Value>, what: &str, key: &str) -> Result<Option<Duration>, Wrong> {
-    let Some(seconds) = number_of(from, what, key)? else { return Ok(None) };
-    let seconds = u32::try_from(seconds).map_err(|_| format!("{what} contains '{key}' with invalid value"))?;
-    Ok(Some(Duration::from_secs(seconds.into())))
-}
-
-pub fn code_of(from: &Map<String, Value>, what: &str) -> Result<Option<StatusCode>, Wrong> {
-    let Some(code) = number_of(from, what, "code")? else { return Ok(None) };
-    let code = u16::try_from(code).ok().and_then(status);
-    code.map(Some).ok_or_else(|| format!("{what} contains 'code' with invalid value"))
-}
-
-/// `headers` as an object or as a list of pairs. What belongs to a hop, or to GRIP, is left out.
-pub fn headers_of(from: &Map<String, Value>, what: &str) -> Result<HeaderMap, Wrong> {
-    let mut headers = HeaderMap::new();
-    let mut add = |name: &str, value: &str| -> Result<(), Wrong> {
-        let wrong = || format!("headers contains '{name}' that is no header");
-        let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong())?;
-        headers.append(name, HeaderValue::from_bytes(value.as_bytes()).map_err(|_| wrong())?);
-        Ok(())
-    };
-    match from.get("headers") {
-        None => {}
-        Some(Value::Object(map)) => {
-            for (name, value) in map {
-                add(name, value.as_str().ok_or_else(|| format!("headers contains '{name}' with wrong type"))?)?;
-            }
-        }
-        Some(Value::Array(pairs)) => {
-            for pair in pairs {
-                let pair = pair.as_array().ok_or("headers contains element with wrong type")?;
-                let [name, value] = &pair[..] else {
-                    return Err("headers contains list with wrong number of elements".into());
-                };
-                add(
-                    name.as_str().ok_or("header contains name element with wrong type")?,
-                    value.as_str().ok_or("header contains value element with wrong type")?,
-                )?;
-            }
-        }
-        Some(_) => return Err(format!("{what} contains 'headers' with wrong type")),
-    }
-    super::proxy::strip_hop(&mut headers);
-    strip(&mut headers);
-    headers.remove(header::CONTENT_LENGTH);
-    Ok(headers)
-}
-
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
+
     use super::*;
 
     fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {

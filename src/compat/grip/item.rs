@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value};
 
-use super::instruct::{Wrong, bytes_of, code_of, headers_of, text_of};
+use super::{
+    instruct::Wrong,
+    members::{bytes_of, code_of, headers_of, text_of},
+};
 
 /// One thing to tell those who are held on a channel.
 #[derive(Debug, Default, PartialEq)]

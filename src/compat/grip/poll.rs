@@ -8,10 +8,11 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use tokio::time::Instant;
 
 use super::{
-    Answer, Content, Grip, Outcome, filter,
+    Answer, Content, Grip, Outcome,
+    at::At,
+    filter,
     hold::away,
     instruct::Instruct,
-    link::At,
     mark::{self, Mark},
     proxy::Failure,
 };

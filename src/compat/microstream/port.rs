@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use super::{bytes, translate};
 use crate::{
     compat::{
-        engineio::{Outbox, Session},
+        engineio::{Outbox, Session, packet::Framing},
         socketio::{close_event, open_event},
     },
     event::write_json_str,
@@ -105,55 +105,42 @@ impl Port {
 
     /// Sends a `response`.
     fn respond(&self, id: &str, response: &str) {
-        self.event("response", response, |out, response| {
-            out.push(b'{');
-            if !id.is_empty() {
-                out.extend_from_slice(b"\"id\":");
-                out.extend_from_slice(id.as_bytes());
-                out.push(b',');
-            }
-            out.extend_from_slice(b"\"response\":");
-            out.extend_from_slice(response.as_bytes());
-            out.push(b'}');
-        });
-    }
-
-    fn event(&self, name: &str, json: &str, write: impl FnOnce(&mut Vec<u8>, &str)) {
-        let extracted = bytes::extract(json);
-        let (json, attachments) = match &extracted {
-            Some((json, attachments)) => (&**json, &**attachments),
-            None => (json, &[][..]),
+        let before = match id {
+            "" => ["", "", "{\"response\":"],
+            id => ["{\"id\":", id, ",\"response\":"],
         };
-        self.outbox.send(|framing, out| {
-            framing.text(out, |out| {
-                open_event(out, name, attachments.len());
-                write(out, json);
-                close_event(out);
-            });
-            attachments.iter().for_each(|bytes| framing.binary(out, bytes));
-        });
+        self.outbox.send(event("response", before, response, "}"));
     }
 
     /// Sends a `request`: the payload as it was sent, or one of our own making.
     fn request(&self, payload: &str) -> Written {
-        let extracted = bytes::extract(payload);
-        let (payload, attachments) = match &extracted {
-            Some((payload, attachments)) => (&**payload, &**attachments),
-            None => (payload, &[][..]),
-        };
-        let written = self.outbox.offer(|framing, out| {
-            framing.text(out, |out| {
-                open_event(out, "request", attachments.len());
-                out.extend_from_slice(payload.as_bytes());
-                close_event(out);
-            });
-            attachments.iter().for_each(|bytes| framing.binary(out, bytes));
-        });
-        match written {
+        match self.outbox.offer(event("request", [""; 3], payload, "")) {
             Some(true) => Written::Yes,
             Some(false) => Written::Full,
             None => Written::Gone,
         }
+    }
+}
+
+/// Writes an event whose argument is JSON between two texts; its bytes go behind it.
+fn event<'a>(
+    name: &'a str,
+    before: [&'a str; 3],
+    json: &'a str,
+    after: &'a str,
+) -> impl FnOnce(Framing, &mut Vec<u8>) + 'a {
+    let extracted = bytes::extract(json);
+    move |framing, out| {
+        let (json, attachments) = match &extracted {
+            Some((json, attachments)) => (&**json, &**attachments),
+            None => (json, &[][..]),
+        };
+        framing.text(out, |out| {
+            open_event(out, name, attachments.len());
+            before.iter().chain(&[json, after]).for_each(|text| out.extend_from_slice(text.as_bytes()));
+            close_event(out);
+        });
+        attachments.iter().for_each(|bytes| framing.binary(out, bytes));
     }
 }
 
@@ -270,7 +257,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
-    use crate::{compat::engineio::packet::Framing, rpc::Names};
+    use crate::rpc::Names;
 
     fn json(text: &str) -> &RawValue {
         serde_json::from_str(text).unwrap()
