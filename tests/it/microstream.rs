@@ -142,6 +142,36 @@ async fn whoever_does_not_read_its_answers_is_closed() {
     empty(&weir).await;
 }
 
+#[tokio::test]
+async fn only_heartbeats_count_and_anybody_may_send_them() {
+    let weir = hub(|config| {
+        let microstream = &mut config.compat.microstream;
+        (microstream.heartbeat_timeout, microstream.sweep) = (Duration::from_secs(3), Duration::from_millis(250));
+    })
+    .await;
+    let (mut busy, mut kept) = (client(&weir, "busy").await, client(&weir, "kept").await);
+    let mut friend = client(&weir, "friend").await;
+    loop {
+        for name in ["friend", "kept", "nobody"] {
+            friend.send(format!(r#"42["heartbeat",{{"serviceName":"{name}"}}]"#)).await;
+        }
+        friend.send(request("weir", 0, "{}")).await;
+        assert!(friend.text().await.contains(r#"{"id":"0","response""#));
+        // Neither a request nor a pong is one.
+        busy.send("3").await;
+        busy.send(request("weir", 1, "{}")).await;
+        let said = busy.text().await;
+        if said == "41" {
+            break;
+        }
+        assert!(said.contains(r#"{"id":"1","response""#), "{said}");
+    }
+    friend.send(request("busy", 2, "{}")).await;
+    assert!(friend.text().await.contains("TARGET_SERVICE_NOT_FOUND"));
+    friend.send(request("kept", 3, "{}")).await;
+    assert_eq!(kept.text().await, r#"42["request",{"id":"3","event":"e","data":{}}]"#);
+}
+
 async fn listed(weir: &Weir, query: &str) -> Vec<Value> {
     let answer = weir.get(format!("/v1/connections?{query}")).await.expect(200).json();
     answer["connections"].as_array().unwrap().clone()
