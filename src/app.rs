@@ -249,12 +249,24 @@ fn over(redis: Option<&Arc<Deployment>>, config: &Config, topics: bus::Config, c
     Bus::new(log, topics)
 }
 
+/// What is wrong with settings that only the part they are for can read: the key to blame, and why.
+pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
+    match config.bus.backend {
+        config::Backend::Memory => Ok(()),
+        config::Backend::Redis => redis_url(config).map(drop),
+    }
+}
+
+fn redis_url(config: &Config) -> Result<Url, (&'static str, String)> {
+    Url::parse(config.bus.redis.url.reveal()).map_err(|error| ("bus.redis.url", error))
+}
+
 /// Connects to Redis, if it is used. What will not be different the next time is said now; a Redis that is away may come.
 async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Deployment>>> {
     if config.bus.backend == config::Backend::Memory {
         return Ok(None);
     }
-    let url = Url::parse(config.bus.redis.url.reveal()).map_err(|error| anyhow!("bus.redis.url: {error}"))?;
+    let url = redis_url(config).map_err(|(key, error)| anyhow!("{key}: {error}"))?;
     let deployment = Deployment::start(url, metrics);
     if let Err(reason) = deployment.ready(REDIS_CONNECT).await {
         tracing::warn!(%reason, "Redis cannot be reached yet");

@@ -546,6 +546,11 @@ impl Config {
             "bus.redis.url",
             "is missing: where is Redis? (WEIR__BUS__REDIS__URL=redis://localhost:6379)",
         );
+        must(
+            self.bus.backend == Backend::Redis || self.bus.redis.url.is_empty(),
+            "bus.redis.url",
+            "is set, and bus.backend is memory: this node would be a bus of its own (WEIR__BUS__BACKEND=redis)",
+        );
         must(!self.bus.redis.prefix.contains(['{', '}']), "bus.redis.prefix", "must not have braces");
         must(self.sse.heartbeat >= seconds(1), "sse.heartbeat", "must be at least 1s");
         must(self.ws.ping >= seconds(1), "ws.ping", "must be at least 1s");
@@ -558,6 +563,8 @@ impl Config {
         found.extend(self.compat.route_collisions());
         if self.compat.enable.contains(&Adapter::Grip) {
             found.extend(self.compat.grip.contradictions(self.auth.allow_anonymous));
+        } else if !self.compat.grip.routes.is_empty() {
+            found.push(("compat.grip.routes", "are given, and compat.enable does not name grip".into()));
         }
         let listeners = self.server.listen.iter().map(|address| ("server.listen", address));
         let listeners = listeners.chain(self.admin.listen.iter().map(|address| ("admin.listen", address)));

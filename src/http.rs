@@ -143,6 +143,16 @@ impl Door {
         self.doors == Doors::Proxy
     }
 
+    /// Whether only those who look after the node come here.
+    pub fn is_for_operators(&self) -> bool {
+        self.doors == Doors::Operators
+    }
+
+    /// Whether the request asks how the node is, which it answers also when it is full.
+    pub fn is_probe(path: &str) -> bool {
+        matches!(path, "/health/live" | "/health/ready" | "/metrics")
+    }
+
     /// None of weir's own rules hold before an origin: it has its own.
     async fn grip(&self, head: Parts, body: Body) -> Response {
         let refused = head.extensions.get::<Refused>().map(|Refused(error)| error.clone());

@@ -9,9 +9,9 @@ use std::{
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use weir::{
-    app::App,
+    app::{self, App},
     cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, USAGE, welcome},
-    config::{self, Loaded, Problems},
+    config::{self, Loaded, Problem, Problems},
     telemetry,
 };
 
@@ -128,7 +128,14 @@ fn load(serve: &Serve) -> Result<Loaded, Problems> {
     // A variable that is not text cannot be a setting either, but its name shall be in the report.
     let environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
-    config::load(serve.config.as_deref().map(Path::new), environment, &serve.overrides())
+    let loaded = config::load(serve.config.as_deref().map(Path::new), environment, &serve.overrides())?;
+    match app::check(&loaded.config) {
+        Ok(()) => Ok(loaded),
+        Err((key, reason)) => {
+            let source = loaded.sources.get(key).cloned();
+            Err(Problems(vec![Problem { key: key.into(), source, reason }]))
+        }
+    }
 }
 
 fn wrong(problems: &Problems) -> ExitCode {

@@ -327,9 +327,8 @@ impl fmt::Display for Source {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.source {
-            Some(source) => write!(f, "{source}: ")?,
-            None => f.write_str("default: ")?,
+        if let Some(source) = &self.source {
+            write!(f, "{source}: ")?;
         }
         if !self.key.is_empty() {
             write!(f, "{}: ", self.key)?;

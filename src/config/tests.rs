@@ -323,3 +323,15 @@ fn routes_of_streams_take_nobody_s_paths() {
     assert!(problems.contains("/subscribe would take /subscribe, which is node-sse already"), "{problems}");
     assert!(problems.contains("/subscribe streams no channels"), "{problems}");
 }
+
+#[test]
+fn what_would_be_ignored_in_silence_is_refused() {
+    let refused = |environment: &[(&str, &str)], file: &str| {
+        let environment = environment.iter().map(|(name, value)| (name.to_string(), value.to_string()));
+        load::from(Some(("weir.toml".into(), Ok(file.into()))), environment, &[]).unwrap_err().to_string()
+    };
+    let island = refused(&[("WEIR__BUS__REDIS__URL", "redis://x")], "");
+    assert!(island.starts_with("WEIR__BUS__REDIS__URL: bus.redis.url: is set, and bus.backend is memory"), "{island}");
+    let routes = refused(&[], "[[compat.grip.routes]]\norigin = \"http://127.0.0.1:3000\"\n");
+    assert!(routes.contains("compat.grip.routes: are given, and compat.enable does not name grip"), "{routes}");
+}

@@ -12,7 +12,7 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU32, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -81,6 +81,8 @@ struct Inner {
     wheel: Arc<Wheel>,
     metrics: Arc<Metrics>,
     tracker: TaskTracker,
+    /// It has been said that no more are admitted, and is still so.
+    full: AtomicBool,
     h1: http1::Builder,
     h2: http2::Builder<TokioExecutor>,
 }
@@ -120,7 +122,16 @@ impl Connections {
             .initial_connection_window_size(1024 * 1024)
             .max_send_buf_size(64 * 1024);
         let look = LOOK.min(limits.header_timeout / 2).min(limits.idle_timeout / 2).min(limits.stall_timeout / 2);
-        Connections(Arc::new(Inner { limits, look, wheel, metrics, tracker: TaskTracker::new(), h1, h2 }))
+        Connections(Arc::new(Inner {
+            limits,
+            look,
+            wheel,
+            metrics,
+            tracker: TaskTracker::new(),
+            full: AtomicBool::new(false),
+            h1,
+            h2,
+        }))
     }
 
     /// Accepts clients of `door` until `stop`, and closes the listener. Open connections go on: see [`Wheel::drain`] and
@@ -166,16 +177,23 @@ impl Connections {
         let inner = self.0.clone();
         let seat = Seat::new(inner.tracker.token());
         let (open, cap) = (self.len(), inner.limits.connections);
-        if open > cap {
+        // Whoever looks after the node gets in when it is full, or it would be taken for dead.
+        let full = open > cap && !door.is_for_operators();
+        if full {
             inner.metrics.connections_refused.add(1);
+            if !inner.full.swap(true, Relaxed) {
+                tracing::warn!(open, "refusing connections: limits.connections is reached");
+            }
             // Some are told why; a flood of them is not worth a task each.
             if open > cap + cap / 16 + 16 {
                 tracing::debug!(%peer, open, "closed a connection beyond the cap");
                 return;
             }
+        } else if open < cap - cap / 16 {
+            inner.full.store(false, Relaxed);
         }
         let connected = inner.metrics.connected(Transport::Http);
-        let client = Client { inner, door: door.clone(), peer, refuse: open > cap };
+        let client = Client { inner, door: door.clone(), peer, refuse: full };
         tokio::spawn(drive(client, io, seat, connected));
     }
 
@@ -425,7 +443,7 @@ async fn call(
 ) -> Result<Response<Reply>, Infallible> {
     let done = desk.begin();
     let (version, head) = (request.version(), request.method() == Method::HEAD);
-    if client.refuse {
+    if client.refuse && !Door::is_probe(request.uri().path()) {
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
         request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));
     }

@@ -143,6 +143,8 @@ pub struct Decoder {
     /// Largest message, in bytes.
     limit: usize,
     careful: Option<Box<Careful>>,
+    /// Why nothing more is read.
+    broken: Option<Broken>,
 }
 
 /// What is kept between two reads while a frame or message has come only in part, or the connection is closing.
@@ -169,7 +171,7 @@ struct Feed<'a> {
 impl Decoder {
     /// `limit` is the largest message, in bytes.
     pub fn new(limit: usize) -> Self {
-        Decoder { limit, careful: None }
+        Decoder { limit, careful: None, broken: None }
     }
 
     /// Takes the next message off the front of `input`; `None` when all of it has been taken.
@@ -183,6 +185,13 @@ impl Decoder {
         input: &mut &'a mut [u8],
         replies: &mut Vec<u8>,
     ) -> Result<Option<Incoming<'a>>, Broken> {
+        if let Some(broken) = self.broken {
+            return Err(broken);
+        }
+        self.take(input, replies).inspect_err(|broken| self.broken = Some(*broken))
+    }
+
+    fn take<'a>(&mut self, input: &mut &'a mut [u8], replies: &mut Vec<u8>) -> Result<Option<Incoming<'a>>, Broken> {
         loop {
             if input.is_empty() {
                 return Ok(None);
@@ -401,6 +410,20 @@ mod tests {
         frame.extend_from_slice(&mask);
         frame.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
         frame
+    }
+
+    #[test]
+    fn nothing_is_read_after_a_violation() {
+        for beginning in [LIMIT + 1, 10 * LIMIT] {
+            let mut frame = client(0x81, &vec![b'x'; beginning]);
+            let mut decoder = Decoder::new(LIMIT);
+            let mut replies = Vec::new();
+            for piece in frame.chunks_mut(4096) {
+                let mut piece = piece;
+                let broken = decoder.next(&mut piece, &mut replies).err();
+                assert_eq!((broken, replies.len()), (Some(Broken(Code::TooLarge)), 0));
+            }
+        }
     }
 
     /// Messages, `None` standing for a close; what is to be answered; and what reads on.

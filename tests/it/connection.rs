@@ -35,6 +35,12 @@ async fn beyond_the_cap_of_connections() {
     let head = client.head().await;
     assert!(head.starts_with("http/1.1 503 ") && head.contains("retry-after: "), "{head}");
     client.closed().await;
+    // Whoever looks after it must not take it for dead.
+    for path in ["/health/live", "/health/ready", "/metrics"] {
+        let mut probe = server.request(&format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
+        let head = probe.head().await;
+        assert!(head.starts_with("http/1.1 200 "), "{path}: {head}");
+    }
     drop(streams);
     server.empty().await;
     server.stream("channel=a").await.opening().await;

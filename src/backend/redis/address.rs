@@ -46,6 +46,9 @@ impl Url {
             return Err("a Redis URL has no query here: what else there is to set are settings of their own".into());
         }
         let (place, path) = rest.split_once('/').unwrap_or((rest, ""));
+        if path.contains('@') {
+            return Err("in a password / is written %2F, and @ is written %40".into());
+        }
         let (login, hosts) = match place.rsplit_once('@') {
             Some((login, hosts)) => (Some(login), hosts),
             None => (None, place),
