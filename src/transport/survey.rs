@@ -103,7 +103,13 @@ impl Survey {
                 match incoming {
                     Incoming::Mail { from, mail } => self.take(from, &mail),
                     Incoming::Returned { to, .. } => self.give_up(to),
-                    Incoming::Lost { with, .. } => self.give_up(with),
+                    Incoming::Lost { with, gone } => {
+                        self.give_up(with);
+                        if !gone {
+                            // What this one is called may be what was lost.
+                            self.send(with, &Mail::Called(self.roll.node()));
+                        }
+                    }
                 }
             }
             for Member { node, up } in changed {

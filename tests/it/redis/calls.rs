@@ -1,52 +1,34 @@
 //! Calls between nodes on one Redis: several in this process, and real ones that are killed and stopped.
 
-use std::{net::SocketAddr, time::Duration};
-
-use rustix::process::Signal;
-use serde_json::{Value, json};
-use weir::config::Backend;
-
-use super::servers::{Server, until};
-use crate::{
-    process::Process,
-    socket::{Socket, eventually},
-    support::{Weir, weir},
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
 };
 
-async fn node(redis: &Server) -> Weir {
-    weir()
-        .with(|config| {
-            config.bus.backend = Backend::Redis;
-            config.bus.redis.url = redis.url().as_str().into();
-        })
-        .await
-}
+use rustix::process::Signal;
+use serde_json::json;
+use tokio::task::JoinHandle;
 
-fn process(redis: &Server) -> (Process, SocketAddr) {
-    let process = Process::start(&[("WEIR__BUS__BACKEND", "redis"), ("WEIR__BUS__REDIS__URL", redis.url().as_str())]);
-    let address = process.address.parse().unwrap();
-    (process, address)
-}
+use super::{
+    servers::{Deployed, Server, everywhere, until},
+    weirs::{call, get, knows, node, process},
+};
+use crate::socket::{Socket, eventually};
 
-/// Until the node there knows a provider of `service`.
-async fn knows(at: SocketAddr, service: &str) {
-    until("a node learns of a provider", async || {
-        let listed = crate::support::Request::new(at, "GET", format!("/v1/services?prefix={service}")).await;
-        !listed.expect(200).json()["services"].as_array().unwrap().is_empty()
-    })
-    .await;
-}
+everywhere!(calls_names_and_news_cross
+    a_node_that_is_killed_fails_its_calls_and_frees_its_names
+    a_node_that_stood_still_too_long_runs_nothing_exclusive
+    a_provider_whose_node_leaves_goes_on_at_another
+    links_come_back_after_their_connections_and_after_redis);
 
-async fn call(at: SocketAddr, service: &str, timeout: &str) -> (u16, Value) {
-    let path = format!("/v1/services/{service}/x?timeout={timeout}");
-    let reply = crate::support::Request::new(at, "POST", path).body("[1]").await;
-    (reply.status, reply.json())
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn calls_names_and_news_cross() {
-    let redis = Server::start(&[]).await;
-    let nodes = [node(&redis).await, node(&redis).await, node(&redis).await];
+async fn calls_names_and_news_cross<D: Deployed>() {
+    let redis = D::start().await;
+    let url = redis.url();
+    let nodes = [node(&url).await, node(&url).await, node(&url).await];
     let mut provider = Socket::open(nodes[0].address).await;
     provider.provide("jwt").await;
     knows(nodes[1].address, "jwt").await;
@@ -84,10 +66,10 @@ async fn calls_names_and_news_cross() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_is_killed_fails_its_calls_and_frees_its_names() {
-    let redis = Server::start(&[]).await;
-    let (here, (doomed, there)) = (node(&redis).await, process(&redis));
+async fn a_node_that_is_killed_fails_its_calls_and_frees_its_names<D: Deployed>() {
+    let redis = D::start().await;
+    let url = redis.url();
+    let (here, (doomed, there)) = (node(&url).await, process(&url));
     let mut provider = Socket::open(there).await;
     provider.ok("weir.provide", json!({ "service": "own", "exclusive": true })).await;
     knows(here.address, "own").await;
@@ -97,15 +79,17 @@ async fn a_node_that_is_killed_fails_its_calls_and_frees_its_names() {
     let (status, answer) = pending.await.unwrap();
     assert_eq!((status, answer["code"].as_str()), (502, Some("provider_gone")), "{answer}");
     // Waits for the end of the dead node's lease, and no longer.
-    let mut heir = Socket::open(here.address).await;
-    let own = json!({ "service": "own", "exclusive": true });
-    tokio::time::timeout(Duration::from_secs(60), heir.ok("weir.provide", own)).await.unwrap();
+    for service in ["own"] {
+        let mut heir = Socket::open(here.address).await;
+        let own = json!({ "service": service, "exclusive": true });
+        tokio::time::timeout(Duration::from_secs(60), heir.ok("weir.provide", own)).await.unwrap();
+    }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_stood_still_too_long_runs_nothing_exclusive() {
-    let redis = Server::start(&[]).await;
-    let (here, (stopped, there)) = (node(&redis).await, process(&redis));
+async fn a_node_that_stood_still_too_long_runs_nothing_exclusive<D: Deployed>() {
+    let redis = D::start().await;
+    let url = redis.url();
+    let (here, (stopped, there)) = (node(&url).await, process(&url));
     let mut provider = Socket::open(there).await;
     let own = json!({ "service": "own", "exclusive": true });
     let fence = provider.ok("weir.provide", own.clone()).await["fence"].as_u64().unwrap();
@@ -122,6 +106,56 @@ async fn a_node_that_stood_still_too_long_runs_nothing_exclusive() {
     provider.quiet().await;
 }
 
+/// Answers calls until its node says that it leaves.
+async fn serve(mut provider: Socket) -> Socket {
+    loop {
+        let message = provider.next().await;
+        match message["method"].as_str() {
+            Some("weir.drain") => return provider,
+            Some(_) => provider.reply(&message, json!(1)).await,
+            None => panic!("{message}"),
+        }
+    }
+}
+
+async fn a_provider_whose_node_leaves_goes_on_at_another<D: Deployed>() {
+    let redis = D::start().await;
+    let url = redis.url();
+    let [from, to, caller] = [node(&url).await, node(&url).await, node(&url).await];
+    let mut provider = Socket::open(from.address).await;
+    provider.provide("a").await;
+    knows(caller.address, "a").await;
+    let serving = tokio::spawn(serve(provider));
+    // Calls go on all the time, and none of them fails.
+    let (at, answered) = (caller.address, Arc::new(AtomicUsize::new(0)));
+    let calls: JoinHandle<()> = tokio::spawn({
+        let answered = answered.clone();
+        async move {
+            loop {
+                assert_eq!(call(at, "a", "20s").await, (200, json!(1)));
+                answered.fetch_add(1, SeqCst);
+            }
+        }
+    });
+    let more = async |count| {
+        let from = answered.load(SeqCst);
+        until("calls are answered", async || calls.is_finished() || answered.load(SeqCst) >= from + count).await;
+        assert!(!calls.is_finished(), "a call failed");
+    };
+    more(20).await;
+    from.leave();
+    // Its calls are over when it hears of it, and nobody knows it here any more.
+    let old = serving.await.unwrap();
+    let mut provider = Socket::open(to.address).await;
+    provider.provide("a").await;
+    let serving = tokio::spawn(serve(provider));
+    more(20).await;
+    assert_eq!(get(at, "/v1/services?prefix=a").await["services"][0]["providers"], 1);
+    calls.abort();
+    serving.abort();
+    drop(old);
+}
+
 /// Calls until the provider gets to answer: a call that was on a link when it broke is told so, and is not made again.
 async fn answers(at: SocketAddr, service: &'static str, provider: &mut Socket) {
     for _ in 0..60 {
@@ -136,23 +170,27 @@ async fn answers(at: SocketAddr, service: &'static str, provider: &mut Socket) {
     panic!("no call is answered");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn links_come_back_after_their_connections_and_after_redis() {
-    let mut redis = Server::start(&[]).await;
-    let nodes = [node(&redis).await, node(&redis).await];
+async fn links_come_back_after_their_connections_and_after_redis<D: Deployed>() {
+    let mut redis = D::start().await;
+    let url = redis.url();
+    let nodes = [node(&url).await, node(&url).await];
     let mut provider = Socket::open(nodes[0].address).await;
     provider.provide("a").await;
     knows(nodes[1].address, "a").await;
     answers(nodes[1].address, "a", &mut provider).await;
-    redis.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    for server in redis.servers() {
+        server.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    }
     answers(nodes[1].address, "a", &mut provider).await;
-    redis.kill();
+    redis.servers().iter_mut().for_each(Server::kill);
     // What is here works on.
     let mut near = Socket::open(nodes[0].address).await;
     near.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "a/x" })).await;
     let request = provider.request().await;
     provider.reply(&request, json!(2)).await;
     assert_eq!(near.next().await["result"], 2);
-    redis.restart().await;
+    for server in redis.servers() {
+        server.restart().await;
+    }
     answers(nodes[1].address, "a", &mut provider).await;
 }

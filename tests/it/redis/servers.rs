@@ -32,6 +32,35 @@ pub async fn until<F: Future<Output = bool>>(what: &str, mut done: impl FnMut() 
     }
 }
 
+/// What a test may run on, whichever it is.
+pub trait Deployed: Sized + Send + Sync + 'static {
+    fn start() -> impl Future<Output = Self> + Send;
+
+    fn url(&self) -> String;
+
+    /// Those that hold data.
+    fn servers(&mut self) -> &mut [Server];
+}
+
+/// The same tests on each kind of deployment.
+macro_rules! everywhere {
+    ($($case:ident)+) => {
+        everywhere!(@ standalone Server: $($case)+);
+        everywhere!(@ sentinel Sentinel: $($case)+);
+        everywhere!(@ cluster Cluster: $($case)+);
+    };
+    (@ $name:ident $deployed:ident: $($case:ident)+) => {
+        mod $name {
+            use crate::redis::servers::$deployed;
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $case() {
+                super::$case::<$deployed>().await;
+            })+
+        }
+    };
+}
+pub(super) use everywhere;
+
 /// One redis-server or redis-sentinel.
 pub struct Server {
     pub port: u16,
@@ -424,6 +453,48 @@ impl Cluster {
         for server in [target, source] {
             server.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &target_id]).await;
         }
+    }
+}
+
+impl Deployed for Server {
+    async fn start() -> Self {
+        Server::start(&[]).await
+    }
+
+    fn url(&self) -> String {
+        Server::url(self)
+    }
+
+    fn servers(&mut self) -> &mut [Server] {
+        std::slice::from_mut(self)
+    }
+}
+
+impl Deployed for Sentinel {
+    async fn start() -> Self {
+        Sentinel::start().await
+    }
+
+    fn url(&self) -> String {
+        Sentinel::url(self)
+    }
+
+    fn servers(&mut self) -> &mut [Server] {
+        &mut self.servers
+    }
+}
+
+impl Deployed for Cluster {
+    async fn start() -> Self {
+        Cluster::start(3, 0).await
+    }
+
+    fn url(&self) -> String {
+        Cluster::url(self)
+    }
+
+    fn servers(&mut self) -> &mut [Server] {
+        &mut self.servers
     }
 }
 

@@ -1,0 +1,102 @@
+//! Presence and connections of several real nodes: what one node's clients are told of another's.
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::{
+    servers::{Deployed, everywhere, until},
+    weirs::{get, node, process},
+};
+use crate::{
+    presence::Replay,
+    socket::{Socket, members},
+    support::{Client, Request},
+};
+
+everywhere!(members_of_real_nodes_and_no_ghosts connections_of_real_nodes_are_listed_and_kicked);
+
+async fn stream(at: std::net::SocketAddr, query: &str) -> Client {
+    let mut client = Client::connect(at).await;
+    client.send("GET", &format!("/v1/sse?{query}"), &[], b"").await;
+    assert_eq!(client.head().await.status, 200);
+    client.chunk().await;
+    client
+}
+
+fn names(list: &Value) -> Vec<&str> {
+    list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
+}
+
+/// Every node lists just these, and all of them the same.
+async fn lists(at: &[std::net::SocketAddr], clients: &[&str]) {
+    let mut first: Option<Value> = None;
+    for at in at {
+        let path = "/v1/presence?channel=chat";
+        until(&format!("{clients:?} are listed"), async || names(&get(*at, path).await) == clients).await;
+        let mut list = get(*at, path).await;
+        assert_eq!(list["count"], clients.len());
+        let members = list["members"].take();
+        assert_eq!(*first.get_or_insert_with(|| members.clone()), members);
+    }
+}
+
+async fn members_of_real_nodes_and_no_ghosts<D: Deployed>() {
+    let redis = D::start().await;
+    let url = redis.url();
+    let (here, (doomed, there)) = (node(&url).await, process(&url));
+    let both = [here.address, there];
+    let ann = stream(here.address, "channel=chat&present=ann").await;
+    let mut bob = Socket::open(there).await;
+    bob.ok("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "bob", "info": { "n": 1 } } })).await;
+    lists(&both, &["ann", "bob"]).await;
+    let listed = get(there, "/v1/presence?channel=chat").await;
+    assert_eq!(members(&listed["members"][1]), ["client", "info", "since", "subject", "transport"]);
+    drop(bob);
+    lists(&both, &["ann"]).await;
+    let _carl = stream(there, "channel=chat&present=carl").await;
+    let _dora = stream(there, "channel=chat&present=dora").await;
+    lists(&both, &["ann", "carl", "dora"]).await;
+    // Where ann is, both leave with their node; the log and the list agree, and nobody left twice.
+    drop(doomed);
+    lists(&both[..1], &["ann"]).await;
+    let replay = Replay::of(&here, "chat", "earliest").await;
+    assert_eq!(replay.members.keys().collect::<Vec<_>>(), ["ann"]);
+    assert_eq!((replay.joins, replay.leaves), (4, 3));
+    drop(ann);
+    lists(&both[..1], &[]).await;
+}
+
+async fn connections_of_real_nodes_are_listed_and_kicked<D: Deployed>() {
+    let redis = D::start().await;
+    let url = redis.url();
+    let (here, (other, there)) = (node(&url).await, process(&url));
+    let mut near = Socket::open(here.address).await;
+    let (mut one, mut two) = (Socket::open(there).await, Socket::open(there).await);
+    for socket in [&mut near, &mut one, &mut two] {
+        socket.ok("weir.ping", json!({})).await;
+    }
+    one.ok("weir.subscribe", json!({ "channels": ["only"] })).await;
+    let list = async |at, query: &str| get(at, &format!("/v1/connections{query}")).await;
+    for at in [here.address, there] {
+        until("all are listed", async || list(at, "").await["connections"].as_array().unwrap().len() == 3).await;
+    }
+    let kick = async |query: &str| {
+        let path = format!("/v1/connections?{query}");
+        Request::new(here.address, "DELETE", path).await.expect(200).json()
+    };
+    let on_only = list(here.address, "?channel=only").await;
+    assert_eq!(on_only["connections"].as_array().unwrap().len(), 1, "{on_only}");
+    let id = on_only["connections"][0]["id"].as_str().unwrap();
+    assert_eq!(kick(&format!("id={id}")).await, json!({ "kicked": 1 }));
+    assert_eq!(one.closed().await, (4503, "kicked".to_owned()));
+    // One that does not answer is named, and the others are kicked.
+    let name = id.split('-').next().unwrap().to_owned();
+    other.signal(Signal::STOP);
+    let silent = kick("subject=").await;
+    assert_eq!((&silent["kicked"], silent["silent"].as_array().unwrap().len()), (&json!(1), 1), "{silent}");
+    assert!(silent["silent"][0].as_str().unwrap().starts_with(&name), "{silent} {id}");
+    assert_eq!(near.closed().await, (4503, "kicked".to_owned()));
+    other.signal(Signal::CONT);
+    // What it was told meanwhile it did.
+    assert_eq!(two.closed().await, (4503, "kicked".to_owned()));
+}
