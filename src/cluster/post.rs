@@ -63,6 +63,8 @@ struct Link {
     waiting: BytesMut,
     /// The batch that is under way.
     flying: Option<Bytes>,
+    /// It may have reached the other end.
+    out: bool,
     /// A batch has to go out even if it is empty: the other end has to learn of this life.
     hello: bool,
 }
@@ -177,14 +179,26 @@ impl Post {
         self.some.notified().await;
     }
 
+    /// Asks, right before it goes out, whether a batch is still to be sent: its link may be over, and its mail have come
+    /// back. From here on it may have reached the other end.
+    pub fn may_go(&self, batch: &Batch) -> bool {
+        let mut state = self.state.lock();
+        let link = state.links.get_mut(&batch.to).filter(|link| link.carries(batch));
+        link.map(|link| link.out = true).is_some()
+    }
+
+    /// Says that a batch surely has not gone out yet. Its mail comes back if the link ends now.
+    pub fn stays(&self, batch: &Batch) {
+        if let Some(link) = self.state.lock().links.get_mut(&batch.to).filter(|link| link.carries(batch)) {
+            link.out = false;
+        }
+    }
+
     /// What became of the batch under way to `batch.to`.
     pub fn landed(&self, batch: &Batch, landed: Landed) {
         let mut state = self.state.lock();
-        let Some(link) = state.links.get_mut(&batch.to) else { return };
-        // The link may have been broken and be a new one by now, with a batch of its own under way.
-        if link.flying.as_ref().is_none_or(|flying| flying.as_ptr() != batch.bytes.as_ptr()) {
-            return;
-        }
+        let Some(link) = state.links.get_mut(&batch.to).filter(|link| link.carries(batch)) else { return };
+        link.out = landed != Landed::Nobody;
         match landed {
             Landed::Taken => {
                 link.flying = None;
@@ -193,7 +207,6 @@ impl Post {
                 }
             }
             Landed::Nobody => {
-                state.bounce_all(batch.to, true);
                 state.expel(batch.to);
             }
             Landed::Unknown => state.broken(batch.to, true),
@@ -214,7 +227,13 @@ impl Post {
 
 impl Link {
     fn new(mine: u32) -> Self {
-        Link { mine, yours: 0, over: 0, next_in: 1, next_out: 1, waiting: BytesMut::new(), flying: None, hello: false }
+        let (next_in, next_out, waiting) = (1, 1, BytesMut::new());
+        Link { mine, yours: 0, over: 0, next_in, next_out, waiting, flying: None, out: false, hello: false }
+    }
+
+    /// Whether this is the batch under way: the link may have been broken, and be a new one by now with one of its own.
+    fn carries(&self, batch: &Batch) -> bool {
+        self.flying.as_ref().is_some_and(|flying| flying.as_ptr() == batch.bytes.as_ptr())
     }
 
     /// Has something to send.
@@ -251,7 +270,7 @@ impl State {
             link.next_out += 1;
             link.hello = false;
             let bytes = bytes.freeze();
-            link.flying = Some(bytes.clone());
+            (link.flying, link.out) = (Some(bytes.clone()), true);
             return Some(Batch { to, bytes });
         }
     }
@@ -260,16 +279,16 @@ impl State {
         if !self.links.contains_key(&node) {
             return false;
         }
-        self.bounce_all(node, false);
+        self.bounce_all(node);
         self.links.remove(&node);
         self.tell_all(&Incoming::Lost { with: node, gone: true });
         true
     }
 
-    /// Gives back what was not sent; with `flying`, what was sent to nobody too.
-    fn bounce_all(&mut self, to: NodeId, flying: bool) {
+    /// Gives back what surely did not arrive.
+    fn bounce_all(&mut self, to: NodeId) {
         let Some(link) = self.links.get_mut(&to) else { return };
-        let under_way = link.flying.take().filter(|_| flying).map(|batch| batch.slice(HEAD..));
+        let under_way = link.flying.take().filter(|_| !link.out).map(|batch| batch.slice(HEAD..));
         let waiting = std::mem::take(&mut link.waiting).freeze();
         for mails in under_way.into_iter().chain([waiting]) {
             for (topic, mail) in split(&mails) {
@@ -282,7 +301,7 @@ impl State {
 
     /// A new life for this end. With `hello` the other has to be told, for it may not know that something is wrong.
     fn broken(&mut self, with: NodeId, hello: bool) {
-        self.bounce_all(with, false);
+        self.bounce_all(with);
         let old = self.links.get(&with).map_or(0, |link| link.over.max(link.yours));
         let link = self.new_link();
         self.links.insert(with, Link { over: old, hello, ..link });

@@ -158,6 +158,28 @@ fn what_nobody_takes_comes_back_whole_and_in_order() {
 }
 
 #[test]
+fn what_has_not_gone_out_comes_back_with_its_link_and_does_not_go_any_more() {
+    let (one, two) = (Post::new(NodeId(1)), NodeId(2));
+    let mailbox = one.mailbox(TOPIC);
+    for gone in [true, false] {
+        one.admit(two);
+        one.send(two, TOPIC, Weight::May, b"a");
+        let batch = one.next().unwrap();
+        assert!(one.may_go(&batch));
+        if !gone {
+            one.stays(&batch);
+        }
+        one.expel(two);
+        let back = (!gone).then_some(Incoming::Returned { to: two, mail: b"a"[..].into() });
+        let lost = Incoming::Lost { with: two, gone: true };
+        assert_eq!(mailbox.take(), back.into_iter().chain([lost]).collect::<VecDeque<_>>());
+        assert!(!one.may_go(&batch));
+        one.landed(&batch, Landed::Nobody);
+        assert!(mailbox.take().is_empty());
+    }
+}
+
+#[test]
 fn what_waits_is_bounded_and_large_mails_travel_alone() {
     let (one, two) = (Post::new(NodeId(1)), NodeId(2));
     one.admit(two);

@@ -35,7 +35,7 @@ use self::news::News;
 use super::{
     deployment::{Deployment, Lost},
     feed::{Feed, Listener},
-    link::Fault,
+    link::{Fault, Link},
     resp::{Command, Value},
 };
 use crate::{
@@ -74,6 +74,8 @@ struct Inner {
     changed: Notify,
     /// The sessions of others have to be looked at.
     look: Notify,
+    /// Redis may not know this node.
+    beat: Notify,
     /// A name was given back.
     freed: Notify,
     leads: AtomicBool,
@@ -89,8 +91,8 @@ struct State {
     until: u64,
     left: bool,
     leases: HashMap<Arc<str>, Arc<Tenure>>,
-    /// Names that are being given back.
-    freeing: HashMap<Arc<str>, u64>,
+    /// Names that are being given back, and how often.
+    freeing: HashMap<Arc<str>, usize>,
     /// What this node tells, of each name with its revision.
     told: HashMap<Arc<str>, (u64, Bytes)>,
     rev: u64,
@@ -144,6 +146,7 @@ impl Nodes {
             }),
             changed: Notify::new(),
             look: Notify::new(),
+            beat: Notify::new(),
             freed: Notify::new(),
             leads: AtomicBool::new(false),
             feed: Mutex::default(),
@@ -246,19 +249,30 @@ async fn carry(inner: Weak<Inner>) {
 async fn deliver(inner: Arc<Inner>, batch: Batch) {
     let channel = inner.mail_channel(batch.to);
     let publish = inner.publish(&channel, &batch.bytes);
-    let mut absent = 0;
+    // The answer to one try was lost: somebody may have got it then, whatever the next one says.
+    let (mut absent, mut perhaps) = (0, false);
+    let surely_not = |perhaps| if perhaps { Landed::Unknown } else { Landed::Nobody };
     let landed = loop {
         // Whoever gets it twice drops the second.
-        match inner.deployment.call(channel.as_bytes(), Lost::Again, |_| publish.clone()).await {
+        let go = |_: &Link| inner.post.may_go(&batch).then(|| publish.clone());
+        let sent = inner.deployment.call_if(channel.as_bytes(), Lost::Tell, go).await;
+        perhaps |= matches!(sent, Err(Fault::Lost));
+        match sent {
             Ok((value, _)) if value.int().is_some_and(|takers| takers > 0) => break Landed::Taken,
-            Ok(_) if absent == RETURNS || !inner.post.knows(batch.to) => break Landed::Nobody,
-            Ok(_) => {
-                absent += 1;
-                sleep(RETURN).await;
+            // While calls come back their nodes find others, so it is worth being quick, but not with one that lives.
+            Ok((_, link)) if absent >= RETURNS && inner.deployment.is_settled(channel.as_bytes(), &link) => {
+                break surely_not(perhaps);
             }
-            // Never sent, or perhaps: the session says when it is too late to go on.
-            Err(Fault::Away(_) | Fault::Lost) if inner.is_heard() && inner.post.knows(batch.to) => {}
-            Err(_) => break Landed::Unknown,
+            // The session says when it is too late to go on.
+            Ok(_) | Err(Fault::Away(_) | Fault::Lost) if inner.is_heard() && inner.post.knows(batch.to) => {}
+            _ => break surely_not(perhaps),
+        }
+        if !perhaps {
+            inner.post.stays(&batch);
+        }
+        if sent.is_ok() {
+            absent += 1;
+            sleep(RETURN).await;
         }
     };
     inner.post.landed(&batch, landed);
@@ -289,8 +303,9 @@ impl Listener for Ears {
             inner.state.lock().others.values_mut().for_each(|other| other.stale = true);
             inner.look.notify_one();
         } else {
-            // Others may have found nobody here.
+            // Others may have found nobody here, and a Redis that was away may have forgotten this node.
             inner.say_hello();
+            inner.beat.notify_one();
         }
     }
 }
@@ -390,10 +405,7 @@ impl Keeper for Inner {
         state.tell(&tenure.name, None);
         self.changed.notify_one();
         if !tenure.is_lost() && !state.left {
-            state.freeing.insert(tenure.name.clone(), tenure.fence);
-            if let Some(this) = self.me.upgrade() {
-                tokio::spawn(this.free(tenure.name.clone(), tenure.fence));
-            }
+            self.set_free(&mut state, &tenure.name, tenure.fence);
         }
     }
 }

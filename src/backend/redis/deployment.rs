@@ -38,6 +38,8 @@ const CALM: Duration = Duration::from_secs(5);
 const WATCH: Duration = Duration::from_secs(1);
 /// ...and while something does.
 const ALARM: Duration = Duration::from_millis(300);
+/// When a server was away, or has changed, whoever lives is back on it within this.
+const SETTLED: Duration = Duration::from_secs(3);
 /// A server that has lost its slots may still owe answers.
 const LEAVE: Duration = Duration::from_secs(5);
 
@@ -199,6 +201,13 @@ impl Deployment {
         Some(since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1)))
     }
 
+    /// Whether what is missing behind `link` is missing: right after Redis was away, or the slot of `key` has moved, others
+    /// may just not be back yet.
+    pub fn is_settled(&self, key: &[u8], link: &Link) -> bool {
+        let moved = self.map.read().slots.get(slot(key)).and_then(|slot| slot.since);
+        link.age() > SETTLED && moved.is_none_or(|moved| moved.elapsed() > SETTLED)
+    }
+
     /// Changes whenever a slot is found elsewhere.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
@@ -213,9 +222,19 @@ impl Deployment {
     ///
     /// What was surely not done is tried again, for two seconds; what may have been done only if `lost` allows it.
     pub async fn call(&self, key: &[u8], lost: Lost, make: impl Fn(&Link) -> Command) -> Result<Answered, Fault> {
+        self.call_if(key, lost, |link| Some(make(link))).await
+    }
+
+    /// As [`call`](Self::call). Where `make` makes nothing it is given up, as refused.
+    pub async fn call_if(
+        &self,
+        key: &[u8],
+        lost: Lost,
+        make: impl Fn(&Link) -> Option<Command>,
+    ) -> Result<Answered, Fault> {
         self.attempt(key, lost, None, |link| {
-            let command = make(&link);
-            async move { Ok(command) }
+            let command = make(&link).ok_or_else(|| Fault::Refused("ERR given up".into()));
+            async move { command }
         })
         .await
     }

@@ -283,6 +283,11 @@ impl Link {
         self.server.time + moment.saturating_duration_since(self.opened).as_millis() as u64
     }
 
+    /// How long we have been connected.
+    pub fn age(&self) -> Duration {
+        self.opened.elapsed()
+    }
+
     /// Ends it: what was sent is lost, what was not is away.
     pub fn close(&self) {
         self.shared.closed.cancel();

@@ -208,7 +208,11 @@ impl Session {
             }
             "weir.withdraw" => {
                 let params::Withdraw { service } = params::read(params)?;
-                let in_flight = self.link().withdraw(&service)?;
+                let given_up = self.work.as_mut().is_some_and(|work| work.give_up(&service));
+                let in_flight = match self.link().withdraw(&service) {
+                    Err(_) if given_up => 0,
+                    withdrawn => withdrawn?,
+                };
                 Ok(Outcome::Result(format!(r#"{{"in_flight":{in_flight}}}"#).into_bytes()))
             }
             _ => Err(unknown(method)),
@@ -328,7 +332,15 @@ impl Session {
             }
             // Other nodes are asked first, and nobody waits for that but who asked.
             Err(providing) => {
-                let work = async move { Ok(Done::Provide { service, bare, provided: providing.await? }) };
+                let given_up = self.work.get_or_insert_default().registers(&service);
+                let work = async move {
+                    let provided = tokio::select! {
+                        biased;
+                        () = given_up.notified() => Err(Error::new(Code::Cancelled, format!("{service} was withdrawn"))),
+                        provided = providing => provided,
+                    };
+                    Ok(Done::Provide { service, bare, provided: provided? })
+                };
                 Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Waits })
             }
         }

@@ -6,6 +6,7 @@ use std::{
     collections::VecDeque,
     future::ready,
     pin::Pin,
+    sync::{Arc, Weak},
     task::{Context, Poll},
 };
 
@@ -14,6 +15,7 @@ use futures_util::{
     stream::{FuturesUnordered, Stream},
 };
 use serde_json::value::RawValue;
+use tokio::sync::Notify;
 
 use super::{
     Ready, Ws,
@@ -48,6 +50,8 @@ pub(super) struct Work {
     waits: Option<FuturesUnordered<BoxFuture<'static, Finished>>>,
     /// Encoded bytes of the events in the queue.
     bytes: usize,
+    /// Registrations of services that are under way, and those that were a moment ago.
+    registering: Vec<(String, Weak<Notify>)>,
 }
 
 struct Run {
@@ -334,6 +338,28 @@ impl Session {
 }
 
 impl Work {
+    /// A registration begins. It is given up when this is notified.
+    pub fn registers(&mut self, service: &str) -> Arc<Notify> {
+        let given_up = Arc::default();
+        self.registering.retain(|(_, given_up)| given_up.strong_count() > 0);
+        self.registering.push((service.to_owned(), Arc::downgrade(&given_up)));
+        given_up
+    }
+
+    /// Gives up the registrations of a service. False: there are none under way.
+    pub fn give_up(&mut self, service: &str) -> bool {
+        let mut some = false;
+        self.registering.retain(|(name, given_up)| {
+            let Some(given_up) = given_up.upgrade() else { return false };
+            if name == service {
+                given_up.notify_one();
+                some = true;
+            }
+            name != service
+        });
+        some
+    }
+
     fn len(&self) -> usize {
         let run = self.run.as_ref().map_or(0, |run| run.jobs.len());
         self.queue.len() + run + self.waits.as_ref().map_or(0, FuturesUnordered::len)

@@ -19,10 +19,13 @@ use super::{
 };
 use crate::socket::{Socket, eventually};
 
+const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
+
 everywhere!(calls_names_and_news_cross
     a_node_that_is_killed_fails_its_calls_and_frees_its_names
     a_node_that_stood_still_too_long_runs_nothing_exclusive
     a_provider_whose_node_leaves_goes_on_at_another
+    who_leaves_while_it_is_being_registered_holds_nothing
     links_come_back_after_their_connections_and_after_redis);
 
 async fn calls_names_and_news_cross<D: Deployed>() {
@@ -72,6 +75,7 @@ async fn a_node_that_is_killed_fails_its_calls_and_frees_its_names<D: Deployed>(
     let (here, (doomed, there)) = (node(&url).await, process(&url));
     let mut provider = Socket::open(there).await;
     provider.ok("weir.provide", json!({ "service": "own", "exclusive": true })).await;
+    provider.ok("weir.provide", json!({ "service": "shared", "names": "full" })).await;
     knows(here.address, "own").await;
     let pending = tokio::spawn(call(here.address, "own", "60s"));
     provider.request().await;
@@ -79,7 +83,7 @@ async fn a_node_that_is_killed_fails_its_calls_and_frees_its_names<D: Deployed>(
     let (status, answer) = pending.await.unwrap();
     assert_eq!((status, answer["code"].as_str()), (502, Some("provider_gone")), "{answer}");
     // Waits for the end of the dead node's lease, and no longer.
-    for service in ["own"] {
+    for service in ["own", "shared"] {
         let mut heir = Socket::open(here.address).await;
         let own = json!({ "service": service, "exclusive": true });
         tokio::time::timeout(Duration::from_secs(60), heir.ok("weir.provide", own)).await.unwrap();
@@ -104,6 +108,118 @@ async fn a_node_that_stood_still_too_long_runs_nothing_exclusive<D: Deployed>() 
     knows(there, "own").await;
     answers(there, "own", &mut heir).await;
     provider.quiet().await;
+}
+
+async fn who_leaves_while_it_is_being_registered_holds_nothing<D: Deployed>() {
+    let mut redis = D::start().await;
+    let url = redis.url();
+    let (a, b) = (node(&url).await, node(&url).await);
+    // They are known, so that they can be asked.
+    let mut sockets = [Socket::open(a.address).await, Socket::open(b.address).await];
+    for (n, socket) in sockets.iter_mut().enumerate() {
+        socket.provide(&format!("mine{n}")).await;
+    }
+    knows(a.address, "mine1").await;
+    knows(b.address, "mine0").await;
+    redis.servers().iter().for_each(Server::pause);
+    let asks = |id: &str, service: &str, exclusive: bool| {
+        let params = json!({ "service": service, "exclusive": exclusive, "names": "full" });
+        json!({ "jsonrpc": "2.0", "id": id, "method": "weir.provide", "params": params })
+    };
+    let mut withdraws = Socket::open(a.address).await;
+    for (service, exclusive) in [("w1", false), ("w2", true)] {
+        withdraws.json(asks(service, service, exclusive)).await;
+        // Not when Redis answers, but now.
+        let withdrawn = withdraws.ok("weir.withdraw", json!({ "service": service })).await;
+        assert_eq!(withdrawn, json!({ "in_flight": 0 }));
+        let refused = withdraws.pick(|message| message["id"] == service).await;
+        assert_eq!(refused["error"]["data"]["code"], "cancelled", "{refused}");
+        assert_eq!(
+            withdraws.refused("weir.withdraw", json!({ "service": service })).await["data"]["code"],
+            "not_found"
+        );
+    }
+    let mut goes = Socket::open(a.address).await;
+    goes.json(asks("1", "g1", false)).await;
+    goes.json(asks("2", "g2", true)).await;
+    // Both are under way.
+    goes.ok("weir.ping", json!({})).await;
+    drop(goes);
+    redis.servers().iter().for_each(Server::resume);
+    let mut heir = Socket::open(b.address).await;
+    for service in ["w1", "w2", "g1", "g2"] {
+        inherits(&mut heir, service).await;
+    }
+    drop((withdraws, heir, sockets));
+    for node in [&a, &b] {
+        eventually("nothing is left", || {
+            let counts = node.gateway().hub.counts();
+            (counts.connections, counts.providers, counts.pending) == (0, 0, 0)
+        })
+        .await;
+    }
+}
+
+/// Gets a service for itself alone. Redis may still be away; anything else is a mistake.
+async fn inherits(heir: &mut Socket, service: &str) {
+    for _ in 0..30 {
+        let answer = heir.ask("weir.provide", json!({ "service": service, "exclusive": true, "names": "full" })).await;
+        if answer.get("result").is_some() {
+            return;
+        }
+        assert_eq!(answer["error"]["data"]["code"], "bus_unavailable", "{service}: {answer}");
+    }
+    panic!("Redis does not come back");
+}
+
+/// A name that was given back while Redis was away is not in it afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_given_back_while_redis_is_away_is_free_afterwards() {
+    let mut redis = Server::start(AOF).await;
+    let url = redis.url();
+    let (a, b) = (node(&url).await, node(&url).await);
+    let (mut one, mut two) = (Socket::open(a.address).await, Socket::open(a.address).await);
+    one.provide("shared").await;
+    two.ok("weir.provide", json!({ "service": "own", "exclusive": true })).await;
+    knows(b.address, "shared").await;
+    redis.kill();
+    one.ok("weir.withdraw", json!({ "service": "shared" })).await;
+    drop(two);
+    redis.restart().await;
+    let mut heir = Socket::open(b.address).await;
+    for service in ["shared", "own"] {
+        inherits(&mut heir, service).await;
+    }
+}
+
+/// Redis is away for less than a lease: calls between nodes wait for it, whether or not it forgets everything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_outlive_a_restart_of_redis() {
+    for args in [&[][..], AOF] {
+        let mut redis = Server::start(args).await;
+        let url = redis.url();
+        let nodes = [node(&url).await, node(&url).await];
+        let mut provider = Socket::open(nodes[0].address).await;
+        provider.provide("a").await;
+        let at = nodes[1].address;
+        knows(at, "a").await;
+        answers(at, "a", &mut provider).await;
+        let early = tokio::spawn(call(at, "a", "60s"));
+        let request = provider.request().await;
+        redis.kill();
+        provider.reply(&request, json!("early")).await;
+        let late: Vec<_> = (0..20).map(|_| tokio::spawn(call(at, "a", "60s"))).collect();
+        redis.restart().await;
+        for _ in &late {
+            let request = provider.request().await;
+            provider.reply(&request, json!("late")).await;
+        }
+        assert_eq!(early.await.unwrap(), (200, json!("early")), "{args:?}");
+        for late in late {
+            assert_eq!(late.await.unwrap(), (200, json!("late")), "{args:?}");
+        }
+        provider.quiet().await;
+    }
 }
 
 /// Answers calls until its node says that it leaves.

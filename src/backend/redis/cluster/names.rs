@@ -4,9 +4,14 @@ use std::sync::Arc;
 
 use tokio::time::sleep;
 
-use super::{Inner, MARGIN, TTL, texts};
+use super::{Inner, MARGIN, State, TTL, texts};
 use crate::{
-    backend::redis::{deployment::Lost, link::Fault, resp::Value, script::Script},
+    backend::redis::{
+        deployment::Lost,
+        link::Fault,
+        resp::{Command, Value},
+        script::Script,
+    },
     cluster::{Claim, Keeper, Lease, NodeId, Tenure, Unclaimed},
 };
 
@@ -27,11 +32,11 @@ impl Inner {
         loop {
             // Its last lease may still be being given back: that must not come after this.
             let freed = self.freed.notified();
-            let heard = self.is_heard();
+            let heard = self.is_heard() && !self.state.lock().unknown;
             if heard && !self.state.lock().freeing.contains_key(&name) {
                 break;
             }
-            // It has only just begun, or Redis is away for a moment.
+            // It has only just begun, or Redis was away and knows nothing of it.
             if !heard && tokio::time::Instant::now() >= give_up {
                 return Err(Unclaimed::Away);
             }
@@ -46,35 +51,16 @@ impl Inner {
     }
 
     async fn claim_now(self: Arc<Self>, name: Arc<str>, claim: Claim) -> Result<Lease, Unclaimed> {
-        let (holders, owner) = self.name_keys(&name);
         let id = self.state.lock().id;
         let asked = self.clock.now();
-        let exclusive = u64::from(claim == Claim::Exclusive);
-        // The same again takes the same name again: the fence is higher, and that is all.
-        let answer = self
-            .deployment
-            .run(&CLAIM, &[holders.as_bytes(), owner.as_bytes()], Lost::Again, |_, command| {
-                command.push(id.to_string());
-                command.push_int(exclusive);
-                command.push_int(TTL.as_millis() as u64);
-                command.push_int(FENCE);
-            })
-            .await;
-        let value = match answer {
-            Ok((value, _)) => value,
-            Err(fault) => {
-                // It may have been taken all the same.
-                if fault == Fault::Lost {
-                    self.give_back(&name, 0, id).await;
-                }
-                return Err(Unclaimed::Away);
-            }
-        };
-        let parts = value.list().unwrap_or_default();
-        if parts.first().and_then(Value::int) != Some(1) {
-            let nodes: Vec<NodeId> = texts(&value).iter().filter_map(|text| NodeId::parse(text)).collect();
+        let mut value = self.ask_for(&name, claim, id).await?;
+        if holders_of(&value).is_some_and(|nodes| !nodes.is_empty()) && self.bury(&name, &value).await {
+            value = self.ask_for(&name, claim, id).await?;
+        }
+        if let Some(nodes) = holders_of(&value) {
             return Err(Unclaimed::Taken(nodes));
         }
+        let parts = value.list().unwrap_or_default();
         let fence = parts.get(1).and_then(Value::int).unwrap_or_default();
         let until = match claim {
             Claim::Shared => u64::MAX,
@@ -92,6 +78,47 @@ impl Inner {
             self.renew(&tenure, id).await;
         }
         Ok(lease)
+    }
+
+    async fn ask_for(self: &Arc<Self>, name: &Arc<str>, claim: Claim, id: NodeId) -> Result<Value, Unclaimed> {
+        let (holders, owner) = self.name_keys(name);
+        let exclusive = u64::from(claim == Claim::Exclusive);
+        // The same again takes the same name again: the fence is higher, and that is all.
+        let answer = self
+            .deployment
+            .run(&CLAIM, &[holders.as_bytes(), owner.as_bytes()], Lost::Again, |_, command| {
+                command.push(id.to_string());
+                command.push_int(exclusive);
+                command.push_int(TTL.as_millis() as u64);
+                command.push_int(FENCE);
+            })
+            .await;
+        match answer {
+            Ok((value, _)) => Ok(value),
+            Err(fault) => {
+                // It may have been taken all the same. An exclusive one ends with its time.
+                if fault == Fault::Lost {
+                    self.set_free(&mut self.state.lock(), name, 0);
+                }
+                Err(Unclaimed::Away)
+            }
+        }
+    }
+
+    /// Shared names do not end by themselves: takes them from nodes whose session is over. True: there was one.
+    async fn bury(&self, name: &str, taken: &Value) -> bool {
+        let mut some = false;
+        for node in holders_of(taken).unwrap_or_default() {
+            let session = self.session_key(node);
+            let ask = Command::new("EXISTS").arg(&session);
+            let asked = self.deployment.call(session.as_bytes(), Lost::Again, |_| ask.clone()).await;
+            let Ok((exists, link)) = asked else { continue };
+            // Right after Redis was away one that lives may not have told of itself again.
+            if exists.int() == Some(0) && self.deployment.is_settled(session.as_bytes(), &link) {
+                some |= self.give_back(name, 0, node).await;
+            }
+        }
+        some
     }
 
     /// Goes on holding a name; `before` is who this node was when it last said so.
@@ -126,28 +153,42 @@ impl Inner {
             _ => {}
         }
         // Given back while it was renewed: what came last may have been the renewal.
-        let gone = {
-            let state = self.state.lock();
-            !state.leases.contains_key(&tenure.name) && !state.freeing.contains_key(&tenure.name)
-        };
-        if gone {
-            self.give_back(&tenure.name, tenure.fence, id).await;
+        let mut state = self.state.lock();
+        if !state.leases.contains_key(&tenure.name) && !state.freeing.contains_key(&tenure.name) {
+            self.set_free(&mut state, &tenure.name, tenure.fence);
         }
     }
 
+    /// Gives a name back, in its own time. Until then this node does not claim it.
+    pub(super) fn set_free(&self, state: &mut State, name: &Arc<str>, fence: u64) {
+        let Some(this) = self.me.upgrade() else { return };
+        *state.freeing.entry(name.clone()).or_default() += 1;
+        tokio::spawn(this.free(name.clone(), fence));
+    }
+
     /// Gives a name back, however long Redis is away.
-    pub(super) async fn free(self: Arc<Self>, name: Arc<str>, fence: u64) {
+    async fn free(self: Arc<Self>, name: Arc<str>, fence: u64) {
+        self.insist(&name, fence).await;
+        let mut state = self.state.lock();
+        if let Some(times) = state.freeing.get_mut(&name) {
+            *times -= 1;
+            if *times == 0 {
+                state.freeing.remove(&name);
+            }
+        }
+        drop(state);
+        self.freed.notify_waiters();
+    }
+
+    /// Gives a name back, unless that comes by itself: with the session.
+    pub(super) async fn insist(&self, name: &str, fence: u64) {
         loop {
             let id = self.state.lock().id;
-            let done = self.give_back(&name, fence, id).await;
-            // With the session it is over by itself.
-            if done || !self.is_heard() {
-                break;
+            if self.give_back(name, fence, id).await || !self.is_heard() {
+                return;
             }
             sleep(AGAIN).await;
         }
-        self.state.lock().freeing.remove(&name);
-        self.freed.notify_waiters();
     }
 
     async fn give_back(&self, name: &str, fence: u64, id: NodeId) -> bool {
@@ -161,4 +202,10 @@ impl Inner {
             .await;
         released.is_ok()
     }
+}
+
+/// Who else has it, if it was not given.
+fn holders_of(claimed: &Value) -> Option<Vec<NodeId>> {
+    let given = claimed.list().and_then(|parts| parts.first()).and_then(Value::int) == Some(1);
+    (!given).then(|| texts(claimed).iter().filter_map(|text| NodeId::parse(text)).collect())
 }

@@ -214,12 +214,16 @@ impl Inner {
     async fn look_at(&self, node: NodeId, indexed: bool) {
         let session = self.session_key(node);
         let ask = Command::new("HMGET").arg(&session).arg("v").arg("r");
-        let Ok((value, _)) = self.deployment.call(session.as_bytes(), Lost::Again, |_| ask.clone()).await else {
+        let Ok((value, link)) = self.deployment.call(session.as_bytes(), Lost::Again, |_| ask.clone()).await else {
             return;
         };
         let parts = value.list().unwrap_or_default();
         let header = parts.first().and_then(Value::bytes);
         let Some(joined) = header.and_then(joined) else {
+            if !self.deployment.is_settled(session.as_bytes(), &link) {
+                // A Redis that has forgotten everything is told again by those who live.
+                return;
+            }
             self.gone(&mut self.state.lock(), node);
             if indexed && self.leads.load(std::sync::atomic::Ordering::SeqCst) {
                 // A node that lives puts itself there again with its next beat.

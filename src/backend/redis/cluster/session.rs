@@ -35,14 +35,12 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub(super) async fn keep(inner: Weak<Inner>) {
     let mut turn = 0;
     loop {
-        let beat = {
-            let Some(this) = inner.upgrade() else { return };
-            match this.beat(&mut turn).await {
-                true => BEAT,
-                false => LOOK / 4,
-            }
+        let Some(this) = inner.upgrade() else { return };
+        let beat = match this.beat(&mut turn).await {
+            true => BEAT,
+            false => LOOK / 4,
         };
-        sleep(beat.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
+        let _ = timeout(beat.mul_f64(0.9 + 0.2 * fastrand::f64()), this.beat.notified()).await;
     }
 }
 
@@ -69,7 +67,7 @@ pub(super) async fn leave(inner: Arc<Inner>) {
         (state.id, std::mem::take(&mut state.leases))
     };
     let goodbye = async {
-        let free = leases.values().map(|tenure| inner.clone().free(tenure.name.clone(), tenure.fence));
+        let free = leases.values().map(|tenure| inner.insist(&tenure.name, tenure.fence));
         futures_util::future::join_all(free).await;
         let session = inner.session_key(id);
         let delete = Command::new("DEL").arg(&session);
@@ -143,13 +141,13 @@ impl Inner {
             let _ = self.deployment.call(session.as_bytes(), Lost::Again, |_| gone.clone()).await;
         }
         let unknown = self.state.lock().unknown;
-        match unknown {
+        let told = match unknown {
             true => self.tell_all().await,
             false => self.list(before).await,
         };
         self.renew_names(before, reborn.is_some(), turn).await;
         self.choose_leader();
-        true
+        told
     }
 
     /// All exclusive names, and some of the shared ones; all of them after this node has become another, or was forgotten.
@@ -168,7 +166,6 @@ impl Inner {
     async fn tell_all(&self) -> bool {
         let (id, header, rev, told) = {
             let mut state = self.state.lock();
-            state.unknown = false;
             state.dirty.clear();
             state.shown = state.rev;
             let told: Vec<_> = state.told.iter().map(|(name, told)| (name.clone(), told.clone())).collect();
@@ -189,15 +186,16 @@ impl Inner {
                 }
             })
             .await;
-        if written.is_err() {
-            self.state.lock().unknown = true;
+        if written.is_err() || !self.list(id).await {
             return false;
         }
-        let joined = self.state.lock().joined;
-        if !self.list(id).await {
-            self.state.lock().unknown = true;
-            return false;
-        }
+        let joined = {
+            let mut state = self.state.lock();
+            state.unknown = false;
+            state.joined
+        };
+        // What has changed meanwhile.
+        self.changed.notify_one();
         self.say(&News::Hello { from: id, joined, rev }).await
     }
 
@@ -243,6 +241,7 @@ impl Inner {
         for command in [remove, set] {
             if self.deployment.call(session.as_bytes(), Lost::Again, |_| command.clone()).await.is_err() {
                 self.state.lock().unknown = true;
+                self.beat.notify_one();
                 return false;
             }
         }
