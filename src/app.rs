@@ -1,6 +1,6 @@
 //! [`App`]: what one weir is made of, built in one direction and ended in one order.
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, io, iter, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
 use serde_json::value::to_raw_value;
@@ -43,6 +43,11 @@ const HUB_SWEEP: Duration = Duration::from_millis(20);
 const FAREWELL: Duration = Duration::from_secs(2);
 /// How long the start waits for Redis.
 const REDIS_CONNECT: Duration = Duration::from_secs(3);
+
+/// Between two tries to tell what has changed among the services; it doubles up to...
+const TELL_AGAIN: Duration = Duration::from_millis(100);
+/// ...this.
+const TELL_SELDOM: Duration = Duration::from_secs(2);
 
 /// A sample of a histogram waits for so long at most.
 const METRICS_UPKEEP: Duration = Duration::from_secs(1);
@@ -274,22 +279,33 @@ async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<
     Ok(Some(deployment))
 }
 
-/// Publishes what changes among the services to the channel `$services`.
+/// Publishes what changes among the services to the channel `$services`. What the bus does not take now comes again.
 async fn announce_services(gateway: Arc<Gateway>) {
     let Ok(channel) = Channel::parse("$services") else { return };
+    let mut pause = TELL_AGAIN;
     loop {
-        for change in gateway.hub.changes().await {
-            let draft = to_raw_value(&change).map_err(|error| error.to_string()).and_then(|data| {
+        let mut changes = gateway.hub.changes().await.into_iter();
+        while let Some(telling) = changes.next() {
+            let change = &telling.change;
+            let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
                 let parts = Parts { kind: Some(change.kind.as_str()), data: Data::Json(&data), ..Parts::default() };
                 Draft::new(parts, gateway.config.limits.event).map_err(|error| error.to_string())
             });
-            let placed = match draft {
-                Ok(draft) => gateway.bus.publish_one("", &channel, draft).await.map_err(|error| error.to_string()),
-                Err(error) => Err(error),
+            let draft = match draft {
+                Ok(draft) => draft,
+                Err(error) => {
+                    tracing::warn!(service = change.service, %error, "cannot announce a change of its providers");
+                    continue;
+                }
             };
-            if let Err(error) = placed {
-                tracing::warn!(service = change.service, %error, "could not announce a change of its providers");
+            if let Err(error) = gateway.bus.publish_one("", &channel, draft).await {
+                tracing::debug!(service = change.service, %error, "could not announce a change of its providers yet");
+                gateway.hub.untold(iter::once(telling).chain(changes));
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(TELL_SELDOM);
+                break;
             }
+            pause = TELL_AGAIN;
         }
     }
 }

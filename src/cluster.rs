@@ -56,6 +56,9 @@ pub trait Cluster: Send + Sync {
     /// Whether this node speaks for all where one has to: exactly one does, but for the moment in which it changes.
     fn leads(&self) -> bool;
 
+    /// Whether no other node can be reached, if there are any: then none of them leads this one.
+    fn is_cut_off(&self) -> bool;
+
     /// Gives everything back and says goodbye: the others know at once.
     fn leave(&self) -> BoxFuture<'static, ()>;
 }

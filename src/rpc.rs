@@ -45,7 +45,7 @@ use tokio::sync::{oneshot, watch};
 
 pub use crate::cluster::Clock;
 pub use ask::{Asked, Refusal};
-pub use changes::{Change, ChangeKind};
+pub use changes::{Change, ChangeKind, Telling};
 pub use connection::{Connection, Provides, Replied};
 pub use peer::{Answer, Forward, Meta, Names, Peer, Probed, ProviderError, Relay, Written};
 pub use pending::{CallId, CallIdText, Tag};
@@ -333,7 +333,7 @@ impl Hub {
         if self.sweeps.fetch_add(1, Relaxed).is_multiple_of(8) || self.tenured.lock().len() < 64 {
             self.look_after_names();
         }
-        self.changes.look(self.cluster.leads());
+        self.changes.look(self.cluster.leads(), self.cluster.is_cut_off(), now);
         if self.ticks.receiver_count() > 0 {
             self.ticks.send_replace(());
         }
@@ -359,7 +359,7 @@ impl Hub {
     /// Waits until providers came or went, and says where they stand now: one entry per service however often it changed.
     /// Of several nodes, one does. For one task, which may take its time; while nobody asks at most one entry per service
     /// is kept.
-    pub async fn changes(&self) -> Vec<Change> {
+    pub async fn changes(&self) -> Vec<Telling> {
         loop {
             let changes = self.take_changes();
             if !changes.is_empty() {
@@ -369,7 +369,12 @@ impl Hub {
         }
     }
 
-    fn take_changes(&self) -> Vec<Change> {
+    /// Takes back what could not be told. It comes again soon, as it stands then.
+    pub fn untold(&self, changes: impl Iterator<Item = Telling>) {
+        self.changes.give_back(changes, self.clock.now());
+    }
+
+    fn take_changes(&self) -> Vec<Telling> {
         self.changes.take(self.cluster.leads(), self.clock.now())
     }
 

@@ -65,6 +65,10 @@ impl Cluster for Alone {
         true
     }
 
+    fn is_cut_off(&self) -> bool {
+        false
+    }
+
     fn leave(&self) -> BoxFuture<'static, ()> {
         Box::pin(ready(()))
     }
@@ -529,6 +533,10 @@ impl Cluster for Node {
     fn leads(&self) -> bool {
         let id = self.id();
         self.net.state.lock().sessions.values().next().is_some_and(|session| session.id == id)
+    }
+
+    fn is_cut_off(&self) -> bool {
+        self.own.lock().cut
     }
 
     fn leave(&self) -> BoxFuture<'static, ()> {

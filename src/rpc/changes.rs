@@ -1,10 +1,10 @@
 //! Providers that came and went, for the channel `$services`.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -24,6 +24,13 @@ pub struct Change {
     pub kind: ChangeKind,
 }
 
+/// A change that somebody is about to tell.
+#[must_use = "what was not told has to be given back"]
+pub struct Telling {
+    pub change: Change,
+    service: Arc<Service>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeKind {
     /// More providers than last told, or an exclusive one replaced.
@@ -34,14 +41,20 @@ pub enum ChangeKind {
 /// Each service is in it at most once, so it grows with services and not with what they do.
 ///
 /// All nodes see all changes, and the one that leads tells them. The others keep what they have seen last: of that, the one
-/// that leads next may have told nothing.
+/// that leads next may have told nothing. So does the one that leads with what it could not tell. What is told late is told
+/// as it stands then.
 #[derive(Default)]
 pub(super) struct Changes {
     queue: Mutex<VecDeque<Arc<Service>>>,
     some: Notify,
-    untold: Mutex<VecDeque<(u64, Arc<Service>)>>,
+    untold: Mutex<Untold>,
+    /// When this node was last on its own, and none led it.
+    alone: AtomicU64,
     leads: AtomicBool,
 }
+
+/// By name; since when.
+type Untold = BTreeMap<Arc<str>, (u64, Arc<Service>)>;
 
 impl ChangeKind {
     /// The event's type.
@@ -54,11 +67,9 @@ impl ChangeKind {
 }
 
 impl Changes {
-    /// Services that came and went while nobody asked, beyond which changes are not told.
+    /// Services beyond which changes are not told.
     const MOST: usize = 65_536;
-    /// Changes that another node should tell.
-    const MOST_UNTOLD: usize = 4_096;
-    /// How long they are kept: longer than it takes to see that the node which leads is gone.
+    /// How long another node has to tell a change: longer than it takes to see that the one which leads is gone.
     const REMEMBERED: u64 = 15_000;
 
     pub fn mark(&self, service: &Arc<Service>, state: &mut State) {
@@ -80,30 +91,53 @@ impl Changes {
     }
 
     /// What is to be told now, at `now`, by this node if it `leads`.
-    pub fn take(&self, leads: bool, now: u64) -> Vec<Change> {
+    pub fn take(&self, leads: bool, now: u64) -> Vec<Telling> {
         let changed = std::mem::take(&mut *self.queue.lock());
         let mut untold = self.untold.lock();
-        untold.retain(|(since, _)| now < since + Self::REMEMBERED);
-        let led = self.leads.swap(leads, SeqCst);
         let mut told = Vec::new();
+        // What it has to tell itself it does not forget.
+        if !(self.leads.swap(leads, Relaxed) && leads) {
+            let alone = self.alone.load(Relaxed);
+            untold.retain(|_, (since, _)| now < alone.max(*since) + Self::REMEMBERED);
+        }
         for service in changed {
             let Some(change) = Self::settle(&service) else { continue };
-            untold.retain(|(_, other)| !Arc::ptr_eq(other, &service));
             if leads {
-                told.push(change);
-            } else if untold.len() < Self::MOST_UNTOLD {
-                untold.push_back((now, service));
+                untold.remove(&service.name);
+                told.push(Telling { change, service });
+            } else {
+                Self::keep(&mut untold, now, service);
             }
         }
-        if leads && !led {
-            told.extend(untold.drain(..).map(|(_, service)| Self::stands(&service)));
+        if leads {
+            let late = std::mem::take(&mut *untold).into_values();
+            told.extend(late.map(|(_, service)| Telling { change: Self::stands(&service), service }));
         }
         told
     }
 
-    /// Whether this node has come to lead and may have something to tell.
-    pub fn look(&self, leads: bool) {
-        if leads && !self.leads.load(SeqCst) && !self.untold.lock().is_empty() {
+    /// Could not be told: it comes again, unless something newer is to be told of the same service.
+    pub fn give_back(&self, tellings: impl Iterator<Item = Telling>, now: u64) {
+        let mut untold = self.untold.lock();
+        for telling in tellings {
+            if !untold.contains_key(&telling.service.name) {
+                Self::keep(&mut untold, now, telling.service);
+            }
+        }
+    }
+
+    fn keep(untold: &mut Untold, now: u64, service: Arc<Service>) {
+        if untold.len() < Self::MOST || untold.contains_key(&service.name) {
+            untold.insert(service.name.clone(), (now, service));
+        }
+    }
+
+    /// Whether this node leads and has something left to tell. `alone`: no other can be reached, so none tells anything.
+    pub fn look(&self, leads: bool, alone: bool, now: u64) {
+        if alone {
+            self.alone.store(now, Relaxed);
+        }
+        if leads && !self.untold.lock().is_empty() {
             self.some.notify_one();
         }
     }

@@ -382,6 +382,10 @@ impl Cluster for Nodes {
         self.0.leads.load(SeqCst) && self.0.is_heard()
     }
 
+    fn is_cut_off(&self) -> bool {
+        !self.0.is_heard()
+    }
+
     fn leave(&self) -> BoxFuture<'static, ()> {
         Box::pin(session::leave(self.0.clone()))
     }

@@ -135,6 +135,11 @@ impl World {
         Socket { hub: self.hub.connect(saw.clone()), saw }
     }
 
+    /// Takes what is to be told of services, and has told it.
+    pub fn told(&self) -> Vec<Change> {
+        self.hub.take_changes().into_iter().map(|telling| telling.change).collect()
+    }
+
     /// Moves the clock and sweeps.
     pub fn pass(&self, time: Duration) {
         let mut left = time.as_millis() as u64;

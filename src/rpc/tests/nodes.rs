@@ -555,16 +555,64 @@ fn services_of_all_nodes_and_each_change_told_by_one() {
         assert_eq!(services[0].providers, 2);
         assert_eq!(services[0].methods, ["x", "y"]);
     }
-    let told: Vec<_> = cluster.nodes.iter().map(|node| node.hub.take_changes()).collect();
+    let told: Vec<_> = cluster.nodes.iter().map(World::told).collect();
     let change = |providers, kind| Change { service: "a".into(), providers, exclusive: false, kind };
     assert_eq!(told, [vec![change(2, ChangeKind::Provided)], vec![], vec![]]);
     drop(there);
     cluster.settle();
-    let told: Vec<_> = cluster.nodes[1..].iter().map(|node| node.hub.take_changes()).collect();
+    let told: Vec<_> = cluster.nodes[1..].iter().map(World::told).collect();
     assert_eq!(told, [vec![], vec![]]);
     // The one that leads dies before it has told this: the next one does.
     let _dead = cluster.kill(0);
     cluster.pass(Duration::from_millis(TTL) + SECOND);
-    let told: Vec<_> = cluster.nodes.iter().map(|node| node.hub.take_changes()).collect();
+    let told: Vec<_> = cluster.nodes.iter().map(World::told).collect();
     assert_eq!(told, [vec![change(1, ChangeKind::Provided)], vec![]]);
+}
+
+/// Nobody leads while none can reach another, and whoever leads afterwards tells all of it.
+#[test]
+fn what_changes_while_nobody_leads_is_told_afterwards() {
+    let cluster = Cluster::new(2);
+    let there = cluster.provider(1, "a");
+    let _stays = cluster.provider(1, "b");
+    assert_eq!(cluster.nodes[0].told().len(), 2);
+    cluster.nodes[1].told();
+    cluster.nodes.iter().for_each(|node| node.node.cut(true));
+    cluster.pass(Duration::from_secs(60));
+    drop(there);
+    cluster.pass(Duration::from_secs(60));
+    assert!(cluster.nodes.iter().all(|node| node.told().is_empty()), "nobody leads");
+    cluster.nodes.iter().for_each(|node| node.node.cut(false));
+    cluster.pass(SECOND);
+    let told: Vec<_> = cluster.nodes.iter().flat_map(World::told).collect();
+    let told: Vec<_> = told.iter().map(|it| (it.service.as_str(), it.providers)).collect();
+    assert!(told.contains(&("a", 0)), "{told:?}");
+    // The one that provides b never saw it go.
+    assert!(told.iter().all(|told| [("a", 0), ("b", 1)].contains(told)), "{told:?}");
+}
+
+#[test]
+fn what_could_not_be_told_comes_again_as_it_stands_then() {
+    let cluster = Cluster::new(2);
+    let one = cluster.provider(1, "a");
+    let hub = &cluster.nodes[0].hub;
+    let told = hub.take_changes();
+    assert_eq!(told[0].change.providers, 1);
+    hub.untold(told.into_iter());
+    let two = cluster.provider(0, "a");
+    let told = hub.take_changes();
+    assert_eq!(told.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [2], "once, and the newest");
+    // Longer than another would have to tell it, and after the hub has forgotten the service.
+    hub.untold(told.into_iter());
+    drop((one, two));
+    cluster.settle();
+    for _ in 0..3 {
+        let told = hub.take_changes();
+        assert_eq!(told.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [0]);
+        hub.untold(told.into_iter());
+        cluster.pass(Duration::from_secs(100));
+    }
+    assert_eq!(hub.counts(), Counts::default());
+    assert_eq!(cluster.nodes[0].told().len(), 1);
+    assert_eq!(cluster.nodes[0].told(), []);
 }

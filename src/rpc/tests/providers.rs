@@ -401,7 +401,7 @@ fn discovery() {
 fn changes_are_told_once_per_service() {
     let world = World::new();
     let told = || -> Vec<String> {
-        let changes = world.hub.take_changes();
+        let changes = world.told();
         changes.iter().map(|it| format!("{} {} {}", it.service, it.kind.as_str(), it.providers)).collect()
     };
     let one = world.provider("a");
@@ -430,8 +430,9 @@ async fn changes_wake_who_waits_for_them() {
     tokio::task::yield_now().await;
     let _provider = world.provider("a");
     let changes = waiter.await.unwrap();
-    assert_eq!(serde_json::to_string(&changes).unwrap(), r#"[{"service":"a","providers":1,"exclusive":false}]"#);
-    assert_eq!(changes[0].kind, ChangeKind::Provided);
+    let change = &changes[0].change;
+    assert_eq!(serde_json::to_string(change).unwrap(), r#"{"service":"a","providers":1,"exclusive":false}"#);
+    assert_eq!((changes.len(), change.kind), (1, ChangeKind::Provided));
 }
 
 #[test]

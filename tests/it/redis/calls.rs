@@ -1,6 +1,7 @@
 //! Calls between nodes on one Redis: several in this process, and real ones that are killed and stopped.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc,
@@ -219,6 +220,65 @@ async fn calls_outlive_a_restart_of_redis() {
             assert_eq!(late.await.unwrap(), (200, json!("late")), "{args:?}");
         }
         provider.quiet().await;
+    }
+}
+
+/// What `$services` said last of each service.
+async fn told_last(at: SocketAddr) -> BTreeMap<String, u64> {
+    let (mut told, mut after) = (BTreeMap::new(), "earliest".to_owned());
+    loop {
+        let page = get(at, &format!("/v1/events?channel=$services&after={after}")).await;
+        for event in page["events"].as_array().unwrap() {
+            let (service, providers) = (&event["data"]["service"], &event["data"]["providers"]);
+            told.insert(service.as_str().unwrap().to_owned(), providers.as_u64().unwrap());
+        }
+        after = page["next"].as_str().unwrap().to_owned();
+        if page["more"] == false {
+            return told;
+        }
+    }
+}
+
+async fn tells(at: SocketAddr, services: &[(&str, u64)]) {
+    let expected: BTreeMap<String, u64> = services.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+    until(&format!("{expected:?} is told"), async || told_last(at).await == expected).await;
+}
+
+/// The feed is right in the end, whatever Redis refused, and however long it was away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn news_of_services_are_told_when_redis_takes_them_again() {
+    let mut redis = Server::start(AOF).await;
+    let url = redis.url();
+    let nodes = [node(&url).await, node(&url).await];
+    let mut providers = Vec::new();
+    for (at, service) in [(0, "a"), (0, "b"), (1, "c"), (1, "d")] {
+        let mut provider = Socket::open(nodes[at].address).await;
+        provider.provide(service).await;
+        providers.push(provider);
+    }
+    let at = nodes[1].address;
+    tells(at, &[("a", 1), ("b", 1), ("c", 1), ("d", 1)]).await;
+    // It has no memory left, and says so.
+    redis.cli(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    let refused = redis.info("errorstat_OOM").await;
+    drop(providers.remove(0));
+    until("the news is refused", async || redis.info("errorstat_OOM").await != refused).await;
+    redis.cli(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    tells(at, &[("a", 0), ("b", 1), ("c", 1), ("d", 1)]).await;
+    // It is away for longer than nodes know of each other.
+    let ready = async |status| {
+        for node in &nodes {
+            until("readiness changes", async || node.get("/health/ready").await.status == status).await;
+        }
+    };
+    ready(200).await;
+    redis.kill();
+    drop(providers.remove(0));
+    ready(503).await;
+    drop(providers.remove(0));
+    redis.restart().await;
+    for node in &nodes {
+        tells(node.address, &[("a", 0), ("b", 0), ("c", 0), ("d", 1)]).await;
     }
 }
 
