@@ -312,7 +312,7 @@ async fn sentinel_fails_over_under_load() {
     sentinel.servers[old].cli(&["CLIENT", "KILL", "TYPE", "replica"]).await;
     writer.writes(50).await;
     sentinel.servers[old].kill();
-    writer.fails().await;
+    // Whether a publish fails meanwhile, or waits for the new master, is a matter of milliseconds.
     sentinel.failed_over(old).await;
     writer.writes(100).await;
     let told = writer.stop().await;

@@ -5,7 +5,7 @@ use std::{
     future::poll_fn,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -180,6 +180,8 @@ impl Reader {
 pub struct Writer {
     stop: Arc<AtomicBool>,
     told: Arc<Mutex<Vec<Told>>>,
+    /// How many were told when it was last looked.
+    looked: AtomicUsize,
     task: JoinHandle<()>,
 }
 
@@ -206,7 +208,7 @@ impl Writer {
                 }
             }
         });
-        Writer { stop, told, task }
+        Writer { stop, told, looked: AtomicUsize::new(0), task }
     }
 
     /// Waits until so many more were acknowledged.
@@ -214,11 +216,13 @@ impl Writer {
         let count = || self.told.lock().iter().filter(|told| told.what.is_ok()).count();
         let goal = count() + more;
         until(&format!("{more} more events are placed"), || async { count() >= goal }).await;
+        self.looked.store(self.told.lock().len(), SeqCst);
     }
 
-    /// Waits until one was refused, or its answer lost.
+    /// Waits until one was refused, or its answer lost, since it was last waited for some to be placed.
     pub async fn fails(&self) {
-        until("a publish fails", || async { self.told.lock().last().is_some_and(|told| told.what.is_err()) }).await;
+        let since = self.looked.load(SeqCst);
+        until("a publish fails", || async { self.told.lock()[since..].iter().any(|told| told.what.is_err()) }).await;
     }
 
     pub async fn stop(self) -> Vec<Told> {
