@@ -1,14 +1,18 @@
 //! [`Post`]: mail between nodes over any way that carries bytes, may lose them, but keeps their order.
 //!
 //! ```text
-//! batch   version:1 · from:8 · mine:4 · yours:4 · over:4 · seq:8 · mail*        little endian
+//! batch   version:1 · from:8 · mine:4 · yours:4 · seq:8 · mail*        little endian
 //! mail    topic:1 · length:4 · bytes
 //! ```
 //!
-//! Two nodes have a **link**, which is like a connection. Each end numbers its lives, upwards, and counts its batches from 1.
-//! A batch names the sender's life, the receiver's if it is known (or 0), and up to which life of the receiver all is over.
+//! Two nodes have a **link**, which is like a connection. Each end numbers its lives, upwards; a link is a pair of them, one
+//! of each end. A batch with mail is for one link: it names both lives, and counts from 1. What is for another is dropped,
+//! and its sender told which life there is now. Until both ends know both lives only that is said, in batches without mail
+//! and number.
+//!
 //! A batch that repeats is dropped, so whoever sends may try again. A number left out means that something was lost: the link
-//! breaks, and new lives begin at both ends. Batches of or for a former life are dropped, and answered with the new one.
+//! breaks, and this end begins a new life. The other end goes on in its own, so that two who break at once do not chase each
+//! other.
 //!
 //! Nothing here waits and nothing knows how bytes travel: a backend takes what is to be sent and brings what comes.
 
@@ -26,7 +30,7 @@ use super::{
 /// The version of batches that this node writes, and the highest that it reads.
 pub const VERSION: u8 = 1;
 
-const HEAD: usize = 29;
+const HEAD: usize = 25;
 const MAIL_HEAD: usize = 5;
 /// Bytes of a batch, unless one mail is larger.
 const BATCH: usize = 256 << 10;
@@ -55,8 +59,6 @@ struct Link {
     mine: u32,
     /// 0: not known yet.
     yours: u32,
-    /// Lives of the other end up to this one are over.
-    over: u32,
     next_in: u64,
     next_out: u64,
     /// Mail that waits.
@@ -67,6 +69,8 @@ struct Link {
     out: bool,
     /// A batch has to go out even if it is empty: the other end has to learn of this life.
     hello: bool,
+    /// Is among those that are due.
+    queued: bool,
 }
 
 /// A batch to be sent. One per node at a time: [`Post::landed`] says when the next may go.
@@ -126,11 +130,21 @@ impl Post {
     /// True: it did not before.
     pub fn admit(&self, node: NodeId) -> bool {
         let mut state = self.state.lock();
-        let new = node != state.me && !state.links.contains_key(&node);
+        if node == state.me {
+            return false;
+        }
+        let new = !state.links.contains_key(&node);
         if new {
             let link = state.new_link();
             state.links.insert(node, link);
         }
+        // Also to one that was here before: it listens now, and what was said may have been lost.
+        if let Some(link) = state.links.get_mut(&node) {
+            link.hello |= link.yours == 0;
+        }
+        state.schedule(node);
+        drop(state);
+        self.some.notify_one();
         new
     }
 
@@ -157,12 +171,11 @@ impl Post {
         if link.waiting.len() + mail.len() > most {
             return Sent::Full;
         }
-        let idle = link.is_idle();
         link.waiting.put_u8(topic as u8);
         link.waiting.put_u32_le(mail.len() as u32);
         link.waiting.put_slice(mail);
-        if idle {
-            state.due.push_back(to);
+        link.hello |= link.yours == 0;
+        if state.schedule(to) {
             drop(state);
             self.some.notify_one();
         }
@@ -202,14 +215,12 @@ impl Post {
         match landed {
             Landed::Taken => {
                 link.flying = None;
-                if link.is_due() {
-                    state.due.push_back(batch.to);
-                }
+                state.schedule(batch.to);
             }
             Landed::Nobody => {
                 state.expel(batch.to);
             }
-            Landed::Unknown => state.broken(batch.to, true),
+            Landed::Unknown => state.broken(batch.to),
         }
         drop(state);
         self.some.notify_one();
@@ -227,8 +238,17 @@ impl Post {
 
 impl Link {
     fn new(mine: u32) -> Self {
-        let (next_in, next_out, waiting) = (1, 1, BytesMut::new());
-        Link { mine, yours: 0, over: 0, next_in, next_out, waiting, flying: None, out: false, hello: false }
+        Link {
+            mine,
+            yours: 0,
+            next_in: 1,
+            next_out: 1,
+            waiting: BytesMut::new(),
+            flying: None,
+            out: false,
+            hello: false,
+            queued: false,
+        }
     }
 
     /// Whether this is the batch under way: the link may have been broken, and be a new one by now with one of its own.
@@ -238,12 +258,7 @@ impl Link {
 
     /// Has something to send.
     fn is_due(&self) -> bool {
-        self.flying.is_none() && (self.hello || !self.waiting.is_empty())
-    }
-
-    /// Has nothing to send, and nothing under way.
-    fn is_idle(&self) -> bool {
-        self.flying.is_none() && !self.hello && self.waiting.is_empty()
+        self.flying.is_none() && (self.hello || self.yours != 0 && !self.waiting.is_empty())
     }
 }
 
@@ -257,17 +272,21 @@ impl State {
         loop {
             let to = self.due.pop_front()?;
             let me = self.me;
-            let Some(link) = self.links.get_mut(&to).filter(|link| link.is_due()) else { continue };
-            let mails = link.waiting.split_to(first_batch(&link.waiting));
+            let Some(link) = self.links.get_mut(&to) else { continue };
+            link.queued = false;
+            if !link.is_due() {
+                continue;
+            }
+            let whole = if link.yours == 0 { 0 } else { first_batch(&link.waiting) };
+            let mails = link.waiting.split_to(whole);
             let mut bytes = BytesMut::with_capacity(HEAD + mails.len());
             bytes.put_u8(VERSION);
             bytes.put_u64_le(me.0);
             bytes.put_u32_le(link.mine);
             bytes.put_u32_le(link.yours);
-            bytes.put_u32_le(link.over);
-            bytes.put_u64_le(link.next_out);
+            bytes.put_u64_le(if mails.is_empty() { 0 } else { link.next_out });
             bytes.put_slice(&mails);
-            link.next_out += 1;
+            link.next_out += u64::from(!mails.is_empty());
             link.hello = false;
             let bytes = bytes.freeze();
             (link.flying, link.out) = (Some(bytes.clone()), true);
@@ -299,15 +318,27 @@ impl State {
         }
     }
 
-    /// A new life for this end. With `hello` the other has to be told, for it may not know that something is wrong.
-    fn broken(&mut self, with: NodeId, hello: bool) {
-        self.bounce_all(with);
-        let old = self.links.get(&with).map_or(0, |link| link.over.max(link.yours));
+    /// Puts a link among those that are due, if it is. True: it was not there.
+    fn schedule(&mut self, to: NodeId) -> bool {
+        let Some(link) = self.links.get_mut(&to).filter(|link| link.is_due() && !link.queued) else { return false };
+        link.queued = true;
+        self.due.push_back(to);
+        true
+    }
+
+    /// A new life for this end, of which the other has to be told.
+    fn broken(&mut self, with: NodeId) {
+        let yours = self.links.get(&with).map_or(0, |link| link.yours);
         let link = self.new_link();
-        self.links.insert(with, Link { over: old, hello, ..link });
-        if hello {
-            self.due.push_back(with);
-        }
+        self.restart(with, Link { yours, hello: true, ..link });
+    }
+
+    /// The link is over, and `link` begins in its place.
+    fn restart(&mut self, with: NodeId, link: Link) {
+        self.bounce_all(with);
+        let queued = self.links.get(&with).is_some_and(|link| link.queued);
+        self.links.insert(with, Link { queued, ..link });
+        self.schedule(with);
         self.tell_all(&Incoming::Lost { with, gone: false });
     }
 
@@ -326,42 +357,41 @@ impl State {
         let Some(link) = self.links.get_mut(&from) else { return Received::Stranger(from) };
         if batch[0] != VERSION {
             // It may have said anything: no call may go on waiting for it.
-            self.broken(from, true);
+            self.broken(from);
             return Received::Member;
         }
         let field = |at: usize| number(&batch[at..at + 4]) as u32;
-        let (mine, yours, over, seq) = (field(9), field(13), field(17), number(&batch[21..29]));
-        if mine <= link.over || mine < link.yours || yours != 0 && yours != link.mine {
-            let idle = link.is_idle();
-            link.hello = true;
-            if idle {
-                self.due.push_back(from);
-            }
+        let (mine, yours, seq) = (field(9), field(13), number(&batch[17..HEAD]));
+        if mine < link.yours {
+            // Of a life that is over.
             return Received::Member;
         }
-        if over >= link.mine || link.yours != 0 && link.yours != mine {
-            // The other end began anew, and knows nothing of this one.
-            self.broken(from, false);
+        if mine > link.yours {
+            match link.yours {
+                0 => link.yours = mine,
+                // The other end began anew, and knows nothing of what was.
+                _ => {
+                    let link = Link::new(link.mine);
+                    self.restart(from, Link { yours: mine, ..link });
+                }
+            }
         }
         let Some(link) = self.links.get_mut(&from) else { return Received::Member };
-        if link.yours == mine && seq < link.next_in {
-            return Received::Member;
-        }
-        if seq != link.next_in {
-            link.yours = mine;
-            self.broken(from, true);
-            return Received::Member;
-        }
-        link.yours = mine;
-        link.next_in += 1;
-        for (topic, mail) in split(&batch.slice(HEAD..)) {
-            // Topics of a later version are left out.
-            let Some(topic) = topic else { continue };
-            if !self.boxes[topic.index()].put(Incoming::Mail { from, mail }) {
-                self.broken(from, true);
-                break;
+        link.hello |= yours != link.mine;
+        if yours == link.mine && seq == link.next_in {
+            link.next_in += 1;
+            for (topic, mail) in split(&batch.slice(HEAD..)) {
+                // Topics of a later version are left out.
+                let Some(topic) = topic else { continue };
+                if !self.boxes[topic.index()].put(Incoming::Mail { from, mail }) {
+                    self.broken(from);
+                    break;
+                }
             }
+        } else if yours == link.mine && seq > link.next_in {
+            self.broken(from);
         }
+        self.schedule(from);
         Received::Member
     }
 }

@@ -334,16 +334,18 @@ async fn a_provider_whose_node_leaves_goes_on_at_another<D: Deployed>() {
 
 /// Calls until the provider gets to answer: a call that was on a link when it broke is told so, and is not made again.
 async fn answers(at: SocketAddr, service: &'static str, provider: &mut Socket) {
+    let mut last = Default::default();
     for _ in 0..60 {
         let pending = tokio::spawn(call(at, service, "2s"));
         if let Ok(request) = tokio::time::timeout(Duration::from_secs(2), provider.request()).await {
             provider.reply(&request, json!(1)).await;
         }
-        if pending.await.unwrap() == (200, json!(1)) {
+        last = pending.await.unwrap();
+        if last == (200, json!(1)) {
             return;
         }
     }
-    panic!("no call is answered");
+    panic!("no call is answered: {last:?}");
 }
 
 async fn links_come_back_after_their_connections_and_after_redis<D: Deployed>() {
