@@ -22,10 +22,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::{
-    Incoming, Mailbox, NodeId, Sent, Topic, Weight,
-    mailbox::{Inner as Box_, Slot},
-};
+use super::{Incoming, Mailbox, NodeId, Sent, Topic, Weight, mailbox::Slot};
 
 /// The version of batches that this node writes, and the highest that it reads.
 pub const VERSION: u8 = 1;
@@ -53,6 +50,8 @@ struct State {
     /// Nodes for which something waits and nothing is under way.
     due: VecDeque<NodeId>,
     boxes: [Slot; Topic::ALL.len()],
+    /// Mailboxes nobody has asked for yet: others may be quicker with their mail than this node is with its start.
+    kept: [Option<Mailbox>; Topic::ALL.len()],
 }
 
 struct Link {
@@ -104,15 +103,19 @@ pub enum Received {
 
 impl Post {
     pub fn new(me: NodeId) -> Self {
-        let nobody = || Slot(std::sync::Weak::<Box_>::new());
-        let boxes = [nobody(), nobody(), nobody()];
-        let state = State { me, links: HashMap::new(), lives: 0, due: VecDeque::new(), boxes };
+        let [(calls, one), (connections, two), (presence, three)] = Topic::ALL.map(|_| Mailbox::new());
+        let (boxes, kept) = ([one, two, three], [Some(calls), Some(connections), Some(presence)]);
+        let state = State { me, links: HashMap::new(), lives: 0, due: VecDeque::new(), boxes, kept };
         Post { state: Mutex::new(state), some: Notify::new() }
     }
 
     pub fn mailbox(&self, topic: Topic) -> Mailbox {
+        let mut state = self.state.lock();
+        if let Some(mailbox) = state.kept[topic.index()].take() {
+            return mailbox;
+        }
         let (mailbox, slot) = Mailbox::new();
-        self.state.lock().boxes[topic.index()] = slot;
+        state.boxes[topic.index()] = slot;
         mailbox
     }
 
