@@ -1,6 +1,7 @@
 //! weir on Redis: real servers, real faults.
 
 mod apps;
+mod bounds;
 mod calls;
 mod compat;
 mod connections;

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
-    time::sleep,
+    time::{Instant, sleep_until},
 };
 
 use super::{
@@ -62,8 +62,8 @@ struct Want {
 enum Asked {
     /// It waits for its turn.
     No,
-    /// On this link, where it was not confirmed yet...
-    Sent(u64),
+    /// On this link, at that time, where it was not confirmed yet...
+    Sent(u64, Instant),
     /// ...or was.
     Done(u64),
 }
@@ -109,7 +109,7 @@ impl Feed {
         let mut state = self.state.lock();
         match state.wanted.get(channel) {
             None => true,
-            Some(Want { asked: Asked::Sent(_), .. }) => false,
+            Some(Want { asked: Asked::Sent(..), .. }) => false,
             Some(_) => {
                 if let Some((channel, want)) = state.wanted.remove_entry(channel) {
                     self.quit(&mut state, &channel, &want);
@@ -159,12 +159,12 @@ impl Feed {
     /// Unsubscribes where it is, if it is anywhere.
     fn quit(&self, state: &mut State, channel: &Bytes, want: &Want) {
         let route = want.place.as_ref().and_then(|place| state.routes.get_mut(place));
-        let (Some(route), Asked::Sent(on) | Asked::Done(on)) = (route, want.asked) else { return };
+        let (Some(route), Asked::Sent(on, _) | Asked::Done(on)) = (route, want.asked) else { return };
         let Some(link) = route.link.as_ref().filter(|link| link.number == on) else { return };
         let verb = if self.deployment.url.is_cluster() { "SUNSUBSCRIBE" } else { "UNSUBSCRIBE" };
         // If it does not go out, the link is at its end and the subscription with it.
         let _ = link.tell(&Command::new(verb).arg(channel));
-        if want.asked == Asked::Sent(on) {
+        if matches!(want.asked, Asked::Sent(..)) {
             route.open -= 1.min(route.open);
             route.wake.notify_one();
         }
@@ -219,14 +219,14 @@ impl Feed {
         let State { wanted, routes } = &mut *state;
         let Some(route) = routes.get_mut(place) else { return false };
         let Some(link) = route.link.clone() else { return false };
-        let (mut all, mut any) = (Command::new("SUBSCRIBE"), false);
+        let (mut all, mut any, now) = (Command::new("SUBSCRIBE"), false, Instant::now());
         while route.open < BATCH {
             let Some(channel) = route.todo.pop_front() else { break };
             let Some(want) = wanted.get_mut(&channel) else { continue };
             if want.place.as_ref() != Some(place) || want.asked != Asked::No {
                 continue;
             }
-            want.asked = Asked::Sent(link.number);
+            want.asked = Asked::Sent(link.number, now);
             route.open += 1;
             if sharded {
                 // Those of one command must be of one slot.
@@ -242,25 +242,34 @@ impl Feed {
         route.open > 0
     }
 
-    /// Once more, what was asked for and not confirmed.
-    fn repeat(&self, place: &Address) {
+    /// Once more, what was asked for and not confirmed in time. Says when to look again, if something is still open.
+    fn repeat(&self, place: &Address) -> Option<Instant> {
         let mut state = self.state.lock();
         let State { wanted, routes } = &mut *state;
-        let Some(route) = routes.get_mut(place) else { return };
-        route.open = 0;
+        let route = routes.get_mut(place)?;
+        let (now, mut next) = (Instant::now(), None);
         for (channel, want) in wanted {
-            if want.place.as_ref() == Some(place) && matches!(want.asked, Asked::Sent(_)) {
+            let Asked::Sent(_, at) = want.asked else { continue };
+            if want.place.as_ref() != Some(place) {
+                continue;
+            }
+            let due = at + CONFIRM;
+            if due <= now {
                 want.asked = Asked::No;
+                route.open -= 1.min(route.open);
                 route.todo.push_back(channel.clone());
+            } else {
+                next = Some(next.map_or(due, |next: Instant| next.min(due)));
             }
         }
+        next
     }
 
     fn confirmed(&self, place: &Address, number: u64, channel: &Bytes) {
         let mut state = self.state.lock();
         let State { wanted, routes } = &mut *state;
         let Some(want) = wanted.get_mut(channel).filter(|want| want.place.as_ref() == Some(place)) else { return };
-        if want.asked != Asked::Sent(number) {
+        if !matches!(want.asked, Asked::Sent(on, _) if on == number) {
             return;
         }
         want.asked = Asked::Done(number);
@@ -325,6 +334,8 @@ async fn follow(feed: Weak<Feed>, mut changes: watch::Receiver<u64>) {
 /// Subscribes on one lane, as there is room, and again on each new link.
 async fn work(feed: Weak<Feed>, place: Address, mut changes: watch::Receiver<LaneState>, wake: Arc<Notify>) {
     let mut number = 0;
+    // Not from the last wake on: others may come all the time.
+    let mut due: Option<Instant> = None;
     loop {
         let open = {
             let Some(feed) = feed.upgrade() else { return };
@@ -334,16 +345,24 @@ async fn work(feed: Weak<Feed>, place: Address, mut changes: watch::Receiver<Lan
             };
             if let Some(link) = up {
                 number = link.number;
+                due = None;
                 feed.up(&place, link);
             }
             feed.pump(&place)
         };
+        let at = match open {
+            true => *due.get_or_insert_with(|| Instant::now() + CONFIRM),
+            false => {
+                due = None;
+                Instant::now() + CONFIRM
+            }
+        };
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             () = wake.notified() => {}
-            () = sleep(CONFIRM), if open => {
+            () = sleep_until(at), if open => {
                 let Some(feed) = feed.upgrade() else { return };
-                feed.repeat(&place);
+                due = feed.repeat(&place);
             }
         }
     }
