@@ -67,6 +67,11 @@ impl Keys {
     pub fn consumers(&self) -> String {
         format!("{}{{consumers}}", self.prefix)
     }
+
+    /// Written so that replicas can be waited for; each number may be of another slot.
+    pub fn mark(&self, number: u32) -> String {
+        format!("{}{{acks:{number}}}", self.prefix)
+    }
 }
 
 impl ChannelKeys {

@@ -2,9 +2,13 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
+use weir::{
+    backend::redis::{Ack, Settings},
+};
+
 use super::{
-    nodes::{Node, channel},
-    servers::{Server, until},
+    nodes::{KEEP, Node, channel},
+    servers::{Cluster, Server, until},
 };
 
 /// A subscription that Redis refused once is made, though new ones come all the time.
@@ -26,4 +30,59 @@ async fn a_refused_subscription_while_others_come() {
         refused.is_finished()
     })
     .await;
+}
+
+/// The user of the documents, under another prefix, may do what waiting for replicas needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_are_waited_for_under_another_prefix() {
+    let master = Server::start(&[]).await;
+    let page = include_str!("../../../proto-docs/redis.md");
+    let rule = page.lines().find(|line| line.starts_with("ACL SETUSER weir ")).expect("the user of the documents");
+    let rule = rule.replace("PASSWORD", "secret").replace("weir:*", "other:*");
+    assert_eq!(master.cli(&rule.split(' ').collect::<Vec<_>>()).await, "OK");
+    let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
+    until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+    let settings = Settings { prefix: "other:".into(), ack: Ack::Replicated };
+    let node = Node::of(&format!("redis://weir:secret@{}", master.address()), KEEP, settings).await;
+    for n in 1..=10 {
+        node.publish("c", n).await.unwrap();
+    }
+    assert_eq!(replica.cli(&["XLEN", "other:{c}:s"]).await, "10");
+    assert_eq!(master.cli(&["ACL", "LOG"]).await, "", "nothing was refused");
+}
+
+/// Each server of a Cluster waits for its own replicas, tells the others nothing, and is forgotten when it has no slots.
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_are_waited_for_in_a_cluster() {
+    let mut cluster = Cluster::start(3, 3).await;
+    let node = Node::with(&cluster.url(), KEEP, Ack::Replicated).await;
+    let mut names: Vec<String> = Vec::new();
+    for owner in 0..3 {
+        for n in 0.. {
+            let name = format!("c{n}");
+            if cluster.owner(cluster.slot(&format!("{{{name}}}")).await).await == owner {
+                names.push(name);
+                break;
+            }
+        }
+    }
+    for (n, name) in names.iter().enumerate() {
+        node.publish(name, 1).await.unwrap();
+        // The replica has it when the publish is answered.
+        let keys = cluster.servers[3 + n].info("db0").await.unwrap_or_default();
+        assert!(keys.starts_with("keys="), "{keys}");
+    }
+    assert_eq!(node.redis.waits(), 3);
+    for server in &cluster.servers {
+        assert_eq!(server.calls("publish").await, 0, "a Cluster would carry it to every server");
+    }
+    cluster.servers[0].kill();
+    until("the new master is waited for", || async {
+        // It has no replica, so this is never confirmed.
+        let _ = node.publish(&names[0], 2).await;
+        cluster.servers[3].cli(&["CLIENT", "LIST"]).await.contains("name=weir-acks")
+    })
+    .await;
+    until("the old one is given up", || async { node.redis.waits() == 3 }).await;
+    node.publish(&names[1], 2).await.unwrap();
 }

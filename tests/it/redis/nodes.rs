@@ -65,6 +65,10 @@ impl Node {
     }
 
     pub async fn with(url: &str, keep: Keep, ack: Ack) -> Self {
+        Node::of(url, keep, Settings { prefix: "weir:".into(), ack }).await
+    }
+
+    pub async fn of(url: &str, keep: Keep, settings: Settings) -> Self {
         let config = Config {
             rules: vec![Rule { pattern: Pattern::new("*"), keep }],
             keep,
@@ -78,7 +82,7 @@ impl Node {
         let metrics = Arc::new(Metrics::new());
         let deployment = Deployment::start(Url::parse(url).unwrap(), metrics.clone());
         deployment.ready(Duration::from_secs(30)).await.unwrap();
-        let redis = Arc::new(Redis::start(deployment, topics.clone(), Settings { prefix: "weir:".into(), ack }));
+        let redis = Arc::new(Redis::start(deployment, topics.clone(), settings));
         Node { bus: Arc::new(Bus::new(redis.clone(), topics.clone())), redis, metrics, topics }
     }
 
