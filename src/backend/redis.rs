@@ -29,7 +29,10 @@ use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
 pub use self::acks::Ack;
-use self::{acks::Acks, append::Appends, deployment::Deployment, feed::Feed, keys::Keys, probe::Probes, tail::Tails};
+use self::{
+    acks::Acks, append::Appends, consumers::Sweeps, deployment::Deployment, feed::Feed, keys::Keys, probe::Probes,
+    tail::Tails,
+};
 use crate::{bus::Topics, metrics::Lane};
 
 /// How often tails and probes are looked after.
@@ -55,6 +58,7 @@ struct Inner {
     feed: Arc<Feed>,
     probes: Probes,
     acks: Option<Acks>,
+    sweeps: Sweeps,
     appends: Appends,
     /// A test owns the time.
     clock_is_ours: bool,
@@ -78,6 +82,7 @@ impl Redis {
                     Ack::Stored => None,
                     Ack::Replicated => Some(Acks::default()),
                 },
+                sweeps: Sweeps::default(),
                 appends: Appends::default(),
                 clock_is_ours: topics.is_manual(),
                 began: topics.now() / 1000 + 1,

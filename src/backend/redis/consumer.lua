@@ -1,9 +1,9 @@
 -- The cursors of one consumer, in one hash: 's' when it was last heard of, 'c:' and a channel where it is.
 --
 -- KEYS  consumer
--- ARGV  now (0: the clock of Redis) · memory of idle consumers · what to do: show; get, channel; or
+-- ARGV  now (0: the clock of Redis) · memory of idle consumers · what to do: seen; show; get, channel; or
 --       set, channel, where it must be, where it is then, most channels, whether it may be new
--- Answers {now, 'ok', …}: all fields, or where it is; or {now, why not, where it is}.
+-- Answers {now, 'ok', …}: when it was seen, all fields, or where it is; or {now, why not, where it is}.
 local key, idle = KEYS[1], tonumber(ARGV[2])
 local now = tonumber(ARGV[1])
 if now == 0 then
@@ -13,7 +13,9 @@ end
 local text = string.format('%d', now)
 local seen = redis.call('HGET', key, 's')
 local forgotten = seen and now - tonumber(seen) > idle
-if ARGV[3] == 'show' then
+if ARGV[3] == 'seen' then
+  return {text, 'ok', not forgotten and seen or ''}
+elseif ARGV[3] == 'show' then
   return {text, 'ok', forgotten and {} or redis.call('HGETALL', key)}
 end
 local field = 'c:' .. ARGV[4]

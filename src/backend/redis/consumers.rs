@@ -1,13 +1,16 @@
 //! Consumers: each has all its cursors in one key, which dies when nobody uses it for long. The set of their names is
-//! only for counting and listing; names of dead ones are taken out when there is no room.
+//! only for counting and listing; names of dead ones are taken out when there is no room, and when a list meets them.
 
-use std::{sync::LazyLock, time::Duration};
+use std::sync::LazyLock;
+
+use futures_util::future::try_join_all;
+use tokio::sync::Mutex;
 
 use super::{
     Inner,
     deployment::Lost,
     link::Link,
-    log::{failed, nonsense, read_failed},
+    log::{failed, millis, nonsense, read_failed},
     resp::{Command, Value},
     script::Script,
 };
@@ -18,12 +21,15 @@ use crate::{
     position::{Position, Start},
 };
 
-static CONSUMER: LazyLock<Script> =
-    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("consumer.lua"))));
+static CONSUMER: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("consumer.lua")));
 static ADMIT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("admit.lua")));
 
-/// Names looked at together.
+/// Names listed together...
 const PAGE: usize = 1000;
+/// ...and consumers asked for together.
+const AT_ONCE: usize = 100;
+/// Between two looks for names of the dead because there is no room, milliseconds: nobody pays for it in each request.
+const SWEEP: u64 = 60_000;
 /// Somebody else may move the same cursor at the same time, not for ever.
 const TRIES: usize = 20;
 
@@ -32,6 +38,10 @@ struct Found {
     status: Box<str>,
     at: Option<Position>,
 }
+
+/// When the names of the dead were last looked for. One at a time does it.
+#[derive(Default)]
+pub(super) struct Sweeps(Mutex<Option<u64>>);
 
 impl Inner {
     pub(super) async fn act(&self, consumer: &str, channel: &Channel, act: Act) -> Result<Option<Position>> {
@@ -49,6 +59,8 @@ impl Inner {
             if &*found.status == "new" {
                 self.admit(consumer).await?;
                 found = self.set_cursor(consumer, channel, known, to, true).await?;
+                // Who saw no consumer behind the name may have taken it out meanwhile.
+                self.enlist(consumer).await?;
             }
             match &*found.status {
                 "ok" => return Ok(found.at),
@@ -109,7 +121,7 @@ impl Inner {
     }
 
     fn idle(&self) -> u64 {
-        u64::try_from(self.topics.config().consumer_idle.as_millis()).unwrap_or(1 << 48).clamp(1, 1 << 48)
+        millis(self.topics.config().consumer_idle).max(1)
     }
 
     async fn admit(&self, consumer: &str) -> Result<()> {
@@ -132,21 +144,67 @@ impl Inner {
         Err(limit_reached("limits.consumers", most))
     }
 
-    /// Takes the names of consumers that are forgotten out of the set of all.
+    /// Takes the names of consumers that are forgotten out of the set of all, if that was not done a moment ago.
     async fn sweep_consumers(&self) -> Result<()> {
-        let names = self.keys.consumers();
+        // Who waits here for another finds it done.
+        let mut last = self.sweeps.0.lock().await;
+        if last.is_some_and(|last| last.abs_diff(self.topics.now()) < SWEEP) {
+            return Ok(());
+        }
         let mut after: Option<String> = None;
         loop {
-            let page = self.names_of_consumers("", after.as_deref(), PAGE).await?;
-            let Some(last) = page.last().cloned() else { return Ok(()) };
-            for name in page {
-                if self.describe_consumer(&name).await?.is_none() {
-                    let gone = |_: &Link| Command::new("ZREM").arg(&names).arg(&name);
-                    self.deployment.call(names.as_bytes(), Lost::Again, gone).await.map_err(failed)?;
-                }
-            }
-            after = Some(last);
+            let names = self.names_of_consumers("", after.as_deref(), PAGE).await?;
+            let Some(end) = names.last().cloned() else { break };
+            self.strike(self.forgotten(names).await?).await?;
+            after = Some(end);
         }
+        *last = Some(self.topics.now());
+        Ok(())
+    }
+
+    /// Those of the names, in their order, behind which there is no consumer.
+    async fn forgotten(&self, names: Vec<String>) -> Result<Vec<String>> {
+        let mut forgotten = Vec::new();
+        for names in names.chunks(AT_ONCE) {
+            let found = try_join_all(names.iter().map(|name| self.is_forgotten(name))).await?;
+            forgotten.extend(names.iter().zip(found).filter(|(_, forgotten)| *forgotten).map(|(name, _)| name.clone()));
+        }
+        Ok(forgotten)
+    }
+
+    async fn is_forgotten(&self, name: &str) -> Result<bool> {
+        let key = self.keys.consumer(name);
+        let fill = |_: &Link, command: &mut Command| {
+            command.push_int(self.script_now());
+            command.push_int(self.idle());
+            command.push("seen");
+        };
+        let keys = [key.as_bytes()];
+        let answer = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill).await.map_err(failed)?.0;
+        let Some([_, _, seen]) = answer.list() else { return Err(nonsense()) };
+        Ok(seen.text().unwrap_or_default().is_empty())
+    }
+
+    /// Takes sorted names out. One whose consumer has come back since gets its place again.
+    async fn strike(&self, names: Vec<String>) -> Result<()> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let key = self.keys.consumers();
+        let strike = |_: &Link| names.iter().fold(Command::new("ZREM").arg(&key), |command, name| command.arg(name));
+        self.deployment.call(key.as_bytes(), Lost::Again, strike).await.map_err(failed)?;
+        let gone = self.forgotten(names.clone()).await?;
+        for name in names.iter().filter(|name| gone.binary_search(name).is_err()) {
+            self.enlist(name).await?;
+        }
+        Ok(())
+    }
+
+    async fn enlist(&self, name: &str) -> Result<()> {
+        let key = self.keys.consumers();
+        let add = |_: &Link| Command::new("ZADD").arg(&key).int(0).arg(name);
+        self.deployment.call(key.as_bytes(), Lost::Again, add).await.map_err(failed)?;
+        Ok(())
     }
 
     async fn names_of_consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<String>> {
@@ -188,7 +246,7 @@ impl Inner {
         }
         let Some(seen) = seen else { return Ok(None) };
         cursors.sort_by(|one, other| one.0.cmp(&other.0));
-        let expires = seen + Duration::from_millis(self.idle()).as_millis() as u64;
+        let expires = seen + self.idle();
         Ok(Some(Consumer { name: name.into(), cursors, seen, expires }))
     }
 
@@ -204,9 +262,18 @@ impl Inner {
             let names = self.names_of_consumers(prefix, after.as_deref(), limit - consumers.len()).await?;
             let Some(last) = names.last() else { break };
             after = Some(last.clone());
-            for name in names {
-                consumers.extend(self.describe_consumer(&name).await?);
+            let mut dead = Vec::new();
+            for names in names.chunks(AT_ONCE) {
+                let found = try_join_all(names.iter().map(|name| self.describe_consumer(name))).await?;
+                for (name, found) in names.iter().zip(found) {
+                    match found {
+                        Some(consumer) => consumers.push(consumer),
+                        None => dead.push(name.clone()),
+                    }
+                }
             }
+            // Or the next listing would ask for them again. If they cannot be taken out now, it will.
+            let _ = self.strike(dead).await;
         }
         Ok(consumers)
     }

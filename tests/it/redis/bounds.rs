@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use weir::{
     backend::redis::{Ack, Settings},
+    error::Code,
 };
 
 use super::{
@@ -85,4 +86,37 @@ async fn replicas_are_waited_for_in_a_cluster() {
     .await;
     until("the old one is given up", || async { node.redis.waits() == 3 }).await;
     node.publish(&names[1], 2).await.unwrap();
+}
+
+/// Names of consumers that are gone make room, at once; when there is none, nobody looks in each request.
+#[tokio::test(flavor = "multi_thread")]
+async fn consumers_that_are_gone_make_room() {
+    const FILL: &str = "for n = 1, 1000 do redis.call('ZADD', KEYS[1], 0, string.format('x%d', n)) end";
+    let redis = Server::start(&[]).await;
+    let node = Node::start(&redis.url()).await;
+    let at = node.publish("c", 1).await.unwrap().position;
+    let index = "weir:{consumers}";
+    redis.cli(&["EVAL", FILL, "1", index]).await;
+    node.bus.commit("a", &channel("c"), at).await.unwrap();
+    assert_eq!(redis.cli(&["ZRANGE", index, "0", "-1"]).await, "a");
+    // A list takes out what it does not find.
+    redis.cli(&["EVAL", FILL, "1", index]).await;
+    let listed = node.bus.consumers("", None, 10).await.unwrap();
+    assert_eq!(listed.iter().map(|consumer| &*consumer.name).collect::<Vec<_>>(), ["a"]);
+    assert_eq!(redis.cli(&["ZRANGE", index, "0", "-1"]).await, "a");
+
+    let lives = "local time = redis.call('TIME')[1] .. '000'
+        for n = 1, 1000 do redis.call('HSET', string.format('weir:{consumer:x%d}', n), 's', time) end";
+    redis.cli(&["EVAL", FILL, "1", index]).await;
+    redis.cli(&["EVAL", lives, "0"]).await;
+    let before = redis.calls("evalsha").await;
+    for n in 0..50 {
+        let refused = node.bus.commit(&format!("b{n}"), &channel("c"), at).await.unwrap_err();
+        assert_eq!(refused.code(), Code::LimitReached);
+    }
+    let scripts = redis.calls("evalsha").await - before;
+    assert!(scripts < 5_000, "{scripts} scripts for 50 requests: one look at 1000 consumers is enough");
+    // Whoever is known goes on.
+    let at = node.publish("c", 2).await.unwrap().position;
+    node.bus.commit("a", &channel("c"), at).await.unwrap();
 }
