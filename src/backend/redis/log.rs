@@ -34,6 +34,8 @@ static TOUCH: LazyLock<Script> =
 
 /// Ten thousand years: what is longer is for ever, and Lua still counts exactly.
 pub(super) const FOR_EVER: u64 = 1 << 48;
+/// Names that one look at all keys brings, at least and at most, unless more are wanted.
+const NAMES: std::ops::Range<usize> = 256..8192;
 /// Keys looked at by one SCAN.
 const SCAN: u64 = 1000;
 
@@ -204,9 +206,11 @@ impl Inner {
         let pattern = self.keys.logs(prefix);
         let mut after = after.map(str::to_owned);
         let mut found = Vec::new();
-        // What is left of channels without a log is found as well, so one round may not be enough.
+        // What is left of channels without a log is found as well, and there may be more of that: each round, which looks
+        // at every key, brings more than is wanted.
         while found.len() < limit {
             let wanted = limit - found.len();
+            let room = wanted.saturating_mul(4).clamp(NAMES.start, NAMES.end).max(wanted);
             let mut first: BTreeSet<Channel> = BTreeSet::new();
             self.scan(&pattern, |key| {
                 let Some(channel) = self.keys.channel_of(key) else { return };
@@ -215,24 +219,26 @@ impl Inner {
                     return;
                 }
                 first.insert(channel);
-                if first.len() > wanted {
+                if first.len() > room {
                     first.pop_last();
                 }
             })
             .await?;
+            after = first.last().map(|name| name.as_str().to_owned());
+            let last = first.len() < room;
             let names: Vec<Channel> = first.into_iter().collect();
-            let last = names.len() < wanted;
-            let Some(end) = names.last() else { break };
-            after = Some(end.as_str().to_owned());
-            for info in futures_util::future::try_join_all(names.iter().map(|name| self.describe(name))).await? {
-                if !info.epoch.is_absent() {
-                    found.push(info);
+            for names in names.chunks(wanted) {
+                let infos = futures_util::future::try_join_all(names.iter().map(|name| self.describe(name))).await?;
+                found.extend(infos.into_iter().filter(|info| !info.epoch.is_absent()));
+                if found.len() >= limit {
+                    break;
                 }
             }
             if last {
                 break;
             }
         }
+        found.truncate(limit);
         Ok(found)
     }
 

@@ -120,3 +120,26 @@ async fn consumers_that_are_gone_make_room() {
     let at = node.publish("c", 2).await.unwrap().position;
     node.bus.commit("a", &channel("c"), at).await.unwrap();
 }
+
+/// What is left of channels without a log does not make a list look at all keys again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_among_dead_channels() {
+    let redis = Server::start(&[]).await;
+    let node = Node::start(&redis.url()).await;
+    for n in 0..60 {
+        let name = format!("c{n:02}");
+        node.publish(&name, 1).await.unwrap();
+        if n % 3 != 2 {
+            node.bus.remove(&channel(&name), None).await.unwrap();
+        }
+    }
+    let before = redis.calls("scan").await;
+    let page = node.bus.list("", None, 15).await.unwrap();
+    let once = redis.calls("scan").await - before;
+    let names: Vec<&str> = page.iter().map(|info| info.channel.as_str()).collect();
+    assert_eq!((names.len(), names[0], names[14]), (15, "c02", "c44"));
+    let rest = node.bus.list("", Some("c44"), 15).await.unwrap();
+    assert_eq!(rest.iter().map(|info| info.channel.as_str()).collect::<Vec<_>>(), ["c47", "c50", "c53", "c56", "c59"]);
+    // A database of this size is one SCAN.
+    assert_eq!(once, 1);
+}
