@@ -51,18 +51,21 @@ if from <= top and old(from) then
 end
 
 local most, room = tonumber(ARGV[7]), tonumber(ARGV[8])
-local mean = before and (total - before[2]) / math.max(1, top - before[1] + 1) or 1024
+-- The mean of all says nothing of those that come now: few at first, and more as long as what comes is small, for what
+-- one XRANGE brings is in memory as a whole.
+local mean, most_at_once = before and (total - before[2]) / math.max(1, top - before[1] + 1) or 1024, 8
 while from <= top and most > 0 and room >= 0 do
-  local count = math.max(1, math.min(most, 256, math.ceil(room / math.max(1, mean))))
-  local page = redis.call('XRANGE', KEYS[2], string.format('%d', from), '+', 'COUNT', count)
+  local count = math.max(1, math.min(most, most_at_once, math.ceil(room / math.max(1, mean))))
+  local page, held = redis.call('XRANGE', KEYS[2], string.format('%d', from), '+', 'COUNT', count), 0
   for n = 1, #page do
     local event = page[n][2][2]
     answer[#answer + 1] = event
-    room = room - #event - COST
+    held = held + #event + COST
     most = most - 1
     from = tonumber(string.match(page[n][1], '^%d+')) + 1
-    if room < 0 then break end
+    if held > room then break end
   end
   if #page < count then break end
+  room, mean, most_at_once = room - held, held / #page, math.min(32, 2 * most_at_once)
 end
 return answer

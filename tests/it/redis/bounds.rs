@@ -2,13 +2,16 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
+use serde_json::{Value, value::RawValue};
 use weir::{
     backend::redis::{Ack, Settings},
     error::Code,
+    event::{Data, Draft, Parts},
+    position::Start,
 };
 
 use super::{
-    nodes::{KEEP, Node, channel},
+    nodes::{KEEP, Node, channel, draft},
     servers::{Cluster, Server, until},
 };
 
@@ -142,4 +145,33 @@ async fn a_list_among_dead_channels() {
     assert_eq!(rest.iter().map(|info| info.channel.as_str()).collect::<Vec<_>>(), ["c47", "c50", "c53", "c56", "c59"]);
     // A database of this size is one SCAN.
     assert_eq!(once, 1);
+}
+
+/// A look at large events behind very many small ones brings no more than it may, in any moment of the script.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_holds_no_more_than_its_limit() {
+    const LARGE: usize = 100_000;
+    let redis = Server::start(&[]).await;
+    let node = Node::start(&redis.url()).await;
+    for _ in 0..50 {
+        let batch = (0..1000).map(|n| (channel("c"), draft(n, None))).collect();
+        node.bus.publish("", batch).await.unwrap();
+    }
+    let text = Value::String("x".repeat(LARGE)).to_string();
+    let large = RawValue::from_string(text).unwrap();
+    let mut first = None;
+    for _ in 0..200 {
+        let draft = Draft::new(Parts { data: Data::Json(&large), ..Parts::default() }, 1_000_000).unwrap();
+        let placed = node.bus.publish_one("", &channel("c"), draft).await.unwrap();
+        first.get_or_insert(placed.position);
+    }
+    let start = Start::After(first.unwrap());
+    let limit = weir::bus::Limit { events: 256, bytes: 64 << 10 };
+    redis.cli(&["CONFIG", "RESETSTAT"]).await;
+    let memory = async |field: &str| redis.info(field).await.unwrap().parse::<usize>().unwrap();
+    let used = memory("used_memory").await;
+    let page = node.bus.read(&channel("c"), start, limit, None).await.unwrap();
+    assert_eq!((page.events.len(), page.more), (1, true));
+    let peak = memory("used_memory_peak").await;
+    assert!(peak < used + 40 * LARGE, "{peak} bytes, {used} before");
 }
