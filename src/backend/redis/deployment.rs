@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     sync::{Notify, watch},
@@ -19,7 +20,7 @@ use tokio::{
 
 use super::{
     address::{Address, Kind, Url},
-    lane::{Ears, Lane, State, Target, master},
+    lane::{Ears, Lane, Target, master, most},
     link::{Deaf, Fault, Link},
     resp::{Command, Value},
     script::Script,
@@ -40,6 +41,8 @@ const WATCH: Duration = Duration::from_secs(1);
 const ALARM: Duration = Duration::from_millis(300);
 /// When a server was away, or has changed, whoever lives is back on it within this.
 const SETTLED: Duration = Duration::from_secs(3);
+/// Servers of a Cluster asked at the same time who has which slots.
+const WITNESSES: usize = 5;
 /// A server that has lost its slots may still owe answers.
 const LEAVE: Duration = Duration::from_secs(5);
 
@@ -376,11 +379,11 @@ impl Deployment {
 
     /// A master that was replaced may not know it, and keep its connections.
     async fn look_at_master(&self) -> bool {
+        // Those there are before anybody is asked: what is said then may be older than a connection that is made meanwhile.
+        let links: Vec<_> = self.servers().iter().filter_map(|server| server.commands.link()).collect();
         let Ok(address) = master(&self.url).await else { return true };
-        for server in self.servers() {
-            if let Some(link) = server.commands.link()
-                && link.address != address
-            {
+        for link in links {
+            if link.address != address && !link.is_closed() {
                 tracing::warn!(was = %link.address, now = %address, "Sentinel names another master");
                 link.close();
                 self.changed.send_modify(|n| *n += 1);
@@ -389,21 +392,35 @@ impl Deployment {
         true
     }
 
+    /// Asks some servers at the same time: a single one may be cut off from the rest, and not know who has its slots now.
     async fn look_at_slots(&self, seeds: &[Address]) -> bool {
-        let mut guides: Vec<Address> = Vec::new();
-        for server in self.servers() {
-            if let Some(link) = server.commands.link()
-                && let Ok(Ok(slots)) = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await
-            {
-                if let Some(ranges) = ranges(&slots, &link.address) {
-                    return self.adopt(&ranges);
-                }
-            } else if let Target::Address(address) = &server.target {
-                guides.push(address.clone());
+        let mut servers = self.servers();
+        fastrand::shuffle(&mut servers);
+        let links: Vec<_> = servers.iter().filter_map(|server| server.commands.link()).take(WITNESSES).collect();
+        let of = links.len();
+        let mut asked: FuturesUnordered<_> = links
+            .iter()
+            .map(|link| async {
+                let slots = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await;
+                slots.ok()?.ok().and_then(|slots| ranges(&slots, &link.address))
+            })
+            .collect();
+        let mut views = Vec::new();
+        while let Some(view) = asked.next().await {
+            views.extend(view);
+            // The usual: they all say the same.
+            if let Some(view) = most(&views, of) {
+                return self.adopt(view);
             }
         }
-        guides.extend(seeds.iter().cloned());
-        for guide in guides {
+        if !views.is_empty() {
+            return self.adopt(&agreed(&views));
+        }
+        let known = servers.iter().filter_map(|server| match &server.target {
+            Target::Address(address) => Some(address.clone()),
+            Target::Master => None,
+        });
+        for guide in known.chain(seeds.iter().cloned()) {
             if let Ok(link) = Link::open_guide(&self.url, &guide).await
                 && let Ok(Ok(slots)) = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await
                 && let Some(ranges) = ranges(&slots, &guide)
@@ -415,7 +432,7 @@ impl Deployment {
     }
 
     /// True if every slot has a server that answers.
-    fn adopt(&self, ranges: &[(usize, usize, Address)]) -> bool {
+    fn adopt(&self, ranges: &[Range]) -> bool {
         let since = Some(std::time::Instant::now());
         let mut slots = vec![Slot::default(); SLOTS];
         let mut owners: BTreeMap<Address, Arc<Server>> = BTreeMap::new();
@@ -470,16 +487,6 @@ impl Server {
     /// The connection for commands, if there is one.
     pub fn link(&self) -> Option<Arc<Link>> {
         self.commands.link()
-    }
-
-    /// What happens to it.
-    pub fn changes(&self) -> watch::Receiver<State> {
-        self.commands.changes()
-    }
-
-    /// Ends the connection for commands, so that another is made.
-    pub fn replace(&self) {
-        self.commands.replace();
     }
 }
 
@@ -555,8 +562,31 @@ fn crc16(bytes: &[u8]) -> u16 {
     })
 }
 
+/// From this slot to that one, and who has them.
+type Range = (usize, usize, Address);
+
+/// What most servers say of each slot; where they are at odds, what one of them says.
+fn agreed(views: &[Vec<Range>]) -> Vec<Range> {
+    let owners = views.iter().map(|view| {
+        let mut owners = vec![None; SLOTS];
+        view.iter().for_each(|(from, to, address)| owners[*from..=*to].fill(Some(address)));
+        owners
+    });
+    let owners: Vec<Vec<Option<&Address>>> = owners.collect();
+    let mut ranges: Vec<Range> = Vec::new();
+    for slot in 0..SLOTS {
+        let said: Vec<_> = owners.iter().map(|owners| owners[slot]).collect();
+        let Some(owner) = most(&said, said.len()).or(said.first()).copied().flatten() else { continue };
+        match ranges.last_mut() {
+            Some((_, to, address)) if *to + 1 == slot && address == owner => *to = slot,
+            _ => ranges.push((slot, slot, owner.clone())),
+        }
+    }
+    ranges
+}
+
 /// What CLUSTER SLOTS says: ranges and their masters.
-fn ranges(slots: &Value, asked: &Address) -> Option<Vec<(usize, usize, Address)>> {
+fn ranges(slots: &Value, asked: &Address) -> Option<Vec<Range>> {
     let mut ranges = Vec::new();
     for range in slots.list()? {
         let [from, to, master, ..] = range.list()? else { return None };
@@ -585,6 +615,21 @@ mod tests {
         assert_eq!(crc16(b"123456789"), 0x31c3);
         assert_eq!((slot(b"foo"), slot(b"weir:{foo}:m"), slot(b"{}foo")), (12182, 12182, slot(b"{}foo")));
         assert_ne!(slot(b"{}foo"), slot(b"foo"));
+    }
+
+    #[test]
+    fn most_of_the_servers_are_believed() {
+        let at = |port| Address { host: "h".into(), port };
+        let (old, new) = (vec![(0, 99, at(1)), (100, 16383, at(2))], vec![(0, 99, at(3)), (100, 16383, at(2))]);
+        for views in [[&old, &new, &new], [&new, &old, &new], [&new, &new, &old]] {
+            assert_eq!(agreed(&views.map(Clone::clone)), new);
+        }
+        // Slots may be on their way: each is decided by itself.
+        let moving = vec![(0, 99, at(3)), (100, 200, at(1)), (201, 16383, at(2))];
+        assert_eq!(agreed(&[old.clone(), new.clone(), moving.clone()]), new);
+        let half = vec![(0, 99, at(3))];
+        assert_eq!(agreed(&[half.clone(), new.clone(), half.clone()]), half, "nobody has the rest");
+        assert_eq!(agreed(&[moving.clone(), old]), moving, "at odds");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -159,34 +160,108 @@ async fn find(url: &Url, target: &Target) -> Result<Address, String> {
     }
 }
 
-/// Asks the sentinels, beginning with any, who the master is.
+/// Asks all sentinels who the master is, and believes what most of those say that answer: one that was cut off together
+/// with an old master still names that.
 pub async fn master(url: &Url) -> Result<Address, String> {
     let Kind::Sentinel { sentinels, master } = &url.kind else { return Err("there are no sentinels".into()) };
-    let from = fastrand::usize(..sentinels.len().max(1));
-    let mut reasons = Vec::new();
-    for sentinel in sentinels[from..].iter().chain(&sentinels[..from]) {
-        let asked = async {
-            let link = Link::open_guide(url, sentinel).await?;
-            let ask = Command::new("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(master);
-            match link.ask(&ask).await {
-                Ok(Value::List(parts)) => {
-                    match (parts.first().and_then(Value::text), parts.get(1).and_then(Value::int)) {
-                        (Some(host), Some(port)) => {
-                            Ok(Address { host: host.into(), port: u16::try_from(port).unwrap_or_default() })
-                        }
-                        _ => Err(format!("{sentinel} answers nonsense")),
-                    }
-                }
-                Ok(_) => Err(format!("{sentinel} knows no master {master:?}")),
-                Err(Fault::Refused(error)) => Err(format!("{sentinel}: {error}")),
-                Err(_) => Err(format!("{sentinel}: the connection broke")),
-            }
-        };
-        match timeout(SENTINEL, asked).await {
-            Ok(Ok(address)) => return Ok(address),
-            Ok(Err(reason)) => reasons.push(reason),
-            Err(_) => reasons.push(format!("{sentinel}: no answer")),
+    let asked = sentinels.iter().map(|sentinel| async move {
+        let answer = timeout(SENTINEL, master_of(url, sentinel, master)).await;
+        answer.unwrap_or_else(|_| Err(format!("{sentinel}: no answer")))
+    });
+    let mut asked: FuturesUnordered<_> = asked.collect();
+    let (mut named, mut reasons) = (Vec::new(), Vec::new());
+    while let Some(answer) = asked.next().await {
+        match answer {
+            Ok(address) => named.push(address),
+            Err(reason) => reasons.push(reason),
+        }
+        // What the others say, and may need a second for, makes no difference.
+        if let Some(address) = most(&named, sentinels.len()) {
+            return Ok(address.clone());
         }
     }
-    Err(reasons.join("; "))
+    match most(&named, named.len()) {
+        Some(address) => Ok(address.clone()),
+        None if named.is_empty() => Err(reasons.join("; ")),
+        None => Err(format!("the sentinels name different masters: {}", join(&named))),
+    }
+}
+
+async fn master_of(url: &Url, sentinel: &Address, name: &str) -> Result<Address, String> {
+    let link = Link::open_guide(url, sentinel).await?;
+    match link.ask(&Command::new("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name)).await {
+        Ok(Value::List(parts)) => match (parts.first().and_then(Value::text), parts.get(1).and_then(Value::int)) {
+            (Some(host), Some(port)) => {
+                Ok(Address { host: host.into(), port: u16::try_from(port).unwrap_or_default() })
+            }
+            _ => Err(format!("{sentinel} answers nonsense")),
+        },
+        Ok(_) => Err(format!("{sentinel} knows no master {name:?}")),
+        Err(Fault::Refused(error)) => Err(format!("{sentinel}: {error}")),
+        Err(_) => Err(format!("{sentinel}: the connection broke")),
+    }
+}
+
+/// What more than half of so many say.
+pub fn most<T: PartialEq>(said: &[T], of: usize) -> Option<&T> {
+    said.iter().find(|one| 2 * said.iter().filter(|other| other == one).count() > of)
+}
+
+fn join(addresses: &[Address]) -> String {
+    addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// A sentinel that names a master, whatever it is asked; or that never answers.
+    async fn sentinel(names: Option<u16>) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut asked = [0; 1000];
+                    while let Ok(1..) = socket.read(&mut asked).await {
+                        if let Some(port) = names {
+                            let port = port.to_string();
+                            let answer = format!("*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{port}\r\n", port.len());
+                            let _ = socket.write_all(answer.as_bytes()).await;
+                        }
+                    }
+                });
+            }
+        });
+        port
+    }
+
+    async fn named_by(sentinels: &[Option<u16>]) -> Result<u16, String> {
+        let mut at = Vec::new();
+        for names in sentinels {
+            at.push(format!("127.0.0.1:{}", sentinel(*names).await));
+        }
+        let url = Url::parse(&format!("redis+sentinel://{}/weir", at.join(","))).unwrap();
+        master(&url).await.map(|address| address.port)
+    }
+
+    #[tokio::test]
+    async fn most_of_the_sentinels_are_believed() {
+        let (old, new) = (Some(7001), Some(7002));
+        for _ in 0..10 {
+            assert_eq!(named_by(&[old, new, new]).await, Ok(7002));
+        }
+        assert_eq!(named_by(&[old, old, new, new, new]).await, Ok(7002));
+        assert_eq!(named_by(&[new, new, None]).await, Ok(7002), "of those that answer");
+        assert_eq!(named_by(&[None, None, new]).await, Ok(7002), "of those that answer");
+        let split = named_by(&[old, new]).await.unwrap_err();
+        assert!(split.contains("different masters"), "{split}");
+        let away = named_by(&[None]).await.unwrap_err();
+        assert!(away.contains("no answer"), "{away}");
+    }
 }
