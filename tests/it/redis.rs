@@ -13,4 +13,5 @@ mod presence;
 pub mod proxy;
 #[allow(dead_code)]
 pub mod servers;
+mod tls;
 mod weirs;

@@ -25,7 +25,7 @@ use tokio::{
 };
 use tokio_rustls::{
     TlsConnector,
-    rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs, pki_types::ServerName},
+    rustls::{self, ClientConfig, RootCertStore, crypto::aws_lc_rs, pki_types::ServerName},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -513,7 +513,22 @@ async fn connect(url: &Url, address: &Address) -> io::Result<Box<dyn Stream>> {
         return Ok(Box::new(tcp));
     }
     let name = ServerName::try_from(address.host.to_string()).map_err(io::Error::other)?;
-    Ok(Box::new(TlsConnector::from(tls()?).connect(name, tcp).await?))
+    Ok(Box::new(TlsConnector::from(tls()?).connect(name, tcp).await.map_err(explained)?))
+}
+
+/// Why there is no TLS, for whoever has to mend it.
+fn explained(error: io::Error) -> io::Error {
+    use rustls::{CertificateError as Bad, Error::InvalidCertificate};
+    match error.get_ref().and_then(|error| error.downcast_ref()) {
+        Some(InvalidCertificate(Bad::UnknownIssuer)) => io::Error::other(
+            "nobody whom this machine trusts has signed its certificate: SSL_CERT_FILE names a file of those to trust",
+        ),
+        Some(InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. })) => {
+            io::Error::other("its certificate is for another name")
+        }
+        Some(InvalidCertificate(why)) => io::Error::other(format!("its certificate is refused: {why:?}")),
+        _ => error,
+    }
 }
 
 fn tls() -> io::Result<Arc<ClientConfig>> {

@@ -1,12 +1,17 @@
 //! Commands find their server, and subscriptions come back, whatever happens to Redis.
 
 use std::{
+    net::Ipv4Addr,
     sync::{Arc, LazyLock},
     time::Duration,
 };
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    sync::mpsc,
+};
 use weir::{
     backend::redis::{
         address::Url,
@@ -186,4 +191,48 @@ async fn a_slot_that_moves_and_a_master_that_dies() {
     })
     .await;
     until("all subscriptions are back", || async { keys.iter().all(|key| feed.is_subscribed(key.as_bytes())) }).await;
+}
+
+/// A server that says that it is of some version, and nothing else.
+async fn of_version(version: &'static str) -> String {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let url = format!("redis://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut asked = vec![0; 4096];
+                // One is asked for after the other.
+                while let Ok(count @ 1..) = socket.read(&mut asked).await {
+                    let asked = String::from_utf8_lossy(&asked[..count]).into_owned();
+                    let info = format!(
+                        "redis_version:{version}\r\nredis_mode:standalone\r\nrole:master\r\nrun_id:{}\r\nmaster_replid:{}\r\n",
+                        "a".repeat(40),
+                        "b".repeat(40)
+                    );
+                    let answer = match () {
+                        () if asked.contains("HELLO") && version < "6" => "-ERR unknown command `HELLO`\r\n".to_owned(),
+                        () if asked.contains("INFO") => format!("${}\r\n{info}\r\n", info.len()),
+                        () if asked.contains("TIME") => "*2\r\n$10\r\n1763640000\r\n$1\r\n0\r\n".to_owned(),
+                        () => "%0\r\n".to_owned(),
+                    };
+                    let _ = socket.write_all(answer.as_bytes()).await;
+                }
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_too_old_is_refused_with_that_reason() {
+    for version in ["5.0.14", "6.0.16"] {
+        let url = Url::parse(&of_version(version).await).unwrap();
+        let deployment = Deployment::start(url, Arc::new(Metrics::new()));
+        // The reason is known with the first answer; until then nothing has answered.
+        let reason = deployment.ready(Duration::from_secs(5)).await.unwrap_err();
+        assert!(reason.contains("6.2 or newer, or Valkey"), "{version}: {reason}");
+    }
+    let recent = Url::parse(&of_version("6.2.0").await).unwrap();
+    Deployment::start(recent, Arc::new(Metrics::new())).ready(Duration::from_secs(30)).await.unwrap();
 }

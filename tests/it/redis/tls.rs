@@ -1,0 +1,190 @@
+//! Redis behind TLS, with certificates made here.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering::SeqCst},
+};
+
+use serde_json::json;
+
+use super::{
+    servers::{Server, free_port, until},
+    weirs::get,
+};
+use crate::{process::Process, support::Request};
+
+/// In a directory that goes with them.
+struct Certificates(PathBuf);
+
+impl Drop for Certificates {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Certificates {
+    /// Two authorities, `ca` and `other`, and what `ca` signed: `server` is for 127.0.0.1, `elsewhere` is not.
+    fn made() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, SeqCst);
+        let made = Certificates(std::env::temp_dir().join(format!("weir-tls-{}-{number}", std::process::id())));
+        fs::create_dir_all(&made.0).unwrap();
+        for authority in ["ca", "other"] {
+            let (key, pem) = (made.path(&format!("{authority}.key")), made.path(&format!("{authority}.pem")));
+            let subject = format!("/CN={authority}");
+            made.openssl(&[
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                &subject,
+                "-keyout",
+                &key,
+                "-out",
+                &pem,
+            ]);
+        }
+        for (name, place) in [("server", "IP:127.0.0.1"), ("elsewhere", "DNS:elsewhere.test")] {
+            let (key, csr, pem) = (format!("{name}.key"), format!("{name}.csr"), format!("{name}.pem"));
+            let (key, csr, pem) = (made.path(&key), made.path(&csr), made.path(&pem));
+            let names = made.path("names");
+            fs::write(&names, format!("subjectAltName={place}\n")).unwrap();
+            made.openssl(&[
+                "req",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-nodes",
+                "-subj",
+                "/CN=redis",
+                "-keyout",
+                &key,
+                "-out",
+                &csr,
+            ]);
+            made.openssl(&[
+                "x509",
+                "-req",
+                "-days",
+                "2",
+                "-in",
+                &csr,
+                "-CA",
+                &made.path("ca.pem"),
+                "-CAkey",
+                &made.path("ca.key"),
+                "-CAcreateserial",
+                "-extfile",
+                &names,
+                "-out",
+                &pem,
+            ]);
+        }
+        made
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+
+    fn openssl(&self, args: &[&str]) {
+        let done = Command::new("openssl").args(args).output().expect("openssl");
+        assert!(done.status.success(), "openssl {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    /// A server with a second port for TLS, and the URL of that.
+    async fn server(&self, name: &str) -> (Server, String) {
+        let port = free_port();
+        let (key, pem) = (self.path(&format!("{name}.key")), self.path(&format!("{name}.pem")));
+        let number = port.to_string();
+        let ca = self.path("ca.pem");
+        let server = Server::start(&[
+            "--tls-port",
+            &number,
+            "--tls-cert-file",
+            &pem,
+            "--tls-key-file",
+            &key,
+            "--tls-ca-cert-file",
+            &ca,
+            "--tls-auth-clients",
+            "no",
+        ])
+        .await;
+        (server, format!("rediss://127.0.0.1:{port}"))
+    }
+
+    /// What a node that trusts `authority` logs until it goes on without Redis.
+    fn logged(&self, url: &str, authority: &str) -> String {
+        let mut weir = Command::new(env!("CARGO_BIN_EXE_weir"))
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .current_dir(&self.0)
+            .envs([("WEIR__BUS__BACKEND", "redis"), ("WEIR__BUS__REDIS__URL", url)])
+            .env("SSL_CERT_FILE", self.path(&format!("{authority}.pem")))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = String::new();
+        for line in BufReader::new(weir.stderr.take().unwrap()).lines() {
+            log += &line.unwrap();
+            if log.contains("Redis cannot be reached yet") {
+                break;
+            }
+        }
+        let _ = (weir.kill(), weir.wait());
+        log
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_speaks_tls() {
+    let made = Certificates::made();
+    let (redis, url) = made.server("server").await;
+    let nodes: Vec<Process> = [url.clone(), redis.url()]
+        .iter()
+        .map(|url| {
+            Process::start(&[
+                ("WEIR__BUS__BACKEND", "redis"),
+                ("WEIR__BUS__REDIS__URL", url),
+                ("SSL_CERT_FILE", &made.path("ca.pem")),
+            ])
+        })
+        .collect();
+    let [over_tls, beside] = [0, 1].map(|n: usize| nodes[n].address.parse().unwrap());
+    until("it is ready", async || Request::new(over_tls, "GET", "/health/ready".into()).await.status == 200).await;
+    Request::new(over_tls, "POST", "/v1/events?channel=a".into()).body("1").await.expect(201);
+    // It comes through the subscription as well, also on connections that were made again.
+    redis.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    redis.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
+    let poll = tokio::spawn(async move { get(over_tls, "/v1/events?channel=a&after=1&wait=50s").await });
+    until("it is published", async || {
+        Request::new(beside, "POST", "/v1/events?channel=a".into()).body("2").await.status == 201
+    })
+    .await;
+    assert_eq!(poll.await.unwrap()["events"][0]["data"], json!(2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_that_is_not_to_be_trusted_is_refused_with_the_reason() {
+    let made = Certificates::made();
+    let ((_right, url), (_wrong, elsewhere)) = (made.server("server").await, made.server("elsewhere").await);
+    for (url, authority, reason) in [
+        (url.as_str(), "other", "SSL_CERT_FILE names a file of those to trust"),
+        (&elsewhere, "ca", "its certificate is for another name"),
+    ] {
+        let said = made.logged(url, authority);
+        assert!(said.contains(reason), "{url} {authority}: {said}");
+    }
+}
