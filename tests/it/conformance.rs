@@ -708,10 +708,10 @@ impl Harness for InMemory {
 }
 
 macro_rules! conformance {
-    ($backend:ident: $harness:ty) => {
+    ($(#[$attribute:meta])? $backend:ident: $harness:ty) => {
         mod $backend {
             use super::*;
-            conformance!(@ $harness: offsets_are_dense pages_follow_each_other a_filter_moves_the_position
+            conformance!(@ $(#[$attribute])? $harness: offsets_are_dense pages_follow_each_other a_filter_moves_the_position
                 a_batch_is_one_step_per_channel reading_never_writes nothing_is_missed_between_absence_and_birth
                 a_deleted_log_is_announced an_absent_position_does_not_outlive_a_log
                 an_idle_channel_is_reclaimed_and_reborn a_reader_keeps_its_channel what_is_trimmed_is_announced
@@ -720,6 +720,7 @@ macro_rules! conformance {
                 a_slow_reader_is_told_what_it_missed a_reader_outlives_its_log no_event_between_read_and_wait
                 all_is_given_back);
 
+            $(#[$attribute])?
             #[test]
             fn everything_at_once() {
                 storms::<$harness>();
@@ -727,10 +728,17 @@ macro_rules! conformance {
         }
     };
     (@ $harness:ty: $($case:ident)+) => {
-        $(#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+        $(conformance!(@@ $harness: $case);)+
+    };
+    (@ #[$attribute:meta] $harness:ty: $($case:ident)+) => {
+        $(conformance!(@@ #[$attribute] $harness: $case);)+
+    };
+    (@@ $(#[$attribute:meta])? $harness:ty: $case:ident) => {
+        $(#[$attribute])?
+        #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
         async fn $case() {
             super::$case::<$harness>().await;
-        })+
+        }
     };
 }
 
@@ -769,6 +777,15 @@ deployed!(Standalone: Server = Server::start(&[]));
 deployed!(Watched: Sentinel = Sentinel::start());
 deployed!(Clustered: Cluster = Cluster::start(3, 0));
 
+// Where they are, `tests/run.sh servers` says.
+deployed!(Older: Server = other("WEIR_TEST_REDIS_6_2"));
+deployed!(Valkey: Server = other("WEIR_TEST_VALKEY"));
+
+async fn other(variable: &str) -> Server {
+    let program = std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names no server program"));
+    Server::start_of(&program, &[]).await
+}
+
 impl<D: Deployed> Harness for InRedis<D> {
     async fn start(keep: Keep) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
@@ -804,6 +821,8 @@ impl<D: Deployed> Harness for InRedis<D> {
 conformance!(redis: InRedis<Standalone>);
 conformance!(redis_sentinel: InRedis<Watched>);
 conformance!(redis_cluster: InRedis<Clustered>);
+conformance!(#[ignore = "needs Redis 6.2: tests/run.sh servers"] redis_6_2: InRedis<Older>);
+conformance!(#[ignore = "needs Valkey: tests/run.sh servers"] valkey: InRedis<Valkey>);
 
 // === what only memory promises ===
 

@@ -64,6 +64,7 @@ pub(super) use everywhere;
 /// One redis-server or redis-sentinel.
 pub struct Server {
     pub port: u16,
+    program: String,
     dir: PathBuf,
     args: Vec<String>,
     process: Option<Process>,
@@ -118,47 +119,59 @@ pub fn free_port() -> u16 {
 impl Server {
     /// Starts a server with nothing on disk but what `args` ask for, and waits until it answers.
     pub async fn start(args: &[&str]) -> Self {
-        let mut server = Server::prepared(args);
-        server.run("redis-server").await;
+        Server::start_of("redis-server", args).await
+    }
+
+    /// As [`start`](Self::start), another program: an older Redis, or Valkey.
+    pub async fn start_of(program: &str, args: &[&str]) -> Self {
+        let mut server = Server::prepared(program, args);
+        server.run().await;
         server
     }
 
-    fn prepared(args: &[&str]) -> Self {
+    fn prepared(program: &str, args: &[&str]) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("weir-redis-{}-{number}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        Server { port: 0, dir, args: args.iter().map(|arg| (*arg).to_owned()).collect(), process: None }
+        Server {
+            port: 0,
+            program: program.into(),
+            dir,
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            process: None,
+        }
     }
 
-    async fn run(&mut self, program: &str) {
+    async fn run(&mut self) {
         // Between the look for a free port and its use somebody else may take it.
         for _ in 0..10 {
             if self.port == 0 {
                 self.port = free_port();
             }
-            if self.spawn(program).await {
+            if self.spawn().await {
                 return;
             }
             self.port = 0;
         }
-        panic!("{program} does not start:\n{}", self.log());
+        panic!("{} does not start:\n{}", self.program, self.log());
     }
 
     /// False if it ended at once.
-    async fn spawn(&mut self, program: &str) -> bool {
+    async fn spawn(&mut self) -> bool {
+        let program = self.program.clone();
         let dir = self.dir.display().to_string();
         let mut args: Vec<String> = Vec::new();
         if program == "redis-sentinel" {
             args.push(format!("{dir}/sentinel.conf"));
         }
         let plain = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0"];
-        if program == "redis-server" {
+        if program != "redis-sentinel" {
             args.extend(plain.map(str::to_owned));
         }
         args.extend(["--dir".into(), dir.clone(), "--port".into(), self.port.to_string()]);
         args.extend(self.args.iter().map(|arg| arg.replace("{port}", &self.port.to_string())));
-        let process = Process::spawn(program, &dir, &args);
+        let process = Process::spawn(&program, &dir, &args);
         let pid = process.pid.as_raw_nonzero();
         self.process = Some(process);
         let give_up = tokio::time::Instant::now() + PATIENCE;
@@ -245,8 +258,7 @@ impl Server {
     /// On the same port, with the files it left.
     pub async fn restart(&mut self) {
         self.kill();
-        let program = if self.dir.join("sentinel.conf").exists() { "redis-sentinel" } else { "redis-server" };
-        assert!(self.spawn(program).await, "its port was taken:\n{}", self.log());
+        assert!(self.spawn().await, "its port was taken:\n{}", self.log());
     }
 }
 
@@ -279,13 +291,13 @@ impl Sentinel {
         }
         let mut sentinels = Vec::new();
         for _ in 0..3 {
-            let mut sentinel = Server::prepared(&[]);
+            let mut sentinel = Server::prepared("redis-sentinel", &[]);
             let conf = format!(
                 "bind 127.0.0.1\nsentinel monitor weir 127.0.0.1 {port} 2\nsentinel down-after-milliseconds weir 700\n\
                  sentinel failover-timeout weir 4000\nsentinel parallel-syncs weir 2\n"
             );
             fs::write(sentinel.dir.join("sentinel.conf"), conf).unwrap();
-            sentinel.run("redis-sentinel").await;
+            sentinel.run().await;
             sentinels.push(sentinel);
         }
         let all = Sentinel { servers, sentinels };
