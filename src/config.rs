@@ -234,7 +234,7 @@ part! {
         presences: usize as Count = 100_000,
         /// What a client may tell of itself where it is present.
         present_info: usize as Size = KIB,
-        /// Idempotency keys remembered of one channel.
+        /// Idempotency keys remembered of one channel, in memory. In Redis all are, for `bus.idempotency_window`.
         keys: usize as Count = 10_000,
         /// Bytes queued for one connection, beyond which nothing more is read from its channels.
         queued: usize as Size = 2 * MIB,

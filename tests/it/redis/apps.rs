@@ -173,3 +173,69 @@ async fn mistakes_are_told_at_the_start() {
         assert!(error.contains("bus.redis.url") && error.contains(sentence), "{error}");
     }
 }
+
+/// In the middle of an update: what a newer weir wrote is neither misread nor overwritten, and nobody is cut off for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_of_a_newer_weir_is_left_alone() {
+    let redis = RedisServer::start(&[]).await;
+    let node = on(&redis).await;
+    let mut stream = node.stream("channel=a").await;
+    stream.head().await;
+    stream.opening().await;
+    ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);
+    assert_eq!(stream.next().await.json()["data"], json!(1));
+    let version = async |byte: &str| {
+        let script = format!(
+            "local h = redis.call('HGET', KEYS[1], 'h') \
+                              return redis.call('HSET', KEYS[1], 'h', '\\{byte}' .. string.sub(h, 2))"
+        );
+        assert_eq!(redis.cli(&["EVAL", &script, "1", "weir:{a}:m"]).await, "0");
+    };
+    version("2").await;
+    let refused = [
+        ask(&node, "POST", "/v1/events?channel=a", "2").await,
+        ask(&node, "GET", "/v1/events?channel=a", "").await,
+        ask(&node, "DELETE", "/v1/events?channel=a", "").await,
+    ];
+    for refused in refused {
+        let problem = refused.expect(503).json();
+        assert_eq!(problem["code"], Code::BusUnavailable.as_str());
+        assert!(problem["detail"].as_str().unwrap().contains("a newer weir wrote this channel"), "{problem}");
+    }
+    // Messages of it are no mistake of this one's.
+    redis.cli(&["PUBLISH", "weir:{a}:e", "\u{2}e what it says"]).await;
+    redis.cli(&["PUBLISH", "weir:{nodes}:news", "\u{2}what it tells"]).await;
+    until("it is heard", || async { node.metrics.value("weir_redis_unreadable_total") >= 1.0 }).await;
+    ask(&node, "POST", "/v1/events?channel=other", "1").await.expect(201);
+    version("1").await;
+    let placed = ask(&node, "POST", "/v1/events?channel=a", "3").await.expect(201).json();
+    assert_eq!(placed["offset"], json!(2));
+    assert_eq!(stream.next().await.json()["data"], json!(3), "on the connection it has had all the time");
+    drop(stream);
+    node.empty().await;
+}
+
+/// Deliberately unlike memory: nothing counts them, and each ends by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_remembered_however_many_there_are() {
+    let redis = RedisServer::start(&[]).await;
+    let node = Server::with(|config| {
+        config.bus.backend = config::Backend::Redis;
+        config.bus.redis.url = redis.url().as_str().into();
+        config.limits.keys = 2;
+    })
+    .await;
+    for n in 1..=10 {
+        let path = format!("/v1/events?channel=a&key=k{n}");
+        Request::new(node.at, "POST", path).body("1").await.expect(201);
+    }
+    let again = ask(&node, "POST", "/v1/events?channel=a&key=k1", "1").await.expect(200).json();
+    assert_eq!((&again["offset"], &again["duplicate"]), (&json!(1), &json!(true)));
+    let keys = redis.cli(&["KEYS", "weir:{a}:k:*"]).await;
+    assert_eq!(keys.lines().count(), 10);
+    let window = config::Config::default().bus.idempotency_window.as_millis() as u64;
+    for key in keys.lines() {
+        let left: u64 = redis.cli(&["PTTL", key]).await.parse().unwrap();
+        assert!((1..=window).contains(&left), "{key} ends in {left} ms");
+    }
+}
