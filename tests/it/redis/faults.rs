@@ -3,7 +3,7 @@
 
 use weir::{
     backend::redis::Ack,
-    bus::Reason,
+    bus::{Keep, Reason},
     error::Code,
     event::Channel,
     position::{Position, Start},
@@ -500,4 +500,31 @@ async fn an_answer_that_waits_for_a_replica() {
     // Whoever was answered is there, though nobody waited for it here.
     assert_eq!(replica.cli(&["XLEN", "weir:{c}:s"]).await, "100");
     assert_eq!(node.bus.read(&channel("c"), Start::Earliest, ALL, None).await.unwrap().events.len(), 100);
+}
+
+/// Each node lets go by its own settings when it writes: where they differ the smaller ones count, and that is announced.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_keep_less_are_announced() {
+    let redis = Server::start(&[]).await;
+    let less = Keep { count: 100, ..KEEP };
+    let (a, b) = (Node::start(&redis.url()).await, Node::with(&redis.url(), less, Ack::Stored).await);
+    let (here, there) = (a.reader("c", Start::Now).await, b.reader("c", Start::Now).await);
+    let mut placed = Vec::new();
+    for n in 1..=1000 {
+        placed.push(a.publish("c", n).await.unwrap().position);
+    }
+    let behind = Start::After(placed[9]);
+    assert_eq!((numbers(&a.read("c", behind).await).len(), a.read("c", behind).await.gap), (990, None));
+    b.publish("c", 1001).await.unwrap();
+    for reader in [&here, &there] {
+        reader.sees(1001).await;
+        assert_eq!((reader.numbers(), reader.gaps()), ((1..=1001).collect(), vec![]), "who reads along misses nothing");
+    }
+    let late = a.reader("c", behind).await;
+    late.sees(1001).await;
+    let gaps = late.gaps();
+    assert_eq!((gaps.len(), gaps[0].reason, gaps[0].after), (1, Reason::Trimmed, Some(placed[9])), "{gaps:?}");
+    let first = gaps[0].next.offset;
+    assert_eq!(late.numbers(), (first..=1001).collect::<Vec<_>>());
+    assert_eq!(gaps[0].missed, Some(first - 11));
 }
