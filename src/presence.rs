@@ -69,9 +69,16 @@ pub struct Presence {
 struct State {
     book: Book,
     /// What was announced here, and the others do not know yet.
-    said: Vec<(Name, Position, Option<Arc<About>>)>,
+    said: Vec<Said>,
     /// Those who know too little or too much are to be told all of it.
     anew: bool,
+}
+
+/// What one event announced.
+struct Said {
+    channel: Channel,
+    at: Position,
+    members: Vec<(Arc<str>, Option<Arc<About>>)>,
 }
 
 /// One subscription's word that a client is there. Dropped, it is taken back.

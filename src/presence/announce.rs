@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 use serde_json::value::RawValue;
 
 use super::{
-    Presence, State,
+    Presence, Said, State,
     book::{Change, WINDOW},
     pause,
 };
@@ -49,6 +49,7 @@ impl Presence {
             let wait = {
                 let mut state = self.state.lock();
                 let now = self.now();
+                state.book.sweep(now);
                 state.book.lead(self.cluster.leads() && self.is_sure(), now);
                 state.book.next_due().map_or(WINDOW, |at| at.saturating_sub(now).min(WINDOW))
             };
@@ -110,7 +111,7 @@ impl Presence {
                 }
                 data.extend_from_slice(b"]}");
                 match self.place(&on, kind, data).await {
-                    Ok(Some(at)) => self.placed(chunk, at),
+                    Ok(Some(at)) => self.placed(channel, chunk, at),
                     // Somebody else announces now.
                     Ok(None) => return,
                     Err(error) => tracing::warn!(%channel, %error, "could not announce who is there"),
@@ -140,21 +141,20 @@ impl Presence {
         }
     }
 
-    fn placed(&self, chunk: Vec<Change>, at: Position) {
+    fn placed(&self, channel: &Channel, chunk: Vec<Change>, at: Position) {
         self.metrics.presence_announced.add(chunk.len() as u64);
         let now = self.now();
         let mut state = self.state.lock();
         let State { book, said, .. } = &mut *state;
-        for Change { channel, client, about, .. } in chunk {
-            let name = (channel, client);
-            if book.has_others() {
-                said.push((name.clone(), at, about.clone()));
-            }
-            book.told(name, about, at, now);
-        }
-        if !said.is_empty() {
+        if book.has_others() {
+            let members = chunk.iter().map(|change| (change.client.clone(), change.about.clone())).collect();
+            said.push(Said { channel: channel.clone(), at, members });
             self.news.notify_one();
         }
+        for Change { channel, client, about, .. } in chunk {
+            book.told((channel, client), about, now);
+        }
+        book.upto(channel, at, now);
     }
 
     /// Nobody who could say so knows what was announced: all nodes are new. So all who were announced are gone.
@@ -167,7 +167,9 @@ impl Presence {
             let full = page.len() == PAGE;
             let mut ended = stream::iter(page).map(|info| self.end(info.channel)).buffer_unordered(AT_ONCE);
             while let Some(ended) = ended.next().await {
-                ended?;
+                if let Some((channel, at)) = ended? {
+                    self.state.lock().book.upto(&channel, at, self.now());
+                }
             }
             if !full {
                 break;
@@ -181,12 +183,15 @@ impl Presence {
         Ok(())
     }
 
-    async fn end(&self, on: Channel) -> Result<()> {
+    /// The channel that it is about, and where it says so.
+    async fn end(&self, on: Channel) -> Result<Option<(Channel, Position)>> {
         let last = self.bus.read(&on, Start::Last(1), Limit { events: 1, bytes: 0 }, None).await?;
-        let is_ended = |event: &Arc<crate::event::Event>| event.data_json() == Some(ALL_GONE);
-        if last.events.last().is_some_and(is_ended) {
-            return Ok(());
-        }
-        self.place(&on, LEAVE, ALL_GONE.into()).await.map(drop)
+        let is_ended = |event: &&Arc<crate::event::Event>| event.data_json() == Some(ALL_GONE);
+        let at = match last.events.last().filter(is_ended) {
+            Some(event) => Some(event.position()),
+            None => self.place(&on, LEAVE, ALL_GONE.into()).await?,
+        };
+        let channel = on.as_str().strip_prefix(PRESENCE).and_then(|name| Channel::parse(name).ok());
+        Ok(channel.zip(at))
     }
 }

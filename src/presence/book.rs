@@ -1,7 +1,7 @@
 //! [`Book`]: who is held to be on which channel, and what of it was announced. No clock, no bus, no cluster.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     ops::Bound,
     sync::Arc,
 };
@@ -14,6 +14,9 @@ use crate::{cluster::NodeId, event::Channel, position::Position};
 
 /// Milliseconds for which a change has to last before it is announced: who comes back within it was not away.
 pub const WINDOW: u64 = 250;
+/// Milliseconds for which it is known of a channel that all have left up to where that was announced. After that the log
+/// itself says where, as soon as `SETTLED` is over; much longer than that, for clocks differ.
+pub const KEPT: u64 = 30_000;
 
 /// All members that this node knows of.
 #[derive(Default)]
@@ -23,6 +26,8 @@ pub struct Book {
     due: BTreeMap<(u64, u64), Name>,
     /// What this node holds otherwise than the others know. Kept only while there are others.
     news: IndexSet<Name, RandomState>,
+    /// Channels that nobody is on, each once, and when they may be forgotten.
+    deserted: VecDeque<(u64, Channel)>,
     numbers: u64,
     leading: bool,
     others: bool,
@@ -39,8 +44,12 @@ struct Room {
     members: BTreeMap<Arc<str>, Member>,
     /// Of them, those that were announced.
     told: usize,
-    /// The last event that is reflected in that.
+    /// The last event that is reflected in that. It only goes forward.
     at: Option<Position>,
+    /// Since when nobody is here, if so.
+    empty: u64,
+    /// Whether it is among those that are deserted.
+    deserted: bool,
 }
 
 #[derive(Default)]
@@ -255,7 +264,7 @@ impl Book {
                 let (about, before) = (member.to_tell(), member.told.clone());
                 changes.push(Change { channel, client, about, before });
             } else {
-                self.tidy(&channel, &client);
+                self.tidy(&channel, &client, now);
             }
         }
         changes
@@ -266,10 +275,10 @@ impl Book {
         self.due.first_key_value().map(|((at, _), _)| *at)
     }
 
-    /// It was announced that a member is there, or gone, by the event at `at`.
-    pub fn told(&mut self, name: Name, about: Option<Arc<About>>, at: Position, now: u64) {
+    /// It was announced that a member is there, or gone. When all that one event says has been told, [`upto`](Self::upto)
+    /// follows.
+    pub fn told(&mut self, name: Name, about: Option<Arc<About>>, now: u64) {
         let room = self.rooms.entry(name.0.clone()).or_default();
-        room.at = Some(at);
         let member = room.members.entry(name.1.clone()).or_default();
         let was = member.told.is_some();
         let same = member.held.iter().map(|held| &held.about).find(|held| about.as_ref() == Some(held));
@@ -282,17 +291,28 @@ impl Book {
         self.settle(name, now);
     }
 
+    /// Whatever was announced on a channel up to the event at `at` is known.
+    pub fn upto(&mut self, channel: &Channel, at: Position, now: u64) {
+        let room = self.rooms.entry(channel.clone()).or_default();
+        if room.at.is_none_or(|known| known.epoch != at.epoch || known.offset < at.offset) {
+            room.at = Some(at);
+        }
+        self.desert(channel, now);
+    }
+
     /// All that was announced.
-    pub fn all_told(&self) -> impl Iterator<Item = (&Channel, &Arc<str>, &Arc<About>, Position)> {
-        self.rooms.iter().flat_map(|(channel, room)| {
-            let at = room.at.unwrap_or(Position::absent(0));
-            room.members.iter().filter_map(move |(client, member)| Some((channel, client, member.told.as_ref()?, at)))
-        })
+    pub fn all_told(&self) -> impl Iterator<Item = (&Channel, &Arc<str>, &Arc<About>)> {
+        self.each().filter_map(|(channel, client, member)| Some((channel, client, member.told.as_ref()?)))
+    }
+
+    /// And up to where, also on channels that all have left.
+    pub fn all_upto(&self) -> impl Iterator<Item = (&Channel, Position)> {
+        self.rooms.iter().filter_map(|(channel, room)| Some((channel, room.at?)))
     }
 
     /// Nothing of what was announced counts any more.
     pub fn untell(&mut self, now: u64) {
-        let all: Vec<Name> = self.all_told().map(|(channel, client, _, _)| (channel.clone(), client.clone())).collect();
+        let all: Vec<Name> = self.all_told().map(|(channel, client, _)| (channel.clone(), client.clone())).collect();
         for name in all {
             let Some(room) = self.rooms.get_mut(&name.0) else { continue };
             if room.members.get_mut(&name.1).and_then(|member| member.told.take()).is_some() {
@@ -310,7 +330,22 @@ impl Book {
 
     /// Channels that anybody is or was announced to be on.
     pub fn channels(&self) -> usize {
-        self.rooms.len()
+        self.rooms.values().filter(|room| !room.members.is_empty()).count()
+    }
+
+    /// Forgets the channels that all left long ago.
+    pub fn sweep(&mut self, now: u64) {
+        while let Some((_, channel)) = self.deserted.pop_front_if(|(at, _)| *at <= now) {
+            let Some(room) = self.rooms.get_mut(&channel) else { continue };
+            let until = room.empty.saturating_add(KEPT);
+            if !room.members.is_empty() {
+                room.deserted = false;
+            } else if until > now {
+                self.deserted.push_back((until, channel));
+            } else {
+                self.rooms.remove(&channel);
+            }
+        }
     }
 
     /// Members of a channel by name, from the first after `after` on; at most `most`, and about `bytes` of JSON.
@@ -361,7 +396,7 @@ impl Book {
         if leading && !member.queued && member.differs() {
             self.queue(name, now);
         } else {
-            self.tidy(&name.0, &name.1);
+            self.tidy(&name.0, &name.1, now);
         }
     }
 
@@ -377,7 +412,7 @@ impl Book {
         self.rooms.get_mut(&name.0)?.members.get_mut(&name.1)
     }
 
-    fn tidy(&mut self, channel: &Channel, client: &str) {
+    fn tidy(&mut self, channel: &Channel, client: &str, now: u64) {
         let Some(room) = self.rooms.get_mut(channel) else { return };
         if room
             .members
@@ -385,9 +420,21 @@ impl Book {
             .is_some_and(|member| member.held.is_empty() && member.told.is_none() && !member.queued)
         {
             room.members.remove(client);
+            self.desert(channel, now);
         }
-        if room.members.is_empty() {
+    }
+
+    /// Keeps what is known of a channel that nobody is on for a while: a list that forgot it at once would begin further
+    /// back than the one before.
+    fn desert(&mut self, channel: &Channel, now: u64) {
+        let Some(room) = self.rooms.get_mut(channel).filter(|room| room.members.is_empty()) else { return };
+        if room.at.is_none() {
             self.rooms.remove(channel);
+            return;
+        }
+        room.empty = now;
+        if !std::mem::replace(&mut room.deserted, true) {
+            self.deserted.push_back((now.saturating_add(KEPT), channel.clone()));
         }
     }
 }

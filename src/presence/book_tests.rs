@@ -53,7 +53,7 @@ proptest! {
         book.lead(true, 0);
         let mut leading = true;
         let mut led_since = 0;
-        let (mut now, mut offset) = (1_000, 0);
+        let (mut now, mut offset, mut told_at) = (1_000, 0, 0);
         // The account: who holds a client, since when that is so or not so, who was announced.
         let mut leases: HashMap<u8, Vec<(u64, Arc<str>)>> = HashMap::new();
         let mut far: BTreeSet<(u8, u8)> = BTreeSet::new();
@@ -107,8 +107,11 @@ proptest! {
                 prop_assert!(now >= since + WINDOW, "announced after {} ms", now - since);
                 prop_assert!(if here { told.insert(client) } else { told.remove(&client) }, "announced twice");
                 offset += 1;
-                book.told((channel(), change.client), change.about, at(offset), now);
+                told_at = now;
+                book.told((channel(), change.client), change.about, now);
+                book.upto(&channel(), at(offset), now);
             }
+            book.sweep(now);
             for (client, (here, since)) in &stable {
                 let lasted = leading && now >= since.max(&led_since) + WINDOW;
                 prop_assert!(!lasted || told.contains(&client.to_string()) == *here, "not announced in time");
@@ -117,7 +120,8 @@ proptest! {
             let listed: BTreeSet<String> = page.members.iter().map(|(client, _)| client.to_string()).collect();
             prop_assert_eq!(&listed, &told);
             prop_assert_eq!((page.count, book.members()), (told.len(), told.len()));
-            prop_assert!(book.due.len() <= 4);
+            prop_assert!(page.at == (offset > 0).then(|| at(offset)) || (told.is_empty() && now >= told_at + KEPT));
+            prop_assert!(book.due.len() <= 4 && book.deserted.len() <= 1);
             prop_assert!(leading || book.next_due().is_none());
         }
         // Everybody goes.
@@ -129,9 +133,12 @@ proptest! {
         now += 2 * WINDOW;
         for change in book.due(now, 100) {
             prop_assert!(change.about.is_none());
-            book.told((channel(), change.client), None, at(offset), now);
+            book.told((channel(), change.client), None, now);
+            book.upto(&channel(), at(offset), now);
         }
         prop_assert_eq!((book.own(), book.members(), book.channels(), book.next_due()), (0, 0, 0, None));
+        book.sweep(now + KEPT);
+        prop_assert_eq!((book.rooms.len(), book.deserted.len()), (0, 0));
     }
 }
 
@@ -153,11 +160,33 @@ fn others_hear_what_they_do_not_know() {
     book.leave((channel(), client), second, 4);
     assert_eq!(book.news(), [((channel(), "c".into()), None)]);
     // What was announced and is heard again is kept once.
-    book.told((channel(), "d".into()), Some(Arc::new(about(3))), at(1), 5);
-    let (_, _, told, _) = book.all_told().next().unwrap();
+    book.told((channel(), "d".into()), Some(Arc::new(about(3))), 5);
+    let (_, _, told) = book.all_told().next().unwrap();
     assert_eq!(Arc::strong_count(told), 2);
     book.forget(NodeId(1), 6);
     assert_eq!((book.members(), book.channels()), (1, 1));
     book.untell(7);
     assert_eq!((book.members(), book.channels()), (0, 0));
+}
+
+#[test]
+fn an_empty_channel_is_known_for_a_while() {
+    let mut book = Book::default();
+    let name = (channel(), Arc::<str>::from("c"));
+    let known = |book: &Book| book.page(&channel(), None, 1, 1).at;
+    book.told(name.clone(), Some(Arc::new(about(1))), 0);
+    book.upto(&channel(), at(7), 0);
+    book.told(name.clone(), None, 10);
+    book.upto(&channel(), at(8), 10);
+    book.sweep(KEPT - 1);
+    assert_eq!((known(&book), book.channels()), (Some(at(8)), 0));
+    // Somebody was here again meanwhile: it is kept from then on, and not twice.
+    book.told(name.clone(), Some(Arc::new(about(1))), 20_000);
+    book.told(name, None, 20_010);
+    book.upto(&channel(), at(10), 20_010);
+    book.upto(&channel(), at(9), 20_010);
+    book.sweep(KEPT + 19_000);
+    assert_eq!((known(&book), book.deserted.len()), (Some(at(10)), 1));
+    book.sweep(KEPT + 20_010);
+    assert_eq!((known(&book), book.rooms.len(), book.deserted.len()), (None, 0, 0));
 }

@@ -9,13 +9,14 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    About, Presence, State,
+    About, Presence, Said, State,
     book::Name,
     pause,
     wire::{self, Mails, Note},
 };
 use crate::{
     cluster::{Incoming, Member, NodeId, Sent, Topic, Weight},
+    event::Channel,
     position::Position,
 };
 
@@ -41,8 +42,10 @@ struct Node {
     backlog: VecDeque<Bytes>,
     /// Since when it is not known whether it still holds what it said.
     lost: Option<u64>,
-    /// What it says was announced, until it has said all.
-    told: Option<Vec<(Name, Position, About)>>,
+    /// What it says was announced, until it has said the whole of it: all of one event, or all that ever was.
+    told: Vec<(Name, Option<About>)>,
+    /// All that ever was, and up to where.
+    all: Option<Vec<(Channel, Position)>>,
 }
 
 impl Presence {
@@ -104,7 +107,7 @@ impl Presence {
             Incoming::Lost { with, .. } => {
                 if let Some(node) = nodes.get_mut(&with) {
                     node.backlog.clear();
-                    node.told = None;
+                    (node.told, node.all) = (Vec::new(), None);
                     node.greet = Some(now);
                     node.lost.get_or_insert(now);
                 }
@@ -124,17 +127,27 @@ impl Presence {
             }
             // Only one node announces, and hears of it from nobody.
             _ if book.leads() => {}
-            Note::AllTold => node.told = Some(Vec::new()),
-            Note::Told(name, at, about) => match &mut node.told {
-                Some(told) => told.push((name, at, about)),
-                None => book.told(name, Some(about.into()), at, now),
+            Note::AllTold => (node.told, node.all) = (Vec::new(), Some(Vec::new())),
+            Note::Told(name, about) => node.told.push((name, Some(about))),
+            Note::Untold(name) => node.told.push((name, None)),
+            Note::Upto(channel, at) => match &mut node.all {
+                Some(all) => all.push((channel, at)),
+                // A list that had a part of an event would be of no position.
+                None => {
+                    for (name, about) in node.told.drain(..) {
+                        book.told(name, about.map(Into::into), now);
+                    }
+                    book.upto(&channel, at, now);
+                }
             },
-            Note::Untold(name, at) => book.told(name, None, at, now),
             Note::ThatTold => {
-                let Some(told) = node.told.take() else { return };
+                let Some(all) = node.all.take() else { return };
                 book.untell(now);
-                for (name, at, about) in told {
-                    book.told(name, Some(about.into()), at, now);
+                for (name, about) in std::mem::take(&mut node.told) {
+                    book.told(name, about.map(Into::into), now);
+                }
+                for (channel, at) in all {
+                    book.upto(&channel, at, now);
                 }
                 self.sure.store(true, Relaxed);
             }
@@ -159,8 +172,11 @@ impl Presence {
                 None => mails.gone((channel, client)),
             }
         }
-        for ((channel, client), at, about) in &said {
-            mails.told((channel, client), *at, about.as_deref());
+        for Said { channel, at, members } in &said {
+            for (client, about) in members {
+                mails.told((channel, client), about.as_deref());
+            }
+            mails.upto(channel, *at);
         }
         let news = mails.finish();
         for node in nodes.values_mut() {
@@ -187,8 +203,11 @@ impl Presence {
         mails.that();
         if state.book.leads() {
             mails.all_told();
-            for (channel, client, about, at) in state.book.all_told() {
-                mails.told((channel, client), at, Some(about));
+            for (channel, client, about) in state.book.all_told() {
+                mails.told((channel, client), Some(about));
+            }
+            for (channel, at) in state.book.all_upto() {
+                mails.upto(channel, at);
             }
             mails.that_told();
         }

@@ -7,7 +7,8 @@
 //!   2 held       name · about                            it holds this member, as it is now
 //!   3 gone       name                                    and this one no longer
 //!   4 that       is all that it holds
-//!   5 …8         the same of what was announced: 6 and 7 begin with the position of the event; only from who announces
+//!   5 …8         the same of what was announced; only from who announces
+//!   9 upto       position · channel                      so far: what one event announced, after the members of it
 //! name    length:1 · channel · length:1 · client
 //! about   since:8 · brief:2 · text                       to the end of the note
 //! position  epoch, six characters of it, or 0 · - · offset
@@ -30,9 +31,10 @@ pub enum Note {
     Gone(Name),
     That,
     AllTold,
-    Told(Name, Position, About),
-    Untold(Name, Position),
+    Told(Name, About),
+    Untold(Name),
     ThatTold,
+    Upto(Channel, Position),
 }
 
 /// Notes that become mails of at most about `most` bytes each.
@@ -70,10 +72,8 @@ impl Mails {
         self.note(5, |_| {});
     }
 
-    pub fn told(&mut self, name: (&Channel, &str), at: Position, about: Option<&About>) {
+    pub fn told(&mut self, name: (&Channel, &str), about: Option<&About>) {
         self.note(if about.is_some() { 6 } else { 7 }, |out| {
-            let at = at.to_string();
-            put_text(&at, out);
             put_name(name, out);
             if let Some(about) = about {
                 put_about(about, out);
@@ -83,6 +83,13 @@ impl Mails {
 
     pub fn that_told(&mut self) {
         self.note(8, |_| {});
+    }
+
+    pub fn upto(&mut self, channel: &Channel, at: Position) {
+        self.note(9, |out| {
+            put_text(&at.to_string(), out);
+            put_text(channel.as_str(), out);
+        });
     }
 
     fn note(&mut self, tag: u8, write: impl FnOnce(&mut Vec<u8>)) {
@@ -148,15 +155,13 @@ fn note(tag: u8, mut from: &[u8]) -> Option<Note> {
         3 => Note::Gone(name(from)?),
         4 => Note::That,
         5 => Note::AllTold,
-        6 => {
-            let at = text(from)?.parse().ok()?;
-            Note::Told(name(from)?, at, about(from)?)
-        }
-        7 => {
-            let at = text(from)?.parse().ok()?;
-            Note::Untold(name(from)?, at)
-        }
+        6 => Note::Told(name(from)?, about(from)?),
+        7 => Note::Untold(name(from)?),
         8 => Note::ThatTold,
+        9 => {
+            let at = text(from)?.parse().ok()?;
+            Note::Upto(Channel::parse(text(from)?).ok()?, at)
+        }
         _ => return None,
     })
 }
@@ -197,13 +202,15 @@ mod tests {
                 let (channel, client) = name(n);
                 mails.held((&channel, &client), &about);
                 mails.gone((&channel, &client));
-                mails.told((&channel, &client), at, Some(&about));
-                mails.told((&channel, &client), Position::absent(3), None);
+                mails.told((&channel, &client), Some(&about));
+                mails.told((&channel, &client), None);
+                mails.upto(&channel, at);
                 notes.extend([
                     Note::Held(name(n), about.clone()),
                     Note::Gone(name(n)),
-                    Note::Told(name(n), at, about.clone()),
-                    Note::Untold(name(n), Position::absent(3)),
+                    Note::Told(name(n), about.clone()),
+                    Note::Untold(name(n)),
+                    Note::Upto(name(n).0, at),
                 ]);
             }
             mails.that();
@@ -233,7 +240,7 @@ mod tests {
         later[0] = 2;
         assert_eq!(read(&later), []);
         for _ in 0..10_000 {
-            let noise: Vec<u8> = std::iter::once(1).chain((0..30).map(|_| fastrand::u8(..9))).collect();
+            let noise: Vec<u8> = std::iter::once(1).chain((0..30).map(|_| fastrand::u8(..10))).collect();
             read(&noise);
         }
     }

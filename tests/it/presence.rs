@@ -242,6 +242,49 @@ async fn ten_thousand_come_and_go_in_few_events() {
 }
 
 #[tokio::test]
+async fn a_list_is_what_was_announced_up_to_its_position() {
+    let weir = weir().await;
+    let hall = weir::event::Channel::parse("hall").unwrap();
+    let enter = |n: usize| {
+        let client = weir::presence::Client::read(&format!("client-{n:03}"), None, 100).unwrap();
+        weir.gateway().presence.enter(&hall, &client, "", "ws").unwrap()
+    };
+    // More than one event takes.
+    let mut leases: Vec<_> = (0..900).map(enter).collect();
+    let mut lists = Vec::new();
+    let mut left = 20;
+    while left > 0 {
+        let list = list(&weir, "hall").await;
+        match list["count"].as_u64().unwrap() {
+            900 => leases.clear(),
+            // What comes after the end is of a position too.
+            0 if leases.is_empty() => left -= 1,
+            _ => {}
+        }
+        lists.push(list);
+    }
+    let log = weir.get("/v1/events?channel=$presence/hall&after=earliest&limit=1000").await.expect(200).json();
+    let mut events = log["events"].as_array().unwrap().iter().peekable();
+    let (mut replay, mut last) = (Replay::default(), 0);
+    for list in &lists {
+        let (epoch, offset) = list["position"].as_str().unwrap().split_once('-').unwrap();
+        // Nothing was announced yet.
+        let offset = if epoch == "0" { 0 } else { offset.parse().unwrap() };
+        assert!(offset >= last, "from {last} back to {offset}");
+        last = offset;
+        while let Some(event) = events.next_if(|event| event["offset"].as_u64().unwrap() <= offset) {
+            replay.take(event);
+        }
+        // The first page of it.
+        let members = list["members"].as_array().unwrap();
+        assert_eq!(list["count"], replay.members.len(), "at {offset}");
+        assert!(members.iter().eq(replay.list().into_iter().take(members.len())), "at {offset}");
+    }
+    assert_eq!((replay.joins, replay.leaves, events.next()), (900, 900, None));
+    assert!(replay.events > 2, "{} events", replay.events);
+}
+
+#[tokio::test]
 async fn what_makes_no_sense_is_refused() {
     let weir = weir().with(|config| (config.limits.presences, config.limits.present_info) = (2, 20)).await;
     for bad in [

@@ -330,3 +330,48 @@ async fn a_storm_across_nodes_is_few_events_and_leaves_nothing() {
     let info = nodes.bus.inspect(&chat().presence().unwrap()).await.unwrap();
     assert!(info.top < 200, "{} events", info.top);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_of_any_node_is_what_was_announced_up_to_its_position() {
+    let nodes = Nodes::start(2);
+    // Whichever announces, what the other hears of one event takes several mails.
+    let mut leases: Vec<_> = (0..4_000).map(|n| nodes.enter(n % 2, &format!("c{n:04}-{}", "x".repeat(100)))).collect();
+    let (mut lists, mut ends) = ([Vec::new(), Vec::new()], [0, 0]);
+    let start = Instant::now();
+    while ends.iter().any(|end| *end < 20) {
+        assert!(start.elapsed() < PATIENCE);
+        for node in 0..2 {
+            let listed = nodes.nodes[node].presence.list(&chat(), None, 100_000, usize::MAX).await.unwrap();
+            ends[node] += usize::from(leases.is_empty() && listed.page.count == 0);
+            let names: BTreeSet<String> = listed.page.members.iter().map(|(client, _)| client.to_string()).collect();
+            lists[node].push((listed.position.unwrap(), names));
+        }
+        if lists.iter().all(|lists| lists.last().is_some_and(|(_, names)| names.len() == 4_000)) {
+            leases.clear();
+        }
+    }
+    let limit = Limit { events: 10_000, bytes: usize::MAX };
+    let log = nodes.bus.read(&chat().presence().unwrap(), Start::Earliest, limit, None).await.unwrap().events;
+    for lists in &lists {
+        let (mut members, mut events, mut last) = (BTreeSet::new(), log.iter().peekable(), 0);
+        for (at, names) in lists {
+            // Nothing was announced yet.
+            let offset = if at.epoch.is_absent() { 0 } else { at.offset };
+            assert!(offset >= last, "from {last} back to {offset}");
+            last = offset;
+            while let Some(event) = events.next_if(|event| event.offset <= offset) {
+                let data: Value = serde_json::from_str(event.data_json().unwrap()).unwrap();
+                for member in data["members"].as_array().unwrap() {
+                    let client = member["client"].as_str().unwrap().to_owned();
+                    if event.kind_json() == Some("\"join\"") {
+                        members.insert(client);
+                    } else {
+                        members.remove(&client);
+                    }
+                }
+            }
+            assert!(*names == members, "at {offset}: {} are listed, {} announced", names.len(), members.len());
+        }
+        assert!(events.next().is_none());
+    }
+}
