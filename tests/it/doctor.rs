@@ -250,6 +250,33 @@ async fn a_redis_that_is_set_up_badly() {
 }
 
 #[tokio::test]
+async fn a_redis_that_is_full() {
+    let redis = Server::start(&[]).await;
+    redis.cli(&["CONFIG", "SET", "maxmemory", "100kb"]).await;
+    let found = doctor(&["--redis", &redis.url()]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("memory", "problem", "are refused (OOM)");
+    assert!(found.of("memory")["change"].as_str().unwrap().contains("publishes fail now"), "{}", found.prose);
+    // One thing is wrong, and it is said once.
+    found.is("commands", "ok", "all else that weir uses works");
+    assert_eq!(found.lines.iter().filter(|finding| finding["state"] == "problem").count(), 1, "{}", found.prose);
+    assert!(!found.prose.contains("ACL") && !found.prose.contains("no such key"), "{}", found.prose);
+}
+
+#[tokio::test]
+async fn a_redis_that_is_asked_for_what_it_does_not_have() {
+    let redis = Server::start(&["--rename-command", "XTRIM", ""]).await;
+    let found = doctor(&["--redis", &redis.url()]).await;
+    assert_eq!(found.code, Some(1), "{}", found.prose);
+    found.is("commands", "problem", "XTRIM: ");
+    assert!(!found.prose.contains("ACL"), "{}", found.prose);
+    // TLS, where there is none.
+    let found = doctor(&["--redis", &redis.url().replace("redis://", "rediss://")]).await;
+    assert_eq!(found.code, Some(4), "{}", found.prose);
+    found.is("reach", "problem", "does not speak TLS");
+}
+
+#[tokio::test]
 async fn what_the_user_may_not() {
     let redis = Server::start(&[]).await;
     redis.cli(&["ACL", "SETUSER", "poor", "on", ">pw", "~other:*", "resetchannels", "+@all", "-xadd", "-config"]).await;
@@ -259,6 +286,7 @@ async fn what_the_user_may_not() {
     found.is("commands", "problem", "keys that begin with weir: are not allowed");
     found.is("commands", "problem", "channels that begin with weir: are not allowed");
     found.is("buffers", "advice", "kept from us");
+    assert!(!found.prose.contains("no such key"), "that follows: {}", found.prose);
     // What it advises is enough.
     let advised = found.of("commands")["change"].as_str().unwrap().to_owned();
     let rules: Vec<&str> = advised.split(' ').filter(|word| word.starts_with(['~', '&', '+', '-'])).collect();

@@ -4,14 +4,22 @@ mod commands;
 mod deployment;
 mod server;
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use redis::{RedisError, Value, cmd};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
 
 pub use self::deployment::client;
 use self::server::{Part, Server};
 use super::{super::Failure, Report};
 use crate::backend::redis::address::{Address, Kind, Url};
+
+/// How long a server may take to show that it speaks no TLS.
+const PLAIN: Duration = Duration::from_secs(2);
 
 /// Looks at what `url` names. `prefix` is `bus.redis.prefix`.
 pub async fn examine(url: &str, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
@@ -32,7 +40,7 @@ async fn reach(url: &Url, address: &Address, report: &mut Report<'_>) -> Result<
     match Server::connect(url, address, true).await {
         Ok(server) => Ok(server),
         Err(error) => {
-            report.problem("reach", reason(&error), remedy(&error))?;
+            unreachable(url, address, &error, "reach", remedy(&error), report).await?;
             Err(match is_refused(&error) {
                 true => Failure::Refused("Redis does not let us in".into()),
                 false => Failure::Unavailable("there is nothing to look at".into()),
@@ -54,7 +62,7 @@ async fn sentinel(
         let mut server = match Server::connect(url, address, false).await {
             Ok(server) => server,
             Err(error) => {
-                report.problem("sentinel", reason(&error), "start it, or take it out of the URL")?;
+                unreachable(url, address, &error, "sentinel", AWAY, report).await?;
                 continue;
             }
         };
@@ -125,7 +133,7 @@ async fn cluster(url: &Url, seeds: &[Address], prefix: &str, report: &mut Report
                 report.problem("reach", reason(&error), remedy(&error))?;
                 return Err(Failure::Refused("Redis does not let us in".into()));
             }
-            Err(error) => report.problem("reach", reason(&error), "start it, or take it out of the URL")?,
+            Err(error) => unreachable(url, address, &error, "reach", AWAY, report).await?,
         }
     }
     let Some(mut server) = first else {
@@ -167,10 +175,40 @@ async fn cluster(url: &Url, seeds: &[Address], prefix: &str, report: &mut Report
         report.of(address.to_string());
         match Server::connect(url, &address, true).await {
             Ok(mut server) => server.examine(Part::Shard, prefix, report).await?,
-            Err(error) => report.problem("reach", reason(&error), remedy(&error))?,
+            Err(error) => unreachable(url, &address, &error, "reach", remedy(&error), report).await?,
         }
     }
     Ok(())
+}
+
+const AWAY: &str = "start it, or take it out of the URL";
+
+/// Says why there is no connection, as far as it can be known.
+async fn unreachable(
+    url: &Url,
+    address: &Address,
+    error: &RedisError,
+    check: &str,
+    change: &str,
+    report: &mut Report<'_>,
+) -> Result<(), Failure> {
+    // One that speaks no TLS waits for the end of what it takes for a command: all that shows is that nothing comes.
+    if url.tls && !is_refused(error) && is_plain(address).await {
+        let change = "leave out the s of rediss, or name the port where it speaks TLS (tls-port)";
+        return report.problem(check, "it answers, but does not speak TLS", change);
+    }
+    report.problem(check, reason(error), change)
+}
+
+/// Whether a server answers without TLS. It is told nothing that is secret.
+async fn is_plain(address: &Address) -> bool {
+    let ask = async {
+        let mut socket = TcpStream::connect((&*address.host, address.port)).await?;
+        socket.write_all(b"PING\r\n").await?;
+        socket.read_u8().await
+    };
+    // +PONG, or an error that it wants a password.
+    matches!(timeout(PLAIN, ask).await, Ok(Ok(b'+' | b'-')))
 }
 
 /// What Redis said, or what happened to the connection.

@@ -45,6 +45,8 @@ pub struct Server {
     /// Of CONFIG, unless it is kept from us.
     settings: HashMap<String, String>,
     resp3: Result<(), String>,
+    /// It refuses what takes memory.
+    full: bool,
 }
 
 impl Server {
@@ -66,8 +68,14 @@ impl Server {
                     .await?
             }
         };
-        let mut server =
-            Server { connection, database: url.database, info: HashMap::new(), settings: HashMap::new(), resp3 };
+        let mut server = Server {
+            connection,
+            database: url.database,
+            info: HashMap::new(),
+            settings: HashMap::new(),
+            resp3,
+            full: false,
+        };
         // The first command shows whether we are let in.
         let _: String = server.ask(&cmd("PING")).await?;
         Ok(server)
@@ -164,6 +172,7 @@ impl Server {
         let scratch = format!("{prefix}{{$doctor-{:08x}}}", fastrand::u32(..));
         // What is refused for one reason is one thing to change.
         let mut refused: Vec<(String, Vec<&str>)> = Vec::new();
+        let (mut full, mut denied, mut follows) = (Vec::new(), false, Vec::new());
         let all = commands::all(&scratch, part == Part::Shard);
         for (name, command) in &all {
             let Err(error) = self.ask::<redis::Value>(command).await else { continue };
@@ -171,7 +180,18 @@ impl Server {
             if matches!(error.code(), Some("MOVED" | "ASK")) {
                 continue;
             }
-            let why = match (error.code(), reason(&error)) {
+            if error.code() == Some("OOM") {
+                full.push(*name);
+                continue;
+            }
+            let why = reason(&error);
+            // What an earlier command should have put there is missing.
+            if error.code() == Some("NOSCRIPT") || why.contains("no such key") {
+                follows.push((why, vec![*name]));
+                continue;
+            }
+            denied |= error.code() == Some("NOPERM");
+            let why = match (error.code(), why) {
                 (Some("NOPERM"), why) if why.contains("keys used") => {
                     format!("keys that begin with {prefix} are not allowed")
                 }
@@ -188,13 +208,33 @@ impl Server {
             }
         }
         let _: Result<redis::Value, _> = self.ask(cmd("DEL").arg(&commands::keys(&scratch))).await;
+        self.full = !full.is_empty();
+        if self.full {
+            let (used, most) = (self.number("used_memory"), self.number("maxmemory"));
+            let known = match most {
+                0 => String::new(),
+                _ => format!(", with {} used and a maxmemory of {}", Size(used), Size(most)),
+            };
+            let found = format!("full: {} are refused (OOM){known}", full.join(" "));
+            report.problem("memory", found, "publishes fail now: raise maxmemory, or keep less in the channels")?;
+        } else if refused.is_empty() {
+            // And nobody is to blame for it.
+            refused = follows;
+        }
         if refused.is_empty() {
-            return report.ok("commands", format!("all that weir uses work ({})", all.len()));
+            let all = all.len() - full.len();
+            let which = if self.full { "all else that weir uses works" } else { "all that weir uses work" };
+            return report.ok("commands", format!("{which} ({all})"));
         }
         let refused: Vec<String> = refused.iter().map(|(why, names)| format!("{}: {why}", names.join(" "))).collect();
-        let change = format!(
-            "ACL SETUSER NAME ~{prefix}* &{prefix}* +@all -@admin -@dangerous +info +role +config|get allows what weir needs"
-        );
+        let change = match denied {
+            true => format!(
+                "ACL SETUSER NAME ~{prefix}* &{prefix}* +@all -@admin -@dangerous +info +role +config|get allows what weir needs"
+            ),
+            false => {
+                "weir needs them: see the log of Redis, and what its configuration renames or leaves out".to_owned()
+            }
+        };
         report.problem("commands", refused.join("; "), change)
     }
 
@@ -299,7 +339,9 @@ impl Server {
         let (used, most) = (self.number("used_memory"), self.number("maxmemory"));
         let policy = self.said("maxmemory_policy");
         let full = used * 100 / most.max(1);
-        if most == 0 {
+        if self.full {
+            // Said where it was seen.
+        } else if most == 0 {
             let found = format!("{} used, no maxmemory", Size(used));
             let change = "set maxmemory to about two thirds of the machine's: publishes are refused then, where else \
                           the system would kill Redis";
