@@ -446,8 +446,8 @@ Prints a member a line. Joins and leaves are events: weir tail '$presence/chat'
   weir tail chat --present ann              is there, as long as it runs";
 
 const CONNECTIONS: &str = "\
-Prints a connection a line: streams, sockets and reads that wait. Nodes that do not answer are named on
-standard error.
+Prints a connection a line: streams, sockets and reads that wait. Nodes that do not answer are
+named on standard error.
 
   weir connections
   weir connections --channel orders | jq .remote
@@ -487,8 +487,9 @@ refuses them on the way is found, and named with what to change.
   weir doctor --redis redis+sentinel://a,b,c/weir | jq 'select(.state != \"ok\")'
 
 A finding is a line of JSON on standard output (unless that is a terminal) and prose on standard
-error. Advice ends with 0, a problem with 1. It publishes to a channel of its own, weir.doctor.*,
-and deletes it; in Redis it writes four keys that expire within a minute.";
+error. Advice ends with 0, a problem with 1; what cannot be looked at ends with 3 if it does not let
+us in, and with 4 if it is not there. It publishes to a channel of its own, weir.doctor.*, and
+deletes it; in Redis it writes four keys that expire within a minute.";
 
 /// A stream that begins at something unreadable begins at `now`, and says so with a gap: a program can go on from
 /// there, but whoever typed it wants to hear it.

@@ -517,3 +517,16 @@ fn over_tls() {
     // And nobody else is believed.
     weir(&url, &["services"]).fails(4, "cannot connect to https://localhost:");
 }
+
+#[test]
+fn no_line_of_help_is_broken_in_two() {
+    fn look(command: &clap::Command) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        for line in help.lines() {
+            // As wide as a terminal is thought to be that is none.
+            assert!(line.chars().count() <= 100, "weir {}: {line}", command.get_name());
+        }
+        command.get_subcommands().for_each(look);
+    }
+    look(&<weir::cli::Cli as clap::CommandFactory>::command());
+}
