@@ -55,7 +55,7 @@ struct Target {
 #[derive(Debug, Default, Serialize)]
 struct Carried {
     pub channel: String,
-    /// Placed by this run.
+    /// Placed by this run, or by one that is only thought of.
     pub events: u64,
     /// Ids that the original had no event of, and those below.
     pub void: u64,
@@ -130,9 +130,12 @@ async fn import(
     }
     if given.dry_run {
         for course in &courses {
-            out.line(&json(&course.plan())?)?;
+            let plan = course.plan(source, target.event_limit).await?;
+            unfit.extend(plan.unfit.iter().map(|reason| format!("channel {}: {reason}", plan.channel)));
+            out.line(&json(&plan)?)?;
+            out.flush()?;
         }
-        return Ok(());
+        return all_fits(&unfit);
     }
     let mut progress = Progress { told: Instant::now(), placed: 0, began: Instant::now() };
     let mut stands: BTreeMap<String, Stand> = BTreeMap::new();
@@ -159,7 +162,11 @@ async fn import(
     if held_back > 0 {
         note(format_args!("{held_back} events are left for a second run: others may be missing before them still"));
     }
-    match unfit.as_slice() {
+    all_fits(&unfit)
+}
+
+fn all_fits(unfit: &[String]) -> Result<(), Failure> {
+    match unfit {
         [] => Ok(()),
         unfit => Err(Failure::Failed(format!("weir cannot hold all of it:\n  {}", unfit.join("\n  ")))),
     }

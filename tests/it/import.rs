@@ -140,14 +140,17 @@ async fn everything_comes_over() {
     let from = format!("redis://reader:pw@{}", source.server.address());
 
     let plan = import(&from, &target.url(), &["--dry-run"]).await.ok();
-    assert_eq!(plan[0], json!({"channel": "a:b", "events": 3, "top": 7, "imported": 0}));
+    assert_eq!(plan[0], json!({"channel": "a:b", "events": 3, "void": 4, "top": 7}));
     assert_eq!(target.cli(&["KEYS", "weir:{a:b}*"]).await, "", "a plan writes nothing");
     let lines = import(&from, &target.url(), &[]).await.ok();
+    assert_eq!(lines[..4], plan, "it does what it said");
     assert_eq!(lines[0], json!({"channel": "a:b", "events": 3, "void": 4, "top": 7}));
     assert_eq!(lines[1], json!({"channel": "gone", "events": 0, "void": 50, "top": 50}));
     assert_eq!(lines[2], json!({"channel": "odd", "events": 2, "void": 0, "top": 2}));
     assert_eq!(lines[3], json!({"channel": "users/v1", "events": 40, "void": 0, "top": 40}));
     assert_eq!(lines[4], json!({"cursors": 4, "indices": 1, "cursors_without_channel": 1}));
+    let plan = import(&from, &target.url(), &["--dry-run"]).await.ok();
+    assert_eq!(plan[0], json!({"channel": "a:b", "events": 0, "void": 0, "top": 7}), "nothing is left to do");
     assert_eq!(source.digest().await, before);
 
     let weir = on(&target).await;

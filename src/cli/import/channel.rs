@@ -162,10 +162,25 @@ fn read(stored: &str, limit: usize) -> Result<(Draft, u64), String> {
 // === impl Course ===
 
 impl Course {
-    /// What would be done.
-    pub fn plan(&self) -> serde_json::Value {
-        let events = self.bounds.map_or(0, |bounds| bounds.count);
-        serde_json::json!({ "channel": self.channel.as_str(), "events": events, "top": self.end, "imported": self.at })
+    /// What would be done, if nobody writes any more.
+    pub async fn plan(&self, source: &mut Source, event_limit: usize) -> Result<Carried, Failure> {
+        let mut plan = Carried { channel: self.channel.as_str().to_owned(), ..Carried::default() };
+        let mut at = self.at;
+        loop {
+            let page = source.page(&plan.channel, at, PAGE).await?;
+            let Some((last, _)) = page.last() else { break };
+            at = *last;
+            for (id, stored) in &page {
+                match stored.as_deref().map(|stored| read(stored, event_limit)) {
+                    Some(Ok(_)) => plan.events += 1,
+                    Some(Err(reason)) => plan.unfit.push(format!("event {id}: {reason}")),
+                    None => {}
+                }
+            }
+        }
+        plan.top = at.max(self.end);
+        plan.void = plan.top - self.at - plan.events;
+        Ok(plan)
     }
 
     /// Whether what weir has is what an import of this source would have placed there.
