@@ -16,7 +16,7 @@ use axum::{
     extract::FromRequestParts,
     http::{HeaderValue, Method, Request, StatusCode, Uri, Version},
     response::{Html, IntoResponse, Response},
-    routing::{delete, get, post},
+    routing::{any, delete, get, post},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -72,6 +72,9 @@ pub enum Doors {
     /// `compat.grip.publish_listen`.
     Publishers,
 }
+
+/// What is not for clients, where operators have a listener of their own.
+const OPERATIONS: [&str; 4] = ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"];
 
 /// A listener's way in: the rules for every request, then the routes.
 pub struct Door {
@@ -266,6 +269,11 @@ async fn not_found(uri: Uri) -> Error {
     Error::new(Code::NotFound, format!("there is no {}; GET /openapi.json lists what there is", uri.path()))
 }
 
+async fn elsewhere(uri: Uri) -> Error {
+    let detail = format!("{} is for operators, who have a listener of their own here: ask at admin.listen", uri.path());
+    Error::new(Code::NotFound, detail)
+}
+
 /// The answer, or `internal` if the handler panics.
 async fn caught(answering: impl Future<Output = Response>) -> Response {
     // Unwind safety: what a handler shares is behind locks that do not poison, and the rest is gone.
@@ -305,7 +313,9 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
         .route("/v1/consumers", get(consumers::list));
     let routes = match door {
         Doors::One => health.merge(clients).merge(operators),
-        Doors::Clients => health.merge(clients),
+        Doors::Clients => {
+            OPERATIONS.into_iter().fold(health.merge(clients), |routes, path| routes.route(path, any(elsewhere)))
+        }
         Doors::Operators => health.merge(operators),
         Doors::Proxy | Doors::Publishers => Router::new(),
     };

@@ -204,8 +204,9 @@ async fn operators_may_have_a_listener_of_their_own() {
     let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
     let [clients, operators] = weir.addresses[..] else { panic!("{:?}", weir.addresses) };
     let get = |address, path: &str| Request::new(address, "GET", path.into());
-    for path in ["/metrics", "/v1/channels", "/v1/consumers"] {
-        get(clients, path).await.refused("not_found");
+    for path in ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"] {
+        let problem = get(clients, path).await.refused("not_found");
+        assert!(problem["detail"].as_str().unwrap().contains("admin.listen"), "{problem}");
         get(operators, path).await.expect(200);
     }
     Request::new(clients, "DELETE", "/v1/events?channel=a".into()).await.refused("method_not_allowed");
