@@ -54,6 +54,8 @@ const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 
 /// One weir: bound, not yet serving.
 pub struct App {
+    /// As a log may show it.
+    bus: String,
     listeners: Vec<(TcpListener, Arc<Door>)>,
     gateway: Arc<Gateway>,
     cluster: Arc<dyn Cluster>,
@@ -69,6 +71,11 @@ impl App {
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new());
         let redis = redis(&config, metrics.clone()).await?;
+        let bus_name = match &redis {
+            None => "memory".to_owned(),
+            // Shown without its password.
+            Some(deployment) => deployment.url.to_string(),
+        };
         let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), Clock::System));
         let cluster: Arc<dyn Cluster> = match &redis {
             Some(deployment) => Nodes::start(deployment.clone(), &config.bus.redis.prefix),
@@ -148,13 +155,28 @@ impl App {
             let door = Door::new(gateway.clone(), address.ip().is_loopback(), doors);
             listeners.push((listener, Arc::new(door)));
         }
-        Ok(App { listeners, gateway, cluster, wheel, connections })
+        Ok(App { bus: bus_name, listeners, gateway, cluster, wheel, connections })
     }
 
     /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         // A listener that is bound has an address.
         self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
+    }
+
+    /// What each of [`addresses`](Self::addresses) is for.
+    pub fn purposes(&self) -> impl Iterator<Item = &'static str> {
+        self.listeners.iter().map(|(_, door)| door.purpose())
+    }
+
+    /// `memory`, or where Redis is, without the password.
+    pub fn bus(&self) -> &str {
+        &self.bus
+    }
+
+    /// What this run of the node is called among others, as in lists of connections.
+    pub fn node(&self) -> String {
+        self.gateway.survey.roll().node()
     }
 
     /// What handlers share: for tests that count what is left.
@@ -175,7 +197,7 @@ impl App {
     /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
     /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let App { listeners, gateway, cluster, wheel, connections } = self;
+        let App { listeners, gateway, cluster, wheel, connections, .. } = self;
         let drain = gateway.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
@@ -272,9 +294,13 @@ async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<
         return Ok(None);
     }
     let url = redis_url(config).map_err(|(key, error)| anyhow!("{key}: {error}"))?;
+    let tls = url.tls;
     let deployment = Deployment::start(url, metrics);
     if let Err(reason) = deployment.ready(REDIS_CONNECT).await {
-        tracing::warn!(%reason, "Redis cannot be reached yet");
+        // A Redis that speaks no TLS says so with silence.
+        let hint =
+            tls.then_some("rediss:// needs a port where Redis speaks TLS; weir doctor --redis sees whether it does");
+        tracing::warn!(%reason, hint, "Redis cannot be reached yet");
     }
     Ok(Some(deployment))
 }

@@ -141,6 +141,17 @@ impl Door {
         self.finish(version, answer)
     }
 
+    /// Who comes in here, for people.
+    pub fn purpose(&self) -> &'static str {
+        match self.doors {
+            Doors::One => "clients and admin",
+            Doors::Clients => "clients",
+            Doors::Operators => "admin",
+            Doors::Proxy => "GRIP proxy",
+            Doors::Publishers => "GRIP publish",
+        }
+    }
+
     /// Whether clients come here for an origin behind weir.
     pub fn is_proxy(&self) -> bool {
         self.doors == Doors::Proxy

@@ -52,7 +52,9 @@ async fn run(config: config::Config) -> anyhow::Result<()> {
     let stop = stop()?;
     let app = App::build(config).await?;
     announce(&app, loopback_only);
-    app.run(stop).await
+    app.run(stop).await?;
+    tracing::info!("stopped");
+    Ok(())
 }
 
 /// Where to connect: a page for a person, a line of the log for everybody else.
@@ -60,11 +62,12 @@ fn announce(app: &App, loopback_only: bool) {
     let addresses = app.addresses();
     if stdout().is_terminal() {
         // Whoever closed the terminal does not want to read it.
-        let _ = writeln!(stdout(), "{}", welcome(&addresses, loopback_only));
+        let _ = writeln!(stdout(), "{}", welcome(&addresses, app.bus(), loopback_only));
         return;
     }
-    for address in addresses {
-        tracing::info!(version = env!("CARGO_PKG_VERSION"), url = %format_args!("http://{address}"), "listening");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), bus = app.bus(), node = app.node(), "starting");
+    for (address, purpose) in addresses.iter().zip(app.purposes()) {
+        tracing::info!(url = %format_args!("http://{address}"), "for" = purpose, "listening");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The start page. `addresses` are those that are really listened on; the first is the one to paste.
-pub fn welcome(addresses: &[SocketAddr], loopback_only: bool) -> String {
+pub fn welcome(addresses: &[SocketAddr], bus: &str, loopback_only: bool) -> String {
     let urls: Vec<String> = addresses.iter().map(|address| format!("http://{}", reachable(*address))).collect();
     let all = urls.join(" ");
     let url = urls.first().map_or("", String::as_str);
@@ -11,7 +11,7 @@ pub fn welcome(addresses: &[SocketAddr], loopback_only: bool) -> String {
     let open = if loopback_only { "open to this machine only, no keys" } else { "open to everybody, no keys" };
     format!(
         "\
-weir {version}  memory bus  {all}   {open}
+weir {version}  {bus} bus  {all}   {open}
 
   watch    curl -N '{url}/v1/sse?channel=hello'       or open {url}/
   publish  curl '{url}/v1/events?channel=hello' -d '{{\"text\":\"hi\"}}'
@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     fn the_start_page() {
-        let page = welcome(&["127.0.0.1:8000".parse().unwrap()], true);
+        let page = welcome(&["127.0.0.1:8000".parse().unwrap()], "memory", true);
         let expected = "\
 weir 0.1.0  memory bus  http://127.0.0.1:8000   open to this machine only, no keys
 
@@ -46,7 +46,7 @@ weir 0.1.0  memory bus  http://127.0.0.1:8000   open to this machine only, no ke
 "
         .replace("0.1.0", env!("CARGO_PKG_VERSION"));
         assert_eq!(page, expected);
-        let open = welcome(&["0.0.0.0:1".parse().unwrap(), "[::]:2".parse().unwrap()], false);
+        let open = welcome(&["0.0.0.0:1".parse().unwrap(), "[::]:2".parse().unwrap()], "memory", false);
         assert!(open.contains("  http://127.0.0.1:1 http://[::1]:2   open to everybody, no keys\n"), "{open}");
     }
 }

@@ -3,12 +3,14 @@
 use std::{
     io::{BufRead, BufReader, Read},
     process::{Child, Command, Stdio},
+    thread::JoinHandle,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 
 pub struct Process {
     child: Child,
+    log: Option<JoinHandle<String>>,
     /// Host and port.
     pub address: String,
 }
@@ -39,8 +41,17 @@ impl Process {
             }
         };
         // The log is read on, or weir would stand still when the pipe is full.
-        std::thread::spawn(move || log.read_to_end(&mut Vec::new()));
-        Process { child, address }
+        let log = std::thread::spawn(move || {
+            log.read_to_string(&mut seen).unwrap();
+            seen
+        });
+        Process { child, log: Some(log), address }
+    }
+
+    /// Waits until it has ended by itself. Answers its log.
+    pub fn ended(mut self) -> String {
+        assert!(self.child.wait().unwrap().success());
+        self.log.take().unwrap().join().unwrap()
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -57,7 +68,37 @@ impl Drop for Process {
 }
 
 fn address(line: &str) -> Option<String> {
-    let at = line.find("127.0.0.1:")?;
-    let port: String = line[at + 10..].chars().take_while(char::is_ascii_digit).collect();
+    // Redis may be named before.
+    let (_, port) = line.split_once("http://127.0.0.1:")?;
+    let port: String = port.chars().take_while(char::is_ascii_digit).collect();
     (!port.is_empty() && port != "0").then(|| format!("127.0.0.1:{port}"))
+}
+
+#[tokio::test]
+async fn a_log_says_what_began_and_that_it_ended() {
+    let redis = crate::redis::servers::Server::start(&[]).await;
+    redis.cli(&["ACL", "SETUSER", "node", "on", ">secret", "~*", "&*", "+@all"]).await;
+    let url = redis.url().replace("://", "://node:secret@");
+    let process = Process::start(&[
+        ("WEIR__BUS__BACKEND", "redis"),
+        ("WEIR__BUS__REDIS__URL", &url),
+        ("WEIR__ADMIN__LISTEN", "127.0.0.1:0"),
+        ("WEIR__COMPAT__ENABLE", "grip"),
+        ("WEIR__COMPAT__GRIP__LISTEN", "127.0.0.1:0"),
+        ("WEIR__COMPAT__GRIP__PUBLISH_LISTEN", "127.0.0.1:0"),
+        ("WEIR__COMPAT__GRIP__ROUTES", r#"[{ origin = "http://127.0.0.1:1" }]"#),
+        ("WEIR__DRAIN__WINDOW", "0s"),
+    ]);
+    process.signal(Signal::TERM);
+    let log = process.ended();
+    assert!(!log.contains("secret"), "{log}");
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let said = |message: &str| lines.iter().filter(|line| line["message"] == message).collect::<Vec<_>>();
+    let starting = said("starting");
+    assert_eq!(starting[0]["bus"], format!("redis://{}/0", redis.address()));
+    assert_eq!(starting[0]["node"].as_str().unwrap().len(), 16);
+    let listening = said("listening");
+    let purposes: Vec<_> = listening.iter().map(|line| line["for"].as_str().unwrap()).collect();
+    assert_eq!(purposes, ["clients", "admin", "GRIP proxy", "GRIP publish"]);
+    assert_eq!(lines.last().unwrap()["message"], "stopped");
 }

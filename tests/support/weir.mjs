@@ -67,7 +67,7 @@ export class Weir {
     try {
       weir.port = await until("weir's address in its log", () => {
         if (weir.process.exitCode !== null || !weir.process.pid) throw new Error(`weir ended at start:\n${weir.log}`);
-        return Number(/127\.0\.0\.1:([1-9]\d*)/.exec(weir.log)?.[1] ?? 0);
+        return Number(/http:\/\/127\.0\.0\.1:([1-9]\d*)/.exec(weir.log)?.[1] ?? 0);
       });
       weir.host = `127.0.0.1:${weir.port}`;
       weir.url = `http://${weir.host}`;

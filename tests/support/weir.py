@@ -68,7 +68,7 @@ class Weir:
 
     def _address(self):
         assert self.process.poll() is None, f"weir ended at start:\n{self.log}"
-        found = re.search(r"127\.0\.0\.1:([1-9]\d*)", self.log)
+        found = re.search(r"http://127\.0\.0\.1:([1-9]\d*)", self.log)
         return int(found[1]) if found else None
 
     def _ready(self):
