@@ -216,6 +216,19 @@ test("without heartbeats a client is disconnected, and its name is free", async 
   await empty(weir);
 });
 
+test("who is kicked by an operator stays away", async t => {
+  const weir = await started(t);
+  for (const transports of [["polling"], ["websocket"]]) {
+    const a = await MicroStream.connect(t, weir.url, "A", handlers, { transports });
+    const { connections } = await weir.json("GET", "/v1/connections");
+    assert.deepEqual(connections.map(({ transport, services }) => [transport, services]), [["socketio", ["A"]]]);
+    assert.deepEqual(await weir.json("DELETE", `/v1/connections?id=${connections[0].id}`), { kicked: 1 });
+    await until("the disconnect", () => a.disconnects.length);
+    assert.deepEqual([a.disconnects, a.socket.active], [["io server disconnect"], false]);
+    await empty(weir);
+  }
+});
+
 test("a provider that goes: nothing is sent; its requesters' own timeouts end their requests", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
