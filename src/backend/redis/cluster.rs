@@ -21,7 +21,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -76,6 +76,8 @@ struct Inner {
     look: Notify,
     /// Redis may not know this node.
     beat: Notify,
+    /// Notes to itself that this node has not heard.
+    unheard: AtomicU32,
     /// A name was given back.
     freed: Notify,
     leads: AtomicBool,
@@ -147,6 +149,7 @@ impl Nodes {
             changed: Notify::new(),
             look: Notify::new(),
             beat: Notify::new(),
+            unheard: AtomicU32::new(0),
             freed: Notify::new(),
             leads: AtomicBool::new(false),
             feed: Mutex::default(),
@@ -291,6 +294,8 @@ impl Listener for Ears {
             if let Some(news) = News::read(&message) {
                 inner.hear(news);
             }
+        } else if message.is_empty() {
+            inner.unheard.store(0, SeqCst);
         } else {
             inner.receive(message);
         }
@@ -303,6 +308,7 @@ impl Listener for Ears {
             inner.state.lock().others.values_mut().for_each(|other| other.stale = true);
             inner.look.notify_one();
         } else {
+            inner.unheard.store(0, SeqCst);
             // Others may have found nobody here, and a Redis that was away may have forgotten this node.
             inner.say_hello();
             inner.beat.notify_one();

@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 
 use super::{
+    proxy::Proxy,
     servers::{Deployed, Server, everywhere, until},
     weirs::{call, get, knows, node, process},
 };
@@ -371,4 +372,31 @@ async fn links_come_back_after_their_connections_and_after_redis<D: Deployed>() 
         server.restart().await;
     }
     answers(nodes[1].address, "a", &mut provider).await;
+}
+
+/// The connection for mail stays whole, but leads to a server that was replaced: others write to another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mail_is_not_waited_for_at_a_replaced_server() {
+    let (old, new) = (Server::start(&[]).await, Server::start(&[]).await);
+    let proxy = Proxy::start(old.port).await;
+    let deaf = node(&proxy.url()).await;
+    until("its mail is awaited", || async { old.cli(&["PUBSUB", "CHANNELS", "*:mail"]).await.contains("mail") }).await;
+    proxy.lead_to(new.port);
+    old.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
+    let mut provider = Socket::open(deaf.address).await;
+    provider.provide("s").await;
+    let other = node(&new.url()).await;
+    // It is told of at once, though all that the old server knew has to be told anew.
+    knows(other.address, "s").await;
+    until("it listens where others write", || async {
+        new.cli(&["PUBSUB", "CHANNELS", "*:mail"]).await.lines().count() == 2
+    })
+    .await;
+    let answering = tokio::spawn(async move {
+        let request = provider.request().await;
+        provider.reply(&request, json!("here")).await;
+        provider
+    });
+    until("a call arrives", || async { call(other.address, "s", "5s").await.0 == 200 }).await;
+    drop(answering.await.unwrap());
 }

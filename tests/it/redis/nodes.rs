@@ -237,12 +237,20 @@ impl Writer {
 }
 
 /// What was acknowledged was seen, exactly so and in order, or lies in a gap that was announced where it would have been.
-/// What was refused was not seen, and nothing was seen twice.
+/// What was refused was not seen, and nothing was seen twice; but a reset leads back to the beginning.
 pub fn judge(told: &[Told], reader: &Reader) {
     let seen = reader.seen();
     let mut last = 0;
     for one in &seen {
-        let Seen::Event(position, n) = one else { continue };
+        let (position, n) = match one {
+            Seen::Event(position, n) => (position, n),
+            Seen::Gap(gap) => {
+                if gap.reason == Reason::Reset {
+                    last = 0;
+                }
+                continue;
+            }
+        };
         assert!(*n > last, "{n} after {last}: twice, or out of order");
         last = *n;
         match &told[*n as usize - 1].what {

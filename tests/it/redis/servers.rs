@@ -293,7 +293,7 @@ impl Sentinel {
         for _ in 0..3 {
             let mut sentinel = Server::prepared("redis-sentinel", &[]);
             let conf = format!(
-                "bind 127.0.0.1\nsentinel monitor weir 127.0.0.1 {port} 2\nsentinel down-after-milliseconds weir 700\n\
+                "bind 127.0.0.1\nsentinel monitor weir 127.0.0.1 {port} 2\nsentinel down-after-milliseconds weir 1500\n\
                  sentinel failover-timeout weir 4000\nsentinel parallel-syncs weir 2\n"
             );
             fs::write(sentinel.dir.join("sentinel.conf"), conf).unwrap();

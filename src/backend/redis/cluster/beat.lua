@@ -5,4 +5,6 @@
 -- Answers its revision if Redis knows all that was told, else nil; and the time, Unix microseconds.
 local time = redis.call('TIME')
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
-return {redis.call('HGET', KEYS[1], 'r'), string.format('%d', time[1] * 1000000 + time[2])}
+-- What has changed is written by itself, also to a Redis that has forgotten the rest: the whole has a header.
+local known = redis.call('HMGET', KEYS[1], 'v', 'r')
+return {known[1] and known[2], string.format('%d', time[1] * 1000000 + time[2])}

@@ -28,6 +28,10 @@ static TELL: Script = Script::new(include_str!("tell.lua"));
 pub(super) const VERSION: u8 = 1;
 /// Shared names renewed with a beat: all of them well within the time that Redis remembers them.
 const SHARED: usize = 50;
+/// How long the parts of a beat may take that are not the session's own.
+const PART: Duration = Duration::from_secs(1);
+/// So many notes to itself may be on their way, or lost with a connection that is being made again.
+const UNHEARD: u32 = 2;
 /// How long goodbye may take.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -141,13 +145,30 @@ impl Inner {
             let _ = self.deployment.call(session.as_bytes(), Lost::Again, |_| gone.clone()).await;
         }
         let unknown = self.state.lock().unknown;
+        // Each on its own server of a Cluster: one that hangs must not cost this node its session on another.
         let told = match unknown {
             true => self.tell_all().await,
-            false => self.list(before).await,
+            false => timeout(PART, self.list(before)).await.unwrap_or(false),
         };
-        self.renew_names(before, reborn.is_some(), turn).await;
+        let _ = timeout(PART, self.renew_names(before, reborn.is_some(), turn)).await;
+        let _ = timeout(PART, self.note_to_itself()).await;
         self.choose_leader();
         told
+    }
+
+    /// The connection for mail may lead to a server that nobody writes to any more, though it lives: what this node says to
+    /// itself must come back.
+    async fn note_to_itself(&self) {
+        let channel = self.mail_channel(self.state.lock().id);
+        if self.unheard.fetch_add(1, SeqCst) >= UNHEARD {
+            tracing::warn!("Redis took mail for this node and did not send it: connecting again");
+            self.unheard.store(0, SeqCst);
+            if let Some(feed) = &*self.feed.lock() {
+                feed.replace(channel.as_bytes());
+            }
+        }
+        let note = self.publish(&channel, b"");
+        let _ = self.deployment.call(channel.as_bytes(), Lost::Again, |_| note.clone()).await;
     }
 
     /// All exclusive names, and some of the shared ones; all of them after this node has become another, or was forgotten.
