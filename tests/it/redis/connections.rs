@@ -153,9 +153,13 @@ async fn the_master_of_today() {
     let new = sentinel.failed_over(old).await;
     insist(&deployment, &["SET", "a", "1"]).await;
     assert_eq!(sentinel.servers[new].cli(&["GET", "a"]).await, "1");
-    assert_eq!(next(&mut heard).await, "+c");
-    sentinel.servers[new].cli(&["PUBLISH", "c", "x"]).await;
-    assert_eq!(next(&mut heard).await, "c x");
+    // Sentinel may end connections once more, when it has told everybody.
+    let mut said = next(&mut heard).await;
+    while said == "+c" {
+        sentinel.servers[new].cli(&["PUBLISH", "c", "x"]).await;
+        said = next(&mut heard).await;
+    }
+    assert_eq!(said, "c x");
 }
 
 #[tokio::test(flavor = "multi_thread")]
