@@ -134,15 +134,15 @@ if ((${#clients[@]})); then
         if wants node || wants docs || wants history; then node_modules; fi
         if wants node || wants docs; then browser; fi
         if wants python || wants openapi || wants abuse; then virtual_environment; fi
-        # One file at a time: a suite that races with another for two cores is a suite that fails now and then.
-        step node "client libraries of npm, and Chromium" node --test --test-concurrency=1 --test-reporter=spec tests/clients/node/*.test.mjs
+        # One file at a time: a suite that races with another for two cores is a suite that fails now and then. By force: Node 20 can
+        # leave the handle of a socket that was destroyed at a bad moment unclosed, and waits for it without end when all is done.
+        by_node=(node --test --test-concurrency=1 --test-force-exit --test-reporter=spec)
+        step node "client libraries of npm, and Chromium" "${by_node[@]}" tests/clients/node/*.test.mjs
         step python "client libraries of PyPI" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/clients/python
         step openapi "the served OpenAPI against the server, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
-        step docs "the examples of README.md and proto-docs/" node --test --test-reporter=spec tests/docs/*.test.mjs
+        step docs "the examples of README.md and proto-docs/" "${by_node[@]}" tests/docs/*.test.mjs
         step abuse "clients that stall, lie, shout and vanish" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
-        # Node 20 can leave the handle of a socket that was destroyed at a bad moment unclosed, and then waits for it without end
-        # when its event loop is empty and it cleans up. The tests have ended by then.
-        step history "every transport while things break, and a judge of what everybody saw" node --test --test-concurrency=1 --test-force-exit --test-reporter=spec tests/history/*.test.mjs
+        step history "every transport while things break, and a judge of what everybody saw" "${by_node[@]}" tests/history/*.test.mjs
     else
         failed+=("build"); skipped+=("${clients[@]}")
     fi
