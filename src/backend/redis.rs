@@ -13,6 +13,7 @@ pub mod cluster;
 mod consumers;
 pub mod deployment;
 pub mod feed;
+mod keep;
 mod keys;
 pub mod lane;
 pub mod link;
@@ -30,8 +31,8 @@ use tokio::task::JoinHandle;
 
 pub use self::acks::Ack;
 use self::{
-    acks::Acks, append::Appends, consumers::Sweeps, deployment::Deployment, feed::Feed, keys::Keys, probe::Probes,
-    tail::Tails,
+    acks::Acks, append::Appends, consumers::Sweeps, deployment::Deployment, feed::Feed, keep::Keeps, keys::Keys,
+    probe::Probes, tail::Tails,
 };
 use crate::{bus::Topics, metrics::Lane};
 
@@ -60,6 +61,7 @@ struct Inner {
     acks: Option<Acks>,
     sweeps: Sweeps,
     appends: Appends,
+    keeps: Keeps,
     /// A test owns the time.
     clock_is_ours: bool,
     /// The first second after this was made, by that time.
@@ -84,6 +86,7 @@ impl Redis {
                 },
                 sweeps: Sweeps::default(),
                 appends: Appends::default(),
+                keeps: Keeps::new(&topics.config().rules, topics.config().keep),
                 clock_is_ours: topics.is_manual(),
                 began: topics.now() / 1000 + 1,
                 deployment,
@@ -101,6 +104,7 @@ impl Redis {
                     let Some(inner) = inner.upgrade() else { return };
                     inner.probe();
                     inner.audit();
+                    tokio::spawn(async move { inner.agree().await });
                 }
             }
         });

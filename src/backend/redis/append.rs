@@ -223,9 +223,8 @@ impl Publish {
 impl Writer {
     async fn run(mut self) {
         let keys = self.inner.keys.channel(&self.channel);
-        let keep = self.inner.topics.keep_of(&self.channel);
         while let Some(batch) = self.next() {
-            self.place(&keys, &keep, batch).await;
+            self.place(&keys, batch).await;
         }
     }
 
@@ -250,10 +249,19 @@ impl Writer {
         Some(batch)
     }
 
-    async fn place(&self, keys: &ChannelKeys, keep: &Keep, mut batch: Vec<Waiting>) {
+    async fn place(&self, keys: &ChannelKeys, mut batch: Vec<Waiting>) {
         while !batch.is_empty() {
             let publishes: Vec<&Publish> = batch.iter().map(|waiting| &waiting.publish).collect();
-            match self.inner.store(keys, keep, &publishes).await {
+            let stored = match self.inner.agreed().await {
+                Ok(()) => {
+                    let keep = self.inner.keeps.widen(self.inner.topics.keep_of(&self.channel), &self.channel);
+                    self.inner.store(keys, &keep, &publishes).await
+                }
+                // Nothing of these was asked for yet.
+                Err(Fault::Lost) => Err(Failed::Fault(Fault::Away("the connection to Redis broke".into()))),
+                Err(fault) => Err(Failed::Fault(fault)),
+            };
+            match stored {
                 Ok((placed, link)) => return self.placed(keys, batch, placed, &link),
                 Err(Failed::Reused { at, key }) => {
                     // Nothing was placed, and the fault is one publish's: the others go without it.

@@ -63,6 +63,11 @@ impl Keys {
         key
     }
 
+    /// What each node keeps.
+    pub fn keep(&self) -> String {
+        format!("{}{{keep}}", self.prefix)
+    }
+
     /// The names of all consumers.
     pub fn consumers(&self) -> String {
         format!("{}{{consumers}}", self.prefix)

@@ -151,7 +151,7 @@ impl Inner {
 
     async fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page> {
         let keys = self.keys.channel(channel);
-        let keep = self.topics.keep_of(channel);
+        let keep = self.keep_of(channel).await?;
         let mut look = self.look(&keys, &keep, start, limit).await?;
         let (mut next, mut gap) = look.extent.resolve(channel, start, look.now);
         if !follows(&look, next) {
@@ -189,7 +189,7 @@ impl Inner {
     async fn describe(&self, channel: &Channel) -> Result<Info> {
         let keys = self.keys.channel(channel);
         let one = Limit { events: 1, bytes: 0 };
-        let look = self.look(&keys, &self.topics.keep_of(channel), Start::Earliest, one).await?;
+        let look = self.look(&keys, &self.keep_of(channel).await?, Start::Earliest, one).await?;
         let Extent { epoch, first, top, time, .. } = look.extent;
         Ok(Info {
             channel: channel.clone(),
@@ -264,7 +264,7 @@ impl Inner {
     async fn delete(&self, channel: &Channel, before: Option<Position>) -> Result<()> {
         let keys = self.keys.channel(channel);
         let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
-        let keep = self.topics.keep_of(channel);
+        let keep = self.keep_of(channel).await?;
         let fill = |_: &Link, command: &mut Command| {
             command.push_int(self.script_now());
             command.push(self.publish_verb());

@@ -182,15 +182,16 @@ impl Inner {
             let ring = topic.lock();
             (ring.epoch(), ring.top())
         };
+        let keep = self.keep_of(&entry.channel).await?;
         let newest = Start::Last(WINDOW.events as u64);
         let start = if epoch.is_absent() { newest } else { Start::After(Position { epoch, offset: top }) };
-        let mut look = self.look(&entry.keys, topic.keep(), start, WINDOW).await?;
+        let mut look = self.look(&entry.keys, &keep, start, WINDOW).await?;
         if look.extent.top > top
             && look.events.last().is_none_or(|event| event.offset < look.extent.top)
             && start != newest
         {
             // Too many to be heard of one by one.
-            look = self.look(&entry.keys, topic.keep(), newest, WINDOW).await?;
+            look = self.look(&entry.keys, &keep, newest, WINDOW).await?;
         }
         let Look { extent, mut events, .. } = look;
         events.retain(|event| event.epoch == extent.epoch);
@@ -198,7 +199,7 @@ impl Inner {
         let parked = {
             let mut ring = topic.lock();
             let (memory, before) = (ring.memory(), (ring.epoch(), ring.top()));
-            let parked = ring.show(&entry.channel, topic.keep(), extent, events);
+            let parked = ring.show(&entry.channel, &keep, extent, events);
             self.topics.account(memory, ring.memory());
             (parked, missed && (ring.epoch(), ring.top()) != before)
         };
@@ -279,7 +280,8 @@ impl Inner {
 
     /// Whether somebody was served.
     async fn fetch_after(&self, entry: &Entry, topic: &Topic, position: Position) -> Result<bool> {
-        let mut look = self.look(&entry.keys, topic.keep(), Start::After(position), PAGE).await?;
+        let keep = self.keep_of(&entry.channel).await?;
+        let mut look = self.look(&entry.keys, &keep, Start::After(position), PAGE).await?;
         let (next, gap) = look.extent.resolve(&entry.channel, Start::After(position), look.now);
         let mut events = std::mem::take(&mut look.events);
         if gap.is_none() && !look.extent.is_absent() {
@@ -320,13 +322,14 @@ impl Inner {
     pub(super) fn hear_own(&self, events: &[u8], placed: Vec<(Draft, Placed)>) {
         let Some(entry) = self.tails.entry(events) else { return };
         let topic = entry.topic.lock().clone();
+        let keep = self.keeps.widen(*topic.keep(), &entry.channel);
         let parked = {
             let mut ring = topic.lock();
             let memory = ring.memory();
             let mut next = false;
             for (draft, placed) in placed.into_iter().filter(|(_, placed)| !placed.duplicate) {
                 // If others come before it, it is heard of after them.
-                next |= ring.hear(draft.place(placed.position, placed.time), topic.keep()) == Heard::Next;
+                next |= ring.hear(draft.place(placed.position, placed.time), &keep) == Heard::Next;
             }
             self.topics.account(memory, ring.memory());
             next.then(|| ring.take_parked())
@@ -386,12 +389,13 @@ impl Inner {
         let topic = entry.topic.lock().clone();
         let now = self.topics.now();
         // Well before it would be taken for idle, and not much more often.
-        let often = (topic.keep().age.as_millis() as u64 / 4).clamp(AUDIT.as_millis() as u64 / 2, 3_600_000);
+        let Ok(keep) = self.keep_of(&entry.channel).await else { return };
+        let often = (keep.age.as_millis() as u64 / 4).clamp(AUDIT.as_millis() as u64 / 2, 3_600_000);
         let absent = topic.lock().epoch().is_absent();
         if absent || now.saturating_sub(entry.touched.load(SeqCst)) < often {
             return;
         }
-        if self.touch(&entry.keys, topic.keep()).await.is_ok() {
+        if self.touch(&entry.keys, &keep).await.is_ok() {
             entry.touched.store(now, SeqCst);
         }
     }
@@ -461,12 +465,13 @@ impl Listener for Tails {
             owner.deployment.metrics.redis_lag_seconds.record(Duration::from_millis(lag));
         }
         let topic = entry.topic.lock().clone();
+        let keep = owner.keeps.widen(*topic.keep(), &entry.channel);
         let (parked, beyond) = {
             let mut ring = topic.lock();
             let memory = ring.memory();
             let (mut next, mut beyond) = (false, false);
             for event in events {
-                match ring.hear(event, topic.keep()) {
+                match ring.hear(event, &keep) {
                     Heard::Next => next = true,
                     Heard::Old => {}
                     Heard::Beyond => beyond = true,
