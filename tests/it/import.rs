@@ -269,6 +269,8 @@ async fn what_is_refused() {
         assert_eq!(target.cli(&["EXISTS", "weir:{a}:m", "weir:{b}:m"]).await, "0", "nothing was written");
     }
     std::fs::write(format!("{dir}/weir.toml"), "channels = [{ match = \"a\", keep = { count = 10 } }]").unwrap();
+    // What the imports before this one would have kept counts for a minute more.
+    target.cli(&["DEL", "weir:{keep}"]).await;
     import(&from, &to, &["--config", &format!("{dir}/weir.toml"), "--allow-trim"]).await.ok();
     let few = Keep { count: 10, ..Keep::default() };
     let weir = on(&target).with(|config| config.channels = vec![ChannelRule { pattern: "a".into(), keep: few }]).await;

@@ -35,6 +35,7 @@ use self::news::News;
 use super::{
     deployment::{Deployment, Lost},
     feed::{Feed, Listener},
+    keys::escape,
     link::{Fault, Link},
     resp::{Command, Value},
 };
@@ -214,14 +215,7 @@ impl Inner {
     /// Holders of a name, and its exclusive holder.
     fn name_keys(&self, name: &str) -> (String, String) {
         let mut holders = format!("{}{{name:", self.prefix);
-        for letter in name.chars() {
-            match letter {
-                '{' => holders.push_str("%7B"),
-                '}' => holders.push_str("%7D"),
-                '%' => holders.push_str("%25"),
-                letter => holders.push(letter),
-            }
-        }
+        escape(name, &mut holders);
         holders.push('}');
         let exclusive = format!("{holders}:x");
         (holders, exclusive)
@@ -242,10 +236,7 @@ async fn carry(inner: Weak<Inner>) {
         while let Some(batch) = this.post.next() {
             tokio::spawn(deliver(this.clone(), batch));
         }
-        let some = this.clone();
-        drop(this);
-        // The post outlives this wait only while somebody else holds it: dropping the node ends the task.
-        some.post.some().await;
+        this.post.some().await;
     }
 }
 

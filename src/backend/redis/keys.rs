@@ -100,7 +100,8 @@ impl ChannelKeys {
     }
 }
 
-fn escape(name: &str, out: &mut String) {
+/// As a part of a key that stands in braces.
+pub(super) fn escape(name: &str, out: &mut String) {
     for letter in name.chars() {
         match letter {
             '{' | '}' | '%' => {

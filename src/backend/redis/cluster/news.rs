@@ -121,9 +121,7 @@ pub(super) async fn watch(inner: Weak<Inner>) {
     loop {
         let Some(this) = inner.upgrade() else { return };
         this.look_around().await;
-        let look = this.clone();
-        drop(this);
-        let _ = timeout(LOOK, look.look.notified()).await;
+        let _ = timeout(LOOK, this.look.notified()).await;
     }
 }
 

@@ -56,10 +56,7 @@ pub(super) async fn tell(inner: Weak<Inner>) {
             sleep(LOOK / 4).await;
             this.changed.notify_one();
         }
-        // Weak again: a wait must not keep the node.
-        let changed = this.clone();
-        drop(this);
-        changed.changed.notified().await;
+        this.changed.notified().await;
     }
 }
 
