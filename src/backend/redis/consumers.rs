@@ -92,7 +92,7 @@ impl Inner {
         };
         let keys = [key.as_bytes()];
         let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
-        Ok(found(&run.await.map_err(failed)?.0)?.at)
+        Ok(found(&run.await.map_err(read_failed)?.0)?.at)
     }
 
     async fn set_cursor(
@@ -180,7 +180,7 @@ impl Inner {
             command.push("seen");
         };
         let keys = [key.as_bytes()];
-        let answer = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill).await.map_err(failed)?.0;
+        let answer = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill).await.map_err(read_failed)?.0;
         let Some([_, _, seen]) = answer.list() else { return Err(nonsense()) };
         Ok(seen.text().unwrap_or_default().is_empty())
     }
@@ -231,7 +231,7 @@ impl Inner {
         };
         let keys = [key.as_bytes()];
         let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
-        let answer = run.await.map_err(failed)?.0;
+        let answer = run.await.map_err(read_failed)?.0;
         let Some([_, _, fields]) = answer.list() else { return Err(nonsense()) };
         let (mut cursors, mut seen) = (Vec::new(), None);
         for pair in fields.list().unwrap_or_default().chunks_exact(2) {

@@ -92,7 +92,7 @@ async fn a_server_that_was_away() {
     assert_eq!(redis.cli(&["PUBLISH", "c7", "one"]).await, "1");
     assert_eq!(next(&mut heard).await, "c7 one");
     redis.kill();
-    assert!(matches!(ask(&deployment, &["GET", "a"]).await, Err(Fault::Away(_))));
+    assert!(ask(&deployment, &["GET", "a"]).await.is_err());
     redis.restart().await;
     insist(&deployment, &["SET", "a", "1"]).await;
     for _ in 0..1500 {
