@@ -57,17 +57,21 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
-        // On a busy machine some of its threads run on for a while after it was told to stop.
-        while signal == Signal::STOP && !self.stands_still() {
-            std::thread::yield_now();
+        if signal == Signal::STOP {
+            stands_still(pid);
         }
     }
+}
 
-    fn stands_still(&self) -> bool {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let mut stats =
-            tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default());
-        stats.all(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')))
+/// Returns when a process that was told to stop has: on a busy machine some of its threads run on for a while.
+pub fn stands_still(pid: Pid) {
+    let path = format!("/proc/{}/task", pid.as_raw_nonzero());
+    let stopped = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'));
+    while !std::fs::read_dir(&path)
+        .unwrap()
+        .all(|task| stopped(&std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default()))
+    {
+        std::thread::yield_now();
     }
 }
 

@@ -228,9 +228,11 @@ impl Server {
     fn signal(&self, signal: Signal) {
         let process = self.process.as_ref().expect("it runs");
         kill_process(process.pid, signal).unwrap();
+        if signal == Signal::STOP {
+            crate::process::stands_still(process.pid);
+        }
     }
 
-    /// It keeps its connections and says nothing more.
     /// How often it has run `command`, from scripts too.
     pub async fn calls(&self, command: &str) -> u64 {
         let stats = self.cli(&["INFO", "commandstats"]).await;
@@ -240,6 +242,7 @@ impl Server {
         line.and_then(|rest| rest.split(',').next()?.parse().ok()).unwrap_or(0)
     }
 
+    /// It keeps its connections and says nothing more.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
     }
