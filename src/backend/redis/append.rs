@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 
+use indexmap::IndexSet;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -139,29 +140,23 @@ impl Inner {
     /// Places publishes of one channel in one step, all or none, and says over which connection.
     pub(super) async fn store(&self, keys: &ChannelKeys, keep: &Keep, publishes: &[&Publish]) -> Outcome {
         let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
-        let mut once: HashMap<String, u64> = HashMap::new();
-        let mut names: Vec<String> = Vec::new();
+        let mut once: IndexSet<String> = IndexSet::new();
         let mut drafts = Vec::new();
         for publish in publishes {
             for draft in &publish.drafts {
-                let number = draft.parts().1.map_or(0, |key| {
-                    let name = keys.once(&publish.subject, key);
-                    *once.entry(name).or_insert_with_key(|name| {
-                        names.push(name.clone());
-                        names.len() as u64
-                    })
-                });
+                let name = draft.parts().1.map(|key| keys.once(&publish.subject, key));
+                let number = name.map_or(0, |name| once.insert_full(name).0 as u64 + 1);
                 drafts.push((draft, number));
             }
         }
         let mut all: Vec<&[u8]> = vec![meta.as_bytes(), stream.as_bytes()];
-        all.extend(names.iter().map(String::as_bytes));
+        all.extend(once.iter().map(String::as_bytes));
         let (now, window) = (self.script_now(), millis(self.topics.config().keys.window));
         let fill = |link: &Link, command: &mut Command| {
             command.push_int(now);
             command.push(&*link.server.generation);
             command.push(&*Epoch::random().text());
-            command.push(self.publish_verb());
+            command.push(self.deployment.publish_verb());
             command.push(&events);
             command.push_int(keep.count as u64);
             command.push_int(millis(keep.age));
@@ -212,6 +207,16 @@ impl Inner {
     }
 }
 
+impl State {
+    /// Takes up to so many of those that wait for a channel.
+    fn take(&mut self, channel: &Channel, most: usize) -> Vec<Waiting> {
+        let Some(queue) = self.waiting.get_mut(channel) else { return Vec::new() };
+        let taken: Vec<Waiting> = queue.drain(..most.min(queue.len())).collect();
+        self.bytes -= taken.iter().map(|waiting| waiting.publish.size()).sum::<usize>();
+        taken
+    }
+}
+
 impl Publish {
     fn size(&self) -> usize {
         self.drafts.iter().map(|draft| draft.size() + size_of::<Draft>()).sum()
@@ -238,27 +243,21 @@ impl Writer {
             bytes += waiting.publish.size();
             count <= MOST_EVENTS && bytes <= MOST_BYTES
         });
-        let fits = fits.count().max(1).min(queue.len());
-        let batch: Vec<Waiting> = queue.drain(..fits).collect();
+        let fits = fits.count().max(1);
+        let batch = state.take(&self.channel, fits);
         if batch.is_empty() {
             state.waiting.remove(&self.channel);
             self.over = true;
             return None;
         }
-        state.bytes -= batch.iter().map(|waiting| waiting.publish.size()).sum::<usize>();
         Some(batch)
     }
 
     async fn place(&self, keys: &ChannelKeys, mut batch: Vec<Waiting>) {
         while !batch.is_empty() {
             let publishes: Vec<&Publish> = batch.iter().map(|waiting| &waiting.publish).collect();
-            let stored = match self.inner.agreed().await {
-                Ok(()) => {
-                    let keep = self.inner.keeps.widen(self.inner.topics.keep_of(&self.channel), &self.channel);
-                    self.inner.store(keys, &keep, &publishes).await
-                }
-                // Nothing of these was asked for yet.
-                Err(Fault::Lost) => Err(Failed::Fault(Fault::Away("the connection to Redis broke".into()))),
+            let stored = match self.inner.keep_of(&self.channel).await {
+                Ok(keep) => self.inner.store(keys, &keep, &publishes).await,
                 Err(fault) => Err(Failed::Fault(fault)),
             };
             match stored {
@@ -278,7 +277,7 @@ impl Writer {
                 Err(failed) => {
                     if let Failed::Fault(Fault::Away(_)) = failed {
                         // Who came meanwhile has waited for the same.
-                        batch.extend(self.take_all());
+                        batch.extend(self.inner.appends.0.lock().take(&self.channel, usize::MAX));
                     }
                     return refuse(batch, &failed);
                 }
@@ -302,16 +301,6 @@ impl Writer {
             let _ = tell.send(Ok((mine, link.clone())));
         }
     }
-
-    fn take_all(&self) -> Vec<Waiting> {
-        let mut state = self.inner.appends.0.lock();
-        let all: Vec<Waiting> = match state.waiting.get_mut(&self.channel) {
-            Some(queue) => queue.drain(..).collect(),
-            None => Vec::new(),
-        };
-        state.bytes -= all.iter().map(|waiting| waiting.publish.size()).sum::<usize>();
-        all
-    }
 }
 
 impl Drop for Writer {
@@ -319,8 +308,8 @@ impl Drop for Writer {
         // Ended by force: nobody knows what became of what was under way, and the next publish begins another writer.
         if !self.over {
             let mut state = self.inner.appends.0.lock();
-            let left = state.waiting.remove(&self.channel).unwrap_or_default();
-            state.bytes -= left.iter().map(|waiting| waiting.publish.size()).sum::<usize>();
+            state.take(&self.channel, usize::MAX);
+            state.waiting.remove(&self.channel);
         }
     }
 }

@@ -222,8 +222,7 @@ impl Inner {
     }
 
     fn publish(&self, channel: &str, message: &[u8]) -> Command {
-        let verb = if self.deployment.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" };
-        Command::new(verb).arg(channel).arg(message)
+        Command::new(self.deployment.publish_verb()).arg(channel).arg(message)
     }
 }
 

@@ -74,7 +74,7 @@ impl Inner {
 
     /// The later of two positions.
     async fn forward(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
-        let (keys, keep) = (self.keys.channel(channel), self.keep_of(channel).await?);
+        let (keys, keep) = (self.keys.channel(channel), self.keep_of(channel).await.map_err(failed)?);
         let extent = self.look(&keys, &keep, Start::Now, Limit { events: 0, bytes: 0 }).await?.extent;
         if !to.epoch.is_absent() && to.epoch == extent.epoch && to.offset > extent.top {
             return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));

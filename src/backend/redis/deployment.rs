@@ -204,6 +204,11 @@ impl Deployment {
         Some(since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1)))
     }
 
+    /// How something is published: in a Cluster where the slot is, and not to every server.
+    pub fn publish_verb(&self) -> &'static str {
+        if self.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" }
+    }
+
     /// Whether what is missing behind `link` is missing: right after Redis was away, or the slot of `key` has moved, others
     /// may just not be back yet.
     pub fn is_settled(&self, key: &[u8], link: &Link) -> bool {

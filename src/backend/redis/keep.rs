@@ -15,13 +15,12 @@ use super::{
     Inner,
     deployment::Lost,
     link::{Fault, Link},
-    log::{millis, read_failed},
+    log::millis,
     resp::{Command, Value},
     script::Script,
 };
 use crate::{
     bus::{Keep, Rule},
-    error::Result,
     event::Channel,
     pattern::Pattern,
 };
@@ -117,15 +116,16 @@ impl Rules {
 
 impl Inner {
     /// How much of a channel is kept, by all nodes together.
-    pub(super) async fn keep_of(&self, channel: &Channel) -> Result<Keep> {
-        self.agreed().await.map_err(read_failed)?;
-        Ok(self.keeps.widen(self.topics.keep_of(channel), channel))
-    }
-
-    /// Returns when this node knows what others keep.
-    pub(super) async fn agreed(&self) -> Result<(), Fault> {
+    pub(super) async fn keep_of(&self, channel: &Channel) -> Result<Keep, Fault> {
         let known = self.keeps.others.read().is_some();
-        if known { Ok(()) } else { self.agree().await }
+        if !known {
+            // What is lost here was only asked.
+            self.agree().await.map_err(|fault| match fault {
+                Fault::Lost => Fault::Away("the connection to Redis broke".into()),
+                fault => fault,
+            })?;
+        }
+        Ok(self.keeps.widen(self.topics.keep_of(channel), channel))
     }
 
     /// Says what this node keeps and hears what others do, unless that was just done. A bus with a time of its own, as that

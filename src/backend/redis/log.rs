@@ -78,10 +78,6 @@ impl Inner {
     pub(super) fn script_now(&self) -> u64 {
         if self.clock_is_ours { self.topics.now() } else { 0 }
     }
-
-    pub(super) fn publish_verb(&self) -> &'static str {
-        if self.deployment.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" }
-    }
 }
 
 // === reading ===
@@ -141,7 +137,7 @@ impl Inner {
             command.push_int(self.script_now());
             command.push(&*link.server.generation);
             command.push(&*Epoch::random().text());
-            command.push(self.publish_verb());
+            command.push(self.deployment.publish_verb());
             command.push(&events);
             command.push_int(millis(keep.age));
         };
@@ -151,7 +147,7 @@ impl Inner {
 
     async fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page> {
         let keys = self.keys.channel(channel);
-        let keep = self.keep_of(channel).await?;
+        let keep = self.keep_of(channel).await.map_err(failed)?;
         let mut look = self.look(&keys, &keep, start, limit).await?;
         let (mut next, mut gap) = look.extent.resolve(channel, start, look.now);
         if !follows(&look, next) {
@@ -189,7 +185,7 @@ impl Inner {
     async fn describe(&self, channel: &Channel) -> Result<Info> {
         let keys = self.keys.channel(channel);
         let one = Limit { events: 1, bytes: 0 };
-        let look = self.look(&keys, &self.keep_of(channel).await?, Start::Earliest, one).await?;
+        let look = self.look(&keys, &self.keep_of(channel).await.map_err(failed)?, Start::Earliest, one).await?;
         let Extent { epoch, first, top, time, .. } = look.extent;
         Ok(Info {
             channel: channel.clone(),
@@ -264,10 +260,10 @@ impl Inner {
     async fn delete(&self, channel: &Channel, before: Option<Position>) -> Result<()> {
         let keys = self.keys.channel(channel);
         let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
-        let keep = self.keep_of(channel).await?;
+        let keep = self.keep_of(channel).await.map_err(failed)?;
         let fill = |_: &Link, command: &mut Command| {
             command.push_int(self.script_now());
-            command.push(self.publish_verb());
+            command.push(self.deployment.publish_verb());
             command.push(&events);
             command.push(before.map_or(String::new(), |before| before.epoch.to_string()));
             // Offsets begin with 1: nothing lies before it, and 0 says all.

@@ -23,6 +23,7 @@ use super::{
     Inner,
     feed::Listener,
     keys::ChannelKeys,
+    log::failed,
     wire::{Look, Message, position},
 };
 use crate::{
@@ -182,7 +183,7 @@ impl Inner {
             let ring = topic.lock();
             (ring.epoch(), ring.top())
         };
-        let keep = self.keep_of(&entry.channel).await?;
+        let keep = self.keep_of(&entry.channel).await.map_err(failed)?;
         let newest = Start::Last(WINDOW.events as u64);
         let start = if epoch.is_absent() { newest } else { Start::After(Position { epoch, offset: top }) };
         let mut look = self.look(&entry.keys, &keep, start, WINDOW).await?;
@@ -280,7 +281,7 @@ impl Inner {
 
     /// Whether somebody was served.
     async fn fetch_after(&self, entry: &Entry, topic: &Topic, position: Position) -> Result<bool> {
-        let keep = self.keep_of(&entry.channel).await?;
+        let keep = self.keep_of(&entry.channel).await.map_err(failed)?;
         let mut look = self.look(&entry.keys, &keep, Start::After(position), PAGE).await?;
         let (next, gap) = look.extent.resolve(&entry.channel, Start::After(position), look.now);
         let mut events = std::mem::take(&mut look.events);
