@@ -10,7 +10,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{
         memory::Memory,
-        redis::{self, Redis, address::Url, cluster::Nodes, deployment::Deployment},
+        redis::{
+            self, Redis, RedisCluster, RedisSettings,
+            client::{RedisUrl, Topology},
+        },
     },
     bus::{self, Bus, Clock, Log, Topics},
     cluster::{self, Cluster},
@@ -78,7 +81,7 @@ impl App {
         };
         let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), Clock::System));
         let cluster: Arc<dyn Cluster> = match &redis {
-            Some(deployment) => Nodes::start(deployment.clone(), &config.bus.redis.prefix),
+            Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
             None => cluster::local::alone(),
         };
         let wheel = Wheel::start();
@@ -260,7 +263,7 @@ pub async fn bus(config: &Config, topics: bus::Config, clock: Clock, metrics: Ar
     Ok(over(redis(config, metrics).await?.as_ref(), config, topics, clock))
 }
 
-fn over(redis: Option<&Arc<Deployment>>, config: &Config, topics: bus::Config, clock: Clock) -> Bus {
+fn over(redis: Option<&Arc<Topology>>, config: &Config, topics: bus::Config, clock: Clock) -> Bus {
     let topics = Arc::new(Topics::new(topics, clock));
     let log: Arc<dyn Log> = match redis {
         None => Arc::new(Memory::new(topics.clone())),
@@ -269,7 +272,7 @@ fn over(redis: Option<&Arc<Deployment>>, config: &Config, topics: bus::Config, c
                 config::Ack::Stored => redis::Ack::Stored,
                 config::Ack::Replicated => redis::Ack::Replicated,
             };
-            let settings = redis::Settings { prefix: config.bus.redis.prefix.clone(), ack };
+            let settings = RedisSettings { prefix: config.bus.redis.prefix.clone(), ack };
             Arc::new(Redis::start(deployment.clone(), topics.clone(), settings))
         }
     };
@@ -284,18 +287,18 @@ pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
     }
 }
 
-fn redis_url(config: &Config) -> Result<Url, (&'static str, String)> {
-    Url::parse(config.bus.redis.url.reveal()).map_err(|error| ("bus.redis.url", error))
+fn redis_url(config: &Config) -> Result<RedisUrl, (&'static str, String)> {
+    RedisUrl::parse(config.bus.redis.url.reveal()).map_err(|error| ("bus.redis.url", error))
 }
 
 /// Connects to Redis, if it is used. What will not be different the next time is said now; a Redis that is away may come.
-async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Deployment>>> {
+async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Topology>>> {
     if config.bus.backend == config::Backend::Memory {
         return Ok(None);
     }
     let url = redis_url(config).map_err(|(key, error)| anyhow!("{key}: {error}"))?;
     let tls = url.tls;
-    let deployment = Deployment::start(url, metrics);
+    let deployment = Topology::start(url, metrics);
     if let Err(reason) = deployment.ready(REDIS_CONNECT).await {
         // A Redis that speaks no TLS says so with silence.
         let hint =

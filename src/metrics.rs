@@ -82,7 +82,7 @@ label! {
 
 label! {
     /// What a connection to Redis is for.
-    Lane as "lane" {
+    RedisConnectionKind as "lane" {
         Commands = "commands",
         Events = "events",
         Mail = "mail",
@@ -129,7 +129,7 @@ pub struct Metrics {
     pub providers: Gauge,
 
     /// Connections to Redis made again after they had broken.
-    pub redis_reconnects: By<Lane, Counter>,
+    pub redis_reconnects: By<RedisConnectionKind, Counter>,
     /// From a publish to its answer by Redis.
     pub redis_append_seconds: Histogram,
     /// From the time of an event to when this node hears of it.

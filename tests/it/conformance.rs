@@ -16,7 +16,10 @@ use serde_json::{Value, value::RawValue};
 use weir::{
     backend::{
         memory::Memory,
-        redis::{Ack, Redis, Settings, address::Url, deployment::Deployment},
+        redis::{
+            Ack, Redis, RedisSettings,
+            client::{RedisUrl, Topology},
+        },
     },
     bus::*,
     error::Code,
@@ -789,13 +792,13 @@ async fn other(variable: &str) -> Server {
 impl<D: Deployed> Harness for InRedis<D> {
     async fn start(keep: Keep) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let url = Url::parse(&D::url().await).unwrap();
+        let url = RedisUrl::parse(&D::url().await).unwrap();
         let now = Arc::new(AtomicU64::new(1_763_640_000_123));
         let topics = Arc::new(Topics::new(config(keep, 64 << 20), Clock::Manual(now.clone())));
-        let deployment = Deployment::start(url, Arc::new(Metrics::new()));
+        let deployment = Topology::start(url, Arc::new(Metrics::new()));
         deployment.ready(Duration::from_secs(30)).await.unwrap();
         let prefix = format!("t{}:", NUMBER.fetch_add(1, Ordering::SeqCst));
-        let redis = Arc::new(Redis::start(deployment, topics.clone(), Settings { prefix, ack: Ack::Stored }));
+        let redis = Arc::new(Redis::start(deployment, topics.clone(), RedisSettings { prefix, ack: Ack::Stored }));
         now.fetch_add(2000, Ordering::SeqCst);
         InRedis { bus: Arc::new(Bus::new(redis.clone(), topics)), redis, now, deployment: std::marker::PhantomData }
     }

@@ -1,4 +1,4 @@
-//! Nodes on one Redis: sessions, names and mail.
+//! RedisCluster on one Redis: sessions, names and mail.
 //!
 //! ```text
 //! weir:{nodes}              ZSET   nodes by the time at which they joined; only where to look
@@ -32,12 +32,9 @@ use parking_lot::Mutex;
 use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 
 use self::news::News;
-use super::{
-    deployment::{Deployment, Lost},
-    feed::{Feed, Listener},
-    keys::escape,
-    link::{Fault, Link},
-    resp::{Command, Value},
+use super::store::keys::escape;
+use crate::backend::redis::client::{
+    Command, CommandError, OnLostReply, PubSub, PubSubHandler, RedisConnection, Topology, Value,
 };
 use crate::{
     cluster::{
@@ -45,7 +42,7 @@ use crate::{
         Unclaimed, Weight,
         post::{Batch, Landed, Post, Received},
     },
-    metrics::Lane,
+    metrics::RedisConnectionKind,
 };
 
 /// How long a node that is not heard of counts as up, and an exclusive name that is not renewed as held.
@@ -62,12 +59,12 @@ const RETURNS: usize = 3;
 const STRANGE: usize = 256;
 
 /// This node among the others.
-pub struct Nodes(Arc<Inner>);
+pub struct RedisCluster(Arc<Inner>);
 
 struct Inner {
     me: Weak<Inner>,
     prefix: Box<str>,
-    deployment: Arc<Deployment>,
+    topology: Arc<Topology>,
     clock: Clock,
     post: Post,
     state: Mutex<State>,
@@ -82,7 +79,7 @@ struct Inner {
     /// A name was given back.
     freed: Notify,
     leads: AtomicBool,
-    feed: Mutex<Option<Arc<Feed>>>,
+    pubsub: Mutex<Option<Arc<PubSub>>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -121,14 +118,14 @@ struct Other {
     stale: bool,
 }
 
-impl Nodes {
+impl RedisCluster {
     /// Joins. Needs a tokio runtime. Whether Redis can be reached shows later.
-    pub fn start(deployment: Arc<Deployment>, prefix: &str) -> Arc<Self> {
+    pub fn start(topology: Arc<Topology>, prefix: &str) -> Arc<Self> {
         let id = NodeId::random();
         let inner = Arc::new_cyclic(|me| Inner {
             me: me.clone(),
             prefix: prefix.into(),
-            deployment: deployment.clone(),
+            topology: topology.clone(),
             clock: Clock::real(),
             post: Post::new(id),
             state: Mutex::new(State {
@@ -153,20 +150,20 @@ impl Nodes {
             unheard: AtomicU32::new(0),
             freed: Notify::new(),
             leads: AtomicBool::new(false),
-            feed: Mutex::default(),
+            pubsub: Mutex::default(),
             tasks: Mutex::default(),
         });
-        let feed = Feed::start(deployment, Lane::Mail, Arc::new(Ears(Arc::downgrade(&inner))));
-        feed.subscribe(inner.mail_channel(id).into());
-        feed.subscribe(inner.news_channel().into());
-        *inner.feed.lock() = Some(feed);
+        let pubsub = PubSub::start(topology, RedisConnectionKind::Mail, Arc::new(Ears(Arc::downgrade(&inner))));
+        pubsub.subscribe(inner.mail_channel(id).into());
+        pubsub.subscribe(inner.news_channel().into());
+        *inner.pubsub.lock() = Some(pubsub);
         inner.tasks.lock().extend([
             tokio::spawn(session::keep(Arc::downgrade(&inner))),
             tokio::spawn(session::tell(Arc::downgrade(&inner))),
             tokio::spawn(news::watch(Arc::downgrade(&inner))),
             tokio::spawn(carry(Arc::downgrade(&inner))),
         ]);
-        Arc::new(Nodes(inner))
+        Arc::new(RedisCluster(inner))
     }
 
     /// Who it is now: another when it was away for too long.
@@ -186,10 +183,10 @@ impl Nodes {
     }
 }
 
-impl Drop for Nodes {
+impl Drop for RedisCluster {
     fn drop(&mut self) {
         self.0.tasks.lock().drain(..).for_each(|task| task.abort());
-        *self.0.feed.lock() = None;
+        *self.0.pubsub.lock() = None;
     }
 }
 
@@ -222,7 +219,7 @@ impl Inner {
     }
 
     fn publish(&self, channel: &str, message: &[u8]) -> Command {
-        Command::new(self.deployment.publish_verb()).arg(channel).arg(message)
+        Command::new(self.topology.publish_verb()).arg(channel).arg(message)
     }
 }
 
@@ -247,17 +244,18 @@ async fn deliver(inner: Arc<Inner>, batch: Batch) {
     let surely_not = |perhaps| if perhaps { Landed::Unknown } else { Landed::Nobody };
     let landed = loop {
         // Whoever gets it twice drops the second.
-        let go = |_: &Link| inner.post.may_go(&batch).then(|| publish.clone());
-        let sent = inner.deployment.call_if(channel.as_bytes(), Lost::Tell, go).await;
-        perhaps |= matches!(sent, Err(Fault::Lost));
+        let go = |_: &RedisConnection| inner.post.may_go(&batch).then(|| publish.clone());
+        let sent = inner.topology.call_if(channel.as_bytes(), OnLostReply::Report, go).await;
+        perhaps |= matches!(sent, Err(CommandError::Unconfirmed));
         match sent {
             Ok((value, _)) if value.int().is_some_and(|takers| takers > 0) => break Landed::Taken,
             // While calls come back their nodes find others, so it is worth being quick, but not with one that lives.
-            Ok((_, link)) if absent >= RETURNS && inner.deployment.is_settled(channel.as_bytes(), &link) => {
+            Ok((_, connection)) if absent >= RETURNS && inner.topology.is_settled(channel.as_bytes(), &connection) => {
                 break surely_not(perhaps);
             }
             // The session says when it is too late to go on.
-            Ok(_) | Err(Fault::Away(_) | Fault::Lost) if inner.is_heard() && inner.post.knows(batch.to) => {}
+            Ok(_) | Err(CommandError::NotExecuted(_) | CommandError::Unconfirmed)
+                if inner.is_heard() && inner.post.knows(batch.to) => {}
             _ => break surely_not(perhaps),
         }
         if !perhaps {
@@ -277,7 +275,7 @@ async fn deliver(inner: Arc<Inner>, batch: Batch) {
 /// What comes over the mail connection.
 struct Ears(Weak<Inner>);
 
-impl Listener for Ears {
+impl PubSubHandler for Ears {
     fn heard(&self, channel: &Bytes, message: Bytes) {
         let Some(inner) = self.0.upgrade() else { return };
         if channel.ends_with(b":news") {
@@ -343,7 +341,7 @@ impl Inner {
 
 // === the contract ===
 
-impl Cluster for Nodes {
+impl Cluster for RedisCluster {
     fn members(&self) -> Members {
         let State { readers, others, .. } = &mut *self.0.state.lock();
         readers.members(others.keys().copied().filter(|node| self.0.post.knows(*node)))

@@ -16,26 +16,26 @@ use tokio::{
 pub use self::deployment::client;
 use self::server::{Part, Server};
 use super::{super::Failure, Report};
-use crate::backend::redis::address::{Address, Kind, Url};
+use crate::backend::redis::client::{Address, RedisUrl, TopologyKind};
 
 /// How long a server may take to show that it speaks no TLS.
 const PLAIN: Duration = Duration::from_secs(2);
 
 /// Looks at what `url` names. `prefix` is `bus.redis.prefix`.
 pub async fn examine(url: &str, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
-    let url = Url::parse(url).map_err(Failure::Usage)?;
+    let url = RedisUrl::parse(url).map_err(Failure::Usage)?;
     match &url.kind {
-        Kind::One(address) => {
+        TopologyKind::Standalone(address) => {
             let mut server = reach(&url, address, report).await?;
             server.examine(Part::Alone, prefix, report).await
         }
-        Kind::Sentinel { sentinels, master } => sentinel(&url, sentinels, master, prefix, report).await,
-        Kind::Cluster(seeds) => cluster(&url, seeds, prefix, report).await,
+        TopologyKind::Sentinel { sentinels, master } => sentinel(&url, sentinels, master, prefix, report).await,
+        TopologyKind::Cluster(seeds) => cluster(&url, seeds, prefix, report).await,
     }
 }
 
 /// Connects to a server on which all depends.
-async fn reach(url: &Url, address: &Address, report: &mut Report<'_>) -> Result<Server, Failure> {
+async fn reach(url: &RedisUrl, address: &Address, report: &mut Report<'_>) -> Result<Server, Failure> {
     report.of(address.to_string());
     match Server::connect(url, address, true).await {
         Ok(server) => Ok(server),
@@ -50,7 +50,7 @@ async fn reach(url: &Url, address: &Address, report: &mut Report<'_>) -> Result<
 }
 
 async fn sentinel(
-    url: &Url,
+    url: &RedisUrl,
     sentinels: &[Address],
     name: &str,
     prefix: &str,
@@ -120,7 +120,7 @@ async fn sentinel(
     server.examine(Part::Replicated, prefix, report).await
 }
 
-async fn cluster(url: &Url, seeds: &[Address], prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
     let mut first = None;
     for address in seeds {
         report.of(address.to_string());
@@ -185,7 +185,7 @@ const AWAY: &str = "start it, or take it out of the URL";
 
 /// Says why there is no connection, as far as it can be known.
 async fn unreachable(
-    url: &Url,
+    url: &RedisUrl,
     address: &Address,
     error: &RedisError,
     check: &str,

@@ -17,7 +17,7 @@ use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, aio::Mu
 use serde::Deserialize;
 
 use super::super::{Failure, doctor::redis_client};
-use crate::backend::redis::address::{Kind, Url};
+use crate::backend::redis::client::{RedisUrl, TopologyKind};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Keys of one SCAN, and of one MGET.
@@ -54,8 +54,8 @@ pub struct Bounds {
 
 impl Source {
     pub async fn open(url: &str) -> Result<Self, Failure> {
-        let url = Url::parse(url).map_err(Failure::Usage)?;
-        let Kind::One(address) = &url.kind else {
+        let url = RedisUrl::parse(url).map_err(Failure::Usage)?;
+        let TopologyKind::Standalone(address) = &url.kind else {
             return Err(Failure::Usage("ganomede-events uses one Redis: write redis://host:6379".into()));
         };
         // Its servers may be older than RESP3.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use serde_json::{Value, value::RawValue};
 use weir::{
-    backend::redis::{Ack, Settings},
+    backend::redis::{Ack, RedisSettings},
     error::Code,
     event::{Data, Draft, Parts},
     position::Start,
@@ -46,7 +46,7 @@ async fn replicas_are_waited_for_under_another_prefix() {
     assert_eq!(master.cli(&rule.split(' ').collect::<Vec<_>>()).await, "OK");
     let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
     until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
-    let settings = Settings { prefix: "other:".into(), ack: Ack::Replicated };
+    let settings = RedisSettings { prefix: "other:".into(), ack: Ack::Replicated };
     let node = Node::of(&format!("redis://weir:secret@{}", master.address()), KEEP, settings).await;
     for n in 1..=10 {
         node.publish("c", n).await.unwrap();

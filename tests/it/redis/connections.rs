@@ -13,15 +13,10 @@ use tokio::{
     sync::mpsc,
 };
 use weir::{
-    backend::redis::{
-        address::Url,
-        deployment::{Deployment, Lost},
-        feed::{Feed, Listener},
-        link::Fault,
-        resp::{Command, Value},
-        script::Script,
+    backend::redis::client::{
+        Command, CommandError, OnLostReply, PubSub, PubSubHandler, RedisUrl, Script, Topology, Value,
     },
-    metrics::{Lane, Metrics},
+    metrics::{Metrics, RedisConnectionKind},
 };
 
 use super::{
@@ -29,10 +24,10 @@ use super::{
     servers::{Cluster, Sentinel, Server, until},
 };
 
-/// What a feed said, one after the other.
+/// What a pubsub said, one after the other.
 struct Heard(mpsc::UnboundedSender<String>);
 
-impl Listener for Heard {
+impl PubSubHandler for Heard {
     fn heard(&self, channel: &Bytes, message: Bytes) {
         let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
         let _ = self.0.send(format!("{} {}", text(channel), text(&message)));
@@ -43,32 +38,32 @@ impl Listener for Heard {
     }
 }
 
-async fn deployment(url: &str) -> Arc<Deployment> {
-    let deployment = Deployment::start(Url::parse(url).unwrap(), Arc::new(Metrics::new()));
-    deployment.ready(Duration::from_secs(20)).await.unwrap();
-    deployment
+async fn topology(url: &str) -> Arc<Topology> {
+    let topology = Topology::start(RedisUrl::parse(url).unwrap(), Arc::new(Metrics::new()));
+    topology.ready(Duration::from_secs(20)).await.unwrap();
+    topology
 }
 
-fn feed(deployment: &Arc<Deployment>) -> (Arc<Feed>, mpsc::UnboundedReceiver<String>) {
+fn pubsub(topology: &Arc<Topology>) -> (Arc<PubSub>, mpsc::UnboundedReceiver<String>) {
     let (tx, rx) = mpsc::unbounded_channel();
-    (Feed::start(deployment.clone(), Lane::Events, Arc::new(Heard(tx))), rx)
+    (PubSub::start(topology.clone(), RedisConnectionKind::Events, Arc::new(Heard(tx))), rx)
 }
 
 async fn next(heard: &mut mpsc::UnboundedReceiver<String>) -> String {
     tokio::time::timeout(Duration::from_secs(30), heard.recv()).await.expect("silence").unwrap()
 }
 
-async fn ask(deployment: &Deployment, args: &[&str]) -> Result<Value, Fault> {
-    let done = deployment.call(args[1].as_bytes(), Lost::Again, |_| {
+async fn ask(topology: &Topology, args: &[&str]) -> Result<Value, CommandError> {
+    let done = topology.call(args[1].as_bytes(), OnLostReply::Retry, |_| {
         args[1..].iter().fold(Command::new(args[0]), |command, arg| command.arg(arg))
     });
     done.await.map(|(value, _)| value)
 }
 
 /// Until Redis has done it: it may be away.
-async fn insist(deployment: &Deployment, args: &[&str]) -> Value {
+async fn insist(topology: &Topology, args: &[&str]) -> Value {
     for _ in 0..30 {
-        if let Ok(value) = ask(deployment, args).await {
+        if let Ok(value) = ask(topology, args).await {
             return value;
         }
     }
@@ -80,62 +75,62 @@ static ECHO: LazyLock<Script> = LazyLock::new(|| Script::new("return {KEYS[1], A
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_was_away() {
     let mut redis = Server::start(&[]).await;
-    let deployment = deployment(&redis.url()).await;
-    let (feed, mut heard) = feed(&deployment);
+    let topology = topology(&redis.url()).await;
+    let (pubsub, mut heard) = pubsub(&topology);
     for n in 0..1500 {
-        feed.subscribe(Bytes::from(format!("c{n}")));
+        pubsub.subscribe(Bytes::from(format!("c{n}")));
     }
     for _ in 0..1500 {
         assert!(next(&mut heard).await.starts_with("+c"));
     }
-    assert!(feed.is_subscribed(b"c7"));
+    assert!(pubsub.is_subscribed(b"c7"));
     assert_eq!(redis.cli(&["PUBLISH", "c7", "one"]).await, "1");
     assert_eq!(next(&mut heard).await, "c7 one");
     redis.kill();
-    assert!(ask(&deployment, &["GET", "a"]).await.is_err());
+    assert!(ask(&topology, &["GET", "a"]).await.is_err());
     redis.restart().await;
-    insist(&deployment, &["SET", "a", "1"]).await;
+    insist(&topology, &["SET", "a", "1"]).await;
     for _ in 0..1500 {
         assert!(next(&mut heard).await.starts_with("+c"), "all of them again");
     }
-    assert!(feed.unsubscribe(b"c7") && !feed.is_subscribed(b"c7"));
+    assert!(pubsub.unsubscribe(b"c7") && !pubsub.is_subscribed(b"c7"));
     until("unsubscribed", || async { redis.cli(&["PUBLISH", "c7", "two"]).await == "0" }).await;
     assert_eq!(redis.cli(&["PUBLISH", "c8", "two"]).await, "1");
     assert_eq!(next(&mut heard).await, "c8 two");
     for kind in ["normal", "pubsub"] {
         redis.cli(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"]).await;
     }
-    assert_eq!(insist(&deployment, &["GET", "a"]).await.int(), Some(1));
-    until("subscribed again", || async { feed.is_subscribed(b"c8") }).await;
+    assert_eq!(insist(&topology, &["GET", "a"]).await.int(), Some(1));
+    until("subscribed again", || async { pubsub.is_subscribed(b"c8") }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_sent_is_lost_and_what_was_not_is_not() {
     let redis = Server::start(&[]).await;
     let proxy = Proxy::start(redis.port).await;
-    let deployment = deployment(&proxy.url()).await;
-    let add = |lost| deployment.call(b"n", lost, |_| Command::new("INCR").arg("n"));
-    assert!(add(Lost::Tell).await.is_ok());
+    let topology = topology(&proxy.url()).await;
+    let add = |lost| topology.call(b"n", lost, |_| Command::new("INCR").arg("n"));
+    assert!(add(OnLostReply::Report).await.is_ok());
     proxy.set(Wire::Deaf);
-    let (one, two) = tokio::join!(add(Lost::Tell), async {
+    let (one, two) = tokio::join!(add(OnLostReply::Report), async {
         until("it is done", || async { redis.cli(&["GET", "n"]).await == "2" }).await;
         proxy.set(Wire::Cut);
     });
-    assert_eq!((one.map(|(value, _)| value), two), (Err(Fault::Lost), ()));
-    assert!(matches!(add(Lost::Tell).await, Err(Fault::Away(_))));
+    assert_eq!((one.map(|(value, _)| value), two), (Err(CommandError::Unconfirmed), ()));
+    assert!(matches!(add(OnLostReply::Report).await, Err(CommandError::NotExecuted(_))));
     proxy.set(Wire::Whole);
-    until("it is back", || async { add(Lost::Tell).await.is_ok() }).await;
+    until("it is back", || async { add(OnLostReply::Report).await.is_ok() }).await;
     assert_eq!(redis.cli(&["GET", "n"]).await, "3", "once each");
     proxy.set(Wire::Silent);
-    assert!(add(Lost::Tell).await.is_err(), "a wire that was pulled out is noticed");
+    assert!(add(OnLostReply::Report).await.is_err(), "a wire that was pulled out is noticed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_is_loaded_when_it_is_needed() {
     let redis = Server::start(&[]).await;
-    let deployment = deployment(&redis.url()).await;
+    let topology = topology(&redis.url()).await;
     for _ in 0..3 {
-        let done = deployment.run(&ECHO, &[b"{k}"], Lost::Tell, |_, command| command.push("v")).await;
+        let done = topology.run(&ECHO, &[b"{k}"], OnLostReply::Report, |_, command| command.push("v")).await;
         assert_eq!(done.unwrap().0.list().unwrap()[1].text(), Some("v"));
         redis.cli(&["SCRIPT", "FLUSH"]).await;
     }
@@ -144,14 +139,14 @@ async fn a_script_is_loaded_when_it_is_needed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_master_of_today() {
     let mut sentinel = Sentinel::start().await;
-    let deployment = deployment(&sentinel.url()).await;
-    let (feed, mut heard) = feed(&deployment);
-    feed.subscribe(Bytes::from_static(b"c"));
+    let topology = topology(&sentinel.url()).await;
+    let (pubsub, mut heard) = pubsub(&topology);
+    pubsub.subscribe(Bytes::from_static(b"c"));
     assert_eq!(next(&mut heard).await, "+c");
     let old = sentinel.master().await;
     sentinel.servers[old].kill();
     let new = sentinel.failed_over(old).await;
-    insist(&deployment, &["SET", "a", "1"]).await;
+    insist(&topology, &["SET", "a", "1"]).await;
     assert_eq!(sentinel.servers[new].cli(&["GET", "a"]).await, "1");
     // Sentinel may end connections once more, when it has told everybody.
     let mut said = next(&mut heard).await;
@@ -165,12 +160,12 @@ async fn the_master_of_today() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_moves_and_a_master_that_dies() {
     let mut cluster = Cluster::start(3, 3).await;
-    let deployment = deployment(&cluster.url()).await;
-    let (feed, mut heard) = feed(&deployment);
+    let topology = topology(&cluster.url()).await;
+    let (pubsub, mut heard) = pubsub(&topology);
     let keys: Vec<String> = (0..30).map(|n| format!("{{k{n}}}")).collect();
     for key in &keys {
-        insist(&deployment, &["SET", key, "1"]).await;
-        feed.subscribe(Bytes::from(key.clone()));
+        insist(&topology, &["SET", key, "1"]).await;
+        pubsub.subscribe(Bytes::from(key.clone()));
     }
     for _ in &keys {
         assert!(next(&mut heard).await.starts_with('+'));
@@ -178,23 +173,23 @@ async fn a_slot_that_moves_and_a_master_that_dies() {
     let slot = cluster.slot(&keys[0]).await;
     let from = cluster.owner(slot).await;
     cluster.move_slot(slot, (from + 1) % 3).await;
-    assert_eq!(insist(&deployment, &["GET", &keys[0]]).await.int(), Some(1));
+    assert_eq!(insist(&topology, &["GET", &keys[0]]).await.int(), Some(1));
     assert_eq!(next(&mut heard).await, format!("+{}", keys[0]));
-    insist(&deployment, &["SPUBLISH", &keys[0], "moved"]).await;
+    insist(&topology, &["SPUBLISH", &keys[0], "moved"]).await;
     assert_eq!(next(&mut heard).await, format!("{} moved", keys[0]));
 
     let victim = cluster.owner(slot).await;
     cluster.servers[victim].kill();
     until("all slots answer", || async {
         for key in &keys {
-            if ask(&deployment, &["SET", key, "2"]).await.is_err() {
+            if ask(&topology, &["SET", key, "2"]).await.is_err() {
                 return false;
             }
         }
         true
     })
     .await;
-    until("all subscriptions are back", || async { keys.iter().all(|key| feed.is_subscribed(key.as_bytes())) }).await;
+    until("all subscriptions are back", || async { keys.iter().all(|key| pubsub.is_subscribed(key.as_bytes())) }).await;
 }
 
 /// A server that says that it is of some version, and nothing else.
@@ -231,12 +226,12 @@ async fn of_version(version: &'static str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_too_old_is_refused_with_that_reason() {
     for version in ["5.0.14", "6.0.16"] {
-        let url = Url::parse(&of_version(version).await).unwrap();
-        let deployment = Deployment::start(url, Arc::new(Metrics::new()));
+        let url = RedisUrl::parse(&of_version(version).await).unwrap();
+        let topology = Topology::start(url, Arc::new(Metrics::new()));
         // The reason is known with the first answer; until then nothing has answered.
-        let reason = deployment.ready(Duration::from_secs(5)).await.unwrap_err();
+        let reason = topology.ready(Duration::from_secs(5)).await.unwrap_err();
         assert!(reason.contains("6.2 or newer, or Valkey"), "{version}: {reason}");
     }
-    let recent = Url::parse(&of_version("6.2.0").await).unwrap();
-    Deployment::start(recent, Arc::new(Metrics::new())).ready(Duration::from_secs(30)).await.unwrap();
+    let recent = RedisUrl::parse(&of_version("6.2.0").await).unwrap();
+    Topology::start(recent, Arc::new(Metrics::new())).ready(Duration::from_secs(30)).await.unwrap();
 }

@@ -14,7 +14,10 @@ use parking_lot::Mutex;
 use serde_json::{Value, value::RawValue};
 use tokio::task::JoinHandle;
 use weir::{
-    backend::redis::{Ack, Redis, Settings, address::Url, deployment::Deployment},
+    backend::redis::{
+        Ack, Redis, RedisSettings,
+        client::{RedisUrl, Topology},
+    },
     bus::*,
     error::Code,
     event::{Channel, Data, Draft, Event, Parts},
@@ -65,10 +68,10 @@ impl Node {
     }
 
     pub async fn with(url: &str, keep: Keep, ack: Ack) -> Self {
-        Node::of(url, keep, Settings { prefix: "weir:".into(), ack }).await
+        Node::of(url, keep, RedisSettings { prefix: "weir:".into(), ack }).await
     }
 
-    pub async fn of(url: &str, keep: Keep, settings: Settings) -> Self {
+    pub async fn of(url: &str, keep: Keep, settings: RedisSettings) -> Self {
         let config = Config {
             rules: vec![Rule { pattern: Pattern::new("*"), keep }],
             keep,
@@ -80,7 +83,7 @@ impl Node {
         };
         let topics = Arc::new(Topics::new(config, Clock::System));
         let metrics = Arc::new(Metrics::new());
-        let deployment = Deployment::start(Url::parse(url).unwrap(), metrics.clone());
+        let deployment = Topology::start(RedisUrl::parse(url).unwrap(), metrics.clone());
         deployment.ready(Duration::from_secs(30)).await.unwrap();
         let redis = Arc::new(Redis::start(deployment, topics.clone(), settings));
         Node { bus: Arc::new(Bus::new(redis.clone(), topics.clone())), redis, metrics, topics }

@@ -6,12 +6,7 @@ use tokio::time::sleep;
 
 use super::{Inner, MARGIN, State, TTL, texts};
 use crate::{
-    backend::redis::{
-        deployment::Lost,
-        link::Fault,
-        resp::{Command, Value},
-        script::Script,
-    },
+    backend::redis::client::{Command, CommandError, OnLostReply, Script, Value},
     cluster::{Claim, Keeper, Lease, NodeId, Tenure, Unclaimed},
 };
 
@@ -85,8 +80,8 @@ impl Inner {
         let exclusive = u64::from(claim == Claim::Exclusive);
         // The same again takes the same name again: the fence is higher, and that is all.
         let answer = self
-            .deployment
-            .run(&CLAIM, &[holders.as_bytes(), owner.as_bytes()], Lost::Again, |_, command| {
+            .topology
+            .run(&CLAIM, &[holders.as_bytes(), owner.as_bytes()], OnLostReply::Retry, |_, command| {
                 command.push(id.to_string());
                 command.push_int(exclusive);
                 command.push_int(TTL.as_millis() as u64);
@@ -97,7 +92,7 @@ impl Inner {
             Ok((value, _)) => Ok(value),
             Err(fault) => {
                 // It may have been taken all the same. An exclusive one ends with its time.
-                if fault == Fault::Lost {
+                if fault == CommandError::Unconfirmed {
                     self.set_free(&mut self.state.lock(), name, 0);
                 }
                 Err(Unclaimed::Away)
@@ -111,10 +106,10 @@ impl Inner {
         for node in holders_of(taken).unwrap_or_default() {
             let session = self.session_key(node);
             let ask = Command::new("EXISTS").arg(&session);
-            let asked = self.deployment.call(session.as_bytes(), Lost::Again, |_| ask.clone()).await;
-            let Ok((exists, link)) = asked else { continue };
+            let asked = self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| ask.clone()).await;
+            let Ok((exists, connection)) = asked else { continue };
             // Right after Redis was away one that lives may not have told of itself again.
-            if exists.int() == Some(0) && self.deployment.is_settled(session.as_bytes(), &link) {
+            if exists.int() == Some(0) && self.topology.is_settled(session.as_bytes(), &connection) {
                 some |= self.give_back(name, 0, node).await;
             }
         }
@@ -127,8 +122,8 @@ impl Inner {
         let id = self.state.lock().id;
         let asked = self.clock.now();
         let renewed = self
-            .deployment
-            .run(&RENEW, &[holders.as_bytes(), owner.as_bytes()], Lost::Again, |_, command| {
+            .topology
+            .run(&RENEW, &[holders.as_bytes(), owner.as_bytes()], OnLostReply::Retry, |_, command| {
                 command.push(id.to_string());
                 command.push(before.to_string());
                 command.push_int(tenure.fence);
@@ -194,8 +189,8 @@ impl Inner {
     async fn give_back(&self, name: &str, fence: u64, id: NodeId) -> bool {
         let (holders, owner) = self.name_keys(name);
         let released = self
-            .deployment
-            .run(&RELEASE, &[holders.as_bytes(), owner.as_bytes()], Lost::Again, |_, command| {
+            .topology
+            .run(&RELEASE, &[holders.as_bytes(), owner.as_bytes()], OnLostReply::Retry, |_, command| {
                 command.push(id.to_string());
                 command.push_int(fence);
             })

@@ -11,10 +11,7 @@ use tokio::time::timeout;
 
 use super::{Inner, LOOK, Other, State, session::VERSION};
 use crate::{
-    backend::redis::{
-        deployment::Lost,
-        resp::{Command, Value},
-    },
+    backend::redis::client::{Command, OnLostReply, Value},
     cluster::{Holding, NodeId},
 };
 
@@ -190,7 +187,7 @@ impl Inner {
     async fn look_around(&self) {
         let index = self.index_key();
         let range = Command::new("ZRANGE").arg(&index).arg("0").arg("-1");
-        let Ok((value, _)) = self.deployment.call(index.as_bytes(), Lost::Again, |_| range.clone()).await else {
+        let Ok((value, _)) = self.topology.call(index.as_bytes(), OnLostReply::Retry, |_| range.clone()).await else {
             return;
         };
         let indexed: Vec<NodeId> = super::texts(&value).iter().filter_map(|text| NodeId::parse(text)).collect();
@@ -212,13 +209,14 @@ impl Inner {
     async fn look_at(&self, node: NodeId, indexed: bool) {
         let session = self.session_key(node);
         let ask = Command::new("HMGET").arg(&session).arg("v").arg("r");
-        let Ok((value, link)) = self.deployment.call(session.as_bytes(), Lost::Again, |_| ask.clone()).await else {
+        let Ok((value, connection)) = self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| ask.clone()).await
+        else {
             return;
         };
         let parts = value.list().unwrap_or_default();
         let header = parts.first().and_then(Value::bytes);
         let Some(joined) = header.and_then(joined) else {
-            if !self.deployment.is_settled(session.as_bytes(), &link) {
+            if !self.topology.is_settled(session.as_bytes(), &connection) {
                 // A Redis that has forgotten everything is told again by those who live.
                 return;
             }
@@ -227,7 +225,7 @@ impl Inner {
                 // A node that lives puts itself there again with its next beat.
                 let index = self.index_key();
                 let remove = Command::new("ZREM").arg(&index).arg(node.to_string());
-                let _ = self.deployment.call(index.as_bytes(), Lost::Again, |_| remove.clone()).await;
+                let _ = self.topology.call(index.as_bytes(), OnLostReply::Retry, |_| remove.clone()).await;
             }
             return;
         };
@@ -251,9 +249,9 @@ impl Inner {
 
     async fn listens(&self, node: NodeId) -> bool {
         let channel = self.mail_channel(node);
-        let verb = if self.deployment.url.is_cluster() { "SHARDNUMSUB" } else { "NUMSUB" };
+        let verb = if self.topology.url.is_cluster() { "SHARDNUMSUB" } else { "NUMSUB" };
         let ask = Command::new("PUBSUB").arg(verb).arg(&channel);
-        let answer = self.deployment.call(channel.as_bytes(), Lost::Again, |_| ask.clone()).await;
+        let answer = self.topology.call(channel.as_bytes(), OnLostReply::Retry, |_| ask.clone()).await;
         let Ok((value, _)) = answer else { return false };
         value.list().and_then(|list| list.get(1)).and_then(Value::int).is_some_and(|count| count > 0)
     }
@@ -261,7 +259,7 @@ impl Inner {
     async fn read_session(&self, node: NodeId) {
         let session = self.session_key(node);
         let ask = Command::new("HGETALL").arg(&session);
-        let Ok((value, _)) = self.deployment.call(session.as_bytes(), Lost::Again, |_| ask.clone()).await else {
+        let Ok((value, _)) = self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| ask.clone()).await else {
             return;
         };
         let (mut rev, mut told) = (None, HashMap::new());

@@ -13,16 +13,12 @@ use super::{
     news::{News, Told},
 };
 use crate::{
-    backend::redis::{
-        deployment::Lost,
-        resp::{Command, Value},
-        script::Script,
-    },
+    backend::redis::client::{Command, OnLostReply, Script, Value},
     cluster::{Claim, NodeId},
 };
 
 static BEAT_SCRIPT: Script = Script::new(include_str!("beat.lua"));
-static TELL: Script = Script::new(include_str!("tell.lua"));
+static TELL: Script = Script::new(include_str!("announce.lua"));
 
 /// Of what is stored and sent.
 pub(super) const VERSION: u8 = 1;
@@ -72,10 +68,10 @@ pub(super) async fn leave(inner: Arc<Inner>) {
         futures_util::future::join_all(free).await;
         let session = inner.session_key(id);
         let delete = Command::new("DEL").arg(&session);
-        let _ = inner.deployment.call(session.as_bytes(), Lost::Again, |_| delete.clone()).await;
+        let _ = inner.topology.call(session.as_bytes(), OnLostReply::Retry, |_| delete.clone()).await;
         let index = inner.index_key();
         let remove = Command::new("ZREM").arg(&index).arg(id.to_string());
-        let _ = inner.deployment.call(index.as_bytes(), Lost::Again, |_| remove.clone()).await;
+        let _ = inner.topology.call(index.as_bytes(), OnLostReply::Retry, |_| remove.clone()).await;
         inner.say(&News::Bye { from: id }).await;
     };
     // What is not said is known when the session is over.
@@ -92,8 +88,8 @@ impl Inner {
         let asked = self.clock.now();
         let session = self.session_key(before);
         let answer = self
-            .deployment
-            .run(&BEAT_SCRIPT, &[session.as_bytes()], Lost::Again, |_, command| {
+            .topology
+            .run(&BEAT_SCRIPT, &[session.as_bytes()], OnLostReply::Retry, |_, command| {
                 command.push_int(TTL.as_millis() as u64);
             })
             .await;
@@ -134,12 +130,12 @@ impl Inner {
             late.then_some(state.id)
         };
         if let Some(id) = reborn {
-            if let Some(feed) = &*self.feed.lock() {
-                feed.unsubscribe(self.mail_channel(before).as_bytes());
-                feed.subscribe(self.mail_channel(id).into());
+            if let Some(pubsub) = &*self.pubsub.lock() {
+                pubsub.unsubscribe(self.mail_channel(before).as_bytes());
+                pubsub.subscribe(self.mail_channel(id).into());
             }
             let gone = Command::new("DEL").arg(&session);
-            let _ = self.deployment.call(session.as_bytes(), Lost::Again, |_| gone.clone()).await;
+            let _ = self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| gone.clone()).await;
         }
         let unknown = self.state.lock().unknown;
         // Each on its own server of a Cluster: one that hangs must not cost this node its session on another.
@@ -160,12 +156,12 @@ impl Inner {
         if self.unheard.fetch_add(1, SeqCst) >= UNHEARD {
             tracing::warn!("Redis took mail for this node and did not send it: connecting again");
             self.unheard.store(0, SeqCst);
-            if let Some(feed) = &*self.feed.lock() {
-                feed.replace(channel.as_bytes());
+            if let Some(pubsub) = &*self.pubsub.lock() {
+                pubsub.replace(channel.as_bytes());
             }
         }
         let note = self.publish(&channel, b"");
-        let _ = self.deployment.call(channel.as_bytes(), Lost::Again, |_| note.clone()).await;
+        let _ = self.topology.call(channel.as_bytes(), OnLostReply::Retry, |_| note.clone()).await;
     }
 
     /// All exclusive names, and some of the shared ones; all of them after this node has become another, or was forgotten.
@@ -191,8 +187,8 @@ impl Inner {
         };
         let session = self.session_key(id);
         let written = self
-            .deployment
-            .run(&TELL, &[session.as_bytes()], Lost::Again, |_, command| {
+            .topology
+            .run(&TELL, &[session.as_bytes()], OnLostReply::Retry, |_, command| {
                 command.push_int(TTL.as_millis() as u64);
                 for (what, value) in [("v", &header[..]), ("r", rev.to_string().as_bytes())] {
                     command.push(what);
@@ -221,7 +217,7 @@ impl Inner {
     async fn list(&self, id: NodeId) -> bool {
         let (index, joined) = (self.index_key(), self.state.lock().joined);
         let add = Command::new("ZADD").arg(&index).int(joined).arg(id.to_string());
-        self.deployment.call(index.as_bytes(), Lost::Again, |_| add.clone()).await.is_ok()
+        self.topology.call(index.as_bytes(), OnLostReply::Retry, |_| add.clone()).await.is_ok()
     }
 
     /// What has changed. False: Redis did not take it.
@@ -257,7 +253,7 @@ impl Inner {
             }
         }
         for command in [remove, set] {
-            if self.deployment.call(session.as_bytes(), Lost::Again, |_| command.clone()).await.is_err() {
+            if self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| command.clone()).await.is_err() {
                 self.state.lock().unknown = true;
                 self.beat.notify_one();
                 return false;
@@ -279,7 +275,7 @@ impl Inner {
     pub(super) async fn say(&self, news: &News) -> bool {
         let channel = self.news_channel();
         let publish = self.publish(&channel, &news.write());
-        self.deployment.call(channel.as_bytes(), Lost::Again, |_| publish.clone()).await.is_ok()
+        self.topology.call(channel.as_bytes(), OnLostReply::Retry, |_| publish.clone()).await.is_ok()
     }
 
     /// Who has been here longest speaks for all.

@@ -2,10 +2,10 @@
 
 use redis::{Client, ConnectionAddr, IntoConnectionInfo as _, ProtocolVersion, RedisResult};
 
-use crate::backend::redis::address::{Address, Url};
+use crate::backend::redis::client::{Address, RedisUrl};
 
 /// A client for one of the servers. Sentinels have logins of their own, and most have none.
-pub fn client(url: &Url, address: &Address, login: bool, protocol: ProtocolVersion) -> RedisResult<Client> {
+pub fn client(url: &RedisUrl, address: &Address, login: bool, protocol: ProtocolVersion) -> RedisResult<Client> {
     let (host, port) = (address.host.to_string(), address.port);
     let place = match url.tls {
         true => ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None },

@@ -17,7 +17,7 @@ use super::{
     },
     commands, deployment, reason,
 };
-use crate::backend::redis::address::{Address, Url};
+use crate::backend::redis::client::{Address, RedisUrl};
 
 const CONNECT: Duration = Duration::from_secs(5);
 const ANSWER: Duration = Duration::from_secs(10);
@@ -51,7 +51,7 @@ pub struct Server {
 
 impl Server {
     /// `login`: as weir does. Sentinels are asked without.
-    pub async fn connect(url: &Url, address: &Address, login: bool) -> Result<Self, RedisError> {
+    pub async fn connect(url: &RedisUrl, address: &Address, login: bool) -> Result<Self, RedisError> {
         let config =
             || AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(ANSWER));
         let mut resp3 = Ok(());

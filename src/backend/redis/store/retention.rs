@@ -1,4 +1,4 @@
-//! [`Keeps`]: what the nodes together keep. Each says its rules every few seconds, and of a channel the most is kept that any
+//! [`RetentionRules`]: what the nodes together keep. Each says its rules every few seconds, and of a channel the most is kept that any
 //! of them promises its readers: a node with smaller rules, as in the middle of an update, cuts nobody's log. Less is
 //! kept when all agree, and have for a minute.
 
@@ -11,28 +11,22 @@ use std::{
 use parking_lot::RwLock;
 use tokio::sync::Mutex;
 
-use super::{
-    Inner,
-    deployment::Lost,
-    link::{Fault, Link},
-    log::millis,
-    resp::{Command, Value},
-    script::Script,
-};
+use super::{Inner, read::millis};
+use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
     bus::{Keep, Rule},
     event::Channel,
     pattern::Pattern,
 };
 
-static KEEP: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("keep.lua")));
+static KEEP: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("retention.lua")));
 
 /// How often it is said.
 const EVERY: Duration = Duration::from_secs(5);
 /// Rules that are not said again for so long count no more.
 const FORGET: Duration = Duration::from_secs(60);
 
-pub(super) struct Keeps {
+pub(super) struct RetentionRules {
     /// Tells the rules of this node from others'.
     node: String,
     own: String,
@@ -51,7 +45,7 @@ struct Other {
 /// Patterns and what is kept by them; the last is `*`.
 struct Rules(Vec<Rule>);
 
-impl Keeps {
+impl RetentionRules {
     /// Of a node with these rules, that keeps `rest` where none of them matches.
     pub fn new(rules: &[Rule], rest: Keep) -> Self {
         let all = rules.iter().map(|rule| (rule.pattern.to_string(), rule.keep));
@@ -59,7 +53,7 @@ impl Keeps {
             .chain([("*".to_owned(), rest)])
             .map(|(pattern, Keep { count, age, bytes })| (pattern, count, millis(age), bytes))
             .collect();
-        Keeps {
+        RetentionRules {
             node: format!("{:016x}", fastrand::u64(..)),
             own: serde_json::json!(all).to_string(),
             others: RwLock::default(),
@@ -68,7 +62,7 @@ impl Keeps {
     }
 
     /// What is kept of a channel of which this node keeps `own`.
-    pub fn widen(&self, own: Keep, channel: &Channel) -> Keep {
+    pub fn max_with(&self, own: Keep, channel: &Channel) -> Keep {
         let others = self.others.read();
         others.iter().flat_map(BTreeMap::values).fold(own, |most, other| {
             let keep = other.rules.of(channel).unwrap_or(most);
@@ -116,21 +110,21 @@ impl Rules {
 
 impl Inner {
     /// How much of a channel is kept, by all nodes together.
-    pub(super) async fn keep_of(&self, channel: &Channel) -> Result<Keep, Fault> {
+    pub(super) async fn keep_of(&self, channel: &Channel) -> Result<Keep, CommandError> {
         let known = self.keeps.others.read().is_some();
         if !known {
             // What is lost here was only asked.
             self.agree().await.map_err(|fault| match fault {
-                Fault::Lost => Fault::Away("the connection to Redis broke".into()),
+                CommandError::Unconfirmed => CommandError::NotExecuted("the connection to Redis broke".into()),
                 fault => fault,
             })?;
         }
-        Ok(self.keeps.widen(self.topics.keep_of(channel), channel))
+        Ok(self.keeps.max_with(self.topics.keep_of(channel), channel))
     }
 
     /// Says what this node keeps and hears what others do, unless that was just done. A bus with a time of its own, as that
     /// of an import, is no node, and goes by its own rules.
-    pub(super) async fn agree(&self) -> Result<(), Fault> {
+    pub(super) async fn agree(&self) -> Result<(), CommandError> {
         if self.clock_is_ours {
             return Ok(());
         }
@@ -139,12 +133,12 @@ impl Inner {
             return Ok(());
         }
         let key = self.keys.keep();
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push(&self.keeps.node);
             command.push(&self.keeps.own);
             command.push_int(FORGET.as_millis() as u64);
         };
-        let (answer, _) = self.deployment.run(&KEEP, &[key.as_bytes()], Lost::Again, fill).await?;
+        let (answer, _) = self.topology.run(&KEEP, &[key.as_bytes()], OnLostReply::Retry, fill).await?;
         let now = Instant::now();
         self.keeps.heard(&answer, now);
         *asked = Some(now);
@@ -156,10 +150,10 @@ impl Inner {
 mod tests {
     use super::*;
 
-    fn keeps(rules: &[(&str, usize)], count: usize) -> Keeps {
+    fn keeps(rules: &[(&str, usize)], count: usize) -> RetentionRules {
         let keep = |count| Keep { count, age: Duration::from_secs(60), bytes: 1000 };
         let rules = rules.iter().map(|(pattern, count)| Rule { pattern: Pattern::new(pattern), keep: keep(*count) });
-        Keeps::new(&rules.collect::<Vec<_>>(), keep(count))
+        RetentionRules::new(&rules.collect::<Vec<_>>(), keep(count))
     }
 
     #[test]
@@ -167,7 +161,7 @@ mod tests {
         let (mine, other) = (keeps(&[], 10), keeps(&[("a*", 100)], 5));
         let kept = |name: &str| {
             let own = Keep { count: 10, age: Duration::from_secs(60), bytes: 1000 };
-            mine.widen(own, &Channel::parse(name).unwrap()).count
+            mine.max_with(own, &Channel::parse(name).unwrap()).count
         };
         let said =
             |texts: &[&str]| Value::List(texts.iter().map(|text| Value::Bytes((*text).to_owned().into())).collect());

@@ -8,12 +8,9 @@ use tokio::sync::Mutex;
 
 use super::{
     Inner,
-    deployment::Lost,
-    link::Link,
-    log::{failed, millis, nonsense, read_failed},
-    resp::{Command, Value},
-    script::Script,
+    read::{failed, millis, nonsense, read_failed},
 };
+use crate::backend::redis::client::{Command, OnLostReply, RedisConnection, Script, Value};
 use crate::{
     bus::{Act, Consumer, Limit},
     error::{Code, Error, Result},
@@ -84,14 +81,14 @@ impl Inner {
 
     async fn cursor_at(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
         let key = self.keys.consumer(consumer);
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
             command.push_int(self.idle());
             command.push("get");
             command.push(channel.as_str());
         };
         let keys = [key.as_bytes()];
-        let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
+        let run = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill);
         Ok(found(&run.await.map_err(read_failed)?.0)?.at)
     }
 
@@ -104,7 +101,7 @@ impl Inner {
         new: bool,
     ) -> Result<Found> {
         let key = self.keys.consumer(consumer);
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
             command.push_int(self.idle());
             command.push("set");
@@ -116,7 +113,7 @@ impl Inner {
         };
         // Done twice, it finds the cursor where the first left it, which is told.
         let keys = [key.as_bytes()];
-        let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
+        let run = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill);
         found(&run.await.map_err(failed)?.0)
     }
 
@@ -128,12 +125,12 @@ impl Inner {
         let most = self.topics.config().max_consumers;
         for swept in [false, true] {
             let names = self.keys.consumers();
-            let fill = |_: &Link, command: &mut Command| {
+            let fill = |_: &RedisConnection, command: &mut Command| {
                 command.push(consumer);
                 command.push_int(most as u64);
             };
             let keys = [names.as_bytes()];
-            let run = self.deployment.run(&ADMIT, &keys, Lost::Again, fill);
+            let run = self.topology.run(&ADMIT, &keys, OnLostReply::Retry, fill);
             if run.await.map_err(failed)?.0.int() == Some(1) {
                 return Ok(());
             }
@@ -174,13 +171,13 @@ impl Inner {
 
     async fn is_forgotten(&self, name: &str) -> Result<bool> {
         let key = self.keys.consumer(name);
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
             command.push_int(self.idle());
             command.push("seen");
         };
         let keys = [key.as_bytes()];
-        let answer = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill).await.map_err(read_failed)?.0;
+        let answer = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill).await.map_err(read_failed)?.0;
         let Some([_, _, seen]) = answer.list() else { return Err(nonsense()) };
         Ok(seen.text().unwrap_or_default().is_empty())
     }
@@ -191,8 +188,9 @@ impl Inner {
             return Ok(());
         }
         let key = self.keys.consumers();
-        let strike = |_: &Link| names.iter().fold(Command::new("ZREM").arg(&key), |command, name| command.arg(name));
-        self.deployment.call(key.as_bytes(), Lost::Again, strike).await.map_err(failed)?;
+        let strike =
+            |_: &RedisConnection| names.iter().fold(Command::new("ZREM").arg(&key), |command, name| command.arg(name));
+        self.topology.call(key.as_bytes(), OnLostReply::Retry, strike).await.map_err(failed)?;
         let gone = self.forgotten(names.clone()).await?;
         for name in names.iter().filter(|name| gone.binary_search(name).is_err()) {
             self.enlist(name).await?;
@@ -202,8 +200,8 @@ impl Inner {
 
     async fn enlist(&self, name: &str) -> Result<()> {
         let key = self.keys.consumers();
-        let add = |_: &Link| Command::new("ZADD").arg(&key).int(0).arg(name);
-        self.deployment.call(key.as_bytes(), Lost::Again, add).await.map_err(failed)?;
+        let add = |_: &RedisConnection| Command::new("ZADD").arg(&key).int(0).arg(name);
+        self.topology.call(key.as_bytes(), OnLostReply::Retry, add).await.map_err(failed)?;
         Ok(())
     }
 
@@ -213,24 +211,24 @@ impl Inner {
             Some(after) if after >= prefix => format!("({after}"),
             _ => format!("[{prefix}"),
         };
-        let make = |_: &Link| {
+        let make = |_: &RedisConnection| {
             let command = Command::new("ZRANGEBYLEX").arg(&names).arg(&from).arg("+").arg("LIMIT");
             command.int(0).int(limit as u64)
         };
-        let (answer, _) = self.deployment.call(names.as_bytes(), Lost::Again, make).await.map_err(read_failed)?;
+        let (answer, _) = self.topology.call(names.as_bytes(), OnLostReply::Retry, make).await.map_err(read_failed)?;
         let names = answer.list().ok_or_else(nonsense)?.iter().filter_map(Value::text);
         Ok(names.take_while(|name| name.starts_with(prefix)).map(str::to_owned).collect())
     }
 
     pub(super) async fn describe_consumer(&self, name: &str) -> Result<Option<Consumer>> {
         let key = self.keys.consumer(name);
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
             command.push_int(self.idle());
             command.push("show");
         };
         let keys = [key.as_bytes()];
-        let run = self.deployment.run(&CONSUMER, &keys, Lost::Again, fill);
+        let run = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill);
         let answer = run.await.map_err(read_failed)?.0;
         let Some([_, _, fields]) = answer.list() else { return Err(nonsense()) };
         let (mut cursors, mut seen) = (Vec::new(), None);
@@ -281,10 +279,10 @@ impl Inner {
     pub(super) async fn forget_consumer(&self, name: &str) -> Result<bool> {
         let existed = self.describe_consumer(name).await?.is_some();
         let (key, names) = (self.keys.consumer(name), self.keys.consumers());
-        let delete = |_: &Link| Command::new("DEL").arg(&key);
-        self.deployment.call(key.as_bytes(), Lost::Again, delete).await.map_err(failed)?;
-        let remove = |_: &Link| Command::new("ZREM").arg(&names).arg(name);
-        self.deployment.call(names.as_bytes(), Lost::Again, remove).await.map_err(failed)?;
+        let delete = |_: &RedisConnection| Command::new("DEL").arg(&key);
+        self.topology.call(key.as_bytes(), OnLostReply::Retry, delete).await.map_err(failed)?;
+        let remove = |_: &RedisConnection| Command::new("ZREM").arg(&names).arg(name);
+        self.topology.call(names.as_bytes(), OnLostReply::Retry, remove).await.map_err(failed)?;
         Ok(existed)
     }
 }

@@ -14,7 +14,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::{Inner, address::Address, append::Publish};
+use super::{Inner, append::Publish};
+use crate::backend::redis::client::Address;
 use crate::{
     bus::Keep,
     event::{Draft, Parts},
@@ -52,28 +53,28 @@ impl Default for Probes {
 impl Inner {
     /// One beat: a probe for each server, and a look what became of the last.
     pub(super) fn probe(self: &Arc<Self>) {
-        let places = self.deployment.places();
+        let places = self.topology.places();
         let mut state = self.probes.state.lock();
         state.retain(|place, probe| {
             let stays = places.contains(place);
             if !stays {
-                self.feed.unsubscribe(&probe.events);
+                self.pubsub.unsubscribe(&probe.events);
             }
             stays
         });
         for place in &places {
             let probe = state.entry(place.clone()).or_insert_with(|| self.probes.of(self, place));
-            if self.deployment.place_of(&probe.events).is_none_or(|(at, _)| at != *place) {
-                self.feed.unsubscribe(&probe.events);
+            if self.topology.place_of(&probe.events).is_none_or(|(at, _)| at != *place) {
+                self.pubsub.unsubscribe(&probe.events);
                 *probe = self.probes.of(self, place);
             }
-            self.feed.subscribe(probe.events.clone());
+            self.pubsub.subscribe(probe.events.clone());
             if probe.placed.is_some_and(|placed| placed.elapsed() > ECHO) {
                 tracing::warn!(server = %place, "Redis took a probe and did not send it back: connecting again");
-                self.feed.replace(&probe.events);
+                self.pubsub.replace(&probe.events);
                 probe.placed = None;
             }
-            if probe.placed.is_none() && self.feed.is_subscribed(&probe.events) && !probe.busy.swap(true, SeqCst) {
+            if probe.placed.is_none() && self.pubsub.is_subscribed(&probe.events) && !probe.busy.swap(true, SeqCst) {
                 let (owner, place, name, busy) = (self.clone(), place.clone(), probe.name.clone(), probe.busy.clone());
                 tokio::spawn(async move {
                     owner.place_probe(&place, &name).await;
@@ -82,7 +83,7 @@ impl Inner {
             }
         }
         let echoing = state.values().filter(|probe| probe.echoes()).count();
-        self.deployment.metrics.redis_echoing.set(echoing as i64);
+        self.topology.metrics.redis_echoing.set(echoing as i64);
     }
 
     async fn place_probe(&self, place: &Address, name: &str) {
@@ -129,7 +130,7 @@ impl Probes {
             let name = format!("\u{1}probe:{}:{n}", self.node);
             let events = owner.keys.tagged(&name).events();
             n += 1;
-            let at = owner.deployment.place_of(&events).map(|(at, _)| at);
+            let at = owner.topology.place_of(&events).map(|(at, _)| at);
             // A server that loses its slots at this very moment leaves the list of places as well.
             if at.as_ref() == Some(place) || n > 1 << 16 {
                 return Probe { name, events, echo: None, placed: None, busy: Arc::default() };

@@ -13,15 +13,9 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{
-    Inner, Redis,
-    address::Address,
-    append::Failed,
-    lane::Lane,
-    link::{Deaf, Fault, Link},
-    resp::Command,
-};
-use crate::metrics::Lane as Name;
+use super::{Inner, Redis, append::Failed};
+use crate::backend::redis::client::{Address, Command, CommandError, NoPush, ReconnectingConnection, RedisConnection};
+use crate::metrics::RedisConnectionKind;
 
 /// How long replicas may take.
 const WAIT: Duration = Duration::from_secs(2);
@@ -48,43 +42,43 @@ pub(super) struct Acks(Mutex<BTreeMap<Address, mpsc::UnboundedSender<Waiting>>>)
 struct Waits {
     inner: Weak<Inner>,
     place: Address,
-    lane: Lane,
+    lane: ReconnectingConnection,
     /// A key in a slot of this server, under the prefix.
     mark: String,
 }
 
 impl Inner {
-    /// Returns when a replica has what was placed over `link`. If that cannot be known, the publish is unconfirmed.
-    pub(super) async fn replicated(self: &Arc<Self>, key: &[u8], link: &Link) -> Result<(), Failed> {
-        let (Some(acks), Some((place, target))) = (&self.acks, self.deployment.place_of(key)) else {
-            return Err(Failed::Fault(Fault::Lost));
+    /// Returns when a replica has what was placed over `connection`. If that cannot be known, the publish is unconfirmed.
+    pub(super) async fn replicated(self: &Arc<Self>, key: &[u8], connection: &RedisConnection) -> Result<(), Failed> {
+        let (Some(acks), Some((place, target))) = (&self.acks, self.topology.place_of(key)) else {
+            return Err(Failed::CommandError(CommandError::Unconfirmed));
         };
         let (tx, rx) = oneshot::channel();
-        let waiting = (link.server.generation.clone(), tx);
+        let waiting = (connection.server.generation.clone(), tx);
         {
             let mut lanes = acks.0.lock();
             // No bound is needed: each of them is a publish in flight, and those have one.
             let lane = lanes.entry(place).or_insert_with_key(|place| {
                 let (tx, rx) = mpsc::unbounded_channel();
-                let lane = self.deployment.lane(&target, Name::Acks, Arc::new(|_| Arc::new(Deaf)));
+                let lane = self.topology.lane(&target, RedisConnectionKind::Acks, Arc::new(|_| Arc::new(NoPush)));
                 let mark = self.mark_at(place);
                 let waits = Waits { inner: Arc::downgrade(self), place: place.clone(), lane, mark };
-                tokio::spawn(waits.run(rx, self.deployment.changes()));
+                tokio::spawn(waits.run(rx, self.topology.changes()));
                 tx
             });
             if lane.send(waiting).is_err() {
-                return Err(Failed::Fault(Fault::Lost));
+                return Err(Failed::CommandError(CommandError::Unconfirmed));
             }
         }
         match rx.await {
             Ok(true) => Ok(()),
-            _ => Err(Failed::Fault(Fault::Lost)),
+            _ => Err(Failed::CommandError(CommandError::Unconfirmed)),
         }
     }
 
     /// A key that the server at `place` has the slot of, if it has any.
     fn mark_at(&self, place: &Address) -> String {
-        let here = |mark: &String| self.deployment.place_of(mark.as_bytes()).is_some_and(|(at, _)| at == *place);
+        let here = |mark: &String| self.topology.place_of(mark.as_bytes()).is_some_and(|(at, _)| at == *place);
         (0..1 << 16).map(|n| self.keys.mark(n)).find(here).unwrap_or_else(|| self.keys.mark(0))
     }
 }
@@ -115,25 +109,25 @@ impl Waits {
     /// Slots have moved. A server that has none is given up: this ends with the last that waits.
     fn stays(&mut self) -> bool {
         let Some(inner) = self.inner.upgrade() else { return false };
-        let stays = inner.deployment.places().contains(&self.place);
+        let stays = inner.topology.places().contains(&self.place);
         if !stays && let Some(acks) = &inner.acks {
             acks.0.lock().remove(&self.place);
-        } else if inner.deployment.place_of(self.mark.as_bytes()).is_none_or(|(at, _)| at != self.place) {
+        } else if inner.topology.place_of(self.mark.as_bytes()).is_none_or(|(at, _)| at != self.place) {
             self.mark = inner.mark_at(&self.place);
         }
         stays
     }
 
     async fn answer(&self, batch: &mut Vec<Waiting>) {
-        let link = self.lane.ready(Instant::now() + CONNECT).await.ok();
-        let done = match &link {
-            Some(link) => self.all_have_it(link).await,
+        let connection = self.lane.ready(Instant::now() + CONNECT).await.ok();
+        let done = match &connection {
+            Some(connection) => self.all_have_it(connection).await,
             None => false,
         };
         let mut elsewhere = false;
         for (server, tell) in batch.drain(..) {
             // What the replicas of another have does not matter.
-            let same = link.as_ref().is_some_and(|link| link.server.generation == server);
+            let same = connection.as_ref().is_some_and(|connection| connection.server.generation == server);
             elsewhere |= !same;
             let _ = tell.send(done && same);
         }
@@ -143,12 +137,12 @@ impl Waits {
     }
 
     /// Whether a replica has everything that was written before.
-    async fn all_have_it(&self, link: &Link) -> bool {
+    async fn all_have_it(&self, connection: &RedisConnection) -> bool {
         // WAIT waits for what its own connection wrote last, and for nothing if it wrote nothing. PUBLISH would not do: in
         // a Cluster it goes to every server, and past the replicas.
-        let mark = link.ask(&Command::new("SET").arg(&self.mark).arg("").arg("PX").int(MARK.as_millis() as u64));
+        let mark = connection.ask(&Command::new("SET").arg(&self.mark).arg("").arg("PX").int(MARK.as_millis() as u64));
         let ms = WAIT.as_millis() as u64;
-        let wait = link.ask(&Command::new("WAIT").int(1).int(ms));
+        let wait = connection.ask(&Command::new("WAIT").int(1).int(ms));
         let answers = async { (mark.await.is_ok(), wait.await.ok().and_then(|count| count.int())) };
         matches!(timeout(WAIT * 2, answers).await, Ok((true, Some(1..))))
     }

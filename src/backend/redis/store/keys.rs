@@ -101,7 +101,7 @@ impl ChannelKeys {
 }
 
 /// As a part of a key that stands in braces.
-pub(super) fn escape(name: &str, out: &mut String) {
+pub(crate) fn escape(name: &str, out: &mut String) {
     for letter in name.chars() {
         match letter {
             '{' | '}' | '%' => {
@@ -135,7 +135,8 @@ fn glob(text: &str, out: &mut String) {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::deployment::slot, *};
+    use super::*;
+    use crate::backend::redis::client::slot;
 
     #[test]
     fn any_name_keeps_one_slot_and_comes_back() {

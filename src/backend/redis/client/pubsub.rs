@@ -1,4 +1,4 @@
-//! [`Feed`]: subscriptions that outlive connections. A channel that is wanted is subscribed to, again after every break
+//! [`PubSub`]: subscriptions that outlive connections. A channel that is wanted is subscribed to, again after every break
 //! and wherever a Cluster moves it, in batches; and it is said each time, since what was published in between is lost.
 
 use std::{
@@ -16,13 +16,13 @@ use tokio::{
 };
 
 use super::{
-    address::Address,
-    deployment::{Deployment, Refusal},
-    lane::{Lane, State as LaneState, Target},
-    link::{Ear, Link},
+    connection::{PushHandler, RedisConnection},
+    reconnect::{ReconnectingConnection, State as LaneState, Target},
     resp::{Command, Value},
+    topology::{ErrorReply, Topology},
+    url::Address,
 };
-use crate::metrics::{Label as _, Lane as Name};
+use crate::metrics::{Label as _, RedisConnectionKind};
 
 /// Channels asked for, and not confirmed, before more are.
 const BATCH: usize = 512;
@@ -30,7 +30,7 @@ const BATCH: usize = 512;
 const CONFIRM: Duration = Duration::from_secs(2);
 
 /// Who listens. Called from the task that reads the connection: it must not wait.
-pub trait Listener: Send + Sync + 'static {
+pub trait PubSubHandler: Send + Sync + 'static {
     /// A message, in the order of its channel.
     fn heard(&self, channel: &Bytes, message: Bytes);
 
@@ -38,10 +38,10 @@ pub trait Listener: Send + Sync + 'static {
     fn subscribed(&self, channel: &Bytes);
 }
 
-pub struct Feed {
-    deployment: Arc<Deployment>,
-    listener: Arc<dyn Listener>,
-    name: Name,
+pub struct PubSub {
+    topology: Arc<Topology>,
+    listener: Arc<dyn PubSubHandler>,
+    name: RedisConnectionKind,
     state: Mutex<State>,
     router: Mutex<Option<JoinHandle<()>>>,
 }
@@ -62,7 +62,7 @@ struct Want {
 enum Asked {
     /// It waits for its turn.
     No,
-    /// On this link, at that time, where it was not confirmed yet...
+    /// On this connection, at that time, where it was not confirmed yet...
     Sent(u64, Instant),
     /// ...or was.
     Done(u64),
@@ -70,10 +70,10 @@ enum Asked {
 
 /// The lane to one server.
 struct Route {
-    lane: Arc<Lane>,
-    link: Option<Arc<Link>>,
+    lane: Arc<ReconnectingConnection>,
+    connection: Option<Arc<RedisConnection>>,
     todo: VecDeque<Bytes>,
-    /// Asked for on this link, not confirmed.
+    /// Asked for on this connection, not confirmed.
     open: usize,
     /// There is something to do, or room to do it.
     wake: Arc<Notify>,
@@ -82,19 +82,19 @@ struct Route {
 
 /// Listens to one connection.
 struct Hearing {
-    feed: Weak<Feed>,
+    pubsub: Weak<PubSub>,
     place: Address,
     number: u64,
 }
 
-impl Feed {
-    pub fn start(deployment: Arc<Deployment>, name: Name, listener: Arc<dyn Listener>) -> Arc<Self> {
-        let feed = Arc::new(Feed { deployment, listener, name, state: Mutex::default(), router: Mutex::default() });
-        *feed.router.lock() = Some(tokio::spawn(follow(Arc::downgrade(&feed), feed.deployment.changes())));
-        feed
+impl PubSub {
+    pub fn start(topology: Arc<Topology>, name: RedisConnectionKind, listener: Arc<dyn PubSubHandler>) -> Arc<Self> {
+        let pubsub = Arc::new(PubSub { topology, listener, name, state: Mutex::default(), router: Mutex::default() });
+        *pubsub.router.lock() = Some(tokio::spawn(follow(Arc::downgrade(&pubsub), pubsub.topology.changes())));
+        pubsub
     }
 
-    /// Wants a channel. Its [`subscribed`](Listener::subscribed) comes when it is so.
+    /// Wants a channel. Its [`subscribed`](PubSubHandler::subscribed) comes when it is so.
     pub fn subscribe(self: &Arc<Self>, channel: Bytes) {
         let mut state = self.state.lock();
         if !state.wanted.contains_key(&channel) {
@@ -123,8 +123,8 @@ impl Feed {
     pub fn is_subscribed(&self, channel: &[u8]) -> bool {
         let state = self.state.lock();
         let Some(Want { place: Some(place), asked: Asked::Done(on) }) = state.wanted.get(channel) else { return false };
-        let link = state.routes.get(place).and_then(|route| route.link.as_ref());
-        link.is_some_and(|link| link.number == *on && !link.is_closed())
+        let connection = state.routes.get(place).and_then(|route| route.connection.as_ref());
+        connection.is_some_and(|connection| connection.number == *on && !connection.is_closed())
     }
 
     /// Ends the connection that a channel is subscribed on: another is made.
@@ -143,7 +143,7 @@ impl Feed {
 
     /// Puts a wanted channel on the way to whoever has its slot.
     fn place(self: &Arc<Self>, state: &mut State, channel: Bytes) {
-        let place = self.deployment.place_of(&channel);
+        let place = self.topology.place_of(&channel);
         let Some(want) = state.wanted.get_mut(&channel) else { return };
         let Some((place, target)) = place else {
             *want = Want { place: None, asked: Asked::No };
@@ -160,10 +160,10 @@ impl Feed {
     fn quit(&self, state: &mut State, channel: &Bytes, want: &Want) {
         let route = want.place.as_ref().and_then(|place| state.routes.get_mut(place));
         let (Some(route), Asked::Sent(on, _) | Asked::Done(on)) = (route, want.asked) else { return };
-        let Some(link) = route.link.as_ref().filter(|link| link.number == on) else { return };
-        let verb = if self.deployment.url.is_cluster() { "SUNSUBSCRIBE" } else { "UNSUBSCRIBE" };
-        // If it does not go out, the link is at its end and the subscription with it.
-        let _ = link.tell(&Command::new(verb).arg(channel));
+        let Some(connection) = route.connection.as_ref().filter(|connection| connection.number == on) else { return };
+        let verb = if self.topology.url.is_cluster() { "SUNSUBSCRIBE" } else { "UNSUBSCRIBE" };
+        // If it does not go out, the connection is at its end and the subscription with it.
+        let _ = connection.tell(&Command::new(verb).arg(channel));
         if matches!(want.asked, Asked::Sent(..)) {
             route.open -= 1.min(route.open);
             route.wake.notify_one();
@@ -173,14 +173,14 @@ impl Feed {
     /// Somebody else is the master, or has some of the slots.
     fn reroute(self: &Arc<Self>) {
         let mut state = self.state.lock();
-        if !self.deployment.url.is_cluster() {
+        if !self.topology.url.is_cluster() {
             // Another master: whoever the lane leads to now is not it.
             state.routes.values().for_each(|route| route.lane.replace());
             return;
         }
         let mut moved = Vec::new();
         for (channel, want) in &state.wanted {
-            if self.deployment.place_of(channel).map(|(place, _)| place) != want.place {
+            if self.topology.place_of(channel).map(|(place, _)| place) != want.place {
                 moved.push(channel.clone());
             }
         }
@@ -197,11 +197,11 @@ impl Feed {
     }
 
     /// A route has a new connection: everything on it begins anew.
-    fn up(&self, place: &Address, link: Arc<Link>) {
+    fn up(&self, place: &Address, connection: Arc<RedisConnection>) {
         let mut state = self.state.lock();
         let State { wanted, routes } = &mut *state;
         let Some(route) = routes.get_mut(place) else { return };
-        route.link = Some(link);
+        route.connection = Some(connection);
         route.open = 0;
         route.todo.clear();
         for (channel, want) in wanted {
@@ -214,11 +214,11 @@ impl Feed {
 
     /// Asks for as many channels as there is room for. True if some are not confirmed.
     fn pump(&self, place: &Address) -> bool {
-        let sharded = self.deployment.url.is_cluster();
+        let sharded = self.topology.url.is_cluster();
         let mut state = self.state.lock();
         let State { wanted, routes } = &mut *state;
         let Some(route) = routes.get_mut(place) else { return false };
-        let Some(link) = route.link.clone() else { return false };
+        let Some(connection) = route.connection.clone() else { return false };
         let (mut all, mut any, now) = (Command::new("SUBSCRIBE"), false, Instant::now());
         while route.open < BATCH {
             let Some(channel) = route.todo.pop_front() else { break };
@@ -226,18 +226,18 @@ impl Feed {
             if want.place.as_ref() != Some(place) || want.asked != Asked::No {
                 continue;
             }
-            want.asked = Asked::Sent(link.number, now);
+            want.asked = Asked::Sent(connection.number, now);
             route.open += 1;
             if sharded {
                 // Those of one command must be of one slot.
-                let _ = link.tell(&Command::new("SSUBSCRIBE").arg(&channel));
+                let _ = connection.tell(&Command::new("SSUBSCRIBE").arg(&channel));
             } else {
                 all.push(&channel);
                 any = true;
             }
         }
         if any {
-            let _ = link.tell(&all);
+            let _ = connection.tell(&all);
         }
         route.open > 0
     }
@@ -289,12 +289,12 @@ impl Feed {
         let want = state.wanted.get(channel);
         if want.is_some_and(|want| want.place.as_ref() == Some(place) && want.asked == Asked::Done(number)) {
             self.place(&mut state, channel.clone());
-            self.deployment.doubt();
+            self.topology.doubt();
         }
     }
 }
 
-impl Drop for Feed {
+impl Drop for PubSub {
     fn drop(&mut self) {
         if let Some(router) = self.router.lock().take() {
             router.abort();
@@ -303,17 +303,17 @@ impl Drop for Feed {
 }
 
 impl Route {
-    fn start(feed: &Arc<Feed>, place: Address, target: &Target) -> Self {
+    fn start(pubsub: &Arc<PubSub>, place: Address, target: &Target) -> Self {
         let wake = Arc::new(Notify::new());
         let ears = {
-            let (feed, place) = (Arc::downgrade(feed), place.clone());
-            Arc::new(move |number| -> Arc<dyn Ear> {
-                Arc::new(Hearing { feed: feed.clone(), place: place.clone(), number })
+            let (pubsub, place) = (Arc::downgrade(pubsub), place.clone());
+            Arc::new(move |number| -> Arc<dyn PushHandler> {
+                Arc::new(Hearing { pubsub: pubsub.clone(), place: place.clone(), number })
             })
         };
-        let lane = Arc::new(feed.deployment.lane(target, feed.name, ears));
-        let worker = tokio::spawn(work(Arc::downgrade(feed), place, lane.changes(), wake.clone()));
-        Route { lane, link: None, todo: VecDeque::new(), open: 0, wake, worker }
+        let lane = Arc::new(pubsub.topology.lane(target, pubsub.name, ears));
+        let worker = tokio::spawn(work(Arc::downgrade(pubsub), place, lane.changes(), wake.clone()));
+        Route { lane, connection: None, todo: VecDeque::new(), open: 0, wake, worker }
     }
 }
 
@@ -324,31 +324,31 @@ impl Drop for Route {
 }
 
 /// Follows the slots of a Cluster.
-async fn follow(feed: Weak<Feed>, mut changes: watch::Receiver<u64>) {
+async fn follow(pubsub: Weak<PubSub>, mut changes: watch::Receiver<u64>) {
     while changes.changed().await.is_ok() {
-        let Some(feed) = feed.upgrade() else { return };
-        feed.reroute();
+        let Some(pubsub) = pubsub.upgrade() else { return };
+        pubsub.reroute();
     }
 }
 
-/// Subscribes on one lane, as there is room, and again on each new link.
-async fn work(feed: Weak<Feed>, place: Address, mut changes: watch::Receiver<LaneState>, wake: Arc<Notify>) {
+/// Subscribes on one lane, as there is room, and again on each new connection.
+async fn work(pubsub: Weak<PubSub>, place: Address, mut changes: watch::Receiver<LaneState>, wake: Arc<Notify>) {
     let mut number = 0;
     // Not from the last wake on: others may come all the time.
     let mut due: Option<Instant> = None;
     loop {
         let open = {
-            let Some(feed) = feed.upgrade() else { return };
+            let Some(pubsub) = pubsub.upgrade() else { return };
             let up = match &*changes.borrow_and_update() {
-                LaneState::Up(link) if link.number != number => Some(link.clone()),
+                LaneState::Up(connection) if connection.number != number => Some(connection.clone()),
                 _ => None,
             };
-            if let Some(link) = up {
-                number = link.number;
+            if let Some(connection) = up {
+                number = connection.number;
                 due = None;
-                feed.up(&place, link);
+                pubsub.up(&place, connection);
             }
-            feed.pump(&place)
+            pubsub.pump(&place)
         };
         let at = match open {
             true => *due.get_or_insert_with(|| Instant::now() + CONFIRM),
@@ -361,8 +361,8 @@ async fn work(feed: Weak<Feed>, place: Address, mut changes: watch::Receiver<Lan
             changed = changes.changed() => if changed.is_err() { return },
             () = wake.notified() => {}
             () = sleep_until(at), if open => {
-                let Some(feed) = feed.upgrade() else { return };
-                due = feed.repeat(&place);
+                let Some(pubsub) = pubsub.upgrade() else { return };
+                due = pubsub.repeat(&place);
             }
         }
     }
@@ -370,30 +370,30 @@ async fn work(feed: Weak<Feed>, place: Address, mut changes: watch::Receiver<Lan
 
 // === impl Hearing ===
 
-impl Ear for Hearing {
+impl PushHandler for Hearing {
     fn push(&self, items: Vec<Value>) {
-        let Some(feed) = self.feed.upgrade() else { return };
+        let Some(pubsub) = self.pubsub.upgrade() else { return };
         let mut items = items.into_iter();
         let (Some(Value::Bytes(kind)), Some(Value::Bytes(channel))) = (items.next(), items.next()) else { return };
         match &*kind {
             b"message" | b"smessage" => {
                 if let Some(Value::Bytes(message)) = items.next() {
-                    feed.listener.heard(&channel, message);
+                    pubsub.listener.heard(&channel, message);
                 }
             }
-            b"subscribe" | b"ssubscribe" => feed.confirmed(&self.place, self.number, &channel),
-            b"sunsubscribe" => feed.dropped(&self.place, self.number, &channel),
+            b"subscribe" | b"ssubscribe" => pubsub.confirmed(&self.place, self.number, &channel),
+            b"sunsubscribe" => pubsub.dropped(&self.place, self.number, &channel),
             _ => {}
         }
     }
 
     fn refused(&self, error: &str) {
-        let Some(feed) = self.feed.upgrade() else { return };
-        match Refusal::of(error) {
-            Refusal::Moved(slot, address) => feed.deployment.moved(slot, &address),
-            Refusal::NotNow | Refusal::Ask(_) => feed.deployment.doubt(),
+        let Some(pubsub) = self.pubsub.upgrade() else { return };
+        match ErrorReply::of(error) {
+            ErrorReply::Moved(slot, address) => pubsub.topology.moved(slot, &address),
+            ErrorReply::NotNow | ErrorReply::Ask(_) => pubsub.topology.doubt(),
             // What is not confirmed is asked for again.
-            _ => tracing::warn!(lane = feed.name.value(), error, "Redis refuses a subscription"),
+            _ => tracing::warn!(lane = pubsub.name.value(), error, "Redis refuses a subscription"),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::resp::Value;
+use crate::backend::redis::client::Value;
 use crate::{
     bus::{Extent, Past, Reason, Term},
     event::Event,
@@ -23,18 +23,18 @@ const VERSION: u8 = 1;
 const LINGER: u64 = 60_000;
 
 /// What a message says.
-pub enum Message {
+pub enum EventMessage {
     /// One after the other.
     Events(Vec<Event>),
     /// The log is another than it was.
-    Look,
+    Changed,
     /// Of a newer weir, or of nobody we know.
     Unknown,
 }
 
 /// What one look at a log finds.
 #[derive(Debug)]
-pub struct Look {
+pub struct LogSnapshot {
     /// The clock of Redis, Unix milliseconds.
     pub now: u64,
     pub extent: Extent,
@@ -50,7 +50,7 @@ pub struct Look {
 
 /// How a look is to be read.
 #[derive(Clone, Copy, Debug)]
-pub struct Reading {
+pub struct SnapshotParams {
     /// From this second on, what is not in Redis is known never to have been there. Nothing: from the look on.
     pub horizon: Option<u64>,
     pub count: u64,
@@ -82,15 +82,15 @@ pub fn position(message: &[u8]) -> Option<Position> {
     }
 }
 
-impl Message {
+impl EventMessage {
     pub fn read(message: &[u8]) -> Self {
         let events = match message {
-            [VERSION, b'x', ..] => return Message::Look,
+            [VERSION, b'x', ..] => return EventMessage::Changed,
             [VERSION, b'e', ..] => event(message).map(|event| vec![event]),
             [VERSION, b'b', rest @ ..] => batch(rest),
             _ => None,
         };
-        events.map_or(Message::Unknown, Message::Events)
+        events.map_or(EventMessage::Unknown, EventMessage::Events)
     }
 }
 
@@ -105,9 +105,9 @@ fn batch(mut rest: &[u8]) -> Option<Vec<Event>> {
     Some(events)
 }
 
-impl Look {
+impl LogSnapshot {
     /// Reads what `look.lua` answers.
-    pub fn read(answer: &Value, reading: Reading) -> Option<Self> {
+    pub fn read(answer: &Value, reading: SnapshotParams) -> Option<Self> {
         let [now, hot, epoch, generation, terms, past, absent, born, cut, marks, watched, old, events @ ..] =
             answer.list()?
         else {
@@ -117,7 +117,7 @@ impl Look {
         let past = past.text().and_then(read_past);
         let horizon = reading.horizon.unwrap_or(now / 1000 + 1);
         let known_absent = absent.int().unwrap_or(0).max(horizon);
-        let none = |absent, past, generation| Look {
+        let none = |absent, past, generation| LogSnapshot {
             now,
             extent: Extent { time: now, ..Extent::none(absent, past) },
             events: Vec::new(),
@@ -128,7 +128,7 @@ impl Look {
         let generation = generation.bytes().cloned().unwrap_or_default();
         let Some(hot) = hot.bytes() else { return Some(none(known_absent, past, generation)) };
         if hot.first() != Some(&VERSION) {
-            return Some(Look { newer: true, ..none(known_absent, past, generation) });
+            return Some(LogSnapshot { newer: true, ..none(known_absent, past, generation) });
         }
         let part = |at: usize| hot.get(1 + 6 * at..7 + 6 * at).map(number);
         let (top, time, total) = (part(0)?, part(1)?, part(2)?);
@@ -185,7 +185,7 @@ impl Look {
         if removed == Some(extent.first) {
             extent.cut = Reason::Deleted;
         }
-        Some(Look { now, extent, events, bytes: total - before.min(total), generation, newer: false })
+        Some(LogSnapshot { now, extent, events, bytes: total - before.min(total), generation, newer: false })
     }
 }
 
@@ -211,8 +211,8 @@ mod tests {
     #[test]
     fn what_nobody_wrote_is_unknown() {
         for message in [&b""[..], b"\x01", b"\x02e", b"\x01exxx", b"\x01b\0\0\0\x09e", b"hello"] {
-            assert!(matches!(Message::read(message), Message::Unknown), "{message:?}");
+            assert!(matches!(EventMessage::read(message), EventMessage::Unknown), "{message:?}");
         }
-        assert!(matches!(Message::read(b"\x01x"), Message::Look));
+        assert!(matches!(EventMessage::read(b"\x01x"), EventMessage::Changed));
     }
 }

@@ -21,11 +21,11 @@ use tokio::{
 
 use super::{
     Inner,
-    feed::Listener,
     keys::ChannelKeys,
-    log::failed,
-    wire::{Look, Message, position},
+    read::failed,
+    wire::{EventMessage, LogSnapshot, position},
 };
+use crate::backend::redis::client::PubSubHandler;
 use crate::{
     bus::{Heard, Limit, Placed, Tail, Tailed, Topic},
     error::{Code, Error, Result},
@@ -145,14 +145,14 @@ impl Inner {
                 made
             })
         };
-        self.feed.subscribe(events.clone());
+        self.pubsub.subscribe(events.clone());
         let deadline = Instant::now() + SUBSCRIBE;
         loop {
             let subscribed = guard.entry.subscribed.notified();
             tokio::pin!(subscribed);
             // Listens from here on: what comes between the look and the wait is not slept through.
             subscribed.as_mut().enable();
-            if self.feed.is_subscribed(&events) {
+            if self.pubsub.is_subscribed(&events) {
                 break;
             }
             if timeout_at(deadline, subscribed).await.is_err() {
@@ -194,7 +194,7 @@ impl Inner {
             // Too many to be heard of one by one.
             look = self.look(&entry.keys, &keep, newest, WINDOW).await?;
         }
-        let Look { extent, mut events, .. } = look;
+        let LogSnapshot { extent, mut events, .. } = look;
         events.retain(|event| event.epoch == extent.epoch);
         let missed = !extent.is_absent() && (extent.epoch, extent.top) != (epoch, top);
         let parked = {
@@ -233,7 +233,7 @@ impl Inner {
                 let gone = entry.is_left() || !owner.tails.entries.lock().contains_key(&entry.events);
                 match done {
                     Ok(missed) => {
-                        owner.deployment.metrics.redis_repairs.add(missed.into());
+                        owner.topology.metrics.redis_repairs.add(missed.into());
                         pause = PAUSE;
                     }
                     Err(_) if gone => entry.again.store(false, SeqCst),
@@ -323,7 +323,7 @@ impl Inner {
     pub(super) fn hear_own(&self, events: &[u8], placed: Vec<(Draft, Placed)>) {
         let Some(entry) = self.tails.entry(events) else { return };
         let topic = entry.topic.lock().clone();
-        let keep = self.keeps.widen(*topic.keep(), &entry.channel);
+        let keep = self.keeps.max_with(*topic.keep(), &entry.channel);
         let parked = {
             let mut ring = topic.lock();
             let memory = ring.memory();
@@ -404,7 +404,7 @@ impl Inner {
     fn let_go(&self, entry: &Arc<Entry>) {
         let mut entries = self.tails.entries.lock();
         let left = entry.left.lock().is_some_and(|left| left.elapsed() > LINGER);
-        if left && entry.guard.lock().strong_count() == 0 && self.feed.unsubscribe(&entry.events) {
+        if left && entry.guard.lock().strong_count() == 0 && self.pubsub.unsubscribe(&entry.events) {
             entries.remove(&entry.events);
             let topic = entry.topic.lock().clone();
             topic.lock().set_tailed(false);
@@ -436,7 +436,7 @@ impl Drop for Guard {
 
 // === impl Tails ===
 
-impl Listener for Tails {
+impl PubSubHandler for Tails {
     fn heard(&self, channel: &Bytes, message: Bytes) {
         let Some(owner) = self.owner() else { return };
         let Some(entry) = self.entry(channel) else {
@@ -452,21 +452,21 @@ impl Listener for Tails {
                 return;
             }
         }
-        let events = match Message::read(&message) {
-            Message::Events(events) => events,
-            Message::Look => return owner.repair(&entry),
-            Message::Unknown => {
-                owner.deployment.metrics.redis_unreadable.add(1);
+        let events = match EventMessage::read(&message) {
+            EventMessage::Events(events) => events,
+            EventMessage::Changed => return owner.repair(&entry),
+            EventMessage::Unknown => {
+                owner.topology.metrics.redis_unreadable.add(1);
                 // Whatever it says, the log knows better.
                 return owner.repair(&entry);
             }
         };
         if let Some(newest) = events.last() {
             let lag = owner.topics.now().saturating_sub(newest.time);
-            owner.deployment.metrics.redis_lag_seconds.record(Duration::from_millis(lag));
+            owner.topology.metrics.redis_lag_seconds.record(Duration::from_millis(lag));
         }
         let topic = entry.topic.lock().clone();
-        let keep = owner.keeps.widen(*topic.keep(), &entry.channel);
+        let keep = owner.keeps.max_with(*topic.keep(), &entry.channel);
         let (parked, beyond) = {
             let mut ring = topic.lock();
             let memory = ring.memory();

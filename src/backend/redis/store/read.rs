@@ -11,13 +11,10 @@ use futures_util::{FutureExt, future::BoxFuture};
 
 use super::{
     Inner, Redis,
-    deployment::Lost,
     keys::ChannelKeys,
-    link::{Fault, Link},
-    resp::{Command, Value},
-    script::Script,
-    wire::{Look, Reading},
+    wire::{LogSnapshot, SnapshotParams},
 };
+use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
     bus::{Act, Consumer, Extent, Info, Keep, Limit, Log, Page, Placed, Tail, Topic},
     error::{Code, Error, Result},
@@ -40,14 +37,14 @@ const NAMES: std::ops::Range<usize> = 256..8192;
 const SCAN: u64 = 1000;
 
 /// Why Redis did not do what was asked. `what` may have been done if the answer was lost.
-pub(super) fn failed(fault: Fault) -> Error {
+pub(super) fn failed(fault: CommandError) -> Error {
     match fault {
-        Fault::Away(reason) => {
+        CommandError::NotExecuted(reason) => {
             tracing::debug!(%reason, "Redis is away");
             Error::new(Code::BusUnavailable, "Redis cannot be reached now")
         }
-        Fault::Lost => Error::new(Code::Unconfirmed, "it was sent to Redis, and the answer is lost"),
-        Fault::Refused(error) => match error.split(' ').next().unwrap_or_default() {
+        CommandError::Unconfirmed => Error::new(Code::Unconfirmed, "it was sent to Redis, and the answer is lost"),
+        CommandError::Rejected(error) => match error.split(' ').next().unwrap_or_default() {
             "OOM" => {
                 Error::new(Code::Overloaded, "Redis has no memory left (its maxmemory)").with("limit", "maxmemory")
             }
@@ -84,7 +81,13 @@ impl Inner {
 
 impl Inner {
     /// One look at a log: from `start` on, as far as `limit` goes.
-    pub(super) async fn look(&self, keys: &ChannelKeys, keep: &Keep, start: Start, limit: Limit) -> Result<Look> {
+    pub(super) async fn look(
+        &self,
+        keys: &ChannelKeys,
+        keep: &Keep,
+        start: Start,
+        limit: Limit,
+    ) -> Result<LogSnapshot> {
         let (meta, stream) = (keys.meta(), keys.stream());
         let (from, epoch, number) = match start {
             Start::Now => ("none", String::new(), 0),
@@ -97,7 +100,7 @@ impl Inner {
         let (count, age) = (keep.count as u64, millis(keep.age));
         // Offsets are exact in Lua up to there; whoever asks for more is past the end of any log.
         let number = number.min(FOR_EVER);
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
             command.push_int(count);
             command.push_int(age);
@@ -110,16 +113,17 @@ impl Inner {
         let keys_of = [meta.as_bytes(), stream.as_bytes()];
         let mut touched = None;
         for _ in 0..3 {
-            let (answer, link) = self.deployment.run(&LOOK, &keys_of, Lost::Again, fill).await.map_err(read_failed)?;
+            let (answer, connection) =
+                self.topology.run(&LOOK, &keys_of, OnLostReply::Retry, fill).await.map_err(read_failed)?;
             let horizon = match self.clock_is_ours {
                 true => Some(self.began),
-                false => self.deployment.horizon(meta.as_bytes(), &link),
+                false => self.topology.horizon(meta.as_bytes(), &connection),
             };
-            let look = Look::read(&answer, Reading { horizon, count, age }).ok_or_else(nonsense)?;
+            let look = LogSnapshot::read(&answer, SnapshotParams { horizon, count, age }).ok_or_else(nonsense)?;
             if look.newer {
-                return Err(failed(Fault::Refused("VERSION".into())));
+                return Err(failed(CommandError::Rejected("VERSION".into())));
             }
-            let current = *look.generation == *link.server.generation.as_bytes();
+            let current = *look.generation == *connection.server.generation.as_bytes();
             if current || look.extent.is_absent() || touched.as_ref() == Some(&look.generation) {
                 return Ok(look);
             }
@@ -133,15 +137,16 @@ impl Inner {
     /// Says that a log is read, and answers the generation of it, if there is one. Begins a new term if the server is another.
     pub(super) async fn touch(&self, keys: &ChannelKeys, keep: &Keep) -> Result<Option<Bytes>> {
         let (meta, events) = (keys.meta(), keys.events());
-        let fill = |link: &Link, command: &mut Command| {
+        let fill = |connection: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
-            command.push(&*link.server.generation);
+            command.push(&*connection.server.generation);
             command.push(&*Epoch::random().text());
-            command.push(self.deployment.publish_verb());
+            command.push(self.topology.publish_verb());
             command.push(&events);
             command.push_int(millis(keep.age));
         };
-        let done = self.deployment.run(&TOUCH, &[meta.as_bytes()], Lost::Again, fill).await.map_err(read_failed)?;
+        let done =
+            self.topology.run(&TOUCH, &[meta.as_bytes()], OnLostReply::Retry, fill).await.map_err(read_failed)?;
         Ok(done.0.bytes().cloned())
     }
 
@@ -240,12 +245,13 @@ impl Inner {
 
     /// Calls `visit` with every key that fits, on all servers, some of them twice.
     async fn scan(&self, pattern: &str, mut visit: impl FnMut(&[u8])) -> Result<()> {
-        for server in self.deployment.servers() {
+        for server in self.topology.servers() {
             let mut cursor = Bytes::from_static(b"0");
             loop {
-                let link = server.link().ok_or_else(|| failed(Fault::Away("no connection".into())))?;
+                let connection =
+                    server.connection().ok_or_else(|| failed(CommandError::NotExecuted("no connection".into())))?;
                 let command = Command::new("SCAN").arg(&cursor).arg("MATCH").arg(pattern).arg("COUNT").int(SCAN);
-                let answer = link.ask(&command).await.map_err(read_failed)?;
+                let answer = connection.ask(&command).await.map_err(read_failed)?;
                 let Some([Value::Bytes(next), Value::List(keys)]) = answer.list() else { return Err(nonsense()) };
                 keys.iter().filter_map(Value::bytes).for_each(|key| visit(key));
                 cursor = next.clone();
@@ -261,9 +267,9 @@ impl Inner {
         let keys = self.keys.channel(channel);
         let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
         let keep = self.keep_of(channel).await.map_err(failed)?;
-        let fill = |_: &Link, command: &mut Command| {
+        let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
-            command.push(self.deployment.publish_verb());
+            command.push(self.topology.publish_verb());
             command.push(&events);
             command.push(before.map_or(String::new(), |before| before.epoch.to_string()));
             // Offsets begin with 1: nothing lies before it, and 0 says all.
@@ -271,7 +277,7 @@ impl Inner {
             command.push_int(millis(keep.age));
         };
         let keys_of = [meta.as_bytes(), stream.as_bytes()];
-        let (done, _) = self.deployment.run(&REMOVE, &keys_of, Lost::Tell, fill).await.map_err(failed)?;
+        let (done, _) = self.topology.run(&REMOVE, &keys_of, OnLostReply::Report, fill).await.map_err(failed)?;
         match done.int() {
             Some(1) => {
                 // Whoever asked and reads here reads what is left.
@@ -285,15 +291,15 @@ impl Inner {
 }
 
 /// A read that was lost did nothing.
-pub(super) fn read_failed(fault: Fault) -> Error {
+pub(super) fn read_failed(fault: CommandError) -> Error {
     match fault {
-        Fault::Lost => failed(Fault::Away("the connection broke".into())),
+        CommandError::Unconfirmed => failed(CommandError::NotExecuted("the connection broke".into())),
         fault => failed(fault),
     }
 }
 
 /// Whether the first event after `next` is the one that should be.
-fn follows(look: &Look, next: Position) -> bool {
+fn follows(look: &LogSnapshot, next: Position) -> bool {
     let found = look.events.iter().find(|event: &&Arc<Event>| event.offset > next.offset);
     match found {
         Some(event) => event.offset == next.offset + 1,

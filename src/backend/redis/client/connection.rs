@@ -1,6 +1,6 @@
-//! [`Link`], one connection to one server, for as long as it lasts.
+//! [`RedisConnection`], one connection to one server, for as long as it lasts.
 //!
-//! Everybody's commands go out in one stream, many in one write, and the answers come back in the same order. A link
+//! Everybody's commands go out in one stream, many in one write, and the answers come back in the same order. A connection
 //! knows which commands have left this process: when it breaks, what never left was surely not done.
 
 use std::{
@@ -30,8 +30,8 @@ use tokio_rustls::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    address::{Address, Url},
     resp::{self, Command, Value},
+    url::{Address, RedisUrl},
 };
 
 /// A server that is asked this often whether it still is who it was...
@@ -41,23 +41,23 @@ const SILENCE: Duration = Duration::from_secs(4);
 const CONNECT: Duration = Duration::from_secs(4);
 /// What is worth a write of its own.
 const BATCH: usize = 4 << 10;
-/// What one link may hold of what waits to be sent, and how many answers it may wait for.
+/// What one connection may hold of what waits to be sent, and how many answers it may wait for.
 const MAX_BYTES: usize = 64 << 20;
 const MAX_WAITING: usize = 100_000;
 
 /// Why there is no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum CommandError {
     /// It was surely not done: it never left this process, or Redis said so.
-    Away(Box<str>),
+    NotExecuted(Box<str>),
     /// It may have been done: it was sent, and the answer is lost.
-    Lost,
+    Unconfirmed,
     /// Redis answered with an error.
-    Refused(Box<str>),
+    Rejected(Box<str>),
 }
 
-/// What a link hears that nobody asked for.
-pub trait Ear: Send + Sync + 'static {
+/// What a connection hears that nobody asked for.
+pub trait PushHandler: Send + Sync + 'static {
     /// A push: its kind first, as `message`.
     fn push(&self, items: Vec<Value>);
 
@@ -65,10 +65,10 @@ pub trait Ear: Send + Sync + 'static {
     fn refused(&self, error: &str);
 }
 
-/// For links without subscriptions.
-pub struct Deaf;
+/// For connections without subscriptions.
+pub struct NoPush;
 
-impl Ear for Deaf {
+impl PushHandler for NoPush {
     fn push(&self, _: Vec<Value>) {}
 
     fn refused(&self, _: &str) {}
@@ -76,7 +76,7 @@ impl Ear for Deaf {
 
 /// What a server said of itself when we connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub struct ServerIdentity {
     /// Another one whenever the process was started, or made master again: what it had before may be lost since.
     pub generation: Box<str>,
     pub version: (u16, u16),
@@ -88,11 +88,11 @@ pub struct Identity {
     pub since: u64,
 }
 
-pub struct Link {
-    /// No other link of this process has it.
+pub struct RedisConnection {
+    /// No other connection of this process has it.
     pub number: u64,
     pub address: Address,
-    pub server: Identity,
+    pub server: ServerIdentity,
     /// When that was.
     opened: Instant,
     shared: Arc<Shared>,
@@ -109,7 +109,7 @@ struct Shared {
 struct State {
     out: Vec<u8>,
     /// Who waits for an answer, in the order of the commands.
-    waiting: VecDeque<Option<oneshot::Sender<Result<Value, Fault>>>>,
+    waiting: VecDeque<Option<oneshot::Sender<Result<Value, CommandError>>>>,
     /// How many of those have been handed to the socket.
     sent: usize,
     /// From the first command on that is not answered, an error is not the answer to what waits.
@@ -119,18 +119,18 @@ struct State {
 
 /// An answer that is on its way. Dropped, nobody hears it; the command is done all the same.
 #[must_use]
-pub struct Answer(Result<oneshot::Receiver<Result<Value, Fault>>, Option<Fault>>);
+pub struct Answer(Result<oneshot::Receiver<Result<Value, CommandError>>, Option<CommandError>>);
 
 impl Future for Answer {
-    type Output = Result<Value, Fault>;
+    type Output = Result<Value, CommandError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
             Ok(receiver) => {
                 // Who answers is not dropped without an answer; if it were, nobody would know what became of it.
-                Pin::new(receiver).poll(cx).map(|got| got.unwrap_or(Err(Fault::Lost)))
+                Pin::new(receiver).poll(cx).map(|got| got.unwrap_or(Err(CommandError::Unconfirmed)))
             }
-            Err(fault) => Poll::Ready(Err(fault.take().unwrap_or(Fault::Lost))),
+            Err(fault) => Poll::Ready(Err(fault.take().unwrap_or(CommandError::Unconfirmed))),
         }
     }
 }
@@ -143,60 +143,60 @@ fn next_number() -> u64 {
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-impl Link {
+impl RedisConnection {
     /// Connects, and asks the server who it is. Fails with a sentence.
     pub async fn open(
-        url: &Url,
+        url: &RedisUrl,
         address: &Address,
         name: &str,
-        ears: &(dyn Fn(u64) -> Arc<dyn Ear> + Send + Sync),
+        ears: &(dyn Fn(u64) -> Arc<dyn PushHandler> + Send + Sync),
     ) -> Result<Self, String> {
         let opening = async {
             let stream = connect(url, address).await.map_err(|error| format!("{address}: {error}"))?;
             let number = next_number();
-            let mut link = Link::over(stream, address.clone(), number, ears(number));
-            link.server = link.greet(url, name).await?;
-            link.opened = Instant::now();
-            tokio::spawn(watch(link.shared.clone(), link.server.generation.clone()));
-            Ok(link)
+            let mut connection = RedisConnection::over(stream, address.clone(), number, ears(number));
+            connection.server = connection.greet(url, name).await?;
+            connection.opened = Instant::now();
+            tokio::spawn(watch(connection.shared.clone(), connection.server.generation.clone()));
+            Ok(connection)
         };
         tokio::time::timeout(CONNECT, opening).await.unwrap_or_else(|_| Err(format!("{address}: no answer")))
     }
 
     /// As [`open`](Self::open), for somebody who only knows where others are: a sentinel, or any server of a Cluster.
-    pub async fn open_guide(url: &Url, address: &Address) -> Result<Self, String> {
+    pub async fn open_guide(url: &RedisUrl, address: &Address) -> Result<Self, String> {
         let opening = async {
             let stream = connect(url, address).await.map_err(|error| format!("{address}: {error}"))?;
-            let link = Link::over(stream, address.clone(), next_number(), Arc::new(Deaf));
+            let connection = RedisConnection::over(stream, address.clone(), next_number(), Arc::new(NoPush));
             // A sentinel has logins of its own, and most have none.
             if url.is_cluster() {
-                link.hello(url, "weir-guide").await?;
+                connection.hello(url, "weir-guide").await?;
             }
-            Ok(link)
+            Ok(connection)
         };
         tokio::time::timeout(CONNECT, opening).await.unwrap_or_else(|_| Err(format!("{address}: no answer")))
     }
 
-    fn over(stream: Box<dyn Stream>, address: Address, number: u64, ear: Arc<dyn Ear>) -> Self {
+    fn over(stream: Box<dyn Stream>, address: Address, number: u64, ear: Arc<dyn PushHandler>) -> Self {
         let shared =
             Arc::new(Shared { state: Mutex::default(), wake: Notify::new(), closed: CancellationToken::new() });
         let (read, write) = tokio::io::split(stream);
         tokio::spawn(write_loop(shared.clone(), write));
         tokio::spawn(read_loop(shared.clone(), read, ear));
-        let server = Identity { generation: "".into(), version: (0, 0), evicts: false, time: 0, since: 0 };
-        Link { number, address, server, opened: Instant::now(), shared }
+        let server = ServerIdentity { generation: "".into(), version: (0, 0), evicts: false, time: 0, since: 0 };
+        RedisConnection { number, address, server, opened: Instant::now(), shared }
     }
 
-    fn why(&self, what: &str, fault: Fault) -> String {
+    fn why(&self, what: &str, fault: CommandError) -> String {
         let at = &self.address;
         match fault {
-            Fault::Refused(error) => format!("{at} refuses {what}: {error}"),
-            Fault::Away(reason) => format!("{at}: {reason}"),
-            Fault::Lost => format!("{at}: the connection broke at {what}"),
+            CommandError::Rejected(error) => format!("{at} refuses {what}: {error}"),
+            CommandError::NotExecuted(reason) => format!("{at}: {reason}"),
+            CommandError::Unconfirmed => format!("{at}: the connection broke at {what}"),
         }
     }
 
-    async fn hello(&self, url: &Url, name: &str) -> Result<(), String> {
+    async fn hello(&self, url: &RedisUrl, name: &str) -> Result<(), String> {
         let mut hello = Command::new("HELLO").arg("3");
         if let Some(password) = &url.password {
             hello = hello.arg("AUTH").arg(url.user.as_deref().unwrap_or("default")).arg(password);
@@ -204,16 +204,18 @@ impl Link {
         let hello = hello.arg("SETNAME").arg(name);
         match self.ask(&hello).await {
             Ok(_) => Ok(()),
-            Err(Fault::Refused(error)) if error.starts_with("ERR unknown command") || error.starts_with("NOPROTO") => {
+            Err(CommandError::Rejected(error))
+                if error.starts_with("ERR unknown command") || error.starts_with("NOPROTO") =>
+            {
                 Err(format!("{} is too old: weir needs Redis 6.2 or newer, or Valkey", self.address))
             }
             Err(fault) => Err(self.why("HELLO", fault)),
         }
     }
 
-    async fn greet(&self, url: &Url, name: &str) -> Result<Identity, String> {
+    async fn greet(&self, url: &RedisUrl, name: &str) -> Result<ServerIdentity, String> {
         let at = &self.address;
-        let said = |what: &str, fault: Fault| self.why(what, fault);
+        let said = |what: &str, fault: CommandError| self.why(what, fault);
         self.hello(url, name).await?;
         if url.database > 0 {
             let select = Command::new("SELECT").int(url.database.into());
@@ -254,7 +256,7 @@ impl Link {
         let uptime = field("uptime_in_seconds").and_then(|text| text.parse().ok()).unwrap_or(0);
         let born_master = field("second_repl_offset") == Some("-1");
         let since = part(0).saturating_sub(if born_master { uptime } else { 0 }) + 1;
-        Ok(Identity { generation, version, evicts, time: part(0) * 1000 + part(1) / 1000, since })
+        Ok(ServerIdentity { generation, version, evicts, time: part(0) * 1000 + part(1) / 1000, since })
     }
 
     /// Sends a command that is answered.
@@ -268,7 +270,7 @@ impl Link {
     }
 
     /// Sends a command that is answered by pushes, as `SUBSCRIBE`.
-    pub fn tell(&self, command: &Command) -> Result<(), Fault> {
+    pub fn tell(&self, command: &Command) -> Result<(), CommandError> {
         let mut state = self.shared.state.lock();
         self.shared.room(&state, command.size())?;
         command.write(&mut state.out);
@@ -303,7 +305,7 @@ impl Link {
     }
 }
 
-impl Drop for Link {
+impl Drop for RedisConnection {
     fn drop(&mut self) {
         self.close();
     }
@@ -329,12 +331,12 @@ impl Shared {
         Answer(Ok(rx))
     }
 
-    fn room(&self, state: &State, bytes: usize) -> Result<(), Fault> {
+    fn room(&self, state: &State, bytes: usize) -> Result<(), CommandError> {
         if state.ended || self.closed.is_cancelled() {
-            return Err(Fault::Away("the connection to Redis is closed".into()));
+            return Err(CommandError::NotExecuted("the connection to Redis is closed".into()));
         }
         if state.out.len() + bytes > MAX_BYTES.max(bytes) || state.waiting.len() >= MAX_WAITING {
-            return Err(Fault::Away("too much waits for Redis".into()));
+            return Err(CommandError::NotExecuted("too much waits for Redis".into()));
         }
         Ok(())
     }
@@ -350,8 +352,8 @@ impl Shared {
         drop(state);
         for (at, waiting) in waiting.into_iter().enumerate() {
             let fault = match at < sent {
-                true => Fault::Lost,
-                false => Fault::Away("the connection to Redis broke".into()),
+                true => CommandError::Unconfirmed,
+                false => CommandError::NotExecuted("the connection to Redis broke".into()),
             };
             if let Some(waiting) = waiting {
                 let _ = waiting.send(Err(fault));
@@ -430,7 +432,7 @@ fn generation(run_id: Option<&str>, replid: Option<&str>) -> Option<Box<str>> {
     Some(format!("{}{}", short(run_id), short(replid)).into())
 }
 
-async fn read_loop(shared: Arc<Shared>, mut socket: impl AsyncRead + Unpin, ear: Arc<dyn Ear>) {
+async fn read_loop(shared: Arc<Shared>, mut socket: impl AsyncRead + Unpin, ear: Arc<dyn PushHandler>) {
     let mut received = BytesMut::with_capacity(16 << 10);
     let mut beat = tokio::time::interval(BEAT);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -461,7 +463,7 @@ async fn read_loop(shared: Arc<Shared>, mut socket: impl AsyncRead + Unpin, ear:
 
 impl Shared {
     /// Hands out what has come. False if it cannot be understood.
-    fn hear(&self, received: &mut BytesMut, ear: &dyn Ear) -> bool {
+    fn hear(&self, received: &mut BytesMut, ear: &dyn PushHandler) -> bool {
         loop {
             let value = match resp::take(received) {
                 Ok(Some(value)) => value,
@@ -487,7 +489,7 @@ impl Shared {
                     drop(state);
                     if let Some(waiting) = waiting {
                         let answer = match value {
-                            Value::Error(error) => Err(Fault::Refused(unwrapped(error))),
+                            Value::Error(error) => Err(CommandError::Rejected(unwrapped(error))),
                             value => Ok(value),
                         };
                         let _ = waiting.send(answer);
@@ -506,7 +508,7 @@ fn unwrapped(error: Box<str>) -> Box<str> {
     }
 }
 
-async fn connect(url: &Url, address: &Address) -> io::Result<Box<dyn Stream>> {
+async fn connect(url: &RedisUrl, address: &Address) -> io::Result<Box<dyn Stream>> {
     let tcp = TcpStream::connect((&*address.host, address.port)).await?;
     tcp.set_nodelay(true)?;
     if !url.tls {

@@ -16,13 +16,10 @@ use tokio::sync::oneshot;
 
 use super::{
     Inner,
-    deployment::Lost,
     keys::ChannelKeys,
-    link::{Fault, Link},
-    log::{FOR_EVER, failed, millis, nonsense},
-    resp::{Command, Value},
-    script::Script,
+    read::{FOR_EVER, failed, millis, nonsense},
 };
+use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
     bus::{Keep, Placed},
     error::{Code, Error, Result},
@@ -63,12 +60,12 @@ struct Waiting {
 }
 
 /// What was placed, and over which connection.
-type Outcome = Result<(Vec<Placed>, Arc<Link>), Failed>;
+type Outcome = Result<(Vec<Placed>, Arc<RedisConnection>), Failed>;
 
 /// Why nothing was placed, or nobody knows.
 #[derive(Clone, Debug)]
 pub(super) enum Failed {
-    Fault(Fault),
+    CommandError(CommandError),
     /// This draft's key was used for another event.
     Reused {
         at: usize,
@@ -95,20 +92,20 @@ impl Inner {
         drafts: Vec<Draft>,
     ) -> Result<Vec<Placed>> {
         let outcome = match self.submit(channel, Publish { subject: subject.into(), drafts }) {
-            Ok(outcome) => outcome.await.unwrap_or(Err(Failed::Fault(Fault::Lost))),
-            Err(fault) => Err(Failed::Fault(fault)),
+            Ok(outcome) => outcome.await.unwrap_or(Err(Failed::CommandError(CommandError::Unconfirmed))),
+            Err(fault) => Err(Failed::CommandError(fault)),
         };
         let placed = match outcome {
             // One that was placed before may have been placed a moment ago.
-            Ok((placed, link)) if self.acks.is_some() => {
+            Ok((placed, connection)) if self.acks.is_some() => {
                 let meta = self.keys.channel(channel).meta();
-                self.replicated(meta.as_bytes(), &link).await.map(|()| placed)
+                self.replicated(meta.as_bytes(), &connection).await.map(|()| placed)
             }
             Ok((placed, _)) => Ok(placed),
             Err(failed) => Err(failed),
         };
         placed.map_err(|why| match why {
-            Failed::Fault(fault) => failed(fault),
+            Failed::CommandError(fault) => failed(fault),
             Failed::Nonsense => nonsense(),
             Failed::Reused { key, .. } => {
                 Error::new(Code::KeyReused, format!("the key {key:?} was used for another event of channel {channel}"))
@@ -117,12 +114,16 @@ impl Inner {
     }
 
     /// Queues a publish, and sees to it that somebody places it.
-    fn submit(self: &Arc<Self>, channel: &Channel, publish: Publish) -> Result<oneshot::Receiver<Outcome>, Fault> {
+    fn submit(
+        self: &Arc<Self>,
+        channel: &Channel,
+        publish: Publish,
+    ) -> Result<oneshot::Receiver<Outcome>, CommandError> {
         let (tell, outcome) = oneshot::channel();
         let size = publish.size();
         let mut state = self.appends.0.lock();
         if state.bytes + size > MAX_WAITING.max(size) {
-            return Err(Fault::Away("too much waits for Redis".into()));
+            return Err(CommandError::NotExecuted("too much waits for Redis".into()));
         }
         state.bytes += size;
         let waiting = Waiting { publish, since: Instant::now(), tell };
@@ -152,11 +153,11 @@ impl Inner {
         let mut all: Vec<&[u8]> = vec![meta.as_bytes(), stream.as_bytes()];
         all.extend(once.iter().map(String::as_bytes));
         let (now, window) = (self.script_now(), millis(self.topics.config().keys.window));
-        let fill = |link: &Link, command: &mut Command| {
+        let fill = |connection: &RedisConnection, command: &mut Command| {
             command.push_int(now);
-            command.push(&*link.server.generation);
+            command.push(&*connection.server.generation);
             command.push(&*Epoch::random().text());
-            command.push(self.deployment.publish_verb());
+            command.push(self.topology.publish_verb());
             command.push(&events);
             command.push_int(keep.count as u64);
             command.push_int(millis(keep.age));
@@ -176,7 +177,8 @@ impl Inner {
                 command.push(&stored);
             }
         };
-        let (answer, link) = self.deployment.run(&APPEND, &all, Lost::Tell, fill).await.map_err(Failed::Fault)?;
+        let (answer, connection) =
+            self.topology.run(&APPEND, &all, OnLostReply::Report, fill).await.map_err(Failed::CommandError)?;
         let [epoch, time, rest @ ..] = answer.list().ok_or(Failed::Nonsense)? else { return Err(Failed::Nonsense) };
         if epoch.is_nil() {
             let at = time.int().and_then(|n| usize::try_from(n).ok()?.checked_sub(1)).ok_or(Failed::Nonsense)?;
@@ -203,7 +205,7 @@ impl Inner {
             .collect::<Option<Vec<_>>>()
             .filter(|placed| placed.len() == drafts.len())
             .ok_or(Failed::Nonsense)?;
-        Ok((placed, link))
+        Ok((placed, connection))
     }
 }
 
@@ -258,10 +260,10 @@ impl Writer {
             let publishes: Vec<&Publish> = batch.iter().map(|waiting| &waiting.publish).collect();
             let stored = match self.inner.keep_of(&self.channel).await {
                 Ok(keep) => self.inner.store(keys, &keep, &publishes).await,
-                Err(fault) => Err(Failed::Fault(fault)),
+                Err(fault) => Err(Failed::CommandError(fault)),
             };
             match stored {
-                Ok((placed, link)) => return self.placed(keys, batch, placed, &link),
+                Ok((placed, connection)) => return self.placed(keys, batch, placed, &connection),
                 Err(Failed::Reused { at, key }) => {
                     // Nothing was placed, and the fault is one publish's: the others go without it.
                     let mut before = 0;
@@ -275,7 +277,7 @@ impl Writer {
                     let _ = guilty.tell.send(Err(Failed::Reused { at, key }));
                 }
                 Err(failed) => {
-                    if let Failed::Fault(Fault::Away(_)) = failed {
+                    if let Failed::CommandError(CommandError::NotExecuted(_)) = failed {
                         // Who came meanwhile has waited for the same.
                         batch.extend(self.inner.appends.0.lock().take(&self.channel, usize::MAX));
                     }
@@ -285,12 +287,12 @@ impl Writer {
         }
     }
 
-    fn placed(&self, keys: &ChannelKeys, batch: Vec<Waiting>, placed: Vec<Placed>, link: &Arc<Link>) {
+    fn placed(&self, keys: &ChannelKeys, batch: Vec<Waiting>, placed: Vec<Placed>, connection: &Arc<RedisConnection>) {
         let mut rest = placed.iter().copied();
         let mut tell = Vec::with_capacity(batch.len());
         let mut ours = Vec::with_capacity(placed.len());
         for waiting in batch {
-            self.inner.deployment.metrics.redis_append_seconds.record(waiting.since.elapsed());
+            self.inner.topology.metrics.redis_append_seconds.record(waiting.since.elapsed());
             let mine: Vec<Placed> = rest.by_ref().take(waiting.publish.drafts.len()).collect();
             ours.extend(waiting.publish.drafts.into_iter().zip(mine.iter().copied()));
             tell.push((waiting.tell, mine));
@@ -298,7 +300,7 @@ impl Writer {
         // Who publishes here and reads here need not wait for Redis to say it again.
         self.inner.hear_own(&keys.events(), ours);
         for (tell, mine) in tell {
-            let _ = tell.send(Ok((mine, link.clone())));
+            let _ = tell.send(Ok((mine, connection.clone())));
         }
     }
 }

@@ -11,8 +11,8 @@ pub struct Address {
 
 /// What a URL says.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Url {
-    pub kind: Kind,
+pub struct RedisUrl {
+    pub kind: TopologyKind,
     pub tls: bool,
     pub user: Option<String>,
     pub password: Option<String>,
@@ -21,16 +21,16 @@ pub struct Url {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum TopologyKind {
     /// `redis://[user:password@]host[:6379][/database]`, or `rediss://` over TLS.
-    One(Address),
+    Standalone(Address),
     /// `redis+sentinel://[user:password@]host[:26379],host,…/master[/database]`.
     Sentinel { sentinels: Vec<Address>, master: String },
     /// `redis-cluster://[user:password@]host[:6379],host,…`: some of its servers, the others are found.
     Cluster(Vec<Address>),
 }
 
-impl Url {
+impl RedisUrl {
     /// The error is a sentence without the password.
     pub fn parse(text: &str) -> Result<Self, String> {
         let forms = "write redis://HOST:6379, rediss:// for TLS, redis+sentinel://HOST,HOST/MASTER or redis-cluster://HOST,HOST";
@@ -75,18 +75,18 @@ impl Url {
         let (kind, database) = match scheme {
             "redis+sentinel" => {
                 let master = next().ok_or("the name of the master is missing: redis+sentinel://HOST,HOST/MASTER")?;
-                (Kind::Sentinel { sentinels: hosts, master: unescape(master)? }, number(next())?)
+                (TopologyKind::Sentinel { sentinels: hosts, master: unescape(master)? }, number(next())?)
             }
             "redis-cluster" => {
                 if next().is_some() {
                     return Err("a Redis Cluster has no databases: leave out what follows the hosts".into());
                 }
-                (Kind::Cluster(hosts), 0)
+                (TopologyKind::Cluster(hosts), 0)
             }
             _ => {
                 let database = number(next())?;
                 match (hosts.pop(), hosts.is_empty()) {
-                    (Some(one), true) => (Kind::One(one), database),
+                    (Some(one), true) => (TopologyKind::Standalone(one), database),
                     _ => return Err("several hosts: write redis+sentinel:// or redis-cluster://".into()),
                 }
             }
@@ -94,30 +94,30 @@ impl Url {
         if next().is_some() {
             return Err(forms.into());
         }
-        Ok(Url { kind, tls, user, password, database })
+        Ok(RedisUrl { kind, tls, user, password, database })
     }
 
     pub fn is_cluster(&self) -> bool {
-        matches!(self.kind, Kind::Cluster(_))
+        matches!(self.kind, TopologyKind::Cluster(_))
     }
 }
 
 /// Without the password: it is for logs.
-impl fmt::Display for Url {
+impl fmt::Display for RedisUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |list: &[Address]| list.iter().map(Address::to_string).collect::<Vec<_>>().join(",");
         let tls = if self.tls { "rediss" } else { "redis" };
         match &self.kind {
-            Kind::One(address) => write!(f, "{tls}://{address}/{}", self.database),
-            Kind::Sentinel { sentinels, master } => {
+            TopologyKind::Standalone(address) => write!(f, "{tls}://{address}/{}", self.database),
+            TopologyKind::Sentinel { sentinels, master } => {
                 write!(f, "{tls}+sentinel://{}/{master}/{}", list(sentinels), self.database)
             }
-            Kind::Cluster(seeds) => write!(f, "{tls}-cluster://{}", list(seeds)),
+            TopologyKind::Cluster(seeds) => write!(f, "{tls}-cluster://{}", list(seeds)),
         }
     }
 }
 
-impl fmt::Debug for Url {
+impl fmt::Debug for RedisUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
@@ -181,12 +181,12 @@ mod tests {
 
     #[test]
     fn what_a_url_may_be() {
-        let shown = |text: &str| Url::parse(text).map(|url| url.to_string());
+        let shown = |text: &str| RedisUrl::parse(text).map(|url| url.to_string());
         assert_eq!(shown("redis://localhost"), Ok("redis://localhost:6379/0".into()));
         assert_eq!(shown("rediss://u:p@[::1]:1/2"), Ok("rediss://[::1]:1/2".into()));
         assert_eq!(shown("redis+sentinel://a,b:7/main"), Ok("redis+sentinel://a:26379,b:7/main/0".into()));
         assert_eq!(shown("redis-cluster://a,b/"), Ok("redis-cluster://a:6379,b:6379".into()));
-        let url = Url::parse("redis://:p%40%2Fss@h").unwrap();
+        let url = RedisUrl::parse("redis://:p%40%2Fss@h").unwrap();
         assert_eq!((url.user, url.password.as_deref()), (None, Some("p@/ss")));
         for bad in [
             "",
@@ -203,14 +203,14 @@ mod tests {
             "redis://a/1/2",
             "redis://%zz:b@a",
         ] {
-            assert!(Url::parse(bad).is_err(), "{bad}");
+            assert!(RedisUrl::parse(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn a_password_is_not_shown() {
-        let url = Url::parse("redis://u:secret@h").unwrap();
+        let url = RedisUrl::parse("redis://u:secret@h").unwrap();
         assert!(!format!("{url} {url:?}").contains("secret"));
-        assert!(!Url::parse("redis://u:secret@h:x").unwrap_err().contains("secret"));
+        assert!(!RedisUrl::parse("redis://u:secret@h:x").unwrap_err().contains("secret"));
     }
 }

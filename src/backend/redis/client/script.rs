@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use super::{
-    link::{Fault, Link},
+    connection::{CommandError, RedisConnection},
     resp::{Command, Value},
 };
 
@@ -20,21 +20,21 @@ impl Script {
     }
 
     /// Begins a call; the keys come next, then the arguments. Loads the script if no server has seen it yet.
-    pub async fn call(&self, link: &Link, keys: u64) -> Result<Command, Fault> {
+    pub async fn call(&self, connection: &RedisConnection, keys: u64) -> Result<Command, CommandError> {
         let hash = match self.hash.get() {
             Some(hash) => &**hash,
-            None => self.load(link).await?,
+            None => self.load(connection).await?,
         };
         Ok(Command::new("EVALSHA").arg(hash).int(keys))
     }
 
     /// For a server that has not seen it, or was told to forget it.
-    pub async fn load(&self, link: &Link) -> Result<&str, Fault> {
-        match link.ask(&Command::new("SCRIPT").arg("LOAD").arg(self.source)).await {
+    pub async fn load(&self, connection: &RedisConnection) -> Result<&str, CommandError> {
+        match connection.ask(&Command::new("SCRIPT").arg("LOAD").arg(self.source)).await {
             Ok(Value::Bytes(hash)) => Ok(self.hash.get_or_init(|| String::from_utf8_lossy(&hash).into())),
-            Ok(_) => Err(Fault::Refused("ERR SCRIPT LOAD answers nonsense".into())),
+            Ok(_) => Err(CommandError::Rejected("ERR SCRIPT LOAD answers nonsense".into())),
             // A script that was not loaded has not run.
-            Err(Fault::Lost) => Err(Fault::Away("the connection to Redis broke".into())),
+            Err(CommandError::Unconfirmed) => Err(CommandError::NotExecuted("the connection to Redis broke".into())),
             Err(fault) => Err(fault),
         }
     }

@@ -1,4 +1,4 @@
-//! [`Deployment`]: the servers that are one Redis, and which of them has what.
+//! [`Topology`]: the servers that are one Redis, and which of them has what.
 //!
 //! Standalone and Sentinel are one server, whose address is asked each time. A Cluster is several, each with some of
 //! 16,384 slots; a key's slot is told by what stands in its braces.
@@ -19,13 +19,13 @@ use tokio::{
 };
 
 use super::{
-    address::{Address, Kind, Url},
-    lane::{Ears, Lane, Target, master, most},
-    link::{Deaf, Fault, Link},
+    connection::{CommandError, NoPush, RedisConnection},
+    reconnect::{Ears, ReconnectingConnection, Target, master, most},
     resp::{Command, Value},
     script::Script,
+    url::{Address, RedisUrl, TopologyKind},
 };
-use crate::metrics::{Lane as Name, Metrics};
+use crate::metrics::{Metrics, RedisConnectionKind};
 
 pub const SLOTS: usize = 16384;
 /// How long a command may wait for a connection, or for a server that is loading or handing over.
@@ -47,15 +47,15 @@ const WITNESSES: usize = 5;
 const LEAVE: Duration = Duration::from_secs(5);
 
 /// One server, with its lane for commands.
-pub struct Server {
+pub struct RedisServer {
     pub target: Target,
-    commands: Lane,
+    commands: ReconnectingConnection,
     /// The process that answers, and since when we know it: Unix seconds of its own clock.
     known: Mutex<(Box<str>, u64)>,
 }
 
-pub struct Deployment {
-    pub url: Arc<Url>,
+pub struct Topology {
+    pub url: Arc<RedisUrl>,
     pub metrics: Arc<Metrics>,
     map: RwLock<Map>,
     /// Something seems to have moved.
@@ -66,34 +66,34 @@ pub struct Deployment {
 
 #[derive(Default)]
 struct Map {
-    servers: BTreeMap<Address, Arc<Server>>,
+    servers: BTreeMap<Address, Arc<RedisServer>>,
     /// Of a Cluster; else empty.
     slots: Vec<Slot>,
 }
 
 #[derive(Clone, Default)]
 struct Slot {
-    server: Option<Arc<Server>>,
+    server: Option<Arc<RedisServer>>,
     /// When it was found to have come there, if it was elsewhere before.
     since: Option<std::time::Instant>,
 }
 
 /// What to do with a command whose answer was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lost {
+pub enum OnLostReply {
     /// Once more: it does the same again, or nothing.
-    Again,
+    Retry,
     /// Say so.
-    Tell,
+    Report,
 }
 
-/// An answer, and the link that it came over.
-pub type Answered = (Value, Arc<Link>);
+/// An answer, and the connection that it came over.
+pub type Answered = (Value, Arc<RedisConnection>);
 
-impl Deployment {
+impl Topology {
     /// Begins to connect. Needs a tokio runtime.
-    pub fn start(url: Url, metrics: Arc<Metrics>) -> Arc<Self> {
-        let deployment = Arc::new(Deployment {
+    pub fn start(url: RedisUrl, metrics: Arc<Metrics>) -> Arc<Self> {
+        let topology = Arc::new(Topology {
             url: Arc::new(url),
             metrics,
             map: RwLock::default(),
@@ -101,21 +101,21 @@ impl Deployment {
             changed: watch::Sender::new(0),
             guard: Mutex::default(),
         });
-        if !deployment.url.is_cluster() {
-            deployment.map.write().servers.insert(only(), deployment.server_at(Target::Master));
+        if !topology.url.is_cluster() {
+            topology.map.write().servers.insert(only(), topology.server_at(Target::Master));
         }
-        *deployment.guard.lock() = Some(tokio::spawn(guard(Arc::downgrade(&deployment))));
-        deployment
+        *topology.guard.lock() = Some(tokio::spawn(guard(Arc::downgrade(&topology))));
+        topology
     }
 
-    fn server_at(&self, target: Target) -> Arc<Server> {
-        let commands = self.lane(&target, Name::Commands, Arc::new(|_| Arc::new(Deaf)));
-        Arc::new(Server { target, commands, known: Mutex::default() })
+    fn server_at(&self, target: Target) -> Arc<RedisServer> {
+        let commands = self.lane(&target, RedisConnectionKind::Commands, Arc::new(|_| Arc::new(NoPush)));
+        Arc::new(RedisServer { target, commands, known: Mutex::default() })
     }
 
-    /// Another connection to the same server as a [`Server`]'s.
-    pub fn lane(&self, target: &Target, name: Name, ears: Ears) -> Lane {
-        Lane::start(self.url.clone(), target.clone(), name, ears, self.metrics.clone())
+    /// Another connection to the same server as a [`RedisServer`]'s.
+    pub fn lane(&self, target: &Target, name: RedisConnectionKind, ears: Ears) -> ReconnectingConnection {
+        ReconnectingConnection::start(self.url.clone(), target.clone(), name, ears, self.metrics.clone())
     }
 
     /// Waits until every slot can be asked for, or says what is in the way.
@@ -141,12 +141,12 @@ impl Deployment {
     }
 
     /// All of them: the masters of a Cluster.
-    pub fn servers(&self) -> Vec<Arc<Server>> {
+    pub fn servers(&self) -> Vec<Arc<RedisServer>> {
         self.map.read().servers.values().cloned().collect()
     }
 
     /// Who has the slot of `key`.
-    pub fn server_of(&self, key: &[u8]) -> Option<Arc<Server>> {
+    pub fn server_of(&self, key: &[u8]) -> Option<Arc<RedisServer>> {
         let map = self.map.read();
         match self.url.is_cluster() {
             true => map.slots.get(slot(key))?.server.clone(),
@@ -160,7 +160,7 @@ impl Deployment {
         if !self.url.is_cluster() {
             return map.servers.keys().cloned().collect();
         }
-        let has = |server: &&Arc<Server>| {
+        let has = |server: &&Arc<RedisServer>| {
             map.slots.iter().any(|slot| slot.server.as_ref().is_some_and(|of| Arc::ptr_eq(of, server)))
         };
         let places = map.servers.iter().filter(|(_, server)| has(server));
@@ -182,8 +182,8 @@ impl Deployment {
     /// was not known, or had not got the slot.
     ///
     /// Nothing, where nobody can know: it may forget what it likes.
-    pub fn horizon(&self, key: &[u8], link: &Link) -> Option<u64> {
-        if link.server.evicts {
+    pub fn horizon(&self, key: &[u8], connection: &RedisConnection) -> Option<u64> {
+        if connection.server.evicts {
             return None;
         }
         let map = self.map.read();
@@ -198,10 +198,10 @@ impl Deployment {
             },
         };
         let mut known = server.known.lock();
-        if known.0 != link.server.generation {
-            *known = (link.server.generation.clone(), link.server.since);
+        if known.0 != connection.server.generation {
+            *known = (connection.server.generation.clone(), connection.server.since);
         }
-        Some(since.map_or(known.1, |since| known.1.max(link.time_at(since) / 1000 + 1)))
+        Some(since.map_or(known.1, |since| known.1.max(connection.time_at(since) / 1000 + 1)))
     }
 
     /// How something is published: in a Cluster where the slot is, and not to every server.
@@ -209,11 +209,11 @@ impl Deployment {
         if self.url.is_cluster() { "SPUBLISH" } else { "PUBLISH" }
     }
 
-    /// Whether what is missing behind `link` is missing: right after Redis was away, or the slot of `key` has moved, others
+    /// Whether what is missing behind `connection` is missing: right after Redis was away, or the slot of `key` has moved, others
     /// may just not be back yet.
-    pub fn is_settled(&self, key: &[u8], link: &Link) -> bool {
+    pub fn is_settled(&self, key: &[u8], connection: &RedisConnection) -> bool {
         let moved = self.map.read().slots.get(slot(key)).and_then(|slot| slot.since);
-        link.age() > SETTLED && moved.is_none_or(|moved| moved.elapsed() > SETTLED)
+        connection.age() > SETTLED && moved.is_none_or(|moved| moved.elapsed() > SETTLED)
     }
 
     /// Changes whenever a slot is found elsewhere.
@@ -229,19 +229,24 @@ impl Deployment {
     /// A command about `key`, as `make` makes it for the server that will answer.
     ///
     /// What was surely not done is tried again, for two seconds; what may have been done only if `lost` allows it.
-    pub async fn call(&self, key: &[u8], lost: Lost, make: impl Fn(&Link) -> Command) -> Result<Answered, Fault> {
-        self.call_if(key, lost, |link| Some(make(link))).await
+    pub async fn call(
+        &self,
+        key: &[u8],
+        lost: OnLostReply,
+        make: impl Fn(&RedisConnection) -> Command,
+    ) -> Result<Answered, CommandError> {
+        self.call_if(key, lost, |connection| Some(make(connection))).await
     }
 
     /// As [`call`](Self::call). Where `make` makes nothing it is given up, as refused.
     pub async fn call_if(
         &self,
         key: &[u8],
-        lost: Lost,
-        make: impl Fn(&Link) -> Option<Command>,
-    ) -> Result<Answered, Fault> {
-        self.attempt(key, lost, None, |link| {
-            let command = make(&link).ok_or_else(|| Fault::Refused("ERR given up".into()));
+        lost: OnLostReply,
+        make: impl Fn(&RedisConnection) -> Option<Command>,
+    ) -> Result<Answered, CommandError> {
+        self.attempt(key, lost, None, |connection| {
+            let command = make(&connection).ok_or_else(|| CommandError::Rejected("ERR given up".into()));
             async move { command }
         })
         .await
@@ -252,83 +257,87 @@ impl Deployment {
         &self,
         script: &'static Script,
         keys: &[&[u8]],
-        lost: Lost,
-        fill: impl Fn(&Link, &mut Command),
-    ) -> Result<Answered, Fault> {
-        let Some(first) = keys.first() else { return Err(Fault::Refused("ERR a script without keys".into())) };
+        lost: OnLostReply,
+        fill: impl Fn(&RedisConnection, &mut Command),
+    ) -> Result<Answered, CommandError> {
+        let Some(first) = keys.first() else { return Err(CommandError::Rejected("ERR a script without keys".into())) };
         let fill = &fill;
-        self.attempt(first, lost, Some(script), |link| async move {
-            let mut command = script.call(&link, keys.len() as u64).await?;
+        self.attempt(first, lost, Some(script), |connection| async move {
+            let mut command = script.call(&connection, keys.len() as u64).await?;
             keys.iter().for_each(|key| command.push(key));
-            fill(&link, &mut command);
+            fill(&connection, &mut command);
             Ok(command)
         })
         .await
     }
 
-    async fn attempt<F: Future<Output = Result<Command, Fault>>>(
+    async fn attempt<F: Future<Output = Result<Command, CommandError>>>(
         &self,
         key: &[u8],
-        lost: Lost,
+        lost: OnLostReply,
         script: Option<&Script>,
-        make: impl Fn(Arc<Link>) -> F,
-    ) -> Result<Answered, Fault> {
+        make: impl Fn(Arc<RedisConnection>) -> F,
+    ) -> Result<Answered, CommandError> {
         let deadline = Instant::now() + PATIENCE;
         let mut asking: Option<Address> = None;
         // An answer was lost: whatever is said of later tries, it may have been done.
         let mut perhaps = false;
         loop {
-            let link = match asking.take() {
-                Some(address) => self.known_server(&address).commands.ready(deadline).await.map(|link| (link, true)),
+            let connection = match asking.take() {
+                Some(address) => {
+                    self.known_server(&address).commands.ready(deadline).await.map(|connection| (connection, true))
+                }
                 None => match self.server_of(key) {
-                    Some(server) => server.commands.ready(deadline).await.map(|link| (link, false)),
+                    Some(server) => server.commands.ready(deadline).await.map(|connection| (connection, false)),
                     None => Err("nobody has this slot of the Redis Cluster".into()),
                 },
             };
-            let fault = match link {
-                Err(reason) => Fault::Away(reason.as_ref().into()),
-                Ok((link, asked)) => {
-                    let done = match make(link.clone()).await {
-                        Ok(command) if asked => link.ask_after(&Command::new("ASKING"), &command).await,
-                        Ok(command) => link.ask(&command).await,
+            let fault = match connection {
+                Err(reason) => CommandError::NotExecuted(reason.as_ref().into()),
+                Ok((connection, asked)) => {
+                    let done = match make(connection.clone()).await {
+                        Ok(command) if asked => connection.ask_after(&Command::new("ASKING"), &command).await,
+                        Ok(command) => connection.ask(&command).await,
                         Err(fault) => Err(fault),
                     };
                     match done {
-                        Ok(value) => return Ok((value, link)),
-                        Err(Fault::Lost) if lost == Lost::Tell => return Err(Fault::Lost),
-                        Err(Fault::Refused(error)) => match Refusal::of(&error) {
-                            Refusal::Other => return Err(Fault::Refused(error)),
-                            Refusal::Moved(slot, address) => {
+                        Ok(value) => return Ok((value, connection)),
+                        Err(CommandError::Unconfirmed) if lost == OnLostReply::Report => {
+                            return Err(CommandError::Unconfirmed);
+                        }
+                        Err(CommandError::Rejected(error)) => match ErrorReply::of(&error) {
+                            ErrorReply::Other => return Err(CommandError::Rejected(error)),
+                            ErrorReply::Moved(slot, address) => {
                                 self.moved(slot, &address);
-                                Fault::Away(error)
+                                CommandError::NotExecuted(error)
                             }
-                            Refusal::Ask(address) => {
+                            ErrorReply::Ask(address) => {
                                 asking = Some(address);
-                                Fault::Away(error)
+                                CommandError::NotExecuted(error)
                             }
-                            Refusal::NoScript => {
+                            ErrorReply::NoScript => {
                                 if let Some(script) = script
-                                    && let Err(Fault::Refused(error)) = script.load(&link).await
-                                    && Refusal::of(&error) == Refusal::Other
+                                    && let Err(CommandError::Rejected(error)) = script.load(&connection).await
+                                    && ErrorReply::of(&error) == ErrorReply::Other
                                 {
-                                    return Err(Fault::Refused(error));
+                                    return Err(CommandError::Rejected(error));
                                 }
-                                Fault::Away(error)
+                                CommandError::NotExecuted(error)
                             }
-                            Refusal::NotMaster => {
+                            ErrorReply::NotMaster => {
                                 // It was one. Who is now, the lane finds out.
-                                link.close();
+                                connection.close();
                                 self.doubt();
-                                Fault::Away(error)
+                                CommandError::NotExecuted(error)
                             }
-                            Refusal::NotNow => {
+                            ErrorReply::NotNow => {
                                 self.doubt();
                                 sleep(PAUSE.mul_f64(0.5 + fastrand::f64())).await;
-                                Fault::Away(error)
+                                CommandError::NotExecuted(error)
                             }
                         },
-                        // The link is up and full: there is no use in trying again, and no end to it.
-                        Err(fault @ Fault::Away(_)) if !link.is_closed() => return Err(fault),
+                        // The connection is up and full: there is no use in trying again, and no end to it.
+                        Err(fault @ CommandError::NotExecuted(_)) if !connection.is_closed() => return Err(fault),
                         Err(fault) => {
                             self.doubt();
                             fault
@@ -336,11 +345,11 @@ impl Deployment {
                     }
                 }
             };
-            perhaps |= fault == Fault::Lost;
+            perhaps |= fault == CommandError::Unconfirmed;
             if Instant::now() >= deadline {
-                return Err(if perhaps { Fault::Lost } else { fault });
+                return Err(if perhaps { CommandError::Unconfirmed } else { fault });
             }
-            if asking.is_none() && matches!(fault, Fault::Away(_)) && self.server_of(key).is_none() {
+            if asking.is_none() && matches!(fault, CommandError::NotExecuted(_)) && self.server_of(key).is_none() {
                 self.doubt();
                 sleep(PAUSE).await;
             }
@@ -348,7 +357,7 @@ impl Deployment {
     }
 
     /// The server at an address that the Cluster named; a new one if we did not know it.
-    fn known_server(&self, address: &Address) -> Arc<Server> {
+    fn known_server(&self, address: &Address) -> Arc<RedisServer> {
         if let Some(server) = self.map.read().servers.get(address) {
             return server.clone();
         }
@@ -376,21 +385,21 @@ impl Deployment {
     /// Looks who has what. True if nothing is in doubt.
     async fn look(&self) -> bool {
         match &self.url.kind {
-            Kind::One(_) => true,
-            Kind::Sentinel { .. } => self.look_at_master().await,
-            Kind::Cluster(seeds) => self.look_at_slots(seeds).await,
+            TopologyKind::Standalone(_) => true,
+            TopologyKind::Sentinel { .. } => self.look_at_master().await,
+            TopologyKind::Cluster(seeds) => self.look_at_slots(seeds).await,
         }
     }
 
     /// A master that was replaced may not know it, and keep its connections.
     async fn look_at_master(&self) -> bool {
         // Those there are before anybody is asked: what is said then may be older than a connection that is made meanwhile.
-        let links: Vec<_> = self.servers().iter().filter_map(|server| server.commands.link()).collect();
+        let connections: Vec<_> = self.servers().iter().filter_map(|server| server.commands.connection()).collect();
         let Ok(address) = master(&self.url).await else { return true };
-        for link in links {
-            if link.address != address && !link.is_closed() {
-                tracing::warn!(was = %link.address, now = %address, "Sentinel names another master");
-                link.close();
+        for connection in connections {
+            if connection.address != address && !connection.is_closed() {
+                tracing::warn!(was = %connection.address, now = %address, "Sentinel names another master");
+                connection.close();
                 self.changed.send_modify(|n| *n += 1);
             }
         }
@@ -401,13 +410,14 @@ impl Deployment {
     async fn look_at_slots(&self, seeds: &[Address]) -> bool {
         let mut servers = self.servers();
         fastrand::shuffle(&mut servers);
-        let links: Vec<_> = servers.iter().filter_map(|server| server.commands.link()).take(WITNESSES).collect();
-        let of = links.len();
-        let mut asked: FuturesUnordered<_> = links
+        let connections: Vec<_> =
+            servers.iter().filter_map(|server| server.commands.connection()).take(WITNESSES).collect();
+        let of = connections.len();
+        let mut asked: FuturesUnordered<_> = connections
             .iter()
-            .map(|link| async {
-                let slots = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await;
-                slots.ok()?.ok().and_then(|slots| ranges(&slots, &link.address))
+            .map(|connection| async {
+                let slots = timeout(PATIENCE, connection.ask(&Command::new("CLUSTER").arg("SLOTS"))).await;
+                slots.ok()?.ok().and_then(|slots| ranges(&slots, &connection.address))
             })
             .collect();
         let mut views = Vec::new();
@@ -426,8 +436,8 @@ impl Deployment {
             Target::Master => None,
         });
         for guide in known.chain(seeds.iter().cloned()) {
-            if let Ok(link) = Link::open_guide(&self.url, &guide).await
-                && let Ok(Ok(slots)) = timeout(PATIENCE, link.ask(&Command::new("CLUSTER").arg("SLOTS"))).await
+            if let Ok(connection) = RedisConnection::open_guide(&self.url, &guide).await
+                && let Ok(Ok(slots)) = timeout(PATIENCE, connection.ask(&Command::new("CLUSTER").arg("SLOTS"))).await
                 && let Some(ranges) = ranges(&slots, &guide)
             {
                 return self.adopt(&ranges);
@@ -440,13 +450,13 @@ impl Deployment {
     fn adopt(&self, ranges: &[Range]) -> bool {
         let since = Some(std::time::Instant::now());
         let mut slots = vec![Slot::default(); SLOTS];
-        let mut owners: BTreeMap<Address, Arc<Server>> = BTreeMap::new();
+        let mut owners: BTreeMap<Address, Arc<RedisServer>> = BTreeMap::new();
         for (from, to, address) in ranges {
             let server = owners.entry(address.clone()).or_insert_with(|| self.known_server(address)).clone();
             slots[*from..=*to].fill(Slot { server: Some(server), since });
         }
         let whole = slots.iter().all(|slot| slot.server.is_some());
-        let answering = owners.values().all(|server| server.commands.link().is_some());
+        let answering = owners.values().all(|server| server.commands.connection().is_some());
         let mut map = self.map.write();
         let fresh = map.slots.is_empty();
         let mut moved = fresh;
@@ -480,7 +490,7 @@ impl Deployment {
     }
 }
 
-impl Drop for Deployment {
+impl Drop for Topology {
     fn drop(&mut self) {
         if let Some(guard) = self.guard.lock().take() {
             guard.abort();
@@ -488,10 +498,10 @@ impl Drop for Deployment {
     }
 }
 
-impl Server {
+impl RedisServer {
     /// The connection for commands, if there is one.
-    pub fn link(&self) -> Option<Arc<Link>> {
-        self.commands.link()
+    pub fn connection(&self) -> Option<Arc<RedisConnection>> {
+        self.commands.connection()
     }
 }
 
@@ -501,13 +511,13 @@ fn only() -> Address {
 }
 
 /// Looks at the servers now and then, and at once when somebody has doubts.
-async fn guard(deployment: Weak<Deployment>) {
+async fn guard(topology: Weak<Topology>) {
     loop {
         let (pause, doubt) = {
-            let Some(this) = deployment.upgrade() else { return };
+            let Some(this) = topology.upgrade() else { return };
             let pause = match this.look().await {
                 false => ALARM,
-                true if matches!(this.url.kind, Kind::Sentinel { .. }) => WATCH,
+                true if matches!(this.url.kind, TopologyKind::Sentinel { .. }) => WATCH,
                 true => CALM,
             };
             (pause, this.doubt.clone())
@@ -520,7 +530,7 @@ async fn guard(deployment: Weak<Deployment>) {
 
 /// What an error of Redis means for the command: in none of these cases was anything done.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum ErrorReply {
     Moved(usize, Address),
     Ask(Address),
     NoScript,
@@ -532,7 +542,7 @@ pub enum Refusal {
     Other,
 }
 
-impl Refusal {
+impl ErrorReply {
     pub fn of(error: &str) -> Self {
         let mut words = error.split(' ');
         let code = words.next().unwrap_or_default();
@@ -541,12 +551,12 @@ impl Refusal {
             Some((slot, Address::parse(words.next()?, 6379).ok()?))
         };
         match code {
-            "MOVED" => place().map_or(Refusal::NotNow, |(slot, address)| Refusal::Moved(slot, address)),
-            "ASK" => place().map_or(Refusal::NotNow, |(_, address)| Refusal::Ask(address)),
-            "NOSCRIPT" => Refusal::NoScript,
-            "READONLY" => Refusal::NotMaster,
-            "TRYAGAIN" | "LOADING" | "CLUSTERDOWN" | "MASTERDOWN" | "BUSY" | "UNBLOCKED" => Refusal::NotNow,
-            _ => Refusal::Other,
+            "MOVED" => place().map_or(ErrorReply::NotNow, |(slot, address)| ErrorReply::Moved(slot, address)),
+            "ASK" => place().map_or(ErrorReply::NotNow, |(_, address)| ErrorReply::Ask(address)),
+            "NOSCRIPT" => ErrorReply::NoScript,
+            "READONLY" => ErrorReply::NotMaster,
+            "TRYAGAIN" | "LOADING" | "CLUSTERDOWN" | "MASTERDOWN" | "BUSY" | "UNBLOCKED" => ErrorReply::NotNow,
+            _ => ErrorReply::Other,
         }
     }
 }
@@ -640,10 +650,10 @@ mod tests {
     #[test]
     fn refusals_are_told_apart() {
         let at = |port| Address { host: "h".into(), port };
-        assert_eq!(Refusal::of("MOVED 7 h:1"), Refusal::Moved(7, at(1)));
-        assert_eq!(Refusal::of("ASK 7 h:2"), Refusal::Ask(at(2)));
-        assert_eq!(Refusal::of("NOSCRIPT No matching script."), Refusal::NoScript);
-        assert_eq!(Refusal::of("LOADING Redis is loading"), Refusal::NotNow);
-        assert_eq!(Refusal::of("OOM command not allowed"), Refusal::Other);
+        assert_eq!(ErrorReply::of("MOVED 7 h:1"), ErrorReply::Moved(7, at(1)));
+        assert_eq!(ErrorReply::of("ASK 7 h:2"), ErrorReply::Ask(at(2)));
+        assert_eq!(ErrorReply::of("NOSCRIPT No matching script."), ErrorReply::NoScript);
+        assert_eq!(ErrorReply::of("LOADING Redis is loading"), ErrorReply::NotNow);
+        assert_eq!(ErrorReply::of("OOM command not allowed"), ErrorReply::Other);
     }
 }

@@ -1,4 +1,4 @@
-//! [`Lane`], a connection to one server that is made anew whenever it breaks, for as long as the lane lives.
+//! [`ReconnectingConnection`], a connection to one server that is made anew whenever it breaks, for as long as the lane lives.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,11 +10,11 @@ use tokio::{
 };
 
 use super::{
-    address::{Address, Kind, Url},
-    link::{Ear, Fault, Link},
+    connection::{CommandError, PushHandler, RedisConnection},
     resp::{Command, Value},
+    url::{Address, RedisUrl, TopologyKind},
 };
-use crate::metrics::{Label as _, Lane as Name, Metrics};
+use crate::metrics::{Label as _, Metrics, RedisConnectionKind};
 
 /// The wait after the second failure in a row; it doubles up to...
 const FIRST_WAIT: Duration = Duration::from_millis(50);
@@ -33,46 +33,52 @@ pub enum Target {
 }
 
 /// Makes what listens to a connection, for each anew: what the last one still says must not pass for the next one's.
-/// The number is the link's.
-pub type Ears = Arc<dyn Fn(u64) -> Arc<dyn Ear> + Send + Sync>;
+/// The number is the connection's.
+pub type Ears = Arc<dyn Fn(u64) -> Arc<dyn PushHandler> + Send + Sync>;
 
-pub struct Lane {
+pub struct ReconnectingConnection {
     state: watch::Receiver<State>,
     task: JoinHandle<()>,
 }
 
 #[derive(Clone)]
 pub enum State {
-    Up(Arc<Link>),
+    Up(Arc<RedisConnection>),
     /// Why, for people.
     Down(Arc<str>),
 }
 
-impl Lane {
-    pub fn start(url: Arc<Url>, target: Target, name: Name, ears: Ears, metrics: Arc<Metrics>) -> Self {
+impl ReconnectingConnection {
+    pub fn start(
+        url: Arc<RedisUrl>,
+        target: Target,
+        name: RedisConnectionKind,
+        ears: Ears,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let (tx, state) = watch::channel(State::Down("not connected yet".into()));
         let task = tokio::spawn(keep(url, target, name, ears, metrics, tx));
-        Lane { state, task }
+        ReconnectingConnection { state, task }
     }
 
-    pub fn link(&self) -> Option<Arc<Link>> {
+    pub fn connection(&self) -> Option<Arc<RedisConnection>> {
         match &*self.state.borrow() {
-            State::Up(link) if !link.is_closed() => Some(link.clone()),
+            State::Up(connection) if !connection.is_closed() => Some(connection.clone()),
             _ => None,
         }
     }
 
     /// Waits for a connection, until `deadline`. The error says what is in the way.
-    pub async fn ready(&self, deadline: Instant) -> Result<Arc<Link>, Arc<str>> {
-        if let Some(link) = self.link() {
-            return Ok(link);
+    pub async fn ready(&self, deadline: Instant) -> Result<Arc<RedisConnection>, Arc<str>> {
+        if let Some(connection) = self.connection() {
+            return Ok(connection);
         }
         let mut state = self.state.clone();
-        let up = state.wait_for(|state| matches!(state, State::Up(link) if !link.is_closed()));
+        let up = state.wait_for(|state| matches!(state, State::Up(connection) if !connection.is_closed()));
         if let Ok(Ok(state)) = tokio::time::timeout_at(deadline, up).await
-            && let State::Up(link) = &*state
+            && let State::Up(connection) = &*state
         {
-            return Ok(link.clone());
+            return Ok(connection.clone());
         }
         Err(match &*self.state.borrow() {
             State::Up(_) => "the connection to Redis broke".into(),
@@ -87,13 +93,13 @@ impl Lane {
 
     /// Ends the connection, so that another is made.
     pub fn replace(&self) {
-        if let State::Up(link) = &*self.state.borrow() {
-            link.close();
+        if let State::Up(connection) = &*self.state.borrow() {
+            connection.close();
         }
     }
 }
 
-impl Drop for Lane {
+impl Drop for ReconnectingConnection {
     fn drop(&mut self) {
         self.task.abort();
         // Nobody else holds it for long, and what it carries has nobody to come back to.
@@ -102,9 +108,9 @@ impl Drop for Lane {
 }
 
 async fn keep(
-    url: Arc<Url>,
+    url: Arc<RedisUrl>,
     target: Target,
-    name: Name,
+    name: RedisConnectionKind,
     ears: Ears,
     metrics: Arc<Metrics>,
     state: watch::Sender<State>,
@@ -115,23 +121,23 @@ async fn keep(
     let mut first = true;
     loop {
         let opened = match find(&url, &target).await {
-            Ok(address) => Link::open(&url, &address, &title, &*ears).await,
+            Ok(address) => RedisConnection::open(&url, &address, &title, &*ears).await,
             Err(reason) => Err(reason),
         };
         match opened {
-            Ok(link) => {
-                let link = Arc::new(link);
+            Ok(connection) => {
+                let connection = Arc::new(connection);
                 if !first {
                     metrics.redis_reconnects[name].add(1);
-                    tracing::info!(lane = name.value(), server = %link.address, "connected to Redis again");
+                    tracing::info!(lane = name.value(), server = %connection.address, "connected to Redis again");
                 }
                 (first, said) = (false, None);
                 let since = Instant::now();
-                if state.send(State::Up(link.clone())).is_err() {
+                if state.send(State::Up(connection.clone())).is_err() {
                     return;
                 }
-                link.closed().await;
-                tracing::warn!(lane = name.value(), server = %link.address, "the connection to Redis is lost");
+                connection.closed().await;
+                tracing::warn!(lane = name.value(), server = %connection.address, "the connection to Redis is lost");
                 let _ = state.send(State::Down("the connection to Redis is lost".into()));
                 // At once, unless it never holds.
                 if since.elapsed() > LONGEST_WAIT {
@@ -152,18 +158,18 @@ async fn keep(
     }
 }
 
-async fn find(url: &Url, target: &Target) -> Result<Address, String> {
+async fn find(url: &RedisUrl, target: &Target) -> Result<Address, String> {
     match (target, &url.kind) {
-        (Target::Address(address), _) | (Target::Master, Kind::One(address)) => Ok(address.clone()),
-        (Target::Master, Kind::Sentinel { .. }) => master(url).await,
-        (Target::Master, Kind::Cluster(_)) => Err("a Redis Cluster has no single master".into()),
+        (Target::Address(address), _) | (Target::Master, TopologyKind::Standalone(address)) => Ok(address.clone()),
+        (Target::Master, TopologyKind::Sentinel { .. }) => master(url).await,
+        (Target::Master, TopologyKind::Cluster(_)) => Err("a Redis Cluster has no single master".into()),
     }
 }
 
 /// Asks all sentinels who the master is, and believes what most of those say that answer: one that was cut off together
 /// with an old master still names that.
-pub async fn master(url: &Url) -> Result<Address, String> {
-    let Kind::Sentinel { sentinels, master } = &url.kind else { return Err("there are no sentinels".into()) };
+pub async fn master(url: &RedisUrl) -> Result<Address, String> {
+    let TopologyKind::Sentinel { sentinels, master } = &url.kind else { return Err("there are no sentinels".into()) };
     let asked = sentinels.iter().map(|sentinel| async move {
         let answer = timeout(SENTINEL, master_of(url, sentinel, master)).await;
         answer.unwrap_or_else(|_| Err(format!("{sentinel}: no answer")))
@@ -187,9 +193,9 @@ pub async fn master(url: &Url) -> Result<Address, String> {
     }
 }
 
-async fn master_of(url: &Url, sentinel: &Address, name: &str) -> Result<Address, String> {
-    let link = Link::open_guide(url, sentinel).await?;
-    match link.ask(&Command::new("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name)).await {
+async fn master_of(url: &RedisUrl, sentinel: &Address, name: &str) -> Result<Address, String> {
+    let connection = RedisConnection::open_guide(url, sentinel).await?;
+    match connection.ask(&Command::new("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name)).await {
         Ok(Value::List(parts)) => match (parts.first().and_then(Value::text), parts.get(1).and_then(Value::int)) {
             (Some(host), Some(port)) => {
                 Ok(Address { host: host.into(), port: u16::try_from(port).unwrap_or_default() })
@@ -197,7 +203,7 @@ async fn master_of(url: &Url, sentinel: &Address, name: &str) -> Result<Address,
             _ => Err(format!("{sentinel} answers nonsense")),
         },
         Ok(_) => Err(format!("{sentinel} knows no master {name:?}")),
-        Err(Fault::Refused(error)) => Err(format!("{sentinel}: {error}")),
+        Err(CommandError::Rejected(error)) => Err(format!("{sentinel}: {error}")),
         Err(_) => Err(format!("{sentinel}: the connection broke")),
     }
 }
@@ -246,7 +252,7 @@ mod tests {
         for names in sentinels {
             at.push(format!("127.0.0.1:{}", sentinel(*names).await));
         }
-        let url = Url::parse(&format!("redis+sentinel://{}/weir", at.join(","))).unwrap();
+        let url = RedisUrl::parse(&format!("redis+sentinel://{}/weir", at.join(","))).unwrap();
         master(&url).await.map(|address| address.port)
     }
 
