@@ -28,10 +28,9 @@ use crate::{
     pattern::Pattern,
     presence::{self, Presence},
     rpc::{self, Hub},
+    sessions::{ConnectionRegistry, cluster::ClusterConnections},
     transport::{
-        roll::Roll,
         sse::{self, Sse},
-        survey::Survey,
         wheel::Wheel,
         ws::Ws,
     },
@@ -94,9 +93,9 @@ impl App {
         };
         let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
         let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
-        let roll = Roll::new(wheel.clone());
-        let survey = Survey::new(roll.clone(), cluster.clone());
-        let sse = Sse::new(bus.clone(), presence.clone(), roll.clone(), wheel.clone(), metrics.clone(), sse);
+        let sessions = ConnectionRegistry::new(wheel.clone());
+        let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
+        let sse = Sse::new(bus.clone(), presence.clone(), sessions.clone(), wheel.clone(), metrics.clone(), sse);
         let sse = Arc::new(sse);
         let hub = Hub::new(hub_config(&config), rpc::Clock::real(), cluster.clone(), metrics.clone());
         let config = Arc::new(config);
@@ -105,7 +104,7 @@ impl App {
             bus: bus.clone(),
             hub: hub.clone(),
             presence: presence.clone(),
-            roll: roll.clone(),
+            sessions: sessions.clone(),
             wheel: wheel.clone(),
             metrics: metrics.clone(),
             config: config.clone(),
@@ -118,7 +117,7 @@ impl App {
             config: config.clone(),
             metrics: metrics.clone(),
             wheel: wheel.clone(),
-            roll,
+            sessions,
             draining: draining.clone(),
         })?;
         let gateway = Arc::new(Gateway {
@@ -129,7 +128,7 @@ impl App {
             sse,
             ws,
             presence,
-            survey,
+            cluster_connections,
             compat,
             draining,
         });
@@ -179,7 +178,7 @@ impl App {
 
     /// What this run of the node is called among others, as in lists of connections.
     pub fn node(&self) -> String {
-        self.gateway.survey.roll().node()
+        self.gateway.cluster_connections.local().node()
     }
 
     /// What handlers share: for tests that count what is left.
@@ -204,7 +203,7 @@ impl App {
         let drain = gateway.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
-            tokio::spawn(gateway.survey.clone().run()),
+            tokio::spawn(gateway.cluster_connections.clone().run()),
             every(BUS_SWEEP, {
                 let bus = gateway.bus.clone();
                 move || bus.sweep()

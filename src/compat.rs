@@ -34,7 +34,8 @@ use crate::{
     event::{Channel, Draft},
     metrics::{Metrics, Transport},
     rpc::Hub,
-    transport::{held::Holding, roll::Roll, wheel::Wheel},
+    sessions::ConnectionRegistry,
+    transport::{held::Holding, wheel::Wheel},
 };
 
 /// What adapters are made of.
@@ -46,7 +47,7 @@ pub struct Parts {
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,
     pub wheel: Arc<Wheel>,
-    pub roll: Arc<Roll>,
+    pub sessions: Arc<ConnectionRegistry>,
     /// Cancelled when this node begins to leave.
     pub draining: CancellationToken,
 }
@@ -116,7 +117,12 @@ impl Parts {
     /// What held streams share.
     fn holding(&self) -> Arc<Holding> {
         let stalled = self.config.limits.stalled;
-        Arc::new(Holding { wheel: self.wheel.clone(), metrics: self.metrics.clone(), roll: self.roll.clone(), stalled })
+        Arc::new(Holding {
+            wheel: self.wheel.clone(),
+            metrics: self.metrics.clone(),
+            sessions: self.sessions.clone(),
+            stalled,
+        })
     }
 
     /// Publishes what a client of another system sent. It is counted as any publish over HTTP.

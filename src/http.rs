@@ -34,9 +34,9 @@ use crate::{
     pattern::Pattern,
     presence::Presence,
     rpc::Hub,
+    sessions::cluster::ClusterConnections,
     transport::{
         sse::{self, Sse},
-        survey::Survey,
         ws::Ws,
     },
 };
@@ -53,7 +53,7 @@ pub struct Gateway {
     pub sse: Arc<Sse>,
     pub ws: Arc<Ws>,
     pub presence: Arc<Presence>,
-    pub survey: Arc<Survey>,
+    pub cluster_connections: Arc<ClusterConnections>,
     pub compat: Compat,
     /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
     pub draining: CancellationToken,

@@ -20,5 +20,6 @@ pub mod pattern;
 pub mod position;
 pub mod presence;
 pub mod rpc;
+pub mod sessions;
 pub mod telemetry;
 pub mod transport;

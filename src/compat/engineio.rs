@@ -38,10 +38,10 @@ pub use self::{
 use self::{packet::Framing, session::Stage, socket::Socket};
 use crate::{
     metrics::Metrics,
+    sessions::{ConnectionRegistry, Remote},
     transport::{
         handshake::Handshake,
         query::Query,
-        roll::{Remote, Roll},
         takeover::Takeover,
         wheel::{TICK, Wheel},
     },
@@ -88,7 +88,7 @@ pub struct Common {
     pub settings: Settings,
     pub wheel: Arc<Wheel>,
     pub metrics: Arc<Metrics>,
-    pub roll: Arc<Roll>,
+    pub sessions: Arc<ConnectionRegistry>,
 }
 
 /// Why a request is refused, with the original's numbers and words.

@@ -42,7 +42,8 @@ use crate::{
     config::GripRoute,
     error::{Error, Result},
     event::Channel,
-    transport::{held::Holding, roll::Remote},
+    sessions::Remote,
+    transport::held::Holding,
 };
 
 /// How often one request is asked again because what it waits for had changed already.

@@ -75,7 +75,7 @@ fn serve(parts: &Parts) -> Arc<Server> {
         settings: settings(&parts.config),
         wheel: parts.wheel.clone(),
         metrics: parts.metrics.clone(),
-        roll: parts.roll.clone(),
+        sessions: parts.sessions.clone(),
     };
     Server::start(
         Arc::new(common),

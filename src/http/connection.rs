@@ -40,8 +40,8 @@ use super::{Door, extract::Refused};
 use crate::{
     error::{Code, Error},
     metrics::{Connected, Metrics, Transport},
+    sessions::Remote,
     transport::{
-        roll::Remote,
         takeover::{Framing, Io, Seat, Taken, Takeover},
         wheel::{Due, Timer, Wheel},
     },

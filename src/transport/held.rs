@@ -21,7 +21,6 @@ use http::Response;
 use super::{
     carrier::{Flow, Offer, Out, Turn},
     chunk,
-    roll::{Place, Reads, Roll},
     wheel::{Due, Timer, Wheel},
 };
 use crate::{
@@ -29,6 +28,7 @@ use crate::{
     bus::{Delivery, Gap, Item, Subscriptions},
     error::Code,
     metrics::{Connected, Metrics, Transport},
+    sessions::{ChannelSet, ConnectionRegistration, ConnectionRegistry},
 };
 
 /// How often a stream without a keep-alive reports what it delivered.
@@ -39,7 +39,7 @@ const REPORT: Duration = Duration::from_secs(20);
 pub struct Holding {
     pub wheel: Arc<Wheel>,
     pub metrics: Arc<Metrics>,
-    pub roll: Arc<Roll>,
+    pub sessions: Arc<ConnectionRegistry>,
     /// How long a peer may take nothing of what waits for it.
     pub stalled: Duration,
 }
@@ -113,7 +113,7 @@ pub struct Held<V> {
     voice: V,
     holding: Arc<Holding>,
     timer: Timer,
-    place: Place,
+    registration: ConnectionRegistration,
     connected: Connected,
     /// Ticks: when anything was last pushed (or, of [`Beat::Always`], the last keep-alive).
     last: u32,
@@ -127,8 +127,13 @@ impl<V: Voice> Held<V> {
     pub fn new(holding: &Arc<Holding>, subs: Subscriptions, voice: V) -> Self {
         let mut timer = holding.wheel.timer(period(&voice));
         let channels = (0..subs.len() as u32).filter_map(|slot| subs.channel(slot).cloned());
-        let place = holding.roll.enter(Transport::Sse, &Identity::anonymous(), None, Reads::of(channels.collect()));
-        timer.set_owner(place.number());
+        let registration = holding.sessions.register(
+            Transport::Sse,
+            &Identity::anonymous(),
+            None,
+            ChannelSet::new(channels.collect()),
+        );
+        timer.set_owner(registration.number());
         holding.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         Held {
             connected: holding.metrics.connected(Transport::Sse),
@@ -139,7 +144,7 @@ impl<V: Voice> Held<V> {
             ended: false,
             subs,
             voice,
-            place,
+            registration,
             timer,
         }
     }
@@ -276,7 +281,7 @@ impl<V: Voice> Flow for Held<V> {
     }
 
     fn met(&mut self, peer: SocketAddr) {
-        self.place.met(peer);
+        self.registration.set_peer(peer);
     }
 }
 
@@ -354,8 +359,12 @@ mod tests {
             let topics = Arc::new(Topics::new(config, Clock::System));
             let bus = Bus::new(Arc::new(Memory::new(topics.clone())), topics);
             let (wheel, metrics) = (Wheel::start(), Arc::new(Metrics::new()));
-            let holding =
-                Arc::new(Holding { roll: Roll::new(wheel.clone()), wheel, metrics, stalled: Duration::from_secs(30) });
+            let holding = Arc::new(Holding {
+                sessions: ConnectionRegistry::new(wheel.clone()),
+                wheel,
+                metrics,
+                stalled: Duration::from_secs(30),
+            });
             let channels = ["a", "b"].map(|name| Channel::parse(name).unwrap()).into();
             Bench { bus, holding, channels }
         }

@@ -20,11 +20,11 @@ use crate::{
     metrics::{Label as _, Metrics, Transport},
     position::{Position, Start},
     presence::{Client, Lease, Presence},
+    sessions::{ChannelSet, ConnectionRegistry, Remote},
     transport::{
         carrier::Offer,
         chunk, present,
         query::{Begin, Query},
-        roll::{Reads, Remote, Roll},
         wheel::Wheel,
     },
 };
@@ -35,7 +35,7 @@ const EVENT_STREAM: &str = "text/event-stream";
 pub struct Sse {
     bus: Arc<Bus>,
     presence: Arc<Presence>,
-    roll: Arc<Roll>,
+    sessions: Arc<ConnectionRegistry>,
     wheel: Arc<Wheel>,
     metrics: Arc<Metrics>,
     settings: Settings,
@@ -133,12 +133,12 @@ impl Sse {
     pub fn new(
         bus: Arc<Bus>,
         presence: Arc<Presence>,
-        roll: Arc<Roll>,
+        sessions: Arc<ConnectionRegistry>,
         wheel: Arc<Wheel>,
         metrics: Arc<Metrics>,
         settings: Settings,
     ) -> Self {
-        Sse { bus, presence, roll, wheel, metrics, settings }
+        Sse { bus, presence, sessions, wheel, metrics, settings }
     }
 
     pub fn wheel(&self) -> &Arc<Wheel> {
@@ -237,8 +237,8 @@ impl Sse {
                 channels.iter().map(move |channel| self.presence.enter(channel, client, identity.subject(), sse))
             })
             .collect();
-        let place = self.roll.enter(Transport::Sse, identity, remote, Reads::of(channels));
-        let (stream, first) = Stream::begin(self.clone(), subs, leases?, place, gaps, ids, filter.is_some());
+        let registration = self.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels));
+        let (stream, first) = Stream::begin(self.clone(), subs, leases?, registration, gaps, ids, filter.is_some());
         Ok(Offer::new(stream, first))
     }
 }

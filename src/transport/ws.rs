@@ -34,14 +34,8 @@ use crate::{
     position::Start,
     presence::{Client, Lease, Presence},
     rpc::Hub,
-    transport::{
-        handshake::Handshake,
-        present,
-        query::Query,
-        roll::{Reads, Roll},
-        takeover::Takeover,
-        wheel::Wheel,
-    },
+    sessions::{ChannelSet, ConnectionRegistry},
+    transport::{handshake::Handshake, present, query::Query, takeover::Takeover, wheel::Wheel},
 };
 
 /// Subprotocols that mean what is spoken here anyway. A browser that offers some and gets none gives up.
@@ -55,7 +49,7 @@ pub struct Ws {
     pub bus: Arc<Bus>,
     pub hub: Arc<Hub>,
     pub presence: Arc<Presence>,
-    pub roll: Arc<Roll>,
+    pub sessions: Arc<ConnectionRegistry>,
     pub wheel: Arc<Wheel>,
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
@@ -92,9 +86,9 @@ impl Ws {
         let ws = self.clone();
         Ok(handshake.response(Takeover::new(move |taken| {
             let outbox = Arc::new(Outbox::framed(ws.config.limits.queued));
-            let place = ws.roll.enter(Transport::Ws, &identity, Some(taken.peer), Reads::Nothing);
+            let registration = ws.sessions.register(Transport::Ws, &identity, Some(taken.peer), ChannelSet::Empty);
             let mut session = Session::new(ws.clone(), identity, outbox.clone(), false);
-            session.place = Some(place);
+            session.registration = Some(registration);
             if !begun.is_empty() {
                 session.read_at_once(begun);
             }

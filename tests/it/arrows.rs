@@ -10,6 +10,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("http", 7),
     ("transport", 6),
     ("compat", 6),
+    ("sessions", 6),
     ("rpc", 5),
     ("auth", 5),
     ("backend", 5),

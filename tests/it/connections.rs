@@ -12,11 +12,8 @@ use weir::{
     cluster::{Clock, local::Net},
     config::Adapter,
     metrics::Transport,
-    transport::{
-        roll::{Reads, Roll, Which},
-        survey::Survey,
-        wheel::{Due, Wheel},
-    },
+    sessions::{ChannelSet, ConnectionFilter, ConnectionRegistry, cluster::ClusterConnections},
+    transport::wheel::{Due, Wheel},
 };
 
 use crate::{
@@ -47,7 +44,7 @@ async fn streams_sockets_and_reads_that_wait_are_listed() {
     socket.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
     socket.provide("math").await;
     let mut poll = open(&weir, "/v1/events?channel=b&wait=50s").await;
-    eventually("three are listed", || weir.gateway().survey.roll().len() == 3).await;
+    eventually("three are listed", || weir.gateway().cluster_connections.local().len() == 3).await;
 
     let all = list(&weir, "").await;
     let transports: Vec<_> =
@@ -88,7 +85,7 @@ async fn streams_sockets_and_reads_that_wait_are_listed() {
     weir.publish("b", "1").await;
     poll.reply().await.expect(200);
     drop((stream, socket));
-    eventually("nobody is left", || weir.gateway().survey.roll().is_empty()).await;
+    eventually("nobody is left", || weir.gateway().cluster_connections.local().is_empty()).await;
     eventually("no timer is left", || {
         weir.connections().is_empty() || metric(&weir, "weir_connections{transport=\"ws\"}") == 0
     })
@@ -107,7 +104,7 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     let mut socket = Socket::open(weir.address).await;
     socket.ok("weir.ping", json!({})).await;
     let mut poll = open(&weir, "/v1/events?channel=a&wait=50s").await;
-    eventually("four are listed", || weir.gateway().survey.roll().len() == 4).await;
+    eventually("four are listed", || weir.gateway().cluster_connections.local().len() == 4).await;
     let all = list(&weir, "").await;
     let of = |transport: &str| all.iter().find(|it| it["transport"] == transport).unwrap()["id"].clone();
 
@@ -122,7 +119,7 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     kick(&weir, &of("poll")).await;
     poll.reply().await.refused("kicked");
     assert_eq!(kick(&weir, &of("ws")).await, json!({ "kicked": 0 }));
-    eventually("three are gone", || weir.gateway().survey.roll().len() == 1).await;
+    eventually("three are gone", || weir.gateway().cluster_connections.local().len() == 1).await;
     for (transport, count) in [("sse", 1), ("ws", 1)] {
         let series = format!("weir_connections_closed_total{{transport=\"{transport}\",reason=\"kicked\"}}");
         eventually("it is counted", || metric(&weir, &series) == count).await;
@@ -147,7 +144,7 @@ async fn streams_and_polls_of_other_systems_too() {
     let mut browser = open(&weir, "/subscribe?channels=a,b").await;
     browser.head().await;
     let mut poll = open(&weir, "/events/v1/events?clientId=c&channel=a&secret=s").await;
-    eventually("both are listed", || weir.gateway().survey.roll().len() == 2).await;
+    eventually("both are listed", || weir.gateway().cluster_connections.local().len() == 2).await;
     let all = list(&weir, "channel=a").await;
     let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
     assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1])]);
@@ -162,7 +159,7 @@ async fn streams_and_polls_of_other_systems_too() {
         last = chunk.to_vec();
     }
     assert_eq!(last, b"retry: 2147483647\n");
-    eventually("nobody is left", || weir.gateway().survey.roll().is_empty()).await;
+    eventually("nobody is left", || weir.gateway().cluster_connections.local().is_empty()).await;
 }
 
 #[tokio::test]
@@ -188,23 +185,24 @@ async fn all_nodes_are_asked_and_the_silent_are_named() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     });
-    let mut surveys = Vec::new();
-    let mut places = Vec::new();
+    let mut clusters = Vec::new();
+    let mut registrations = Vec::new();
     for node in &nodes {
         let wheel = Wheel::start();
-        let survey = Survey::new(Roll::new(wheel.clone()), node.clone());
-        tokio::spawn(survey.clone().run());
+        let cluster_connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
+        tokio::spawn(cluster_connections.clone().run());
         for _ in 0..50 {
-            let place = survey.roll().enter(Transport::Ws, &Identity::anonymous(), None, Reads::Nothing);
+            let registration =
+                cluster_connections.local().register(Transport::Ws, &Identity::anonymous(), None, ChannelSet::Empty);
             let mut timer = wheel.timer(Duration::from_secs(1_000));
-            timer.set_owner(place.number());
-            places.push((place, timer));
+            timer.set_owner(registration.number());
+            registrations.push((registration, timer));
         }
-        surveys.push(survey);
+        clusters.push(cluster_connections);
     }
     let all = |from: usize| {
-        let survey = surveys[from].clone();
-        async move { survey.list(&Which::default(), None, 1000).await }
+        let cluster_connections = clusters[from].clone();
+        async move { cluster_connections.list(&ConnectionFilter::default(), None, 1000).await }
     };
     for from in 0..3 {
         let start = std::time::Instant::now();
@@ -217,7 +215,7 @@ async fn all_nodes_are_asked_and_the_silent_are_named() {
     // Page by page, across nodes.
     let (mut ids, mut after) = (Vec::new(), None::<String>);
     loop {
-        let page = surveys[1].list(&Which::default(), after.as_deref(), 40).await.found;
+        let page = clusters[1].list(&ConnectionFilter::default(), after.as_deref(), 40).await.found;
         let Some(last) = page.last() else { break };
         after = Some(last.id.clone());
         ids.extend(page.into_iter().map(|it| it.id));
@@ -225,12 +223,12 @@ async fn all_nodes_are_asked_and_the_silent_are_named() {
     assert_eq!(ids.len(), 150);
     assert!(ids.is_sorted());
     // One that is on another node.
-    let (own, other) = (surveys[0].roll().node(), surveys[2].roll().node());
+    let (own, other) = (clusters[0].local().node(), clusters[2].local().node());
     let id = ids.iter().find(|id| id.starts_with(&other)).unwrap();
-    let which = Which { id: Some(id.clone()), ..Which::default() };
-    assert_eq!(surveys[0].kick(&which).await.found, 1);
+    let which = ConnectionFilter { id: Some(id.clone()), ..ConnectionFilter::default() };
+    assert_eq!(clusters[0].kick(&which).await.found, 1);
     let mut kicked = 0;
-    for (_, timer) in &mut places {
+    for (_, timer) in &mut registrations {
         let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(timer.poll(cx))).await;
         kicked += usize::from(polled == std::task::Poll::Ready(Due::Kicked));
     }
@@ -241,6 +239,7 @@ async fn all_nodes_are_asked_and_the_silent_are_named() {
     assert_eq!((found.found.len(), found.silent), (100, vec![other.clone()]));
     let names: BTreeSet<String> = found.found.into_iter().map(|it| it.node).collect();
     assert!(names.contains(&own) && !names.contains(&other));
-    let kicked = surveys[0].kick(&Which { subject: Some(String::new()), ..Which::default() }).await;
+    let kicked =
+        clusters[0].kick(&ConnectionFilter { subject: Some(String::new()), ..ConnectionFilter::default() }).await;
     assert_eq!((kicked.found, kicked.silent), (100, vec![other]));
 }

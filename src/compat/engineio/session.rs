@@ -22,10 +22,8 @@ use crate::{
     error::Code,
     metrics::{Connected, Transport},
     rpc::Probed,
-    transport::{
-        roll::{Place, Reads},
-        wheel::{Due, Timer, Wheel},
-    },
+    sessions::{ChannelSet, ConnectionRegistration},
+    transport::wheel::{Due, Timer, Wheel},
 };
 
 /// Longer than anything that a session waits for: its seat on the wheel is there for those who call on it.
@@ -94,7 +92,7 @@ struct State {
 /// A client where connections are counted, listed and called on.
 struct Present {
     connected: Connected,
-    place: Place,
+    registration: ConnectionRegistration,
     timer: Timer,
 }
 
@@ -120,9 +118,10 @@ impl Session {
     pub fn new(common: &Arc<Common>, framing: Framing, remote: Option<SocketAddr>) -> Arc<Self> {
         let now = common.wheel.now();
         let connected = common.metrics.connected(Transport::SocketIo);
-        let place = common.roll.enter(Transport::SocketIo, &Identity::anonymous(), remote, Reads::Nothing);
+        let registration =
+            common.sessions.register(Transport::SocketIo, &Identity::anonymous(), remote, ChannelSet::Empty);
         let mut timer = common.wheel.timer(LONG);
-        timer.set_owner(place.number());
+        timer.set_owner(registration.number());
         Arc::new(Session {
             sid: new_sid(),
             common: common.clone(),
@@ -139,7 +138,7 @@ impl Session {
                 kicked: false,
                 askers: Vec::new(),
                 gone: false,
-                present: Some(Present { connected, place, timer }),
+                present: Some(Present { connected, registration, timer }),
             }),
         })
     }
@@ -156,9 +155,9 @@ impl Session {
     }
 
     /// Changes how it is listed.
-    pub fn listed(&self, change: impl FnOnce(&Place)) {
+    pub fn with_registration(&self, change: impl FnOnce(&ConnectionRegistration)) {
         if let Some(present) = &self.state.lock().present {
-            change(&present.place);
+            change(&present.registration);
         }
     }
 

@@ -70,7 +70,7 @@ impl Socket {
         let patience = if probing { settings.upgrade } else { settings.stalled };
         let mut timer = server.common.wheel.timer(settings.stalled);
         timer.at_most(patience);
-        session.listed(|place| place.met(taken.peer));
+        session.with_registration(|registration| registration.set_peer(taken.peer));
         Socket {
             inlet: Inlet::new(taken.io, taken.early),
             decoder: Decoder::new(settings.max_payload),

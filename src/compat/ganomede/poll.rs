@@ -24,7 +24,7 @@ use crate::{
     event::Channel,
     metrics::Transport,
     position::{Position, Start},
-    transport::roll::Remote,
+    sessions::Remote,
 };
 
 /// Unless asked for more, and in the original's published version at most.
@@ -53,7 +53,8 @@ impl Ganomede {
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
         if place.page.events.is_empty() && !self.settings.poll_timeout.is_zero() {
-            let mut listed = self.parts.roll.waiting(&Identity::anonymous(), Remote::of(head), vec![channel.clone()]);
+            let mut listed =
+                self.parts.sessions.register_read(&Identity::anonymous(), Remote::of(head), vec![channel.clone()]);
             tokio::select! {
                 biased;
                 waited = self.wait(&channel, &mut place, limit) => waited?,

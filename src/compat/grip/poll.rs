@@ -68,7 +68,7 @@ impl Grip {
             waiting.push(Waiting { slot: added.slot, nth, channel, at: added.position, prev });
         }
         let _counted = Counted::new(&self.parts.metrics, &subs);
-        let mut listed = self.parts.roll.waiting(&Identity::anonymous(), at.remote, channels);
+        let mut listed = self.parts.sessions.register_read(&Identity::anonymous(), at.remote, channels);
         let ask_again = || {
             let mut last = HeaderMap::new();
             for asked in &instruct.channels {

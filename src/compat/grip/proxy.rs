@@ -34,9 +34,9 @@ use crate::{
     config,
     error::Code,
     metrics::Transport,
+    sessions::ChannelSet,
     transport::{
         held::Holding,
-        roll::Reads,
         takeover::{Taken, Takeover},
         wheel::{Due, Wheel},
     },
@@ -347,9 +347,9 @@ pub fn tunnel(mut answer: Response<Incoming>, holding: Arc<Holding>) -> Response
 async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, holding: Arc<Holding>) {
     let Taken { io: client, peer, early, seat: _seat, .. } = taken;
     let mut connected = holding.metrics.connected(Transport::Ws);
-    let place = holding.roll.enter(Transport::Ws, &Identity::anonymous(), Some(peer), Reads::Nothing);
+    let registration = holding.sessions.register(Transport::Ws, &Identity::anonymous(), Some(peer), ChannelSet::Empty);
     let mut timer = holding.wheel.timer(Duration::from_secs(60 * 60));
-    timer.set_owner(place.number());
+    timer.set_owner(registration.number());
     let Ok(upgraded) = upgrade.await else { return };
     let mut origin = TokioIo::new(upgraded);
     let leave = std::future::poll_fn(|cx| {

@@ -225,7 +225,7 @@ impl Client {
         let id = new_sid();
         self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
         if let Some(session) = self.session.upgrade() {
-            session.listed(|place| place.provides(link.provides()));
+            session.with_registration(|registration| registration.set_services(link.provides()));
         }
         // Requests begin here: they come after the answer.
         drop(provided);

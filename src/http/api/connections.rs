@@ -13,10 +13,8 @@ use crate::{
         Gateway,
         openapi::{self, Problem},
     },
-    transport::{
-        query::Query,
-        roll::{Listed, Which},
-    },
+    sessions::{ConnectionFilter, ConnectionInfo},
+    transport::query::Query,
 };
 
 /// `GET /v1/connections`.
@@ -37,7 +35,7 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
     let which = which(&mut query)?;
     query.finish()?;
     let _ = identity.may_administer()?;
-    let mut found = gateway.survey.list(&which, listing.after.as_deref(), listing.limit + 1).await;
+    let mut found = gateway.cluster_connections.list(&which, listing.after.as_deref(), listing.limit + 1).await;
     let page = listing.page(&mut found.found, |connection| &connection.id);
     Ok(to_json(&Connections { connections: found.found, page, silent: found.silent }))
 }
@@ -59,20 +57,20 @@ pub async fn kick(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
         return Err(Error::params("who is to be kicked is missing: say subject or id"));
     }
     let _ = identity.may_administer()?;
-    let kicked = gateway.survey.kick(&which).await;
+    let kicked = gateway.cluster_connections.kick(&which).await;
     Ok(to_json(&Kicked { kicked: kicked.found, silent: kicked.silent }))
 }
 
-fn which(query: &mut Query<'_>) -> Result<Which> {
+fn which(query: &mut Query<'_>) -> Result<ConnectionFilter> {
     let mut text = |name| Ok::<_, Error>(query.take(name)?.map(|text| text.into_owned()));
     let (id, subject) = (text("id")?, text("subject")?);
     let channel = query.channel()?.map(|channel| channel.as_str().to_owned());
-    Ok(Which { id, subject, channel })
+    Ok(ConnectionFilter { id, subject, channel })
 }
 
 #[derive(Serialize)]
 struct Connections {
-    connections: Vec<Listed>,
+    connections: Vec<ConnectionInfo>,
     #[serde(skip_serializing_if = "Option::is_none")]
     page: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -28,10 +28,10 @@ use crate::{
     },
     metrics::Transport,
     position::Position,
+    sessions::Remote,
     transport::{
         longpoll::{Answer, Reading},
         query::Query,
-        roll::Remote,
         sse,
     },
 };
@@ -316,9 +316,10 @@ async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Re
     Ok(json(StatusCode::OK, out))
 }
 
-/// A read that may wait is on the roll meanwhile, and can be kicked.
+/// Registers a read that may wait for as long as it waits, so that it is listed and can be kicked.
 async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
-    let mut waiting = gateway.survey.roll().waiting(identity, Remote::of(head), reading.channels().to_vec());
+    let mut waiting =
+        gateway.cluster_connections.local().register_read(identity, Remote::of(head), reading.channels().to_vec());
     tokio::select! {
         biased;
         answer = reading.answer(&gateway.bus, &gateway.draining) => answer,

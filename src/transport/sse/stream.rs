@@ -17,9 +17,9 @@ use crate::{
     metrics::{Connected, Transport},
     position::{Names, Position},
     presence::Lease,
+    sessions::ConnectionRegistration,
     transport::{
         carrier::{Flow, Out, TURN, Turn},
-        roll::Place,
         wheel::{Due, Timer, Wheel},
     },
 };
@@ -48,7 +48,7 @@ pub(super) struct Stream {
     subs: Subscriptions,
     /// Whom the reader says to be, on its channels.
     _leases: Box<[Lease]>,
-    _place: Place,
+    _registration: ConnectionRegistration,
     /// Of several channels, for their token.
     names: Option<Box<Names>>,
     sse: Arc<Sse>,
@@ -80,14 +80,14 @@ impl Stream {
         sse: Arc<Sse>,
         subs: Subscriptions,
         leases: Box<[Lease]>,
-        place: Place,
+        registration: ConnectionRegistration,
         gaps: Vec<Gap>,
         ids: Ids,
         filtered: bool,
     ) -> (Self, Vec<Bytes>) {
         let beat = jitter(sse.settings.heartbeat);
         let mut timer = sse.wheel.timer(beat);
-        timer.set_owner(place.number());
+        timer.set_owner(registration.number());
         sse.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         let mut stream = Stream {
             connected: sse.metrics.connected(Transport::Sse),
@@ -97,7 +97,7 @@ impl Stream {
             names: None,
             subs,
             _leases: leases,
-            _place: place,
+            _registration: registration,
             timer,
             events: 0,
             bytes: 0,

@@ -91,8 +91,8 @@ impl Socket {
         let now = ws.wheel.now();
         let interval = jitter(ws.config.ws.ping);
         let mut timer = ws.wheel.timer(interval);
-        if let Some(place) = &session.place {
-            timer.set_owner(place.number());
+        if let Some(registration) = &session.registration {
+            timer.set_owner(registration.number());
         }
         Socket {
             inlet: Inlet::new(taken.io, taken.early),

@@ -18,7 +18,8 @@ use crate::{
     auth::Identity,
     error::{Code, Error, Result},
     rpc::{self, Answer, Call, CallId, Connection, Names, Provide, Provided, ProviderError, Tag},
-    transport::{roll::Place, wheel::Wheel},
+    sessions::ConnectionRegistration,
+    transport::wheel::Wheel,
 };
 
 /// Services in one answer of `weir.services`.
@@ -39,7 +40,7 @@ pub struct Session {
     /// The node goes, and this session with it: it provides nothing any more.
     leaving: bool,
     /// Where it is listed; a request over HTTP is not.
-    pub(super) place: Option<Place>,
+    pub(super) registration: Option<ConnectionRegistration>,
     /// One request over HTTP: it can neither subscribe nor provide.
     held: bool,
     /// Unreadable messages since the tick.
@@ -71,7 +72,7 @@ impl Session {
             work: None,
             knows_weir: false,
             leaving: false,
-            place: None,
+            registration: None,
             held,
             unreadable: (0, 0),
         }
@@ -201,8 +202,8 @@ impl Session {
             "weir.unsubscribe" => self.unsubscribe(params),
             "weir.provide" => {
                 let provides = self.link().provides();
-                if let Some(place) = &self.place {
-                    place.provides(provides);
+                if let Some(registration) = &self.registration {
+                    registration.set_services(provides);
                 }
                 self.provide(params, to)
             }

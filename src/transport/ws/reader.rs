@@ -18,8 +18,8 @@ use crate::{
     metrics::Gauge,
     position::{Position, Start},
     presence::Lease,
+    sessions::{ChannelSet, SubscribedChannels},
     transport::frame,
-    transport::roll::{Reads, Subscribed},
 };
 
 /// `{"jsonrpc":"2.0","method":"weir.event","params":<event>}`: one whole frame per event, for a frame holds one message.
@@ -36,7 +36,7 @@ pub static FORMAT: Format = Format {
 pub struct Reader {
     subscriptions: Subscriptions,
     /// The slot of each channel, or [`WAITING`].
-    places: Arc<Mutex<Subscribed>>,
+    places: Arc<Mutex<SubscribedChannels>>,
     /// Accepted, but their answer is part of a batch that is not complete: it has to precede the first event.
     waiting: Vec<Waiting>,
     /// Who is present where, if anybody.
@@ -82,8 +82,8 @@ impl Reader {
     }
 
     /// What it is subscribed to, for whoever lists connections.
-    pub fn reads(&self) -> Reads {
-        Reads::Live(Arc::downgrade(&self.places))
+    pub fn channel_set(&self) -> ChannelSet {
+        ChannelSet::Live(Arc::downgrade(&self.places))
     }
 
     pub fn len(&self) -> usize {

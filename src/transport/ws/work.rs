@@ -198,8 +198,8 @@ impl Session {
         let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
         let reader = self.reader.get_or_insert_with(|| {
             let reader = Box::new(Reader::new(gauge.clone()));
-            if let Some(place) = &self.place {
-                place.reads(reader.reads());
+            if let Some(registration) = &self.registration {
+                registration.set_channels(reader.channel_set());
             }
             reader
         });

@@ -224,8 +224,8 @@ async fn whatever_is_held_is_listed_and_can_be_kicked() {
     let mut exchange = origin.next().await;
     exchange.write("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
     assert_eq!(tunnel.head().await.status, 101);
-    let roll = grip.weir.gateway().survey.roll();
-    until(async || roll.len() == 3).await;
+    let sessions = grip.weir.gateway().cluster_connections.local();
+    until(async || sessions.len() == 3).await;
     let all = grip.weir.get("/v1/connections").await.expect(200).json();
     let all = all["connections"].as_array().unwrap();
     let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
@@ -242,7 +242,7 @@ async fn whatever_is_held_is_listed_and_can_be_kicked() {
     assert!(exchange.is_cancelled().await && tunnel.is_closed().await);
     drop((stream, tunnel));
     closed(&grip).await;
-    assert!(roll.is_empty());
+    assert!(sessions.is_empty());
 }
 
 // === responses ===

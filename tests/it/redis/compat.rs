@@ -272,7 +272,7 @@ async fn who_is_online_all_nodes_know() {
     let (also, _) = browser(&here, "&clientId=bob").await;
     told(&mut ann, String::new(), &["1", "2", "ann", "bob"]).await;
     drop(bob);
-    until("its node has noticed", async || there.gateway().survey.roll().len() == 1).await;
+    until("its node has noticed", async || there.gateway().cluster_connections.local().len() == 1).await;
     drop(two);
     told(&mut ann, String::new(), &["1", "ann", "bob"]).await;
     drop(also);

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use super::roll::{Listed, Roll, Which};
+use super::{ConnectionFilter, ConnectionInfo, ConnectionRegistry};
 use crate::cluster::{Cluster, Incoming, Member, NodeId, Sent, Topic, Weight};
 
 /// How long the answers of other nodes are waited for.
@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const VERSION: u8 = 1;
 
 /// The connections of all nodes.
-pub struct Survey {
-    roll: Arc<Roll>,
+pub struct ClusterConnections {
+    local: Arc<ConnectionRegistry>,
     cluster: Arc<dyn Cluster>,
     numbers: AtomicU64,
     state: Mutex<State>,
@@ -60,13 +60,13 @@ enum Mail {
     Called(String),
     List {
         number: u64,
-        which: Which,
+        filter: ConnectionFilter,
         after: Option<String>,
         most: usize,
     },
     Kick {
         number: u64,
-        which: Which,
+        filter: ConnectionFilter,
     },
     Said {
         number: u64,
@@ -76,17 +76,17 @@ enum Mail {
 
 #[derive(Serialize, Deserialize)]
 enum Said {
-    Listed(Vec<Listed>),
+    ConnectionInfo(Vec<ConnectionInfo>),
     Kicked(usize),
 }
 
-impl Survey {
-    pub fn new(roll: Arc<Roll>, cluster: Arc<dyn Cluster>) -> Arc<Self> {
-        Arc::new(Survey { roll, cluster, numbers: AtomicU64::new(0), state: Mutex::default() })
+impl ClusterConnections {
+    pub fn new(local: Arc<ConnectionRegistry>, cluster: Arc<dyn Cluster>) -> Arc<Self> {
+        Arc::new(ClusterConnections { local, cluster, numbers: AtomicU64::new(0), state: Mutex::default() })
     }
 
-    pub fn roll(&self) -> &Arc<Roll> {
-        &self.roll
+    pub fn local(&self) -> &Arc<ConnectionRegistry> {
+        &self.local
     }
 
     /// Answers other nodes and takes their answers, until it is dropped.
@@ -107,7 +107,7 @@ impl Survey {
                         self.give_up(with);
                         if !gone {
                             // What this one is called may be what was lost.
-                            self.send(with, &Mail::Called(self.roll.node()));
+                            self.send(with, &Mail::Called(self.local.node()));
                         }
                     }
                 }
@@ -115,7 +115,7 @@ impl Survey {
             for Member { node, up } in changed {
                 if up {
                     self.state.lock().nodes.entry(node).or_default();
-                    self.send(node, &Mail::Called(self.roll.node()));
+                    self.send(node, &Mail::Called(self.local.node()));
                 } else {
                     self.give_up(node);
                     self.state.lock().nodes.remove(&node);
@@ -125,12 +125,17 @@ impl Survey {
     }
 
     /// Up to `most` connections of all nodes, by id from the first after `after` on.
-    pub async fn list(&self, which: &Which, after: Option<&str>, most: usize) -> Found<Vec<Listed>> {
-        let mut found = self.roll.list(which, after, most);
-        let asked = |number| Mail::List { number, which: which.clone(), after: after.map(str::to_owned), most };
+    pub async fn list(
+        &self,
+        filter: &ConnectionFilter,
+        after: Option<&str>,
+        most: usize,
+    ) -> Found<Vec<ConnectionInfo>> {
+        let mut found = self.local.list(filter, after, most);
+        let asked = |number| Mail::List { number, filter: filter.clone(), after: after.map(str::to_owned), most };
         let Found { found: answers, silent } = self.ask(asked).await;
         found.extend(answers.into_iter().flat_map(|said| match said {
-            Said::Listed(listed) => listed,
+            Said::ConnectionInfo(listed) => listed,
             Said::Kicked(_) => Vec::new(),
         }));
         found.sort_unstable_by(|one, other| one.id.cmp(&other.id));
@@ -139,12 +144,12 @@ impl Survey {
     }
 
     /// Has those that are meant end, on all nodes. How many there were.
-    pub async fn kick(&self, which: &Which) -> Found<usize> {
-        let own = self.roll.kick(which);
-        let Found { found: answers, silent } = self.ask(|number| Mail::Kick { number, which: which.clone() }).await;
+    pub async fn kick(&self, filter: &ConnectionFilter) -> Found<usize> {
+        let own = self.local.kick(filter);
+        let Found { found: answers, silent } = self.ask(|number| Mail::Kick { number, filter: filter.clone() }).await;
         let others = answers.into_iter().map(|said| match said {
             Said::Kicked(count) => count,
-            Said::Listed(_) => 0,
+            Said::ConnectionInfo(_) => 0,
         });
         Found { found: own + others.sum::<usize>(), silent }
     }
@@ -160,7 +165,7 @@ impl Survey {
             Open { left: nodes.iter().copied().collect(), silent: Vec::new(), answers: Vec::new(), done: Some(done) };
         self.state.lock().open.insert(number, open);
         // Given back also if whoever asks hangs up.
-        let _closed = Closed { survey: self, number };
+        let _closed = Closed { connections: self, number };
         let question = question(number);
         for node in nodes {
             if self.send(node, &question) != Sent::Taken {
@@ -194,12 +199,12 @@ impl Survey {
             Ok(Mail::Called(name)) => {
                 self.state.lock().nodes.insert(from, Some(name));
             }
-            Ok(Mail::List { number, which, after, most }) => {
-                let said = Said::Listed(self.roll.list(&which, after.as_deref(), most));
+            Ok(Mail::List { number, filter, after, most }) => {
+                let said = Said::ConnectionInfo(self.local.list(&filter, after.as_deref(), most));
                 self.send(from, &Mail::Said { number, said });
             }
-            Ok(Mail::Kick { number, which }) => {
-                let said = Said::Kicked(self.roll.kick(&which));
+            Ok(Mail::Kick { number, filter }) => {
+                let said = Said::Kicked(self.local.kick(&filter));
                 self.send(from, &Mail::Said { number, said });
             }
             Ok(Mail::Said { number, said }) => {
@@ -232,12 +237,12 @@ impl Open {
 }
 
 struct Closed<'a> {
-    survey: &'a Survey,
+    connections: &'a ClusterConnections,
     number: u64,
 }
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
-        self.survey.state.lock().open.remove(&self.number);
+        self.connections.state.lock().open.remove(&self.number);
     }
 }
