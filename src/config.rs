@@ -1,8 +1,8 @@
-//! Every setting, its default and its explanation, in one place; and how they are found.
+//! All settings with their defaults and descriptions, and the loading of them.
 //!
-//! A file (TOML), then the environment (`WEIR__SSE__HEARTBEAT` is `sse.heartbeat`), then flags: the later wins.
-//! Nothing unknown is ignored, and everything that is wrong is reported at once, with its key and its source.
-//! `config.toml` at the root of the repository is generated from here (`UPDATE=1 cargo test config`).
+//! Sources in increasing precedence: a TOML file, the environment (`WEIR__SSE__HEARTBEAT` is `sse.heartbeat`), flags.
+//! An unknown key is an error. All errors are reported together, each with its key and its source.
+//! `config.toml` at the root of the repository is generated from this file (`UPDATE=1 cargo test config`).
 
 mod load;
 mod originals;
@@ -19,16 +19,17 @@ pub use route::{Template, fill};
 pub use slot::{Ack, Adapter, Backend, Format, Level, Secret};
 use slot::{Item, Setting, Slot};
 
-/// Something that has settings. A part owns its section; [`Config`] only composes them.
+/// A section of the configuration. [`Config`] composes the sections.
 trait Part {
-    /// What the section is about.
+    /// The description of the section in `config.toml`.
     const DOC: &'static str;
 
-    /// Adds each setting under the key `at`, in the order in which they are shown.
+    /// Appends the settings of this section, whose key is `at`, in the order in which they are printed.
     fn items<'a>(&'a mut self, at: &str, items: &mut Vec<Item<'a>>);
 }
 
-/// `name: Type as Kind = default`, where the kind is a variant of [`Slot`]; `Part` is a section inside.
+/// Defines a section. A setting is `name: Type as Kind = default`; `Kind` is a variant of [`Slot`], or `Part` for a
+/// subsection.
 macro_rules! part {
     ($(#[doc = $about:literal])+ $part:ident { $($(#[doc = $doc:literal])* $name:ident: $type:ty as $kind:ident = $default:expr,)+ }) => {
         $(#[doc = $about])+
@@ -61,7 +62,8 @@ macro_rules! part {
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-/// The chunks of streams have six hexadecimal digits of size, and `format=data` makes seven bytes of the two of `\n`.
+/// Upper bound of `limits.event`. The chunks of a stream have a six-digit hexadecimal size (less than 16 MiB), and
+/// `format=data` encodes the two bytes of `\n` as seven.
 const MAX_EVENT: usize = 4 * MIB;
 
 const fn seconds(n: u64) -> Duration {
@@ -69,13 +71,14 @@ const fn seconds(n: u64) -> Duration {
 }
 
 part! {
-    /// Every setting of weir.
+    /// All settings of weir.
     Config {
         server: Server as Part = Server::default(),
         admin: Admin as Part = Admin::default(),
         bus: Bus as Part = Bus::default(),
-        /// Rules for channels: the first whose `match` fits a name counts (`*` is any run of characters, nothing else is
-        /// special). Setting any rule replaces this list; what a rule leaves out, and a channel without a rule, is as here.
+        /// Retention rules. The first rule whose `match` pattern fits the channel name applies (`*` matches any run of
+        /// characters; no other character is special). A configured rule replaces this list. Values that a rule omits,
+        /// and channels that match no rule, have the defaults shown here.
         channels: Vec<ChannelRule> as Tables = vec![ChannelRule::default()],
         consumers: Consumers as Part = Consumers::default(),
         sse: Sse as Part = Sse::default(),
@@ -93,25 +96,28 @@ part! {
 part! {
     /// The listeners that clients connect to.
     Server {
-        /// Addresses with ports; one, several, or text with commas. Port 0 takes a free one.
+        /// Addresses with ports: a string (several separated by commas) or a list. Port 0 selects a free port.
         listen: Vec<SocketAddr> as Addresses = vec![SocketAddr::from(([127, 0, 0, 1], 8000))],
     }
 }
 
 part! {
-    /// A listener for operators.
+    /// A separate listener for administration.
     Admin {
-        /// Moves metrics and administration from the main listeners to this address; empty leaves them there.
+        /// Address that serves metrics and administration instead of the main listeners. Empty: the main listeners
+        /// serve them.
         listen: Option<SocketAddr> as Address = None,
     }
 }
 
 part! {
-    /// Where events are kept.
+    /// Storage of events.
     Bus {
-        /// `memory`: in this process, for as long as it lives. `redis`: in Redis, for all nodes that use it.
+        /// `memory` stores events in this process until it exits. `redis` stores them in Redis, shared by all nodes
+        /// that use it.
         backend: Backend as Backend = Backend::Memory,
-        /// How long the key of a publish is remembered, so that a repeat is not placed again.
+        /// How long an idempotency key is remembered. A publish repeated with the same key within this time is not
+        /// stored again.
         idempotency_window: Duration as Time = seconds(300),
         memory: Memory as Part = Memory::default(),
         redis: Redis as Part = Redis::default(),
@@ -119,14 +125,15 @@ part! {
 }
 
 part! {
-    /// The Redis backend: Redis 6.2 or newer (a Cluster 7.0), or Valkey.
+    /// The Redis backend. It requires Redis 6.2 or later (Redis Cluster 7.0 or later) or Valkey.
     Redis {
-        /// `redis://[user:password@]host:6379[/database]`, `redis+sentinel://host:26379,host/master` or `redis-cluster://host:6379,host`;
-        /// with `rediss` instead of `redis` over TLS.
+        /// `redis://[user:password@]host:6379[/database]`, `redis+sentinel://host:26379,host/master` or
+        /// `redis-cluster://host:6379,host`. The schemes `rediss`, `rediss+sentinel` and `rediss-cluster` use TLS.
         url: Secret as Secret = Secret::default(),
-        /// Before every key and every pub/sub channel. Nodes of one bus have the same.
+        /// Prefix of every key and every pub/sub channel. All nodes of one bus use the same prefix.
         prefix: String as Text = "weir:".to_owned(),
-        /// When a publish is answered: `stored`, when the master has it, or `replicated`, when a replica has it as well.
+        /// When a publish is acknowledged: `stored` after the master has applied it, `replicated` after at least one
+        /// replica has it too.
         ack: Ack as Ack = Ack::Stored,
     }
 }
@@ -134,35 +141,35 @@ part! {
 part! {
     /// The memory backend.
     Memory {
-        /// What all channels together may hold; beyond it the oldest events go first, announced as a gap.
+        /// Maximum memory of all channels together. Beyond it the oldest events are trimmed, and readers get a gap.
         budget: usize as Size = 256 * MIB,
     }
 }
 
 part! {
-    /// How much of a channel is kept. Whichever is reached first trims the oldest events.
+    /// Retention of a channel. The first limit reached trims the oldest events.
     Keep {
-        /// Events.
+        /// Maximum number of events.
         count: usize as Count = 10_000,
-        /// Time since an event was placed.
+        /// Maximum age of an event.
         age: Duration as Time = seconds(24 * 60 * 60),
-        /// Encoded bytes.
+        /// Maximum size of the encoded events.
         bytes: usize as Size = 16 * MIB,
     }
 }
 
 part! {
-    /// Named readers whose positions weir keeps.
+    /// Consumers: named readers whose cursors weir stores.
     Consumers {
-        /// A consumer that nobody used for so long is forgotten.
+        /// A consumer that is unused for this long is deleted.
         idle: Duration as Time = seconds(30 * 24 * 60 * 60),
     }
 }
 
 part! {
-    /// Streams of server-sent events.
+    /// Server-sent event (SSE) streams.
     Sse {
-        /// A quiet stream gets a heartbeat this often, give or take a quarter so that they do not come all at once.
+        /// Interval of heartbeats on an idle stream, randomized by ±25 % so that the streams are not in step.
         heartbeat: Duration as Time = seconds(20),
     }
 }
@@ -170,111 +177,115 @@ part! {
 part! {
     /// WebSocket connections.
     Ws {
-        /// A Ping goes out this often, give or take a fifth; a peer that is silent until the next one is dead.
+        /// Interval of Ping frames, randomized by ±20 %. A peer that sends nothing until the next Ping is disconnected.
         ping: Duration as Time = seconds(25),
     }
 }
 
 part! {
-    /// Calls to services.
+    /// Remote procedure calls to services.
     Rpc {
-        /// The deadline of a call that names none, waiting for a provider included.
+        /// Default timeout of a call, including the wait for a provider.
         timeout: Duration as Time = seconds(30),
-        /// The longest deadline that a call may name.
+        /// Maximum timeout that a call may request.
         max_timeout: Duration as Time = seconds(600),
-        /// How long a call waits for a provider of a service that had one within the last minute.
+        /// How long a call waits for a provider if the service had one within the last minute.
         wait_for_provider: Duration as Pause = seconds(2),
-        /// How long after its deadline a reply is still delivered to a caller that asked for late replies.
+        /// How long after its deadline a reply is still delivered to a caller that requested late replies.
         late_window: Duration as Pause = seconds(300),
     }
 }
 
 part! {
-    /// What one client, or all of them, may ask for. The error that a limit causes names it.
+    /// Limits per client or in total. An error caused by a limit names its key.
     Limits {
-        /// Connections of all kinds, on all listeners.
+        /// Maximum number of connections of all kinds on all listeners.
         connections: usize as Count = 100_000,
-        /// One event as encoded.
+        /// Maximum size of one encoded event.
         event: usize as Size = 1_000_000,
-        /// Events of one publish request.
+        /// Maximum number of events in one publish request.
         publish_events: usize as Count = 1_000,
-        /// The body of one publish request.
+        /// Maximum body size of one publish request.
         publish_bytes: usize as Size = 8_000_000,
-        /// Events of one page that is read.
+        /// Maximum number of events in one page of a read.
         page_events: usize as Count = 1_000,
-        /// Bytes of one page that is read; it always holds at least one event.
+        /// Maximum size of one page of a read. A page always holds at least one event.
         page_bytes: usize as Size = 512 * KIB,
-        /// How long a read may wait for events.
+        /// Maximum time that a read may wait for events.
         wait: Duration as Time = seconds(55),
-        /// Channels of one stream or read.
+        /// Maximum number of channels of one stream or read.
         stream_channels: usize as Count = 100,
-        /// Channels that one WebSocket is subscribed to.
+        /// Maximum number of channels that one WebSocket subscribes to.
         subscriptions: usize as Count = 10_000,
-        /// One WebSocket message, and the body of one call over HTTP.
+        /// Maximum size of one WebSocket message and of the body of one call over HTTP.
         frame: usize as Size = MIB + 64 * KIB,
-        /// Messages of one JSON-RPC batch.
+        /// Maximum number of messages in one JSON-RPC batch.
         batch: usize as Count = 100,
-        /// Calls in flight of one connection.
+        /// Maximum number of calls in flight per connection.
         calls: usize as Count = 1_000,
-        /// Calls that wait for a provider, of all connections.
+        /// Maximum number of calls that wait for a provider, over all connections.
         waiting: usize as Count = 10_000,
-        /// Bytes of the calls that wait for a provider.
+        /// Maximum size of all calls that wait for a provider.
         waiting_bytes: usize as Size = 64 * MIB,
-        /// Replies awaited past their deadline, of all connections.
+        /// Maximum number of replies awaited past their deadline, over all connections.
         late: usize as Count = 10_000,
-        /// Services that have a provider, of all connections.
+        /// Maximum number of services that have a provider, over all connections.
         services: usize as Count = 10_000,
-        /// Services that one connection provides.
+        /// Maximum number of services that one connection provides.
         provides: usize as Count = 1_000,
-        /// Named consumers.
+        /// Maximum number of consumers.
         consumers: usize as Count = 100_000,
-        /// Channels of one consumer.
+        /// Maximum number of channels of one consumer.
         consumer_channels: usize as Count = 1_000,
-        /// Subscriptions of this node that say who is present.
+        /// Maximum number of subscriptions with presence on this node.
         presences: usize as Count = 100_000,
-        /// What a client may tell of itself where it is present.
+        /// Maximum size of the `info` of a presence member.
         present_info: usize as Size = KIB,
-        /// Idempotency keys remembered of one channel, in memory. In Redis all are, for `bus.idempotency_window`.
+        /// Maximum number of idempotency keys per channel in the memory backend. Redis keeps all keys for
+        /// `bus.idempotency_window`.
         keys: usize as Count = 10_000,
-        /// Bytes queued for one connection, beyond which nothing more is read from its channels.
+        /// Size of the write queue of one connection above which weir stops reading from its channels (backpressure).
         queued: usize as Size = 2 * MIB,
-        /// A connection that takes nothing of what is queued for so long is closed as `slow`.
+        /// A connection whose peer reads none of its queued bytes for this long is closed with the code `slow`.
         stalled: Duration as Time = seconds(30),
-        /// Unreadable messages of one WebSocket in a minute, beyond which it is closed.
+        /// Maximum number of unparsable messages per minute on one WebSocket. Beyond it the WebSocket is closed.
         unreadable: usize as Count = 20,
-        /// The head of an HTTP request.
+        /// Maximum size of the request line and headers of an HTTP request.
         header: usize as Size = 16 * KIB,
-        /// How long the head of an HTTP request may take to arrive.
+        /// Timeout for receiving the request line and headers of an HTTP request.
         header_time: Duration as Time = seconds(10),
-        /// How long the body of an HTTP request may take to arrive.
+        /// Timeout for receiving the body of an HTTP request.
         body_time: Duration as Time = seconds(30),
-        /// How long an HTTP connection is kept open between two requests.
+        /// How long an idle HTTP connection is kept open (keep-alive timeout).
         idle: Duration as Time = seconds(75),
-        /// Requests at a time on one HTTP/2 connection.
+        /// Maximum number of concurrent streams on one HTTP/2 connection.
         h2_streams: usize as Count = 200,
     }
 }
 
 part! {
-    /// Who may connect.
+    /// Access control.
     Auth {
-        /// Serve anybody who can reach the address. Without it weir listens on this machine only, for there are no credentials yet.
+        /// Allows listeners on addresses that other machines can reach, without authentication. If false, weir accepts
+        /// loopback addresses only, because this version has no credentials.
         allow_anonymous: bool as Flag = false,
     }
 }
 
 part! {
-    /// Web pages of other origins.
+    /// Cross-origin resource sharing (CORS).
     Cors {
-        /// Origins whose pages may use weir (`*` is any run of characters). Empty: pages of this machine, while only this machine is served.
+        /// Allowed origins (`*` matches any run of characters). Empty: only `localhost` origins, and only while all
+        /// listeners are on loopback addresses.
         origins: Vec<String> as Origins = Vec::new(),
     }
 }
 
 part! {
-    /// Clients of other systems, unchanged: each adapter speaks one of their protocols on the same channels and services.
+    /// Adapters for unmodified clients of other systems. Each adapter serves one other protocol on the same channels
+    /// and services.
     Compat {
-        /// Any of microstream, ganomede, node-sse, grip; what is not named costs nothing.
+        /// Enabled adapters: any of microstream, ganomede, node-sse, grip. A disabled adapter uses no resources.
         enable: Vec<Adapter> as Adapters = Vec::new(),
         microstream: MicroStream as Part = MicroStream::default(),
         ganomede: Ganomede as Part = Ganomede::default(),
@@ -284,47 +295,50 @@ part! {
 }
 
 part! {
-    /// A hub for clients of MicroStream, which speak Socket.IO at /socket.io/. The defaults are the original's.
+    /// The `microstream` adapter: a hub for MicroStream clients, which use Socket.IO at /socket.io/. The defaults equal
+    /// those of MicroStream.
     MicroStream {
-        /// A client whose heartbeat is missing for so long is disconnected, and its name is free.
+        /// A client that sends no heartbeat for this long is disconnected, and its name is released.
         heartbeat_timeout: Duration as Time = seconds(15),
-        /// How often that is looked at.
+        /// Interval at which missing heartbeats are checked.
         sweep: Duration as Time = seconds(5),
-        /// A ping goes out this often.
+        /// Interval of Engine.IO pings.
         ping: Duration as Time = seconds(25),
-        /// How long its answer may take.
+        /// Timeout for the pong.
         ping_timeout: Duration as Time = seconds(20),
-        /// How long the client that has a name is given to show that it lives when another one asks for the name.
+        /// When a second client connects with a name in use, the first client must respond within this time to keep the
+        /// name.
         probe: Duration as Time = seconds(2),
-        /// One message; a client that sends a larger one is disconnected.
+        /// Maximum size of one message. A client that sends a larger one is disconnected.
         max_payload: usize as Size = 1_000_000,
-        /// Bytes queued for one client, beyond which it gets no more requests.
+        /// Size of the write queue of one client above which it gets no more requests.
         queued: usize as Size = 16 * MIB,
-        /// Requests in flight of one client.
+        /// Maximum number of requests in flight per client.
         calls: usize as Count = 10_000,
     }
 }
 
 part! {
-    /// ganomede-events, at /events/v1.
+    /// The `ganomede` adapter: the HTTP interface of ganomede-events at /events/v1.
     Ganomede {
-        /// What its clients prove themselves by. There is no adapter without it.
+        /// Shared secret of the clients (`API_SECRET`). Required if the adapter is enabled.
         secret: Secret as Secret = Secret::default(),
-        /// How long a poll waits for events.
+        /// How long a poll waits for events before it returns an empty array.
         poll_timeout: Duration as Pause = seconds(5),
     }
 }
 
 part! {
-    /// Streams at paths of one's own, as @fanoutio/eventstream serves them.
+    /// SSE streams at configured paths, in the format of @fanoutio/eventstream.
     SseRoutes {
-        /// As [[compat.sse.routes]] with `path` and `channels`: in both, {id} is a segment of the path or a parameter of the URL.
+        /// Routes, written as [[compat.sse.routes]] with `path` and `channels`. A {name} in `path` matches one path
+        /// segment; in `channels` it is replaced by that segment, or by the query parameter of this name.
         routes: Vec<SseRoute> as Tables = Vec::new(),
     }
 }
 
 part! {
-    /// A path, and the channels that are streamed there.
+    /// A path and the channels that are streamed at it.
     SseRoute {
         path: String as Path = String::new(),
         channels: Vec<String> as Texts = Vec::new(),
@@ -332,29 +346,31 @@ part! {
 }
 
 part! {
-    /// GRIP, as by Pushpin: weir is the proxy in front of HTTP servers, and holds the answers that they tell it to.
+    /// The `grip` adapter: a GRIP proxy compatible with Pushpin. weir forwards requests to HTTP servers (origins) and
+    /// holds a response open if the origin instructs it to.
     Grip {
-        /// The proxy. Every path of it is an origin's, so it has a listener of its own; empty for none.
+        /// Address of the proxy. It is a separate listener, because all its paths belong to the origins. Empty disables
+        /// it.
         listen: Option<SocketAddr> as Address = Some(SocketAddr::from(([127, 0, 0, 1], 7999))),
-        /// Where origins publish; empty for none. The main listeners have it at /grip/publish/.
+        /// Address at which origins publish. Empty disables it. The main listeners serve the same at /grip/publish/.
         publish_listen: Option<SocketAddr> as Address = Some(SocketAddr::from(([127, 0, 0, 1], 5561))),
-        /// The issuer in Grip-Sig.
+        /// The `iss` claim of Grip-Sig.
         iss: String as Text = "pushpin".into(),
-        /// How long an origin may take to accept a connection.
+        /// Timeout for connecting to an origin.
         connect_timeout: Duration as Time = seconds(5),
-        /// How long an origin may take to begin its answer.
+        /// Timeout for the response headers of an origin.
         timeout: Duration as Time = seconds(60),
-        /// Idle connections to one origin that are kept for later.
+        /// Maximum number of idle connections kept per origin.
         idle_connections: usize as Count = 64,
-        /// Origins by the paths they answer; the longest path that fits counts. As [[compat.grip.routes]] with `path`, `origin`
-        /// (where the server is), `key` (signs Grip-Sig, and publishing asks for it; as it is, or base64:…), `prefix` (put before
-        /// the names of channels) and `iss` (the issuer that tokens for publishing must name).
+        /// Routes to origins, written as [[compat.grip.routes]]. The longest matching `path` applies. `origin` is the
+        /// URL of the server. `key` signs Grip-Sig and is required for publishing (plain text, or base64:…). `prefix`
+        /// is prepended to channel names. `iss` is the `iss` claim that publish tokens must have.
         routes: Vec<GripRoute> as Tables = Vec::new(),
     }
 }
 
 part! {
-    /// An origin, and the paths that are its own.
+    /// An origin and the path prefix that is forwarded to it.
     GripRoute {
         path: String as Path = "/".into(),
         origin: String as Url = String::new(),
@@ -365,29 +381,30 @@ part! {
 }
 
 part! {
-    /// Leaving on SIGTERM.
+    /// Graceful shutdown on SIGTERM.
     Drain {
-        /// Streams and sockets are ended spread over this time, so that they do not all come back at once.
+        /// Streams and WebSockets are closed one after the other over this time, so that their clients do not all
+        /// reconnect at once.
         window: Duration as Pause = seconds(10),
-        /// What is not finished by then is cut off.
+        /// Connections and calls that are still open after this time are aborted.
         grace: Duration as Time = seconds(30),
     }
 }
 
 part! {
-    /// The log, on standard error.
+    /// Logging to standard error.
     Log {
-        /// error, warn, info, debug, trace or off; or by target, as "info,weir::rpc=debug".
+        /// error, warn, info, debug, trace or off, or a filter by target such as "info,weir::rpc=debug".
         level: Level as Level = Level::info(),
-        /// `text`, `json`, or `auto`: text on a terminal, JSON elsewhere.
+        /// `text`, `json`, or `auto` (text on a terminal, JSON otherwise).
         format: Format as Format = Format::Auto,
     }
 }
 
-/// What holds for the channels whose name `pattern` fits.
+/// The retention of the channels whose name matches `pattern`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChannelRule {
-    /// `*` is any run of characters, nothing else is special. In files it is `match`.
+    /// `*` matches any run of characters; no other character is special. The key in files is `match`.
     pub pattern: String,
     pub keep: Keep,
 }
@@ -417,7 +434,7 @@ impl Table for GripRoute {
 }
 
 impl Part for ChannelRule {
-    const DOC: &'static str = "What holds for the channels whose name fits.";
+    const DOC: &'static str = "The retention of the channels whose name matches.";
 
     fn items<'a>(&'a mut self, at: &str, items: &mut Vec<Item<'a>>) {
         let pattern = Slot::Pattern(&mut self.pattern);
@@ -429,7 +446,7 @@ impl Part for ChannelRule {
 // === impl GripRoute ===
 
 impl GripRoute {
-    /// The key as bytes, and nothing if it is not the base64 that it claims to be. Empty if there is none.
+    /// Decodes the key. `None` if it begins with `base64:` and is not valid base64; empty if no key is set.
     pub fn key_bytes(&self) -> Option<Vec<u8>> {
         match self.key.reveal().strip_prefix("base64:") {
             Some(text) => base64::engine::general_purpose::STANDARD.decode(text).ok(),
@@ -441,7 +458,7 @@ impl GripRoute {
 // === impl Compat ===
 
 impl Compat {
-    /// Routes whose paths are somebody else's, or no paths.
+    /// Errors of `compat.sse.routes`: invalid paths, paths in use, routes without channels.
     fn route_collisions(&self) -> Option<(&'static str, String)> {
         let mut taken: Vec<(&str, &str)> =
             ["/", "/v1/*", "/health/*", "/metrics", "/openapi.json", "/console/*"].map(|path| (path, "weir's")).into();
@@ -484,7 +501,7 @@ impl Grip {
                 wrong(format!("{} has two origins", route.path));
             }
             if route.key_bytes().is_none() {
-                wrong(format!("the key of {} is not the base64 that it claims to be", route.path));
+                wrong(format!("the key of {} is not valid base64", route.path));
             }
         }
         let keyed = !self.routes.is_empty() && self.routes.iter().all(|route| !route.key.is_empty());
@@ -494,8 +511,8 @@ impl Grip {
             && !anonymous
         {
             let reason = format!(
-                "{address} can be reached from other machines, and a route without a key asks nobody for one: give every \
-                 route a key, listen on 127.0.0.1:{}, or let anybody publish with auth.allow_anonymous = true",
+                "{address} can be reached from other machines, and a route without a key accepts every publisher: give \
+                 every route a key, listen on 127.0.0.1:{}, or allow this with auth.allow_anonymous = true",
                 address.port()
             );
             found.push(("compat.grip.publish_listen", reason));
@@ -507,12 +524,12 @@ impl Grip {
 // === impl Config ===
 
 impl Config {
-    /// Whether every listener can only be reached from this machine.
+    /// Whether all listeners have loopback addresses.
     pub fn is_loopback_only(&self) -> bool {
         self.server.listen.iter().chain(&self.admin.listen).all(|address| address.ip().is_loopback())
     }
 
-    /// What no key can know of itself: the key to blame, and why.
+    /// Errors that involve more than one setting, as pairs of key and reason.
     fn contradictions(&self) -> Vec<(&'static str, String)> {
         let mut found = Vec::new();
         let mut must = |holds: bool, key, reason: &str| {
@@ -527,44 +544,44 @@ impl Config {
         must(
             limits.event <= limits.frame,
             "limits.event",
-            "is more than limits.frame, so that no socket could publish it",
+            "is more than limits.frame, so no WebSocket could publish such an event",
         );
         must(
             limits.event <= MAX_EVENT,
             "limits.event",
-            "must be at most 4MiB: as lines of a stream it may take several times as much, and a chunk has less than 16MiB",
+            "must be at most 4MiB: its encoding on a stream can be several times as large, and a chunk is less than 16MiB",
         );
         must(limits.event <= limits.publish_bytes, "limits.event", "is more than limits.publish_bytes");
-        must(limits.frame <= limits.queued, "limits.frame", "is more than limits.queued, so that no reply would fit");
+        must(limits.frame <= limits.queued, "limits.frame", "is more than limits.queued, so no reply would fit");
         must(
             self.bus.memory.budget >= limits.event,
             "bus.memory.budget",
-            "is less than limits.event: not one would fit",
+            "is less than limits.event, so such an event would not fit",
         );
         must(
             self.bus.backend != Backend::Redis || !self.bus.redis.url.is_empty(),
             "bus.redis.url",
-            "is missing: where is Redis? (WEIR__BUS__REDIS__URL=redis://localhost:6379)",
+            "is missing: set the URL of Redis (WEIR__BUS__REDIS__URL=redis://localhost:6379)",
         );
         must(
             self.bus.backend == Backend::Redis || self.bus.redis.url.is_empty(),
             "bus.redis.url",
-            "is set, and bus.backend is memory: this node would be a bus of its own (WEIR__BUS__BACKEND=redis)",
+            "is set, but bus.backend is memory, which does not use it (WEIR__BUS__BACKEND=redis)",
         );
-        must(!self.bus.redis.prefix.contains(['{', '}']), "bus.redis.prefix", "must not have braces");
+        must(!self.bus.redis.prefix.contains(['{', '}']), "bus.redis.prefix", "must not contain braces");
         must(self.sse.heartbeat >= seconds(1), "sse.heartbeat", "must be at least 1s");
         must(self.ws.ping >= seconds(1), "ws.ping", "must be at least 1s");
 
         if self.compat.enable.contains(&Adapter::Ganomede) && self.compat.ganomede.secret.is_empty() {
-            let reason = "is missing: clients of ganomede-events prove themselves by it, and without one anybody could \
-                          (WEIR__COMPAT__GANOMEDE__SECRET, or API_SECRET where ganomede is the only adapter)";
+            let reason = "is missing: it is the shared secret of all ganomede-events clients \
+                          (WEIR__COMPAT__GANOMEDE__SECRET, or API_SECRET if ganomede is the only adapter)";
             found.push(("compat.ganomede.secret", reason.to_owned()));
         }
         found.extend(self.compat.route_collisions());
         if self.compat.enable.contains(&Adapter::Grip) {
             found.extend(self.compat.grip.contradictions(self.auth.allow_anonymous));
         } else if !self.compat.grip.routes.is_empty() {
-            found.push(("compat.grip.routes", "are given, and compat.enable does not name grip".into()));
+            found.push(("compat.grip.routes", "are set, but compat.enable does not contain grip".into()));
         }
         let listeners = self.server.listen.iter().map(|address| ("server.listen", address));
         let listeners = listeners.chain(self.admin.listen.iter().map(|address| ("admin.listen", address)));
@@ -578,14 +595,14 @@ impl Config {
             if address.port() != 0 && listeners[..n].iter().any(|(_, other)| other == address) {
                 found.push((key, format!("{address} is listed twice")));
             }
-            // Of a proxy its origins decide whom they serve.
+            // Access to the proxy is controlled by its origins.
             if key.starts_with("compat.") {
                 continue;
             }
             if !address.ip().is_loopback() && !self.auth.allow_anonymous {
                 let reason = format!(
-                    "{address} can be reached from other machines, and there are no credentials to ask them for: \
-                     listen on 127.0.0.1:{}, or serve anybody with auth.allow_anonymous = true (WEIR__AUTH__ALLOW_ANONYMOUS=true)",
+                    "{address} can be reached from other machines, and this version has no authentication: listen on \
+                     127.0.0.1:{}, or allow this with auth.allow_anonymous = true (WEIR__AUTH__ALLOW_ANONYMOUS=true)",
                     address.port()
                 );
                 found.push((key, reason));
@@ -594,8 +611,8 @@ impl Config {
         found
     }
 
-    /// As the text of a file that [`load`] reads back. `explained` adds what each key means; a key that is in `sources`
-    /// says where it comes from.
+    /// Formats the configuration as TOML that [`load`] can read. `explained` adds the description of each key as a
+    /// comment; a key that is in `sources` gets its source as a comment.
     pub fn to_toml(&self, explained: bool, sources: &BTreeMap<String, Source>) -> String {
         let mut out = String::new();
         let mut config = self.clone();
@@ -610,7 +627,7 @@ impl Config {
                     }
                     let _ = writeln!(out, "[{key}]");
                 }
-                // Below a section it would belong to that section.
+                // It must precede all sections: below a section header the key would belong to that section.
                 Item::Setting(Setting { key, slot: Slot::Tables(list), .. })
                     if list.len() == 0 && !key.contains('.') =>
                 {
@@ -640,7 +657,8 @@ impl Config {
     }
 }
 
-/// To be written behind all other settings of their section: a key after a table would belong to the table.
+/// Writes an array of tables. It must follow all other settings of its section: a key after a table would belong to the
+/// table.
 fn write_tables(key: &str, list: &mut dyn Tables, source: Option<&Source>, out: &mut String) {
     if let Some(source) = source {
         let _ = writeln!(out, "# {source}");

@@ -10,10 +10,10 @@ fn file() -> std::path::PathBuf {
 }
 
 const HEAD: &str = "\
-# Every setting of weir with its default. A file needs only what it changes: weir --config FILE, or WEIR_CONFIG.
-# The environment wins over the file (WEIR__SSE__HEARTBEAT=15s, lists with commas), flags win over both.
-# Durations are 500ms, 5s, 2m, 1h, 30d; sizes are plain bytes, or 512KiB, 16MiB, 8MB. `weir config check` finds mistakes.
-# Generated from src/config.rs by `UPDATE=1 cargo test config`.
+# All settings of weir with their defaults. A configuration file (weir --config FILE, or WEIR_CONFIG) needs only the settings
+# that it changes. Environment variables override the file (WEIR__SSE__HEARTBEAT=15s; lists separated by commas), and flags
+# override both. Durations have a unit (500ms, 5s, 2m, 1h, 30d); sizes are in bytes or have a unit (512KiB, 16MiB, 8MB).
+# `weir config check` validates a configuration. Generated from src/config.rs by `UPDATE=1 cargo test config`.
 
 ";
 
@@ -227,7 +227,7 @@ fn who_may_publish_from_elsewhere_has_a_key() {
     let twice = ROUTES.replace("/api", "/");
     assert!(read(&twice, &[], &[]).unwrap_err().contains("compat.grip.routes: / has two origins"));
     let bad = ROUTES.replace("c2VjcmV0", "c2Vjcm*");
-    assert!(read(&bad, &[], &[]).unwrap_err().contains("the key of / is not the base64"));
+    assert!(read(&bad, &[], &[]).unwrap_err().contains("the key of / is not valid base64"));
     let clash = format!("{ROUTES}\n[compat.grip]\nlisten = \"127.0.0.1:8000\"");
     assert!(read(&clash, &[], &[]).unwrap_err().contains("compat.grip.listen: 127.0.0.1:8000 is listed twice"));
 }
@@ -331,7 +331,7 @@ fn what_would_be_ignored_in_silence_is_refused() {
         load::from(Some(("weir.toml".into(), Ok(file.into()))), environment, &[]).unwrap_err().to_string()
     };
     let island = refused(&[("WEIR__BUS__REDIS__URL", "redis://x")], "");
-    assert!(island.starts_with("WEIR__BUS__REDIS__URL: bus.redis.url: is set, and bus.backend is memory"), "{island}");
+    assert!(island.starts_with("WEIR__BUS__REDIS__URL: bus.redis.url: is set, but bus.backend is memory"), "{island}");
     let routes = refused(&[], "[[compat.grip.routes]]\norigin = \"http://127.0.0.1:3000\"\n");
-    assert!(routes.contains("compat.grip.routes: are given, and compat.enable does not name grip"), "{routes}");
+    assert!(routes.contains("compat.grip.routes: are set, but compat.enable does not contain grip"), "{routes}");
 }

@@ -15,15 +15,15 @@ use crate::{
 };
 
 /// `GET /health/live`. Open to everyone, and tells nothing: it never looks at anything that could be away.
-#[utoipa::path(get, path = "/health/live", tag = "operations", description = "Whether this process answers.", responses((status = 200, description = "This process answers.", body = Healthy)))]
+#[utoipa::path(get, path = "/health/live", tag = "operations", description = "Liveness probe.", responses((status = 200, description = "The process is alive.", body = Healthy)))]
 pub async fn live() -> Response {
     healthy()
 }
 
 /// `GET /health/ready`. Open to everyone: whether clients are welcome.
-#[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Whether clients are welcome.", responses(
-    (status = 200, description = "Clients are welcome.", body = Healthy),
-    (status = 503, description = "`draining`: this node is leaving. `bus_unavailable`: events cannot be placed and heard of.", body = openapi::Problem, content_type = "application/problem+json"),
+#[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Readiness probe.", responses(
+    (status = 200, description = "The node accepts clients.", body = Healthy),
+    (status = 503, description = "`draining`: this node is shutting down. `bus_unavailable`: events cannot be stored and delivered.", body = openapi::Problem, content_type = "application/problem+json"),
 ))]
 pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
     if gateway.draining.is_cancelled() {
@@ -36,7 +36,7 @@ pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
 }
 
 /// `GET /metrics`, as Prometheus reads them.
-#[utoipa::path(get, path = "/metrics", tag = "operations", description = "Metrics, as Prometheus reads them.",
+#[utoipa::path(get, path = "/metrics", tag = "operations", description = "Metrics in the Prometheus text format.",
     responses((status = 200, body = String, content_type = "text/plain")))]
 pub async fn metrics(State(gateway): State<Arc<Gateway>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;

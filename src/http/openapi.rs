@@ -1,9 +1,9 @@
-//! The OpenAPI document. Operations are described at their handlers; here are the shapes they speak of.
+//! The OpenAPI document. Operations are described at their handlers; this file defines the schemas.
 //!
-//! The shapes are for the document only, for no JSON passes through a struct on its way. A test compares what the
-//! running server answers with them.
+//! The types exist only for the document: request handling does not deserialize into them. A test compares the
+//! responses of a running server with the document.
 
-#![expect(dead_code, reason = "shapes in the document")]
+#![expect(dead_code, reason = "schemas of the document")]
 
 use std::{collections::BTreeMap, sync::LazyLock};
 
@@ -19,9 +19,9 @@ use super::{admin, api};
 #[openapi(
     info(
         title = "weir",
-        description = "One bus, three transports. Streams are at `/v1/sse`, sockets at `/v1/ws`; neither can be said in OpenAPI.\n\n\
-            Positions are `EPOCH-OFFSET`; durations are `500ms`, `5s`, `2m`; failures are problem documents (RFC 9457) with a stable `code`. \
-            Unknown parameters are refused unless they begin with `_`.",
+        description = "One bus with three transports. Streams (`/v1/sse`) and WebSockets (`/v1/ws`) cannot be described fully in OpenAPI.\n\n\
+            A position is `EPOCH-OFFSET`. A duration has a unit: `500ms`, `5s`, `2m`. Errors are problem documents (RFC 9457) with a stable `code`. \
+            Unknown parameters are rejected unless they begin with `_`.",
         license(name = "MIT OR Apache-2.0"),
     ),
     paths(
@@ -76,7 +76,7 @@ pub async fn document() -> Response {
     api::json(StatusCode::OK, TEXT.clone())
 }
 
-/// An optional parameter of a URL is absent or not, but never null as an optional member of JSON may be.
+/// Removes `null` from the types of a parameter: an optional query parameter can be absent, but not null.
 fn never_null(parameter: &mut Value) {
     let schema = &mut parameter["schema"];
     if let Some(types) = schema["type"].as_array() {
@@ -89,14 +89,14 @@ fn never_null(parameter: &mut Value) {
     }
 }
 
-// === names and positions, as exactly as a pattern can say ===
+// === names and positions ===
 
-/// Bytes of UTF-8 are counted, without control characters.
+/// 1 to 255 bytes of UTF-8 without control characters.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 255, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$", example = "orders")]
 pub struct ChannelName(String);
 
-/// As every channel name; those beginning with `$` are read-only.
+/// The name of a channel that clients can write to: 1 to 255 bytes. Channels whose name begins with `$` are read-only.
 #[derive(ToSchema)]
 #[schema(
     min_length = 1,
@@ -106,7 +106,7 @@ pub struct ChannelName(String);
 )]
 pub struct OwnChannelName(String);
 
-/// As the name of a channel, of at most 245 bytes; those beginning with `$` have no presence.
+/// The name of a channel with presence: 1 to 245 bytes. Channels whose name begins with `$` have no presence.
 #[derive(ToSchema)]
 #[schema(
     min_length = 1,
@@ -116,12 +116,12 @@ pub struct OwnChannelName(String);
 )]
 pub struct PresentChannelName(String);
 
-/// Types beginning with `weir.` are weir's own.
+/// The type of an event. Types that begin with `weir.` are reserved.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 128, pattern = r"^(?!weir\.)[^\x00-\x1f\x7f-\x9f]+$", example = "created")]
 pub struct TypeName(String);
 
-/// Bytes of UTF-8 are counted, without control characters.
+/// 1 to 128 bytes of UTF-8 without control characters.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 128, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$")]
 pub struct Label(String);
@@ -131,7 +131,7 @@ pub struct Label(String);
 #[schema(pattern = r"^(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}$", example = "k3Vq7a-42")]
 pub struct Position(String);
 
-/// A position; a token, as an answer called it `next`; an offset; `earliest`; or `now`.
+/// A position, a token (`next` of an earlier response), an offset, `earliest` or `now`.
 #[derive(ToSchema)]
 #[schema(
     pattern = r"^(earliest|now|[0-9]{1,19}|(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$",
@@ -139,192 +139,192 @@ pub struct Position(String);
 )]
 pub struct After(String);
 
-/// What the last answer called `page`.
+/// The `page` of the previous response.
 #[derive(ToSchema)]
 #[schema(pattern = "^([0-9a-f]{2})+$")]
 pub struct PageName(String);
 
 // === parameters ===
 
-/// Of `POST /v1/events`.
+/// Query parameters of `POST /v1/events`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PublishQuery {
-    /// The body is the data of one event of this channel.
+    /// Publishes one event to this channel; the body is the data of the event.
     channel: Option<OwnChannelName>,
-    /// With channel: the type of the event.
+    /// The type of the event. Requires `channel`.
     r#type: Option<TypeName>,
-    /// With channel: who sends it.
+    /// The sender of the event. Requires `channel`.
     from: Option<Label>,
-    /// With channel: as Idempotency-Key.
+    /// The idempotency key, equivalent to the header `Idempotency-Key`. Requires `channel`.
     key: Option<Label>,
 }
 
-/// Of `GET /v1/events`.
+/// Query parameters of `GET /v1/events`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ReadQuery {
-    /// Repeated for several; commas are letters.
+    /// The channel to read. Repeat the parameter for several channels; a comma is part of the name.
     #[param(min_items = 1, max_items = 100)]
     channel: Vec<ChannelName>,
-    /// Where to go on; the oldest event if nothing is said. Excludes `last`.
+    /// The position after which to read. Default: the oldest event. Excludes `last`.
     after: Option<After>,
-    /// So many events before the newest. Excludes `after` and `consumer`.
+    /// Starts this many events before the end of the channel. Excludes `after` and `consumer`.
     last: Option<u64>,
-    /// As the header Last-Event-ID: wins over `after`.
+    /// Equivalent to the header `Last-Event-ID`; overrides `after`.
     last_event_id: Option<After>,
-    /// The same.
+    /// Alias of `last_event_id`.
     #[param(rename = "lastEventId")]
     last_event_id_too: Option<After>,
-    /// Only events of these types; repeated for several.
+    /// Returns only events of this type. Repeat the parameter for several types.
     r#type: Option<Vec<Label>>,
-    /// Events, 100 if nothing is said.
+    /// The maximum number of events. Default: 100.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
-    /// How long to wait if there is nothing.
+    /// How long to wait for events if there are none.
     #[param(pattern = "^([0-9]{1,4}ms|[1-4]?[0-9]s|5[0-5]s)$", example = "30s")]
     wait: Option<String>,
-    /// Events to wait for, at most `limit`.
+    /// The number of events to wait for, at most `limit`. Default: 1.
     #[param(minimum = 1, maximum = 1000)]
     min: Option<u64>,
-    /// Reads on from the cursor of this consumer; `after` commits first.
+    /// Reads from the cursor of this consumer. `after` commits that position first.
     #[param(pattern = "^[A-Za-z0-9._:-]{1,128}$")]
     consumer: Option<String>,
-    /// Where a new consumer begins: `earliest` if nothing is said.
+    /// The start of a new consumer. Default: `earliest`.
     #[param(pattern = "^(earliest|now)$")]
     start: Option<String>,
-    /// `auto` commits what is handed out. `manual` if nothing is said.
+    /// `auto` commits the returned events with the read. Default: `manual`.
     #[param(pattern = "^(manual|auto)$")]
     commit: Option<String>,
 }
 
-/// Of `GET /v1/sse`.
+/// Query parameters of `GET /v1/sse`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct StreamQuery {
-    /// Repeated for several; commas are letters.
+    /// The channel to read. Repeat the parameter for several channels; a comma is part of the name.
     #[param(min_items = 1, max_items = 100)]
     channel: Vec<ChannelName>,
-    /// Where to go on; what comes from now on if nothing is said. What cannot be read is a gap `bad_position`, not an error.
+    /// The position after which to read. Default: `now`. An invalid position causes a gap `bad_position`, not an error.
     after: Option<After>,
-    /// So many events before the newest. Excludes `after`.
+    /// Starts this many events before the end of the channel. Excludes `after`.
     last: Option<u64>,
-    /// As the header Last-Event-ID: wins over `after`.
+    /// Equivalent to the header `Last-Event-ID`; overrides `after`.
     last_event_id: Option<String>,
-    /// The same.
+    /// Alias of `last_event_id`.
     #[param(rename = "lastEventId")]
     last_event_id_too: Option<String>,
-    /// Only events of these types; repeated for several.
+    /// Returns only events of this type. Repeat the parameter for several types.
     r#type: Option<Vec<Label>>,
-    /// `event`: `data:` is the event. `data`: `event:` is its type, `data:` its data.
+    /// `event` (default): `data:` holds the whole event. `data`: `event:` holds its type and `data:` its data.
     #[param(pattern = "^(event|data)$")]
     format: Option<String>,
-    /// With several channels: an `id:` for every event.
+    /// With several channels: writes an `id:` with every event.
     #[param(pattern = "^all$")]
     ids: Option<String>,
-    /// A client that is on these channels while the stream lasts.
+    /// The name under which this client is a presence member of the channels while the stream is open.
     present: Option<Label>,
-    /// JSON that others are to know of it, at most 1 KiB.
+    /// The `info` of the presence member: JSON of at most 1 KiB.
     info: Option<String>,
 }
 
-/// Of `DELETE /v1/events`.
+/// Query parameters of `DELETE /v1/events`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct DeleteQuery {
     channel: OwnChannelName,
-    /// The first event to keep. Without it everything goes.
+    /// The position of the first event to keep. If absent, the whole log is deleted.
     before: Option<Position>,
 }
 
-/// Of every list.
+/// Query parameters of every list.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ListQuery {
-    /// Of the names.
+    /// Returns only names with this prefix.
     prefix: Option<String>,
-    /// 100 if nothing is said.
+    /// The maximum number of entries. Default: 100.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
     page: Option<PageName>,
 }
 
-/// Which connections are meant. All that is said has to fit.
+/// Filters of connections. A connection must match all of them.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ConnectionQuery {
-    /// Of whom.
+    /// Returns only connections of this authenticated subject.
     subject: Option<String>,
-    /// That read this channel.
+    /// Returns only connections that read this channel.
     channel: Option<ChannelName>,
-    /// Just this one.
+    /// Returns only the connection with this id.
     id: Option<String>,
 }
 
-/// Of lists without a prefix.
+/// Query parameters of lists without a prefix.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PageQuery {
-    /// 100 if nothing is said.
+    /// The maximum number of entries. Default: 100.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
     page: Option<PageName>,
 }
 
-/// Whose connections are to end: `subject` or `id` is needed.
+/// The connections to close. `subject` or `id` is required.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct KickQuery {
     subject: Option<String>,
     id: Option<String>,
-    /// Only those that read this channel.
+    /// Closes only connections that read this channel.
     channel: Option<ChannelName>,
 }
 
-/// Of `GET /v1/presence`.
+/// Query parameters of `GET /v1/presence`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PresenceQuery {
     channel: PresentChannelName,
-    /// Only how many.
+    /// Returns only the number of members.
     count: Option<bool>,
-    /// 1,000 if nothing is said.
+    /// The maximum number of members. Default: 1,000.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
     page: Option<PageName>,
 }
 
-/// Of `GET /v1/channels`, beside those of a list.
+/// Query parameters of `GET /v1/channels` in addition to those of a list.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ChannelQuery {
-    /// Just this one. Excludes the others.
+    /// Returns this channel instead of a list. Excludes the other parameters.
     channel: Option<ChannelName>,
 }
 
 // === bodies ===
 
-/// An event in its place.
+/// A stored event.
 #[derive(ToSchema)]
 pub struct Event {
     #[schema(min_length = 1, max_length = 255)]
     channel: String,
-    /// Which life of the channel's log.
+    /// The epoch of the channel's log.
     #[schema(example = "k3Vq00")]
     epoch: String,
-    /// Dense number in the channel, from 1.
+    /// The number of the event in its channel, from 1, without holes.
     #[schema(minimum = 1, example = 42)]
     offset: u64,
-    /// Unix milliseconds.
+    /// Unix time in milliseconds.
     time: u64,
     #[schema(nullable = false)]
     r#type: Option<String>,
-    /// The publisher's claim.
+    /// The sender, as stated by the publisher (not authenticated).
     #[schema(nullable = false)]
     from: Option<String>,
     #[schema(nullable = false)]
     meta: Option<BTreeMap<String, String>>,
-    /// Any JSON. Absent is not null.
+    /// Any JSON. An absent member and null are different.
     data: Option<Value>,
     /// Instead of `data`, for bytes.
     #[schema(nullable = false)]
@@ -340,31 +340,31 @@ pub struct NewEvent {
     r#type: Option<TypeName>,
     #[schema(nullable = false)]
     from: Option<Label>,
-    /// Strings, at most 1 KiB. Names beginning with `weir.` are refused.
+    /// Strings of at most 1 KiB in total. Names that begin with `weir.` are reserved.
     #[schema(nullable = false)]
     meta: Option<BTreeMap<String, String>>,
     data: Option<Value>,
     /// Instead of `data`, for bytes.
     #[schema(nullable = false, pattern = "^([A-Za-z0-9+/]{4})*$")]
     data_base64: Option<String>,
-    /// A repeat with the same key and body within 5 minutes is not placed again.
+    /// The idempotency key. An event with the same key and content within 5 minutes is not stored again.
     #[schema(nullable = false)]
     key: Option<Label>,
 }
 
-/// What a consumer acknowledges.
+/// A position to commit.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Commit {
     /// A position, or a token of all channels of the consumer or of `channels`.
     #[schema(pattern = r"^((0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$")]
     after: String,
-    /// What the token is of, if not all channels of the consumer.
+    /// The channels of the token. Default: all channels of the consumer.
     #[schema(nullable = false, min_items = 1)]
     channels: Option<Vec<ChannelName>>,
 }
 
-/// Where a cursor shall be.
+/// The new position of a cursor.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Seek {
@@ -372,7 +372,7 @@ pub struct Seek {
     after: After,
 }
 
-/// Where an event was placed.
+/// The position at which an event was stored.
 #[derive(ToSchema)]
 pub struct Placed {
     channel: String,
@@ -380,12 +380,12 @@ pub struct Placed {
     #[schema(minimum = 1)]
     offset: u64,
     time: u64,
-    /// The key had been used for the same event: this is where that is.
+    /// True if the key was already used for the same event. This is the position of the first one.
     #[schema(nullable = false)]
     duplicate: Option<bool>,
 }
 
-/// One event gives one answer, an array or lines give an array.
+/// An object for one event, an array for an array or NDJSON.
 #[derive(ToSchema)]
 #[serde(untagged)]
 pub enum Published {
@@ -393,7 +393,7 @@ pub enum Published {
     Many(Vec<Placed>),
 }
 
-/// One event or several. With `channel` in the URL instead: any body, which is the data.
+/// One event or an array of events. With the parameter `channel`, the body is instead the data of one event.
 #[derive(ToSchema)]
 #[serde(untagged)]
 pub enum Publish {
@@ -401,44 +401,44 @@ pub enum Publish {
     Many(NewEvents),
 }
 
-/// Placed in order, one atomic step for each channel.
+/// Events that are stored in order, atomically per channel.
 #[derive(ToSchema)]
 #[schema(min_items = 1, max_items = 1000)]
 pub struct NewEvents(Vec<NewEvent>);
 
-/// What a read answers.
+/// The result of a read.
 #[derive(ToSchema)]
 pub struct Page {
     events: Vec<Event>,
-    /// Give this as `after` next.
+    /// The value of `after` for the next read.
     next: String,
-    /// There was more when this was read.
+    /// Whether more events were available at the time of the read.
     more: bool,
     gaps: Vec<Gap>,
     #[schema(nullable = false)]
     consumer: Option<PageConsumer>,
 }
 
-/// The consumer that read.
+/// The consumer of the read.
 #[derive(ToSchema)]
 pub struct PageConsumer {
     name: String,
-    /// It had no cursor: weir does not know it, or no longer.
+    /// True if the consumer had no cursor: it is new, or weir has deleted it.
     #[schema(nullable = false)]
     new: Option<bool>,
 }
 
-/// History that was asked for and is gone.
+/// Requested events that are no longer available.
 #[derive(ToSchema)]
 pub struct Gap {
     channel: String,
     reason: GapReason,
-    /// What the reader had.
+    /// The position of the reader.
     #[schema(required)]
     after: Option<String>,
-    /// Position of the next event.
+    /// The position of the next event.
     next: String,
-    /// How many events are missing, if it can be known.
+    /// The number of missing events; null if unknown.
     #[schema(required)]
     missed: Option<u64>,
 }
@@ -454,7 +454,7 @@ pub enum GapReason {
     BadPosition,
 }
 
-/// A failure (RFC 9457). `code` is stable; clients that do not know it go by the status.
+/// An error (RFC 9457). `code` is stable; a client that does not know a code uses the status.
 #[derive(ToSchema)]
 pub struct Problem {
     #[schema(example = "urn:weir:error:invalid_params")]
@@ -465,26 +465,26 @@ pub struct Problem {
     detail: String,
     #[schema(example = "invalid_params")]
     code: String,
-    /// Whether the work may have happened: `no` or `maybe`.
+    /// Whether the request may have been executed: `no` or `maybe`.
     #[schema(nullable = false)]
     executed: Option<String>,
     #[schema(nullable = false)]
     retry_after_ms: Option<u64>,
 }
 
-/// What is known of a channel. One that was never written is not an error: its epoch is `0`.
+/// The state of a channel. A channel without a log has the epoch `0`; it is not an error.
 #[derive(ToSchema)]
 pub struct Channel {
     channel: String,
     epoch: String,
-    /// Oldest offset that can be read.
+    /// The oldest offset that can be read.
     first: u64,
-    /// Newest offset.
+    /// The newest offset.
     top: u64,
     bytes: u64,
-    /// Subscriptions on this node.
+    /// The number of subscriptions on this node.
     readers: u32,
-    /// Of the newest event, Unix milliseconds.
+    /// The time of the newest event, Unix time in milliseconds.
     #[schema(required)]
     time: Option<u64>,
 }
@@ -492,12 +492,12 @@ pub struct Channel {
 #[derive(ToSchema)]
 pub struct Channels {
     channels: Vec<Channel>,
-    /// There are more: give this as `page`.
+    /// Present if there are more entries: the value of the parameter `page` for the next request.
     #[schema(nullable = false)]
     page: Option<String>,
 }
 
-/// `GET /v1/channels`: one if `channel` was given, else a list.
+/// One channel if the parameter `channel` is present, otherwise a list.
 #[derive(ToSchema)]
 #[serde(untagged)]
 pub enum ChannelOrChannels {
@@ -512,21 +512,21 @@ pub struct Consumer {
     #[schema(example = "cursor")]
     mode: String,
     channels: Vec<Lag>,
-    /// When it was last heard of, Unix milliseconds.
+    /// The time of the last use, Unix time in milliseconds.
     seen: u64,
-    /// When it will be forgotten if it is not heard of, Unix milliseconds.
+    /// The time at which it is deleted if it stays unused, Unix time in milliseconds.
     expires: u64,
 }
 
-/// How far a cursor is behind.
+/// The cursor of a consumer in one channel.
 #[derive(ToSchema)]
 pub struct Lag {
     channel: String,
     position: String,
     top: String,
-    /// Events.
+    /// The number of unread events.
     lag: u64,
-    /// Age of the oldest of them.
+    /// The age of the oldest unread event, in milliseconds.
     lag_ms: u64,
 }
 
@@ -537,55 +537,55 @@ pub struct Consumers {
     page: Option<String>,
 }
 
-/// Who is on a channel.
+/// The presence members of a channel.
 #[derive(ToSchema)]
 pub struct Presence {
     channel: String,
-    /// All members, shown or not.
+    /// The number of all members, on this page or not.
     count: u64,
-    /// Read `$presence/CHANNEL` after this to keep the list up to date. Absent while the bus is away.
+    /// Read `$presence/CHANNEL` after this position to keep the list up to date. Absent while the bus is unavailable.
     #[schema(nullable = false)]
     position: Option<String>,
-    /// By name. Absent if only the count was asked for.
+    /// The members, sorted by name. Absent with `count=true`.
     #[schema(nullable = false)]
     members: Option<Vec<PresentMember>>,
-    /// There are more: give this as `page`.
+    /// Present if there are more entries: the value of the parameter `page` for the next request.
     #[schema(nullable = false)]
     page: Option<String>,
 }
 
-/// A client that holds a subscription.
+/// A client with a subscription that has presence.
 #[derive(ToSchema)]
 pub struct PresentMember {
     client: String,
-    /// Who its credentials say it is.
+    /// The subject of its credentials.
     subject: String,
     #[schema(example = "sse")]
     transport: String,
-    /// Any JSON, as the client gave it.
+    /// Any JSON, as sent by the client.
     info: Option<Value>,
-    /// Unix milliseconds.
+    /// Unix time in milliseconds.
     since: u64,
 }
 
-/// A stream, a socket, or a read that waits.
+/// A stream, a WebSocket or a waiting read.
 #[derive(ToSchema)]
 pub struct Connection {
-    /// The node, and a number.
+    /// The id of the node and a number.
     id: String,
     node: String,
     #[schema(example = "ws")]
     transport: String,
-    /// Who its credentials say it is.
+    /// The subject of its credentials.
     subject: String,
-    /// Where it comes from, if that is known: the last proxy, if there are any.
+    /// The peer address (of the last proxy, if there is one); null if unknown.
     #[schema(required)]
     remote: Option<String>,
-    /// Unix milliseconds.
+    /// Unix time in milliseconds.
     since: u64,
-    /// How many channels it reads.
+    /// The number of channels that it reads.
     channels: u64,
-    /// What it provides.
+    /// The services that it provides.
     #[schema(nullable = false)]
     services: Option<Vec<String>>,
 }
@@ -593,24 +593,24 @@ pub struct Connection {
 #[derive(ToSchema)]
 pub struct Connections {
     connections: Vec<Connection>,
-    /// There are more: give this as `page`.
+    /// Present if there are more entries: the value of the parameter `page` for the next request.
     #[schema(nullable = false)]
     page: Option<String>,
-    /// Nodes that did not answer within two seconds: theirs are missing.
+    /// Nodes that did not respond within two seconds. Their connections are missing.
     #[schema(nullable = false)]
     silent: Option<Vec<String>>,
 }
 
 #[derive(ToSchema)]
 pub struct Kicked {
-    /// Connections that were told to end.
+    /// The number of connections that are being closed.
     kicked: u64,
-    /// Nodes that did not answer within two seconds: they may have kicked, or not.
+    /// Nodes that did not respond within two seconds. They may or may not have closed their connections.
     #[schema(nullable = false)]
     silent: Option<Vec<String>>,
 }
 
-/// Params of a call; nothing will do as well.
+/// Params of a call. They are optional.
 #[derive(ToSchema)]
 #[serde(untagged)]
 pub enum Params {
@@ -623,14 +623,14 @@ pub struct Services {
     services: Vec<Service>,
 }
 
-/// What can be called.
+/// A service that has a provider.
 #[derive(ToSchema)]
 pub struct Service {
     service: String,
     providers: u64,
     in_flight: u64,
     exclusive: bool,
-    /// What the providers declared, if they did.
+    /// The methods that the providers declared. Absent if none did.
     #[schema(nullable = false)]
     methods: Option<Vec<String>>,
 }

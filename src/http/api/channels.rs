@@ -19,7 +19,7 @@ use crate::{
 
 /// `GET /v1/channels`: one if `channel` is given, else a list.
 #[utoipa::path(get, path = "/v1/channels", tag = "administration",
-    description = "One channel if `channel` is given, else those that have a log.",
+    description = "Returns one channel if `channel` is present, otherwise a list of the channels that have a log.",
     params(ChannelQuery, ListQuery),
     responses(
         (status = 200, body = ChannelOrChannels),

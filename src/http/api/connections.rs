@@ -19,7 +19,7 @@ use crate::{
 
 /// `GET /v1/connections`.
 #[utoipa::path(get, path = "/v1/connections", tag = "administration",
-    description = "Streams, sockets and reads that wait, on all nodes, by id.",
+    description = "Lists the streams, WebSockets and waiting reads of all nodes, sorted by id.",
     params(openapi::ConnectionQuery, openapi::PageQuery),
     responses(
         (status = 200, body = openapi::Connections),
@@ -42,7 +42,7 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
 
 /// `DELETE /v1/connections`.
 #[utoipa::path(delete, path = "/v1/connections", tag = "administration",
-    description = "Kicks: ends the connections of a subject, or one, on all nodes. Who may still connect can come back.",
+    description = "Closes the connections of a subject, or one connection, on all nodes. A client whose credentials are still valid can reconnect.",
     params(openapi::KickQuery),
     responses(
         (status = 200, body = openapi::Kicked),

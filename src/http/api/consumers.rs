@@ -73,7 +73,7 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: 
 
 /// `POST /v1/consumers/N/commit`.
 #[utoipa::path(post, path = "/v1/consumers/{name}/commit", tag = "consumers",
-    description = "Moves the cursors forward. Older than they are: nothing changes.",
+    description = "Commits: moves the cursors forward. A position older than the cursor has no effect.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     request_body = openapi::Commit,
     responses(
@@ -96,11 +96,11 @@ pub async fn commit(
 
 /// `POST /v1/consumers/N/seek`.
 #[utoipa::path(post, path = "/v1/consumers/{name}/seek", tag = "consumers",
-    description = "Moves one cursor anywhere: the only way back.",
+    description = "Moves one cursor to any position, also backward.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     request_body = openapi::Seek,
     responses(
-        (status = 204, description = "There."),
+        (status = 204, description = "The cursor is moved."),
         (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
@@ -134,7 +134,7 @@ pub async fn seek(
 #[utoipa::path(delete, path = "/v1/consumers/{name}", tag = "consumers",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses(
-        (status = 204, description = "Forgotten."),
+        (status = 204, description = "The consumer is deleted."),
         (status = "4XX", description = "`not_found`, `forbidden`", body = Problem, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
@@ -153,7 +153,7 @@ pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, hea
 #[serde(deny_unknown_fields)]
 struct Commit {
     after: String,
-    /// What the token is of, if not all channels of the consumer.
+    /// The channels of the token. Default: all channels of the consumer.
     channels: Option<Vec<String>>,
 }
 

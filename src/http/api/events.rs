@@ -49,16 +49,16 @@ enum Publish {
 
 /// `POST /v1/events`.
 #[utoipa::path(post, path = "/v1/events", tag = "events",
-    description = "Publishes. The body is an event, an array of events, or lines of them; with `channel` in the URL the body is \
-        the data itself (what is not JSON becomes a JSON string). It is read as JSON whatever its type, unless the request has \
+    description = "Publishes events. The body is an event, an array of events, or NDJSON. With the parameter `channel` the body is \
+        the data of one event (a body that is not JSON becomes a JSON string). The Content-Type is ignored unless the request has \
         an Origin or a Cookie.",
-    params(openapi::PublishQuery, ("Idempotency-Key" = Option<openapi::Label>, Header, description = "A repeat with the same key and body within 5 minutes is not placed again. About one event.")),
-    request_body(description = "What to publish.", content((openapi::Publish = "application/json"), (String = "application/x-ndjson"))),
+    params(openapi::PublishQuery, ("Idempotency-Key" = Option<openapi::Label>, Header, description = "The idempotency key of one event. An event with the same key and content within 5 minutes is not stored again.")),
+    request_body(description = "The events to publish.", content((openapi::Publish = "application/json"), (String = "application/x-ndjson"))),
     responses(
-        (status = 201, description = "Placed.", body = Published),
-        (status = 200, description = "A repeat: where it was placed the first time.", body = Published),
+        (status = 201, description = "The events are stored.", body = Published),
+        (status = 200, description = "The idempotency key was already used for this event; the position is that of the first one.", body = Published),
         (status = "4XX", description = "`parse_error`, `invalid_request`, `invalid_params`, `forbidden`, `key_reused`, `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`: surely not placed. `unconfirmed`: perhaps placed, repeat it with the same key. Of several events, `placed` has a position or null for each.", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`: the event was not stored. `unconfirmed`: the event may have been stored; retry with the same key. For several events, `placed` has a position or null for each.", body = Problem, content_type = "application/problem+json"),
     ),
 )]
 pub async fn publish_by_route(
@@ -276,10 +276,10 @@ impl<'de> Visitor<'de> for Events {
 
 /// `GET /v1/events`.
 #[utoipa::path(get, path = "/v1/events", tag = "events",
-    description = "Reads. With `wait` it waits until there is something (a long-poll); with `consumer` weir keeps the place.",
-    params(openapi::ReadQuery, ("Last-Event-ID" = Option<openapi::After>, Header, description = "Wins over `after`.")),
+    description = "Reads events. With `wait` the request waits until there are events (long-poll). With `consumer` weir stores the cursor.",
+    params(openapi::ReadQuery, ("Last-Event-ID" = Option<openapi::After>, Header, description = "Overrides `after`.")),
     responses(
-        (status = 200, description = "A page; empty if nothing came.", body = Page),
+        (status = 200, description = "A page of events. It is empty if there are none.", body = Page),
         (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`, `limit_reached`", body = Problem, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
@@ -332,7 +332,7 @@ async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &
     description = "Trims a channel, or deletes its log.",
     params(openapi::DeleteQuery),
     responses(
-        (status = 204, description = "Gone."),
+        (status = 204, description = "The events are deleted."),
         (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),

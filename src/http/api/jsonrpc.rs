@@ -40,13 +40,13 @@ pub async fn upgrade(State(gateway): State<Arc<Gateway>>, Admitted(admitted): Ad
 
 /// `POST /v1/rpc`: one message or batch. Always 200, or 204 if there is nothing to answer: failures are JSON-RPC's.
 #[utoipa::path(post, path = "/v1/rpc", tag = "services",
-    description = "JSON-RPC 2.0 as on the WebSocket, without weir.subscribe and weir.provide: a request, or an array of them. \
-        What fails is answered as JSON-RPC says it, with status 200. To hang up is to cancel.",
+    description = "JSON-RPC 2.0 over HTTP: one request or a batch, with the methods of the WebSocket except weir.subscribe and \
+        weir.provide. JSON-RPC errors have the status 200. Closing the connection cancels the calls.",
     request_body(description = "A request or a batch.", content((serde_json::Value = "application/json"))),
     responses(
-        (status = 200, description = "The answer, or the array of them.", body = serde_json::Value, content_type = "application/json"),
-        (status = 204, description = "Nothing in it asked for an answer."),
-        (status = "4XX", description = "`invalid_params` (of the URL), `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "One response, or an array of responses.", body = serde_json::Value, content_type = "application/json"),
+        (status = 204, description = "The body contains only notifications."),
+        (status = "4XX", description = "`invalid_params` (query parameters), `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
 pub async fn post(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {

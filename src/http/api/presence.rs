@@ -18,7 +18,7 @@ use crate::{
 
 /// `GET /v1/presence`.
 #[utoipa::path(get, path = "/v1/presence", tag = "events",
-    description = "Who is on a channel, as announced on `$presence/CHANNEL` up to `position`. Whoever may read a channel may ask.",
+    description = "Lists the presence members of a channel, as announced on `$presence/CHANNEL` up to `position`. It requires permission to read the channel.",
     params(PresenceQuery),
     responses(
         (status = 200, body = crate::http::openapi::Presence),

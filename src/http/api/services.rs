@@ -27,8 +27,8 @@ use crate::{
 
 /// `GET /v1/services`.
 #[utoipa::path(get, path = "/v1/services", tag = "services",
-    description = "Services that have a provider.",
-    params(("prefix" = Option<String>, Query, description = "Of the names.")),
+    description = "Lists the services that have a provider.",
+    params(("prefix" = Option<String>, Query, description = "Returns only names with this prefix.")),
     responses(
         (status = 200, body = crate::http::openapi::Services),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -46,21 +46,21 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
 
 /// `POST /v1/services/{service}/{method}`.
 #[utoipa::path(post, path = "/v1/services/{service}/{method}", tag = "services",
-    description = "Calls. The body is the params: an object, an array, or nothing. The answer is the bare result. The path is \
-        split at its last `/`, so the name of a service may hold some. To hang up is to cancel.",
+    description = "Calls a method. The body holds the params: an object, an array, or nothing. The response body is the result. The path is \
+        split at its last `/`, so a service name can contain `/`. Closing the connection cancels the call.",
     params(
         ("service" = String, Path, example = "weir", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
         ("method" = String, Path, example = "echo", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
-        ("timeout" = Option<String>, Query, description = "30s if not said, at most 10m.", pattern = "^([1-9][0-9]{0,3}ms|[1-9][0-9]?s|[1-9]m)$", example = "5s"),
+        ("timeout" = Option<String>, Query, description = "Default 30s, maximum 10m.", pattern = "^([1-9][0-9]{0,3}ms|[1-9][0-9]?s|[1-9]m)$", example = "5s"),
     ),
     request_body(description = "Params.", content = Option<crate::http::openapi::Params>, content_type = "application/json"),
     responses(
-        (status = 200, description = "The result, as the provider wrote it.", body = serde_json::Value, content_type = "application/json"),
+        (status = 200, description = "The result, byte for byte as sent by the provider.", body = serde_json::Value, content_type = "application/json"),
         (status = "4XX", description = "`parse_error`, `invalid_params`, `method_not_found`, `forbidden`, `too_large`, `unsupported_media_type`; \
-            `service_error` (422): the provider answered with the error in `error`, whose `data.status` may choose another status.",
+            `service_error` (422): the provider returned the error in `error`; its `data.status` overrides the status.",
             body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`no_provider`, `busy` (503): nobody has seen it. `timeout` (504), `provider_gone`, `bad_reply` (502): \
-            perhaps done. `internal`.", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "`no_provider`, `busy` (503): the call was not executed. `timeout` (504), `provider_gone`, `bad_reply` (502): \
+            the call may have been executed. `internal`.", body = Problem, content_type = "application/problem+json"),
     ),
 )]
 pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {

@@ -13,11 +13,11 @@ use crate::{
 
 /// `GET /v1/sse`.
 #[utoipa::path(get, path = "/v1/sse", tag = "events",
-    description = "Streams. The same as `GET /v1/events` with `Accept: text/event-stream`.",
-    params(openapi::StreamQuery, ("Last-Event-ID" = Option<String>, Header, description = "Where to go on: wins over `after`.")),
+    description = "Streams events. Equivalent to `GET /v1/events` with `Accept: text/event-stream`.",
+    params(openapi::StreamQuery, ("Last-Event-ID" = Option<String>, Header, description = "The position after which to resume. Overrides `after`.")),
     responses(
-        (status = 200, description = "Server-sent events, until somebody ends them.", body = String, content_type = "text/event-stream"),
-        (status = "4XX", description = "`invalid_params`, `forbidden`, `not_acceptable`: what will not pass by itself.", body = openapi::Problem, content_type = "application/problem+json"),
+        (status = 200, description = "Server-sent events, until the client or the node closes the stream.", body = String, content_type = "text/event-stream"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`, `not_acceptable`. Temporary errors are reported in the stream instead.", body = openapi::Problem, content_type = "application/problem+json"),
     ),
 )]
 pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
