@@ -17,7 +17,7 @@ use weir::{
     bus::{Bus, Clock, Config, Item, Keep, KeyLimits, Subscriptions, Topics},
     event::{Channel, Data, Draft, Event, Parts},
     position::{After, Epoch, Position, Start, Token},
-    rpc::{Answer, Call, CallId, Connection, Forward, Hub, Peer, Provide, Tag, Written},
+    rpc::{Call, CallAnswer, CallId, CallerId, ForwardedCall, Hub, HubConnection, Peer, ProvideRequest, WriteOutcome},
     transport::sse::frame,
 };
 
@@ -141,18 +141,18 @@ fn subscription_step(bencher: Bencher, readers: usize) {
 struct Quiet(Mutex<Option<CallId>>);
 
 impl Peer for Quiet {
-    fn call(&self, call: &Forward<'_>) -> Written {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         *self.0.lock().unwrap() = call.id;
-        Written::Yes
+        WriteOutcome::Written
     }
 
     fn cancel(&self, _: CallId) {}
 
-    fn answer(&self, _: &Tag, answer: Answer<'_>) {
-        assert!(matches!(answer, Answer::Result(_)));
+    fn answer(&self, _: &CallerId, answer: CallAnswer<'_>) {
+        assert!(matches!(answer, CallAnswer::Result(_)));
     }
 
-    fn late(&self, _: &Tag, _: Answer<'_>) {}
+    fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
 
     fn withdrawn(&self, _: &str, _: &str) {}
 }
@@ -160,22 +160,26 @@ impl Peer for Quiet {
 /// A call routed to its provider, and its reply to the caller; among so many providers.
 #[divan::bench(args = [1, 8])]
 fn call_routing(bencher: Bencher, providers: usize) {
-    let hub =
-        Hub::new(weir::rpc::Config::default(), weir::rpc::Clock::real(), weir::cluster::local::alone(), Arc::default());
-    let peers: Vec<(Arc<Quiet>, Connection)> = (0..providers)
+    let hub = Hub::new(
+        weir::rpc::Config::default(),
+        weir::rpc::MonotonicClock::real(),
+        weir::cluster::local::alone(),
+        Arc::default(),
+    );
+    let peers: Vec<(Arc<Quiet>, HubConnection)> = (0..providers)
         .map(|_| {
             let peer = Arc::new(Quiet::default());
             let connection = hub.connect(peer.clone());
-            drop(connection.provide(&Provide::new("jwt-service")).now().ok().unwrap().unwrap());
+            drop(connection.provide(&ProvideRequest::new("jwt-service")).try_finish().ok().unwrap().unwrap());
             (peer, connection)
         })
         .collect();
     let caller = hub.connect(Arc::new(Quiet::default()));
     let params = data();
     bencher.bench_local(|| {
-        caller.call(Tag::new(b"17"), &Call::new("jwt-service", "generate", Some(&params)));
+        caller.call(CallerId::new(b"17"), &Call::new("jwt-service", "generate", Some(&params)));
         let written = peers.iter().find_map(|(peer, connection)| Some((peer.0.lock().unwrap().take()?, connection)));
         let (id, connection) = written.unwrap();
-        connection.reply(id, Answer::Result(&params))
+        connection.reply(id, CallAnswer::Result(&params))
     });
 }

@@ -97,7 +97,7 @@ impl App {
         let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
         let sse = Sse::new(bus.clone(), presence.clone(), sessions.clone(), wheel.clone(), metrics.clone(), sse);
         let sse = Arc::new(sse);
-        let hub = Hub::new(hub_config(&config), rpc::Clock::real(), cluster.clone(), metrics.clone());
+        let hub = Hub::new(hub_config(&config), rpc::MonotonicClock::real(), cluster.clone(), metrics.clone());
         let config = Arc::new(config);
         let draining = CancellationToken::new();
         let ws = Arc::new(Ws {
@@ -222,7 +222,7 @@ impl App {
             }),
             tokio::spawn({
                 let hub = gateway.hub.clone();
-                async move { hub.attend().await }
+                async move { hub.run_links().await }
             }),
             tokio::spawn(announce_services(gateway.clone())),
         ]);
@@ -312,7 +312,7 @@ async fn announce_services(gateway: Arc<Gateway>) {
     let Ok(channel) = Channel::parse("$services") else { return };
     let mut pause = TELL_AGAIN;
     loop {
-        let mut changes = gateway.hub.changes().await.into_iter();
+        let mut changes = gateway.hub.next_changes().await.into_iter();
         while let Some(telling) = changes.next() {
             let change = &telling.change;
             let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
@@ -328,7 +328,7 @@ async fn announce_services(gateway: Arc<Gateway>) {
             };
             if let Err(error) = gateway.bus.publish_one("", &channel, draft).await {
                 tracing::debug!(service = change.service, %error, "could not announce a change of its providers yet");
-                gateway.hub.untold(iter::once(telling).chain(changes));
+                gateway.hub.requeue_changes(iter::once(telling).chain(changes));
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(TELL_SELDOM);
                 break;

@@ -131,7 +131,7 @@ pub enum Sent {
 
 /// Where the time of leases and calls comes from. It only runs on; it is no time of day.
 #[derive(Clone, Debug)]
-pub enum Clock {
+pub enum MonotonicClock {
     Real(Instant),
     /// Milliseconds, moved by a test.
     Manual(Arc<AtomicU64>),
@@ -172,9 +172,9 @@ impl fmt::Debug for NodeId {
     }
 }
 
-impl Clock {
+impl MonotonicClock {
     pub fn real() -> Self {
-        Clock::Real(Instant::now())
+        MonotonicClock::Real(Instant::now())
     }
 
     /// Milliseconds.
@@ -184,8 +184,8 @@ impl Clock {
 
     pub fn micros(&self) -> u64 {
         match self {
-            Clock::Real(start) => start.elapsed().as_micros() as u64,
-            Clock::Manual(now) => now.load(Relaxed) * 1_000,
+            MonotonicClock::Real(start) => start.elapsed().as_micros() as u64,
+            MonotonicClock::Manual(now) => now.load(Relaxed) * 1_000,
         }
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! * No lock is held while a [`Peer`] is called. Locks are taken in the order *connection, service, the hub's lists*.
 //! * weir writes a call to at most one provider. Once it may have been written it is never placed again.
-//! * Time is read from one [`Clock`]; deadlines are found by [`Hub::sweep`], so they are kept to about its interval.
+//! * Time is read from one [`MonotonicClock`]; deadlines are found by [`Hub::sweep`], so they are kept to about its interval.
 
 mod ask;
 mod changes;
@@ -43,13 +43,15 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::sync::{oneshot, watch};
 
-pub use crate::cluster::Clock;
-pub use ask::{Asked, Refusal};
-pub use changes::{Change, ChangeKind, Telling};
-pub use connection::{Connection, Provides, Replied};
-pub use peer::{Answer, Forward, Meta, Names, Peer, Probed, ProviderError, Relay, Written};
-pub use pending::{CallId, CallIdText, Tag};
-pub use provide::{Provided, Providing};
+pub use crate::cluster::MonotonicClock;
+pub use ask::{CallError, CallFuture};
+pub use changes::{ServiceChange, ServiceChangeKind, UnpublishedChange};
+pub use connection::{HubConnection, ProvidedServices, ReplyOutcome};
+pub use peer::{
+    CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, ProbeCallback, ProviderError, RelayInfo, WriteOutcome,
+};
+pub use pending::{CallId, CallIdText, CallerId};
+pub use provide::{AcceptedProvider, ProvideFuture};
 
 use crate::{
     cluster::{Cluster, NodeId, Topic},
@@ -114,7 +116,7 @@ pub struct Call<'a> {
 
 /// What a connection asks to provide.
 #[derive(Clone, Copy, Debug)]
-pub struct Provide<'a> {
+pub struct ProvideRequest<'a> {
     pub service: &'a str,
     /// Subject of who provides, from its permit.
     pub subject: &'a str,
@@ -126,8 +128,8 @@ pub struct Provide<'a> {
     pub probe: bool,
     /// Calls in flight that it takes, at least 1.
     pub concurrency: u32,
-    pub names: Names,
-    /// Whether calls carry [`Meta`], and cancelled ones are told.
+    pub names: MethodNames,
+    /// Whether calls carry [`CallMeta`], and cancelled ones are told.
     pub meta: bool,
     /// For [`Hub::services`]; the hub refuses no method.
     pub methods: &'a [&'a str],
@@ -147,7 +149,7 @@ pub struct ServiceInfo {
 
 /// What the hub holds at this moment, for tests and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct HubCounts {
     pub connections: usize,
     /// Services that have a provider.
     pub services: usize,
@@ -167,7 +169,7 @@ type Shard = Mutex<HashMap<Arc<str>, Arc<Service>, RandomState>>;
 /// See the [module](self). Shared as an `Arc`.
 pub struct Hub {
     config: Config,
-    clock: Clock,
+    clock: MonotonicClock,
     names: [Shard; Self::SHARDS],
     /// Identifies calls; starts anywhere, so that a reply to a former process matches nothing.
     seq: AtomicU64,
@@ -234,17 +236,17 @@ impl<'a> Call<'a> {
     }
 }
 
-impl<'a> Provide<'a> {
+impl<'a> ProvideRequest<'a> {
     /// A shared registration with the documented defaults.
     pub fn new(service: &'a str) -> Self {
-        Provide {
+        ProvideRequest {
             service,
             subject: "",
             exclusive: false,
             takeover: false,
             probe: false,
             concurrency: 1_000,
-            names: Names::Bare,
+            names: MethodNames::Short,
             meta: false,
             methods: &[],
         }
@@ -260,7 +262,7 @@ impl Hub {
     /// The service that is always there.
     const BUILT_IN: &'static str = "weir";
 
-    pub fn new(config: Config, clock: Clock, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(config: Config, clock: MonotonicClock, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Hub {
             nodes: Nodes::new(cluster.members(), cluster.roster(Self::PREFIX), cluster.mailbox(Topic::Calls)),
             cluster,
@@ -290,15 +292,15 @@ impl Hub {
 
     /// A connection that calls or provides. Dropping it takes everything back that it did.
     ///
-    /// `peer` must not own the [`Connection`], or neither is ever dropped.
-    pub fn connect(self: &Arc<Self>, peer: Arc<dyn Peer>) -> Connection {
+    /// `peer` must not own the [`HubConnection`], or neither is ever dropped.
+    pub fn connect(self: &Arc<Self>, peer: Arc<dyn Peer>) -> HubConnection {
         self.connect_with(peer, self.config.calls)
     }
 
     /// As [`connect`](Self::connect), with a limit of its own on the calls that it has in flight.
-    pub fn connect_with(self: &Arc<Self>, peer: Arc<dyn Peer>, calls: usize) -> Connection {
+    pub fn connect_with(self: &Arc<Self>, peer: Arc<dyn Peer>, calls: usize) -> HubConnection {
         self.connections.fetch_add(1, Relaxed);
-        Connection::new(self.clone(), Arc::new(Conn::new(peer, calls, None)))
+        HubConnection::new(self.clone(), Arc::new(Conn::new(peer, calls, None)))
     }
 
     /// Finds what is due. To be called every 20 ms or so, by one task.
@@ -359,7 +361,7 @@ impl Hub {
     /// Waits until providers came or went, and says where they stand now: one entry per service however often it changed.
     /// Of several nodes, one does. For one task, which may take its time; while nobody asks at most one entry per service
     /// is kept.
-    pub async fn changes(&self) -> Vec<Telling> {
+    pub async fn next_changes(&self) -> Vec<UnpublishedChange> {
         loop {
             let changes = self.take_changes();
             if !changes.is_empty() {
@@ -370,20 +372,20 @@ impl Hub {
     }
 
     /// Takes back what could not be told. It comes again soon, as it stands then.
-    pub fn untold(&self, changes: impl Iterator<Item = Telling>) {
+    pub fn requeue_changes(&self, changes: impl Iterator<Item = UnpublishedChange>) {
         self.changes.give_back(changes, self.clock.now());
     }
 
-    fn take_changes(&self) -> Vec<Telling> {
+    fn take_changes(&self) -> Vec<UnpublishedChange> {
         self.changes.take(self.cluster.leads(), self.clock.now())
     }
 
-    pub fn counts(&self) -> Counts {
-        let mut counts = Counts {
+    pub fn counts(&self) -> HubCounts {
+        let mut counts = HubCounts {
             connections: self.connections.load(Relaxed),
             services: self.provided.load(Relaxed),
             late: self.late.len(),
-            ..Counts::default()
+            ..HubCounts::default()
         };
         for shard in &self.names {
             let shard = shard.lock();
@@ -399,8 +401,8 @@ impl Hub {
     }
 
     /// Brings the gauges up to date, for whoever shows them.
-    pub fn measure(&self) {
-        let Counts { services, providers, pending, waiting, .. } = self.counts();
+    pub fn update_gauges(&self) {
+        let HubCounts { services, providers, pending, waiting, .. } = self.counts();
         self.metrics.links.set(self.nodes.links() as i64);
         self.metrics.services.set(services as i64);
         self.metrics.providers.set(providers as i64);

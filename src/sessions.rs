@@ -23,7 +23,7 @@ use crate::{
     auth::Identity,
     event::Channel,
     metrics::{Label as _, Transport},
-    rpc::Provides,
+    rpc::ProvidedServices,
     transport::wheel::{Due, Timer, Wheel},
 };
 
@@ -68,7 +68,7 @@ struct ConnectionEntry {
     transport: Transport,
     identity: Identity,
     channels: ChannelSet,
-    services: Option<Provides>,
+    services: Option<ProvidedServices>,
 }
 
 /// The channels that a connection reads.
@@ -266,7 +266,7 @@ impl ConnectionEntry {
             remote: (self.port != 0).then(|| SocketAddr::new(self.address.to_canonical(), self.port)),
             since: self.since,
             channels: self.channels.len(),
-            services: self.services.as_ref().map(Provides::names).unwrap_or_default(),
+            services: self.services.as_ref().map(ProvidedServices::names).unwrap_or_default(),
         }
     }
 }
@@ -340,7 +340,7 @@ impl ConnectionRegistration {
     }
 
     /// Sets the services that the connection provides.
-    pub fn set_services(&self, services: Provides) {
+    pub fn set_services(&self, services: ProvidedServices) {
         self.change(|entry| entry.services = Some(services));
     }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::{Claim, Clock};
+use super::{Claim, MonotonicClock};
 
 /// A name that this node holds until this is dropped.
 #[must_use = "dropped, the name is given back"]
@@ -24,7 +24,7 @@ pub struct Tenure {
     pub claim: Claim,
     /// Of exclusive names; 0 of shared ones.
     pub fence: u64,
-    clock: Clock,
+    clock: MonotonicClock,
     /// By the clock's milliseconds, with a margin; moved on by each renewal.
     until: AtomicU64,
     lost: AtomicBool,
@@ -105,7 +105,7 @@ impl Drop for Lease {
 
 impl Tenure {
     /// `until`: milliseconds of `clock`.
-    pub fn new(name: Arc<str>, claim: Claim, fence: u64, clock: Clock, until: u64) -> Arc<Self> {
+    pub fn new(name: Arc<str>, claim: Claim, fence: u64, clock: MonotonicClock, until: u64) -> Arc<Self> {
         Arc::new(Tenure {
             name,
             claim,

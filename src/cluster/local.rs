@@ -14,8 +14,8 @@ use futures_util::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 
 use super::{
-    Claim, Clock, Cluster, Feed, Holding, Keeper, Lease, Mailbox, Members, NodeId, Readers, Roster, Sent, Tenure,
-    Topic, Unclaimed, Weight,
+    Claim, Cluster, Feed, Holding, Keeper, Lease, Mailbox, Members, MonotonicClock, NodeId, Readers, Roster, Sent,
+    Tenure, Topic, Unclaimed, Weight,
     post::{Batch, Landed, Post, Received},
 };
 
@@ -24,13 +24,13 @@ use super::{
 /// The cluster of a weir that is alone: every claim succeeds, and fences grow also across restarts.
 pub fn alone() -> Arc<dyn Cluster> {
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
-    Arc::new(Alone { fence: AtomicU64::new(micros), post: Post::new(NodeId::random()), clock: Clock::real() })
+    Arc::new(Alone { fence: AtomicU64::new(micros), post: Post::new(NodeId::random()), clock: MonotonicClock::real() })
 }
 
 struct Alone {
     fence: AtomicU64,
     post: Post,
-    clock: Clock,
+    clock: MonotonicClock,
 }
 
 struct Nobody;
@@ -93,7 +93,7 @@ pub const MARGIN: u64 = 2_000;
 
 /// What the nodes share.
 pub struct Net {
-    clock: Clock,
+    clock: MonotonicClock,
     state: Mutex<State>,
 }
 
@@ -151,7 +151,7 @@ struct Own {
 }
 
 impl Net {
-    pub fn new(clock: Clock) -> Arc<Self> {
+    pub fn new(clock: MonotonicClock) -> Arc<Self> {
         Arc::new(Net { clock, state: Mutex::default() })
     }
 

@@ -291,7 +291,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let now = Arc::new(AtomicU64::new(1_000));
-        World { net: Net::new(Clock::Manual(now.clone())), now }
+        World { net: Net::new(MonotonicClock::Manual(now.clone())), now }
     }
 
     fn pass(&self, ms: u64) {

@@ -53,7 +53,7 @@ fn observe(gateway: &Gateway) {
     gateway.metrics.channels.set(topics.count() as i64);
     gateway.metrics.bus_memory_bytes.set(topics.used() as i64);
     gateway.metrics.presence_members.set(gateway.presence.members() as i64);
-    gateway.hub.measure();
+    gateway.hub.update_gauges();
 }
 
 /// A node that is well.

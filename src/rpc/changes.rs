@@ -16,23 +16,23 @@ use super::services::{Service, State};
 
 /// Where a service stands after its providers changed: the data of an event on `$services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Change {
+pub struct ServiceChange {
     pub service: String,
     pub providers: usize,
     pub exclusive: bool,
     #[serde(skip)]
-    pub kind: ChangeKind,
+    pub kind: ServiceChangeKind,
 }
 
 /// A change that somebody is about to tell.
 #[must_use = "what was not told has to be given back"]
-pub struct Telling {
-    pub change: Change,
+pub struct UnpublishedChange {
+    pub change: ServiceChange,
     service: Arc<Service>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChangeKind {
+pub enum ServiceChangeKind {
     /// More providers than last told, or an exclusive one replaced.
     Provided,
     Withdrawn,
@@ -56,12 +56,12 @@ pub(super) struct Changes {
 /// By name; since when.
 type Untold = BTreeMap<Arc<str>, (u64, Arc<Service>)>;
 
-impl ChangeKind {
+impl ServiceChangeKind {
     /// The event's type.
     pub const fn as_str(self) -> &'static str {
         match self {
-            ChangeKind::Provided => "provided",
-            ChangeKind::Withdrawn => "withdrawn",
+            ServiceChangeKind::Provided => "provided",
+            ServiceChangeKind::Withdrawn => "withdrawn",
         }
     }
 }
@@ -91,7 +91,7 @@ impl Changes {
     }
 
     /// What is to be told now, at `now`, by this node if it `leads`.
-    pub fn take(&self, leads: bool, now: u64) -> Vec<Telling> {
+    pub fn take(&self, leads: bool, now: u64) -> Vec<UnpublishedChange> {
         let changed = std::mem::take(&mut *self.queue.lock());
         let mut untold = self.untold.lock();
         let mut told = Vec::new();
@@ -104,20 +104,20 @@ impl Changes {
             let Some(change) = Self::settle(&service) else { continue };
             if leads {
                 untold.remove(&service.name);
-                told.push(Telling { change, service });
+                told.push(UnpublishedChange { change, service });
             } else {
                 Self::keep(&mut untold, now, service);
             }
         }
         if leads {
             let late = std::mem::take(&mut *untold).into_values();
-            told.extend(late.map(|(_, service)| Telling { change: Self::stands(&service), service }));
+            told.extend(late.map(|(_, service)| UnpublishedChange { change: Self::stands(&service), service }));
         }
         told
     }
 
     /// Could not be told: it comes again, unless something newer is to be told of the same service.
-    pub fn give_back(&self, tellings: impl Iterator<Item = Telling>, now: u64) {
+    pub fn give_back(&self, tellings: impl Iterator<Item = UnpublishedChange>, now: u64) {
         let mut untold = self.untold.lock();
         for telling in tellings {
             if !untold.contains_key(&telling.service.name) {
@@ -142,25 +142,25 @@ impl Changes {
         }
     }
 
-    fn stands(service: &Service) -> Change {
+    fn stands(service: &Service) -> ServiceChange {
         let state = service.state.lock();
         let providers = state.providers();
-        let kind = if providers > 0 { ChangeKind::Provided } else { ChangeKind::Withdrawn };
-        Change { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind }
+        let kind = if providers > 0 { ServiceChangeKind::Provided } else { ServiceChangeKind::Withdrawn };
+        ServiceChange { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind }
     }
 
-    fn settle(service: &Service) -> Option<Change> {
+    fn settle(service: &Service) -> Option<ServiceChange> {
         let mut state = service.state.lock();
         state.dirty = false;
         let providers = state.providers();
         let replaced = std::mem::take(&mut state.replaced);
         let before = std::mem::replace(&mut state.announced, providers);
         let kind = match () {
-            () if providers > before || replaced && providers > 0 => ChangeKind::Provided,
-            () if providers < before => ChangeKind::Withdrawn,
+            () if providers > before || replaced && providers > 0 => ServiceChangeKind::Provided,
+            () if providers < before => ServiceChangeKind::Withdrawn,
             // Came and went between two questions.
             () => return None,
         };
-        Some(Change { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind })
+        Some(ServiceChange { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind })
     }
 }

@@ -11,8 +11,8 @@ use std::{
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
-    Answer, Call, Hub, Provide, Providing,
-    pending::{CallId, Conn, Live, Registration, Tag},
+    Call, CallAnswer, Hub, ProvideFuture, ProvideRequest,
+    pending::{CallId, CallerId, Conn, Live, Registration},
     route::{Failed, Tried, busy, no_provider},
     services::{After, Done, New, Request, Service},
 };
@@ -27,18 +27,18 @@ use crate::{
 /// cancels the calls that it made.
 ///
 /// One task uses it: calls are written to a provider in the order in which they are made here.
-pub struct Connection {
+pub struct HubConnection {
     pub(super) hub: Arc<Hub>,
     pub(super) conn: Arc<Conn>,
 }
 
 /// What a connection provides, as long as there is one.
 #[derive(Clone, Debug)]
-pub struct Provides(Weak<Conn>);
+pub struct ProvidedServices(Weak<Conn>);
 
 /// What became of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replied {
+pub enum ReplyOutcome {
     Answered,
     /// After the deadline; delivered if the caller asked for that.
     Late,
@@ -46,7 +46,7 @@ pub enum Replied {
     Unmatched,
 }
 
-impl Provides {
+impl ProvidedServices {
     /// The services, by name.
     pub fn names(&self) -> Vec<String> {
         let Some(conn) = self.0.upgrade() else { return Vec::new() };
@@ -56,19 +56,19 @@ impl Provides {
     }
 }
 
-impl Connection {
+impl HubConnection {
     pub(super) fn new(hub: Arc<Hub>, conn: Arc<Conn>) -> Self {
-        Connection { hub, conn }
+        HubConnection { hub, conn }
     }
 
     /// Makes a call. [`Peer::answer`](super::Peer::answer) is called once, perhaps before this returns.
     ///
     /// Two calls in flight may have the same id: both are made and both answered, since what their caller makes of that
     /// is its own affair, and an error under that id would be taken for the answer of the first.
-    pub fn call(&self, to: Tag, call: &Call<'_>) {
+    pub fn call(&self, to: CallerId, call: &Call<'_>) {
         if let Err((to, error)) = self.enter(to, call) {
             self.hub.metrics.call_ended(error.code().into(), None);
-            self.conn.peer.answer(&to, Answer::Failed(error));
+            self.conn.peer.answer(&to, CallAnswer::Failed(error));
         }
     }
 
@@ -83,7 +83,7 @@ impl Connection {
     }
 
     /// Ends all calls in flight, which are answered as `draining`: the node goes before their answers have come.
-    pub fn cut_off(&self) -> usize {
+    pub fn fail_in_flight(&self) -> usize {
         self.give_up(|_| true, &Error::new(Code::Draining, "this node left before the answer came"))
     }
 
@@ -97,13 +97,13 @@ impl Connection {
         for call in given_up {
             let executed = self.hub.abandon(&call);
             self.hub.ended(&self.conn, &call, why.code().into());
-            self.conn.peer.answer(&call.tag, Answer::Failed(why.clone().executed(executed)));
+            self.conn.peer.answer(&call.tag, CallAnswer::Failed(why.clone().executed(executed)));
         }
         count
     }
 
-    /// A provider's reply. [`Answer::bad_reply`] for one that cannot be passed on.
-    pub fn reply(&self, id: CallId, answer: Answer<'_>) -> Replied {
+    /// A provider's reply. [`CallAnswer::bad_reply`] for one that cannot be passed on.
+    pub fn reply(&self, id: CallId, answer: CallAnswer<'_>) -> ReplyOutcome {
         let provides = self.conn.provides.lock();
         if let Some(registration) = provides.get(id.slot()) {
             let finished = registration.service.state.lock().finish(id, &self.conn);
@@ -118,7 +118,13 @@ impl Connection {
     }
 
     /// The reply of another node, which says of which service it is: it has more of them than an id has slots.
-    pub(super) fn reply_of(&self, service: &Arc<Service>, id: CallId, load: u64, answer: Answer<'_>) -> Replied {
+    pub(super) fn reply_of(
+        &self,
+        service: &Arc<Service>,
+        id: CallId,
+        load: u64,
+        answer: CallAnswer<'_>,
+    ) -> ReplyOutcome {
         let mut state = service.state.lock();
         let finished = state.finish(id, &self.conn);
         state.heard_load(&self.conn, u32::try_from(load).unwrap_or(u32::MAX), self.hub.clock.now());
@@ -133,16 +139,16 @@ impl Connection {
     }
 
     #[inline]
-    fn finished(&self, done: &Done, answer: Answer<'_>, then: Option<(Arc<Service>, After)>) -> Replied {
+    fn finished(&self, done: &Done, answer: CallAnswer<'_>, then: Option<(Arc<Service>, After)>) -> ReplyOutcome {
         let answered = self.hub.settle(done, answer);
         if let Some((service, after)) = then {
             self.hub.after(&service, after);
         }
-        if answered { Replied::Answered } else { Replied::Unmatched }
+        if answered { ReplyOutcome::Answered } else { ReplyOutcome::Unmatched }
     }
 
-    fn reply_late(&self, id: CallId, answer: Answer<'_>) -> Replied {
-        let Some(call) = self.hub.late.take(id, &self.conn) else { return Replied::Unmatched };
+    fn reply_late(&self, id: CallId, answer: CallAnswer<'_>) -> ReplyOutcome {
+        let Some(call) = self.hub.late.take(id, &self.conn) else { return ReplyOutcome::Unmatched };
         if !self.conn.is_link() {
             // On the node where the provider is, be it for a caller of another.
             self.hub.metrics.calls_late.add(1);
@@ -150,7 +156,7 @@ impl Connection {
         if let Some(tag) = &call.tag {
             call.caller.peer.late(tag, answer);
         }
-        Replied::Late
+        ReplyOutcome::Late
     }
 
     /// Registers this connection as a provider, or changes how it is registered. Where other nodes have to be asked it
@@ -159,8 +165,8 @@ impl Connection {
     /// # Errors
     /// `service_taken`; `limit_reached`; `invalid_params` for names and numbers that are none; `bus_unavailable` while the
     /// other nodes cannot be asked.
-    pub fn provide(&self, ask: &Provide<'_>) -> Providing {
-        Providing::begin(self.hub.clone(), self.conn.clone(), ask)
+    pub fn provide(&self, ask: &ProvideRequest<'_>) -> ProvideFuture {
+        ProvideFuture::begin(self.hub.clone(), self.conn.clone(), ask)
     }
 
     /// Ends a registration: no new calls; those in flight may still be answered. Returns how many that are.
@@ -181,8 +187,8 @@ impl Connection {
     }
 
     /// What it provides, from now on, for whoever lists connections.
-    pub fn provides(&self) -> Provides {
-        Provides(Arc::downgrade(&self.conn))
+    pub fn provided_services(&self) -> ProvidedServices {
+        ProvidedServices(Arc::downgrade(&self.conn))
     }
 
     /// Calls made and not answered.
@@ -200,7 +206,7 @@ impl Connection {
         self.conn.provides.lock().iter().any(|(_, mine)| *mine.service.name != *service)
     }
 
-    fn enter(&self, mut tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
+    fn enter(&self, mut tag: CallerId, call: &Call<'_>) -> Result<(), (CallerId, Error)> {
         let hub = &*self.hub;
         let timeout = match hub.check(call) {
             Ok(timeout) => timeout,
@@ -218,7 +224,7 @@ impl Connection {
             match self.enter_at(&service, tag, timeout, &request) {
                 Ok(None) => return Ok(()),
                 Ok(Some((done, error))) => {
-                    hub.settle(&done, Answer::Failed(error));
+                    hub.settle(&done, CallAnswer::Failed(error));
                     return Ok(());
                 }
                 Err((tag, Some(error))) => {
@@ -235,10 +241,10 @@ impl Connection {
     pub(super) fn enter_at(
         &self,
         service: &Arc<Service>,
-        tag: Tag,
+        tag: CallerId,
         timeout: u32,
         request: &Request<'_>,
-    ) -> Result<Option<Failed>, (Tag, Option<Error>)> {
+    ) -> Result<Option<Failed>, (CallerId, Option<Error>)> {
         let hub = &*self.hub;
         let started = hub.clock.micros();
         let mut live = self.conn.live.lock();
@@ -289,7 +295,7 @@ impl Connection {
         Ok(hub.try_deliver(service, target, request, Some((index, seq)), &mut Tried::default()))
     }
 
-    fn built_in(&self, tag: Tag, call: &Call<'_>) -> Result<(), (Tag, Error)> {
+    fn built_in(&self, tag: CallerId, call: &Call<'_>) -> Result<(), (CallerId, Error)> {
         let time;
         let result = match call.method {
             "echo" => call.params.unwrap_or(RawValue::NULL),
@@ -303,7 +309,7 @@ impl Connection {
             }
         };
         self.hub.metrics.call_ended(Outcome::Ok, None);
-        self.conn.peer.answer(&tag, Answer::Result(result));
+        self.conn.peer.answer(&tag, CallAnswer::Result(result));
         Ok(())
     }
 
@@ -323,9 +329,9 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for HubConnection {
     fn drop(&mut self) {
-        let Connection { hub, conn } = self;
+        let HubConnection { hub, conn } = self;
         conn.closed.store(true, SeqCst);
         // Its own calls first, or those that it made to itself would be answered.
         let live = std::mem::take(&mut *conn.live.lock());
@@ -349,7 +355,7 @@ impl Drop for Connection {
 }
 
 impl Hub {
-    /// Sends a notification; see [`Connection::notify`].
+    /// Sends a notification; see [`HubConnection::notify`].
     pub fn notify(&self, call: &Call<'_>) {
         if self.check(call).is_err() || call.service == Hub::BUILT_IN {
             return;

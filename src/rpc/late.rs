@@ -14,7 +14,7 @@ use std::{
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
-use super::pending::{CallId, Conn, Tag};
+use super::pending::{CallId, CallerId, Conn};
 
 /// Bounded in number (the oldest goes first) and time. One lock: it is only met by calls that were too slow.
 pub(super) struct Late {
@@ -34,7 +34,7 @@ struct Table {
 pub(super) struct LateCall {
     pub caller: Arc<Conn>,
     /// None: only counted.
-    pub tag: Option<Tag>,
+    pub tag: Option<CallerId>,
     provider: Arc<Conn>,
     until: u64,
 }
@@ -49,7 +49,7 @@ impl Late {
     }
 
     /// Remembers until `until`, unless either side is gone already.
-    pub fn put(&self, id: CallId, until: u64, caller: Arc<Conn>, tag: Option<Tag>, provider: Arc<Conn>) {
+    pub fn put(&self, id: CallId, until: u64, caller: Arc<Conn>, tag: Option<CallerId>, provider: Arc<Conn>) {
         let mut table = self.table.lock();
         // Counted before looking: a connection that closes from here on sees the count, comes by and forgets.
         caller.late.fetch_add(1, SeqCst);

@@ -17,7 +17,7 @@ use std::sync::{
 };
 
 use super::{
-    Answer, CallId, Forward, Hub, Peer, Tag, Written,
+    CallAnswer, CallId, CallerId, ForwardedCall, Hub, Peer, WriteOutcome,
     mail::{self, Called},
     services::Request,
 };
@@ -60,7 +60,7 @@ impl Link {
         sent
     }
 
-    fn reply(&self, to: &Tag, answer: &Answer<'_>) {
+    fn reply(&self, to: &CallerId, answer: &CallAnswer<'_>) {
         let service = mail::read_tag(to.id()).map(|(_, service)| service);
         let service = self.hub.upgrade().zip(service).and_then(|(hub, service)| hub.find(service));
         let load = service.map_or(0, |service| service.state.lock().load_here());
@@ -70,7 +70,7 @@ impl Link {
 }
 
 impl Peer for Link {
-    fn call(&self, call: &Forward<'_>) -> Written {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         let meta = call.meta.unwrap_or_default();
         let request = Request {
             method: call.method,
@@ -91,9 +91,9 @@ impl Peer for Link {
         };
         self.open.store(true, SeqCst);
         match self.send(Weight::May, &called.write()) {
-            Sent::Taken => Written::Yes,
-            Sent::Full => Written::Full,
-            Sent::NoSuchNode => Written::Gone,
+            Sent::Taken => WriteOutcome::Written,
+            Sent::Full => WriteOutcome::Full,
+            Sent::NoSuchNode => WriteOutcome::Gone,
         }
     }
 
@@ -101,14 +101,14 @@ impl Peer for Link {
         self.send(Weight::Must, &mail::cancel(id.number()));
     }
 
-    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
         // The caller's own node has the same deadline, and says it.
-        if !matches!(&answer, Answer::Failed(error) if error.code() == Code::Timeout) {
+        if !matches!(&answer, CallAnswer::Failed(error) if error.code() == Code::Timeout) {
             self.reply(to, &answer);
         }
     }
 
-    fn late(&self, to: &Tag, answer: Answer<'_>) {
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
         self.reply(to, &answer);
     }
 

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use serde_json::value::RawValue;
 
-use super::{Answer, CallId, ProviderError, Tag, services::Request};
+use super::{CallAnswer, CallId, CallerId, ProviderError, services::Request};
 use crate::{
     cluster::NodeId,
     error::{Code, Error, Executed},
@@ -18,7 +18,7 @@ pub(super) enum Mail<'a> {
     /// For one provider of the receiver.
     Call(Called<'a>),
     /// The answer, in time or not; the load of the service where it was made.
-    Reply { tag: &'a [u8], load: u64, answer: Answer<'a> },
+    Reply { tag: &'a [u8], load: u64, answer: CallAnswer<'a> },
     /// Nobody has got this call, nor will: the mail in which it came, and why.
     Return { why: Why, mail: &'a [u8] },
     /// The caller gave up.
@@ -125,16 +125,16 @@ impl Called<'_> {
     }
 }
 
-pub(super) fn reply(tag: &[u8], load: u64, answer: &Answer<'_>) -> Vec<u8> {
+pub(super) fn reply(tag: &[u8], load: u64, answer: &CallAnswer<'_>) -> Vec<u8> {
     let mut out = vec![REPLY];
     bytes(&mut out, tag);
     number(&mut out, load);
     match answer {
-        Answer::Result(result) => {
+        CallAnswer::Result(result) => {
             out.push(0);
             text(&mut out, result.get());
         }
-        Answer::Error(error) => {
+        CallAnswer::Error(error) => {
             out.push(1 + u8::from(error.data.is_some()));
             out.extend_from_slice(&error.code.to_le_bytes());
             text(&mut out, &error.message);
@@ -142,7 +142,7 @@ pub(super) fn reply(tag: &[u8], load: u64, answer: &Answer<'_>) -> Vec<u8> {
                 text(&mut out, data.get());
             }
         }
-        Answer::Failed(error) => {
+        CallAnswer::Failed(error) => {
             out.push(3);
             text(&mut out, error.code().as_str());
             text(&mut out, error.detail());
@@ -295,21 +295,21 @@ impl<'a> Reader<'a> {
         Some(Called { id, service, request, left, rev, tried: nodes })
     }
 
-    fn answer(&mut self) -> Option<Answer<'a>> {
+    fn answer(&mut self) -> Option<CallAnswer<'a>> {
         Some(match self.byte()? {
-            0 => Answer::Result(self.json()?),
+            0 => CallAnswer::Result(self.json()?),
             kind @ (1 | 2) => {
                 let code = i64::from_le_bytes(self.take(8)?.try_into().ok()?);
                 let message = Cow::Borrowed(self.text()?);
                 let data = if kind == 2 { Some(Cow::Borrowed(self.json()?)) } else { None };
-                Answer::Error(ProviderError { code, message, data })
+                CallAnswer::Error(ProviderError { code, message, data })
             }
             3 => {
                 let name = self.text()?;
                 // A code of a later version: what is sure is that it was not answered.
                 let code = Code::ALL.into_iter().find(|code| code.as_str() == name).unwrap_or(Code::ProviderGone);
                 let error = Error::new(code, self.text()?.to_owned());
-                Answer::Failed(match self.byte()? {
+                CallAnswer::Failed(match self.byte()? {
                     0 => error,
                     1 => error.executed(Executed::No),
                     _ => error.executed(Executed::Maybe),
@@ -323,11 +323,11 @@ impl<'a> Reader<'a> {
 // === tags ===
 
 /// Under what the receiver knows the call `id` of another node.
-pub(super) fn tag(id: u64, service: &str) -> Tag {
+pub(super) fn tag(id: u64, service: &str) -> CallerId {
     let mut tag = Vec::with_capacity(8 + service.len());
     tag.extend_from_slice(&id.to_le_bytes());
     tag.extend_from_slice(service.as_bytes());
-    Tag::new(&tag)
+    CallerId::new(&tag)
 }
 
 pub(super) fn read_tag(tag: &[u8]) -> Option<(CallId, &str)> {
@@ -379,16 +379,16 @@ mod tests {
             let result = serde_json::value::to_raw_value(&message).unwrap();
             let error = ProviderError { code, message: message.as_str().into(), data: data.map(Cow::Owned) };
             let failed = Error::new(Code::BadReply, message.clone()).executed(Executed::No);
-            for answer in [Answer::Result(&result), Answer::Error(error), Answer::Failed(failed)] {
+            for answer in [CallAnswer::Result(&result), CallAnswer::Error(error), CallAnswer::Failed(failed)] {
                 let bytes = reply(&tag, load, &answer);
                 let Some(Mail::Reply { tag: read_tag, load: read_load, answer: read }) = Mail::read(&bytes) else {
                     panic!("it is a reply")
                 };
                 prop_assert_eq!((read_tag, read_load), (&tag[..], load));
-                let text = |answer: &Answer<'_>| match answer {
-                    Answer::Result(result) => result.get().to_owned(),
-                    Answer::Error(error) => error.to_raw().get().to_owned(),
-                    Answer::Failed(error) => error.to_rpc().to_string(),
+                let text = |answer: &CallAnswer<'_>| match answer {
+                    CallAnswer::Result(result) => result.get().to_owned(),
+                    CallAnswer::Error(error) => error.to_raw().get().to_owned(),
+                    CallAnswer::Failed(error) => error.to_rpc().to_string(),
                 };
                 prop_assert_eq!(text(&read), text(&answer));
             }

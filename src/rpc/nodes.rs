@@ -12,7 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::{
-    Connection, Hub,
+    Hub, HubConnection,
     link::Link,
     mail::{self, Called, Mail, Why},
     pending::{CallId, Conn, Registration},
@@ -48,7 +48,7 @@ struct Node {
 #[derive(Clone)]
 struct Line {
     link: Arc<Link>,
-    connection: Arc<Connection>,
+    connection: Arc<HubConnection>,
 }
 
 impl Nodes {
@@ -64,7 +64,7 @@ impl Nodes {
 
 impl Hub {
     /// Attends to the other nodes for as long as it is polled.
-    pub async fn attend(self: &Arc<Self>) {
+    pub async fn run_links(self: &Arc<Self>) {
         loop {
             tokio::select! {
                 () = self.nodes.mailbox.ready() => {}
@@ -159,7 +159,7 @@ impl Hub {
         }
         let link = Arc::new(Link::new(self, node));
         let conn = Arc::new(Conn::new(link.clone(), usize::MAX, Some(node)));
-        let line = Line { link, connection: Arc::new(Connection::new(self.clone(), conn)) };
+        let line = Line { link, connection: Arc::new(HubConnection::new(self.clone(), conn)) };
         let has: Vec<_> = {
             let mut table = self.nodes.table.lock();
             let entry = table.entry(node).or_default();
@@ -210,7 +210,7 @@ impl Hub {
         }
     }
 
-    fn set_far(&self, connection: &Connection, name: &str, rev: u64, info: &Info) {
+    fn set_far(&self, connection: &HubConnection, name: &str, rev: u64, info: &Info) {
         loop {
             let service = self.find_or_create(name);
             let mut provides = connection.conn.provides.lock();
@@ -319,14 +319,14 @@ impl Hub {
             Err(failed) => Some(failed),
         };
         if let Some((done, error)) = failed {
-            self.settle(&done, super::Answer::Failed(error));
+            self.settle(&done, super::CallAnswer::Failed(error));
         }
     }
 }
 
-// === impl Connection: of a link ===
+// === impl HubConnection: of a link ===
 
-impl Connection {
+impl HubConnection {
     /// Places a call of another node with a provider here.
     ///
     /// # Errors

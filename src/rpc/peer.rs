@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::pending::{CallId, Tag};
+use super::pending::{CallId, CallerId};
 use crate::{
     cluster::NodeId,
     error::{Code, Error},
@@ -12,22 +12,22 @@ use crate::{
 
 /// The outbound half of a connection: a WebSocket, a held HTTP request, another node.
 ///
-/// Called with no lock of the hub held, from whichever thread caused it, also from inside [`Connection`] methods of the
+/// Called with no lock of the hub held, from whichever thread caused it, also from inside [`HubConnection`] methods of the
 /// same connection. It appends to the connection's outbound buffer and returns: it neither blocks nor fails.
 ///
-/// [`Connection`]: super::Connection
+/// [`HubConnection`]: super::HubConnection
 pub trait Peer: Send + Sync {
     /// Writes a call or notification to this provider, now.
-    fn call(&self, call: &Forward<'_>) -> Written;
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome;
 
     /// The caller gave up. Only for providers that asked for meta.
     fn cancel(&self, id: CallId);
 
     /// The one answer to the call that this connection made under `to`.
-    fn answer(&self, to: &Tag, answer: Answer<'_>);
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>);
 
     /// The reply to a call that was answered as `timeout` and asked for late replies.
-    fn late(&self, to: &Tag, answer: Answer<'_>);
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>);
 
     /// This connection no longer provides `service`; its replies are dropped. `reason` is `replaced` or
     /// `lost`.
@@ -35,19 +35,19 @@ pub trait Peer: Send + Sync {
 
     /// Finds out whether the client lives, since somebody else wants a name that it has. One that does not is gone, with
     /// all that it provides, before `told` is told so.
-    fn probe(&self, told: Probed) {
+    fn probe(&self, told: ProbeCallback) {
         // As far as anybody knows.
         told(true);
     }
 }
 
 /// Told once whether a client lives.
-pub type Probed = Box<dyn FnOnce(bool) + Send>;
+pub type ProbeCallback = Box<dyn FnOnce(bool) + Send>;
 
-/// Whether a call is in the outbound buffer. Anything but `Yes` promises that no byte of it will reach the provider.
+/// Whether a call is in the outbound buffer. Anything but `Written` promises that no byte of it will reach the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Written {
-    Yes,
+pub enum WriteOutcome {
+    Written,
     /// The buffer is full; the connection lives.
     Full,
     /// The connection is over: the hub forgets everything that it provides of this service.
@@ -56,24 +56,24 @@ pub enum Written {
 
 /// A call as a provider gets it.
 #[derive(Clone, Copy, Debug)]
-pub struct Forward<'a> {
+pub struct ForwardedCall<'a> {
     /// None: a notification.
     pub id: Option<CallId>,
     pub service: &'a str,
     pub method: &'a str,
-    pub names: Names,
+    pub names: MethodNames,
     pub params: Option<&'a RawValue>,
     /// The same as the caller's own world wrote it; see [`Call::as_sent`](super::Call::as_sent).
     pub as_sent: Option<&'a RawValue>,
     /// Beside params, if the provider asked.
-    pub meta: Option<Meta<'a>>,
+    pub meta: Option<CallMeta<'a>>,
     /// For another node, which has to place it.
-    pub relay: Relay<'a>,
+    pub relay: RelayInfo<'a>,
 }
 
 /// What another node has to know of a call, beside what a provider gets.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Relay<'a> {
+pub struct RelayInfo<'a> {
     /// Milliseconds that the caller would wait for a provider.
     pub wait: Option<u64>,
     /// A late reply is wanted.
@@ -86,17 +86,17 @@ pub struct Relay<'a> {
 
 /// How a provider wants its methods named.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Names {
+pub enum MethodNames {
     /// `method`
     #[default]
-    Bare,
+    Short,
     /// `service/method`
-    Full,
+    Qualified,
 }
 
 /// What weir knows of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Meta<'a> {
+pub struct CallMeta<'a> {
     /// Subject of the caller; `""` is anonymous.
     pub caller: &'a str,
     /// What is left of the time. Not of notifications.
@@ -111,7 +111,7 @@ pub struct Meta<'a> {
 
 /// How a call ended.
 #[derive(Clone, Debug)]
-pub enum Answer<'a> {
+pub enum CallAnswer<'a> {
     /// Of the provider, as it wrote it; `null` for void.
     Result(&'a RawValue),
     /// Of the provider.
@@ -128,10 +128,10 @@ pub struct ProviderError<'a> {
     pub data: Option<Cow<'a, RawValue>>,
 }
 
-impl Answer<'static> {
+impl CallAnswer<'static> {
     /// For a reply that has neither a result nor an error, or is too large: `why` completes "the reply of the provider…".
     pub fn bad_reply(why: &str) -> Self {
-        Answer::Failed(Error::new(Code::BadReply, format!("the reply of the provider {why}")))
+        CallAnswer::Failed(Error::new(Code::BadReply, format!("the reply of the provider {why}")))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Who is waited for: [`CallId`] towards providers, [`Tag`] towards callers, and what a connection has asked.
+//! Who is waited for: [`CallId`] towards providers, [`CallerId`] towards callers, and what a connection has asked.
 //!
 //! A call is known in two places. Its *entry* is in the service and dies with the reply, the deadline, or the provider.
 //! Its [`Live`] is in the caller's connection. **Whoever takes the `Live` owns the answer**: that is why a call has
@@ -36,7 +36,7 @@ pub struct CallIdText {
 /// The caller's own id, as the raw bytes that it wrote, and whatever else its transport needs to answer.
 /// Up to 39 bytes (a UUID in its quotes) are kept in place.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Tag {
+pub struct CallerId {
     /// The transport's own note, such as the batch that the answer goes into. The hub ignores it.
     pub note: u32,
     id: Id,
@@ -44,7 +44,7 @@ pub struct Tag {
 
 #[derive(Clone, PartialEq, Eq)]
 enum Id {
-    Short { len: u8, bytes: [u8; Tag::SHORT] },
+    Short { len: u8, bytes: [u8; CallerId::SHORT] },
     Long(Box<[u8]>),
 }
 
@@ -65,7 +65,7 @@ pub(super) struct Conn {
 }
 
 pub(super) struct Live {
-    pub tag: Tag,
+    pub tag: CallerId,
     pub service: Arc<Service>,
     /// Where the entry is, unless `seq` is no longer there.
     pub index: u32,
@@ -178,9 +178,9 @@ impl fmt::Debug for CallId {
     }
 }
 
-// === impl Tag ===
+// === impl CallerId ===
 
-impl Tag {
+impl CallerId {
     const SHORT: usize = 39;
 
     /// `id` as the caller wrote it: `7`, `"a1"` with its quotes, `null`.
@@ -192,7 +192,7 @@ impl Tag {
         } else {
             Id::Long(id.into())
         };
-        Tag { note: 0, id }
+        CallerId { note: 0, id }
     }
 
     pub fn with_note(mut self, note: u32) -> Self {
@@ -208,9 +208,9 @@ impl Tag {
     }
 }
 
-impl fmt::Debug for Tag {
+impl fmt::Debug for CallerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tag({}, {})", String::from_utf8_lossy(self.id()), self.note)
+        write!(f, "CallerId({}, {})", String::from_utf8_lossy(self.id()), self.note)
     }
 }
 
@@ -285,7 +285,7 @@ mod tests {
 
         #[test]
         fn tags_keep_every_byte(id: Vec<u8>, note: u32) {
-            let tag = Tag::new(&id).with_note(note);
+            let tag = CallerId::new(&id).with_note(note);
             prop_assert_eq!((tag.id(), tag.note), (&id[..], note));
         }
     }

@@ -15,7 +15,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 use tokio::sync::oneshot;
 
 use super::{
-    Hub, Names, Probed, Provide,
+    Hub, MethodNames, ProbeCallback, ProvideRequest,
     mail::Ask,
     pending::{CallId, Conn, Registration},
     services::Service,
@@ -35,16 +35,16 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 /// A registration to come. Dropping it gives it up.
 #[must_use = "dropping it gives the registration up"]
-pub struct Providing(State);
+pub struct ProvideFuture(State);
 
 enum State {
-    Done(Option<Result<Provided>>),
-    Asking(BoxFuture<'static, Result<Provided>>),
+    Done(Option<Result<AcceptedProvider>>),
+    Asking(BoxFuture<'static, Result<AcceptedProvider>>),
 }
 
 /// A registration that was accepted. The provider gets calls once this is dropped, so that a transport can answer first.
 #[must_use = "calls begin when it is dropped"]
-pub struct Provided {
+pub struct AcceptedProvider {
     hub: Arc<Hub>,
     service: Arc<Service>,
     conn: Arc<Conn>,
@@ -55,7 +55,7 @@ pub struct Provided {
     pub fence: Option<u64>,
 }
 
-/// A [`Provide`] on its own feet.
+/// A [`ProvideRequest`] on its own feet.
 struct Wanted {
     service: String,
     subject: String,
@@ -63,7 +63,7 @@ struct Wanted {
     takeover: bool,
     probe: bool,
     concurrency: u32,
-    names: Names,
+    names: MethodNames,
     meta: bool,
     methods: Vec<String>,
 }
@@ -81,33 +81,33 @@ pub(super) enum Heard {
     Free,
 }
 
-// === impl Providing ===
+// === impl ProvideFuture ===
 
-impl Providing {
-    pub(super) fn begin(hub: Arc<Hub>, conn: Arc<Conn>, ask: &Provide<'_>) -> Self {
+impl ProvideFuture {
+    pub(super) fn begin(hub: Arc<Hub>, conn: Arc<Conn>, ask: &ProvideRequest<'_>) -> Self {
         if let Err(error) = check(ask) {
-            return Providing(State::Done(Some(Err(error))));
+            return ProvideFuture(State::Done(Some(Err(error))));
         }
         let wanted = Wanted::of(ask);
         let mut asking = async move { provide(&hub, &conn, &wanted).await }.boxed();
         // Nearly always nobody has to be asked.
         match asking.as_mut().now_or_never() {
-            Some(done) => Providing(State::Done(Some(done))),
-            None => Providing(State::Asking(asking)),
+            Some(done) => ProvideFuture(State::Done(Some(done))),
+            None => ProvideFuture(State::Asking(asking)),
         }
     }
 
     /// What came of it, if it is known already.
-    pub fn now(self) -> std::result::Result<Result<Provided>, Self> {
+    pub fn try_finish(self) -> std::result::Result<Result<AcceptedProvider>, Self> {
         match self.0 {
             State::Done(Some(done)) => Ok(done),
-            other => Err(Providing(other)),
+            other => Err(ProvideFuture(other)),
         }
     }
 }
 
-impl Future for Providing {
-    type Output = Result<Provided>;
+impl Future for ProvideFuture {
+    type Output = Result<AcceptedProvider>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
@@ -119,14 +119,14 @@ impl Future for Providing {
     }
 }
 
-impl Drop for Provided {
+impl Drop for AcceptedProvider {
     fn drop(&mut self) {
         self.service.state.lock().start(self.provider, &self.conn);
         self.hub.flush(&self.service);
     }
 }
 
-async fn provide(hub: &Arc<Hub>, conn: &Arc<Conn>, wanted: &Wanted) -> Result<Provided> {
+async fn provide(hub: &Arc<Hub>, conn: &Arc<Conn>, wanted: &Wanted) -> Result<AcceptedProvider> {
     let methods: Vec<&str> = wanted.methods.iter().map(String::as_str).collect();
     let ask = wanted.ask(&methods);
     loop {
@@ -144,7 +144,7 @@ async fn provide(hub: &Arc<Hub>, conn: &Arc<Conn>, wanted: &Wanted) -> Result<Pr
 }
 
 /// What the cluster has to be asked for. A provider here that is dead is out of the way then, if the asker wants that.
-async fn need(conn: &Arc<Conn>, service: &Arc<Service>, ask: &Provide<'_>) -> Result<Option<Claim>> {
+async fn need(conn: &Arc<Conn>, service: &Arc<Service>, ask: &ProvideRequest<'_>) -> Result<Option<Claim>> {
     let mut probed: Option<Arc<Conn>> = None;
     loop {
         let mine = mine(conn, service);
@@ -176,7 +176,7 @@ fn mine(conn: &Arc<Conn>, service: &Arc<Service>) -> Option<u32> {
     provides.iter().find(|(_, mine)| Arc::ptr_eq(&mine.service, service)).map(|(_, mine)| mine.provider)
 }
 
-fn check(ask: &Provide<'_>) -> Result<()> {
+fn check(ask: &ProvideRequest<'_>) -> Result<()> {
     label("service", ask.service)?;
     if ["weir", "rpc.", "$"].iter().any(|own| ask.service.starts_with(own)) {
         return Err(Error::params("names of services do not begin with weir, rpc. or $"));
@@ -218,9 +218,9 @@ impl Hub {
         self: &Arc<Self>,
         conn: &Arc<Conn>,
         service: &Arc<Service>,
-        ask: &Provide<'_>,
+        ask: &ProvideRequest<'_>,
         lease: Option<Lease>,
-    ) -> Result<Provided> {
+    ) -> Result<AcceptedProvider> {
         self.has_room_for(conn, service)?;
         let mut provides = conn.provides.lock();
         if conn.is_closed() {
@@ -242,7 +242,7 @@ impl Hub {
         if let Some(removed) = registered.replaced {
             self.replaced(service, removed, "replaced");
         }
-        Ok(Provided {
+        Ok(AcceptedProvider {
             hub: self.clone(),
             service: service.clone(),
             conn: conn.clone(),
@@ -253,7 +253,7 @@ impl Hub {
     }
 
     /// Takes a name in the cluster. Waits while its holder is silent, and is refused by a holder that is not.
-    async fn claim(&self, service: &str, claim: Claim, ask: &Provide<'_>) -> Result<Lease> {
+    async fn claim(&self, service: &str, claim: Claim, ask: &ProvideRequest<'_>) -> Result<Lease> {
         let name = [Self::PREFIX, service].concat();
         let give_up = self.clock.now() + PATIENCE.as_millis() as u64;
         let mut ticks = self.ticks.subscribe();
@@ -304,7 +304,7 @@ impl Hub {
         }
     }
 
-    fn ask_holder(&self, node: NodeId, service: &str, ask: &Provide<'_>) -> Asking<'_> {
+    fn ask_holder(&self, node: NodeId, service: &str, ask: &ProvideRequest<'_>) -> Asking<'_> {
         let (heard, answer) = oneshot::channel();
         let number = self.next_seq();
         let (subject, takeover, probe) = (ask.subject, ask.exclusive && ask.takeover, ask.probe);
@@ -318,7 +318,7 @@ impl Hub {
 
     /// Another node wants a name: `told` whether it is held here. The same subject gets it, and whoever asks for it in the
     /// place of the dead.
-    pub(super) fn is_held(&self, ask: &Ask<'_>, told: Probed) {
+    pub(super) fn is_held(&self, ask: &Ask<'_>, told: ProbeCallback) {
         let Some(service) = self.find(ask.service) else { return told(false) };
         let mut state = service.state.lock();
         let yields = if ask.takeover { state.yields_to(ask.subject) } else { None };
@@ -399,7 +399,7 @@ impl Drop for Registering<'_> {
 }
 
 impl Wanted {
-    fn of(ask: &Provide<'_>) -> Self {
+    fn of(ask: &ProvideRequest<'_>) -> Self {
         Wanted {
             service: ask.service.to_owned(),
             subject: ask.subject.to_owned(),
@@ -413,10 +413,10 @@ impl Wanted {
         }
     }
 
-    fn ask<'a>(&'a self, methods: &'a [&'a str]) -> Provide<'a> {
+    fn ask<'a>(&'a self, methods: &'a [&'a str]) -> ProvideRequest<'a> {
         let Wanted { service, subject, .. } = self;
         let Wanted { exclusive, takeover, probe, concurrency, names, meta, .. } = *self;
-        Provide { service, subject, exclusive, takeover, probe, concurrency, names, meta, methods }
+        ProvideRequest { service, subject, exclusive, takeover, probe, concurrency, names, meta, methods }
     }
 }
 

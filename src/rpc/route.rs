@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Answer, Forward, Hub, Meta, REMEMBERED, Relay, Written,
+    CallAnswer, CallMeta, ForwardedCall, Hub, REMEMBERED, RelayInfo, WriteOutcome,
     pending::{Conn, Live},
     services::{
         Abandoned, After, Done, Expired, New, Overdue, Removed, Request, Service, State, Target, Ticket, Waited,
@@ -62,7 +62,7 @@ impl Hub {
     }
 
     /// Answers a call unless somebody else did.
-    pub(super) fn settle(&self, call: &Done, answer: Answer<'_>) -> bool {
+    pub(super) fn settle(&self, call: &Done, answer: CallAnswer<'_>) -> bool {
         let Some(live) = call.caller.take(call.live, call.seq) else { return false };
         self.ended(&call.caller, &live, outcome(&answer));
         call.caller.peer.answer(&live.tag, answer);
@@ -104,7 +104,7 @@ impl Hub {
         entry: Option<(u32, u64)>,
     ) {
         if let Some((done, error)) = self.try_deliver(service, target, request, entry, &mut Tried::default()) {
-            self.settle(&done, Answer::Failed(error));
+            self.settle(&done, CallAnswer::Failed(error));
         }
     }
 
@@ -118,13 +118,13 @@ impl Hub {
         tried: &mut Tried,
     ) -> Option<Failed> {
         loop {
-            let meta = target.meta.then(|| Meta {
+            let meta = target.meta.then(|| CallMeta {
                 caller: request.caller,
                 deadline_ms: target.id.map(|_| target.deadline.saturating_sub(self.clock.now())),
                 traceparent: request.traceparent,
                 fence: target.fence,
             });
-            let written = target.conn.peer.call(&Forward {
+            let written = target.conn.peer.call(&ForwardedCall {
                 id: target.id,
                 service: &service.name,
                 method: request.method,
@@ -132,12 +132,12 @@ impl Hub {
                 params: request.params,
                 as_sent: request.as_sent,
                 meta,
-                relay: Relay { wait: request.wait, late: request.late, rev: target.rev, tried: &tried.nodes },
+                relay: RelayInfo { wait: request.wait, late: request.late, rev: target.rev, tried: &tried.nodes },
             });
             let refused = match written {
-                Written::Yes => return None,
-                Written::Full => Refused::Full,
-                Written::Gone => Refused::Gone,
+                WriteOutcome::Written => return None,
+                WriteOutcome::Full => Refused::Full,
+                WriteOutcome::Gone => Refused::Gone,
             };
             match self.elsewhere(service, &target.conn, target.provider, refused, request, entry, tried) {
                 Ok(Some(next)) => target = next,
@@ -284,7 +284,7 @@ impl Hub {
         self.vacate(service, &provider.conn, provider.slot);
         for call in orphans {
             let detail = format!("the provider of {} went before it answered", service.name);
-            self.settle(&call, Answer::Failed(Error::new(Code::ProviderGone, detail)));
+            self.settle(&call, CallAnswer::Failed(Error::new(Code::ProviderGone, detail)));
         }
     }
 
@@ -311,7 +311,7 @@ impl Hub {
             let tag = live.late.then(|| live.tag.clone());
             self.late.put(id, until, done.caller.clone(), tag, provider);
         }
-        done.caller.peer.answer(&live.tag, Answer::Failed(error));
+        done.caller.peer.answer(&live.tag, CallAnswer::Failed(error));
     }
 }
 
@@ -323,10 +323,10 @@ pub(super) fn no_provider(name: &str) -> Error {
     Error::new(Code::NoProvider, format!("nobody provides {name}"))
 }
 
-fn outcome(answer: &Answer<'_>) -> Outcome {
+fn outcome(answer: &CallAnswer<'_>) -> Outcome {
     match answer {
-        Answer::Result(_) => Outcome::Ok,
-        Answer::Error(_) => Outcome::ServiceError,
-        Answer::Failed(error) => error.code().into(),
+        CallAnswer::Result(_) => Outcome::Ok,
+        CallAnswer::Error(_) => Outcome::ServiceError,
+        CallAnswer::Failed(error) => error.code().into(),
     }
 }

@@ -16,7 +16,7 @@ use calls::{NONE, Place};
 use far::Far;
 pub(super) use far::Info;
 
-use super::{Names, Provide, pending::Conn};
+use super::{MethodNames, ProvideRequest, pending::Conn};
 use crate::{
     cluster::{Claim, Lease},
     error::{Code, Error, Result},
@@ -85,7 +85,7 @@ pub(super) struct Provider {
     stage: Stage,
     concurrency: u32,
     in_flight: u32,
-    names: Names,
+    names: MethodNames,
     meta: bool,
     fence: Option<u64>,
     methods: Box<[Box<str>]>,
@@ -180,7 +180,7 @@ impl State {
     ///
     /// # Errors
     /// `service_taken`, by a connection of this node.
-    pub fn need(&self, name: &str, mine: Option<u32>, ask: &Provide<'_>) -> Result<Option<Claim>> {
+    pub fn need(&self, name: &str, mine: Option<u32>, ask: &ProvideRequest<'_>) -> Result<Option<Claim>> {
         if let Some((_, other)) = self.other(mine) {
             match (ask.exclusive, other.fence.is_some()) {
                 (false, false) => {}
@@ -222,7 +222,7 @@ impl State {
         conn: &Arc<Conn>,
         mine: Option<u32>,
         slot: u32,
-        ask: &Provide<'_>,
+        ask: &ProvideRequest<'_>,
         lease: Option<Lease>,
     ) -> Result<Registered> {
         if self.need(name, mine, ask)? != lease.as_ref().map(Lease::claim) {

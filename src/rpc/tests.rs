@@ -19,7 +19,7 @@ fn a_call_and_its_answer() {
     assert!(got.id.unwrap().to_string().starts_with("w:"));
     assert_eq!((got.name.as_str(), got.params.as_deref(), got.meta), ("make", Some(r#"["a1"]"#), None));
     assert_eq!((world.hub.counts().pending, caller.hub.in_flight()), (1, 1));
-    assert_eq!(provider.reply(0, r#"{"token": "x" }"#), Replied::Answered);
+    assert_eq!(provider.reply(0, r#"{"token": "x" }"#), ReplyOutcome::Answered);
     assert_eq!(caller.answers(), [r#"a1: {"token": "x" }"#]);
     assert_eq!((world.hub.counts().pending, caller.hub.in_flight()), (0, 0));
     drop((provider, caller));
@@ -36,7 +36,7 @@ fn a_provider_s_error_is_passed_on() {
         ProviderError { code: 42, message: "no such user".into(), data: Some(std::borrow::Cow::Borrowed(data)) };
     assert_eq!(error.to_raw().get(), r#"{"code":42,"message":"no such user","data":{"a":1}}"#);
     let id = provider.saw.calls.lock()[0].id.unwrap();
-    provider.hub.reply(id, Answer::Error(error));
+    provider.hub.reply(id, CallAnswer::Error(error));
     assert_eq!(caller.answers(), ["1: error 42 no such user"]);
 }
 
@@ -46,7 +46,7 @@ fn a_reply_without_result_or_error_is_a_bad_one() {
     let (provider, caller) = (world.provider("jwt"), world.socket());
     caller.call("1", "jwt/make");
     let id = provider.saw.calls.lock()[0].id.unwrap();
-    provider.hub.reply(id, Answer::bad_reply("has neither a result nor an error"));
+    provider.hub.reply(id, CallAnswer::bad_reply("has neither a result nor an error"));
     assert_eq!(caller.answers(), ["1: bad_reply maybe"]);
 }
 
@@ -59,14 +59,14 @@ fn only_the_provider_that_has_the_call_can_answer_and_only_once() {
     let elsewhere = world.provider("b");
     let id = one.saw.calls.lock()[0].id.unwrap();
     for stranger in [&other, &elsewhere, &caller] {
-        assert_eq!(stranger.hub.reply(id, Answer::Result(raw("1"))), Replied::Unmatched);
+        assert_eq!(stranger.hub.reply(id, CallAnswer::Result(raw("1"))), ReplyOutcome::Unmatched);
     }
-    assert_eq!(one.reply(0, "2"), Replied::Answered);
-    assert_eq!(one.reply(0, "3"), Replied::Unmatched);
+    assert_eq!(one.reply(0, "2"), ReplyOutcome::Answered);
+    assert_eq!(one.reply(0, "3"), ReplyOutcome::Unmatched);
     // The entry is used again under another number.
     caller.call("2", "a/x");
     caller.call("3", "a/x");
-    assert_eq!(one.reply(0, "4"), Replied::Unmatched);
+    assert_eq!(one.reply(0, "4"), ReplyOutcome::Unmatched);
     assert_eq!(caller.answers(), ["1: 2"]);
 }
 
@@ -101,7 +101,7 @@ fn a_deadline_is_kept_and_says_whether_it_may_have_run() {
     world.pass(25 * SECOND);
     assert_eq!(caller.answers()[1..], ["usual: timeout maybe"]);
     // Counted, and delivered to nobody.
-    assert_eq!((provider.reply(0, "1"), provider.reply(0, "1")), (Replied::Late, Replied::Unmatched));
+    assert_eq!((provider.reply(0, "1"), provider.reply(0, "1")), (ReplyOutcome::Late, ReplyOutcome::Unmatched));
     assert_eq!((caller.late().len(), caller.answers().len()), (0, 2));
     assert_eq!(world.hub.metrics.value("weir_rpc_late_total"), 1.0);
 }
@@ -127,11 +127,11 @@ fn a_late_reply_is_delivered_if_asked_for_and_within_the_window() {
     world.pass(SECOND);
     assert_eq!(world.hub.counts().late, 2);
     world.pass(299 * SECOND);
-    assert_eq!(provider.reply(0, "true"), Replied::Late);
+    assert_eq!(provider.reply(0, "true"), ReplyOutcome::Late);
     assert_eq!(caller.late(), ["1: true"]);
     world.pass(SECOND);
     assert_eq!(world.hub.counts().late, 0);
-    assert_eq!(provider.reply(1, "true"), Replied::Unmatched);
+    assert_eq!(provider.reply(1, "true"), ReplyOutcome::Unmatched);
     assert_eq!(caller.late().len(), 1);
 }
 
@@ -144,15 +144,15 @@ fn late_calls_are_bounded_and_die_with_either_end() {
         world.pass(SECOND);
     }
     assert_eq!(world.hub.counts().late, 2);
-    assert_eq!(provider.reply(0, "0"), Replied::Unmatched);
-    assert_eq!(provider.reply(1, "1"), Replied::Late);
+    assert_eq!(provider.reply(0, "0"), ReplyOutcome::Unmatched);
+    assert_eq!(provider.reply(1, "1"), ReplyOutcome::Late);
     drop(provider);
     assert_eq!(world.hub.counts().late, 0);
     caller.call_with("4", "b/x", |call| (call.late, call.timeout) = (true, Some(SECOND)));
     world.pass(SECOND);
     assert_eq!(world.hub.counts().late, 1);
     drop(caller);
-    assert_eq!((world.hub.counts().late, other.reply(0, "1")), (0, Replied::Unmatched));
+    assert_eq!((world.hub.counts().late, other.reply(0, "1")), (0, ReplyOutcome::Unmatched));
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn cancelled_by_the_caller() {
     let id = told.saw.calls.lock()[0].id.unwrap();
     assert_eq!(*told.saw.cancels.lock(), [id]);
     // A reply all the same is nobody's.
-    assert_eq!((deaf.reply(0, "1"), told.reply(0, "1")), (Replied::Unmatched, Replied::Unmatched));
+    assert_eq!((deaf.reply(0, "1"), told.reply(0, "1")), (ReplyOutcome::Unmatched, ReplyOutcome::Unmatched));
     assert_eq!((caller.answers().len(), world.hub.counts().pending), (2, 0));
 }
 
@@ -182,7 +182,7 @@ fn a_caller_that_goes_cancels_its_calls() {
     let saw = caller.saw.clone();
     drop(caller);
     assert_eq!((told.saw.cancels.lock().len(), world.hub.counts().pending), (1, 0));
-    assert_eq!(told.reply(0, "1"), Replied::Unmatched);
+    assert_eq!(told.reply(0, "1"), ReplyOutcome::Unmatched);
     assert!(saw.answers.lock().is_empty());
 }
 
@@ -199,7 +199,7 @@ fn a_provider_that_goes_fails_its_calls_at_once() {
     let mut answers = caller.answers();
     answers[1..].sort();
     assert_eq!(answers, ["2: true", "1: provider_gone maybe", "3: provider_gone maybe"]);
-    assert_eq!(other.reply(0, "1"), Replied::Answered);
+    assert_eq!(other.reply(0, "1"), ReplyOutcome::Answered);
 }
 
 #[test]
@@ -246,9 +246,9 @@ fn the_service_that_is_always_there() {
     let world = World::new();
     let caller = world.socket();
     caller.call("1", "weir/echo");
-    caller.hub.call(Tag::new(b"2"), &Call::new("weir", "echo", None));
+    caller.hub.call(CallerId::new(b"2"), &Call::new("weir", "echo", None));
     caller.call("3", "weir/nothing");
-    caller.hub.call(Tag::new(b"4"), &Call::new("weir", "time", None));
+    caller.hub.call(CallerId::new(b"4"), &Call::new("weir", "time", None));
     let answers = caller.answers();
     assert_eq!(answers[..3], [r#"1: ["1"]"#, "2: null", "3: method_not_found -"]);
     assert!(answers[3].starts_with(r#"4: {"time":1"#), "{}", answers[3]);
@@ -261,7 +261,7 @@ fn names_of_calls() {
     let world = World::new();
     let caller = world.socket();
     for (tag, service, method) in [("1", "a", ""), ("2", "a", "x\ty"), ("3", "", "x")] {
-        caller.hub.call(Tag::new(tag.as_bytes()), &Call::new(service, method, None));
+        caller.hub.call(CallerId::new(tag.as_bytes()), &Call::new(service, method, None));
     }
     assert!(caller.answers().iter().all(|answer| answer.ends_with("invalid_params -")), "{:?}", caller.answers());
 }
@@ -270,7 +270,8 @@ fn names_of_calls() {
 fn what_a_provider_learns_if_it_asks() {
     let world = World::new();
     let (provider, caller) = (world.socket(), world.socket());
-    let asked = provider.provide("a", |ask| (ask.meta, ask.names, ask.exclusive) = (true, Names::Full, true));
+    let asked =
+        provider.provide("a", |ask| (ask.meta, ask.names, ask.exclusive) = (true, MethodNames::Qualified, true));
     assert_eq!(asked.unwrap(), (1, Some(1)));
     caller.call_with("1", "a/x", |call| {
         (call.caller, call.traceparent, call.timeout) = ("user-7", Some("00-1-2-03"), Some(SECOND));
@@ -284,26 +285,26 @@ fn what_a_provider_learns_if_it_asks() {
 /// A transport may answer from inside `Peer::call`, and a connection may call itself.
 #[test]
 fn a_provider_that_answers_at_once() {
-    struct AtOnce(Mutex<Option<std::sync::Weak<Connection>>>, AtomicUsize);
+    struct AtOnce(Mutex<Option<std::sync::Weak<HubConnection>>>, AtomicUsize);
     impl Peer for AtOnce {
-        fn call(&self, call: &Forward<'_>) -> Written {
+        fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
             let connection = self.0.lock().as_ref().and_then(std::sync::Weak::upgrade).unwrap();
-            connection.reply(call.id.unwrap(), Answer::Result(raw("1")));
-            Written::Yes
+            connection.reply(call.id.unwrap(), CallAnswer::Result(raw("1")));
+            WriteOutcome::Written
         }
         fn cancel(&self, _: CallId) {}
-        fn answer(&self, _: &Tag, _: Answer<'_>) {
+        fn answer(&self, _: &CallerId, _: CallAnswer<'_>) {
             self.1.fetch_add(1, Relaxed);
         }
-        fn late(&self, _: &Tag, _: Answer<'_>) {}
+        fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
         fn withdrawn(&self, _: &str, _: &str) {}
     }
     let world = World::new();
     let peer = Arc::new(AtOnce(Mutex::default(), AtomicUsize::new(0)));
     let connection = Arc::new(world.hub.connect(peer.clone()));
     *peer.0.lock() = Some(Arc::downgrade(&connection));
-    drop(connection.provide(&Provide::new("self")).now().ok().unwrap().unwrap());
-    connection.call(Tag::new(b"1"), &Call::new("self", "x", None));
+    drop(connection.provide(&ProvideRequest::new("self")).try_finish().ok().unwrap().unwrap());
+    connection.call(CallerId::new(b"1"), &Call::new("self", "x", None));
     assert_eq!((peer.1.load(Relaxed), world.hub.counts().pending), (1, 0));
     drop(connection);
     world.is_empty_after_a_minute();
@@ -314,14 +315,14 @@ async fn asking_without_a_connection() {
     let world = World::new();
     let provider = world.socket();
     provider.provide("a", |ask| ask.meta = true).unwrap();
-    let asked = world.hub.ask(&Call::new("a", "x", None));
+    let asked = world.hub.call_once(&Call::new("a", "x", None));
     provider.reply(0, "[1]");
     assert_eq!(asked.await.unwrap().get(), "[1]");
-    let Err(Refusal::Weir(error)) = world.hub.ask(&Call::new("b", "x", None)).await else {
+    let Err(CallError::Weir(error)) = world.hub.call_once(&Call::new("b", "x", None)).await else {
         panic!("b has no provider")
     };
     assert_eq!(error.code(), Code::NoProvider);
-    drop(world.hub.ask(&Call::new("a", "x", None)));
+    drop(world.hub.call_once(&Call::new("a", "x", None)));
     assert_eq!(provider.saw.cancels.lock().len(), 1);
     drop(provider);
     world.is_empty_after_a_minute();

@@ -9,7 +9,7 @@ use std::{
 use serde_json::{Value, json};
 use weir::{
     auth::Identity,
-    cluster::{Clock, local::Net},
+    cluster::{MonotonicClock, local::Net},
     config::Adapter,
     metrics::Transport,
     sessions::{ChannelSet, ConnectionFilter, ConnectionRegistry, cluster::ClusterConnections},
@@ -176,7 +176,7 @@ async fn operators_list_and_clients_do_not() {
 #[tokio::test]
 async fn all_nodes_are_asked_and_the_silent_are_named() {
     let time = Arc::new(AtomicU64::new(0));
-    let net = Net::new(Clock::Manual(time));
+    let net = Net::new(MonotonicClock::Manual(time));
     let nodes: Vec<_> = (0..3).map(|_| net.join()).collect();
     let carrier = net.clone();
     tokio::spawn(async move {

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use serde_json::{Value, json, value::RawValue};
 use tokio::sync::mpsc;
-use weir::rpc::{Answer, CallId, Connection, Forward, Peer, Provide, ProviderError, Tag, Written};
+use weir::rpc::{
+    CallAnswer, CallId, CallerId, ForwardedCall, HubConnection, Peer, ProvideRequest, ProviderError, WriteOutcome,
+};
 
 use crate::support::{Weir, weir};
 
 /// A provider in this process: what it is asked comes out of `calls`.
 struct Provider {
-    connection: Connection,
+    connection: HubConnection,
     calls: mpsc::UnboundedReceiver<Heard>,
 }
 
@@ -23,22 +25,22 @@ enum Heard {
 struct Ear(mpsc::UnboundedSender<Heard>);
 
 impl Peer for Ear {
-    fn call(&self, call: &Forward<'_>) -> Written {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         let heard = Heard::Call {
             id: call.id.unwrap(),
             method: call.method.to_owned(),
             params: call.params.map(|params| params.get().to_owned()),
             meta: call.meta.map(|meta| serde_json::to_value(meta).unwrap()),
         };
-        if self.0.send(heard).is_ok() { Written::Yes } else { Written::Gone }
+        if self.0.send(heard).is_ok() { WriteOutcome::Written } else { WriteOutcome::Gone }
     }
 
     fn cancel(&self, id: CallId) {
         let _ = self.0.send(Heard::Cancelled(id));
     }
 
-    fn answer(&self, _: &Tag, _: Answer<'_>) {}
-    fn late(&self, _: &Tag, _: Answer<'_>) {}
+    fn answer(&self, _: &CallerId, _: CallAnswer<'_>) {}
+    fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
     fn withdrawn(&self, _: &str, _: &str) {}
 }
 
@@ -46,7 +48,12 @@ fn provide(weir: &Weir, service: &str, concurrency: u32) -> Provider {
     let (tx, calls) = mpsc::unbounded_channel();
     let connection = weir.gateway().hub.connect(Arc::new(Ear(tx)));
     drop(
-        connection.provide(&Provide { meta: true, concurrency, ..Provide::new(service) }).now().ok().unwrap().unwrap(),
+        connection
+            .provide(&ProvideRequest { meta: true, concurrency, ..ProvideRequest::new(service) })
+            .try_finish()
+            .ok()
+            .unwrap()
+            .unwrap(),
     );
     Provider { connection, calls }
 }
@@ -65,12 +72,12 @@ impl Provider {
             let (id, method, params, _) = self.next().await;
             let data = RawValue::from_string(params.clone().unwrap_or("null".into())).unwrap();
             let answer = match method.strip_prefix("error:") {
-                Some(code) => Answer::Error(ProviderError {
+                Some(code) => CallAnswer::Error(ProviderError {
                     code: code.parse().unwrap(),
                     message: "no such user".into(),
                     data: params.is_some().then_some(std::borrow::Cow::Borrowed(&*data)),
                 }),
-                None => Answer::Result(&data),
+                None => CallAnswer::Result(&data),
             };
             self.connection.reply(id, answer);
         }
@@ -106,12 +113,12 @@ async fn the_bare_result_and_the_last_slash() {
     assert_eq!((&meta["caller"], &meta["traceparent"]), (&json!(""), &json!("00-1")));
     assert!((1..=5_000).contains(&meta["deadline_ms"].as_u64().unwrap()));
     let result = RawValue::from_string(r#"{"big": 12345678901234567890123}"#.into()).unwrap();
-    provider.connection.reply(id, Answer::Result(&result));
+    provider.connection.reply(id, CallAnswer::Result(&result));
     assert_eq!(call.await.unwrap().expect(200).text(), r#"{"big": 12345678901234567890123}"#);
     let call = tokio::spawn(weir.request("POST", "/v1/services/billing/v2/void").into_future());
     let (id, _, params, _) = provider.next().await;
     assert_eq!(params, None);
-    provider.connection.reply(id, Answer::Result(RawValue::NULL));
+    provider.connection.reply(id, CallAnswer::Result(RawValue::NULL));
     assert_eq!(call.await.unwrap().expect(200).text(), "null");
 }
 
@@ -176,7 +183,7 @@ async fn busy_slow_and_dead_providers() {
     let mut provider = provide(&weir, "t", 1);
     let call = tokio::spawn(weir.request("POST", "/v1/services/t/x").into_future());
     let (id, ..) = provider.next().await;
-    provider.connection.reply(id, Answer::bad_reply("has neither result nor error"));
+    provider.connection.reply(id, CallAnswer::bad_reply("has neither result nor error"));
     assert_eq!(call.await.unwrap().refused("bad_reply")["executed"], "maybe");
     let call = tokio::spawn(weir.request("POST", "/v1/services/t/x").into_future());
     provider.next().await;

@@ -15,7 +15,7 @@ use weir::{
     backend::memory::Memory,
     bus::{self, Bus, Keep, KeyLimits, Limit, Topics},
     cluster::{
-        Clock,
+        MonotonicClock,
         local::{Net, Node},
     },
     event::Channel,
@@ -65,7 +65,7 @@ impl Nodes {
         let topics = Arc::new(Topics::new(config, bus::Clock::System));
         let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
         let time = Arc::new(AtomicU64::new(0));
-        let net = Net::new(Clock::Manual(time.clone()));
+        let net = Net::new(MonotonicClock::Manual(time.clone()));
         let carried = net.clone();
         let rounds = Arc::<AtomicU64>::default();
         let beats = rounds.clone();

@@ -38,8 +38,8 @@ use crate::backend::redis::client::{
 };
 use crate::{
     cluster::{
-        Claim, Clock, Cluster, Holding, Keeper, Lease, Mailbox, Members, NodeId, Readers, Roster, Sent, Tenure, Topic,
-        Unclaimed, Weight,
+        Claim, Cluster, Holding, Keeper, Lease, Mailbox, Members, MonotonicClock, NodeId, Readers, Roster, Sent,
+        Tenure, Topic, Unclaimed, Weight,
         post::{Batch, Landed, Post, Received},
     },
     metrics::RedisConnectionKind,
@@ -65,7 +65,7 @@ struct Inner {
     me: Weak<Inner>,
     prefix: Box<str>,
     topology: Arc<Topology>,
-    clock: Clock,
+    clock: MonotonicClock,
     post: Post,
     state: Mutex<State>,
     /// Something in the session has changed.
@@ -126,7 +126,7 @@ impl RedisCluster {
             me: me.clone(),
             prefix: prefix.into(),
             topology: topology.clone(),
-            clock: Clock::real(),
+            clock: MonotonicClock::real(),
             post: Post::new(id),
             state: Mutex::new(State {
                 id,

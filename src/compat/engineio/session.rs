@@ -21,7 +21,7 @@ use crate::{
     auth::Identity,
     error::Code,
     metrics::{Connected, Transport},
-    rpc::Probed,
+    rpc::ProbeCallback,
     sessions::{ChannelSet, ConnectionRegistration},
     transport::wheel::{Due, Timer, Wheel},
 };
@@ -82,7 +82,7 @@ struct State {
     leaving: bool,
     kicked: bool,
     /// Who wants to know whether the client lives, and until when it has to say so.
-    askers: Vec<(u32, Probed)>,
+    askers: Vec<(u32, ProbeCallback)>,
     /// The conversation is over, and nothing left of it.
     gone: bool,
     /// Until it is over.
@@ -213,7 +213,7 @@ impl Session {
 
     /// Finds out whether the client lives. One that says nothing in time is gone: its session is closed, and what it held is
     /// free, before that is told.
-    pub fn probe(&self, told: Probed) {
+    pub fn probe(&self, told: ProbeCallback) {
         let mut state = self.state.lock();
         if state.gone {
             drop(state);
@@ -422,7 +422,7 @@ impl Drop for Turn<'_> {
     }
 }
 
-fn tell(askers: Vec<(u32, Probed)>, alive: bool) {
+fn tell(askers: Vec<(u32, ProbeCallback)>, alive: bool) {
     askers.into_iter().for_each(|(_, told)| told(alive));
 }
 

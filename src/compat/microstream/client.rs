@@ -21,7 +21,7 @@ use crate::{
         socketio::{Event, Kind, Packet, connect_error},
     },
     error::{Again, Code, Error},
-    rpc::{Call, Connection, Provide, Provided},
+    rpc::{AcceptedProvider, Call, HubConnection, ProvideRequest},
     transport::wheel::Wheel,
 };
 
@@ -31,7 +31,7 @@ pub struct Client {
     session: Weak<Session>,
     port: Arc<Port>,
     /// Its hold on weir's hub, while it is connected.
-    link: Option<Connection>,
+    link: Option<HubConnection>,
     name: Box<str>,
     /// Its query said one.
     named: bool,
@@ -61,7 +61,7 @@ struct Registering {
     task: JoinHandle<()>,
 }
 
-type Answered = (Connection, Result<Provided, Error>);
+type Answered = (HubConnection, Result<AcceptedProvider, Error>);
 
 impl Drop for Registering {
     fn drop(&mut self) {
@@ -187,19 +187,19 @@ impl Client {
     }
 
     /// None: it takes a moment.
-    fn provide(&mut self) -> Result<Option<(Connection, Provided)>, Error> {
+    fn provide(&mut self) -> Result<Option<(HubConnection, AcceptedProvider)>, Error> {
         let identity = Identity::anonymous();
         let permit = identity.may_provide(&self.name)?;
         let link = self.hub.rpc.connect_with(self.port.clone(), self.hub.settings.calls);
-        let providing = link.provide(&Provide {
+        let providing = link.provide(&ProvideRequest {
             subject: permit.subject(),
             exclusive: true,
             // Whoever comes back after an unclean loss would meet itself.
             probe: true,
             concurrency: u32::try_from(self.hub.settings.calls).unwrap_or(u32::MAX).saturating_mul(16),
-            ..Provide::new(&self.name)
+            ..ProvideRequest::new(&self.name)
         });
-        let providing = match providing.now() {
+        let providing = match providing.try_finish() {
             Ok(provided) => return Ok(Some((link, provided?))),
             Err(providing) => providing,
         };
@@ -218,14 +218,14 @@ impl Client {
         Ok(None)
     }
 
-    fn connected(&mut self, link: Connection, provided: Provided) {
+    fn connected(&mut self, link: HubConnection, provided: AcceptedProvider) {
         self.stage = Stage::Connected;
         self.beat.store(self.hub.wheel.now(), Relaxed);
         self.hub.comes(&self.name, &self.beat);
         let id = new_sid();
         self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
         if let Some(session) = self.session.upgrade() {
-            session.with_registration(|registration| registration.set_services(link.provides()));
+            session.with_registration(|registration| registration.set_services(link.provided_services()));
         }
         // Requests begin here: they come after the answer.
         drop(provided);
@@ -234,7 +234,7 @@ impl Client {
 
     // --- events ---
 
-    fn request(&self, link: &Connection, argument: Option<&RawValue>) {
+    fn request(&self, link: &HubConnection, argument: Option<&RawValue>) {
         // What makes no sense killed the original; here nothing comes of it.
         let Some(Request { target_service: target, payload: Some(sent) }) = translate::object(argument) else { return };
         let Some(Payload { id, event, data }) = translate::object(Some(sent)) else { return };
@@ -253,7 +253,7 @@ impl Client {
         link.call(port::tag(id, target), &call);
     }
 
-    fn response(&self, link: &Connection, argument: Option<&RawValue>) {
+    fn response(&self, link: &HubConnection, argument: Option<&RawValue>) {
         let Some(Response { id, response }) = translate::object(argument) else { return };
         // Of a request that nobody made, or made of somebody else, nothing comes either.
         if let Some(call) = self.port.answered(id) {
@@ -348,7 +348,7 @@ impl Conversation for Client {
     }
 
     fn is_quiet(&self) -> bool {
-        self.link.as_ref().is_none_or(Connection::is_idle)
+        self.link.as_ref().is_none_or(HubConnection::is_idle)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
         socketio::{close_event, open_event},
     },
     event::write_json_str,
-    rpc::{Answer, CallId, Forward, Peer, Probed, Tag, Written},
+    rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, ProbeCallback, WriteOutcome},
     transport::wheel::Wheel,
 };
 
@@ -36,7 +36,7 @@ pub struct Port {
 
 /// An id as its requester wrote it. Its own library's have 21 letters.
 #[derive(Clone, PartialEq, Eq)]
-struct Key(Tag);
+struct Key(CallerId);
 
 struct Asked {
     call: CallId,
@@ -51,7 +51,7 @@ impl std::hash::Hash for Key {
 
 impl Key {
     fn new(id: &str) -> Self {
-        Key(Tag::new(translate::spelled(id).as_bytes()))
+        Key(CallerId::new(translate::spelled(id).as_bytes()))
     }
 }
 
@@ -113,11 +113,11 @@ impl Port {
     }
 
     /// Sends a `request`: the payload as it was sent, or one of our own making.
-    fn request(&self, payload: &str) -> Written {
+    fn request(&self, payload: &str) -> WriteOutcome {
         match self.outbox.offer(event("request", [""; 3], payload, "")) {
-            Some(true) => Written::Yes,
-            Some(false) => Written::Full,
-            None => Written::Gone,
+            Some(true) => WriteOutcome::Written,
+            Some(false) => WriteOutcome::Full,
+            None => WriteOutcome::Gone,
         }
     }
 }
@@ -164,7 +164,7 @@ fn under(id: &str, payload: &str, call: CallId) -> String {
 }
 
 impl Peer for Port {
-    fn call(&self, call: &Forward<'_>) -> Written {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         if let (Some(sent), Some(id)) = (call.as_sent, call.id) {
             let sent = sent.get();
             let known = translate::id_of(sent);
@@ -172,7 +172,7 @@ impl Peer for Port {
                 return self.request(&under(known, sent, id));
             }
             let written = self.request(sent);
-            if written != Written::Yes {
+            if written != WriteOutcome::Written {
                 self.asked.lock().remove(&Key::new(known));
             }
             return written;
@@ -198,13 +198,13 @@ impl Peer for Port {
         // There is no word for it.
     }
 
-    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
         let (id, target) = split(to);
         match answer {
-            Answer::Result(result) if result.get() == "null" => self.respond(id, "{}"),
-            Answer::Result(result) => self.respond(id, result.get()),
-            Answer::Error(error) => self.respond(id, &translate::response_of(&error, target, id)),
-            Answer::Failed(error) => {
+            CallAnswer::Result(result) if result.get() == "null" => self.respond(id, "{}"),
+            CallAnswer::Result(result) => self.respond(id, result.get()),
+            CallAnswer::Error(error) => self.respond(id, &translate::response_of(&error, target, id)),
+            CallAnswer::Failed(error) => {
                 if let Some(response) = translate::response_to(&error, target, id) {
                     self.respond(id, &response);
                 }
@@ -212,7 +212,7 @@ impl Peer for Port {
         }
     }
 
-    fn late(&self, to: &Tag, answer: Answer<'_>) {
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
         // Its client knows by itself that it is.
         self.answer(to, answer);
     }
@@ -226,7 +226,7 @@ impl Peer for Port {
         }
     }
 
-    fn probe(&self, told: Probed) {
+    fn probe(&self, told: ProbeCallback) {
         match self.session.upgrade() {
             Some(session) => session.probe(told),
             None => told(false),
@@ -235,16 +235,16 @@ impl Peer for Port {
 }
 
 /// What a request's answer needs: its id, and whom it was for, both as they were written.
-pub fn tag(id: Option<&RawValue>, target: Option<&RawValue>) -> Tag {
+pub fn tag(id: Option<&RawValue>, target: Option<&RawValue>) -> CallerId {
     let id = id.map_or("", RawValue::get).as_bytes();
     match target {
-        None => Tag::new(id),
+        None => CallerId::new(id),
         // JSON holds no such byte.
-        Some(target) => Tag::new(&[id, &[0], target.get().as_bytes()].concat()),
+        Some(target) => CallerId::new(&[id, &[0], target.get().as_bytes()].concat()),
     }
 }
 
-fn split(tag: &Tag) -> (&str, Option<&RawValue>) {
+fn split(tag: &CallerId) -> (&str, Option<&RawValue>) {
     let text = str::from_utf8(tag.id()).unwrap_or_default();
     match text.split_once('\0') {
         Some((id, target)) => (id, serde_json::from_str(target).ok()),
@@ -257,7 +257,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
-    use crate::rpc::Names;
+    use crate::rpc::MethodNames;
 
     fn json(text: &str) -> &RawValue {
         serde_json::from_str(text).unwrap()
@@ -274,18 +274,18 @@ mod tests {
         String::from_utf8(out).unwrap()
     }
 
-    fn ask(port: &Port, number: u64, sent: &str) -> Written {
+    fn ask(port: &Port, number: u64, sent: &str) -> WriteOutcome {
         let id = CallId::parse(&format!("w:{number}"));
         let sent = json(sent);
-        let call = Forward {
+        let call = ForwardedCall {
             id,
             service: "s",
             method: "m",
-            names: Names::Bare,
+            names: MethodNames::Short,
             params: None,
             as_sent: Some(sent),
             meta: None,
-            relay: crate::rpc::Relay::default(),
+            relay: crate::rpc::RelayInfo::default(),
         };
         port.call(&call)
     }
@@ -294,23 +294,23 @@ mod tests {
     async fn a_payload_goes_as_it_came_unless_its_id_is_taken() {
         let port = port();
         let sent = r#"{"id":"r1","event":"e","data":{"x":1},"more":[]}"#;
-        assert_eq!(ask(&port, 1, sent), Written::Yes);
+        assert_eq!(ask(&port, 1, sent), WriteOutcome::Written);
         assert_eq!(wrote(&port), format!("42[\"request\",{sent}]"));
         for (number, sent, other) in [
             (2, sent, r#"{"id":"w:2","event":"e","data":{"x":1},"more":[]}"#),
             (3, r#"{"event":"e","id":"w:1"}"#, r#"{"event":"e","id":"w:3"}"#),
             (4, r#"{"id":"\u00721"}"#, r#"{"id":"w:4"}"#),
         ] {
-            assert_eq!(ask(&port, number, sent), Written::Yes);
+            assert_eq!(ask(&port, number, sent), WriteOutcome::Written);
             assert_eq!(wrote(&port), format!("42[\"request\",{other}]"));
         }
         assert_eq!(port.answered(Some(json("\"w:3\""))), CallId::parse("w:3"));
         assert_eq!(port.answered(Some(json("\"r1\""))), CallId::parse("w:1"));
         assert_eq!(port.answered(Some(json("\"r1\""))), None);
         assert_eq!(port.answered(None), None);
-        assert_eq!(ask(&port, 5, "{}"), Written::Yes);
+        assert_eq!(ask(&port, 5, "{}"), WriteOutcome::Written);
         assert_eq!(wrote(&port), "42[\"request\",{}]");
-        assert_eq!(ask(&port, 6, "{ }"), Written::Yes);
+        assert_eq!(ask(&port, 6, "{ }"), WriteOutcome::Written);
         assert_eq!(wrote(&port), "42[\"request\",{\"id\":\"w:6\" }]");
         assert_eq!(port.answered(None), CallId::parse("w:5"));
         assert!(port.asked.lock().is_empty());
@@ -320,11 +320,11 @@ mod tests {
     async fn what_is_not_taken_is_not_remembered() {
         let port = port();
         let large = format!(r#"{{"id":"r1","data":"{}"}}"#, "x".repeat(1_000));
-        assert_eq!(ask(&port, 1, &large), Written::Yes);
-        assert_eq!(ask(&port, 2, r#"{"id":"r2"}"#), Written::Full);
+        assert_eq!(ask(&port, 1, &large), WriteOutcome::Written);
+        assert_eq!(ask(&port, 2, r#"{"id":"r2"}"#), WriteOutcome::Full);
         assert_eq!(port.asked.lock().len(), 1);
         port.outbox.close();
-        assert_eq!(ask(&port, 3, r#"{"id":"r3"}"#), Written::Gone);
+        assert_eq!(ask(&port, 3, r#"{"id":"r3"}"#), WriteOutcome::Gone);
         assert_eq!(port.asked.lock().len(), 1);
         port.forget(0);
         assert_eq!(port.asked.lock().len(), 1);

@@ -8,7 +8,7 @@ use serde_json::{json, value::RawValue};
 use crate::{
     error::{Code, Error},
     event::{Text, write_json_str},
-    rpc::{Answer, ProviderError},
+    rpc::{CallAnswer, ProviderError},
 };
 
 /// The argument of `request`.
@@ -124,13 +124,13 @@ struct ServiceError<'a> {
 }
 
 /// What a response answers. Without one, or with null, it is `{}`: its own client would die of anything less.
-pub fn answer(response: Option<&RawValue>) -> Answer<'_> {
+pub fn answer(response: Option<&RawValue>) -> CallAnswer<'_> {
     let Some(response) = response.filter(|response| response.get() != "null") else {
-        return Answer::Result(empty());
+        return CallAnswer::Result(empty());
     };
     match failing(response) {
-        Some(error) => Answer::Error(provider_error(response, error)),
-        None => Answer::Result(response),
+        Some(error) => CallAnswer::Error(provider_error(response, error)),
+        None => CallAnswer::Result(response),
     }
 }
 
@@ -299,7 +299,7 @@ mod tests {
 
     fn error(response: &str) -> ProviderError<'static> {
         match answer(Some(json(response))) {
-            Answer::Error(error) => error.into_owned(),
+            CallAnswer::Error(error) => error.into_owned(),
             other => panic!("{response}: {other:?}"),
         }
     }
@@ -339,12 +339,12 @@ mod tests {
             "{\"a\":{\"error\":1}}",
         ] {
             match answer(Some(json(same))) {
-                Answer::Result(result) => assert_eq!(result.get(), same),
+                CallAnswer::Result(result) => assert_eq!(result.get(), same),
                 other => panic!("{same}: {other:?}"),
             }
         }
         for nothing in [None, Some(json("null"))] {
-            assert!(matches!(answer(nothing), Answer::Result(result) if result.get() == "{}"));
+            assert!(matches!(answer(nothing), CallAnswer::Result(result) if result.get() == "{}"));
         }
     }
 

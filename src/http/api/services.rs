@@ -21,7 +21,7 @@ use crate::{
         extract::{declared, read_body},
         openapi::Problem,
     },
-    rpc::{Call, ProviderError, Refusal, ServiceInfo},
+    rpc::{Call, CallError, ProviderError, ServiceInfo},
     transport::query::{Query, decode},
 };
 
@@ -80,10 +80,10 @@ pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, reque
         timeout,
         ..Call::new(service, method, params(&body)?)
     };
-    match gateway.hub.ask(&call).await {
+    match gateway.hub.call_once(&call).await {
         Ok(result) => Ok(json(StatusCode::OK, Box::<str>::from(result).into_string())),
-        Err(Refusal::Weir(error)) => Err(error),
-        Err(Refusal::Provider(error)) => Ok(refused(&error)),
+        Err(CallError::Weir(error)) => Err(error),
+        Err(CallError::Provider(error)) => Ok(refused(&error)),
     }
 }
 

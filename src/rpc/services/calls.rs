@@ -10,7 +10,7 @@ use slab::Slab;
 
 use super::{
     super::{
-        Call, Names,
+        Call, MethodNames,
         pending::{CallId, Conn},
     },
     Provider, State,
@@ -84,7 +84,7 @@ pub(in crate::rpc) struct Target {
     pub provider: u32,
     /// None: a notification.
     pub id: Option<CallId>,
-    pub names: Names,
+    pub names: MethodNames,
     pub meta: bool,
     pub fence: Option<u64>,
     pub deadline: u64,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{After, Conn, NONE, Names, Provider, Stage, State};
+use super::{After, Conn, MethodNames, NONE, Provider, Stage, State};
 use crate::cluster::NodeId;
 
 /// What a node tells the others of a service that it has: JSON, so that members may be added.
@@ -109,7 +109,7 @@ impl State {
             stage: Stage::Active,
             concurrency,
             in_flight: 0,
-            names: Names::Full,
+            names: MethodNames::Qualified,
             // It wants to know all there is, and who gave up.
             meta: true,
             fence,

@@ -19,14 +19,14 @@ use crate::cluster::local::{Net, Node};
 #[derive(Default)]
 pub struct Fake {
     pub calls: Mutex<Vec<Got>>,
-    /// Tag and outcome: the result, `error CODE MESSAGE`, or `CODE EXECUTED`.
+    /// CallerId and outcome: the result, `error CODE MESSAGE`, or `CODE EXECUTED`.
     pub answers: Mutex<Vec<(String, String)>>,
     pub late: Mutex<Vec<(String, String)>>,
     pub cancels: Mutex<Vec<CallId>>,
     pub withdrawn: Mutex<Vec<String>>,
     /// Asked whether it lives.
-    pub probes: Mutex<Vec<Probed>>,
-    pub written: Mutex<Option<Written>>,
+    pub probes: Mutex<Vec<ProbeCallback>>,
+    pub written: Mutex<Option<WriteOutcome>>,
     /// Happens once, while a call is being written.
     pub meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
@@ -41,7 +41,7 @@ pub struct Got {
 
 /// A connection under test: its hold on the hub and what it was told.
 pub struct Socket {
-    pub hub: Connection,
+    pub hub: HubConnection,
     pub saw: Arc<Fake>,
 }
 
@@ -54,16 +54,16 @@ pub struct World {
 }
 
 impl Peer for Fake {
-    fn call(&self, call: &Forward<'_>) -> Written {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         let meanwhile = self.meanwhile.lock().take();
         if let Some(meanwhile) = meanwhile {
             meanwhile();
         }
-        let written = self.written.lock().unwrap_or(Written::Yes);
-        if written == Written::Yes {
+        let written = self.written.lock().unwrap_or(WriteOutcome::Written);
+        if written == WriteOutcome::Written {
             let name = match call.names {
-                Names::Bare => call.method.to_owned(),
-                Names::Full => format!("{}/{}", call.service, call.method),
+                MethodNames::Short => call.method.to_owned(),
+                MethodNames::Qualified => format!("{}/{}", call.service, call.method),
             };
             let params = call.params.map(|params| params.get().to_owned());
             let meta = call.meta.map(|meta| serde_json::to_value(meta).unwrap());
@@ -76,11 +76,11 @@ impl Peer for Fake {
         self.cancels.lock().push(id);
     }
 
-    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
         self.answers.lock().push((tag(to), text(&answer)));
     }
 
-    fn late(&self, to: &Tag, answer: Answer<'_>) {
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
         self.late.lock().push((tag(to), text(&answer)));
     }
 
@@ -88,20 +88,20 @@ impl Peer for Fake {
         self.withdrawn.lock().push(format!("{service} {reason}"));
     }
 
-    fn probe(&self, told: Probed) {
+    fn probe(&self, told: ProbeCallback) {
         self.probes.lock().push(told);
     }
 }
 
-fn tag(tag: &Tag) -> String {
+fn tag(tag: &CallerId) -> String {
     String::from_utf8_lossy(tag.id()).into_owned()
 }
 
-pub fn text(answer: &Answer<'_>) -> String {
+pub fn text(answer: &CallAnswer<'_>) -> String {
     match answer {
-        Answer::Result(result) => result.get().to_owned(),
-        Answer::Error(error) => format!("error {} {}", error.code, error.message),
-        Answer::Failed(error) => {
+        CallAnswer::Result(result) => result.get().to_owned(),
+        CallAnswer::Error(error) => format!("error {} {}", error.code, error.message),
+        CallAnswer::Failed(error) => {
             let data = error.data();
             let executed = data.get("executed").and_then(Value::as_str).unwrap_or("-").to_owned();
             format!("{} {executed}", error.code().as_str())
@@ -120,13 +120,13 @@ impl World {
 
     pub fn with(config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
-        let net = Net::new(Clock::Manual(clock.clone()));
+        let net = Net::new(MonotonicClock::Manual(clock.clone()));
         Self::join(&net, &clock, config)
     }
 
     pub fn join(net: &Arc<Net>, clock: &Arc<AtomicU64>, config: Config) -> Self {
         let node = net.join();
-        let hub = Hub::new(config, Clock::Manual(clock.clone()), node.clone(), Arc::default());
+        let hub = Hub::new(config, MonotonicClock::Manual(clock.clone()), node.clone(), Arc::default());
         World { hub, node, net: net.clone(), clock: clock.clone() }
     }
 
@@ -136,7 +136,7 @@ impl World {
     }
 
     /// Takes what is to be told of services, and has told it.
-    pub fn told(&self) -> Vec<Change> {
+    pub fn told(&self) -> Vec<ServiceChange> {
         self.hub.take_changes().into_iter().map(|telling| telling.change).collect()
     }
 
@@ -155,7 +155,7 @@ impl World {
     /// A socket that provides `service`, shared.
     pub fn provider(&self, service: &str) -> Socket {
         let socket = self.socket();
-        drop(socket.hub.provide(&Provide::new(service)).now().ok().unwrap().unwrap());
+        drop(socket.hub.provide(&ProvideRequest::new(service)).try_finish().ok().unwrap().unwrap());
         socket
     }
 
@@ -163,7 +163,7 @@ impl World {
     pub fn is_empty_after_a_minute(&self) {
         self.pass(Duration::from_secs(61));
         self.pass(Duration::from_secs(1));
-        assert_eq!(self.hub.counts(), Counts::default());
+        assert_eq!(self.hub.counts(), HubCounts::default());
         assert_eq!((self.node.leases(), self.hub.tenured.lock().len()), (0, 0));
     }
 }
@@ -179,13 +179,13 @@ impl Socket {
         let params = format!("[{tag:?}]");
         let mut call = Call::new(service, method, Some(raw(&params)));
         change(&mut call);
-        self.hub.call(Tag::new(tag.as_bytes()), &call);
+        self.hub.call(CallerId::new(tag.as_bytes()), &call);
     }
 
-    pub fn provide(&self, service: &str, change: impl FnOnce(&mut Provide<'_>)) -> Result<(usize, Option<u64>)> {
-        let mut ask = Provide::new(service);
+    pub fn provide(&self, service: &str, change: impl FnOnce(&mut ProvideRequest<'_>)) -> Result<(usize, Option<u64>)> {
+        let mut ask = ProvideRequest::new(service);
         change(&mut ask);
-        let provided = self.hub.provide(&ask).now().unwrap_or_else(|mut asking| {
+        let provided = self.hub.provide(&ask).try_finish().unwrap_or_else(|mut asking| {
             // Another thread is giving the name back at this moment. Nobody else has to be asked, so it is soon over.
             let mut cx = Context::from_waker(Waker::noop());
             let deadline = std::time::Instant::now() + Duration::from_secs(20);
@@ -201,9 +201,9 @@ impl Socket {
     }
 
     /// Answers the `nth` call that it got.
-    pub fn reply(&self, nth: usize, result: &str) -> Replied {
+    pub fn reply(&self, nth: usize, result: &str) -> ReplyOutcome {
         let id = self.saw.calls.lock()[nth].id.unwrap();
-        self.hub.reply(id, Answer::Result(raw(result)))
+        self.hub.reply(id, CallAnswer::Result(raw(result)))
     }
 
     /// Tags in the order in which their calls were written here.

@@ -25,7 +25,7 @@ impl Cluster {
 
     pub fn with(nodes: usize, config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
-        let net = Net::new(Clock::Manual(clock.clone()));
+        let net = Net::new(MonotonicClock::Manual(clock.clone()));
         let nodes = (0..nodes).map(|_| World::join(&net, &clock, config.clone())).collect();
         let cluster = Cluster { nodes, net, clock };
         cluster.settle();
@@ -74,16 +74,16 @@ impl Cluster {
         &self,
         socket: &Socket,
         service: &str,
-        change: impl FnOnce(&mut Provide<'_>),
+        change: impl FnOnce(&mut ProvideRequest<'_>),
     ) -> Result<Option<u64>> {
-        let mut ask = Provide::new(service);
+        let mut ask = ProvideRequest::new(service);
         change(&mut ask);
         let providing = socket.hub.provide(&ask);
         self.finish(providing).map(|provided| provided.fence)
     }
 
     /// Lets time pass until a registration has come to something.
-    pub fn finish(&self, providing: Providing) -> Result<Provided> {
+    pub fn finish(&self, providing: ProvideFuture) -> Result<AcceptedProvider> {
         let mut providing = Box::pin(providing);
         for _ in 0..1_000 {
             if let Some(done) = futures_util::FutureExt::now_or_never(providing.as_mut()) {
@@ -110,7 +110,7 @@ impl Cluster {
     pub fn is_empty_after_a_minute(&self) {
         self.pass(Duration::from_secs(62));
         for node in &self.nodes {
-            assert_eq!(node.hub.counts(), Counts::default());
+            assert_eq!(node.hub.counts(), HubCounts::default());
             assert_eq!((node.node.leases(), node.hub.tenured.lock().len(), node.hub.asks.lock().len()), (0, 0, 0));
             assert_eq!(node.hub.nodes.links(), self.nodes.len() - 1);
         }
@@ -122,14 +122,14 @@ impl Cluster {
 fn a_call_to_another_node() {
     let cluster = Cluster::new(2);
     let (provider, caller) = (cluster.nodes[0].socket(), cluster.nodes[1].socket());
-    cluster.provide(&provider, "jwt", |ask| (ask.meta, ask.names) = (true, Names::Full)).unwrap();
+    cluster.provide(&provider, "jwt", |ask| (ask.meta, ask.names) = (true, MethodNames::Qualified)).unwrap();
     cluster.settle();
     caller.call_with("1", "jwt/make", |call| (call.caller, call.traceparent) = ("u7", Some("00-1")));
     cluster.settle();
     let got = provider.saw.calls.lock()[0].clone();
     let meta = serde_json::json!({ "caller": "u7", "deadline_ms": 30_000, "traceparent": "00-1" });
     assert_eq!((got.name.as_str(), got.params.as_deref(), got.meta), ("jwt/make", Some(r#"["1"]"#), Some(meta)));
-    assert_eq!(provider.reply(0, r#"{"token": "x" }"#), Replied::Answered);
+    assert_eq!(provider.reply(0, r#"{"token": "x" }"#), ReplyOutcome::Answered);
     cluster.settle();
     assert_eq!(caller.answers(), [r#"1: {"token": "x" }"#]);
     caller.call("2", "jwt/make");
@@ -137,10 +137,10 @@ fn a_call_to_another_node() {
     let id = provider.saw.calls.lock()[1].id.unwrap();
     let data = raw(r#"{"a":1}"#);
     let error = ProviderError { code: 42, message: "no".into(), data: Some(std::borrow::Cow::Borrowed(data)) };
-    provider.hub.reply(id, Answer::Error(error));
+    provider.hub.reply(id, CallAnswer::Error(error));
     caller.call("3", "jwt/make");
     cluster.settle();
-    provider.hub.reply(provider.saw.calls.lock()[2].id.unwrap(), Answer::bad_reply("is empty"));
+    provider.hub.reply(provider.saw.calls.lock()[2].id.unwrap(), CallAnswer::bad_reply("is empty"));
     cluster.settle();
     assert_eq!(caller.answers()[1..], ["2: error 42 no", "3: bad_reply maybe"]);
     // Booked where it was made.
@@ -166,7 +166,7 @@ fn deadlines_cancels_and_late_replies_cross() {
     cluster.settle();
     cluster.pass(SECOND);
     assert_eq!(caller.answers(), ["late: timeout maybe", "never: timeout maybe"]);
-    assert_eq!((provider.reply(0, "1"), provider.reply(1, "2")), (Replied::Late, Replied::Late));
+    assert_eq!((provider.reply(0, "1"), provider.reply(1, "2")), (ReplyOutcome::Late, ReplyOutcome::Late));
     cluster.settle();
     assert_eq!((caller.late(), caller.answers().len()), (vec!["late: 1".to_owned()], 2));
     let late = |at: usize| cluster.nodes[at].hub.metrics.value("weir_rpc_late_total");
@@ -174,7 +174,7 @@ fn deadlines_cancels_and_late_replies_cross() {
     assert_eq!(caller.hub.cancel(b"gone"), 1);
     cluster.settle();
     assert_eq!(*provider.saw.cancels.lock(), [provider.saw.calls.lock()[2].id.unwrap()]);
-    assert_eq!(provider.reply(2, "3"), Replied::Unmatched);
+    assert_eq!(provider.reply(2, "3"), ReplyOutcome::Unmatched);
     // A caller that goes takes its calls with it.
     caller.call("4", "a/x");
     caller.call("5", "a/x");
@@ -264,7 +264,7 @@ fn a_withdrawn_provider_finishes_what_it_has_of_other_nodes() {
     cluster.settle();
     caller.call_with("2", "a/x", |call| call.wait = Some(Duration::ZERO));
     assert_eq!(caller.answers(), ["2: no_provider no"]);
-    assert_eq!(provider.reply(0, "1"), Replied::Answered);
+    assert_eq!(provider.reply(0, "1"), ReplyOutcome::Answered);
     cluster.settle();
     assert_eq!(caller.answers()[1..], ["1: 1"]);
     drop((caller, provider));
@@ -410,7 +410,7 @@ fn the_same_subject_takes_over_from_another_node() {
     cluster.settle();
     assert_eq!(*old.saw.withdrawn.lock(), ["a replaced"]);
     assert_eq!(caller.answers(), ["1: provider_gone maybe"]);
-    assert_eq!(old.reply(0, "1"), Replied::Unmatched);
+    assert_eq!(old.reply(0, "1"), ReplyOutcome::Unmatched);
     caller.call("2", "a/x");
     cluster.settle();
     assert_eq!((old.got().len(), new.got().len()), (1, 1));
@@ -421,7 +421,7 @@ fn the_same_subject_takes_over_from_another_node() {
 #[test]
 fn the_dead_hold_no_names_here_or_on_another_node() {
     let cluster = Cluster::new(2);
-    let mut ask = Provide::new("a");
+    let mut ask = ProvideRequest::new("a");
     (ask.exclusive, ask.probe) = (true, true);
     for at in 0..2 {
         let (holder, heir) = (cluster.nodes[0].socket(), cluster.nodes[at].socket());
@@ -458,7 +458,7 @@ fn the_name_of_a_dead_node_is_free_when_its_lease_is_over() {
     cluster.settle();
     let _dead = cluster.kill(0);
     let heir = cluster.nodes[0].socket();
-    let mut ask = Provide::new("own");
+    let mut ask = ProvideRequest::new("own");
     ask.exclusive = true;
     let mut providing = Box::pin(heir.hub.provide(&ask));
     // Not refused, for nobody says that it is held; nor given, for its holder may live.
@@ -561,8 +561,8 @@ fn services_of_all_nodes_and_each_change_told_by_one() {
         assert_eq!(services[0].methods, ["x", "y"]);
     }
     let told: Vec<_> = cluster.nodes.iter().map(World::told).collect();
-    let change = |providers, kind| Change { service: "a".into(), providers, exclusive: false, kind };
-    assert_eq!(told, [vec![change(2, ChangeKind::Provided)], vec![], vec![]]);
+    let change = |providers, kind| ServiceChange { service: "a".into(), providers, exclusive: false, kind };
+    assert_eq!(told, [vec![change(2, ServiceChangeKind::Provided)], vec![], vec![]]);
     drop(there);
     cluster.settle();
     let told: Vec<_> = cluster.nodes[1..].iter().map(World::told).collect();
@@ -571,7 +571,7 @@ fn services_of_all_nodes_and_each_change_told_by_one() {
     let _dead = cluster.kill(0);
     cluster.pass(Duration::from_millis(TTL) + SECOND);
     let told: Vec<_> = cluster.nodes.iter().map(World::told).collect();
-    assert_eq!(told, [vec![change(1, ChangeKind::Provided)], vec![]]);
+    assert_eq!(told, [vec![change(1, ServiceChangeKind::Provided)], vec![]]);
 }
 
 /// Nobody leads while none can reach another, and whoever leads afterwards tells all of it.
@@ -603,21 +603,21 @@ fn what_could_not_be_told_comes_again_as_it_stands_then() {
     let hub = &cluster.nodes[0].hub;
     let told = hub.take_changes();
     assert_eq!(told[0].change.providers, 1);
-    hub.untold(told.into_iter());
+    hub.requeue_changes(told.into_iter());
     let two = cluster.provider(0, "a");
     let told = hub.take_changes();
     assert_eq!(told.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [2], "once, and the newest");
     // Longer than another would have to tell it, and after the hub has forgotten the service.
-    hub.untold(told.into_iter());
+    hub.requeue_changes(told.into_iter());
     drop((one, two));
     cluster.settle();
     for _ in 0..3 {
         let told = hub.take_changes();
         assert_eq!(told.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [0]);
-        hub.untold(told.into_iter());
+        hub.requeue_changes(told.into_iter());
         cluster.pass(Duration::from_secs(100));
     }
-    assert_eq!(hub.counts(), Counts::default());
+    assert_eq!(hub.counts(), HubCounts::default());
     assert_eq!(cluster.nodes[0].told().len(), 1);
     assert_eq!(cluster.nodes[0].told(), []);
 }

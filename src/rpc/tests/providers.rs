@@ -94,7 +94,7 @@ fn the_same_connection_again_is_an_update() {
     assert_eq!(codes(&two.provide("a", |_| {})), Code::ServiceTaken);
     assert_eq!(one.provide("a", |_| {}).unwrap(), (1, None));
     assert_eq!(two.provide("a", |_| {}).unwrap(), (2, None));
-    assert_eq!((one.reply(0, "1"), one.reply(1, "1")), (Replied::Answered, Replied::Answered));
+    assert_eq!((one.reply(0, "1"), one.reply(1, "1")), (ReplyOutcome::Answered, ReplyOutcome::Answered));
     drop((one, two, caller));
     world.is_empty_after_a_minute();
 }
@@ -104,9 +104,9 @@ fn a_takeover_by_the_same_subject() {
     let world = World::new();
     let (old, new, stranger, caller) = (world.socket(), world.socket(), world.socket(), world.socket());
     fn exclusive(socket: &Socket, subject: &str) -> Result<(usize, Option<u64>)> {
-        let mut ask = Provide::new("a");
+        let mut ask = ProvideRequest::new("a");
         (ask.exclusive, ask.takeover, ask.subject) = (true, true, subject);
-        socket.hub.provide(&ask).now().ok().unwrap().map(|provided| (provided.providers, provided.fence))
+        socket.hub.provide(&ask).try_finish().ok().unwrap().map(|provided| (provided.providers, provided.fence))
     }
     assert_eq!(exclusive(&old, "svc").unwrap(), (1, Some(1)));
     caller.call("1", "a/x");
@@ -116,7 +116,7 @@ fn a_takeover_by_the_same_subject() {
     assert_eq!(exclusive(&new, "svc").unwrap(), (1, Some(2)));
     assert_eq!(*old.saw.withdrawn.lock(), ["a replaced"]);
     assert_eq!(caller.answers(), ["2: timeout maybe", "1: provider_gone maybe"]);
-    assert_eq!((old.reply(0, "1"), old.reply(1, "1")), (Replied::Unmatched, Replied::Unmatched));
+    assert_eq!((old.reply(0, "1"), old.reply(1, "1")), (ReplyOutcome::Unmatched, ReplyOutcome::Unmatched));
     caller.call("3", "a/x");
     assert_eq!((old.got().len(), new.got()), (2, vec!["3".to_owned()]));
     // The one that was replaced may come back, and goes without harm.
@@ -150,7 +150,7 @@ fn withdrawn_providers_finish_what_they_have() {
     // The name is free for others meanwhile.
     let heir = world.socket();
     heir.provide("a", |ask| ask.exclusive = true).unwrap();
-    assert_eq!(provider.reply(0, "1"), Replied::Answered);
+    assert_eq!(provider.reply(0, "1"), ReplyOutcome::Answered);
     assert_eq!(provider.hub.withdraw("a").unwrap_err().code(), Code::NotFound);
     drop((heir, provider, caller));
     world.is_empty_after_a_minute();
@@ -187,7 +187,7 @@ fn a_call_waits_for_a_provider_that_was_here_a_moment_ago() {
     assert_eq!(world.hub.counts().waiting, 3);
     assert_eq!(caller.hub.cancel(b"2"), 1);
     let provider = world.socket();
-    let provided = provider.hub.provide(&Provide::new("a")).now().ok().unwrap().unwrap();
+    let provided = provider.hub.provide(&ProvideRequest::new("a")).try_finish().ok().unwrap().unwrap();
     caller.call("4", "a/x");
     assert_eq!(provider.got(), [""; 0], "nothing comes before the provider is told");
     drop(provided);
@@ -279,12 +279,12 @@ fn what_may_wait_is_bounded() {
 fn a_call_that_was_not_written_goes_to_another_provider() {
     let world = World::new();
     let (one, two, caller) = (world.provider("a"), world.provider("a"), world.socket());
-    *one.saw.written.lock() = Some(Written::Full);
+    *one.saw.written.lock() = Some(WriteOutcome::Full);
     for n in 0..4 {
         caller.call(&n.to_string(), "a/x");
     }
     assert_eq!((one.got().len(), two.got().len()), (0, 4));
-    *two.saw.written.lock() = Some(Written::Full);
+    *two.saw.written.lock() = Some(WriteOutcome::Full);
     caller.call("full", "a/x");
     assert_eq!(caller.answers(), ["full: busy no"]);
     *one.saw.written.lock() = None;
@@ -299,7 +299,7 @@ fn a_provider_that_turns_out_to_be_gone_is_none() {
     let (one, caller) = (world.socket(), world.socket());
     one.provide("a", |ask| ask.exclusive = true).unwrap();
     caller.call("1", "a/x");
-    *one.saw.written.lock() = Some(Written::Gone);
+    *one.saw.written.lock() = Some(WriteOutcome::Gone);
     caller.call("2", "a/x");
     caller.hub.notify(&Call::new("a", "n", Some(fake_params())));
     assert_eq!(caller.answers(), ["1: provider_gone maybe"]);
@@ -323,7 +323,7 @@ fn a_full_provider_does_not_hold_up_those_that_waited() {
     drop(world.provider("a"));
     caller.call("1", "a/x");
     caller.hub.notify(&Call::new("a", "n", None));
-    *provider.saw.written.lock() = Some(Written::Full);
+    *provider.saw.written.lock() = Some(WriteOutcome::Full);
     provider.provide("a", |_| {}).unwrap();
     assert_eq!((caller.answers(), world.hub.counts().waiting), (vec!["1: busy no".to_owned()], 0));
 }
@@ -337,7 +337,7 @@ fn names_that_nobody_may_provide() {
     }
     assert_eq!(codes(&socket.provide("a", |ask| ask.concurrency = 0)), Code::InvalidParams);
     assert_eq!(codes(&socket.provide("a", |ask| ask.methods = &["x\n"])), Code::InvalidParams);
-    assert_eq!(world.hub.counts(), Counts { connections: 1, ..Counts::default() });
+    assert_eq!(world.hub.counts(), HubCounts { connections: 1, ..HubCounts::default() });
 }
 
 #[test]
@@ -426,20 +426,20 @@ fn changes_are_told_once_per_service() {
 async fn changes_wake_who_waits_for_them() {
     let world = World::new();
     let hub = world.hub.clone();
-    let waiter = tokio::spawn(async move { hub.changes().await });
+    let waiter = tokio::spawn(async move { hub.next_changes().await });
     tokio::task::yield_now().await;
     let _provider = world.provider("a");
     let changes = waiter.await.unwrap();
     let change = &changes[0].change;
     assert_eq!(serde_json::to_string(change).unwrap(), r#"{"service":"a","providers":1,"exclusive":false}"#);
-    assert_eq!((changes.len(), change.kind), (1, ChangeKind::Provided));
+    assert_eq!((changes.len(), change.kind), (1, ServiceChangeKind::Provided));
 }
 
 #[test]
 fn a_provider_that_is_withdrawn_while_its_last_call_cannot_be_written_is_gone() {
     let world = World::new();
     let (provider, caller) = (Arc::new(world.provider("a")), world.socket());
-    *provider.saw.written.lock() = Some(Written::Full);
+    *provider.saw.written.lock() = Some(WriteOutcome::Full);
     let leaving = provider.clone();
     *provider.saw.meanwhile.lock() = Some(Box::new(move || assert_eq!(leaving.hub.withdraw("a").unwrap(), 1)));
     caller.call("1", "a/x");

@@ -144,9 +144,9 @@ impl Run {
                 self.alive[at].hub.reply(
                     id,
                     match how {
-                        0 => Answer::bad_reply("is empty"),
-                        1 => Answer::Error(ProviderError { code: 1, message: tag.as_str().into(), data: None }),
-                        _ => Answer::Result(raw(&tag)),
+                        0 => CallAnswer::bad_reply("is empty"),
+                        1 => CallAnswer::Error(ProviderError { code: 1, message: tag.as_str().into(), data: None }),
+                        _ => CallAnswer::Result(raw(&tag)),
                     },
                 );
             }
@@ -154,8 +154,8 @@ impl Run {
                 let (Some(at), Some(victim)) = (self.pick(socket), self.pick(victim)) else { return };
                 let Some((id, _)) = nth_last(&self.alive[victim].saw, 0) else { return };
                 if at != victim {
-                    let replied = self.alive[at].hub.reply(id, Answer::Result(raw(r#""intruder""#)));
-                    assert_eq!(replied, Replied::Unmatched);
+                    let replied = self.alive[at].hub.reply(id, CallAnswer::Result(raw(r#""intruder""#)));
+                    assert_eq!(replied, ReplyOutcome::Unmatched);
                 }
             }
             Step::Cancel { socket, back } => {
@@ -165,7 +165,7 @@ impl Run {
             }
             Step::Writes { socket, written } => {
                 let Some(at) = self.pick(socket) else { return };
-                let written = [None, None, Some(Written::Full), Some(Written::Gone)][usize::from(written)];
+                let written = [None, None, Some(WriteOutcome::Full), Some(WriteOutcome::Gone)][usize::from(written)];
                 *self.alive[at].saw.written.lock() = written;
             }
             Step::Drop { socket } => {
@@ -267,7 +267,7 @@ fn one_answer_each_with_threads() {
                         seen += calls.len();
                         for call in &calls {
                             let (Some(id), Some(params)) = (call.id, &call.params) else { continue };
-                            socket.hub.reply(id, Answer::Result(raw(params)));
+                            socket.hub.reply(id, CallAnswer::Result(raw(params)));
                         }
                         std::thread::yield_now();
                     }

@@ -17,7 +17,10 @@ use super::{
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
-    rpc::{self, Answer, Call, CallId, Connection, Names, Provide, Provided, ProviderError, Tag},
+    rpc::{
+        self, AcceptedProvider, Call, CallAnswer, CallId, CallerId, HubConnection, MethodNames, ProvideRequest,
+        ProviderError,
+    },
     sessions::ConnectionRegistration,
     transport::wheel::Wheel,
 };
@@ -31,7 +34,7 @@ pub struct Session {
     pub(super) identity: Identity,
     pub(super) outbox: Arc<Outbox>,
     /// Its hold on the hub, from the first call on.
-    link: Option<Connection>,
+    link: Option<HubConnection>,
     /// What it is subscribed to, from the first subscription on.
     pub reader: Option<Box<Reader>>,
     pub(super) work: Option<Box<Work>>,
@@ -125,14 +128,14 @@ impl Session {
                 if error.code() == Code::ParseError {
                     self.count_unreadable();
                 }
-                refuse(&self.outbox, Some(&Tag::new(id.as_bytes()).with_note(note)), &error);
+                refuse(&self.outbox, Some(&CallerId::new(id.as_bytes()).with_note(note)), &error);
                 1
             }
         }
     }
 
     fn request(&mut self, request: &Request<'_>, note: u32) -> usize {
-        let to = request.id.map(|id| Tag::new(id.as_bytes()).with_note(note));
+        let to = request.id.map(|id| CallerId::new(id.as_bytes()).with_note(note));
         let answers = usize::from(to.is_some());
         let method = &*request.method;
         if method.starts_with("rpc.") {
@@ -169,7 +172,7 @@ impl Session {
         }
     }
 
-    fn weir(&mut self, method: &str, params: Option<&RawValue>, to: Option<&Tag>) -> Result<Outcome> {
+    fn weir(&mut self, method: &str, params: Option<&RawValue>, to: Option<&CallerId>) -> Result<Outcome> {
         match method {
             "weir.publish" => self.publish(params).inspect_err(|error| self.ws.metrics.publish_failed(error.code())),
             "weir.call" => self.call(params, to),
@@ -201,7 +204,7 @@ impl Session {
             "weir.subscribe" => self.subscribe(params),
             "weir.unsubscribe" => self.unsubscribe(params),
             "weir.provide" => {
-                let provides = self.link().provides();
+                let provides = self.link().provided_services();
                 if let Some(registration) = &self.registration {
                     registration.set_services(provides);
                 }
@@ -233,12 +236,12 @@ fn json(value: &impl serde::Serialize) -> Outcome {
 // === impl Session: calls ===
 
 impl Session {
-    fn link(&mut self) -> &Connection {
+    fn link(&mut self) -> &HubConnection {
         self.link.get_or_insert_with(|| self.ws.hub.connect(self.outbox.clone()))
     }
 
     /// `service/method`.
-    fn short_call(&mut self, name: &str, params: Option<&RawValue>, to: Option<Tag>) {
+    fn short_call(&mut self, name: &str, params: Option<&RawValue>, to: Option<CallerId>) {
         let permitted = Call::split(name).and_then(|(service, method)| {
             let permit = self.identity.may_call(service)?;
             Ok(Call { caller: permit.subject(), ..Call::new(service, method, params) })
@@ -252,7 +255,7 @@ impl Session {
     }
 
     /// `weir.call`.
-    fn call(&mut self, params: Option<&RawValue>, to: Option<&Tag>) -> Result<Outcome> {
+    fn call(&mut self, params: Option<&RawValue>, to: Option<&CallerId>) -> Result<Outcome> {
         let asked: params::Call<'_> = params::read(params)?;
         asked.check()?;
         let permit = self.identity.may_call(&asked.service)?;
@@ -279,16 +282,16 @@ impl Session {
             return;
         };
         let answer = match (reply.result, reply.error) {
-            (Some(result), None) => Answer::Result(result),
+            (Some(result), None) => CallAnswer::Result(result),
             // Some libraries send both, one of them null.
-            (Some(result), Some(error)) if error.get() == "null" => Answer::Result(result),
+            (Some(result), Some(error)) if error.get() == "null" => CallAnswer::Result(result),
             (_, Some(error)) => match provider_error(error.get()) {
-                Some(error) => Answer::Error(error),
-                None => Answer::bad_reply("has an error that is not {code, message, data}"),
+                Some(error) => CallAnswer::Error(error),
+                None => CallAnswer::bad_reply("has an error that is not {code, message, data}"),
             },
-            (None, None) => Answer::bad_reply("has neither result nor error"),
+            (None, None) => CallAnswer::bad_reply("has neither result nor error"),
         };
-        if link.reply(id, answer) == rpc::Replied::Unmatched {
+        if link.reply(id, answer) == rpc::ReplyOutcome::Unmatched {
             self.ws.metrics.ws_ignored.add(1);
         }
     }
@@ -301,7 +304,7 @@ impl Session {
         Ok(Outcome::Result(NULL.to_vec()))
     }
 
-    fn provide(&mut self, params: Option<&RawValue>, to: Option<&Tag>) -> Result<Outcome> {
+    fn provide(&mut self, params: Option<&RawValue>, to: Option<&CallerId>) -> Result<Outcome> {
         let asked: params::Provide<'_> = params::read(params)?;
         asked.check()?;
         let identity = self.identity.clone();
@@ -313,20 +316,20 @@ impl Session {
             return Err(two_bare());
         }
         let methods: Vec<&str> = asked.methods.iter().map(|method| &**method).collect();
-        let usual = Provide::new(&asked.service);
+        let usual = ProvideRequest::new(&asked.service);
         let bare = matches!(asked.names, params::Names::Bare);
-        let providing = self.link().provide(&Provide {
+        let providing = self.link().provide(&ProvideRequest {
             subject: permit.subject(),
             exclusive: asked.exclusive,
             takeover: asked.takeover,
             concurrency: asked.concurrency.unwrap_or(usual.concurrency),
-            names: if bare { Names::Bare } else { Names::Full },
+            names: if bare { MethodNames::Short } else { MethodNames::Qualified },
             meta: asked.meta,
             methods: &methods,
             ..usual
         });
         let service = asked.service.to_string();
-        match providing.now() {
+        match providing.try_finish() {
             Ok(provided) => {
                 self.provided(to, &service, bare, provided?);
                 Ok(Outcome::Answered)
@@ -347,7 +350,7 @@ impl Session {
         }
     }
 
-    pub(super) fn provided(&mut self, to: Option<&Tag>, service: &str, bare: bool, provided: Provided) {
+    pub(super) fn provided(&mut self, to: Option<&CallerId>, service: &str, bare: bool, provided: AcceptedProvider) {
         if bare && self.link().provides_other(service) {
             // It asked for both before the first was there.
             return self.unprovide(to, service, &two_bare());
@@ -367,7 +370,7 @@ impl Session {
     }
 
     /// Takes a registration back before it gets a call.
-    fn unprovide(&mut self, to: Option<&Tag>, service: &str, why: &Error) {
+    fn unprovide(&mut self, to: Option<&CallerId>, service: &str, why: &Error) {
         // It does provide it, so this cannot fail.
         let _ = self.link().withdraw(service);
         refuse(&self.outbox, to, why);
@@ -384,13 +387,13 @@ impl Session {
     /// What it still waits for is answered: the node goes.
     pub fn cut_off(&self) {
         if let Some(link) = &self.link {
-            link.cut_off();
+            link.fail_in_flight();
         }
     }
 
     /// Whether nobody waits for this session, nor it for anybody.
     pub fn is_quiet(&self) -> bool {
-        self.is_idle() && self.link.as_ref().is_none_or(Connection::is_idle)
+        self.is_idle() && self.link.as_ref().is_none_or(HubConnection::is_idle)
     }
 }
 

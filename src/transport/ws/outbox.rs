@@ -17,7 +17,7 @@ use slab::Slab;
 use super::jsonrpc;
 use crate::{
     error::{Code, Error},
-    rpc::{Answer, CallId, Forward, Names, Peer, Tag, Written},
+    rpc::{CallAnswer, CallId, CallerId, ForwardedCall, MethodNames, Peer, WriteOutcome},
     transport::frame,
 };
 
@@ -167,7 +167,7 @@ impl Outbox {
     }
 
     /// Answers the request that `to` is of: alone, or as part of its batch.
-    pub fn answer(&self, to: &Tag, write: impl FnOnce(&mut Vec<u8>)) {
+    pub fn answer(&self, to: &CallerId, write: impl FnOnce(&mut Vec<u8>)) {
         self.change(|state| {
             let Some(note) = to.note.checked_sub(1) else {
                 return self.message(&mut state.bytes, write);
@@ -183,7 +183,7 @@ impl Outbox {
         });
     }
 
-    /// Opens an answer of `requests` parts; the note is for their [`Tag`]s. Each has to be answered, and the batch
+    /// Opens an answer of `requests` parts; the note is for their [`CallerId`]s. Each has to be answered, and the batch
     /// [closed](Self::close_batch) when it has been dispatched.
     pub fn open_batch(&self, requests: usize) -> u32 {
         let mut state = self.state.lock();
@@ -263,25 +263,25 @@ pub fn clear(buffer: &mut Vec<u8>) {
 }
 
 impl Peer for Outbox {
-    fn call(&self, call: &Forward<'_>) -> Written {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         let mut state = self.state.lock();
         if state.end != End::Open {
-            return Written::Gone;
+            return WriteOutcome::Gone;
         }
         if state.bytes.len() + state.held >= self.most {
-            return Written::Full;
+            return WriteOutcome::Full;
         }
         let before = state.bytes.len();
         self.message(&mut state.bytes, |out| {
             let id = call.id.map(CallId::text);
-            let prefix = (call.names == Names::Full).then_some(call.service);
+            let prefix = (call.names == MethodNames::Qualified).then_some(call.service);
             let params = call.params.map(|params| params.get().as_bytes());
             let id = id.as_ref().map(|id| id.as_bytes());
             jsonrpc::request(out, id, prefix, call.method, params, call.meta.as_ref());
         });
         state.calls += state.bytes.len() - before;
         self.wake(state);
-        Written::Yes
+        WriteOutcome::Written
     }
 
     fn cancel(&self, id: CallId) {
@@ -290,19 +290,19 @@ impl Peer for Outbox {
         });
     }
 
-    fn answer(&self, to: &Tag, answer: Answer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
         Outbox::answer(self, to, |out| match answer {
-            Answer::Result(result) => jsonrpc::result(out, to.id(), result.get().as_bytes()),
-            Answer::Error(error) => jsonrpc::error_json(out, to.id(), error.to_raw().get().as_bytes()),
-            Answer::Failed(error) => jsonrpc::error(out, to.id(), &error),
+            CallAnswer::Result(result) => jsonrpc::result(out, to.id(), result.get().as_bytes()),
+            CallAnswer::Error(error) => jsonrpc::error_json(out, to.id(), error.to_raw().get().as_bytes()),
+            CallAnswer::Failed(error) => jsonrpc::error(out, to.id(), &error),
         });
     }
 
-    fn late(&self, to: &Tag, answer: Answer<'_>) {
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
         self.send(|out| match answer {
-            Answer::Result(result) => jsonrpc::late(out, to.id(), "result", result.get().as_bytes()),
-            Answer::Error(error) => jsonrpc::late(out, to.id(), "error", error.to_raw().get().as_bytes()),
-            Answer::Failed(error) => jsonrpc::late(out, to.id(), "error", error.to_rpc().to_string().as_bytes()),
+            CallAnswer::Result(result) => jsonrpc::late(out, to.id(), "result", result.get().as_bytes()),
+            CallAnswer::Error(error) => jsonrpc::late(out, to.id(), "error", error.to_raw().get().as_bytes()),
+            CallAnswer::Failed(error) => jsonrpc::late(out, to.id(), "error", error.to_rpc().to_string().as_bytes()),
         });
     }
 
@@ -315,7 +315,7 @@ impl Peer for Outbox {
 }
 
 /// The answer to a failed request, or nothing if it was a notification.
-pub fn refuse(outbox: &Outbox, to: Option<&Tag>, error: &Error) {
+pub fn refuse(outbox: &Outbox, to: Option<&CallerId>, error: &Error) {
     if let Some(to) = to {
         outbox.answer(to, |out| jsonrpc::error(out, to.id(), error));
     }
@@ -329,7 +329,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::rpc::Relay;
+    use crate::rpc::RelayInfo;
 
     struct Count(AtomicUsize);
 
@@ -349,19 +349,19 @@ mod tests {
     }
 
     fn put(outbox: &Outbox, note: u32, text: &str) {
-        outbox.answer(&Tag::new(b"1").with_note(note), |out| out.extend_from_slice(text.as_bytes()));
+        outbox.answer(&CallerId::new(b"1").with_note(note), |out| out.extend_from_slice(text.as_bytes()));
     }
 
-    fn call(outbox: &Outbox) -> Written {
-        let call = Forward {
+    fn call(outbox: &Outbox) -> WriteOutcome {
+        let call = ForwardedCall {
             id: None,
             service: "s",
             method: "method",
-            names: Names::Bare,
+            names: MethodNames::Short,
             params: None,
             as_sent: None,
             meta: None,
-            relay: Relay::default(),
+            relay: RelayInfo::default(),
         };
         outbox.call(&call)
     }
@@ -409,17 +409,17 @@ mod tests {
     #[test]
     fn what_is_not_read_has_an_end() {
         let outbox = Outbox::framed(100);
-        while call(&outbox) == Written::Yes {}
-        assert_eq!(call(&outbox), Written::Full);
+        while call(&outbox) == WriteOutcome::Written {}
+        assert_eq!(call(&outbox), WriteOutcome::Full);
         // Not what it asked for itself: it is read on.
         assert!(!outbox.is_full());
         put(&outbox, 0, &"x".repeat(100));
         assert!(outbox.is_full());
         put(&outbox, 0, &"x".repeat(300));
         assert_eq!(take(&outbox, &mut Context::from_waker(Waker::noop())).unwrap(), "slow");
-        assert_eq!(call(&outbox), Written::Gone);
+        assert_eq!(call(&outbox), WriteOutcome::Gone);
         outbox.close();
-        assert_eq!(call(&outbox), Written::Gone);
+        assert_eq!(call(&outbox), WriteOutcome::Gone);
         put(&outbox, 0, "nowhere");
         assert!(outbox.state.lock().bytes.is_empty());
     }

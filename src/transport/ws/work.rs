@@ -30,7 +30,7 @@ use crate::{
     error::{Code, Error, Result},
     event::{Channel, Draft},
     metrics::Transport,
-    rpc::{Provided, Tag},
+    rpc::{AcceptedProvider, CallerId},
     transport::{longpoll, present},
 };
 
@@ -76,7 +76,7 @@ pub(super) enum Manner {
 
 /// What a job came to, and whom to tell.
 struct Finished {
-    to: Option<Tag>,
+    to: Option<CallerId>,
     done: Result<Done>,
     /// What it held of [`Work::bytes`].
     bytes: usize,
@@ -91,7 +91,7 @@ pub(super) enum Done {
     Provide {
         service: String,
         bare: bool,
-        provided: Provided,
+        provided: AcceptedProvider,
     },
 }
 
@@ -193,7 +193,7 @@ impl Session {
         self.begin(None, begun);
     }
 
-    fn begin(&mut self, to: Option<&Tag>, list: Vec<Ready>) {
+    fn begin(&mut self, to: Option<&CallerId>, list: Vec<Ready>) {
         let batch = to.map_or(0, |to| to.note);
         let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
         let reader = self.reader.get_or_insert_with(|| {
@@ -254,7 +254,7 @@ impl Session {
     /// Queues `work`.
     pub(super) fn later(
         &mut self,
-        to: Option<Tag>,
+        to: Option<CallerId>,
         work: BoxFuture<'static, Result<Done>>,
         bytes: usize,
         manner: Manner,
