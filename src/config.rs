@@ -275,8 +275,8 @@ part! {
 part! {
     /// Cross-origin resource sharing (CORS).
     Cors {
-        /// Allowed origins (`*` matches any run of characters). Empty: only `localhost` origins, and only while all
-        /// listeners are on loopback addresses.
+        /// Allowed origins (`*` matches any run of characters) besides the same origin. A listener on a loopback address
+        /// also allows `http://localhost:*` and `http://127.0.0.1:*`.
         origins: Vec<String> as Origins = Vec::new(),
     }
 }
