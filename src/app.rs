@@ -20,18 +20,18 @@ use crate::{
     compat::{self, Compat},
     config::{self, Config},
     event::{Channel, Data, Draft, Parts},
-    http::{
-        Door, Doors, Gateway,
-        connection::{self, Connections},
-    },
+    http::{Endpoint, Gateway, ListenerRole},
     metrics::Metrics,
+    net::{
+        server::{self, Connections},
+        timer::TimerWheel,
+    },
     pattern::Pattern,
     presence::{self, Presence},
     rpc::{self, Hub},
     sessions::{ConnectionRegistry, cluster::ClusterConnections},
     transport::{
         sse::{self, Sse},
-        wheel::Wheel,
         ws::Ws,
     },
 };
@@ -58,10 +58,10 @@ const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 pub struct App {
     /// As a log may show it.
     bus: String,
-    listeners: Vec<(TcpListener, Arc<Door>)>,
+    listeners: Vec<(TcpListener, Arc<Endpoint>)>,
     gateway: Arc<Gateway>,
     cluster: Arc<dyn Cluster>,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     connections: Connections,
 }
 
@@ -83,7 +83,7 @@ impl App {
             Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
             None => cluster::local::alone(),
         };
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());
         let sse = sse::Settings {
             heartbeat: config.sse.heartbeat,
@@ -133,19 +133,19 @@ impl App {
             draining,
         });
         let mut listeners = Vec::new();
-        let clients = if config.admin.listen.is_some() { Doors::Clients } else { Doors::One };
+        let clients = if config.admin.listen.is_some() { ListenerRole::Clients } else { ListenerRole::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));
-        let operators = config.admin.listen.map(|address| (address, Doors::Operators));
+        let operators = config.admin.listen.map(|address| (address, ListenerRole::Operators));
         let grip = gateway.compat.grip.is_some().then_some(&config.compat.grip);
-        let proxy = grip.and_then(|grip| Some((grip.listen?, Doors::Proxy)));
-        let publishers = grip.and_then(|grip| Some((grip.publish_listen?, Doors::Publishers)));
-        for (address, doors) in clients.chain(operators).chain(proxy).chain(publishers) {
+        let proxy = grip.and_then(|grip| Some((grip.listen?, ListenerRole::Proxy)));
+        let publishers = grip.and_then(|grip| Some((grip.publish_listen?, ListenerRole::Publishers)));
+        for (address, role) in clients.chain(operators).chain(proxy).chain(publishers) {
             let listener = TcpListener::bind(address).await.map_err(|error| {
                 let remedy = match error.kind() {
-                    io::ErrorKind::AddrInUse if doors == Doors::Proxy => {
+                    io::ErrorKind::AddrInUse if role == ListenerRole::Proxy => {
                         ": is Pushpin running still? compat.grip.listen names another address"
                     }
-                    io::ErrorKind::AddrInUse if doors == Doors::Publishers => {
+                    io::ErrorKind::AddrInUse if role == ListenerRole::Publishers => {
                         ": is Pushpin running still? compat.grip.publish_listen names another address"
                     }
                     io::ErrorKind::AddrInUse => ": is weir running already? --listen names another address",
@@ -154,8 +154,8 @@ impl App {
                 };
                 anyhow!("cannot listen on {address}: {error}{remedy}")
             })?;
-            let door = Door::new(gateway.clone(), address.ip().is_loopback(), doors);
-            listeners.push((listener, Arc::new(door)));
+            let endpoint = Endpoint::new(gateway.clone(), address.ip().is_loopback(), role);
+            listeners.push((listener, Arc::new(endpoint)));
         }
         Ok(App { bus: bus_name, listeners, gateway, cluster, wheel, connections })
     }
@@ -168,7 +168,7 @@ impl App {
 
     /// What each of [`addresses`](Self::addresses) is for.
     pub fn purposes(&self) -> impl Iterator<Item = &'static str> {
-        self.listeners.iter().map(|(_, door)| door.purpose())
+        self.listeners.iter().map(|(_, endpoint)| endpoint.purpose())
     }
 
     /// `memory`, or where Redis is, without the password.
@@ -192,7 +192,7 @@ impl App {
     }
 
     /// What keeps the time of connections: for tests that end them.
-    pub fn wheel(&self) -> &Arc<Wheel> {
+    pub fn wheel(&self) -> &Arc<TimerWheel> {
         &self.wheel
     }
 
@@ -228,9 +228,9 @@ impl App {
         ]);
         let accepting: Vec<_> = listeners
             .into_iter()
-            .map(|(listener, door)| {
+            .map(|(listener, endpoint)| {
                 let (connections, stop) = (connections.clone(), stop.clone());
-                tokio::spawn(async move { connections.accept(listener, door, stop).await })
+                tokio::spawn(async move { connections.accept(listener, endpoint, stop).await })
             })
             .collect();
         let present = Tasks(vec![tokio::spawn(gateway.presence.clone().run())]);
@@ -399,8 +399,8 @@ fn hub_config(config: &Config) -> rpc::Config {
     }
 }
 
-fn connection_limits(config: &Config) -> connection::Limits {
-    connection::Limits {
+fn connection_limits(config: &Config) -> server::Limits {
+    server::Limits {
         connections: config.limits.connections,
         header_timeout: config.limits.header_time,
         idle_timeout: config.limits.idle,

@@ -33,9 +33,10 @@ use crate::{
     error::Result,
     event::{Channel, Draft},
     metrics::{Metrics, Transport},
+    net::timer::TimerWheel,
     rpc::Hub,
     sessions::ConnectionRegistry,
-    transport::{held::Holding, wheel::Wheel},
+    transport::subscription_stream::Holding,
 };
 
 /// What adapters are made of.
@@ -46,7 +47,7 @@ pub struct Parts {
     pub hub: Arc<Hub>,
     pub config: Arc<Config>,
     pub metrics: Arc<Metrics>,
-    pub wheel: Arc<Wheel>,
+    pub wheel: Arc<TimerWheel>,
     pub sessions: Arc<ConnectionRegistry>,
     /// Cancelled when this node begins to leave.
     pub draining: CancellationToken,

@@ -2,7 +2,6 @@
 
 pub mod admin;
 pub mod api;
-pub mod connection;
 pub mod error;
 pub mod extract;
 pub mod openapi;
@@ -61,7 +60,7 @@ pub struct Gateway {
 
 /// Who comes in by a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doors {
+pub enum ListenerRole {
     /// Everyone: there is one kind of listener.
     One,
     Clients,
@@ -77,20 +76,20 @@ pub enum Doors {
 const OPERATIONS: [&str; 4] = ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"];
 
 /// A listener's way in: the rules for every request, then the routes.
-pub struct Door {
+pub struct Endpoint {
     router: Router,
-    doors: Doors,
+    role: ListenerRole,
     origins: Origins,
     gateway: Arc<Gateway>,
 }
 
-impl Door {
+impl Endpoint {
     /// `loopback`: only this machine can reach the listener.
-    pub fn new(gateway: Arc<Gateway>, loopback: bool, doors: Doors) -> Self {
+    pub fn new(gateway: Arc<Gateway>, loopback: bool, role: ListenerRole) -> Self {
         let allowed = gateway.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
         // Nobody has credentials yet.
         let origins = Origins { loopback, anonymous: true, allowed };
-        Door { router: router(gateway.clone(), doors), doors, origins, gateway }
+        Endpoint { router: router(gateway.clone(), role), role, origins, gateway }
     }
 
     /// Answers one request. Never fails, and never panics.
@@ -101,11 +100,11 @@ impl Door {
     {
         let (mut head, body) = request.into_parts();
         let version = head.version;
-        if matches!(self.doors, Doors::Proxy | Doors::Publishers) {
+        if matches!(self.role, ListenerRole::Proxy | ListenerRole::Publishers) {
             let answer = caught(self.grip(head, Body::new(body))).await;
             return self.finish(version, answer);
         }
-        if self.doors != Doors::Operators
+        if self.role != ListenerRole::Operators
             && let Some(adapter) = self.gateway.compat.find(head.uri.path())
         {
             return self.answer_by(adapter, head, Body::new(body)).await;
@@ -143,23 +142,23 @@ impl Door {
 
     /// Who comes in here, for people.
     pub fn purpose(&self) -> &'static str {
-        match self.doors {
-            Doors::One => "clients and admin",
-            Doors::Clients => "clients",
-            Doors::Operators => "admin",
-            Doors::Proxy => "GRIP proxy",
-            Doors::Publishers => "GRIP publish",
+        match self.role {
+            ListenerRole::One => "clients and admin",
+            ListenerRole::Clients => "clients",
+            ListenerRole::Operators => "admin",
+            ListenerRole::Proxy => "GRIP proxy",
+            ListenerRole::Publishers => "GRIP publish",
         }
     }
 
     /// Whether clients come here for an origin behind weir.
     pub fn is_proxy(&self) -> bool {
-        self.doors == Doors::Proxy
+        self.role == ListenerRole::Proxy
     }
 
     /// Whether only those who look after the node come here.
     pub fn is_for_operators(&self) -> bool {
-        self.doors == Doors::Operators
+        self.role == ListenerRole::Operators
     }
 
     /// Whether the request asks how the node is, which it answers also when it is full.
@@ -170,9 +169,9 @@ impl Door {
     /// None of weir's own rules hold before an origin: it has its own.
     async fn grip(&self, head: Parts, body: Body) -> Response {
         let refused = head.extensions.get::<Refused>().map(|Refused(error)| error.clone());
-        let checked = match (refused, self.doors) {
+        let checked = match (refused, self.role) {
             (Some(error), _) => Err(error),
-            (None, Doors::Publishers) => self.origins.check_host(&head),
+            (None, ListenerRole::Publishers) => self.origins.check_host(&head),
             _ => Ok(()),
         };
         if let Err(error) = checked {
@@ -180,7 +179,7 @@ impl Door {
         }
         let request = Request::from_parts(head, body);
         match &self.gateway.compat.grip {
-            Some(grip) if self.doors == Doors::Proxy => grip.proxy(request).await,
+            Some(grip) if self.role == ListenerRole::Proxy => grip.proxy(request).await,
             Some(grip) => grip.publish(request).await,
             None => StatusCode::NOT_FOUND.into_response(),
         }
@@ -226,7 +225,7 @@ impl Door {
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {
         // What comes ten thousand times a second goes by no router: its boxes would cost a sixth of a publish.
-        let frequent = head.uri.path() == "/v1/events" && self.doors != Doors::Operators;
+        let frequent = head.uri.path() == "/v1/events" && self.role != ListenerRole::Operators;
         if frequent && (head.method == Method::POST || head.method == Method::GET) {
             return match Identity::from_request_parts(&mut head, &self.gateway).await {
                 Ok(identity) if head.method == Method::POST => {
@@ -300,7 +299,7 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// Every route.
-pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
+pub fn router(gateway: Arc<Gateway>, endpoint: ListenerRole) -> Router {
     use api::{channels, connections, consumers, jsonrpc, presence, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
@@ -322,13 +321,13 @@ pub fn router(gateway: Arc<Gateway>, door: Doors) -> Router {
         .route("/v1/channels", get(channels::get))
         .route("/v1/connections", get(connections::list).delete(connections::kick))
         .route("/v1/consumers", get(consumers::list));
-    let routes = match door {
-        Doors::One => health.merge(clients).merge(operators),
-        Doors::Clients => {
+    let routes = match endpoint {
+        ListenerRole::One => health.merge(clients).merge(operators),
+        ListenerRole::Clients => {
             OPERATIONS.into_iter().fold(health.merge(clients), |routes, path| routes.route(path, any(elsewhere)))
         }
-        Doors::Operators => health.merge(operators),
-        Doors::Proxy | Doors::Publishers => Router::new(),
+        ListenerRole::Operators => health.merge(operators),
+        ListenerRole::Proxy | ListenerRole::Publishers => Router::new(),
     };
     routes.fallback(not_found).with_state(gateway)
 }

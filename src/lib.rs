@@ -16,6 +16,7 @@ pub mod error;
 pub mod event;
 pub mod http;
 pub mod metrics;
+pub mod net;
 pub mod pattern;
 pub mod position;
 pub mod presence;

@@ -23,8 +23,8 @@ use crate::{
     auth::Identity,
     event::Channel,
     metrics::{Label as _, Transport},
+    net::timer::{Due, Timer, TimerWheel},
     rpc::ProvidedServices,
-    transport::wheel::{Due, Timer, Wheel},
 };
 
 /// Passes over the timers when connections are kicked: one pass misses a timer that is moving to another bucket.
@@ -40,7 +40,7 @@ pub struct Remote(pub SocketAddr);
 pub struct ConnectionRegistry {
     /// Identifies this run of the node in connection ids.
     node: u64,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     numbers: AtomicU32,
     entries: Mutex<Slab<ConnectionEntry>>,
 }
@@ -123,7 +123,7 @@ impl Remote {
 // === impl ConnectionRegistry ===
 
 impl ConnectionRegistry {
-    pub fn new(wheel: Arc<Wheel>) -> Arc<Self> {
+    pub fn new(wheel: Arc<TimerWheel>) -> Arc<Self> {
         let node = fastrand::u64(1..);
         Arc::new(ConnectionRegistry { node, wheel, numbers: AtomicU32::new(0), entries: Mutex::default() })
     }
@@ -367,7 +367,7 @@ mod tests {
 
     #[tokio::test]
     async fn pages_are_in_order_and_whole() {
-        let registry = ConnectionRegistry::new(Wheel::start());
+        let registry = ConnectionRegistry::new(TimerWheel::start());
         let channels =
             |names: &[&str]| ChannelSet::new(names.iter().map(|name| Channel::parse(name).unwrap()).collect());
         let remote = Some("127.0.0.1:7".parse().unwrap());

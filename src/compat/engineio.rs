@@ -38,13 +38,13 @@ pub use self::{
 use self::{packet::Framing, session::Stage, socket::Socket};
 use crate::{
     metrics::Metrics,
-    sessions::{ConnectionRegistry, Remote},
-    transport::{
-        handshake::Handshake,
-        query::Query,
-        takeover::Takeover,
-        wheel::{TICK, Wheel},
+    net::{
+        hijack::Hijack,
+        timer::{TICK, TimerWheel},
+        websocket::handshake::Handshake,
     },
+    sessions::{ConnectionRegistry, Remote},
+    transport::query::Query,
 };
 
 /// What a server allows, and how long it waits.
@@ -86,7 +86,7 @@ pub struct Server {
 /// What sessions need of their server.
 pub struct Common {
     pub settings: Settings,
-    pub wheel: Arc<Wheel>,
+    pub wheel: Arc<TimerWheel>,
     pub metrics: Arc<Metrics>,
     pub sessions: Arc<ConnectionRegistry>,
 }
@@ -166,7 +166,7 @@ impl Server {
                 // Ends a session whose client is gone before it is taken over.
                 let unclaimed = Unclaimed(Some(session));
                 let server = self.clone();
-                Ok(handshake.response(Takeover::new(move |taken| {
+                Ok(handshake.response(Hijack::new(move |taken| {
                     if let Some(session) = unclaimed.claim() {
                         tokio::spawn(Socket::new(server, session, false, taken));
                     }
@@ -202,7 +202,7 @@ impl Server {
         }
         let upgrading = Upgrading(Some(session));
         let server = self.clone();
-        Ok(handshake.response(Takeover::new(move |taken| {
+        Ok(handshake.response(Hijack::new(move |taken| {
             if let Some(session) = upgrading.claim() {
                 tokio::spawn(Socket::new(server, session, true, taken));
             }

@@ -17,13 +17,12 @@ use crate::{
     config::{Template, fill},
     error::{Again, Code, Error, Result},
     event::{Channel, Event, read_json_str},
+    net::{chunk, stream::StreamOutput},
     position::Start,
     transport::{
-        carrier::Out,
-        chunk,
-        held::{Beat, Held, Holding, Voice, retry},
         query::decode,
         sse::{is_acceptable, refusal},
+        subscription_stream::{Beat, Holding, StreamHandler, SubscriptionStream, retry},
     },
 };
 
@@ -128,7 +127,7 @@ impl EventStream {
         for watch in self.parts.bus.watch(&channels).await? {
             subs.add(watch, Start::Now, None);
         }
-        Ok(Held::new(&self.holding, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
+        Ok(SubscriptionStream::new(&self.holding, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
     }
 
     /// The channels of a request, none twice.
@@ -167,7 +166,7 @@ fn refused(status: StatusCode, text: impl Into<Body>) -> Response<Body> {
 /// Says nothing but that it is there.
 struct Quiet;
 
-impl Voice for Quiet {
+impl StreamHandler for Quiet {
     fn beat(&self) -> Option<Beat> {
         Some(Beat::Silence(SILENCE))
     }
@@ -176,7 +175,7 @@ impl Voice for Quiet {
         chunk::of(KEEP_ALIVE)
     }
 
-    fn farewell(&mut self, code: Code, out: &mut Out) {
+    fn farewell(&mut self, code: Code, out: &mut StreamOutput) {
         out.push(retry(code));
     }
 }

@@ -28,11 +28,7 @@ pub use self::{
     wire::VOID,
 };
 use super::{Adapter, Parts, form::Form};
-use crate::{
-    config,
-    error::Result,
-    transport::{body::read_body, query::decode},
-};
+use crate::{config, error::Result, net::body::read_body, transport::query::decode};
 
 const PREFIX: &str = "/events/v1";
 /// How long a failed poll waits for its answer: the client asks again at once, whatever it was told.

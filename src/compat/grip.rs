@@ -43,7 +43,7 @@ use crate::{
     error::{Error, Result},
     event::Channel,
     sessions::Remote,
-    transport::held::Holding,
+    transport::subscription_stream::Holding,
 };
 
 /// How often one request is asked again because what it waits for had changed already.

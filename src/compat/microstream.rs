@@ -26,7 +26,7 @@ use super::{
     Adapter, Parts,
     engineio::{self, Common, Server},
 };
-use crate::{config::Config, rpc::Hub, transport::wheel::Wheel};
+use crate::{config::Config, net::timer::TimerWheel, rpc::Hub};
 use client::Client;
 
 /// Where the original is.
@@ -43,7 +43,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// What its clients share.
 pub struct MicroStream {
     rpc: Arc<Hub>,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     settings: Settings,
     /// For so many ticks an answer may be waited for.
     memory: u32,
@@ -117,7 +117,7 @@ impl MicroStream {
                 calls: own.calls,
                 max_bytes: own.max_payload.saturating_mul(ATTACHED),
             },
-            memory: Wheel::ticks(rpc.timeout.min(rpc.max_timeout) + rpc.late_window),
+            memory: TimerWheel::ticks(rpc.timeout.min(rpc.max_timeout) + rpc.late_window),
             names: Mutex::default(),
         }
     }

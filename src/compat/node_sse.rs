@@ -27,7 +27,7 @@ use crate::{
     config::Backend,
     error::{Again, Error},
     event::{self, Channel, Draft},
-    transport::{held::Holding, sse},
+    transport::{sse, subscription_stream::Holding},
 };
 
 /// The channel whose offsets are the numbers of clients, where several nodes give them.

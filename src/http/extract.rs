@@ -14,7 +14,7 @@ use crate::{
     error::{Code, Error, Result},
 };
 
-pub use crate::transport::body::read_body;
+pub use crate::net::body::read_body;
 
 /// Why a request must not go on, for the one route that tells browsers so in its own way: a refused WebSocket upgrade
 /// is completed and closed with the code, for a failed one says nothing to them.

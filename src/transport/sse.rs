@@ -18,14 +18,13 @@ use crate::{
     error::{Again, Code, Error, Result},
     event::Channel,
     metrics::{Label as _, Metrics, Transport},
+    net::{chunk, stream::StreamResponse, timer::TimerWheel},
     position::{Position, Start},
     presence::{Client, Lease, Presence},
     sessions::{ChannelSet, ConnectionRegistry, Remote},
     transport::{
-        carrier::Offer,
-        chunk, present,
+        present,
         query::{Begin, Query},
-        wheel::Wheel,
     },
 };
 
@@ -36,7 +35,7 @@ pub struct Sse {
     bus: Arc<Bus>,
     presence: Arc<Presence>,
     sessions: Arc<ConnectionRegistry>,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     metrics: Arc<Metrics>,
     settings: Settings,
 }
@@ -134,14 +133,14 @@ impl Sse {
         bus: Arc<Bus>,
         presence: Arc<Presence>,
         sessions: Arc<ConnectionRegistry>,
-        wheel: Arc<Wheel>,
+        wheel: Arc<TimerWheel>,
         metrics: Arc<Metrics>,
         settings: Settings,
     ) -> Self {
         Sse { bus, presence, sessions, wheel, metrics, settings }
     }
 
-    pub fn wheel(&self) -> &Arc<Wheel> {
+    pub fn wheel(&self) -> &Arc<TimerWheel> {
         &self.wheel
     }
 
@@ -203,7 +202,7 @@ impl Sse {
         identity: &Identity,
         remote: Option<SocketAddr>,
         asked: Asked,
-    ) -> Result<Offer<Stream>> {
+    ) -> Result<StreamResponse<Stream>> {
         let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
         let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
             Ok(starts) => (starts, false),
@@ -239,7 +238,7 @@ impl Sse {
             .collect();
         let registration = self.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels));
         let (stream, first) = Stream::begin(self.clone(), subs, leases?, registration, gaps, ids, filter.is_some());
-        Ok(Offer::new(stream, first))
+        Ok(StreamResponse::new(stream, first))
     }
 }
 

@@ -31,11 +31,12 @@ use crate::{
     error::{Code, Error, Result},
     event::Channel,
     metrics::{Label as _, Metrics, Transport},
+    net::{hijack::Hijack, timer::TimerWheel, websocket::handshake::Handshake},
     position::Start,
     presence::{Client, Lease, Presence},
     rpc::Hub,
     sessions::{ChannelSet, ConnectionRegistry},
-    transport::{handshake::Handshake, present, query::Query, takeover::Takeover, wheel::Wheel},
+    transport::{present, query::Query},
 };
 
 /// Subprotocols that mean what is spoken here anyway. A browser that offers some and gets none gives up.
@@ -50,7 +51,7 @@ pub struct Ws {
     pub hub: Arc<Hub>,
     pub presence: Arc<Presence>,
     pub sessions: Arc<ConnectionRegistry>,
-    pub wheel: Arc<Wheel>,
+    pub wheel: Arc<TimerWheel>,
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
     /// Cancelled when this node begins to leave: reads that wait are answered.
@@ -69,7 +70,7 @@ impl Ws {
             Ok(identity) => identity,
             Err(error) if error.code().close().is_some() && head.headers.contains_key(header::ORIGIN) => {
                 let (ws, code) = (self.clone(), error.code());
-                return Ok(handshake.response(Takeover::new(move |taken| {
+                return Ok(handshake.response(Hijack::new(move |taken| {
                     let outbox = Arc::new(Outbox::framed(0));
                     let session = Session::new(ws.clone(), Identity::anonymous(), outbox.clone(), false);
                     let mut socket = Socket::new(ws, session, outbox, taken);
@@ -84,7 +85,7 @@ impl Ws {
         }
         let begun = self.begin(&identity, head).await?;
         let ws = self.clone();
-        Ok(handshake.response(Takeover::new(move |taken| {
+        Ok(handshake.response(Hijack::new(move |taken| {
             let outbox = Arc::new(Outbox::framed(ws.config.limits.queued));
             let registration = ws.sessions.register(Transport::Ws, &identity, Some(taken.peer), ChannelSet::Empty);
             let mut session = Session::new(ws.clone(), identity, outbox.clone(), false);

@@ -20,6 +20,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("position", 3),
     ("event", 3),
     ("config", 2),
+    ("net", 3),
     ("error", 1),
     ("pattern", 1),
     ("duration", 1),
@@ -51,7 +52,7 @@ fn point_one_way() {
             }
         }
         let knows_http = ["axum", "hyper", "http_body"].iter().any(|name| text.contains(&format!("use {name}")));
-        if knows_http && !["http", "transport", "compat", "cli"].contains(&of) {
+        if knows_http && !["http", "transport", "net", "compat", "cli"].contains(&of) {
             wrong.push(format!("{from} knows HTTP"));
         }
         if text.contains("backend::memory") && of != "app" && !text.contains("#[cfg(test)]") {

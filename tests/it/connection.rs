@@ -10,7 +10,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
 };
-use weir::transport::takeover::Io;
+use weir::net::hijack::Conn;
 
 use crate::{
     start::{Server, eventually, soon},
@@ -67,7 +67,7 @@ async fn a_connection_leaves_only_when_its_head_is_written() {
     let server = Server::start().await;
     // A pipe of 64 bytes: the head needs several turns, and what hyper has not written when it is left is lost.
     let (mut ours, theirs) = tokio::io::duplex(64);
-    server.connections.serve(Io::Pipe(theirs), server.at, &server.door());
+    server.connections.serve(Conn::Pipe(theirs), server.at, &server.endpoint());
     ours.write_all(GET.as_bytes()).await.unwrap();
     let mut text = String::new();
     let mut scrap = [0; 7];

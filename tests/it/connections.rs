@@ -12,8 +12,8 @@ use weir::{
     cluster::{MonotonicClock, local::Net},
     config::Adapter,
     metrics::Transport,
+    net::timer::{Due, TimerWheel},
     sessions::{ChannelSet, ConnectionFilter, ConnectionRegistry, cluster::ClusterConnections},
-    transport::wheel::{Due, Wheel},
 };
 
 use crate::{
@@ -188,7 +188,7 @@ async fn all_nodes_are_asked_and_the_silent_are_named() {
     let mut clusters = Vec::new();
     let mut registrations = Vec::new();
     for node in &nodes {
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let cluster_connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
         tokio::spawn(cluster_connections.clone().run());
         for _ in 0..50 {

@@ -15,10 +15,10 @@ use weir::{
     bus::Bus,
     config::Config,
     event::{Channel, Data, Draft, Parts},
-    http::{Door, Doors, Gateway, connection::Connections},
+    http::{Endpoint, Gateway, ListenerRole},
     metrics::Metrics,
+    net::{server::Connections, timer::TimerWheel},
     position::Position,
-    transport::wheel::Wheel,
 };
 
 use crate::wire::Client;
@@ -31,7 +31,7 @@ pub struct Server {
     pub gateway: Arc<Gateway>,
     pub bus: Arc<Bus>,
     pub metrics: Arc<Metrics>,
-    pub wheel: Arc<Wheel>,
+    pub wheel: Arc<TimerWheel>,
     pub connections: Connections,
     /// Ends the app as a signal does.
     pub stop: CancellationToken,
@@ -56,8 +56,8 @@ impl Server {
         Server { at, gateway, bus, metrics, wheel, connections, stop, running }
     }
 
-    pub fn door(&self) -> Arc<Door> {
-        Arc::new(Door::new(self.gateway.clone(), true, Doors::One))
+    pub fn endpoint(&self) -> Arc<Endpoint> {
+        Arc::new(Endpoint::new(self.gateway.clone(), true, ListenerRole::One))
     }
 
     pub async fn publish(&self, name: &str, data: &str) -> Position {

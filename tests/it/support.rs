@@ -17,11 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use weir::{
-    app::App,
-    config::Config,
-    http::{Gateway, connection::Connections},
-};
+use weir::{app::App, config::Config, http::Gateway, net::server::Connections};
 
 pub use client::{Client, Reply, Request};
 

@@ -11,7 +11,7 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig, general_purpose},
 };
 
-use crate::transport::frame;
+use crate::net::websocket::frame;
 
 /// Divides the packets of a body. JSON cannot hold it unescaped.
 const DIVIDER: u8 = 0x1e;

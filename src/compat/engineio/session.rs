@@ -21,9 +21,9 @@ use crate::{
     auth::Identity,
     error::Code,
     metrics::{Connected, Transport},
+    net::timer::{Due, Timer, TimerWheel},
     rpc::ProbeCallback,
     sessions::{ChannelSet, ConnectionRegistration},
-    transport::wheel::{Due, Timer, Wheel},
 };
 
 /// Longer than anything that a session waits for: its seat on the wheel is there for those who call on it.
@@ -131,7 +131,7 @@ impl Session {
                 stage: if framing == Framing::Polling { Stage::Polling } else { Stage::Socket },
                 polled: false,
                 posted: false,
-                ping: now + Wheel::ticks(common.settings.ping),
+                ping: now + TimerWheel::ticks(common.settings.ping),
                 asked: false,
                 until: 0,
                 leaving: false,
@@ -202,7 +202,7 @@ impl Session {
         let mut state = self.state.lock();
         if state.asked {
             state.asked = false;
-            state.ping = self.common.wheel.now() + Wheel::ticks(self.common.settings.ping);
+            state.ping = self.common.wheel.now() + TimerWheel::ticks(self.common.settings.ping);
         }
         if !state.askers.is_empty() {
             let askers = std::mem::take(&mut state.askers);
@@ -219,7 +219,7 @@ impl Session {
             drop(state);
             return told(false);
         }
-        let until = self.common.wheel.now() + Wheel::ticks(self.common.settings.probe) + 1;
+        let until = self.common.wheel.now() + TimerWheel::ticks(self.common.settings.probe) + 1;
         state.askers.push((until, told));
         drop(state);
         self.outbox.text("2");
@@ -241,7 +241,7 @@ impl Session {
         let ping = now >= state.ping && state.until == 0;
         if ping {
             state.asked = true;
-            state.ping = now + Wheel::ticks(self.common.settings.ping_timeout);
+            state.ping = now + TimerWheel::ticks(self.common.settings.ping_timeout);
         }
         let call = state.present.as_mut().and_then(Present::called);
         let ending = state.until != 0;
@@ -294,7 +294,7 @@ impl Session {
     fn end(&self) {
         let mut state = self.state.lock();
         if state.until == 0 {
-            state.until = self.common.wheel.now() + Wheel::ticks(self.common.settings.farewell);
+            state.until = self.common.wheel.now() + TimerWheel::ticks(self.common.settings.farewell);
         }
         drop(state);
         self.forget();

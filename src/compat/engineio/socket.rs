@@ -19,11 +19,13 @@ use super::{
 };
 use crate::{
     error::Code,
-    transport::{
-        frame::{self, Broken, Decoder, Incoming, Payload},
-        inlet::Inlet,
-        takeover::{self, Seat},
-        wheel::{Due, Timer, Wheel},
+    net::{
+        hijack::{self, ConnectionPermit},
+        timer::{Due, Timer, TimerWheel},
+        websocket::{
+            frame::{self, Broken, Decoder, Incoming, Payload},
+            reader::SocketReader,
+        },
     },
 };
 
@@ -31,7 +33,7 @@ use crate::{
 const TURNS: usize = 2;
 
 pub struct Socket {
-    inlet: Inlet,
+    inlet: SocketReader,
     decoder: Decoder,
     out: Vec<u8>,
     /// Written bytes of `out`.
@@ -44,7 +46,7 @@ pub struct Socket {
     /// The tick at which a probe or a farewell is over. 0: neither.
     until: u32,
     phase: Phase,
-    _seat: Seat,
+    _seat: ConnectionPermit,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -65,14 +67,14 @@ struct Over;
 
 impl Socket {
     /// `probing`: the session is carried by polls yet.
-    pub fn new(server: Arc<Server>, session: Arc<Session>, probing: bool, taken: takeover::Taken) -> Self {
+    pub fn new(server: Arc<Server>, session: Arc<Session>, probing: bool, taken: hijack::HijackedConn) -> Self {
         let settings = &server.common.settings;
         let patience = if probing { settings.upgrade } else { settings.stalled };
         let mut timer = server.common.wheel.timer(settings.stalled);
-        timer.at_most(patience);
+        timer.shorten(patience);
         session.with_registration(|registration| registration.set_peer(taken.peer));
         Socket {
-            inlet: Inlet::new(taken.io, taken.early),
+            inlet: SocketReader::new(taken.io, taken.early),
             decoder: Decoder::new(settings.max_payload),
             out: Vec::new(),
             at: 0,
@@ -95,7 +97,7 @@ impl Socket {
         frame::close(&mut self.out, code.close().unwrap_or(1000), code.as_str());
         self.phase = Phase::Closing;
         self.until = after(&self.server, self.server.common.settings.farewell);
-        self.timer.at_most(self.server.common.settings.farewell);
+        self.timer.shorten(self.server.common.settings.farewell);
     }
 
     // --- time ---
@@ -117,16 +119,16 @@ impl Socket {
             return Err(Over);
         }
         let stalled = self.server.common.settings.stalled;
-        if self.blocked != 0 && Wheel::span(self.blocked, now) >= stalled {
+        if self.blocked != 0 && TimerWheel::span(self.blocked, now) >= stalled {
             self.session.close(Code::Slow);
             return Err(Over);
         }
         self.timer.reset(stalled);
         if self.blocked != 0 {
-            self.timer.at_most(stalled.saturating_sub(Wheel::span(self.blocked, now)));
+            self.timer.shorten(stalled.saturating_sub(TimerWheel::span(self.blocked, now)));
         }
         if self.until != 0 {
-            self.timer.at_most(Wheel::span(now, self.until));
+            self.timer.shorten(TimerWheel::span(now, self.until));
         }
         Ok(())
     }
@@ -248,7 +250,7 @@ impl Socket {
                 Poll::Pending => {
                     if self.blocked == 0 {
                         self.blocked = self.server.common.wheel.now();
-                        self.timer.at_most(self.server.common.settings.stalled);
+                        self.timer.shorten(self.server.common.settings.stalled);
                     }
                     return Poll::Pending;
                 }
@@ -311,5 +313,5 @@ impl Drop for Socket {
 
 /// The tick that is `time` from now.
 fn after(server: &Server, time: Duration) -> u32 {
-    server.common.wheel.now() + Wheel::ticks(time)
+    server.common.wheel.now() + TimerWheel::ticks(time)
 }

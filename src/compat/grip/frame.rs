@@ -9,7 +9,7 @@ use super::mark::{Mark, Said, said};
 use crate::{
     bus::{Format, index},
     event::{Channel, Event},
-    transport::chunk,
+    net::chunk,
 };
 
 /// The first byte of a frame after which the stream ends. A size begins with a digit.

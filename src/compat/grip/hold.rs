@@ -23,12 +23,9 @@ use super::{
 use crate::{
     bus::Subscriptions,
     error::{Code, Error},
+    net::{chunk, stream::StreamOutput},
     position::Start,
-    transport::{
-        carrier::Out,
-        chunk,
-        held::{Beat, Held, Then, Voice},
-    },
+    transport::subscription_stream::{Beat, StreamHandler, SubscriptionStream, Then},
 };
 
 /// A stream that follows nothing: what is published goes to all of them as it is.
@@ -70,7 +67,7 @@ impl Grip {
         let head = head(answer.status, answer.headers);
         if !linked {
             let plain = Plain { opening, keep_alive: instruct.keep_alive.map(|alive| Box::new(Alive::new(alive))) };
-            return Ok(Held::new(&self.holding, subs, plain).respond(head, first));
+            return Ok(SubscriptionStream::new(&self.holding, subs, plain).respond(head, first));
         }
         let mut outdated = false;
         for (channel, asked) in channels.iter().zip(&instruct.channels) {
@@ -83,7 +80,7 @@ impl Grip {
             outdated |= self.last_id(channel).await.is_some_and(|last| last != *prev);
         }
         let linked = Linked::new(self, at, instruct, slots, opening, outdated);
-        Ok(Held::new(&self.holding, subs, linked).respond(head, first))
+        Ok(SubscriptionStream::new(&self.holding, subs, linked).respond(head, first))
     }
 }
 
@@ -110,7 +107,7 @@ impl Alive {
 }
 
 /// Pushes what an origin says, until all is said.
-pub fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut Out) -> Then {
+pub fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
     let Some(body) = from else { return Then::GoOn };
     while !out.is_full() {
         match Pin::new(&mut **body).poll_frame(cx) {
@@ -130,7 +127,7 @@ pub fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut Ou
     Then::Wait
 }
 
-impl Voice for Plain {
+impl StreamHandler for Plain {
     fn beat(&self) -> Option<Beat> {
         self.keep_alive.as_ref().map(|alive| alive.beat)
     }
@@ -143,11 +140,11 @@ impl Voice for Plain {
         }
     }
 
-    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Then {
+    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
         pour(&mut self.opening, cx, out)
     }
 
-    fn events(&mut self, _: u32, bytes: Bytes, _: u32, out: &mut Out) -> Then {
+    fn events(&mut self, _: u32, bytes: Bytes, _: u32, out: &mut StreamOutput) -> Then {
         let (chunk, closes) = frame::unpack(bytes);
         if let Some(chunk) = chunk {
             out.push(chunk);

@@ -26,13 +26,13 @@ use crate::{
     bus::{Gap, Subscriptions, Watch},
     error::Code,
     event::Channel,
-    position::Start,
-    transport::{
-        carrier::Out,
+    net::{
         chunk,
-        held::{Beat, Then, Voice},
-        wheel::{Due, Timer},
+        stream::StreamOutput,
+        timer::{Due, Timer},
     },
+    position::Start,
+    transport::subscription_stream::{Beat, StreamHandler, Then},
 };
 
 /// How often an origin that fails is asked again, and how long after the first time; twice as long after each more.
@@ -221,7 +221,7 @@ impl Linked {
     }
 
     /// One event: what it does to the stream.
-    fn event(&mut self, slot: u32, bytes: &Bytes, out: &mut Out) -> Then {
+    fn event(&mut self, slot: u32, bytes: &Bytes, out: &mut StreamOutput) -> Then {
         let Some(nth) = self.following.iter().position(|followed| followed.slot == slot) else { return Then::GoOn };
         let Some(frame) = Frame::read(bytes) else { return Then::GoOn };
         let followed = &mut self.following[nth];
@@ -282,7 +282,7 @@ impl Linked {
     }
 
     /// Goes on as far as it can aside; ready when events may.
-    fn advance(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Poll<Then> {
+    fn advance(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Poll<Then> {
         loop {
             match &mut self.state {
                 State::Pouring(body) => match pour(body, cx, out) {
@@ -350,7 +350,7 @@ impl Linked {
     }
 }
 
-impl Voice for Linked {
+impl StreamHandler for Linked {
     fn beat(&self) -> Option<Beat> {
         self.keep_alive.as_ref().map(|alive| alive.beat)
     }
@@ -363,7 +363,7 @@ impl Voice for Linked {
         }
     }
 
-    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Then {
+    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
         match self.advance(cx, out) {
             Poll::Ready(then) => then,
             Poll::Pending => Then::Wait,
@@ -381,12 +381,12 @@ impl Voice for Linked {
         }
     }
 
-    fn events(&mut self, slot: u32, bytes: Bytes, _: u32, out: &mut Out) -> Then {
+    fn events(&mut self, slot: u32, bytes: Bytes, _: u32, out: &mut StreamOutput) -> Then {
         self.event(slot, &bytes, out)
     }
 
     /// What is gone here, the origin has.
-    fn gap(&mut self, _: &Gap, _: &mut Out) -> Then {
+    fn gap(&mut self, _: &Gap, _: &mut StreamOutput) -> Then {
         if self.instruct.next.is_none() {
             return Then::End(Code::Slow);
         }

@@ -34,12 +34,12 @@ use crate::{
     config,
     error::Code,
     metrics::Transport,
-    sessions::ChannelSet,
-    transport::{
-        held::Holding,
-        takeover::{Taken, Takeover},
-        wheel::{Due, Wheel},
+    net::{
+        hijack::{Hijack, HijackedConn},
+        timer::{Due, TimerWheel},
     },
+    sessions::ChannelSet,
+    transport::subscription_stream::Holding,
 };
 
 /// How long an idle connection to an origin is kept. Shorter than what common servers keep theirs (Node: 5 s; most: 60 s
@@ -67,7 +67,7 @@ const HOP: [HeaderName; 8] = [
 pub struct Origins {
     client: Client<HttpsConnector<HttpConnector>, Upload>,
     timeout: Duration,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
 }
 
 /// Why an origin did not answer.
@@ -100,14 +100,14 @@ pub struct Upload {
 }
 
 struct Watch {
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     moved: AtomicU32,
     done: AtomicBool,
 }
 
 impl Origins {
     /// `tls`: some are reached by https.
-    pub fn new(config: &config::Grip, tls: bool, wheel: Arc<Wheel>) -> Result<Self, String> {
+    pub fn new(config: &config::Grip, tls: bool, wheel: Arc<TimerWheel>) -> Result<Self, String> {
         let mut http = HttpConnector::new();
         http.enforce_http(false);
         http.set_nodelay(true);
@@ -150,7 +150,7 @@ impl Origins {
                 }
                 Err(_) => {
                     // Of a large upload only a standstill counts.
-                    let still = Wheel::span(watch.moved.load(Relaxed), self.wheel.now());
+                    let still = TimerWheel::span(watch.moved.load(Relaxed), self.wheel.now());
                     left = self.timeout.saturating_sub(still);
                     if left.is_zero() && !watch.done.load(Relaxed) {
                         return Err(Failure::Stalled);
@@ -338,14 +338,14 @@ pub fn tunnel(mut answer: Response<Incoming>, holding: Arc<Holding>) -> Response
     head.headers.extend(protocol.map(|protocol| (header::UPGRADE, protocol)));
     head.version = Version::HTTP_11;
     head.extensions = http::Extensions::new();
-    head.extensions.insert(Takeover::new(move |taken| {
-        tokio::spawn(carry(taken, upgrade, holding));
+    head.extensions.insert(Hijack::new(move |conn| {
+        tokio::spawn(carry(conn, upgrade, holding));
     }));
     Response::from_parts(head, AxumBody::empty())
 }
 
-async fn carry(taken: Taken, upgrade: hyper::upgrade::OnUpgrade, holding: Arc<Holding>) {
-    let Taken { io: client, peer, early, seat: _seat, .. } = taken;
+async fn carry(conn: HijackedConn, upgrade: hyper::upgrade::OnUpgrade, holding: Arc<Holding>) {
+    let HijackedConn { io: client, peer, early, seat: _seat, .. } = conn;
     let mut connected = holding.metrics.connected(Transport::Ws);
     let registration = holding.sessions.register(Transport::Ws, &Identity::anonymous(), Some(peer), ChannelSet::Empty);
     let mut timer = holding.wheel.timer(Duration::from_secs(60 * 60));

@@ -21,8 +21,8 @@ use crate::{
         socketio::{Event, Kind, Packet, connect_error},
     },
     error::{Again, Code, Error},
+    net::timer::TimerWheel,
     rpc::{AcceptedProvider, Call, HubConnection, ProvideRequest},
-    transport::wheel::Wheel,
 };
 
 /// One client's conversation.
@@ -273,10 +273,10 @@ impl Client {
 
     /// Whether its heartbeat has been missing for too long, at the moments when that is looked at.
     fn is_stale(&mut self, now: u32) -> bool {
-        let sweep = Wheel::ticks(self.hub.settings.sweep);
+        let sweep = TimerWheel::ticks(self.hub.settings.sweep);
         let due = now / sweep != self.looked / sweep;
         self.looked = now;
-        due && Wheel::span(self.beat.load(Relaxed), now) > self.hub.settings.heartbeat_timeout
+        due && TimerWheel::span(self.beat.load(Relaxed), now) > self.hub.settings.heartbeat_timeout
     }
 }
 
@@ -309,7 +309,7 @@ impl Conversation for Client {
 
     fn tick(&mut self, now: u32) -> Result<(), Broken> {
         match self.stage {
-            Stage::Fresh if Wheel::span(self.since, now) > self.hub.settings.connect => return Err(Broken),
+            Stage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => return Err(Broken),
             Stage::Fresh | Stage::Registering => {}
             Stage::Connected => {
                 if self.is_stale(now) {

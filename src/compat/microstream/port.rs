@@ -16,8 +16,8 @@ use crate::{
         socketio::{close_event, open_event},
     },
     event::write_json_str,
+    net::timer::TimerWheel,
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, ProbeCallback, WriteOutcome},
-    transport::wheel::Wheel,
 };
 
 /// Requests that a service was sent and has not answered, beyond which the older ones are forgotten.
@@ -29,7 +29,7 @@ const YOUNG: u32 = 120;
 pub struct Port {
     session: Weak<Session>,
     outbox: Arc<Outbox>,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     /// What the client was asked, by the id that it knows; those under ids of ours are not here.
     asked: Mutex<HashMap<Key, Asked, RandomState>>,
 }
@@ -56,7 +56,7 @@ impl Key {
 }
 
 impl Port {
-    pub fn new(session: Weak<Session>, outbox: Arc<Outbox>, wheel: Arc<Wheel>) -> Self {
+    pub fn new(session: Weak<Session>, outbox: Arc<Outbox>, wheel: Arc<TimerWheel>) -> Self {
         Port { session, outbox, wheel, asked: Mutex::default() }
     }
 
@@ -264,7 +264,7 @@ mod tests {
     }
 
     fn port() -> Port {
-        Port::new(Weak::new(), Arc::new(Outbox::new(Framing::Polling, 1_000)), Wheel::start())
+        Port::new(Weak::new(), Arc::new(Outbox::new(Framing::Polling, 1_000)), TimerWheel::start())
     }
 
     fn wrote(port: &Port) -> String {

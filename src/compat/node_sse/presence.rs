@@ -315,7 +315,7 @@ impl Drop for Member {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::chunk;
+    use crate::net::chunk;
 
     fn told(member: &mut Member) -> Vec<String> {
         let mut frames = Vec::new();

@@ -15,7 +15,7 @@ use crate::{
     compat::js,
     error::{Code, Error},
     event::{Channel, Data, Draft, Parts, check_kind},
-    transport::body::read_body,
+    net::body::read_body,
 };
 
 /// The original's, in bytes.

@@ -25,12 +25,11 @@ use crate::{
     compat::{form::Form, js},
     error::{Code, Result},
     event::{Channel, Event},
+    net::{chunk, stream::StreamOutput},
     position::{Position, Start},
     transport::{
-        carrier::Out,
-        chunk,
-        held::{Beat, Held, Then, Voice, retry},
         sse::frame::HEARTBEAT,
+        subscription_stream::{Beat, StreamHandler, SubscriptionStream, Then, retry},
     },
 };
 
@@ -107,7 +106,7 @@ impl NodeSse {
         let beat = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
         // The last that is done: everybody hears of it, this one too.
         let member = Presence::join(&self.presence, &js::text(&id));
-        Ok(Held::new(&self.holding, subs, Browser { member, beat }).respond(answer, first))
+        Ok(SubscriptionStream::new(&self.holding, subs, Browser { member, beat }).respond(answer, first))
     }
 
     pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
@@ -143,7 +142,7 @@ impl NodeSse {
     }
 }
 
-impl Voice for Browser {
+impl StreamHandler for Browser {
     fn beat(&self) -> Option<Beat> {
         Some(Beat::Silence(Duration::from_millis(self.beat.into())))
     }
@@ -153,12 +152,12 @@ impl Voice for Browser {
         Bytes::from_static(HEARTBEAT)
     }
 
-    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Then {
+    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
         self.member.poll(cx, |frame| out.push(frame));
         Then::GoOn
     }
 
-    fn farewell(&mut self, code: Code, out: &mut Out) {
+    fn farewell(&mut self, code: Code, out: &mut StreamOutput) {
         out.push(retry(code));
     }
 }

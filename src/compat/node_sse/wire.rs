@@ -13,7 +13,7 @@ use crate::{
     compat::js,
     error::Error,
     event::{Channel, Event, read_json_str, write_json_str},
-    transport::chunk,
+    net::chunk,
 };
 
 /// Marks, in the `meta` of an event, what only this world can tell: that a payload was no text, so that its text is the

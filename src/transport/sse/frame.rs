@@ -1,6 +1,6 @@
 //! Server-sent events as bytes, and nothing else: the [`Format`]s that rings share, and weir's own blocks.
 //!
-//! Everything is encoded as one [chunk](crate::transport::chunk).
+//! Everything is encoded as one [chunk](crate::net::chunk).
 
 use std::fmt::Write as _;
 
@@ -9,8 +9,8 @@ use bytes::Bytes;
 use crate::{
     bus::{Format, Gap, index},
     event::{Channel, Event, read_json_str, write_json_str},
+    net::chunk::{HEAD, TAIL, close, open, text},
     position::Position,
-    transport::chunk::{HEAD, TAIL, close, open, text},
 };
 
 /// A comment that keeps proxies awake. No empty line follows: two common clients would deliver an empty event.

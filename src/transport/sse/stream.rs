@@ -15,13 +15,13 @@ use crate::{
     error::Code,
     event::Channel,
     metrics::{Connected, Transport},
+    net::{
+        stream::{Progress, StreamOutput, StreamSource, TURN},
+        timer::{Due, Timer, TimerWheel},
+    },
     position::{Names, Position},
     presence::Lease,
     sessions::ConnectionRegistration,
-    transport::{
-        carrier::{Flow, Out, TURN, Turn},
-        wheel::{Due, Timer, Wheel},
-    },
 };
 
 /// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
@@ -91,7 +91,7 @@ impl Stream {
         sse.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         let mut stream = Stream {
             connected: sse.metrics.connected(Transport::Sse),
-            beat: timer.now() + Wheel::ticks(beat),
+            beat: timer.now() + TimerWheel::ticks(beat),
             told_at: timer.now(),
             told: 0,
             names: None,
@@ -124,11 +124,11 @@ impl Stream {
         (stream, first)
     }
 
-    fn tick(&mut self, silent: bool, out: &mut Out) {
+    fn tick(&mut self, silent: bool, out: &mut StreamOutput) {
         let now = self.timer.now();
         let heartbeat = now >= self.beat;
         if heartbeat {
-            self.beat = now + Wheel::ticks(jitter(self.sse.settings.heartbeat));
+            self.beat = now + TimerWheel::ticks(jitter(self.sse.settings.heartbeat));
             self.report();
             out.relax();
         }
@@ -138,14 +138,14 @@ impl Stream {
         if heartbeat {
             out.push(Bytes::from_static(frame::HEARTBEAT));
         }
-        let overdue = self.owed && Wheel::span(self.told_at, now) >= TOKEN_PAUSE;
+        let overdue = self.owed && TimerWheel::span(self.told_at, now) >= TOKEN_PAUSE;
         if overdue || (heartbeat && self.filtered && fingerprint(self.id().as_bytes()) != self.told) {
             out.push(frame::position(&self.tell()));
         }
     }
 
     /// Says that the stream ends, and why. Nothing comes after it.
-    fn end(&mut self, code: Code, out: &mut Out) {
+    fn end(&mut self, code: Code, out: &mut StreamOutput) {
         if !self.ended {
             self.ended = true;
             self.connected.because(code);
@@ -191,8 +191,8 @@ impl Stream {
     }
 }
 
-impl Flow for Stream {
-    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Out) {
+impl StreamSource for Stream {
+    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut StreamOutput) {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave => self.end(Code::Draining, out),
@@ -203,28 +203,31 @@ impl Flow for Stream {
                 }
                 Due::Time => {
                     self.tick(blocked || self.ended, out);
-                    let next =
-                        if self.owed { self.beat.min(self.told_at + Wheel::ticks(TOKEN_PAUSE)) } else { self.beat };
-                    self.timer.reset(Wheel::span(self.timer.now(), next));
+                    let next = if self.owed {
+                        self.beat.min(self.told_at + TimerWheel::ticks(TOKEN_PAUSE))
+                    } else {
+                        self.beat
+                    };
+                    self.timer.reset(TimerWheel::span(self.timer.now(), next));
                 }
             }
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Turn {
+    fn poll(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Progress {
         if self.ended {
-            return Turn::Ended;
+            return Progress::Ended;
         }
         if self.subs.poll_turn(cx).is_pending() {
-            return Turn::Idle;
+            return Progress::Idle;
         }
         // Not pushed before it is known whether it is the last of this write, and takes the token.
         let mut last: Option<(Bytes, u32)> = None;
         let turn = loop {
             if out.len() + last.as_ref().map_or(0, |(bytes, _)| bytes.len()) >= TURN {
-                break Turn::Full;
+                break Progress::Full;
             }
-            let Some(Delivery { item, .. }) = self.subs.take() else { break Turn::Idle };
+            let Some(Delivery { item, .. }) = self.subs.take() else { break Progress::Idle };
             match item {
                 Item::Events { bytes, count } => {
                     self.events += count;
@@ -257,11 +260,11 @@ impl Flow for Stream {
             }
         };
         if let Some((bytes, count)) = last {
-            let quiet = Wheel::span(self.told_at, self.timer.now());
+            let quiet = TimerWheel::span(self.told_at, self.timer.now());
             if self.long && quiet < TOKEN_PAUSE {
                 out.push(bytes);
                 self.owed = true;
-                self.timer.at_most(TOKEN_PAUSE - quiet);
+                self.timer.shorten(TOKEN_PAUSE - quiet);
             } else {
                 let id = self.tell();
                 push_with_id(out, &bytes, count, &id);
@@ -294,17 +297,17 @@ fn fingerprint(id: &[u8]) -> u32 {
     foldhash::fast::FixedState::with_seed(0).hash_one(id) as u32
 }
 
-fn push_with_id(out: &mut Out, chunk: &Bytes, count: u32, id: &str) {
+fn push_with_id(out: &mut StreamOutput, chunk: &Bytes, count: u32, id: &str) {
     frame::with_id(chunk, count, id, out.is_chunked(), |piece| out.push_framed(piece));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::carrier;
+    use crate::net::stream;
 
     #[test]
     fn an_idle_stream_is_small() {
-        assert!(carrier::size::<Stream>() <= 368, "{}", carrier::size::<Stream>());
+        assert!(stream::size::<Stream>() <= 368, "{}", stream::size::<Stream>());
     }
 }

@@ -17,18 +17,20 @@ use super::{
     Ws,
     dispatch::Session,
     jsonrpc,
-    out::Out,
+    out::SocketOutput,
     outbox::{Outbox, Taken},
     reader::Shown,
 };
 use crate::{
     error::Code,
     metrics::{Connected, Transport},
-    transport::{
-        frame::{self, Broken, Decoder, Incoming},
-        inlet::Inlet,
-        takeover::{self, Seat},
-        wheel::{Due, TICK, Timer, Wheel},
+    net::{
+        hijack::{self, ConnectionPermit},
+        timer::{Due, TICK, Timer, TimerWheel},
+        websocket::{
+            frame::{self, Broken, Decoder, Incoming},
+            reader::SocketReader,
+        },
     },
 };
 
@@ -41,9 +43,9 @@ const FAREWELL: Duration = Duration::from_secs(5);
 
 /// One open WebSocket.
 pub struct Socket {
-    inlet: Inlet,
+    inlet: SocketReader,
     decoder: Decoder,
-    out: Out,
+    out: SocketOutput,
     outbox: Arc<Outbox>,
     /// Gone as soon as the connection is to end: its calls, services and subscriptions with it.
     session: Option<Session>,
@@ -60,7 +62,7 @@ pub struct Socket {
     phase: Phase,
     delivered: Delivered,
     connected: Connected,
-    _seat: Seat,
+    _seat: ConnectionPermit,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -87,7 +89,7 @@ struct Over;
 // === impl Socket ===
 
 impl Socket {
-    pub fn new(ws: Arc<Ws>, session: Session, outbox: Arc<Outbox>, taken: takeover::Taken) -> Self {
+    pub fn new(ws: Arc<Ws>, session: Session, outbox: Arc<Outbox>, taken: hijack::HijackedConn) -> Self {
         let now = ws.wheel.now();
         let interval = jitter(ws.config.ws.ping);
         let mut timer = ws.wheel.timer(interval);
@@ -95,9 +97,9 @@ impl Socket {
             timer.set_owner(registration.number());
         }
         Socket {
-            inlet: Inlet::new(taken.io, taken.early),
+            inlet: SocketReader::new(taken.io, taken.early),
             decoder: Decoder::new(ws.config.limits.frame),
-            out: Out::default(),
+            out: SocketOutput::default(),
             outbox,
             session: Some(session),
             timer,
@@ -140,7 +142,7 @@ impl Socket {
         self.session = None;
         self.phase = phase;
         self.until = after(self.ws.wheel.now(), patience);
-        self.timer.at_most(patience);
+        self.timer.shorten(patience);
     }
 
     fn is_open(&self) -> bool {
@@ -175,7 +177,7 @@ impl Socket {
                 _ => return Err(Over),
             }
         }
-        if self.is_open() && self.blocked != 0 && Wheel::span(self.blocked, now) >= stalled {
+        if self.is_open() && self.blocked != 0 && TimerWheel::span(self.blocked, now) >= stalled {
             self.close(Code::Slow);
         }
         if self.is_open() && now >= self.ping {
@@ -229,7 +231,7 @@ impl Socket {
         session.withdraw_all();
         self.phase = Phase::Leaving;
         self.until = after(self.ws.wheel.now(), left);
-        self.timer.at_most(left);
+        self.timer.shorten(left);
     }
 
     // --- reading ---
@@ -310,7 +312,7 @@ impl Socket {
             Poll::Pending => {
                 if self.blocked == 0 || self.out.len() < before {
                     self.blocked = self.ws.wheel.now();
-                    self.timer.at_most(self.ws.config.limits.stalled);
+                    self.timer.shorten(self.ws.config.limits.stalled);
                 }
                 Poll::Pending
             }
@@ -416,7 +418,7 @@ impl Delivered {
 
 /// The tick that is `time` after `tick`.
 fn after(tick: u32, time: Duration) -> u32 {
-    tick + Wheel::ticks(time)
+    tick + TimerWheel::ticks(time)
 }
 
 /// `base`, give or take a fifth.

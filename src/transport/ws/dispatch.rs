@@ -17,12 +17,12 @@ use super::{
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
+    net::timer::TimerWheel,
     rpc::{
         self, AcceptedProvider, Call, CallAnswer, CallId, CallerId, HubConnection, MethodNames, ProvideRequest,
         ProviderError,
     },
     sessions::ConnectionRegistration,
-    transport::wheel::Wheel,
 };
 
 /// Services in one answer of `weir.services`.
@@ -163,7 +163,7 @@ impl Session {
         self.ws.metrics.ws_unreadable.add(1);
         let now = self.ws.wheel.now();
         let (count, since) = &mut self.unreadable;
-        if Wheel::span(*since, now).as_secs() >= 60 {
+        if TimerWheel::span(*since, now).as_secs() >= 60 {
             (*count, *since) = (0, now);
         }
         *count += 1;

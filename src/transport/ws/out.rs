@@ -1,4 +1,4 @@
-//! [`Out`]: what is being written to one socket.
+//! [`SocketOutput`]: what is being written to one socket.
 
 use std::{
     collections::VecDeque,
@@ -11,7 +11,7 @@ use bytes::{Buf, Bytes};
 use tokio::io::AsyncWrite;
 
 use super::outbox;
-use crate::transport::{frame, takeover::Io};
+use crate::net::{hijack::Conn, websocket::frame};
 
 /// Pieces that one `writev` takes.
 const SLICES: usize = 32;
@@ -19,7 +19,7 @@ const SLICES: usize = 32;
 /// What is being written: frames of this connection, then shared events, then the last words. Refilled only when it is
 /// empty, so that what was said earlier is read earlier.
 #[derive(Default)]
-pub struct Out {
+pub struct SocketOutput {
     text: Vec<u8>,
     /// Written bytes of `text`.
     at: usize,
@@ -66,7 +66,7 @@ impl Events {
     }
 }
 
-impl Out {
+impl SocketOutput {
     /// Bytes that wait.
     pub fn len(&self) -> usize {
         self.text.len() - self.at + self.events.len + self.last.len()
@@ -79,7 +79,7 @@ impl Out {
     /// Gives back what an idle connection does not need.
     pub fn relax(&mut self) {
         if self.is_empty() {
-            *self = Out::default();
+            *self = SocketOutput::default();
         }
     }
 
@@ -110,7 +110,7 @@ impl Out {
     }
 
     /// Writes all of it, or until the peer takes no more.
-    pub fn poll_write(&mut self, cx: &mut Context<'_>, io: &mut Io) -> Poll<io::Result<()>> {
+    pub fn poll_write(&mut self, cx: &mut Context<'_>, io: &mut Conn) -> Poll<io::Result<()>> {
         loop {
             if self.text.len() == self.at && self.events.len == 0 {
                 self.at = 0;
@@ -183,8 +183,8 @@ mod tests {
             reads in prop::collection::vec(1..500usize, 1..20),
         ) {
             let (near, mut far) = tokio::io::duplex(64);
-            let (mut io, mut cx) = (Io::Pipe(near), Context::from_waker(Waker::noop()));
-            let (mut out, mut want, mut got) = (Out::default(), Vec::new(), Vec::new());
+            let (mut io, mut cx) = (Conn::Pipe(near), Context::from_waker(Waker::noop()));
+            let (mut out, mut want, mut got) = (SocketOutput::default(), Vec::new(), Vec::new());
             let mut reads = reads.into_iter().cycle();
             let count = turns.len();
             for (turn, (text, events)) in turns.into_iter().enumerate() {
@@ -219,8 +219,8 @@ mod tests {
             taken in 1..2000usize,
         ) {
             let (near, mut far) = tokio::io::duplex(taken);
-            let (mut io, mut cx) = (Io::Pipe(near), Context::from_waker(Waker::noop()));
-            let mut out = Out::default();
+            let (mut io, mut cx) = (Conn::Pipe(near), Context::from_waker(Waker::noop()));
+            let mut out = SocketOutput::default();
             text.into_iter().for_each(|len| out.text().extend(frame(len)));
             events.into_iter().for_each(|len| out.push(frame(len).into()));
             let _ = out.poll_write(&mut cx, &mut io);

@@ -17,8 +17,8 @@ use slab::Slab;
 use super::jsonrpc;
 use crate::{
     error::{Code, Error},
+    net::websocket::frame,
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, MethodNames, Peer, WriteOutcome},
-    transport::frame,
 };
 
 /// Beyond so many times its limit nothing is kept for a peer: it does not read what it asked for.

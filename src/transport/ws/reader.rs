@@ -16,10 +16,10 @@ use crate::{
     bus::{Delivery, Format, Gap, Item, Subscriptions, Watch, index},
     event::Channel,
     metrics::Gauge,
+    net::websocket::frame,
     position::{Position, Start},
     presence::Lease,
     sessions::{ChannelSet, SubscribedChannels},
-    transport::frame,
 };
 
 /// `{"jsonrpc":"2.0","method":"weir.event","params":<event>}`: one whole frame per event, for a frame holds one message.

@@ -1,4 +1,4 @@
-//! [`Egress`]: what waits to be written to one connection, as shared bytes.
+//! [`WriteQueue`]: what waits to be written to one connection, as shared bytes.
 
 use std::{
     collections::VecDeque,
@@ -19,7 +19,7 @@ const KEPT: usize = 16;
 ///
 /// It has no limit of its own: whoever fills it looks at [`len`](Self::len) first.
 #[derive(Default)]
-pub struct Egress {
+pub struct WriteQueue {
     /// The piece being written.
     front: Bytes,
     rest: VecDeque<Bytes>,
@@ -28,9 +28,9 @@ pub struct Egress {
     unflushed: bool,
 }
 
-impl Egress {
+impl WriteQueue {
     pub const fn new() -> Self {
-        Egress { front: Bytes::new(), rest: VecDeque::new(), len: 0, unflushed: false }
+        WriteQueue { front: Bytes::new(), rest: VecDeque::new(), len: 0, unflushed: false }
     }
 
     /// Bytes that wait.
@@ -182,7 +182,7 @@ mod tests {
             script in prop::collection::vec(0..70usize, 0..60),
         ) {
             let mut io = Slow { script, got: Vec::new() };
-            let mut egress = Egress::new();
+            let mut egress = WriteQueue::new();
             let mut cx = Context::from_waker(Waker::noop());
             let mut want = String::new();
             for turn in turns {
@@ -214,7 +214,7 @@ mod tests {
                 Poll::Ready(Ok(()))
             }
         }
-        let mut egress = Egress::new();
+        let mut egress = WriteQueue::new();
         egress.push(Bytes::from_static(b"a"));
         assert!(matches!(
             egress.poll_write(&mut Context::from_waker(Waker::noop()), &mut Closed),

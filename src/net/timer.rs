@@ -1,4 +1,4 @@
-//! [`Wheel`]: one task that keeps the time for every connection of an App.
+//! [`TimerWheel`]: one task that keeps the time for every connection of an App.
 //!
 //! A `tokio::time::Sleep` per connection costs memory and a lock of the runtime's own wheel; heartbeats, stalled
 //! sockets, tokens and draining need no more than a quarter of a second of precision, and share one waker each here.
@@ -26,8 +26,8 @@ const BUCKETS: u32 = 128;
 /// Wake-ups between two yields: a bucket may hold tens of thousands of connections.
 const BURST: usize = 256;
 
-/// Keeps the time for many connections. Made by [`Wheel::start`].
-pub struct Wheel {
+/// Keeps the time for many connections. Made by [`TimerWheel::start`].
+pub struct TimerWheel {
     /// Ticks since the start, from 1.
     now: AtomicU32,
     /// The tick at which the drain began (0: not draining), and the tick at which all must have left.
@@ -40,9 +40,9 @@ pub struct Wheel {
     buckets: [Bucket; BUCKETS as usize],
 }
 
-struct Bucket(Mutex<Slab<Seat>>);
+struct Bucket(Mutex<Slab<ConnectionPermit>>);
 
-struct Seat {
+struct ConnectionPermit {
     due: u32,
     /// Which connection this is of; 0: of none that can be kicked.
     owner: u32,
@@ -53,7 +53,7 @@ struct Seat {
 
 /// One connection's place on the wheel, given back on drop.
 pub struct Timer {
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     due: u32,
     key: u32,
     /// How often somebody had been kicked when this last looked whether it was it.
@@ -75,12 +75,12 @@ pub enum Due {
     Kicked,
 }
 
-// === impl Wheel ===
+// === impl TimerWheel ===
 
-impl Wheel {
+impl TimerWheel {
     /// Starts the task that turns the wheel; it ends when the wheel is dropped. Needs a tokio runtime.
     pub fn start() -> Arc<Self> {
-        let wheel = Arc::new(Wheel {
+        let wheel = Arc::new(TimerWheel {
             now: AtomicU32::new(1),
             drain: AtomicU32::new(0),
             drained: AtomicU32::new(0),
@@ -109,9 +109,9 @@ impl Wheel {
 
     /// A timer that fires after `after`, rounded up to ticks.
     pub fn timer(self: &Arc<Self>, after: Duration) -> Timer {
-        let due = self.now() + Wheel::ticks(after);
+        let due = self.now() + TimerWheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
-        let key = self.buckets[bucket as usize].lock().insert(Seat {
+        let key = self.buckets[bucket as usize].lock().insert(ConnectionPermit {
             due,
             owner: 0,
             leave: false,
@@ -142,7 +142,7 @@ impl Wheel {
     /// Calls on every connection to leave, spread evenly over `window`; those that come later too.
     pub fn drain(&self, window: Duration) {
         let now = self.now();
-        self.drained.store(now + Wheel::ticks(window), Relaxed);
+        self.drained.store(now + TimerWheel::ticks(window), Relaxed);
         self.drain.store(now, Relaxed);
     }
 
@@ -202,7 +202,7 @@ impl Wheel {
     }
 }
 
-async fn turn(wheel: Weak<Wheel>) {
+async fn turn(wheel: Weak<TimerWheel>) {
     let start = Instant::now();
     let mut calls = Vec::new();
     for tick in 1.. {
@@ -222,12 +222,12 @@ async fn turn(wheel: Weak<Wheel>) {
 // === impl Bucket ===
 
 impl Bucket {
-    fn lock(&self) -> MutexGuard<'_, Slab<Seat>> {
+    fn lock(&self) -> MutexGuard<'_, Slab<ConnectionPermit>> {
         self.0.lock()
     }
 
     /// Gives the room back with the last seat: timers walk round the wheel, and would else leave it in every bucket.
-    fn remove(&self, key: u32) -> Option<Seat> {
+    fn remove(&self, key: u32) -> Option<ConnectionPermit> {
         let mut seats = self.lock();
         let seat = seats.try_remove(key as usize);
         if seats.is_empty() {
@@ -245,11 +245,11 @@ impl Timer {
         self.wheel.now()
     }
 
-    pub fn wheel(&self) -> &Arc<Wheel> {
+    pub fn wheel(&self) -> &Arc<TimerWheel> {
         &self.wheel
     }
 
-    /// Says which connection this is of, for [`Wheel::kick`]. Not 0.
+    /// Says which connection this is of, for [`TimerWheel::kick`]. Not 0.
     pub fn set_owner(&mut self, owner: u32) {
         if let Some(seat) = self.wheel.buckets[self.bucket as usize].lock().get_mut(self.key as usize) {
             seat.owner = owner;
@@ -258,7 +258,7 @@ impl Timer {
 
     /// Fires after `after` from now instead, rounded up to ticks.
     pub fn reset(&mut self, after: Duration) {
-        let due = self.wheel.now() + Wheel::ticks(after);
+        let due = self.wheel.now() + TimerWheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
         self.due = due;
         if bucket != self.bucket {
@@ -280,8 +280,8 @@ impl Timer {
     }
 
     /// As [`reset`](Self::reset), but never later than what is set already.
-    pub fn at_most(&mut self, after: Duration) {
-        if self.wheel.now() + Wheel::ticks(after) < self.due {
+    pub fn shorten(&mut self, after: Duration) {
+        if self.wheel.now() + TimerWheel::ticks(after) < self.due {
             self.reset(after);
         }
     }
@@ -352,7 +352,7 @@ mod tests {
         timers.iter_mut().map(|timer| timer.poll(cx)).filter(|due| *due == Poll::Ready(Due::Leave)).count()
     }
 
-    fn turn(wheel: &Wheel, ticks: u32) {
+    fn turn(wheel: &TimerWheel, ticks: u32) {
         let mut calls = Vec::new();
         for _ in 0..ticks {
             wheel.tick(&mut calls);
@@ -362,7 +362,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn fires_once_when_due_and_again_after_a_reset() {
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let (count, waker) = waker();
         let mut cx = Context::from_waker(&waker);
         let mut timer = wheel.timer(Duration::from_secs(1));
@@ -380,7 +380,7 @@ mod tests {
             timer.reset(after);
             let before = count.0.load(Relaxed);
             assert_eq!(timer.poll(&mut cx), Poll::Pending);
-            turn(&wheel, Wheel::ticks(after) - 1);
+            turn(&wheel, TimerWheel::ticks(after) - 1);
             assert_eq!(timer.poll(&mut cx), Poll::Pending, "{after:?}");
             turn(&wheel, 1);
             assert_eq!((timer.poll(&mut cx), count.0.load(Relaxed)), (Poll::Ready(Due::Time), before + 1), "{after:?}");
@@ -393,24 +393,24 @@ mod tests {
     #[test]
     fn a_time_without_end_is_a_long_one() {
         for years in [1, 20, 33, 100] {
-            let ticks = Wheel::ticks(Duration::from_secs(years * 365 * 24 * 60 * 60));
+            let ticks = TimerWheel::ticks(Duration::from_secs(years * 365 * 24 * 60 * 60));
             assert!(ticks > 126_000_000 && ticks.checked_add(u32::MAX / 2).is_some(), "{years}: {ticks}");
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn at_most_only_brings_forward() {
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let mut timer = wheel.timer(Duration::from_secs(20));
-        timer.at_most(Duration::from_secs(1));
-        timer.at_most(Duration::from_secs(30));
+        timer.shorten(Duration::from_secs(1));
+        timer.shorten(Duration::from_secs(30));
         turn(&wheel, 4);
         assert_eq!(timer.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(Due::Time));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_drain_is_spread_and_reaches_everyone_once() {
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let (count, waker) = waker();
         let mut cx = Context::from_waker(&waker);
         let mut timers: Vec<_> = (0..1000).map(|i| wheel.timer(Duration::from_secs(3600 + i))).collect();
@@ -429,7 +429,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_is_kicked_is_woken_and_told_once() {
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let (count, waker) = waker();
         let mut cx = Context::from_waker(&waker);
         let mut timers: Vec<_> = (0..10).map(|i| wheel.timer(Duration::from_secs(i * 7))).collect();
@@ -451,7 +451,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn turns_by_itself_and_ends_with_its_owner() {
-        let wheel = Wheel::start();
+        let wheel = TimerWheel::start();
         let mut timer = wheel.timer(Duration::from_secs(20));
         let start = Instant::now();
         assert_eq!(std::future::poll_fn(|cx| timer.poll(cx)).await, Due::Time);

@@ -1,4 +1,4 @@
-//! [`Inlet`]: what comes over one WebSocket. All sockets of a worker are read into one buffer: nearly always they have
+//! [`SocketReader`]: what comes over one WebSocket. All sockets of a worker are read into one buffer: nearly always they have
 //! nothing to say, and a buffer for each would be most of what they cost.
 
 use std::{
@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use tokio::io::{AsyncRead, ReadBuf};
 
-use super::takeover::Io;
+use crate::net::hijack::Conn;
 
 /// Bytes read at once. Messages are parsed where they lie.
 const SCRATCH: usize = 64 * 1024;
@@ -22,8 +22,8 @@ thread_local! {
 }
 
 /// A connection, and how it is read.
-pub struct Inlet {
-    pub io: Io,
+pub struct SocketReader {
+    pub io: Conn,
     /// Read behind the request.
     early: Bytes,
     /// The socket has our waker for when something can be read.
@@ -36,9 +36,9 @@ pub struct Read {
     len: usize,
 }
 
-impl Inlet {
-    pub fn new(io: Io, early: Bytes) -> Self {
-        Inlet { io, early, listening: false }
+impl SocketReader {
+    pub fn new(io: Conn, early: Bytes) -> Self {
+        SocketReader { io, early, listening: false }
     }
 
     /// Reads once. `None`: the peer is gone.
@@ -100,7 +100,7 @@ mod tests {
     async fn what_came_early_comes_first_and_the_end_last() {
         let (io, mut peer) = tokio::io::duplex(1_000_000);
         let early: Vec<u8> = (0..=255).cycle().take(SCRATCH + 10).collect();
-        let mut inlet = Inlet::new(Io::Pipe(io), early.clone().into());
+        let mut inlet = SocketReader::new(Conn::Pipe(io), early.clone().into());
         peer.write_all(b"later").await.unwrap();
         drop(peer);
         let mut got = Vec::new();

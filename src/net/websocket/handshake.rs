@@ -4,8 +4,10 @@ use axum::{body::Body, response::Response};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::takeover::Takeover;
-use crate::error::{Code, Error, Result};
+use crate::{
+    error::{Code, Error, Result},
+    net::hijack::Hijack,
+};
 
 /// A handshake that can be completed.
 pub struct Handshake {
@@ -55,7 +57,7 @@ impl Handshake {
     }
 
     /// The 101, after which `takeover` has the connection.
-    pub fn response(self, takeover: Takeover) -> Response {
+    pub fn response(self, takeover: Hijack) -> Response {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         let headers = response.headers_mut();

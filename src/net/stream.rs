@@ -1,6 +1,6 @@
-//! What carries a stream: the socket itself ([`Session`]), or a response in hyper ([`FlowBody`]).
+//! What carries a stream: the socket itself ([`HijackedStream`]), or a response in hyper ([`StreamBody`]).
 //!
-//! *What* is said, and when, is a [`Flow`]; native SSE and every adapter's streams are one each.
+//! *What* is said, and when, is a [`StreamSource`]; native SSE and every adapter's streams are one each.
 
 use std::{
     convert::Infallible,
@@ -21,11 +21,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::{
     error::Code,
     metrics::Connected,
-    transport::{
+    net::{
         chunk,
-        egress::Egress,
-        takeover::{Framing, Io, Seat, Taken, Takeover},
-        wheel::{Timer, Wheel},
+        hijack::{BodyFraming, Conn, ConnectionPermit, Hijack, HijackedConn},
+        timer::{Timer, TimerWheel},
+        write_queue::WriteQueue,
     },
 };
 
@@ -36,15 +36,15 @@ pub const TURN: usize = 64 * 1024;
 const MAX_JUNK: usize = 16 * 1024;
 
 /// What one reader gets and in which order, whatever carries it. All methods are called by one task.
-pub trait Flow: Send + Unpin + 'static {
+pub trait StreamSource: Send + Unpin + 'static {
     /// Pushes what it is time for: a heartbeat, the end.
     ///
     /// Called at every turn, also while the peer does not read (then `blocked` is true, and nothing but the end is to
     /// be pushed): the timer would otherwise never be asked again.
-    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Out);
+    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut StreamOutput);
 
     /// Pushes what comes next, about as much as fits one write ([`TURN`]).
-    fn poll(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Turn;
+    fn poll(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Progress;
 
     /// Why the connection will have been closed.
     fn connected(&mut self) -> &mut Connected;
@@ -59,9 +59,9 @@ pub trait Flow: Send + Unpin + 'static {
     fn met(&mut self, _: SocketAddr) {}
 }
 
-/// What [`Flow::poll`] found.
+/// What [`StreamSource::poll`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
+pub enum Progress {
     /// There may be more at once: come back after the write.
     Full,
     /// The reader has everything, and its task will be woken.
@@ -71,36 +71,36 @@ pub enum Turn {
 }
 
 /// What waits to be written, in chunks or as bare text.
-pub struct Out {
-    egress: Egress,
-    framing: Framing,
+pub struct StreamOutput {
+    egress: WriteQueue,
+    framing: BodyFraming,
 }
 
 /// A flow that nobody carries yet, and its first chunks. Whoever is asked first takes it.
-pub struct Offer<F>(Arc<Mutex<Option<Begun<F>>>>);
+pub struct StreamResponse<F>(Arc<Mutex<Option<UnstartedStream<F>>>>);
 
-type Begun<F> = (F, Vec<Bytes>);
+type UnstartedStream<F> = (F, Vec<Bytes>);
 
-impl<F: Flow> Offer<F> {
+impl<F: StreamSource> StreamResponse<F> {
     /// `first` are chunks.
     pub fn new(flow: F, first: Vec<Bytes>) -> Self {
-        Offer(Arc::new(Mutex::new(Some((flow, first)))))
+        StreamResponse(Arc::new(Mutex::new(Some((flow, first)))))
     }
 
-    fn take(&self) -> Option<Begun<F>> {
+    fn take(&self) -> Option<UnstartedStream<F>> {
         self.0.lock().take()
     }
 
     fn share(&self) -> Self {
-        Offer(self.0.clone())
+        StreamResponse(self.0.clone())
     }
 
     /// For connections that can be taken over.
-    fn takeover(&self) -> Takeover {
+    fn takeover(&self) -> Hijack {
         let offer = self.share();
-        Takeover::new(move |taken| {
+        Hijack::new(move |taken| {
             if let Some((flow, first)) = offer.take() {
-                tokio::spawn(Session::new(taken, flow, first));
+                tokio::spawn(HijackedStream::new(taken, flow, first));
             }
         })
     }
@@ -109,14 +109,14 @@ impl<F: Flow> Offer<F> {
     pub fn respond(self, response: Response<()>) -> Response<AxumBody> {
         let (mut head, ()) = response.into_parts();
         head.extensions.insert(self.takeover());
-        Response::from_parts(head, AxumBody::new(FlowBody { offer: Some(self), state: None }))
+        Response::from_parts(head, AxumBody::new(StreamBody { offer: Some(self), state: None }))
     }
 }
 
 /// A flow on a socket of its own. No buffer, no timer: some hundred bytes in all.
-struct Session<F> {
-    io: Io,
-    out: Out,
+struct HijackedStream<F> {
+    io: Conn,
+    out: StreamOutput,
     flow: F,
     /// The tick since which the peer took nothing. 0: it takes.
     blocked: u32,
@@ -124,15 +124,15 @@ struct Session<F> {
     /// The socket has our waker for when something can be read.
     listening: bool,
     closing: bool,
-    _seat: Seat,
+    _seat: ConnectionPermit,
 }
 
-impl<F: Flow> Session<F> {
-    fn new(taken: Taken, mut flow: F, first: Vec<Bytes>) -> Self {
+impl<F: StreamSource> HijackedStream<F> {
+    fn new(taken: HijackedConn, mut flow: F, first: Vec<Bytes>) -> Self {
         flow.met(taken.peer);
-        Session {
+        HijackedStream {
             io: taken.io,
-            out: Out::new(taken.framing, first),
+            out: StreamOutput::new(taken.framing, first),
             flow,
             blocked: 0,
             junk: 0,
@@ -204,19 +204,19 @@ impl<F: Flow> Session<F> {
                 if self.blocked == 0 || self.out.len() < before {
                     self.blocked = now;
                 }
-                let left = self.flow.patience().saturating_sub(Wheel::span(self.blocked, now));
+                let left = self.flow.patience().saturating_sub(TimerWheel::span(self.blocked, now));
                 if left.is_zero() {
                     self.flow.connected().because(Code::Slow);
                     return None;
                 }
-                self.flow.timer().at_most(left);
+                self.flow.timer().shorten(left);
                 Some(Poll::Pending)
             }
         }
     }
 }
 
-impl<F: Flow> Future for Session<F> {
+impl<F: StreamSource> Future for HijackedStream<F> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
@@ -242,12 +242,12 @@ impl<F: Flow> Future for Session<F> {
             Some(Poll::Ready(())) => {}
         }
         match turn {
-            Turn::Idle => Poll::Pending,
-            Turn::Full => {
+            Progress::Idle => Poll::Pending,
+            Progress::Full => {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
-            Turn::Ended => {
+            Progress::Ended => {
                 this.closing = true;
                 Pin::new(&mut this.io).poll_shutdown(cx).map(drop)
             }
@@ -256,35 +256,36 @@ impl<F: Flow> Future for Session<F> {
 }
 
 /// A flow as an ordinary body, for HTTP/2 and for whatever keeps a connection in hyper.
-struct FlowBody<F> {
-    offer: Option<Offer<F>>,
-    state: Option<Box<(F, Out)>>,
+struct StreamBody<F> {
+    offer: Option<StreamResponse<F>>,
+    state: Option<Box<(F, StreamOutput)>>,
 }
 
-impl<F: Flow> Body for FlowBody<F> {
+impl<F: StreamSource> Body for StreamBody<F> {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
         if let Some(offer) = this.offer.take() {
-            this.state = offer.take().map(|(flow, first)| Box::new((flow, Out::new(Framing::UntilClose, first))));
+            this.state =
+                offer.take().map(|(flow, first)| Box::new((flow, StreamOutput::new(BodyFraming::UntilClose, first))));
         }
         let Some((flow, out)) = this.state.as_deref_mut() else { return Poll::Ready(None) };
         // Hyper asks only when it has room: a body is never blocked.
         flow.poll_time(cx, false, out);
         let turn = match out.is_empty() {
             true => flow.poll(cx, out),
-            false => Turn::Idle,
+            false => Progress::Idle,
         };
         match out.egress.pop() {
             Some(piece) => Poll::Ready(Some(Ok(Frame::data(piece)))),
-            None if turn == Turn::Ended => {
+            None if turn == Progress::Ended => {
                 this.state = None;
                 Poll::Ready(None)
             }
             // What was pushed was empty: nothing would ask again.
-            None if turn == Turn::Full => {
+            None if turn == Progress::Full => {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
@@ -293,12 +294,12 @@ impl<F: Flow> Body for FlowBody<F> {
     }
 }
 
-// === impl Out ===
+// === impl StreamOutput ===
 
-impl Out {
+impl StreamOutput {
     /// `first` are chunks, whatever the framing.
-    fn new(framing: Framing, first: Vec<Bytes>) -> Self {
-        let mut out = Out { egress: Egress::new(), framing };
+    fn new(framing: BodyFraming, first: Vec<Bytes>) -> Self {
+        let mut out = StreamOutput { egress: WriteQueue::new(), framing };
         first.into_iter().for_each(|chunk| out.push(chunk));
         out
     }
@@ -319,14 +320,14 @@ impl Out {
     /// One whole [chunk].
     pub fn push(&mut self, chunk: Bytes) {
         self.egress.push(match self.framing {
-            Framing::Chunked => chunk,
-            Framing::UntilClose => chunk::text(&chunk),
+            BodyFraming::Chunked => chunk,
+            BodyFraming::UntilClose => chunk::text(&chunk),
         });
     }
 
     /// Whether what is pushed as it is has to be chunked.
     pub fn is_chunked(&self) -> bool {
-        self.framing == Framing::Chunked
+        self.framing == BodyFraming::Chunked
     }
 
     /// A piece of what goes on the wire, framed by the caller.
@@ -351,5 +352,5 @@ impl Out {
 /// anyway.
 #[cfg(test)]
 pub const fn size<F>() -> usize {
-    size_of::<Session<F>>()
+    size_of::<HijackedStream<F>>()
 }

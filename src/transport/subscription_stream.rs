@@ -1,7 +1,7 @@
-//! [`Held`]: a response that is held open for events of the bus in an adapter's own words.
+//! [`SubscriptionStream`]: a response that is held open for events of the bus in an adapter's own words.
 //!
 //! The adapter gives the shared [`Format`](crate::bus::Format) of its [`Subscriptions`], the head and the first bytes, and a
-//! [`Voice`] for all that is said beside events. Drain, stalled peers, metrics and leaving hyper are done here, as for
+//! [`StreamHandler`] for all that is said beside events. Drain, stalled peers, metrics and leaving hyper are done here, as for
 //! weir's own streams.
 //!
 //! Watch the channels and [`add`](Subscriptions::add) them before the response is returned: what is published once a
@@ -18,16 +18,16 @@ use axum::body::Body;
 use bytes::Bytes;
 use http::Response;
 
-use super::{
-    carrier::{Flow, Offer, Out, Turn},
-    chunk,
-    wheel::{Due, Timer, Wheel},
-};
 use crate::{
     auth::Identity,
     bus::{Delivery, Gap, Item, Subscriptions},
     error::Code,
     metrics::{Connected, Metrics, Transport},
+    net::{
+        chunk,
+        stream::{Progress, StreamOutput, StreamResponse, StreamSource},
+        timer::{Due, Timer, TimerWheel},
+    },
     sessions::{ChannelSet, ConnectionRegistration, ConnectionRegistry},
 };
 
@@ -37,7 +37,7 @@ const REPORT: Duration = Duration::from_secs(20);
 /// What held streams of an App share.
 #[derive(Clone)]
 pub struct Holding {
-    pub wheel: Arc<Wheel>,
+    pub wheel: Arc<TimerWheel>,
     pub metrics: Arc<Metrics>,
     pub sessions: Arc<ConnectionRegistry>,
     /// How long a peer may take nothing of what waits for it.
@@ -45,7 +45,7 @@ pub struct Holding {
 }
 
 /// What one stream says beside events, and about them. Everything pushed is a whole [chunk](super::chunk).
-pub trait Voice: Send + Unpin + 'static {
+pub trait StreamHandler: Send + Unpin + 'static {
     /// How often [`keep_alive`](Self::keep_alive) is sent; `None` for never.
     fn beat(&self) -> Option<Beat> {
         None
@@ -57,7 +57,7 @@ pub trait Voice: Send + Unpin + 'static {
 
     /// Pushes what this reader alone is to hear now, before newer events. Leaves the task's waker where more will come
     /// from.
-    fn poll_aside(&mut self, _: &mut Context<'_>, _: &mut Out) -> Then {
+    fn poll_aside(&mut self, _: &mut Context<'_>, _: &mut StreamOutput) -> Then {
         Then::GoOn
     }
 
@@ -65,19 +65,19 @@ pub trait Voice: Send + Unpin + 'static {
     fn tune(&mut self, _: &mut Subscriptions) {}
 
     /// Pushes the `count` events of one subscription, encoded as its format wants them and shared with other readers.
-    fn events(&mut self, _slot: u32, bytes: Bytes, _count: u32, out: &mut Out) -> Then {
+    fn events(&mut self, _slot: u32, bytes: Bytes, _count: u32, out: &mut StreamOutput) -> Then {
         out.push(bytes);
         Then::GoOn
     }
 
     /// History is missing here, since this reader was too slow for what is kept. Who has no word for it ends the stream:
     /// the client comes back, and knows that it was away.
-    fn gap(&mut self, _: &Gap, _: &mut Out) -> Then {
+    fn gap(&mut self, _: &Gap, _: &mut StreamOutput) -> Then {
         Then::End(Code::Slow)
     }
 
     /// Pushes the last words of a stream that weir ends.
-    fn farewell(&mut self, _: Code, _: &mut Out) {}
+    fn farewell(&mut self, _: Code, _: &mut StreamOutput) {}
 }
 
 /// How a stream is kept alive.
@@ -108,7 +108,7 @@ pub fn retry(code: Code) -> Bytes {
 }
 
 /// A stream of an adapter. See the [module](self).
-pub struct Held<V> {
+pub struct SubscriptionStream<V> {
     subs: Subscriptions,
     voice: V,
     holding: Arc<Holding>,
@@ -123,7 +123,7 @@ pub struct Held<V> {
     ended: bool,
 }
 
-impl<V: Voice> Held<V> {
+impl<V: StreamHandler> SubscriptionStream<V> {
     pub fn new(holding: &Arc<Holding>, subs: Subscriptions, voice: V) -> Self {
         let mut timer = holding.wheel.timer(period(&voice));
         let channels = (0..subs.len() as u32).filter_map(|slot| subs.channel(slot).cloned());
@@ -135,7 +135,7 @@ impl<V: Voice> Held<V> {
         );
         timer.set_owner(registration.number());
         holding.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
-        Held {
+        SubscriptionStream {
             connected: holding.metrics.connected(Transport::Sse),
             holding: holding.clone(),
             last: timer.now(),
@@ -151,17 +151,17 @@ impl<V: Voice> Held<V> {
 
     /// Makes the held stream of a head. `first` are chunks.
     pub fn respond(self, head: Response<()>, first: Vec<Bytes>) -> Response<Body> {
-        Offer::new(self, first).respond(head)
+        StreamResponse::new(self, first).respond(head)
     }
 
-    fn tick(&mut self, blocked: bool, out: &mut Out) {
+    fn tick(&mut self, blocked: bool, out: &mut StreamOutput) {
         self.report();
         out.relax();
         let Some(Beat::Silence(after) | Beat::Always(after)) = self.voice.beat() else {
             return self.timer.reset(REPORT);
         };
         let now = self.timer.now();
-        let mut left = after.saturating_sub(Wheel::span(self.last, now));
+        let mut left = after.saturating_sub(TimerWheel::span(self.last, now));
         if left.is_zero() {
             if !blocked && !self.ended {
                 out.push(self.voice.keep_alive());
@@ -173,7 +173,7 @@ impl<V: Voice> Held<V> {
     }
 
     /// Whether the stream goes on.
-    fn then(&mut self, then: Then, out: &mut Out) -> bool {
+    fn then(&mut self, then: Then, out: &mut StreamOutput) -> bool {
         match then {
             Then::GoOn => return true,
             Then::Wait => {}
@@ -187,7 +187,7 @@ impl<V: Voice> Held<V> {
         false
     }
 
-    fn end(&mut self, code: Code, out: &mut Out) {
+    fn end(&mut self, code: Code, out: &mut StreamOutput) {
         if !self.ended {
             self.ended = true;
             self.connected.because(code);
@@ -202,15 +202,15 @@ impl<V: Voice> Held<V> {
     }
 }
 
-fn period(voice: &impl Voice) -> Duration {
+fn period(voice: &impl StreamHandler) -> Duration {
     match voice.beat() {
         Some(Beat::Silence(after) | Beat::Always(after)) => after,
         None => REPORT,
     }
 }
 
-impl<V: Voice> Flow for Held<V> {
-    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut Out) {
+impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
+    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut StreamOutput) {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave => self.end(Code::Draining, out),
@@ -220,9 +220,9 @@ impl<V: Voice> Flow for Held<V> {
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, out: &mut Out) -> Turn {
+    fn poll(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Progress {
         if self.ended {
-            return Turn::Ended;
+            return Progress::Ended;
         }
         let before = out.len();
         let aside = self.voice.poll_aside(cx, out);
@@ -232,19 +232,19 @@ impl<V: Voice> Flow for Held<V> {
         if more != 0 {
             self.holding.metrics.subscriptions[Transport::Sse].add(more);
         }
-        let mut turn = Turn::Idle;
+        let mut turn = Progress::Idle;
         if !self.then(aside, out) {
             turn = match aside {
-                Then::Wait if out.is_full() => Turn::Full,
-                Then::Wait => Turn::Idle,
-                _ => return Turn::Ended,
+                Then::Wait if out.is_full() => Progress::Full,
+                Then::Wait => Progress::Idle,
+                _ => return Progress::Ended,
             };
         } else if self.subs.poll_turn(cx).is_ready() {
             turn = loop {
                 if out.is_full() {
-                    break Turn::Full;
+                    break Progress::Full;
                 }
-                let Some(Delivery { slot, item }) = self.subs.take() else { break Turn::Idle };
+                let Some(Delivery { slot, item }) = self.subs.take() else { break Progress::Idle };
                 let then = match item {
                     Item::Events { bytes, count } => {
                         self.events += count;
@@ -258,7 +258,7 @@ impl<V: Voice> Flow for Held<V> {
                 };
                 if !self.then(then, out) {
                     // What it wants to say aside it is asked for at the next turn.
-                    break if then == Then::Wait { Turn::Full } else { Turn::Ended };
+                    break if then == Then::Wait { Progress::Full } else { Progress::Ended };
                 }
             };
         }
@@ -285,7 +285,7 @@ impl<V: Voice> Flow for Held<V> {
     }
 }
 
-impl<V> Drop for Held<V> {
+impl<V> Drop for SubscriptionStream<V> {
     fn drop(&mut self) {
         let metrics = &self.holding.metrics;
         metrics.delivered[Transport::Sse].add(self.events.into());
@@ -304,8 +304,8 @@ mod tests {
         backend::memory::Memory,
         bus::{Bus, Clock, Config, Format, Keep, KeyLimits, Topics, index},
         event::{Channel, Data, Draft, Parts},
+        net::stream,
         position::Start,
-        transport::carrier,
     };
 
     static TEXT: Format = Format {
@@ -322,19 +322,19 @@ mod tests {
         aside: Vec<Then>,
     }
 
-    impl Voice for Test {
+    impl StreamHandler for Test {
         fn beat(&self) -> Option<Beat> {
             self.beat
         }
         fn keep_alive(&mut self) -> Bytes {
             chunk::of(b"alive;")
         }
-        fn poll_aside(&mut self, _: &mut Context<'_>, out: &mut Out) -> Then {
+        fn poll_aside(&mut self, _: &mut Context<'_>, out: &mut StreamOutput) -> Then {
             let Some(then) = self.aside.pop() else { return Then::GoOn };
             out.push(chunk::of(b"aside;"));
             then
         }
-        fn farewell(&mut self, code: Code, out: &mut Out) {
+        fn farewell(&mut self, code: Code, out: &mut StreamOutput) {
             out.push(chunk::of(code.as_str().as_bytes()));
         }
     }
@@ -358,7 +358,7 @@ mod tests {
             };
             let topics = Arc::new(Topics::new(config, Clock::System));
             let bus = Bus::new(Arc::new(Memory::new(topics.clone())), topics);
-            let (wheel, metrics) = (Wheel::start(), Arc::new(Metrics::new()));
+            let (wheel, metrics) = (TimerWheel::start(), Arc::new(Metrics::new()));
             let holding = Arc::new(Holding {
                 sessions: ConnectionRegistry::new(wheel.clone()),
                 wheel,
@@ -374,7 +374,7 @@ mod tests {
             for watch in self.bus.watch(&self.channels).await.unwrap() {
                 subs.add(watch, Start::Now, None);
             }
-            let held = Held::new(&self.holding, subs, Test { beat, aside });
+            let held = SubscriptionStream::new(&self.holding, subs, Test { beat, aside });
             held.respond(Response::new(()), vec![chunk::of(b"first;")]).into_body()
         }
 
@@ -445,7 +445,7 @@ mod tests {
     #[test]
     fn an_idle_stream_is_small() {
         // A voice of four words fits what a native stream takes.
-        let size = carrier::size::<Held<Test>>() - size_of::<Test>();
+        let size = stream::size::<SubscriptionStream<Test>>() - size_of::<Test>();
         assert!(size <= 328, "{size}");
     }
 }

@@ -1,5 +1,5 @@
 //! Serves accepted connections: HTTP/1 or HTTP/2 by the first bytes, in hyper, until a response
-//! [takes its connection over](crate::transport::takeover).
+//! [takes its connection over](crate::net::hijack).
 //!
 //! Hyper reads the request and writes the head of the response. The connection leaves at the first flush after the
 //! body was asked for: then the head is surely whole on its way, for `into_parts()` silently drops what is unwritten.
@@ -36,15 +36,15 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Door, extract::Refused};
 use crate::{
     error::{Code, Error},
+    http::{Endpoint, extract::Refused},
     metrics::{Connected, Metrics, Transport},
-    sessions::Remote,
-    transport::{
-        takeover::{Framing, Io, Seat, Taken, Takeover},
-        wheel::{Due, Timer, Wheel},
+    net::{
+        hijack::{BodyFraming, Conn, ConnectionPermit, Hijack, HijackedConn},
+        timer::{Due, Timer, TimerWheel},
     },
+    sessions::Remote,
 };
 
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -78,7 +78,7 @@ pub struct Connections(Arc<Inner>);
 struct Inner {
     limits: Limits,
     look: Duration,
-    wheel: Arc<Wheel>,
+    wheel: Arc<TimerWheel>,
     metrics: Arc<Metrics>,
     tracker: TaskTracker,
     /// It has been said that no more are admitted, and is still so.
@@ -103,7 +103,7 @@ impl Default for Limits {
 // === impl Connections ===
 
 impl Connections {
-    pub fn new(limits: Limits, wheel: Arc<Wheel>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(limits: Limits, wheel: Arc<TimerWheel>, metrics: Arc<Metrics>) -> Self {
         let mut h1 = http1::Builder::new();
         // Hyper's own timer would be a Sleep per connection, and would also end idle keep-alive connections; the
         // wheel does both. A buffer of less than 8 KiB makes hyper panic.
@@ -134,9 +134,9 @@ impl Connections {
         }))
     }
 
-    /// Accepts clients of `door` until `stop`, and closes the listener. Open connections go on: see [`Wheel::drain`] and
+    /// Accepts clients of `endpoint` until `stop`, and closes the listener. Open connections go on: see [`TimerWheel::drain`] and
     /// [`closed`](Self::closed).
-    pub async fn accept(&self, listener: TcpListener, door: Arc<Door>, stop: CancellationToken) {
+    pub async fn accept(&self, listener: TcpListener, endpoint: Arc<Endpoint>, stop: CancellationToken) {
         let mut stopped = pin!(stop.cancelled());
         loop {
             let accepted = tokio::select! {
@@ -150,12 +150,12 @@ impl Connections {
                     let _ = socket.set_nodelay(true);
                     // Idle streams would notice a vanished peer only after a quarter of an hour of retransmissions.
                     let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stall_timeout * 2));
-                    if door.is_proxy() {
+                    if endpoint.is_proxy() {
                         // What is held for an origin may be silent for ever: who is there is asked of the system.
                         let asking = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
                         let _ = socket2::SockRef::from(&socket).set_tcp_keepalive(&asking);
                     }
-                    self.serve(Io::Tcp(socket), peer, &door);
+                    self.serve(Conn::Tcp(socket), peer, &endpoint);
                 }
                 // The connection died in the queue: the next one may be well.
                 Err(error)
@@ -164,7 +164,7 @@ impl Connections {
                         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
                     ) => {}
                 Err(error) => {
-                    // Out of descriptors or memory, as a rule: going on at once would only burn the processor.
+                    // StreamOutput of descriptors or memory, as a rule: going on at once would only burn the processor.
                     tracing::error!(%error, open = self.len(), "cannot accept connections");
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -173,12 +173,12 @@ impl Connections {
     }
 
     /// Serves one connection in a task of its own.
-    pub fn serve(&self, io: Io, peer: SocketAddr, door: &Arc<Door>) {
+    pub fn serve(&self, io: Conn, peer: SocketAddr, endpoint: &Arc<Endpoint>) {
         let inner = self.0.clone();
-        let seat = Seat::new(inner.tracker.token());
+        let seat = ConnectionPermit::new(inner.tracker.token());
         let (open, cap) = (self.len(), inner.limits.connections);
         // Whoever looks after the node gets in when it is full, or it would be taken for dead.
-        let full = open > cap && !door.is_for_operators();
+        let full = open > cap && !endpoint.is_for_operators();
         if full {
             inner.metrics.connections_refused.add(1);
             if !inner.full.swap(true, Relaxed) {
@@ -193,7 +193,7 @@ impl Connections {
             inner.full.store(false, Relaxed);
         }
         let connected = inner.metrics.connected(Transport::Http);
-        let client = Client { inner, door: door.clone(), peer, refuse: full };
+        let client = Client { inner, endpoint: endpoint.clone(), peer, refuse: full };
         tokio::spawn(drive(client, io, seat, connected));
     }
 
@@ -216,10 +216,10 @@ impl Connections {
 // === One connection ===
 
 /// What the parts of one connection tell each other. All run in one task; the atomics only satisfy `Send`.
-struct Desk {
-    wheel: Arc<Wheel>,
+struct ConnectionState {
+    wheel: Arc<TimerWheel>,
     stage: AtomicU8,
-    take: Mutex<Option<(Takeover, Framing)>>,
+    take: Mutex<Option<(Hijack, BodyFraming)>>,
     /// Requests in work.
     busy: AtomicU32,
     /// Ticks since when: a head is being read, no request is in work, nothing could be written. 0: it is not so.
@@ -237,9 +237,9 @@ const ENCODED: u8 = 2;
 /// Hyper flushed: the head is written.
 const FLUSHED: u8 = 3;
 
-impl Desk {
-    fn new(wheel: &Arc<Wheel>) -> Self {
-        Desk {
+impl ConnectionState {
+    fn new(wheel: &Arc<TimerWheel>) -> Self {
+        ConnectionState {
             wheel: wheel.clone(),
             stage: AtomicU8::new(HTTP),
             take: Mutex::new(None),
@@ -277,7 +277,7 @@ impl Desk {
     fn fault(&self, limits: &Limits) -> Option<Code> {
         let longer = |since: &AtomicU32, limit| match since.load(Relaxed) {
             0 => false,
-            since => Wheel::span(since, self.wheel.now()) >= limit,
+            since => TimerWheel::span(since, self.wheel.now()) >= limit,
         };
         if longer(&self.blocked, limits.stall_timeout) {
             Some(Code::Slow)
@@ -290,7 +290,9 @@ impl Desk {
 
     fn is_idle(&self, limits: &Limits) -> bool {
         let quiet = self.quiet.load(Relaxed);
-        quiet != 0 && self.reading.load(Relaxed) == 0 && Wheel::span(quiet, self.wheel.now()) >= limits.idle_timeout
+        quiet != 0
+            && self.reading.load(Relaxed) == 0
+            && TimerWheel::span(quiet, self.wheel.now()) >= limits.idle_timeout
     }
 }
 
@@ -298,31 +300,31 @@ impl Desk {
 #[derive(Clone)]
 struct Client {
     inner: Arc<Inner>,
-    door: Arc<Door>,
+    endpoint: Arc<Endpoint>,
     peer: SocketAddr,
     refuse: bool,
 }
 
-async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected) {
+async fn drive(client: Client, mut io: Conn, seat: ConnectionPermit, mut connected: Connected) {
     let inner = &client.inner;
-    let desk = Arc::new(Desk::new(&inner.wheel));
+    let state = Arc::new(ConnectionState::new(&inner.wheel));
     let mut timer = inner.wheel.timer(inner.look);
-    let Some((pre, h2)) = sniff(inner, &desk, &mut timer, &mut io).await else { return };
-    let io = TokioIo::new(HookIo { io, pre, desk: desk.clone() });
+    let Some((pre, h2)) = sniff(inner, &state, &mut timer, &mut io).await else { return };
+    let io = TokioIo::new(ObservedConn { io, pre, state: state.clone() });
     if h2 {
         // Boxed: the future of this function should be no larger than HTTP/1 needs.
-        return Box::pin(drive_h2(client, io, seat, connected, desk, timer)).await;
+        return Box::pin(drive_h2(client, io, seat, connected, state, timer)).await;
     }
 
-    let service = service_fn(|request| call(&client, &desk, request));
+    let service = service_fn(|request| call(&client, &state, request));
     let mut connection = inner.h1.serve_connection(io, service);
     let left = std::future::poll_fn(|cx| {
         while let Poll::Ready(due) = timer.poll(cx) {
-            if due == Due::Leave || desk.is_idle(&inner.limits) {
+            if due == Due::Leave || state.is_idle(&inner.limits) {
                 Pin::new(&mut connection).graceful_shutdown();
             }
             if due == Due::Time {
-                if let Some(fault) = desk.fault(&inner.limits) {
+                if let Some(fault) = state.fault(&inner.limits) {
                     connected.because(fault);
                     return Poll::Ready(false);
                 }
@@ -330,12 +332,12 @@ async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected)
             }
         }
         match Pin::new(&mut connection).poll(cx) {
-            Poll::Pending if desk.is(FLUSHED) => Poll::Ready(true),
+            Poll::Pending if state.is(FLUSHED) => Poll::Ready(true),
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(())) => {
                 connected.done();
                 // A 101 ends the connection without closing it; everything else has closed it.
-                Poll::Ready(desk.is(HTTP))
+                Poll::Ready(state.is(HTTP))
             }
             Poll::Ready(Err(error)) => {
                 tracing::debug!(peer = %client.peer, %error, "a connection failed");
@@ -344,7 +346,7 @@ async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected)
         }
     })
     .await;
-    let taken = if left { desk.take.lock().take() } else { None };
+    let taken = if left { state.take.lock().take() } else { None };
     let Some((takeover, framing)) = taken else { return };
     connected.done();
     let parts = connection.into_parts();
@@ -352,38 +354,38 @@ async fn drive(client: Client, mut io: Io, seat: Seat, mut connected: Connected)
         // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
         // A copy, though there is hardly ever anything to copy: even an empty slice would keep hyper's buffer alive.
         let early = Bytes::copy_from_slice(&parts.read_buf);
-        take(Taken { io: parts.io.into_inner().io, peer: client.peer, early, framing, seat });
+        take(HijackedConn { io: parts.io.into_inner().io, peer: client.peer, early, framing, seat });
     }
 }
 
 async fn drive_h2(
     client: Client,
-    io: TokioIo<HookIo>,
-    _seat: Seat,
+    io: TokioIo<ObservedConn>,
+    _seat: ConnectionPermit,
     mut connected: Connected,
-    desk: Arc<Desk>,
+    state: Arc<ConnectionState>,
     mut timer: Timer,
 ) {
     let inner = client.inner.clone();
     let peer = client.peer;
-    let own = desk.clone();
+    let own = state.clone();
     let service = service_fn(move |request| {
         // Requests outlive the call: each runs in a task.
-        let (client, desk) = (client.clone(), own.clone());
+        let (client, state) = (client.clone(), own.clone());
         // Boxed, for hyper keeps the room of this future as long as the stream lives: kilobytes, where its body has a
         // few hundred bytes.
-        Box::pin(async move { call(&client, &desk, request).await })
+        Box::pin(async move { call(&client, &state, request).await })
     });
     let mut connection = pin!(inner.h2.serve_connection(io, service));
     std::future::poll_fn(|cx| {
         while let Poll::Ready(due) = timer.poll(cx) {
             // Heads are hyper's business here: what comes between requests may as well be the answer to a ping.
-            desk.reading.store(0, Relaxed);
-            if due == Due::Leave || desk.is_idle(&inner.limits) {
+            state.reading.store(0, Relaxed);
+            if due == Due::Leave || state.is_idle(&inner.limits) {
                 connection.as_mut().graceful_shutdown();
             }
             if due == Due::Time {
-                if let Some(fault) = desk.fault(&inner.limits) {
+                if let Some(fault) = state.fault(&inner.limits) {
                     connected.because(fault);
                     return Poll::Ready(());
                 }
@@ -399,14 +401,14 @@ async fn drive_h2(
 }
 
 /// Reads as much as it takes to know whether the client speaks HTTP/2. `None`: it went, or took too long.
-async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Option<(Pre, bool)> {
-    let mut pre = Pre { bytes: [0; PREFACE.len()], at: 0, len: 0 };
+async fn sniff(inner: &Inner, state: &ConnectionState, timer: &mut Timer, io: &mut Conn) -> Option<(Preface, bool)> {
+    let mut pre = Preface { bytes: [0; PREFACE.len()], at: 0, len: 0 };
     let h2 = std::future::poll_fn(|cx| {
         loop {
             match timer.poll(cx) {
                 // No request was begun: nothing is lost.
                 Poll::Ready(Due::Leave | Due::Kicked) => return Poll::Ready(None),
-                Poll::Ready(Due::Time) if desk.fault(&inner.limits).is_some() || desk.is_idle(&inner.limits) => {
+                Poll::Ready(Due::Time) if state.fault(&inner.limits).is_some() || state.is_idle(&inner.limits) => {
                     return Poll::Ready(None);
                 }
                 Poll::Ready(Due::Time) => timer.reset(inner.look),
@@ -418,7 +420,7 @@ async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Op
             match ready!(Pin::new(&mut *io).poll_read(cx, &mut buf)) {
                 Ok(()) if !buf.filled().is_empty() => {
                     pre.len += buf.filled().len() as u8;
-                    desk.heard();
+                    state.heard();
                 }
                 _ => return Poll::Ready(None),
             }
@@ -438,37 +440,37 @@ async fn sniff(inner: &Inner, desk: &Desk, timer: &mut Timer, io: &mut Io) -> Op
 /// One request: the answer, and the decision whether it takes the connection along.
 async fn call(
     client: &Client,
-    desk: &Arc<Desk>,
+    state: &Arc<ConnectionState>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Reply>, Infallible> {
-    let done = desk.begin();
+    let done = state.begin();
     let (version, head) = (request.version(), request.method() == Method::HEAD);
-    if client.refuse && !Door::is_probe(request.uri().path()) {
+    if client.refuse && !Endpoint::is_probe(request.uri().path()) {
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
         request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));
     }
-    if request.method() == Method::GET || client.door.is_proxy() {
+    if request.method() == Method::GET || client.endpoint.is_proxy() {
         // Of those who may stay it is listed where they come from, and origins are told.
         request.extensions_mut().insert(Remote(client.peer));
     }
-    let mut response = client.door.clone().answer(request).await;
+    let mut response = client.endpoint.clone().answer(request).await;
     if client.refuse && version <= Version::HTTP_11 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    if let Some(takeover) = response.extensions_mut().remove::<Takeover>()
+    if let Some(takeover) = response.extensions_mut().remove::<Hijack>()
         && version <= Version::HTTP_11
         && !head
     {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            *desk.take.lock() = Some((takeover, Framing::UntilClose));
+            *state.take.lock() = Some((takeover, BodyFraming::UntilClose));
         } else if is_plain_stream(&response) {
-            let framing = if version == Version::HTTP_11 { Framing::Chunked } else { Framing::UntilClose };
-            *desk.take.lock() = Some((takeover, framing));
-            desk.advance(HTTP, ARMED);
+            let framing = if version == Version::HTTP_11 { BodyFraming::Chunked } else { BodyFraming::UntilClose };
+            *state.take.lock() = Some((takeover, framing));
+            state.advance(HTTP, ARMED);
             // No `Connection: close`, though it closes: under that header Node's fetch takes a connection that was cut
             // for a stream that ended. A stream that does end says so with its last chunk.
             // The ordinary body goes here: it never ran.
-            return Ok(response.map(|_| Reply::Never(desk.clone())));
+            return Ok(response.map(|_| Reply::Never(state.clone())));
         }
     }
     Ok(response.map(|body| Reply::Body(body, done)))
@@ -487,11 +489,11 @@ fn is_plain_stream(response: &Response<AxumBody>) -> bool {
 enum Reply {
     Body(AxumBody, #[expect(dead_code, reason = "held for its drop")] Done),
     /// Announces a body that is somebody else's to write.
-    Never(Arc<Desk>),
+    Never(Arc<ConnectionState>),
 }
 
 /// The request is answered, to the last byte or the breaking off, when this is dropped.
-struct Done(Arc<Desk>);
+struct Done(Arc<ConnectionState>);
 
 impl Drop for Done {
     fn drop(&mut self) {
@@ -508,8 +510,8 @@ impl Body for Reply {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         match self.get_mut() {
             Reply::Body(body, _) => Pin::new(body).poll_frame(cx),
-            Reply::Never(desk) => {
-                desk.advance(ARMED, ENCODED);
+            Reply::Never(state) => {
+                state.advance(ARMED, ENCODED);
                 Poll::Pending
             }
         }
@@ -533,24 +535,24 @@ impl Body for Reply {
 // === The IO ===
 
 /// Replays what was sniffed, and sees when hyper flushes and when the peer stops reading.
-struct HookIo {
-    io: Io,
-    pre: Pre,
-    desk: Arc<Desk>,
+struct ObservedConn {
+    io: Conn,
+    pre: Preface,
+    state: Arc<ConnectionState>,
 }
 
-struct Pre {
+struct Preface {
     bytes: [u8; PREFACE.len()],
     at: u8,
     len: u8,
 }
 
-impl HookIo {
+impl ObservedConn {
     fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
-            Poll::Ready(_) => self.desk.blocked.store(0, Relaxed),
-            Poll::Pending if self.desk.blocked.load(Relaxed) == 0 => {
-                self.desk.blocked.store(self.desk.wheel.now(), Relaxed);
+            Poll::Ready(_) => self.state.blocked.store(0, Relaxed),
+            Poll::Pending if self.state.blocked.load(Relaxed) == 0 => {
+                self.state.blocked.store(self.state.wheel.now(), Relaxed);
             }
             Poll::Pending => {}
         }
@@ -558,7 +560,7 @@ impl HookIo {
     }
 }
 
-impl AsyncRead for HookIo {
+impl AsyncRead for ObservedConn {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
@@ -573,7 +575,7 @@ impl AsyncRead for HookIo {
         if buf.filled().len() == before {
             return read;
         }
-        this.desk.heard();
+        this.state.heard();
         match read {
             // An error will come again.
             Poll::Pending | Poll::Ready(Err(_)) => Poll::Ready(Ok(())),
@@ -582,7 +584,7 @@ impl AsyncRead for HookIo {
     }
 }
 
-impl AsyncWrite for HookIo {
+impl AsyncWrite for ObservedConn {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.io).poll_write(cx, bytes);
@@ -607,7 +609,7 @@ impl AsyncWrite for HookIo {
         let this = self.get_mut();
         ready!(Pin::new(&mut this.io).poll_flush(cx))?;
         // Hyper calls this only when its write buffer is empty.
-        this.desk.advance(ENCODED, FLUSHED);
+        this.state.advance(ENCODED, FLUSHED);
         Poll::Ready(Ok(()))
     }
 

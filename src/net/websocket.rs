@@ -1,0 +1,5 @@
+//! The WebSocket protocol (RFC 6455) on a hijacked connection.
+
+pub mod frame;
+pub mod handshake;
+pub mod reader;
