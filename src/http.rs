@@ -20,6 +20,7 @@ use axum::{
 use bytes::Bytes;
 use futures_util::FutureExt;
 use http::{header, request::Parts};
+use hyper::body::Incoming;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
@@ -30,6 +31,7 @@ use crate::{
     config::Config,
     error::{Again, Code, Error},
     metrics::{Metrics, Status},
+    net::server::{HttpService, ListenerOptions, Rejected},
     pattern::Pattern,
     presence::Presence,
     rpc::Hub,
@@ -40,7 +42,6 @@ use crate::{
     },
 };
 use api::events;
-use extract::Refused;
 use origin::Origins;
 
 /// What handlers share.
@@ -110,15 +111,15 @@ impl Endpoint {
             return self.answer_by(adapter, head, Body::new(body)).await;
         }
         let page = self.origins.page(&head);
-        let admitted = match head.extensions.get::<Refused>() {
-            Some(Refused(error)) => Err(error.clone()),
+        let admitted = match head.extensions.get::<Rejected>() {
+            Some(Rejected(error)) => Err(error.clone()),
             None => self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)),
         };
         let mut answer = match admitted {
             Err(error) if head.uri.path() != "/v1/ws" => refusal(&head, error),
             checked => {
                 if let Err(error) = checked {
-                    head.extensions.insert(Refused(error));
+                    head.extensions.insert(Rejected(error));
                 }
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
@@ -151,24 +152,9 @@ impl Endpoint {
         }
     }
 
-    /// Whether clients come here for an origin behind weir.
-    pub fn is_proxy(&self) -> bool {
-        self.role == ListenerRole::Proxy
-    }
-
-    /// Whether only those who look after the node come here.
-    pub fn is_for_operators(&self) -> bool {
-        self.role == ListenerRole::Operators
-    }
-
-    /// Whether the request asks how the node is, which it answers also when it is full.
-    pub fn is_probe(path: &str) -> bool {
-        matches!(path, "/health/live" | "/health/ready" | "/metrics")
-    }
-
     /// None of weir's own rules hold before an origin: it has its own.
     async fn grip(&self, head: Parts, body: Body) -> Response {
-        let refused = head.extensions.get::<Refused>().map(|Refused(error)| error.clone());
+        let refused = head.extensions.get::<Rejected>().map(|Rejected(error)| error.clone());
         let checked = match (refused, self.role) {
             (Some(error), _) => Err(error),
             (None, ListenerRole::Publishers) => self.origins.check_host(&head),
@@ -189,8 +175,8 @@ impl Endpoint {
     async fn answer_by(&self, adapter: &Adapter, head: Parts, body: Body) -> Response {
         let version = head.version;
         let page = adapter.our_cors.then(|| self.origins.page(&head));
-        let admitted = match head.extensions.get::<Refused>() {
-            Some(Refused(error)) => Err(error.clone()),
+        let admitted = match head.extensions.get::<Rejected>() {
+            Some(Rejected(error)) => Err(error.clone()),
             None => self.origins.check_host(&head),
         };
         let admitted =
@@ -250,6 +236,23 @@ impl Endpoint {
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         answer
+    }
+}
+
+impl HttpService for Endpoint {
+    fn respond(self: Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Response> + Send {
+        self.answer(request)
+    }
+
+    fn options(&self) -> ListenerOptions {
+        ListenerOptions {
+            exempt_from_limit: self.role == ListenerRole::Operators,
+            tcp_keepalive: self.role == ListenerRole::Proxy,
+        }
+    }
+
+    fn is_probe(&self, path: &str) -> bool {
+        matches!(path, "/health/live" | "/health/ready" | "/metrics")
     }
 }
 

@@ -32,10 +32,6 @@ const ATTEMPTS: usize = 8;
 /// Period of the timer of a waiting read. It is only there to be kicked: the request enforces its own deadline.
 const READ_TIMER: Duration = Duration::from_secs(60 * 60);
 
-/// The peer address of a request, as an extension of the request.
-#[derive(Clone, Copy, Debug)]
-pub struct Remote(pub SocketAddr);
-
 /// The open streams, sockets and waiting reads of one node.
 pub struct ConnectionRegistry {
     /// Identifies this run of the node in connection ids.
@@ -109,15 +105,6 @@ pub struct ConnectionInfo {
     pub channels: usize,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<String>,
-}
-
-// === impl Remote ===
-
-impl Remote {
-    /// The peer address of a request, if its listener has recorded one.
-    pub fn of(head: &http::request::Parts) -> Option<SocketAddr> {
-        head.extensions.get::<Remote>().map(|Remote(remote)| *remote)
-    }
 }
 
 // === impl ConnectionRegistry ===

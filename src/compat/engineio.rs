@@ -38,12 +38,13 @@ pub use self::{
 use self::{packet::Framing, session::Stage, socket::Socket};
 use crate::{
     metrics::Metrics,
+    net::server::PeerAddr,
     net::{
         hijack::Hijack,
         timer::{TICK, TimerWheel},
         websocket::handshake::Handshake,
     },
-    sessions::{ConnectionRegistry, Remote},
+    sessions::ConnectionRegistry,
     transport::query::Query,
 };
 
@@ -137,7 +138,7 @@ impl Server {
             _ => return Err(Refusal::Transport),
         };
         let upgrade = Handshake::is_wanted(head);
-        let remote = Remote::of(head);
+        let remote = PeerAddr::of(head);
         match sid.filter(|sid| !sid.is_empty()) {
             Some(sid) => {
                 let session = self.find(&sid).ok_or(Refusal::Session)?;

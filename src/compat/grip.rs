@@ -42,7 +42,7 @@ use crate::{
     config::GripRoute,
     error::{Error, Result},
     event::Channel,
-    sessions::Remote,
+    net::server::PeerAddr,
     transport::subscription_stream::Holding,
 };
 
@@ -144,7 +144,7 @@ impl Grip {
         };
         let route = &self.routes[nth];
         let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-        let remote = Remote::of(&head);
+        let remote = PeerAddr::of(&head);
         let mut headers = head.headers;
         let socket = proxy::wants_socket(&headers);
         proxy::to_origin(&mut headers, &head.uri, remote.map(|remote| remote.ip()), self.signature(route));

@@ -12,14 +12,10 @@ use super::Gateway;
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
+    net::server::Rejected,
 };
 
 pub use crate::net::body::read_body;
-
-/// Why a request must not go on, for the one route that tells browsers so in its own way: a refused WebSocket upgrade
-/// is completed and closed with the code, for a failed one says nothing to them.
-#[derive(Clone, Debug)]
-pub struct Refused(pub Error);
 
 /// Who asks, or why they may not: for `/v1/ws`.
 #[derive(Debug)]
@@ -37,8 +33,8 @@ impl FromRequestParts<Arc<Gateway>> for Admitted {
     type Rejection = Infallible;
 
     async fn from_request_parts(head: &mut Parts, gateway: &Arc<Gateway>) -> Result<Self, Infallible> {
-        Ok(Admitted(match head.extensions.remove::<Refused>() {
-            Some(Refused(error)) => Err(error),
+        Ok(Admitted(match head.extensions.remove::<Rejected>() {
+            Some(Rejected(error)) => Err(error),
             None => Identity::from_request_parts(head, gateway).await,
         }))
     }

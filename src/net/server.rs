@@ -20,7 +20,7 @@ use std::{
 
 use axum::body::Body as AxumBody;
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{
     body::Incoming,
@@ -38,13 +38,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     error::{Code, Error},
-    http::{Endpoint, extract::Refused},
     metrics::{Connected, Metrics, Transport},
     net::{
         hijack::{BodyFraming, Conn, ConnectionPermit, Hijack, HijackedConn},
         timer::{Due, Timer, TimerWheel},
     },
-    sessions::Remote,
 };
 
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -70,6 +68,35 @@ pub struct Limits {
     /// Requests at once on one HTTP/2 connection.
     pub h2_streams: u32,
 }
+
+/// Answers the requests of the connections that one listener accepts.
+pub trait HttpService: Send + Sync + 'static {
+    fn respond(self: Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Response<AxumBody>> + Send;
+
+    fn options(&self) -> ListenerOptions;
+
+    /// Whether a request to `path` is answered although [`Limits::connections`] is reached.
+    fn is_probe(&self, path: &str) -> bool;
+}
+
+/// How the connections of one listener differ from those of others.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ListenerOptions {
+    /// Accept connections beyond [`Limits::connections`], so that an administrator reaches a node that is full.
+    pub exempt_from_limit: bool,
+    /// Detect a vanished peer by TCP keepalive, for responses that may stay silent for ever.
+    pub tcp_keepalive: bool,
+}
+
+/// The address of the peer, in the extensions of every `GET` request and of every request to a listener with
+/// [`ListenerOptions::tcp_keepalive`].
+#[derive(Clone, Copy, Debug)]
+pub struct PeerAddr(pub SocketAddr);
+
+/// Why a request must be rejected, in its extensions: set by the server beyond [`Limits::connections`], and by an HTTP
+/// endpoint for the one route that reports rejections in its own way.
+#[derive(Clone, Debug)]
+pub struct Rejected(pub Error);
 
 /// The open connections of one App. Cheap to clone.
 #[derive(Clone)]
@@ -136,7 +163,7 @@ impl Connections {
 
     /// Accepts clients of `endpoint` until `stop`, and closes the listener. Open connections go on: see [`TimerWheel::drain`] and
     /// [`closed`](Self::closed).
-    pub async fn accept(&self, listener: TcpListener, endpoint: Arc<Endpoint>, stop: CancellationToken) {
+    pub async fn accept<S: HttpService>(&self, listener: TcpListener, endpoint: Arc<S>, stop: CancellationToken) {
         let mut stopped = pin!(stop.cancelled());
         loop {
             let accepted = tokio::select! {
@@ -150,7 +177,7 @@ impl Connections {
                     let _ = socket.set_nodelay(true);
                     // Idle streams would notice a vanished peer only after a quarter of an hour of retransmissions.
                     let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stall_timeout * 2));
-                    if endpoint.is_proxy() {
+                    if endpoint.options().tcp_keepalive {
                         // What is held for an origin may be silent for ever: who is there is asked of the system.
                         let asking = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
                         let _ = socket2::SockRef::from(&socket).set_tcp_keepalive(&asking);
@@ -173,12 +200,12 @@ impl Connections {
     }
 
     /// Serves one connection in a task of its own.
-    pub fn serve(&self, io: Conn, peer: SocketAddr, endpoint: &Arc<Endpoint>) {
+    pub fn serve<S: HttpService>(&self, io: Conn, peer: SocketAddr, endpoint: &Arc<S>) {
         let inner = self.0.clone();
         let seat = ConnectionPermit::new(inner.tracker.token());
         let (open, cap) = (self.len(), inner.limits.connections);
         // Whoever looks after the node gets in when it is full, or it would be taken for dead.
-        let full = open > cap && !endpoint.is_for_operators();
+        let full = open > cap && !endpoint.options().exempt_from_limit;
         if full {
             inner.metrics.connections_refused.add(1);
             if !inner.full.swap(true, Relaxed) {
@@ -210,6 +237,13 @@ impl Connections {
     pub async fn closed(&self) {
         self.0.tracker.close();
         self.0.tracker.wait().await;
+    }
+}
+
+impl PeerAddr {
+    /// The address of the peer that sent a request, where the server recorded it.
+    pub fn of(head: &Parts) -> Option<SocketAddr> {
+        head.extensions.get::<PeerAddr>().map(|PeerAddr(address)| *address)
     }
 }
 
@@ -297,15 +331,20 @@ impl ConnectionState {
 }
 
 /// Who is on the other end.
-#[derive(Clone)]
-struct Client {
+struct Client<S> {
     inner: Arc<Inner>,
-    endpoint: Arc<Endpoint>,
+    endpoint: Arc<S>,
     peer: SocketAddr,
     refuse: bool,
 }
 
-async fn drive(client: Client, mut io: Conn, seat: ConnectionPermit, mut connected: Connected) {
+impl<S> Clone for Client<S> {
+    fn clone(&self) -> Self {
+        Client { inner: self.inner.clone(), endpoint: self.endpoint.clone(), peer: self.peer, refuse: self.refuse }
+    }
+}
+
+async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: ConnectionPermit, mut connected: Connected) {
     let inner = &client.inner;
     let state = Arc::new(ConnectionState::new(&inner.wheel));
     let mut timer = inner.wheel.timer(inner.look);
@@ -358,8 +397,8 @@ async fn drive(client: Client, mut io: Conn, seat: ConnectionPermit, mut connect
     }
 }
 
-async fn drive_h2(
-    client: Client,
+async fn drive_h2<S: HttpService>(
+    client: Client<S>,
     io: TokioIo<ObservedConn>,
     _seat: ConnectionPermit,
     mut connected: Connected,
@@ -438,22 +477,22 @@ async fn sniff(inner: &Inner, state: &ConnectionState, timer: &mut Timer, io: &m
 }
 
 /// One request: the answer, and the decision whether it takes the connection along.
-async fn call(
-    client: &Client,
+async fn call<S: HttpService>(
+    client: &Client<S>,
     state: &Arc<ConnectionState>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Reply>, Infallible> {
     let done = state.begin();
     let (version, head) = (request.version(), request.method() == Method::HEAD);
-    if client.refuse && !Endpoint::is_probe(request.uri().path()) {
+    if client.refuse && !client.endpoint.is_probe(request.uri().path()) {
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
-        request.extensions_mut().insert(Refused(error.with("limit", "limits.connections")));
+        request.extensions_mut().insert(Rejected(error.with("limit", "limits.connections")));
     }
-    if request.method() == Method::GET || client.endpoint.is_proxy() {
+    if request.method() == Method::GET || client.endpoint.options().tcp_keepalive {
         // Of those who may stay it is listed where they come from, and origins are told.
-        request.extensions_mut().insert(Remote(client.peer));
+        request.extensions_mut().insert(PeerAddr(client.peer));
     }
-    let mut response = client.endpoint.clone().answer(request).await;
+    let mut response = client.endpoint.clone().respond(request).await;
     if client.refuse && version <= Version::HTTP_11 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }

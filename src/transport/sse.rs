@@ -18,10 +18,11 @@ use crate::{
     error::{Again, Code, Error, Result},
     event::Channel,
     metrics::{Label as _, Metrics, Transport},
+    net::server::PeerAddr,
     net::{chunk, stream::StreamResponse, timer::TimerWheel},
     position::{Position, Start},
     presence::{Client, Lease, Presence},
-    sessions::{ChannelSet, ConnectionRegistry, Remote},
+    sessions::{ChannelSet, ConnectionRegistry},
     transport::{
         present,
         query::{Begin, Query},
@@ -169,7 +170,7 @@ impl Sse {
         if self.wheel.is_draining() {
             return Err(Error::new(Code::Draining, "this node is leaving"));
         }
-        let remote = Remote::of(head);
+        let remote = PeerAddr::of(head);
         let offer = self.begin(identity, remote, asked).await?;
         Ok(offer.respond(stream(())))
     }

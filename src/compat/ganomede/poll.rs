@@ -23,8 +23,8 @@ use crate::{
     error::{Code, Error},
     event::Channel,
     metrics::Transport,
+    net::server::PeerAddr,
     position::{Position, Start},
-    sessions::Remote,
 };
 
 /// Unless asked for more, and in the original's published version at most.
@@ -54,7 +54,7 @@ impl Ganomede {
         let epoch = place.page.next.epoch;
         if place.page.events.is_empty() && !self.settings.poll_timeout.is_zero() {
             let mut listed =
-                self.parts.sessions.register_read(&Identity::anonymous(), Remote::of(head), vec![channel.clone()]);
+                self.parts.sessions.register_read(&Identity::anonymous(), PeerAddr::of(head), vec![channel.clone()]);
             tokio::select! {
                 biased;
                 waited = self.wait(&channel, &mut place, limit) => waited?,

@@ -27,8 +27,8 @@ use crate::{
         openapi::{self, Page, Problem, Published},
     },
     metrics::Transport,
+    net::server::PeerAddr,
     position::Position,
-    sessions::Remote,
     transport::{
         longpoll::{Answer, Reading},
         query::Query,
@@ -319,7 +319,7 @@ async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Re
 /// Registers a read that may wait for as long as it waits, so that it is listed and can be kicked.
 async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
     let mut waiting =
-        gateway.cluster_connections.local().register_read(identity, Remote::of(head), reading.channels().to_vec());
+        gateway.cluster_connections.local().register_read(identity, PeerAddr::of(head), reading.channels().to_vec());
     tokio::select! {
         biased;
         answer = reading.answer(&gateway.bus, &gateway.draining) => answer,
