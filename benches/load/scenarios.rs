@@ -91,7 +91,7 @@ enum Kind {
     Churn {
         connections: usize,
     },
-    /// 64 publishes under way, through Redis.
+    /// 64 publishes in flight, through Redis.
     Append {
         over: Over,
         keyed: bool,
@@ -114,7 +114,7 @@ enum Over {
     Http,
 }
 
-/// Publishes under way through Redis.
+/// Publishes in flight through Redis.
 const UNDER_WAY: usize = 64;
 
 const fn fan(name: &'static str, what: &'static str, transport: Transport, pace: Pace) -> Scenario {
@@ -139,39 +139,39 @@ const fn idle(name: &'static str, what: &'static str, transport: Transport, layo
 pub const ALL: &[Scenario] = &[
     fan("fan-sse", "1 channel × 1,000 SSE readers, 50 messages/s", Sse, Pace::Rate(50.0)),
     fan("fan-ws", "1 channel × 1,000 WebSocket readers, 50 messages/s", Ws, Pace::Rate(50.0)),
-    fan("full-sse-1", "1,000 SSE readers, saturated, 1 message under way", Sse, Pace::Window(1)),
-    fan("full-sse-4", "1,000 SSE readers, saturated, 4 messages under way", Sse, Pace::Window(4)),
-    fan("full-sse-free", "1,000 SSE readers, saturated, 256 messages under way", Sse, Pace::Window(256)),
-    fan("full-ws-1", "1,000 WebSocket readers, saturated, 1 message under way", Ws, Pace::Window(1)),
-    fan("full-ws-4", "1,000 WebSocket readers, saturated, 4 messages under way", Ws, Pace::Window(4)),
-    fan("full-ws-free", "1,000 WebSocket readers, saturated, 256 messages under way", Ws, Pace::Window(256)),
+    fan("full-sse-1", "1,000 SSE readers, saturated, 1 message in flight", Sse, Pace::Window(1)),
+    fan("full-sse-4", "1,000 SSE readers, saturated, 4 messages in flight", Sse, Pace::Window(4)),
+    fan("full-sse-free", "1,000 SSE readers, saturated, 256 messages in flight", Sse, Pace::Window(256)),
+    fan("full-ws-1", "1,000 WebSocket readers, saturated, 1 message in flight", Ws, Pace::Window(1)),
+    fan("full-ws-4", "1,000 WebSocket readers, saturated, 4 messages in flight", Ws, Pace::Window(4)),
+    fan("full-ws-free", "1,000 WebSocket readers, saturated, 256 messages in flight", Ws, Pace::Window(256)),
     spread("spread-sse", "1,000 channels × 1 SSE reader, 20,000 messages/s", Sse, [1000, 1000, 1], 20_000.0),
     spread("spread-ws", "1,000 channels × 1 WebSocket reader, 20,000 messages/s", Ws, [1000, 1000, 1], 20_000.0),
     spread("many-ws", "1 WebSocket × 1,000 channels, 50,000 messages/s", Ws, [1, 1000, 1000], 50_000.0),
     spread("many-sse", "1,000 SSE readers × 10 channels, 50 messages/s", Sse, [1000, 10, 10], 50.0),
     Scenario {
         name: "calls",
-        what: "16 callers × 8 calls under way, 1 provider",
+        what: "16 callers × 8 calls in flight, 1 provider",
         kind: Kind::Calls { callers: 16, providers: 1, in_flight: 8 },
     },
     Scenario {
         name: "calls-4",
-        what: "16 callers × 8 calls under way, 4 providers",
+        what: "16 callers × 8 calls in flight, 4 providers",
         kind: Kind::Calls { callers: 16, providers: 4, in_flight: 8 },
     },
     Scenario {
         name: "call",
-        what: "1 caller × 1 call under way, 1 provider",
+        what: "1 caller × 1 call in flight, 1 provider",
         kind: Kind::Calls { callers: 1, providers: 1, in_flight: 1 },
     },
     Scenario {
         name: "microstream",
-        what: "clients of MicroStream: 16 callers × 8 calls under way, 1 provider",
+        what: "clients of MicroStream: 16 callers × 8 calls in flight, 1 provider",
         kind: Kind::MicroStream { callers: 16, in_flight: 8 },
     },
     Scenario {
         name: "microstream-1",
-        what: "clients of MicroStream: 1 caller × 1 call under way, 1 provider",
+        what: "clients of MicroStream: 1 caller × 1 call in flight, 1 provider",
         kind: Kind::MicroStream { callers: 1, in_flight: 1 },
     },
     Scenario {
@@ -201,12 +201,12 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "compat-node-sse-1",
-        what: "1,000 browsers of node-sse-server, saturated, 1 message under way, beside as many native SSE readers",
+        what: "1,000 browsers of node-sse-server, saturated, 1 message in flight, beside as many native SSE readers",
         kind: Kind::Adapter { transport: NodeSse, name: "node-sse", readers: 1000, pace: Pace::Window(1) },
     },
     Scenario {
         name: "publish",
-        what: "publish over HTTP, 16 kept-alive connections, 1 request under way each",
+        what: "publish over HTTP, 16 kept-alive connections, 1 request in flight each",
         kind: Kind::Posts { connections: 16 },
     },
     idle("idle-sse", "10,000 SSE connections on one channel", Sse, [10_000, 1, 1]),
@@ -222,32 +222,32 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "redis-append",
-        what: "64 publishes under way through Redis, over 4 WebSockets",
+        what: "64 publishes in flight through Redis, over 4 WebSockets",
         kind: Kind::Append { over: Over::WebSocket, keyed: false },
     },
     Scenario {
         name: "redis-append-http",
-        what: "64 publishes under way through Redis, over 64 kept-alive connections",
+        what: "64 publishes in flight through Redis, over 64 kept-alive connections",
         kind: Kind::Append { over: Over::Http, keyed: false },
     },
     Scenario {
         name: "redis-append-keyed",
-        what: "64 publishes under way through Redis, over 4 WebSockets, each with an idempotency key",
+        what: "64 publishes in flight through Redis, over 4 WebSockets, each with an idempotency key",
         kind: Kind::Append { over: Over::WebSocket, keyed: true },
     },
     Scenario {
         name: "redis-deliver",
-        what: "published on one node, read from an SSE stream of another, 1 message under way",
+        what: "published on one node, read from an SSE stream of another, 1 message in flight",
         kind: Kind::Deliver,
     },
     Scenario {
         name: "redis-call",
-        what: "called on one node, provided on another, 1 call under way",
+        what: "called on one node, provided on another, 1 call in flight",
         kind: Kind::CallNode { callers: 1, in_flight: 1 },
     },
     Scenario {
         name: "redis-calls",
-        what: "called on one node, provided on another, 16 callers × 8 calls under way",
+        what: "called on one node, provided on another, 16 callers × 8 calls in flight",
         kind: Kind::CallNode { callers: 16, in_flight: 8 },
     },
     Scenario {
@@ -480,7 +480,7 @@ fn beside(report: &mut Report, readers: usize, rate: f64, options: &Options) -> 
         let (crowded, crowd) = logged(with_crowd(&mut weir, &server, readers, rate, slice, options), &server)?;
         report.repeats.push(vec![before, alone, Measure { who: "weir", ..crowded }, crowd]);
     }
-    report.what.push_str("; here the floor is weir with nobody else on it");
+    report.what.push_str("; here the floor is weir without other clients");
     Ok(())
 }
 
@@ -636,7 +636,7 @@ fn append(report: &mut Report, over: Over, keyed: bool, options: &Options) -> Re
             redis::beside(&redis, || bare.run(half))?,
         ]);
     }
-    report.what.push_str("; the floor says to Redis what weir says, pipelined");
+    report.what.push_str("; the floor sends to Redis what weir sends, pipelined");
     Ok(())
 }
 
