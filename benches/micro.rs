@@ -14,10 +14,12 @@ use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use weir::{
     backend::memory::Memory,
-    bus::{Bus, Clock, Config, Item, Keep, KeyLimits, Subscriptions, Topics},
-    event::{Channel, Data, Draft, Event, Parts},
-    position::{After, Epoch, Position, Start, Token},
+    bus::{Bus, Config, DeliveryItem, KeyLimits, Retention, Subscriptions, Topics, WallClock},
+    channel::Channel,
+    event::{Draft, DraftParts, Event, EventData},
+    position::{Epoch, Position, Start},
     rpc::{Call, CallAnswer, CallId, CallerId, ForwardedCall, Hub, HubConnection, Peer, ProvideRequest, WriteOutcome},
+    token::{AfterParam, ResumeToken},
     transport::sse::frame,
 };
 
@@ -31,7 +33,8 @@ fn data() -> Box<RawValue> {
 }
 
 fn draft(data: &RawValue) -> Draft {
-    Draft::new(Parts { kind: Some("created"), data: Data::Json(data), ..Parts::default() }, 1_000_000).unwrap()
+    Draft::new(DraftParts { kind: Some("created"), data: EventData::Json(data), ..DraftParts::default() }, 1_000_000)
+        .unwrap()
 }
 
 fn event() -> Event {
@@ -45,14 +48,14 @@ fn channel() -> Channel {
 fn bus() -> Bus {
     let config = Config {
         rules: Vec::new(),
-        keep: Keep { count: 1_000, age: Duration::from_secs(3600), bytes: 64 << 20 },
+        retention: Retention { count: 1_000, age: Duration::from_secs(3600), bytes: 64 << 20 },
         budget: 1 << 30,
         keys: KeyLimits { window: Duration::from_secs(300), count: 10_000 },
         consumer_idle: Duration::from_secs(3600),
         max_consumers: 1_000,
         max_cursors: 1000,
     };
-    let topics = Arc::new(Topics::new(config, Clock::System));
+    let topics = Arc::new(Topics::new(config, WallClock::System));
     Bus::new(Arc::new(Memory::new(topics.clone())), topics)
 }
 
@@ -97,14 +100,14 @@ fn positions(channels: usize) -> (Vec<Channel>, Vec<Position>) {
 #[divan::bench(args = [1, 10, 100])]
 fn token_write(bencher: Bencher, channels: usize) {
     let (channels, positions) = positions(channels);
-    bencher.bench(|| Token::encode(black_box(&channels), black_box(&positions)));
+    bencher.bench(|| ResumeToken::encode(black_box(&channels), black_box(&positions)));
 }
 
 #[divan::bench(args = [1, 10, 100])]
 fn token_read(bencher: Bencher, channels: usize) {
     let (channels, positions) = positions(channels);
-    let text = Token::encode(&channels, &positions);
-    bencher.bench(|| black_box(&text).parse::<After>().unwrap().starts(black_box(&channels)).unwrap());
+    let text = ResumeToken::encode(&channels, &positions);
+    bencher.bench(|| black_box(&text).parse::<AfterParam>().unwrap().starts(black_box(&channels)).unwrap());
 }
 
 // === a step of a subscription ===
@@ -128,7 +131,7 @@ fn subscription_step(bencher: Bencher, readers: usize) {
         let _ = bus.publish_one("", &channel, draft).now_or_never().unwrap().unwrap();
         for reader in &mut subscriptions {
             let Poll::Ready(delivery) = reader.poll_next(&mut context) else { panic!("nothing to read") };
-            assert!(matches!(black_box(delivery.item), Item::Events { count: 1, .. }));
+            assert!(matches!(black_box(delivery.item), DeliveryItem::Events { count: 1, .. }));
             assert!(reader.poll_next(&mut context).is_pending());
         }
     });

@@ -15,11 +15,12 @@ use crate::{
             client::{RedisUrl, Topology},
         },
     },
-    bus::{self, Bus, Clock, Log, Topics},
+    bus::{self, Bus, Log, Topics, WallClock},
+    channel::Channel,
     cluster::{self, Cluster},
     compat::{self, Compat},
     config::{self, Config},
-    event::{Channel, Data, Draft, Parts},
+    event::{Draft, DraftParts, EventData},
     http::{Endpoint, Gateway, ListenerRole},
     metrics::Metrics,
     net::{
@@ -78,7 +79,7 @@ impl App {
             // Shown without its password.
             Some(deployment) => deployment.url.to_string(),
         };
-        let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), Clock::System));
+        let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), WallClock::System));
         let cluster: Arc<dyn Cluster> = match &redis {
             Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
             None => cluster::local::alone(),
@@ -258,11 +259,11 @@ impl App {
 
 /// The bus of a configuration, without the node that serves it: as `topics` keep it, by the time of `clock`. Needs a tokio
 /// runtime.
-pub async fn bus(config: &Config, topics: bus::Config, clock: Clock, metrics: Arc<Metrics>) -> anyhow::Result<Bus> {
+pub async fn bus(config: &Config, topics: bus::Config, clock: WallClock, metrics: Arc<Metrics>) -> anyhow::Result<Bus> {
     Ok(over(redis(config, metrics).await?.as_ref(), config, topics, clock))
 }
 
-fn over(redis: Option<&Arc<Topology>>, config: &Config, topics: bus::Config, clock: Clock) -> Bus {
+fn over(redis: Option<&Arc<Topology>>, config: &Config, topics: bus::Config, clock: WallClock) -> Bus {
     let topics = Arc::new(Topics::new(topics, clock));
     let log: Arc<dyn Log> = match redis {
         None => Arc::new(Memory::new(topics.clone())),
@@ -316,7 +317,11 @@ async fn announce_services(gateway: Arc<Gateway>) {
         while let Some(telling) = changes.next() {
             let change = &telling.change;
             let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
-                let parts = Parts { kind: Some(change.kind.as_str()), data: Data::Json(&data), ..Parts::default() };
+                let parts = DraftParts {
+                    kind: Some(change.kind.as_str()),
+                    data: EventData::Json(&data),
+                    ..DraftParts::default()
+                };
                 Draft::new(parts, gateway.config.limits.event).map_err(|error| error.to_string())
             });
             let draft = match draft {
@@ -357,25 +362,28 @@ impl Drop for Tasks {
 
 // === what each part takes of the settings ===
 
-fn keep(keep: &config::Keep) -> bus::Keep {
-    bus::Keep { count: keep.count, age: keep.age, bytes: keep.bytes }
+fn keep(keep: &config::Keep) -> bus::Retention {
+    bus::Retention { count: keep.count, age: keep.age, bytes: keep.bytes }
 }
 
 /// What the bus takes of the settings.
 pub fn bus_config(config: &Config) -> bus::Config {
-    let rule = |rule: &config::ChannelRule| bus::Rule { pattern: Pattern::new(&rule.pattern), keep: keep(&rule.keep) };
+    let rule = |rule: &config::ChannelRule| bus::RetentionRule {
+        pattern: Pattern::new(&rule.pattern),
+        retention: keep(&rule.keep),
+    };
     // What an index is called is not forgotten, nor how many clients have been counted.
     let own = [
         (config::Adapter::Ganomede, compat::ganomede::LOG, 1 << 20),
         (config::Adapter::NodeSse, compat::node_sse::CLIENTS, 1),
     ];
     let own = own.into_iter().filter(|(adapter, ..)| config.compat.enable.contains(adapter)).map(|(_, name, count)| {
-        let keep = bus::Keep { count, age: Duration::from_secs(100 * 365 * 24 * 60 * 60), bytes: 1 << 30 };
-        bus::Rule { pattern: Pattern::new(name), keep }
+        let retention = bus::Retention { count, age: Duration::from_secs(100 * 365 * 24 * 60 * 60), bytes: 1 << 30 };
+        bus::RetentionRule { pattern: Pattern::new(name), retention }
     });
     bus::Config {
         rules: own.chain(config.channels.iter().map(rule)).collect(),
-        keep: keep(&config::Keep::default()),
+        retention: keep(&config::Keep::default()),
         budget: config.bus.memory.budget,
         keys: bus::KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },
         consumer_idle: config.consumers.idle,

@@ -4,8 +4,8 @@
 //! listens on loopback only unless told otherwise.
 
 use crate::{
+    channel::{Channel, check_label},
     error::{Error, Result},
-    event::{Channel, label},
 };
 
 /// Longest name of a consumer, in bytes.
@@ -45,13 +45,13 @@ impl Identity {
 
     /// `service` as a client wrote it: checked as a name too.
     pub fn may_call(&self, service: &str) -> Result<Permit<'_>> {
-        label("service", service)?;
+        check_label("service", service)?;
         self.permit()
     }
 
     /// Refuses the names that are weir's own: `weir…`, `rpc.…`, `$…`.
     pub fn may_provide(&self, service: &str) -> Result<Permit<'_>> {
-        label("service", service)?;
+        check_label("service", service)?;
         if ["weir", "rpc.", "$"].iter().any(|own| service.starts_with(own)) {
             return Err(Error::params("names of services do not begin with weir, rpc. or $"));
         }

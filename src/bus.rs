@@ -1,8 +1,8 @@
 //! [`Bus`]: what everybody calls to publish, read and wait. Over it the transports, under it a backend.
 
-mod extent;
 mod format;
 mod log;
+mod log_bounds;
 mod ring;
 mod subscription;
 mod topic;
@@ -13,17 +13,18 @@ use std::{collections::HashMap, sync::Arc};
 use futures_util::future::try_join_all;
 
 pub use self::{
-    extent::{Extent, Past, Term},
     format::{Filter, Format, index},
-    log::{Act, Consumer, Gap, Info, Limit, Log, Page, Placed, Reason, Tail, Tailed},
-    ring::{Keep, KeyLimits, Ring},
-    subscription::{Added, Delivery, Item, Parked, Subscriptions},
-    topic::{Clock, Config, Rule, Topic, Topics},
-    window::Heard,
+    log::{Backfill, ChannelInfo, ConsumerInfo, CursorOp, Gap, GapReason, Log, LogPage, Placed, ReadLimit, Tail},
+    log_bounds::{LogBounds, PreviousLife, Term},
+    ring::{KeyLimits, Retention, Ring},
+    subscription::{Delivery, DeliveryItem, SubscriptionStart, Subscriptions, WakeList},
+    topic::{Config, RetentionRule, Topic, Topics, WallClock},
+    window::LiveOutcome,
 };
 use crate::{
+    channel::Channel,
     error::{Error, Result},
-    event::{Channel, Draft, Event},
+    event::{Draft, Event},
     position::{Position, Start},
 };
 
@@ -133,9 +134,15 @@ impl Bus {
     }
 
     /// Up to `limit` events that pass the filter. `next` passes everything that was looked at.
-    pub async fn read(&self, channel: &Channel, start: Start, limit: Limit, filter: Option<&Filter>) -> Result<Page> {
+    pub async fn read(
+        &self,
+        channel: &Channel,
+        start: Start,
+        limit: ReadLimit,
+        filter: Option<&Filter>,
+    ) -> Result<LogPage> {
         let Some(filter) = filter else { return self.log.read(channel, start, limit).await };
-        let scan = Limit { events: limit.events.max(256), bytes: limit.bytes };
+        let scan = ReadLimit { events: limit.events.max(256), bytes: limit.bytes };
         let mut page = self.log.read(channel, start, scan).await?;
         let mut shown: Vec<Arc<Event>> = Vec::new();
         let (mut bytes, mut scanned) = (0, 0);
@@ -162,14 +169,14 @@ impl Bus {
             if page.gap.is_some() && (gap.is_some() || !shown.is_empty()) {
                 // Trimmed while we read. What we have comes first; the reader meets this gap at its next read.
                 let after = page.gap.as_ref().and_then(|gap| gap.after).unwrap_or(page.next);
-                return Ok(Page { events: shown, next: after, more: true, gap });
+                return Ok(LogPage { events: shown, next: after, more: true, gap });
             }
             page.gap = page.gap.or(gap);
         }
     }
 
     /// What is known of a channel.
-    pub async fn inspect(&self, channel: &Channel) -> Result<Info> {
+    pub async fn inspect(&self, channel: &Channel) -> Result<ChannelInfo> {
         self.log.inspect(channel).await
     }
 
@@ -181,13 +188,13 @@ impl Bus {
     /// The first position of `start`, and what is missing before it. Unlike a [watch](Self::watch), it does not put the
     /// channel into use: it is for those who do not stay.
     pub async fn locate(&self, channel: &Channel, start: Start) -> Result<(Position, Option<Gap>)> {
-        let page = self.log.read(channel, start, Limit { events: 1, bytes: 0 }).await?;
+        let page = self.log.read(channel, start, ReadLimit { events: 1, bytes: 0 }).await?;
         let before = |event: &Arc<Event>| Position { offset: event.offset - 1, ..event.position() };
         Ok((page.events.first().map_or(page.next, before), page.gap))
     }
 
     /// Channels that have a log, by name.
-    pub async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Info>> {
+    pub async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ChannelInfo>> {
         self.log.list(prefix, after, limit).await
     }
 
@@ -198,26 +205,26 @@ impl Bus {
 
     /// Where `consumer` is in a channel.
     pub async fn cursor(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
-        self.log.cursor(consumer, channel, Act::Get).await
+        self.log.cursor(consumer, channel, CursorOp::Get).await
     }
 
     /// Moves a cursor forward. An older position changes nothing.
     pub async fn commit(&self, consumer: &str, channel: &Channel, to: Position) -> Result<()> {
-        self.log.cursor(consumer, channel, Act::Commit(to)).await.map(drop)
+        self.log.cursor(consumer, channel, CursorOp::Commit(to)).await.map(drop)
     }
 
     /// Moves a cursor anywhere.
     pub async fn seek(&self, consumer: &str, channel: &Channel, to: Position) -> Result<()> {
-        self.log.cursor(consumer, channel, Act::Seek(to)).await.map(drop)
+        self.log.cursor(consumer, channel, CursorOp::Seek(to)).await.map(drop)
     }
 
     /// All cursors of a consumer.
-    pub async fn consumer(&self, name: &str) -> Result<Option<Consumer>> {
+    pub async fn consumer(&self, name: &str) -> Result<Option<ConsumerInfo>> {
         self.log.consumer(name).await
     }
 
     /// Consumers, by name.
-    pub async fn consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Consumer>> {
+    pub async fn consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ConsumerInfo>> {
         self.log.consumers(prefix, after, limit).await
     }
 

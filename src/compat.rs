@@ -28,10 +28,11 @@ use self::grip::Grip;
 use crate::{
     auth::Identity,
     bus::{Bus, Placed},
+    channel::Channel,
     cluster::Cluster,
     config::{Adapter as Name, Config},
     error::Result,
-    event::{Channel, Draft},
+    event::Draft,
     metrics::{Metrics, Transport},
     net::timer::TimerWheel,
     rpc::Hub,

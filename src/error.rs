@@ -67,8 +67,8 @@ pub enum Code {
 
 /// What a client may do with the same request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Again {
-    /// Send it again, after `retry_after_ms`.
+pub enum Retry {
+    /// Send it retry, after `retry_after_ms`.
     Yes,
     /// Only with an idempotency key, or if the method is idempotent.
     Key,
@@ -83,13 +83,13 @@ pub enum Executed {
     Maybe,
 }
 
-struct Face {
+struct CodeInfo {
     name: &'static str,
     title: &'static str,
     http: u16,
     rpc: i32,
     close: u16,
-    again: Again,
+    retry: Retry,
 }
 
 impl Code {
@@ -139,10 +139,10 @@ impl Code {
     };
 
     #[rustfmt::skip]
-    const fn face(self) -> Face {
-        use Again::{Key, No, Yes};
-        const fn face(name: &'static str, title: &'static str, http: u16, rpc: i32, close: u16, again: Again) -> Face {
-            Face { name, title, http, rpc, close, again }
+    const fn info(self) -> CodeInfo {
+        use Retry::{Key, No, Yes};
+        const fn face(name: &'static str, title: &'static str, http: u16, rpc: i32, close: u16, retry: Retry) -> CodeInfo {
+            CodeInfo { name, title, http, rpc, close, retry }
         }
         match self {
             Code::ParseError => face("parse_error", "Not JSON", 400, -32700, 4502, No),
@@ -188,34 +188,34 @@ impl Code {
 
     /// The name on every wire, as `no_provider`.
     pub const fn as_str(self) -> &'static str {
-        self.face().name
+        self.info().name
     }
 
     /// A short sentence for `title` of RFC 9457.
     pub const fn title(self) -> &'static str {
-        self.face().title
+        self.info().title
     }
 
     /// HTTP status. Codes that only end connections have one too, for completeness; but for `kicked` it is never sent.
     pub const fn status(self) -> u16 {
-        self.face().http
+        self.info().http
     }
 
     /// JSON-RPC error number.
     pub const fn number(self) -> i32 {
-        self.face().rpc
+        self.info().rpc
     }
 
     /// WebSocket close code, where the code can end a connection. Up to 4499 reconnect, from 4500 don't.
     pub const fn close(self) -> Option<u16> {
-        match self.face().close {
+        match self.info().close {
             0 => None,
             code => Some(code),
         }
     }
 
-    pub const fn again(self) -> Again {
-        self.face().again
+    pub const fn retry(self) -> Retry {
+        self.info().retry
     }
 
     /// Whether the work may have happened, for the codes where that is a question.
@@ -239,10 +239,10 @@ impl Executed {
 
 /// A request that failed: a [`Code`], a sentence for humans, and what a client needs to go on.
 #[derive(Clone, Debug)]
-pub struct Error(Box<Inner>);
+pub struct Error(Box<ErrorDetails>);
 
 #[derive(Clone, Debug)]
-struct Inner {
+struct ErrorDetails {
     code: Code,
     detail: Cow<'static, str>,
     executed: Option<Executed>,
@@ -258,7 +258,13 @@ impl Error {
             Code::NoProvider | Code::Busy | Code::RateLimited => Some(Duration::from_secs(1)),
             _ => None,
         };
-        Error(Box::new(Inner { code, detail: detail.into(), executed: code.executed(), retry_after, data: Map::new() }))
+        Error(Box::new(ErrorDetails {
+            code,
+            detail: detail.into(),
+            executed: code.executed(),
+            retry_after,
+            data: Map::new(),
+        }))
     }
 
     /// Something a client sent is missing, unknown or malformed.

@@ -29,7 +29,7 @@ use crate::{
     bus::Bus,
     compat::{Adapter, Compat},
     config::Config,
-    error::{Again, Code, Error},
+    error::{Code, Error, Retry},
     metrics::{Metrics, Status},
     net::server::{HttpService, ListenerOptions, Rejected},
     pattern::Pattern,
@@ -259,7 +259,7 @@ impl HttpService for Endpoint {
 /// What a request that must not go on hears. A stream hears in-band of what will pass.
 fn refusal(head: &Parts, error: Error) -> Response {
     let stream = head.uri.path() == "/v1/sse" || sse::is_wanted(&head.headers);
-    if stream && error.code().again() == Again::Yes { sse::refusal(&error) } else { error.into_response() }
+    if stream && error.code().retry() == Retry::Yes { sse::refusal(&error) } else { error.into_response() }
 }
 
 /// The router's bare 405 knows what the path takes. `OPTIONS` asks for just that.

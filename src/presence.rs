@@ -30,10 +30,10 @@ pub use self::{
     book::Page,
 };
 use crate::{
-    bus::{Bus, Limit},
+    bus::{Bus, ReadLimit},
+    channel::Channel,
     cluster::Cluster,
     error::{Code, Error, Result},
-    event::Channel,
     metrics::Metrics,
     position::{Position, Start},
 };
@@ -155,7 +155,7 @@ impl Presence {
 
     /// Where every event has reached the lists of all nodes. Reading some of them once more does no harm.
     async fn settled(&self, on: &Channel) -> Result<Position> {
-        let limit = Limit { events: LOOK_BACK, bytes: usize::MAX };
+        let limit = ReadLimit { events: LOOK_BACK, bytes: usize::MAX };
         let page = self.bus.read(on, Start::Last(LOOK_BACK as u64), limit, None).await?;
         let now = self.bus.now();
         let old = page.events.iter().rev().find(|event| event.time + SETTLED <= now).map(|event| event.position());

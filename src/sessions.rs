@@ -21,7 +21,7 @@ use slab::Slab;
 
 use crate::{
     auth::Identity,
-    event::Channel,
+    channel::Channel,
     metrics::{Label as _, Transport},
     net::timer::{Due, Timer, TimerWheel},
     rpc::ProvidedServices,

@@ -11,9 +11,10 @@ use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 
 use crate::{
-    bus::{Act, Consumer, Info, Limit, Log, Page, Placed, Ring, Tail, Topic, Topics},
+    bus::{ChannelInfo, ConsumerInfo, CursorOp, Log, LogPage, Placed, ReadLimit, Ring, Tail, Topic, Topics},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Draft},
+    event::Draft,
     position::{Epoch, Position, Start},
 };
 
@@ -39,7 +40,7 @@ impl Memory {
         let (placed, parked) = self.topics.with(channel, |topic, ring| {
             let before = ring.memory();
             let now = self.topics.now();
-            let placed = ring.append(channel, subject, drafts, topic.keep(), &self.topics.config().keys, now)?;
+            let placed = ring.append(channel, subject, drafts, topic.retention(), &self.topics.config().keys, now)?;
             self.topics.account(before, ring.memory());
             Ok((placed, ring.take_parked()))
         })?;
@@ -47,7 +48,7 @@ impl Memory {
         Ok(placed)
     }
 
-    fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Page {
+    fn page(&self, channel: &Channel, start: Start, limit: ReadLimit) -> LogPage {
         match self.topics.get(channel) {
             Some(topic) => topic.lock().page(channel, start, limit, self.topics.now()),
             // Reads never write: what is known of the end of a channel without a topic is asked of a ring in passing.
@@ -55,14 +56,14 @@ impl Memory {
         }
     }
 
-    fn info(&self, channel: &Channel) -> Info {
+    fn info(&self, channel: &Channel) -> ChannelInfo {
         match self.topics.get(channel) {
             Some(topic) => describe(channel, &topic.lock()),
             None => describe(channel, &self.topics.passing(channel)),
         }
     }
 
-    fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Vec<Info> {
+    fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Vec<ChannelInfo> {
         // The smallest `limit` names, without holding all of them.
         let mut first: BinaryHeap<Channel> = BinaryHeap::with_capacity(limit + 1);
         self.topics.each(|topic| {
@@ -98,14 +99,14 @@ impl Memory {
         Ok(())
     }
 
-    fn act(&self, consumer: &str, channel: &Channel, act: Act) -> Result<Option<Position>> {
+    fn act(&self, consumer: &str, channel: &Channel, act: CursorOp) -> Result<Option<Position>> {
         let now = self.topics.now();
         let mut consumers = self.consumers.lock();
         let known = consumers.get(consumer).and_then(|state| state.cursors.get(channel)).copied();
         let to = match act {
-            Act::Get => known,
-            Act::Seek(to) => Some(to),
-            Act::Commit(to) => Some(self.forward(channel, known, to)?),
+            CursorOp::Get => known,
+            CursorOp::Seek(to) => Some(to),
+            CursorOp::Commit(to) => Some(self.forward(channel, known, to)?),
         };
         if let Some(state) = consumers.get_mut(consumer) {
             state.seen = now;
@@ -128,7 +129,7 @@ impl Memory {
             if !to.epoch.is_absent() && to.epoch == ring.epoch() && to.offset > ring.top() {
                 return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));
             }
-            Ok((known.map(|known| ring.extent().rank(known)), ring.extent().rank(to)))
+            Ok((known.map(|known| ring.bounds().rank(known)), ring.bounds().rank(to)))
         };
         let (before, after) = match self.topics.get(channel) {
             Some(topic) => rank(&topic.lock())?,
@@ -137,8 +138,8 @@ impl Memory {
         Ok(known.filter(|_| before >= Some(after)).unwrap_or(to))
     }
 
-    fn describe_consumer(&self, name: &str, state: &State) -> Consumer {
-        Consumer {
+    fn describe_consumer(&self, name: &str, state: &State) -> ConsumerInfo {
+        ConsumerInfo {
             name: name.into(),
             cursors: state.cursors.iter().map(|(channel, position)| (channel.clone(), *position)).collect(),
             seen: state.seen,
@@ -151,9 +152,9 @@ fn limit_reached(limit: &'static str, number: usize) -> Error {
     Error::new(Code::LimitReached, format!("{limit} is {number}")).with("limit", limit)
 }
 
-fn describe(channel: &Channel, ring: &Ring) -> Info {
+fn describe(channel: &Channel, ring: &Ring) -> ChannelInfo {
     let absent = ring.epoch() == Epoch::ABSENT;
-    Info {
+    ChannelInfo {
         channel: channel.clone(),
         epoch: ring.epoch(),
         first: ring.first(),
@@ -187,7 +188,7 @@ impl Log for Memory {
         ready(self.place(channel, subject, drafts)).boxed()
     }
 
-    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {
+    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: ReadLimit) -> BoxFuture<'a, Result<LogPage>> {
         ready(Ok(self.page(channel, start, limit))).boxed()
     }
 
@@ -195,11 +196,16 @@ impl Log for Memory {
         ready(Ok(Tail::default())).boxed()
     }
 
-    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<Info>> {
+    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<ChannelInfo>> {
         ready(Ok(self.info(channel))).boxed()
     }
 
-    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> BoxFuture<'a, Result<Vec<Info>>> {
+    fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ChannelInfo>>> {
         ready(Ok(self.names(prefix, after, limit))).boxed()
     }
 
@@ -211,12 +217,12 @@ impl Log for Memory {
         &'a self,
         consumer: &'a str,
         channel: &'a Channel,
-        act: Act,
+        act: CursorOp,
     ) -> BoxFuture<'a, Result<Option<Position>>> {
         ready(self.act(consumer, channel, act)).boxed()
     }
 
-    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<Consumer>>> {
+    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<ConsumerInfo>>> {
         let consumers = self.consumers.lock();
         ready(Ok(consumers.get(consumer).map(|state| self.describe_consumer(consumer, state)))).boxed()
     }
@@ -226,7 +232,7 @@ impl Log for Memory {
         prefix: &'a str,
         after: Option<&'a str>,
         limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<Consumer>>> {
+    ) -> BoxFuture<'a, Result<Vec<ConsumerInfo>>> {
         let start = match after {
             Some(after) if after >= prefix => Bound::Excluded(after),
             _ => Bound::Included(prefix),

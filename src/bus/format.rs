@@ -5,8 +5,10 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 use bytes::Bytes;
 
 use crate::{
+    channel::{Channel, check_label},
     error::{Error, Result},
-    event::{self, Channel, Event},
+    event::Event,
+    json::write_json_str,
 };
 
 /// A wire format: a leaf that a transport defines as a `static`. A frame is `open`, one or more `event`, `close`,
@@ -73,9 +75,9 @@ impl Filter {
             return Err(Error::params(format!("type: at most {MAX_TYPES}")));
         }
         let json = |kind: &S| {
-            event::label("type", kind.as_ref())?;
+            check_label("type", kind.as_ref())?;
             let mut out = Vec::new();
-            event::write_json_str(kind.as_ref(), &mut out);
+            write_json_str(kind.as_ref(), &mut out);
             Ok(out.into_boxed_slice())
         };
         let kinds = kinds.iter().map(json).collect::<Result<Box<[_]>>>()?;

@@ -14,8 +14,10 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::topic::Topic;
 use crate::{
+    channel::Channel,
     error::Result,
-    event::{Channel, Draft, Event, write_json_str},
+    event::{Draft, Event},
+    json::write_json_str,
     position::{Epoch, Position, Start},
 };
 
@@ -39,17 +41,22 @@ pub trait Log: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Vec<Placed>>>;
 
     /// Up to `limit` events, and at least one if there is one, from `start` on.
-    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>>;
+    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: ReadLimit) -> BoxFuture<'a, Result<LogPage>>;
 
     /// Fills the ring of `topic` until the answer is dropped. When it returns, the ring knows the channel's epoch and
     /// top: whoever has watched may read.
     fn tail<'a>(&'a self, topic: &'a Arc<Topic>) -> BoxFuture<'a, Result<Tail>>;
 
     /// What is known of a channel. A channel without a log is not an error.
-    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<Info>>;
+    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<ChannelInfo>>;
 
     /// Channels that have a log, in byte order of their names, from the first after `after` on.
-    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> BoxFuture<'a, Result<Vec<Info>>>;
+    fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ChannelInfo>>>;
 
     /// Removes the events before `before`, or the log.
     fn remove<'a>(&'a self, channel: &'a Channel, before: Option<Position>) -> BoxFuture<'a, Result<()>>;
@@ -59,11 +66,11 @@ pub trait Log: Send + Sync + 'static {
         &'a self,
         consumer: &'a str,
         channel: &'a Channel,
-        act: Act,
+        act: CursorOp,
     ) -> BoxFuture<'a, Result<Option<Position>>>;
 
     /// All cursors of one consumer.
-    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<Consumer>>>;
+    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<ConsumerInfo>>>;
 
     /// Consumers in byte order of their names, from the first after `after` on.
     fn consumers<'a>(
@@ -71,7 +78,7 @@ pub trait Log: Send + Sync + 'static {
         prefix: &'a str,
         after: Option<&'a str>,
         limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<Consumer>>>;
+    ) -> BoxFuture<'a, Result<Vec<ConsumerInfo>>>;
 
     /// Forgets a consumer. False if there was none.
     fn forget<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<bool>>;
@@ -79,11 +86,11 @@ pub trait Log: Send + Sync + 'static {
 
 /// Keeps a ring filled while it lives. Nothing, where the ring is the log.
 #[derive(Clone, Default)]
-pub struct Tail(pub Option<Arc<dyn Tailed>>);
+pub struct Tail(pub Option<Arc<dyn Backfill>>);
 
 /// A channel whose ring is a window on a log that is elsewhere.
-pub trait Tailed: Send + Sync {
-    /// Begins to fetch what readers of the ring [want](super::Ring::wanted), until none of them does. Called when there
+pub trait Backfill: Send + Sync {
+    /// Begins to fetch what readers of the ring [want](super::Ring::next_wanted), until none of them does. Called when there
     /// was none before.
     fn fetch(&self);
 }
@@ -116,14 +123,14 @@ impl Placed {
 
 /// How much one read may answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Limit {
+pub struct ReadLimit {
     pub events: usize,
     pub bytes: usize,
 }
 
 /// A piece of a channel's log.
 #[derive(Clone, Debug)]
-pub struct Page {
+pub struct LogPage {
     pub events: Vec<Arc<Event>>,
     /// Where to go on: past everything that was looked at, shown or not.
     pub next: Position,
@@ -135,7 +142,7 @@ pub struct Page {
 
 /// What to do with a cursor.
 #[derive(Clone, Copy, Debug)]
-pub enum Act {
+pub enum CursorOp {
     Get,
     /// Forward only: an older position changes nothing.
     Commit(Position),
@@ -145,7 +152,7 @@ pub enum Act {
 
 /// A consumer and where it is.
 #[derive(Clone, Debug)]
-pub struct Consumer {
+pub struct ConsumerInfo {
     pub name: Box<str>,
     pub cursors: Vec<(Channel, Position)>,
     /// When it was last heard of, Unix milliseconds.
@@ -156,7 +163,7 @@ pub struct Consumer {
 
 /// What is known of a channel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Info {
+pub struct ChannelInfo {
     #[serde(serialize_with = "as_text")]
     pub channel: Channel,
     #[serde(serialize_with = "as_text")]
@@ -181,7 +188,7 @@ fn as_text<S: Serializer>(value: &impl std::fmt::Display, serializer: S) -> Resu
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gap {
     pub channel: Channel,
-    pub reason: Reason,
+    pub reason: GapReason,
     /// What the reader had, as it said it; nothing where that could not be read.
     pub after: Option<Position>,
     /// Position of the next event that the reader will get.
@@ -192,7 +199,7 @@ pub struct Gap {
 
 /// Why history is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Reason {
+pub enum GapReason {
     /// Retention: count, age or bytes.
     Trimmed,
     /// The memory budget of the node.
@@ -207,19 +214,25 @@ pub enum Reason {
     BadPosition,
 }
 
-impl Reason {
+impl GapReason {
     /// Every reason, for metrics.
-    pub const ALL: [Reason; 6] =
-        [Reason::Trimmed, Reason::Budget, Reason::Reset, Reason::Failover, Reason::Deleted, Reason::BadPosition];
+    pub const ALL: [GapReason; 6] = [
+        GapReason::Trimmed,
+        GapReason::Budget,
+        GapReason::Reset,
+        GapReason::Failover,
+        GapReason::Deleted,
+        GapReason::BadPosition,
+    ];
 
     pub const fn as_str(self) -> &'static str {
         match self {
-            Reason::Trimmed => "trimmed",
-            Reason::Budget => "budget",
-            Reason::Reset => "reset",
-            Reason::Failover => "failover",
-            Reason::Deleted => "deleted",
-            Reason::BadPosition => "bad_position",
+            GapReason::Trimmed => "trimmed",
+            GapReason::Budget => "budget",
+            GapReason::Reset => "reset",
+            GapReason::Failover => "failover",
+            GapReason::Deleted => "deleted",
+            GapReason::BadPosition => "bad_position",
         }
     }
 }

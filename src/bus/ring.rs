@@ -13,15 +13,16 @@ use bytes::Bytes;
 use slab::Slab;
 
 use super::{
-    extent::{Extent, Past},
     format::{Filter, Format},
-    log::{Gap, Limit, Page, Placed, Reason},
-    subscription::{Inbox, Parked, Ticket},
+    log::{Gap, GapReason, LogPage, Placed, ReadLimit},
+    log_bounds::{LogBounds, PreviousLife},
+    subscription::{Inbox, Ticket, WakeList},
     window::Window,
 };
 use crate::{
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Draft, Event},
+    event::{Draft, Event},
     position::{Epoch, Position, Start},
 };
 
@@ -43,14 +44,14 @@ const KEY_COST: usize = 128;
 /// How much of a channel is kept. All three bounds hold, but that the newest event stays, whatever its size, until it
 /// is too old.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Keep {
+pub struct Retention {
     pub count: usize,
     pub age: Duration,
     pub bytes: usize,
 }
 
 pub struct Ring {
-    pub(super) extent: Extent,
+    pub(super) bounds: LogBounds,
     /// The newest of the log: all of it, unless this is a window.
     pub(super) events: VecDeque<Arc<Event>>,
     pub(super) bytes: usize,
@@ -119,9 +120,9 @@ pub(super) struct Parking {
 }
 
 impl Ring {
-    pub(super) fn new(absent: u64, past: Option<Past>) -> Self {
+    pub(super) fn new(absent: u64, past: Option<PreviousLife>) -> Self {
         Ring {
-            extent: Extent::none(absent, past),
+            bounds: LogBounds::absent(absent, past),
             events: VecDeque::new(),
             bytes: 0,
             window: None,
@@ -141,30 +142,30 @@ impl Ring {
     /// What to take for the time of day: here and where the log is, it may differ. A position of a channel without a log
     /// says since when it is known; that an older one says the same costs nothing.
     pub(super) fn clock(&self, now: u64) -> u64 {
-        if self.is_window() { self.extent.time } else { now }
+        if self.is_window() { self.bounds.time } else { now }
     }
 
-    pub fn extent(&self) -> &Extent {
-        &self.extent
+    pub fn bounds(&self) -> &LogBounds {
+        &self.bounds
     }
 
     pub fn epoch(&self) -> Epoch {
-        self.extent.epoch
+        self.bounds.epoch
     }
 
     /// Oldest offset that can be read.
     pub fn first(&self) -> u64 {
-        self.extent.first
+        self.bounds.first
     }
 
     /// Offset of the newest event ever placed in this life; 0 if there was none.
     pub fn top(&self) -> u64 {
-        self.extent.top
+        self.bounds.top
     }
 
     /// Offset of `events[0]`, or of the next event if there is none.
     pub(super) fn start(&self) -> u64 {
-        self.extent.top + 1 - self.events.len() as u64
+        self.bounds.top + 1 - self.events.len() as u64
     }
 
     /// Memory of the events kept.
@@ -179,7 +180,7 @@ impl Ring {
     }
 
     pub fn time(&self) -> Option<u64> {
-        (self.extent.time > 0).then_some(self.extent.time)
+        (self.bounds.time > 0).then_some(self.bounds.time)
     }
 
     pub fn readers(&self) -> u32 {
@@ -191,17 +192,17 @@ impl Ring {
         self.parked.len() + self.window.as_ref().map_or(0, |window| window.waiting())
     }
 
-    pub(super) fn past(&self) -> Option<Past> {
-        match self.extent.is_absent() {
-            true => self.extent.past,
-            false => Some(Past { epoch: self.epoch(), top: self.top(), reason: Reason::Reset }),
+    pub(super) fn past(&self) -> Option<PreviousLife> {
+        match self.bounds.is_absent() {
+            true => self.bounds.previous,
+            false => Some(PreviousLife { epoch: self.epoch(), top: self.top(), reason: GapReason::Reset }),
         }
     }
 
     /// From which second on there is no log, if this life ends now.
     pub(super) fn end(&self, now: u64) -> u64 {
-        let Extent { absent, born, .. } = self.extent;
-        match self.extent.is_absent() {
+        let LogBounds { absent_since: absent, born, .. } = self.bounds;
+        match self.bounds.is_absent() {
             true => absent,
             // A position of this very second may be older than the end.
             false => absent.max(born).max(now / 1000) + 1,
@@ -223,13 +224,13 @@ impl Ring {
         channel: &Channel,
         subject: &str,
         drafts: Vec<Draft>,
-        keep: &Keep,
+        keep: &Retention,
         limits: &KeyLimits,
         now: u64,
     ) -> Result<Vec<Placed>> {
         self.check_keys(channel, subject, &drafts)?;
         self.begin(now);
-        let time = self.extent.time.max(now);
+        let time = self.bounds.time.max(now);
         let mut placed = Vec::with_capacity(drafts.len());
         for mut draft in drafts {
             let key = draft.key.take().map(|key| (hash_key(subject, &key), draft.body.fingerprint()));
@@ -256,15 +257,15 @@ impl Ring {
 
     /// Begins a life, if there is none.
     fn begin(&mut self, now: u64) {
-        if self.extent.is_absent() {
-            let Extent { absent, time, past, .. } = self.extent;
+        if self.bounds.is_absent() {
+            let LogBounds { absent_since: absent, time, previous: past, .. } = self.bounds;
             let born = absent.max(now / 1000);
-            self.extent = Extent { epoch: Epoch::random(), born, time, ..Extent::none(absent, past) };
+            self.bounds = LogBounds { epoch: Epoch::random(), born, time, ..LogBounds::absent(absent, past) };
         }
     }
 
     fn place(&mut self, draft: Draft, position: Position, time: u64) {
-        (self.extent.time, self.extent.top) = (time, position.offset);
+        (self.bounds.time, self.bounds.top) = (time, position.offset);
         self.bytes += draft.size() + EVENT_COST;
         self.events.push_back(Arc::new(draft.place(position, time)));
     }
@@ -303,33 +304,33 @@ impl Ring {
     }
 
     /// Lets go of what retention no longer keeps.
-    pub(super) fn trim(&mut self, keep: &Keep, now: u64) {
+    pub(super) fn trim(&mut self, keep: &Retention, now: u64) {
         if self.window.is_some() {
             // What is kept is decided where the log is.
             return;
         }
         let old = now.saturating_sub(keep.age.as_millis() as u64);
         while self.events.len() > 1 && (self.events.len() > keep.count || self.bytes > keep.bytes) {
-            self.drop_oldest(Reason::Trimmed);
+            self.drop_oldest(GapReason::Trimmed);
         }
         while self.oldest().is_some_and(|time| time < old) {
-            self.drop_oldest(Reason::Trimmed);
+            self.drop_oldest(GapReason::Trimmed);
         }
     }
 
     /// Lets go of the older half, for the memory budget.
     pub(super) fn relieve(&mut self) {
         for _ in 0..self.events.len().div_ceil(2) {
-            self.drop_oldest(Reason::Budget);
+            self.drop_oldest(GapReason::Budget);
         }
         self.frames.clear();
     }
 
-    fn drop_oldest(&mut self, reason: Reason) {
+    fn drop_oldest(&mut self, reason: GapReason) {
         if let Some(event) = self.events.pop_front() {
-            self.extent.first += 1;
+            self.bounds.first += 1;
             self.bytes -= event.size() + EVENT_COST;
-            self.extent.cut = reason;
+            self.bounds.trim_reason = reason;
         }
         if self.events.is_empty() {
             self.events = VecDeque::new();
@@ -342,7 +343,7 @@ impl Ring {
             return Err(Error::new(Code::InvalidPosition, "before is a position in the channel as it is now"));
         }
         while self.first() < before.offset {
-            self.drop_oldest(Reason::Deleted);
+            self.drop_oldest(GapReason::Deleted);
         }
         self.frames.clear();
         Ok(())
@@ -350,23 +351,23 @@ impl Ring {
 
     /// Ends this life of the channel: the next event begins another. Readers stay.
     pub fn delete(&mut self, now: u64) {
-        if self.extent.is_absent() {
+        if self.bounds.is_absent() {
             return;
         }
-        let past = Past { epoch: self.epoch(), top: self.top(), reason: Reason::Deleted };
-        let (readers, round, time) = (self.readers, self.round, self.extent.time);
+        let past = PreviousLife { epoch: self.epoch(), top: self.top(), reason: GapReason::Deleted };
+        let (readers, round, time) = (self.readers, self.round, self.bounds.time);
         let parked = std::mem::take(&mut self.parked);
         *self = Ring { readers, round, parked, ..Ring::new(self.end(now), Some(past)) };
-        self.extent.time = time;
+        self.bounds.time = time;
     }
 
     // === reading ===
 
     /// A page for somebody who does not stay.
-    pub fn page(&self, channel: &Channel, start: Start, limit: Limit, now: u64) -> Page {
-        let (mut next, gap) = self.extent.resolve(channel, start, now);
+    pub fn page(&self, channel: &Channel, start: Start, limit: ReadLimit, now: u64) -> LogPage {
+        let (mut next, gap) = self.bounds.resolve(channel, start, now);
         let mut events = Vec::new();
-        if !self.extent.is_absent() {
+        if !self.bounds.is_absent() {
             let mut bytes = 0;
             for event in self.events.range((next.offset + 1 - self.start()) as usize..) {
                 bytes += event.size() + channel.as_str().len() + EVENT_COST;
@@ -377,8 +378,8 @@ impl Ring {
                 events.push(event.clone());
             }
         }
-        let more = !self.extent.is_absent() && next.offset < self.top();
-        Page { events, next, more, gap }
+        let more = !self.bounds.is_absent() && next.offset < self.top();
+        LogPage { events, next, more, gap }
     }
 
     /// What comes next for a reader at `position`, which moves: at most `turn` events.
@@ -391,12 +392,12 @@ impl Ring {
         turn: usize,
     ) -> Step {
         if position.epoch != self.epoch() || position.offset + 1 < self.start() {
-            let (at, gap) = self.extent.resolve(channel, Start::After(*position), self.extent.time);
+            let (at, gap) = self.bounds.resolve(channel, Start::After(*position), self.bounds.time);
             if let Some(gap) = gap {
                 *position = at;
                 return Step::Gap(gap);
             }
-            if self.extent.is_absent() {
+            if self.bounds.is_absent() {
                 // The position is kept: it says what this reader has had when a new life begins.
                 return Step::Nothing;
             }
@@ -518,7 +519,7 @@ impl Ring {
 
     /// Whether somebody at `position` has something to read.
     pub(super) fn is_behind(&self, position: Position) -> bool {
-        !self.extent.is_absent() && (position.epoch != self.epoch() || position.offset < self.top())
+        !self.bounds.is_absent() && (position.epoch != self.epoch() || position.offset < self.top())
     }
 
     // === waiting ===
@@ -553,10 +554,10 @@ impl Ring {
     }
 
     /// Everybody to wake after an append, outside the lock.
-    pub fn take_parked(&mut self) -> Parked {
+    pub fn take_parked(&mut self) -> WakeList {
         self.round = self.round.wrapping_add(1);
         let room = Slab::with_capacity(if self.parked.len() > 1 { self.parked.len() } else { 0 });
-        Parked(std::mem::replace(&mut self.parked, room))
+        WakeList(std::mem::replace(&mut self.parked, room))
     }
 
     /// Gives back what only a busy channel needs.
@@ -591,7 +592,7 @@ fn hash_key(subject: &str, key: &str) -> Key {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::{Data, Parts};
+    use crate::event::{DraftParts, EventData};
 
     #[test]
     fn frames_of_large_events_are_not_all_remembered() {
@@ -602,13 +603,14 @@ mod tests {
             close: |_| {},
         };
         let channel = Channel::parse("a").unwrap();
-        let keep = Keep { count: 100, age: Duration::from_secs(60), bytes: usize::MAX };
+        let keep = Retention { count: 100, age: Duration::from_secs(60), bytes: usize::MAX };
         let keys = KeyLimits { window: Duration::ZERO, count: 0 };
         let mut ring = Ring::new(0, None);
         ring.join();
         ring.join();
         let text = "x".repeat(100_000);
-        let draft = || Draft::new(Parts { data: Data::Text(&text), ..Parts::default() }, 1_000_000).unwrap();
+        let draft =
+            || Draft::new(DraftParts { data: EventData::Text(&text), ..DraftParts::default() }, 1_000_000).unwrap();
         for offset in 1..=20 {
             ring.append(&channel, "", vec![draft()], &keep, &keys, 1000).unwrap();
             let frame = ring.frame(false, &channel, offset, offset, &TEXT);

@@ -22,7 +22,7 @@ use super::{
     ring::{Parking, Step, TURN_EVENTS},
 };
 use crate::{
-    event::Channel,
+    channel::Channel,
     position::{Position, Start},
 };
 
@@ -49,7 +49,7 @@ pub(super) struct Inbox {
 
 /// Readers to wake.
 #[must_use = "a reader that is not woken sleeps for ever"]
-pub struct Parked(pub(super) Slab<Ticket>);
+pub struct WakeList(pub(super) Slab<Ticket>);
 
 /// A parked reader: whom to tell, and what about. `life` tells a slot from its next user.
 pub(super) struct Ticket {
@@ -69,7 +69,7 @@ struct Sub {
 
 /// Where a new subscription begins.
 #[derive(Debug)]
-pub struct Added {
+pub struct SubscriptionStart {
     /// Names the subscription in this reader.
     pub slot: u32,
     pub position: Position,
@@ -81,11 +81,11 @@ pub struct Added {
 #[derive(Debug)]
 pub struct Delivery {
     pub slot: u32,
-    pub item: Item,
+    pub item: DeliveryItem,
 }
 
 #[derive(Debug)]
-pub enum Item {
+pub enum DeliveryItem {
     /// One frame or batch, encoded; shared with every reader that needs the same.
     Events { bytes: Bytes, count: u32 },
     /// Before anything newer of its channel.
@@ -109,7 +109,7 @@ impl Subscriptions {
 
     /// Begins to read a channel. What it is at is known at once; what follows comes from
     /// [`poll_next`](Self::poll_next).
-    pub fn add(&mut self, watch: Watch, start: Start, filter: Option<Arc<Filter>>) -> Added {
+    pub fn add(&mut self, watch: Watch, start: Start, filter: Option<Arc<Filter>>) -> SubscriptionStart {
         let (position, gap) = watch.resolve(start);
         if self.subs.capacity() == 0 {
             self.subs = Slab::with_capacity(1);
@@ -118,7 +118,7 @@ impl Subscriptions {
         let sub = Sub { watch, position, filter, life: self.lives, parking: None };
         let slot = self.subs.insert(sub) as u32;
         self.run.push_back(slot);
-        Added { slot, position, gap }
+        SubscriptionStart { slot, position, gap }
     }
 
     /// Ends a subscription.
@@ -217,7 +217,7 @@ impl Subscriptions {
     }
 
     /// Looks once at a subscription that is in no queue, and parks it or puts it into the run queue.
-    fn look(&mut self, slot: u32) -> Option<Item> {
+    fn look(&mut self, slot: u32) -> Option<DeliveryItem> {
         let Sub { watch, position, filter, life, parking } = self.subs.get_mut(slot as usize)?;
         let mut ring = watch.lock();
         let step = ring.step(watch.channel(), position, filter.as_deref(), self.format, self.turn as usize);
@@ -237,8 +237,8 @@ impl Subscriptions {
             self.run.push_back(slot);
         }
         match step {
-            Step::Events { bytes, count } => Some(Item::Events { bytes, count }),
-            Step::Gap(gap) => Some(Item::Gap(gap)),
+            Step::Events { bytes, count } => Some(DeliveryItem::Events { bytes, count }),
+            Step::Gap(gap) => Some(DeliveryItem::Gap(gap)),
             Step::Scanned | Step::Nothing | Step::Older => None,
         }
     }
@@ -307,7 +307,7 @@ impl Sub {
 
 // === impl Parked ===
 
-impl Parked {
+impl WakeList {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -356,21 +356,21 @@ mod tests {
     use super::*;
     use crate::{
         backend::memory::Memory,
-        bus::{Bus, Clock, Config, Keep, KeyLimits, Topics},
-        event::{Draft, Parts},
+        bus::{Bus, Config, KeyLimits, Retention, Topics, WallClock},
+        event::{Draft, DraftParts},
     };
 
     fn bus() -> Bus {
         let config = Config {
             rules: Vec::new(),
-            keep: Keep { count: 20, age: Duration::from_secs(60), bytes: 1 << 20 },
+            retention: Retention { count: 20, age: Duration::from_secs(60), bytes: 1 << 20 },
             budget: 1 << 24,
             keys: KeyLimits { window: Duration::from_secs(60), count: 10 },
             consumer_idle: Duration::from_secs(60),
             max_consumers: 1,
             max_cursors: 1,
         };
-        let topics = Arc::new(Topics::new(config, Clock::System));
+        let topics = Arc::new(Topics::new(config, WallClock::System));
         Bus::new(Arc::new(Memory::new(topics.clone())), topics)
     }
 
@@ -395,7 +395,7 @@ mod tests {
                 }
                 60..65 => bus.remove(&names[fastrand::usize(..names.len())], None).await.unwrap(),
                 65..85 => {
-                    let draft = Draft::new(Parts::default(), 1000).unwrap();
+                    let draft = Draft::new(DraftParts::default(), 1000).unwrap();
                     bus.publish_one("", &names[fastrand::usize(..names.len())], draft).await.unwrap();
                 }
                 _ => while fastrand::u8(..4) > 0 && subs.poll_next(&mut cx).is_ready() {},

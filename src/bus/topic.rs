@@ -17,13 +17,13 @@ use indexmap::IndexMap;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{
-    extent::Past,
     log::Gap,
-    ring::{Keep, KeyLimits, Ring},
+    log_bounds::PreviousLife,
+    ring::{KeyLimits, Retention, Ring},
 };
 use crate::{
+    channel::Channel,
     error::{Code, Error, Result},
-    event::Channel,
     pattern::Pattern,
     position::{Position, Start},
 };
@@ -42,17 +42,17 @@ const SAMPLES: usize = 5;
 
 /// Retention by name: the first pattern that matches.
 #[derive(Clone, Debug)]
-pub struct Rule {
+pub struct RetentionRule {
     pub pattern: Pattern,
-    pub keep: Keep,
+    pub retention: Retention,
 }
 
 /// What the bus may use, and how long it remembers.
 #[derive(Clone, Debug)]
 pub struct Config {
-    pub rules: Vec<Rule>,
+    pub rules: Vec<RetentionRule>,
     /// Where no rule matches.
-    pub keep: Keep,
+    pub retention: Retention,
     /// Memory of all events and topics, in bytes.
     pub budget: usize,
     pub keys: KeyLimits,
@@ -65,7 +65,7 @@ pub struct Config {
 
 /// The bus's idea of time, Unix milliseconds. Tests own theirs.
 #[derive(Clone, Debug, Default)]
-pub enum Clock {
+pub enum WallClock {
     #[default]
     System,
     Manual(Arc<AtomicU64>),
@@ -73,8 +73,8 @@ pub enum Clock {
 
 pub struct Topic {
     channel: Channel,
-    keep: Keep,
-    clock: Clock,
+    retention: Retention,
+    clock: WallClock,
     ring: Mutex<Ring>,
 }
 
@@ -82,7 +82,7 @@ pub struct Topics {
     shards: Box<[Mutex<Shard>]>,
     hasher: foldhash::fast::RandomState,
     config: Config,
-    clock: Clock,
+    clock: WallClock,
     /// Bytes of all rings, their keys, and topics.
     used: AtomicUsize,
     /// The next shard to sweep.
@@ -104,7 +104,7 @@ struct Shard {
 
 /// How a log ended whose topic has left the table.
 struct End {
-    past: Past,
+    past: PreviousLife,
     /// From this second on there was no log.
     absent: u64,
     /// Which end of the shard this is: tells it from one before of the same channel.
@@ -113,12 +113,12 @@ struct End {
 
 // === impl Clock ===
 
-impl Clock {
+impl WallClock {
     /// Unix milliseconds.
     pub fn now(&self) -> u64 {
         match self {
-            Clock::System => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
-            Clock::Manual(now) => now.load(Relaxed),
+            WallClock::System => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+            WallClock::Manual(now) => now.load(Relaxed),
         }
     }
 }
@@ -130,25 +130,25 @@ impl Topic {
         &self.channel
     }
 
-    pub fn keep(&self) -> &Keep {
-        &self.keep
+    pub fn retention(&self) -> &Retention {
+        &self.retention
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock()
     }
 
-    /// See [`Extent::resolve`](super::extent::Extent::resolve).
+    /// See [`LogBounds::resolve`](super::log_bounds::LogBounds::resolve).
     pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
         let ring = self.lock();
-        ring.extent().resolve(&self.channel, start, ring.clock(self.clock.now()))
+        ring.bounds().resolve(&self.channel, start, ring.clock(self.clock.now()))
     }
 }
 
 // === impl Topics ===
 
 impl Topics {
-    pub fn new(config: Config, clock: Clock) -> Self {
+    pub fn new(config: Config, clock: WallClock) -> Self {
         // A position of the second in which a process before this one ended must not pass for one of this.
         let horizon = clock.now() / 1000 + 1;
         let shard = || Mutex::new(Shard { horizon, ..Default::default() });
@@ -205,14 +205,14 @@ impl Topics {
     }
 
     /// How much of a channel is kept.
-    pub fn keep_of(&self, channel: &Channel) -> Keep {
+    pub fn retention_of(&self, channel: &Channel) -> Retention {
         let rule = self.config.rules.iter().find(|rule| rule.pattern.matches(channel.as_str()));
-        rule.map_or(self.config.keep, |rule| rule.keep)
+        rule.map_or(self.config.retention, |rule| rule.retention)
     }
 
     /// The bus's idea of time is a test's.
     pub fn is_manual(&self) -> bool {
-        matches!(self.clock, Clock::Manual(_))
+        matches!(self.clock, WallClock::Manual(_))
     }
 
     /// Does `work` with the ring of a channel that is in use from now on.
@@ -240,7 +240,7 @@ impl Topics {
         };
         let topic = Arc::new(Topic {
             channel: channel.clone(),
-            keep: self.keep_of(channel),
+            retention: self.retention_of(channel),
             clock: self.clock.clone(),
             ring: Mutex::new(Ring::new(absent, past)),
         });
@@ -332,7 +332,7 @@ impl Topics {
             let topic = shard.topics[at].clone();
             let mut ring = topic.lock();
             let before = ring.memory();
-            ring.trim(&topic.keep, now);
+            ring.trim(&topic.retention, now);
             ring.expire_keys(&self.config.keys, now);
             ring.cool();
             self.account(before, ring.memory());
@@ -361,7 +361,7 @@ impl Topics {
 // === impl Shard ===
 
 impl Shard {
-    fn remember(&mut self, hash: u64, past: Past, absent: u64) {
+    fn remember(&mut self, hash: u64, past: PreviousLife, absent: u64) {
         self.ended += 1;
         let number = self.ended;
         self.ends.insert(hash, End { past, absent, number });
@@ -386,17 +386,17 @@ impl Shard {
 mod tests {
     use super::*;
     use crate::{
-        bus::log::Reason,
-        event::{Draft, Parts},
+        bus::log::GapReason,
+        event::{Draft, DraftParts},
         position::Epoch,
     };
 
     #[test]
     fn the_budget_knows_of_keys_that_outlive_their_events() {
-        let keep = Keep { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 };
+        let keep = Retention { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 };
         let config = Config {
             rules: Vec::new(),
-            keep,
+            retention: keep,
             budget: 1 << 24,
             keys: KeyLimits { window: Duration::from_secs(60), count: 1000 },
             consumer_idle: Duration::from_secs(60),
@@ -404,11 +404,11 @@ mod tests {
             max_cursors: 1,
         };
         let clock = Arc::new(AtomicU64::new(1_000_000));
-        let topics = Topics::new(config, Clock::Manual(clock.clone()));
+        let topics = Topics::new(config, WallClock::Manual(clock.clone()));
         let channel = Channel::parse("a").unwrap();
         for n in 0..2000 {
             let key = n.to_string();
-            let draft = Draft::new(Parts { key: Some(&key), ..Parts::default() }, 1000).unwrap();
+            let draft = Draft::new(DraftParts { key: Some(&key), ..DraftParts::default() }, 1000).unwrap();
             topics.with(&channel, |_, ring| {
                 let before = ring.memory();
                 ring.append(&channel, "", vec![draft], &keep, &topics.config.keys, topics.now()).unwrap();
@@ -427,7 +427,7 @@ mod tests {
     #[test]
     fn ends_are_forgotten_by_age_and_not_by_the_restlessness_of_others() {
         let mut shard = Shard::default();
-        let past = Past { epoch: Epoch::random(), top: 1, reason: Reason::Reset };
+        let past = PreviousLife { epoch: Epoch::random(), top: 1, reason: GapReason::Reset };
         shard.remember(1, past, 1);
         for n in 2..5 * ENDS as u64 {
             shard.ends.remove(&2);

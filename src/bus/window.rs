@@ -1,19 +1,20 @@
 //! A ring that is a window: the newest events of a log that is elsewhere, and older ones that readers behind it wait for.
 //!
-//! A backend fills it with what it hears ([`Ring::hear`]), sets it right after it may have missed something
-//! ([`Ring::show`]), and fetches what is older once for all who wait for the same ([`Ring::fetched`]).
+//! A backend fills it with what it hears ([`Ring::apply_live`]), sets it right after it may have missed something
+//! ([`Ring::apply_snapshot`]), and fetches what is older once for all who wait for the same ([`Ring::add_older`]).
 
 use std::{collections::VecDeque, sync::Arc};
 
 use slab::Slab;
 
 use super::{
-    extent::Extent,
-    ring::{EVENT_COST, Keep, OLDER, Parking, Ring},
-    subscription::{Inbox, Parked, Ticket},
+    log_bounds::LogBounds,
+    ring::{EVENT_COST, OLDER, Parking, Retention, Ring},
+    subscription::{Inbox, Ticket, WakeList},
 };
 use crate::{
-    event::{Channel, Event},
+    channel::Channel,
+    event::Event,
     position::{Position, Start},
 };
 
@@ -39,7 +40,7 @@ pub(super) struct Window {
 
 /// What became of an event that a backend heard of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Heard {
+pub enum LiveOutcome {
     /// It is the next.
     Next,
     /// It was there already.
@@ -94,24 +95,24 @@ impl Ring {
     }
 
     /// An event, as it is published.
-    pub fn hear(&mut self, event: Event, keep: &Keep) -> Heard {
+    pub fn apply_live(&mut self, event: Event, keep: &Retention) -> LiveOutcome {
         if event.epoch != self.epoch() || event.offset > self.top() + 1 {
-            return Heard::Beyond;
+            return LiveOutcome::Beyond;
         }
         if event.offset <= self.top() {
-            return Heard::Old;
+            return LiveOutcome::Old;
         }
         self.push(Arc::new(event), keep);
-        Heard::Next
+        LiveOutcome::Next
     }
 
-    fn push(&mut self, event: Arc<Event>, keep: &Keep) {
-        (self.extent.top, self.extent.time) = (event.offset, event.time);
+    fn push(&mut self, event: Arc<Event>, keep: &Retention) {
+        (self.bounds.top, self.bounds.time) = (event.offset, event.time);
         self.bytes += event.size() + EVENT_COST;
         self.events.push_back(event);
         // What the log no longer shows is not shown here.
-        let first = (self.extent.top + 1).saturating_sub(keep.count as u64);
-        self.extent.first = self.extent.first.max(first);
+        let first = (self.bounds.top + 1).saturating_sub(keep.count as u64);
+        self.bounds.first = self.bounds.first.max(first);
         let most = EVENTS.min(keep.count);
         while self.events.len() > most || (self.bytes > BYTES && self.events.len() > 1) {
             let Some(oldest) = self.events.pop_front() else { break };
@@ -127,66 +128,72 @@ impl Ring {
 
     /// The log as it was at one look, and events of it, one after the other. Looks must be shown in the order in which
     /// they were taken; what was heard since is kept. Answers whom to wake.
-    pub fn show(&mut self, channel: &Channel, keep: &Keep, seen: Extent, mut events: Vec<Arc<Event>>) -> Parked {
+    pub fn apply_snapshot(
+        &mut self,
+        channel: &Channel,
+        keep: &Retention,
+        seen: LogBounds,
+        mut events: Vec<Arc<Event>>,
+    ) -> WakeList {
         let (epoch, top) = (self.epoch(), self.top());
         if seen.epoch == epoch && !seen.is_absent() {
             // If the log has fewer events than were heard of, they came in since it was looked at; or they are lost, and
             // the next term will tell.
-            let (top, time) = (self.extent.top, self.extent.time);
+            let (top, time) = (self.bounds.top, self.bounds.time);
             let newest = seen.top;
-            self.extent = Extent { top, time, first: seen.first.max(self.extent.first), ..seen };
+            self.bounds = LogBounds { top, time, first: seen.first.max(self.bounds.first), ..seen };
             for event in events {
                 if event.epoch == epoch && event.offset > self.top() {
                     if event.offset > self.top() + 1 {
                         // Too many were missed: those who need them fetch them.
                         self.clear();
-                        self.extent.top = event.offset - 1;
+                        self.bounds.top = event.offset - 1;
                     }
                     self.push(event, keep);
                 }
             }
             if self.top() < newest {
                 self.clear();
-                self.extent.top = newest;
+                self.bounds.top = newest;
             }
         } else {
             self.clear();
-            self.extent = seen;
+            self.bounds = seen;
             // Where one is missing that should be there, the window begins behind it: who needs it is told when it is fetched.
             let broken = events.windows(2).rposition(|pair| pair[0].offset + 1 != pair[1].offset);
             events.drain(..broken.map_or(0, |at| at + 1));
             let first = events.first().map(|event| event.offset);
             let ends = events.last().map(|event| (event.epoch, event.offset));
             if let (Some(first), true) = (first, ends == Some((self.epoch(), self.top()))) {
-                self.extent.top = first - 1;
+                self.bounds.top = first - 1;
                 events.into_iter().for_each(|event| self.push(event, keep));
             }
         }
         let mut parked = match (self.epoch(), self.top()) == (epoch, top) {
-            true => Parked(Slab::new()),
+            true => WakeList(Slab::new()),
             false => self.take_parked(),
         };
         self.take_served(channel, &mut parked);
         parked
     }
 
-    /// Older events that [`wanted`](Self::wanted) asked for, as the log was when they were read. Answers whom to wake; or
+    /// Older events that [`next_wanted`](Self::next_wanted) asked for, as the log was when they were read. Answers whom to wake; or
     /// nothing, if the log is another than this ring knows and must be shown first.
-    pub fn fetched(&mut self, channel: &Channel, seen: &Extent, events: Vec<Arc<Event>>) -> Option<Parked> {
+    pub fn add_older(&mut self, channel: &Channel, seen: &LogBounds, events: Vec<Arc<Event>>) -> Option<WakeList> {
         if seen.epoch != self.epoch() {
             return None;
         }
-        self.extent.first = self.extent.first.max(seen.first);
+        self.bounds.first = self.bounds.first.max(seen.first);
         let window = self.window.get_or_insert_default();
         window.bytes = events.iter().map(|event| event.size() + EVENT_COST).sum();
         window.events = events.into();
-        let mut parked = Parked(Slab::new());
+        let mut parked = WakeList(Slab::new());
         self.take_served(channel, &mut parked);
         Some(parked)
     }
 
     /// Those who wait for older events, and can go on now.
-    fn take_served(&mut self, channel: &Channel, parked: &mut Parked) {
+    fn take_served(&mut self, channel: &Channel, parked: &mut WakeList) {
         let Some(mut window) = self.window.take() else { return };
         let served: Vec<usize> = window
             .waiting
@@ -202,9 +209,9 @@ impl Ring {
 
     /// Whether a reader at `position` can do nothing before something is fetched.
     fn lacks(&self, window: &Window, channel: &Channel, position: Position) -> bool {
-        let (at, gap) = self.extent.resolve(channel, Start::After(position), self.extent.time);
+        let (at, gap) = self.bounds.resolve(channel, Start::After(position), self.bounds.time);
         let inside = at.epoch == self.epoch() && at.offset + 1 >= self.start();
-        gap.is_none() && !self.extent.is_absent() && !inside && window.older(at).is_none()
+        gap.is_none() && !self.bounds.is_absent() && !inside && window.older(at).is_none()
     }
 
     /// Remembers to wake a reader when what follows `position` was fetched. True if nobody is at it yet.
@@ -224,7 +231,7 @@ impl Ring {
     }
 
     /// The position of somebody who waits for what follows it: everybody in turn. If nobody does, the fetching ends.
-    pub fn wanted(&mut self) -> Option<Position> {
+    pub fn next_wanted(&mut self) -> Option<Position> {
         let window = self.window.get_or_insert_default();
         let behind = window.waiting.iter().find(|(key, _)| *key > window.hand);
         match behind.or_else(|| window.waiting.iter().next()) {
@@ -246,21 +253,21 @@ mod tests {
 
     use super::*;
     use crate::{
-        bus::{Reason, extent::Term},
-        event::{Draft, Parts},
+        bus::{GapReason, log_bounds::Term},
+        event::{Draft, DraftParts},
         position::Epoch,
     };
 
     fn event(epoch: Epoch, offset: u64) -> Event {
-        Draft::new(Parts::default(), 1000).unwrap().place(Position { epoch, offset }, offset)
+        Draft::new(DraftParts::default(), 1000).unwrap().place(Position { epoch, offset }, offset)
     }
 
     fn events(epoch: Epoch, offsets: std::ops::RangeInclusive<u64>) -> Vec<Arc<Event>> {
         offsets.map(|offset| Arc::new(event(epoch, offset))).collect()
     }
 
-    fn log(epoch: Epoch, top: u64) -> Extent {
-        Extent { epoch, top, ..Extent::none(0, None) }
+    fn log(epoch: Epoch, top: u64) -> LogBounds {
+        LogBounds { epoch, top, ..LogBounds::absent(0, None) }
     }
 
     fn window() -> (Ring, Channel) {
@@ -269,7 +276,7 @@ mod tests {
         (ring, Channel::parse("a").unwrap())
     }
 
-    const KEEP: Keep = Keep { count: 10_000, age: Duration::from_secs(60), bytes: 1 << 20 };
+    const KEEP: Retention = Retention { count: 10_000, age: Duration::from_secs(60), bytes: 1 << 20 };
 
     fn held(ring: &Ring) -> (u64, u64, usize) {
         (ring.start(), ring.top(), ring.events.len())
@@ -279,23 +286,27 @@ mod tests {
     fn what_is_heard_is_next_old_or_beyond() {
         let (mut ring, channel) = window();
         let e = Epoch::random();
-        assert_eq!(ring.hear(event(e, 1), &KEEP), Heard::Beyond, "a life nobody has seen the beginning of");
-        ring.show(&channel, &KEEP, log(e, 3), events(e, 1..=3)).wake();
+        assert_eq!(ring.apply_live(event(e, 1), &KEEP), LiveOutcome::Beyond, "a life nobody has seen the beginning of");
+        ring.apply_snapshot(&channel, &KEEP, log(e, 3), events(e, 1..=3)).wake();
         assert_eq!(held(&ring), (1, 3, 3));
         assert_eq!(
-            (ring.hear(event(e, 3), &KEEP), ring.hear(event(e, 4), &KEEP), ring.hear(event(e, 6), &KEEP)),
-            (Heard::Old, Heard::Next, Heard::Beyond)
+            (
+                ring.apply_live(event(e, 3), &KEEP),
+                ring.apply_live(event(e, 4), &KEEP),
+                ring.apply_live(event(e, 6), &KEEP)
+            ),
+            (LiveOutcome::Old, LiveOutcome::Next, LiveOutcome::Beyond)
         );
         // A look from before the fourth came changes nothing; one from after it fills the hole.
-        ring.show(&channel, &KEEP, log(e, 3), vec![]).wake();
+        ring.apply_snapshot(&channel, &KEEP, log(e, 3), vec![]).wake();
         assert_eq!(held(&ring), (1, 4, 4));
-        ring.show(&channel, &KEEP, log(e, 6), events(e, 4..=6)).wake();
+        ring.apply_snapshot(&channel, &KEEP, log(e, 6), events(e, 4..=6)).wake();
         assert_eq!(held(&ring), (1, 6, 6));
         // Too far ahead: the window begins anew at its head.
-        ring.show(&channel, &KEEP, log(e, 5000), events(e, 7..=300)).wake();
+        ring.apply_snapshot(&channel, &KEEP, log(e, 5000), events(e, 7..=300)).wake();
         assert_eq!(held(&ring), (5001, 5000, 0));
         for offset in 5001..6000 {
-            assert_eq!(ring.hear(event(e, offset), &KEEP), Heard::Next);
+            assert_eq!(ring.apply_live(event(e, offset), &KEEP), LiveOutcome::Next);
         }
         assert_eq!(held(&ring), (5999 - 255, 5999, 256));
     }
@@ -304,18 +315,18 @@ mod tests {
     fn another_term_empties_the_window() {
         let (mut ring, channel) = window();
         let (a, b) = (Epoch::random(), Epoch::random());
-        ring.show(&channel, &KEEP, log(a, 50), events(a, 1..=50)).wake();
-        let next = Extent { terms: vec![Term { epoch: a, end: 47 }], ..log(b, 49) };
-        assert_eq!(ring.hear(event(b, 49), &KEEP), Heard::Beyond);
-        ring.show(&channel, &KEEP, next, events(b, 48..=49)).wake();
+        ring.apply_snapshot(&channel, &KEEP, log(a, 50), events(a, 1..=50)).wake();
+        let next = LogBounds { terms: vec![Term { epoch: a, end: 47 }], ..log(b, 49) };
+        assert_eq!(ring.apply_live(event(b, 49), &KEEP), LiveOutcome::Beyond);
+        ring.apply_snapshot(&channel, &KEEP, next, events(b, 48..=49)).wake();
         assert_eq!(held(&ring), (48, 49, 2));
-        let crossing = |offset| ring.extent().resolve(&channel, Start::After(Position { epoch: a, offset }), 0).1;
+        let crossing = |offset| ring.bounds().resolve(&channel, Start::After(Position { epoch: a, offset }), 0).1;
         for had in [47, 50] {
             let gap = crossing(had).unwrap();
-            assert_eq!((gap.reason, gap.next), (Reason::Failover, Position { epoch: b, offset: 48 }));
+            assert_eq!((gap.reason, gap.next), (GapReason::Failover, Position { epoch: b, offset: 48 }));
         }
         assert_eq!(crossing(46), None, "it has one to read first");
-        ring.show(&channel, &KEEP, Extent::none(7, None), vec![]).wake();
+        ring.apply_snapshot(&channel, &KEEP, LogBounds::absent(7, None), vec![]).wake();
         assert!(ring.epoch().is_absent());
     }
 }

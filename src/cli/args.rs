@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 
 use super::connect::Base;
-use crate::{config::Override, duration, position::After};
+use crate::{config::Override, duration, token::AfterParam};
 
 const ABOUT: &str =
     "One bus, three ways in: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
@@ -494,7 +494,7 @@ deletes it; in Redis it writes four keys that expire within a minute.";
 /// A stream that begins at something unreadable begins at `now`, and says so with a gap: a program can go on from
 /// there, but whoever typed it wants to hear it.
 fn position(text: &str) -> Result<String, String> {
-    text.parse::<After>().map(|_| text.to_owned()).map_err(|error| error.to_string())
+    text.parse::<AfterParam>().map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 // === impl Cli, Serve ===

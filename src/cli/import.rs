@@ -25,17 +25,18 @@ use self::{
 use super::{Failure, args::ImportGanomede, note, output::Output};
 use crate::{
     app,
-    bus::{Bus, Clock, Keep},
+    bus::{Bus, Retention, WallClock},
+    channel::Channel,
     compat::ganomede::{Indices, consumer},
     config::{Adapter, Backend, Config},
     error::{Code, Error},
-    event::Channel,
     metrics::Metrics,
     position::Position,
 };
 
 /// What no channel has: the past is imported as it is, whatever is kept of it then.
-const EVERYTHING: Keep = Keep { count: 1 << 40, age: Duration::from_secs(200 * 365 * 24 * 60 * 60), bytes: 1 << 46 };
+const EVERYTHING: Retention =
+    Retention { count: 1 << 40, age: Duration::from_secs(200 * 365 * 24 * 60 * 60), bytes: 1 << 46 };
 
 /// How often progress is told.
 const TELL: Duration = Duration::from_secs(2);
@@ -243,9 +244,9 @@ impl Target {
         let clock = Arc::new(AtomicU64::new(0));
         let mut past = topics.clone();
         past.rules.clear();
-        past.keep = EVERYTHING;
-        let past = app::bus(&config, past, Clock::Manual(clock.clone()), metrics.clone()).await.map_err(away)?;
-        let bus = Arc::new(app::bus(&config, topics, Clock::System, metrics).await.map_err(away)?);
+        past.retention = EVERYTHING;
+        let past = app::bus(&config, past, WallClock::Manual(clock.clone()), metrics.clone()).await.map_err(away)?;
+        let bus = Arc::new(app::bus(&config, topics, WallClock::System, metrics).await.map_err(away)?);
         Ok(Target { bus, past, clock, event_limit: config.limits.event })
     }
 

@@ -5,7 +5,7 @@ use std::io::{self, StdoutLock, Write as _};
 use serde_json::value::RawValue;
 
 use super::Failure;
-use crate::event::write_json_line;
+use crate::json::write_json_line;
 
 /// Standard output, written when [`flush`](Output::flush)ed.
 pub struct Output(io::BufWriter<StdoutLock<'static>>);

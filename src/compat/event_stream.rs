@@ -14,9 +14,11 @@ use super::{Adapter, Parts, form::Form};
 use crate::{
     auth::Identity,
     bus::{Format, Subscriptions, index},
+    channel::Channel,
     config::{Template, fill},
-    error::{Again, Code, Error, Result},
-    event::{Channel, Event, read_json_str},
+    error::{Code, Error, Result, Retry},
+    event::Event,
+    json::read_json_str,
     net::{chunk, stream::StreamOutput},
     position::Start,
     transport::{
@@ -87,7 +89,7 @@ async fn answer(State(it): State<Arc<EventStream>>, request: Request<Body>) -> R
     match it.stream(&head).await {
         Ok(answer) => answer,
         // Any other status would end an EventSource for good.
-        Err(error) if error.code().again() == Again::Yes => refusal(&error),
+        Err(error) if error.code().retry() == Retry::Yes => refusal(&error),
         Err(error) => {
             let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             refused(status, format!("{}\n", error.detail()))

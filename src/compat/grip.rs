@@ -39,9 +39,9 @@ use self::{
 };
 use super::{Adapter, Parts};
 use crate::{
+    channel::Channel,
     config::GripRoute,
     error::{Error, Result},
-    event::Channel,
     net::server::PeerAddr,
     transport::subscription_stream::Holding,
 };

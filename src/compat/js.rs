@@ -2,7 +2,7 @@
 
 use serde_json::{Number, Value};
 
-use crate::event::write_json_str;
+use crate::json::write_json_str;
 
 /// `String(value)`, which is also `value + ""`.
 pub fn text(value: &Value) -> String {

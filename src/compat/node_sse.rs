@@ -24,9 +24,10 @@ use tokio_util::task::AbortOnDropHandle;
 use self::{presence::Presence, subscribe::Known};
 use super::{Adapter, Parts, form::Form};
 use crate::{
+    channel::Channel,
     config::Backend,
-    error::{Again, Error},
-    event::{self, Channel, Draft},
+    error::{Error, Retry},
+    event::{self, Draft},
     transport::{sse, subscription_stream::Holding},
 };
 
@@ -85,7 +86,7 @@ async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Respo
         Err(Refusal::Text(text)) => wire::bad_request(text),
         Err(Refusal::Page(status, text)) => wire::page(status, &text),
         // Any other status would end an EventSource for good.
-        Err(Refusal::Weir(error)) if streams && error.code().again() == Again::Yes => sse::refusal(&error),
+        Err(Refusal::Weir(error)) if streams && error.code().retry() == Retry::Yes => sse::refusal(&error),
         Err(Refusal::Weir(error)) => wire::failure(&error),
     };
     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
@@ -98,7 +99,7 @@ impl NodeSse {
         if self.parts.config.bus.backend == Backend::Memory {
             return Ok(self.clients.fetch_add(1, Relaxed) + 1);
         }
-        let draft = Draft::new(event::Parts::default(), self.parts.config.limits.event)?;
+        let draft = Draft::new(event::DraftParts::default(), self.parts.config.limits.event)?;
         Ok(self.parts.bus.publish_one("", &Channel::parse(CLIENTS)?, draft).await?.position.offset)
     }
 

@@ -9,7 +9,7 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use crate::event::{Text, write_json_str};
+use crate::json::{JsonStr, write_json_str};
 
 /// What a client sends.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub enum Kind {
 /// An event and its first argument, borrowed from the text they came in.
 #[derive(Debug)]
 pub struct Event<'a> {
-    pub name: Text<'a>,
+    pub name: JsonStr<'a>,
     pub argument: Option<&'a RawValue>,
 }
 

@@ -3,8 +3,9 @@
 use serde_json::value::RawValue;
 
 use crate::{
+    channel::{MAX_LABEL, check_label},
     error::{Code, Error, Result},
-    event::{MAX_LABEL, label, write_json_line, write_json_str},
+    json::{write_json_line, write_json_str},
 };
 
 /// A client as it says it is: its name, and whatever others are to know of it.
@@ -27,7 +28,7 @@ pub struct About {
 impl Client {
     /// Reads a name as a client wrote it (1 to 128 bytes) and JSON of at most `most` bytes (`limits.present_info`).
     pub fn read(name: &str, info: Option<&RawValue>, most: usize) -> Result<Self> {
-        label("the client that is present", name)?;
+        check_label("the client that is present", name)?;
         if let Some(info) = info
             && info.get().len() > most
         {

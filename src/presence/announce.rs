@@ -12,9 +12,10 @@ use super::{
     pause,
 };
 use crate::{
-    bus::Limit,
-    error::{Again, Result},
-    event::{Channel, Data, Draft, PRESENCE, Parts},
+    bus::ReadLimit,
+    channel::{Channel, PRESENCE},
+    error::{Result, Retry},
+    event::{Draft, DraftParts, EventData},
     position::{Position, Start},
 };
 
@@ -126,12 +127,13 @@ impl Presence {
         let json = RawValue::from_string(json).map_err(crate::error::Error::internal)?;
         // Whether an attempt was placed may not be known: with a key the next one places it at most once.
         let key = format!("{:016x}", fastrand::u64(..));
-        let parts = Parts { kind: Some(kind), data: Data::Json(&json), key: Some(&key), ..Parts::default() };
+        let parts =
+            DraftParts { kind: Some(kind), data: EventData::Json(&json), key: Some(&key), ..DraftParts::default() };
         let draft = Draft::new(parts, self.config.event)?;
         loop {
             match self.bus.publish_one("", on, draft.clone()).await {
                 Ok(placed) => return Ok(Some(placed.position)),
-                Err(error) if error.code().again() == Again::No => return Err(error),
+                Err(error) if error.code().retry() == Retry::No => return Err(error),
                 Err(error) => tracing::debug!(%on, %error, "not announced yet"),
             }
             pause(RETRY).await;
@@ -185,7 +187,7 @@ impl Presence {
 
     /// The channel that it is about, and where it says so.
     async fn end(&self, on: Channel) -> Result<Option<(Channel, Position)>> {
-        let last = self.bus.read(&on, Start::Last(1), Limit { events: 1, bytes: 0 }, None).await?;
+        let last = self.bus.read(&on, Start::Last(1), ReadLimit { events: 1, bytes: 0 }, None).await?;
         let is_ended = |event: &&Arc<crate::event::Event>| event.data_json() == Some(ALL_GONE);
         let at = match last.events.last().filter(is_ended) {
             Some(event) => Some(event.position()),

@@ -10,7 +10,7 @@ use foldhash::fast::RandomState;
 use indexmap::IndexSet;
 
 use super::about::About;
-use crate::{cluster::NodeId, event::Channel, position::Position};
+use crate::{channel::Channel, cluster::NodeId, position::Position};
 
 /// Milliseconds for which a change has to last before it is announced: who comes back within it was not away.
 pub const WINDOW: u64 = 250;

@@ -15,8 +15,8 @@ use super::{
     wire::{self, Mails, Note},
 };
 use crate::{
+    channel::Channel,
     cluster::{Incoming, Member, NodeId, Sent, Topic, Weight},
-    event::Channel,
     position::Position,
 };
 

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, Bytes};
 
 use super::{about::About, book::Name};
-use crate::{event::Channel, position::Position};
+use crate::{channel::Channel, position::Position};
 
 /// What this node writes, and the highest that it reads. A note with an unknown tag is left out.
 const VERSION: u8 = 1;

@@ -17,9 +17,9 @@ use super::{
     services::{After, Done, New, Request, Service},
 };
 use crate::{
+    channel::check_label,
     duration,
     error::{Code, Error, Result},
-    event::label,
     metrics::Outcome,
 };
 
@@ -388,7 +388,7 @@ impl Hub {
     /// Refuses what cannot be called. Returns the timeout in milliseconds.
     fn check(&self, call: &Call<'_>) -> Result<u32> {
         if call.as_sent.is_none() {
-            label("method", call.method)?;
+            check_label("method", call.method)?;
         }
         let most = self.config.max_timeout;
         let timeout = call.timeout.unwrap_or_else(|| self.config.timeout.min(most));

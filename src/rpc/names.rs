@@ -7,7 +7,7 @@ use super::{
     route::no_provider,
     services::{Request, Service, State},
 };
-use crate::{error::Result, event::label};
+use crate::{channel::check_label, error::Result};
 
 impl Hub {
     fn shard(&self, name: &str) -> &Shard {
@@ -35,7 +35,7 @@ impl Hub {
         if let Some(service) = self.find(name) {
             return Ok(service);
         }
-        label("service", name)?;
+        check_label("service", name)?;
         match request.wait {
             Some(1..) => Ok(self.find_or_create(name)),
             _ => Err(no_provider(name)),

@@ -21,9 +21,9 @@ use super::{
     services::Service,
 };
 use crate::{
+    channel::check_label,
     cluster::{Claim, Lease, NodeId, Sent, Topic, Unclaimed, Weight},
     error::{Code, Error, Result},
-    event::label,
 };
 
 /// How long a name may be held by a node that does not answer: longer than its lease.
@@ -177,12 +177,12 @@ fn mine(conn: &Arc<Conn>, service: &Arc<Service>) -> Option<u32> {
 }
 
 fn check(ask: &ProvideRequest<'_>) -> Result<()> {
-    label("service", ask.service)?;
+    check_label("service", ask.service)?;
     if ["weir", "rpc.", "$"].iter().any(|own| ask.service.starts_with(own)) {
         return Err(Error::params("names of services do not begin with weir, rpc. or $"));
     }
     for method in ask.methods {
-        label("method", method)?;
+        check_label("method", method)?;
     }
     if ask.methods.len() > 1_000 {
         return Err(Error::params("a provider declares at most 1000 methods"));

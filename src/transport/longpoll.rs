@@ -12,13 +12,15 @@ use tokio_util::sync::CancellationToken;
 use super::query::{Begin, Query};
 use crate::{
     auth::Identity,
-    bus::{Bus, Filter, Format, Gap, Limit, Page, Subscriptions},
+    bus::{Bus, Filter, Format, Gap, LogPage, ReadLimit, Subscriptions},
+    channel::Channel,
     config::Limits,
     duration,
     error::{Code, Error, Result},
-    event::{Channel, Text, write_json_str},
+    json::{JsonStr, write_json_str},
     metrics::{Metrics, Transport},
-    position::{After, Position, Start, Token},
+    position::{Position, Start},
+    token::{AfterParam, ResumeToken},
 };
 
 const DEFAULT_LIMIT: usize = 100;
@@ -31,7 +33,7 @@ pub struct Reading {
     channels: Vec<Channel>,
     begin: Begin,
     filter: Option<Filter>,
-    limit: Limit,
+    limit: ReadLimit,
     wait: Duration,
     /// Events to wait for.
     min: usize,
@@ -71,22 +73,22 @@ pub struct Answer {
 #[serde(deny_unknown_fields)]
 struct Asked<'a> {
     #[serde(borrow, default)]
-    channels: Vec<Text<'a>>,
+    channels: Vec<JsonStr<'a>>,
     #[serde(borrow)]
-    after: Option<Text<'a>>,
+    after: Option<JsonStr<'a>>,
     last: Option<u64>,
     #[serde(borrow, default, rename = "type")]
-    kinds: Vec<Text<'a>>,
+    kinds: Vec<JsonStr<'a>>,
     limit: Option<u64>,
     #[serde(borrow)]
-    wait: Option<Text<'a>>,
+    wait: Option<JsonStr<'a>>,
     min: Option<u64>,
     #[serde(borrow)]
-    consumer: Option<Text<'a>>,
+    consumer: Option<JsonStr<'a>>,
     #[serde(borrow)]
-    start: Option<Text<'a>>,
+    start: Option<JsonStr<'a>>,
     #[serde(borrow)]
-    commit: Option<Text<'a>>,
+    commit: Option<JsonStr<'a>>,
 }
 
 // === impl Reading ===
@@ -99,11 +101,11 @@ impl Reading {
         let kinds = query.types()?;
         let asked = Asked {
             limit: query.number("limit")?,
-            wait: query.take("wait")?.map(Text),
+            wait: query.take("wait")?.map(JsonStr),
             min: query.number("min")?,
-            consumer: query.take("consumer")?.map(Text),
-            start: query.take("start")?.map(Text),
-            commit: query.take("commit")?.map(Text),
+            consumer: query.take("consumer")?.map(JsonStr),
+            start: query.take("start")?.map(JsonStr),
+            commit: query.take("commit")?.map(JsonStr),
             ..Asked::default()
         };
         query.finish()?;
@@ -112,7 +114,7 @@ impl Reading {
 
     /// From the params of `weir.read`: the same names, `channels` and `type` being lists.
     pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
-        let mut asked: Asked<'_> = crate::event::parse(params)?;
+        let mut asked: Asked<'_> = crate::json::parse_json(params)?;
         let mut channels = Vec::new();
         for name in std::mem::take(&mut asked.channels) {
             let channel = Channel::parse(&name)?;
@@ -180,7 +182,7 @@ impl Reading {
             None => None,
         };
         let filter = Filter::new(kinds)?;
-        let limit = Limit { events, bytes: limits.page_bytes };
+        let limit = ReadLimit { events, bytes: limits.page_bytes };
         Ok(Reading { channels, begin, filter, limit, wait, min, consumer })
     }
 
@@ -347,8 +349,8 @@ impl Reading {
     }
 
     /// What still fits, of `share` events.
-    fn left(&self, answer: &Answer, share: usize) -> Limit {
-        Limit {
+    fn left(&self, answer: &Answer, share: usize) -> ReadLimit {
+        ReadLimit {
             events: share.min(self.limit.events.saturating_sub(answer.count)),
             bytes: self.limit.bytes.saturating_sub(answer.events.len()),
         }
@@ -372,7 +374,7 @@ impl Reading {
         // Either has only characters that JSON leaves alone.
         match *answer.next {
             [position] => position.write(out),
-            _ => out.extend_from_slice(Token::encode(&self.channels, &answer.next).as_bytes()),
+            _ => out.extend_from_slice(ResumeToken::encode(&self.channels, &answer.next).as_bytes()),
         }
         out.extend_from_slice(br#"","more":"#);
         out.extend_from_slice(if answer.more { b"true" } else { b"false" });
@@ -406,7 +408,7 @@ impl Answer {
 
     /// Adds what was read of a channel. A gap comes before all of it: one that would stand behind something of the same
     /// channel is left for the next answer, and so is what follows it. Then false.
-    fn take(&mut self, at: usize, channel: &Channel, page: Page) -> bool {
+    fn take(&mut self, at: usize, channel: &Channel, page: LogPage) -> bool {
         if page.gap.is_some() && self.told[at] {
             (self.cut, self.more) = (true, true);
             return false;
@@ -432,8 +434,8 @@ impl Answer {
 /// Moves the cursors of `consumer` forward to `after`, a token of these channels or the position of the only one.
 pub async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str) -> Result<()> {
     let unreadable = |error| Error::new(Code::InvalidPosition, format!("after is {error}"));
-    let after: After = after.parse().map_err(unreadable)?;
-    if !matches!(after, After::Position(_) | After::Token(_)) {
+    let after: AfterParam = after.parse().map_err(unreadable)?;
+    if !matches!(after, AfterParam::Position(_) | AfterParam::Token(_)) {
         return Err(Error::params("a consumer commits a position or a token; seek is the way to anywhere else"));
     }
     let starts = after.starts(channels)?;

@@ -6,9 +6,10 @@ use serde_json::value::RawValue;
 use super::query::{Query, hex, unhex};
 use crate::{
     auth::Identity,
+    channel::Channel,
     config::Limits,
     error::{Error, Result},
-    event::{Channel, Text, write_json_str},
+    json::{JsonStr, write_json_str},
     presence::{Client, Listed, Presence},
 };
 
@@ -32,12 +33,12 @@ pub struct Asking {
 #[serde(deny_unknown_fields)]
 struct Asked<'a> {
     #[serde(borrow)]
-    channel: Text<'a>,
+    channel: JsonStr<'a>,
     #[serde(default)]
     count: bool,
     limit: Option<u64>,
     #[serde(borrow)]
-    page: Option<Text<'a>>,
+    page: Option<JsonStr<'a>>,
 }
 
 /// `"present":{"client":"c1","info":{}}`, as written.
@@ -45,7 +46,7 @@ struct Asked<'a> {
 #[serde(deny_unknown_fields)]
 pub struct Present<'a> {
     #[serde(borrow)]
-    client: Text<'a>,
+    client: JsonStr<'a>,
     #[serde(borrow)]
     info: Option<&'a RawValue>,
 }
@@ -68,7 +69,7 @@ impl Asking {
 
     /// From the params of `weir.presence`.
     pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
-        let asked: Asked<'_> = crate::event::parse(params)?;
+        let asked: Asked<'_> = crate::json::parse_json(params)?;
         let channel = Channel::parse(&asked.channel)?;
         Self::check(channel, asked.count, asked.limit, asked.page.as_deref(), limits)
     }

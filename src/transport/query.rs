@@ -3,9 +3,10 @@
 use std::{borrow::Cow, time::Duration};
 
 use crate::{
+    channel::{Channel, check_label},
     error::{Code, Error, Result},
-    event::{Channel, label},
-    position::{After, Start},
+    position::Start,
+    token::AfterParam,
 };
 
 /// Most parameters in one URL. More than any request needs, few enough to search through one by one.
@@ -133,7 +134,7 @@ impl<'a> Query<'a> {
     /// The repeated `type`.
     pub fn types(&mut self) -> Result<Vec<String>> {
         let types = self.take_all("type");
-        types.iter().try_for_each(|kind| label("type", kind))?;
+        types.iter().try_for_each(|kind| check_label("type", kind))?;
         Ok(types.into_iter().map(Cow::into_owned).collect())
     }
 
@@ -194,7 +195,7 @@ impl Begin {
             Begin::Unsaid => Ok(vec![default; channels.len()]),
             Begin::Last(last) => Ok(vec![Start::Last(*last); channels.len()]),
             Begin::After(text) => {
-                let after: After =
+                let after: AfterParam =
                     text.parse().map_err(|error| Error::new(Code::InvalidPosition, format!("after is {error}")))?;
                 after.starts(channels)
             }

@@ -14,9 +14,9 @@ use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
 use self::stream::{Ids, Stream};
 use crate::{
     auth::Identity,
-    bus::{Bus, Filter, Format, Gap, Reason, Subscriptions},
-    error::{Again, Code, Error, Result},
-    event::Channel,
+    bus::{Bus, Filter, Format, Gap, GapReason, Subscriptions},
+    channel::Channel,
+    error::{Code, Error, Result, Retry},
     metrics::{Label as _, Metrics, Transport},
     net::server::PeerAddr,
     net::{chunk, stream::StreamResponse, timer::TimerWheel},
@@ -148,7 +148,7 @@ impl Sse {
     /// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
     pub async fn open(self: &Arc<Self>, identity: &Identity, head: &Parts) -> Result<Response> {
         match self.try_open(identity, head).await {
-            Err(error) if error.code().again() == Again::Yes => Ok(refusal(&error)),
+            Err(error) if error.code().retry() == Retry::Yes => Ok(refusal(&error)),
             opened => opened,
         }
     }
@@ -246,7 +246,7 @@ impl Sse {
 /// The reader said where it was, and nobody understood. It goes on at `at`.
 fn bad_position(channel: Channel, at: Position) -> Gap {
     let next = if at.epoch.is_absent() { at } else { Position { offset: at.offset + 1, ..at } };
-    Gap { channel, reason: Reason::BadPosition, after: None, next, missed: None }
+    Gap { channel, reason: GapReason::BadPosition, after: None, next, missed: None }
 }
 
 #[cfg(test)]

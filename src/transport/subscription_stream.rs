@@ -20,7 +20,7 @@ use http::Response;
 
 use crate::{
     auth::Identity,
-    bus::{Delivery, Gap, Item, Subscriptions},
+    bus::{Delivery, DeliveryItem, Gap, Subscriptions},
     error::Code,
     metrics::{Connected, Metrics, Transport},
     net::{
@@ -246,12 +246,12 @@ impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
                 }
                 let Some(Delivery { slot, item }) = self.subs.take() else { break Progress::Idle };
                 let then = match item {
-                    Item::Events { bytes, count } => {
+                    DeliveryItem::Events { bytes, count } => {
                         self.events += count;
                         self.bytes += bytes.len() as u64;
                         self.voice.events(slot, bytes, count, out)
                     }
-                    Item::Gap(gap) => {
+                    DeliveryItem::Gap(gap) => {
                         self.holding.metrics.gap(gap.reason.as_str());
                         self.voice.gap(&gap, out)
                     }
@@ -302,8 +302,9 @@ mod tests {
     use super::*;
     use crate::{
         backend::memory::Memory,
-        bus::{Bus, Clock, Config, Format, Keep, KeyLimits, Topics, index},
-        event::{Channel, Data, Draft, Parts},
+        bus::{Bus, Config, Format, KeyLimits, Retention, Topics, WallClock, index},
+        channel::Channel,
+        event::{Draft, DraftParts, EventData},
         net::stream,
         position::Start,
     };
@@ -349,14 +350,14 @@ mod tests {
         fn new() -> Self {
             let config = Config {
                 rules: Vec::new(),
-                keep: Keep { count: 5, age: Duration::from_secs(60), bytes: 1 << 20 },
+                retention: Retention { count: 5, age: Duration::from_secs(60), bytes: 1 << 20 },
                 budget: 1 << 24,
                 keys: KeyLimits { window: Duration::from_secs(60), count: 10 },
                 consumer_idle: Duration::from_secs(60),
                 max_consumers: 1,
                 max_cursors: 1,
             };
-            let topics = Arc::new(Topics::new(config, Clock::System));
+            let topics = Arc::new(Topics::new(config, WallClock::System));
             let bus = Bus::new(Arc::new(Memory::new(topics.clone())), topics);
             let (wheel, metrics) = (TimerWheel::start(), Arc::new(Metrics::new()));
             let holding = Arc::new(Holding {
@@ -379,7 +380,7 @@ mod tests {
         }
 
         async fn publish(&self, channel: usize, text: &str) {
-            let draft = Draft::new(Parts { data: Data::Text(text), ..Parts::default() }, 1000).unwrap();
+            let draft = Draft::new(DraftParts { data: EventData::Text(text), ..DraftParts::default() }, 1000).unwrap();
             self.bus.publish_one("", &self.channels[channel], draft).await.unwrap();
         }
     }

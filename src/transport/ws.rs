@@ -27,9 +27,9 @@ use self::{
 use crate::{
     auth::Identity,
     bus::{Bus, Filter, Watch},
+    channel::Channel,
     config::Config,
     error::{Code, Error, Result},
-    event::Channel,
     metrics::{Label as _, Metrics, Transport},
     net::{hijack::Hijack, timer::TimerWheel, websocket::handshake::Handshake},
     position::Start,

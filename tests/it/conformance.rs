@@ -22,8 +22,9 @@ use weir::{
         },
     },
     bus::*,
+    channel::Channel,
     error::Code,
-    event::{Channel, Data, Draft, Event, Parts},
+    event::{Draft, DraftParts, Event, EventData},
     metrics::Metrics,
     pattern::Pattern,
     position::{Epoch, Position, Start},
@@ -33,15 +34,15 @@ use crate::redis::servers::{Cluster, Sentinel, Server};
 
 /// A bus over the backend under test.
 trait Harness: Sync + Send + 'static {
-    fn start(keep: Keep) -> impl Future<Output = Self> + Send;
+    fn start(keep: Retention) -> impl Future<Output = Self> + Send;
     fn bus(&self) -> &Arc<Bus>;
     /// Lets time go by, and the housekeeping run.
     fn pass(&self, time: Duration) -> impl Future<Output = ()> + Send;
 }
 
-const KEEP: Keep = Keep { count: 1000, age: Duration::from_secs(3600), bytes: 1 << 20 };
+const KEEP: Retention = Retention { count: 1000, age: Duration::from_secs(3600), bytes: 1 << 20 };
 const WINDOW: Duration = Duration::from_secs(300);
-const ALL: Limit = Limit { events: 1000, bytes: 1 << 20 };
+const ALL: ReadLimit = ReadLimit { events: 1000, bytes: 1 << 20 };
 
 /// Frames that are lines of JSON.
 static LINES: Format = Format {
@@ -65,7 +66,7 @@ fn draft(n: u64) -> Draft {
 fn keyed(n: u64, key: Option<&str>) -> Draft {
     let data = RawValue::from_string(n.to_string()).unwrap();
     let kind = if n.is_multiple_of(3) { "third" } else { "other" };
-    let parts = Parts { kind: Some(kind), data: Data::Json(&data), key, ..Parts::default() };
+    let parts = DraftParts { kind: Some(kind), data: EventData::Json(&data), key, ..DraftParts::default() };
     Draft::new(parts, 1_000_000).unwrap()
 }
 
@@ -85,11 +86,11 @@ async fn fill(bus: &Bus, name: &str, numbers: std::ops::RangeInclusive<u64>) -> 
     placed
 }
 
-async fn read(bus: &Bus, name: &str, start: Start) -> Page {
+async fn read(bus: &Bus, name: &str, start: Start) -> LogPage {
     bus.read(&channel(name), start, ALL, None).await.unwrap()
 }
 
-fn numbers(page: &Page) -> Vec<u64> {
+fn numbers(page: &LogPage) -> Vec<u64> {
     page.events.iter().map(|event| number(event)).collect()
 }
 
@@ -125,7 +126,7 @@ async fn pages_follow_each_other<H: Harness>() {
     fill(h.bus(), "a", 1..=25).await;
     let (mut start, mut seen) = (Start::Earliest, Vec::new());
     loop {
-        let page = h.bus().read(&channel("a"), start, Limit { events: 10, bytes: 1 << 20 }, None).await.unwrap();
+        let page = h.bus().read(&channel("a"), start, ReadLimit { events: 10, bytes: 1 << 20 }, None).await.unwrap();
         assert_eq!(page.gap, None);
         seen.extend(numbers(&page));
         start = Start::After(page.next);
@@ -134,7 +135,7 @@ async fn pages_follow_each_other<H: Harness>() {
         }
     }
     assert_eq!(seen, (1..=25).collect::<Vec<_>>());
-    let small = h.bus().read(&channel("a"), Start::Earliest, Limit { events: 10, bytes: 1 }, None).await.unwrap();
+    let small = h.bus().read(&channel("a"), Start::Earliest, ReadLimit { events: 10, bytes: 1 }, None).await.unwrap();
     assert_eq!(numbers(&small), [1], "at least one, whatever its size");
     assert_eq!(numbers(&read(h.bus(), "a", Start::Last(3)).await), [23, 24, 25]);
     assert_eq!(numbers(&read(h.bus(), "a", Start::Last(100)).await).len(), 25);
@@ -149,7 +150,7 @@ async fn a_filter_moves_the_position<H: Harness>() {
     let page = h.bus().read(&channel("a"), Start::Earliest, ALL, Some(&filter)).await.unwrap();
     assert_eq!(numbers(&page), [3, 6, 9, 12, 15, 18]);
     assert_eq!((page.next.offset, page.more), (20, false));
-    let two = Limit { events: 2, ..ALL };
+    let two = ReadLimit { events: 2, ..ALL };
     let page = h.bus().read(&channel("a"), Start::Earliest, two, Some(&filter)).await.unwrap();
     assert_eq!(numbers(&page), [3, 6]);
     assert!(page.more && page.next.offset < 9);
@@ -188,14 +189,14 @@ async fn a_deleted_log_is_announced<H: Harness>() {
     h.bus().remove(&channel("a"), None).await.unwrap();
     let page = read(h.bus(), "a", Start::After(placed[0].position)).await;
     let gap = page.gap.unwrap();
-    assert_eq!((gap.reason, gap.after), (Reason::Deleted, Some(placed[0].position)));
+    assert_eq!((gap.reason, gap.after), (GapReason::Deleted, Some(placed[0].position)));
     assert!(gap.next.epoch.is_absent() && page.events.is_empty());
     let absent = page.next;
     let reborn = place(h.bus(), "a", 4).await;
     assert_eq!(reborn.position.offset, 1);
     assert_ne!(reborn.position.epoch, placed[0].position.epoch);
     let page = read(h.bus(), "a", Start::After(placed[1].position)).await;
-    assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![4], Reason::Deleted));
+    assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![4], GapReason::Deleted));
     for nothing_missed in [placed[2].position, absent] {
         let page = read(h.bus(), "a", Start::After(nothing_missed)).await;
         assert_eq!((numbers(&page), page.gap), (vec![4], None));
@@ -209,13 +210,13 @@ async fn an_absent_position_does_not_outlive_a_log<H: Harness>() {
     h.bus().remove(&channel("a"), None).await.unwrap();
     for _ in 0..2 {
         let gap = read(h.bus(), "a", Start::After(before)).await.gap.unwrap();
-        assert_eq!((gap.reason, gap.missed), (Reason::Reset, None));
+        assert_eq!((gap.reason, gap.missed), (GapReason::Reset, None));
         place(h.bus(), "a", 2).await;
     }
 }
 
 async fn an_idle_channel_is_reclaimed_and_reborn<H: Harness>() {
-    let h = H::start(Keep { age: Duration::from_secs(10), ..KEEP }).await;
+    let h = H::start(Retention { age: Duration::from_secs(10), ..KEEP }).await;
     let before = read(h.bus(), "a", Start::Now).await.next;
     let placed = fill(h.bus(), "a", 1..=2).await;
     h.pass(Duration::from_secs(11)).await;
@@ -226,15 +227,15 @@ async fn an_idle_channel_is_reclaimed_and_reborn<H: Harness>() {
     assert!(absent.epoch.is_absent());
     let reborn = place(h.bus(), "a", 3).await;
     assert_eq!(reborn.position.offset, 1);
-    let gap = |page: Page| page.gap.map(|gap| gap.reason);
-    assert_eq!(gap(read(h.bus(), "a", Start::After(before)).await), Some(Reason::Reset));
-    assert_eq!(gap(read(h.bus(), "a", Start::After(placed[0].position)).await), Some(Reason::Reset));
+    let gap = |page: LogPage| page.gap.map(|gap| gap.reason);
+    assert_eq!(gap(read(h.bus(), "a", Start::After(before)).await), Some(GapReason::Reset));
+    assert_eq!(gap(read(h.bus(), "a", Start::After(placed[0].position)).await), Some(GapReason::Reset));
     assert_eq!(gap(read(h.bus(), "a", Start::After(placed[1].position)).await), None, "it had everything");
     assert_eq!(gap(read(h.bus(), "a", Start::After(absent)).await), None);
 }
 
 async fn a_reader_keeps_its_channel<H: Harness>() {
-    let h = H::start(Keep { age: Duration::from_secs(10), ..KEEP }).await;
+    let h = H::start(Retention { age: Duration::from_secs(10), ..KEEP }).await;
     place(h.bus(), "a", 1).await;
     let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
     h.pass(Duration::from_secs(500)).await;
@@ -247,11 +248,11 @@ async fn a_reader_keeps_its_channel<H: Harness>() {
 // === gaps ===
 
 async fn what_is_trimmed_is_announced<H: Harness>() {
-    let h = H::start(Keep { count: 10, ..KEEP }).await;
+    let h = H::start(Retention { count: 10, ..KEEP }).await;
     let placed = fill(h.bus(), "a", 1..=30).await;
     let page = read(h.bus(), "a", Start::After(placed[4].position)).await;
     let gap = page.gap.clone().unwrap();
-    assert_eq!(gap.reason, Reason::Trimmed);
+    assert_eq!(gap.reason, GapReason::Trimmed);
     assert_eq!((gap.next, gap.missed), (placed[20].position, Some(15)));
     assert_eq!(gap.resume(), placed[19].position);
     assert_eq!(numbers(&page), (21..=30).collect::<Vec<_>>());
@@ -260,7 +261,7 @@ async fn what_is_trimmed_is_announced<H: Harness>() {
 }
 
 async fn retention_by_age_and_bytes<H: Harness>() {
-    let h = H::start(Keep { age: Duration::from_secs(60), bytes: 2000, count: 1000 }).await;
+    let h = H::start(Retention { age: Duration::from_secs(60), bytes: 2000, count: 1000 }).await;
     fill(h.bus(), "a", 1..=100).await;
     let info = h.bus().inspect(&channel("a")).await.unwrap();
     assert!(info.bytes <= 2000 && info.first > 1 && info.top == 100, "{info:?}");
@@ -274,16 +275,16 @@ async fn positions_that_prove_nothing<H: Harness>() {
     let h = H::start(KEEP).await;
     let placed = fill(h.bus(), "a", 1..=3).await;
     let epoch = placed[0].position.epoch;
-    let gap = |page: Page| page.gap.map(|gap| (gap.reason, gap.next.offset));
+    let gap = |page: LogPage| page.gap.map(|gap| (gap.reason, gap.next.offset));
     let ahead = Start::After(Position { epoch, offset: 9 });
-    assert_eq!(gap(read(h.bus(), "a", ahead).await), Some((Reason::BadPosition, 4)));
-    assert_eq!(gap(read(h.bus(), "a", Start::AfterOffset(9)).await), Some((Reason::BadPosition, 4)));
+    assert_eq!(gap(read(h.bus(), "a", ahead).await), Some((GapReason::BadPosition, 4)));
+    assert_eq!(gap(read(h.bus(), "a", Start::AfterOffset(9)).await), Some((GapReason::BadPosition, 4)));
     let unknown = Start::After(Position { epoch: Epoch::random(), offset: 1 });
-    assert_eq!(gap(read(h.bus(), "a", unknown).await), Some((Reason::Reset, 1)));
+    assert_eq!(gap(read(h.bus(), "a", unknown).await), Some((GapReason::Reset, 1)));
     let ancient = Start::After(Position::absent(1_000_000));
-    assert_eq!(gap(read(h.bus(), "a", ancient).await), Some((Reason::Reset, 1)));
+    assert_eq!(gap(read(h.bus(), "a", ancient).await), Some((GapReason::Reset, 1)));
     let page = read(h.bus(), "never", Start::After(Position { epoch, offset: 1 })).await;
-    assert_eq!(page.gap.unwrap().reason, Reason::Reset);
+    assert_eq!(page.gap.unwrap().reason, GapReason::Reset);
 }
 
 async fn trimming_by_hand<H: Harness>() {
@@ -292,7 +293,7 @@ async fn trimming_by_hand<H: Harness>() {
     h.bus().remove(&channel("a"), Some(placed[3].position)).await.unwrap();
     assert_eq!(numbers(&read(h.bus(), "a", Start::Earliest).await), [4, 5]);
     let gap = read(h.bus(), "a", Start::After(placed[0].position)).await.gap.unwrap();
-    assert_eq!((gap.reason, gap.missed), (Reason::Deleted, Some(2)));
+    assert_eq!((gap.reason, gap.missed), (GapReason::Deleted, Some(2)));
     let foreign = Position { epoch: Epoch::random(), offset: 1 };
     let refused = h.bus().remove(&channel("a"), Some(foreign)).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidPosition);
@@ -351,7 +352,8 @@ async fn cursors_go_forward<H: Harness>() {
     assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(reborn.position), "a new life is later");
     assert_eq!(bus.consumer("c").await.unwrap().unwrap().cursors, [(a.clone(), reborn.position)]);
     bus.seek("d", &channel("b"), absent).await.unwrap();
-    let names = |list: Vec<Consumer>| list.into_iter().map(|consumer| consumer.name.to_string()).collect::<Vec<_>>();
+    let names =
+        |list: Vec<ConsumerInfo>| list.into_iter().map(|consumer| consumer.name.to_string()).collect::<Vec<_>>();
     assert_eq!(names(bus.consumers("", None, 10).await.unwrap()), ["c", "d"]);
     assert_eq!(names(bus.consumers("", Some("c"), 10).await.unwrap()), ["d"]);
     assert!(bus.forget("c").await.unwrap() && !bus.forget("c").await.unwrap());
@@ -364,7 +366,7 @@ async fn channels_are_listed_by_name<H: Harness>() {
     for name in ["b", "a/2", "a/1", "c", "a/3"] {
         place(h.bus(), name, 1).await;
     }
-    let names = |list: Vec<Info>| list.into_iter().map(|info| info.channel.to_string()).collect::<Vec<_>>();
+    let names = |list: Vec<ChannelInfo>| list.into_iter().map(|info| info.channel.to_string()).collect::<Vec<_>>();
     assert_eq!(names(h.bus().list("a/", None, 2).await.unwrap()), ["a/1", "a/2"]);
     assert_eq!(names(h.bus().list("a/", Some("a/2"), 2).await.unwrap()), ["a/3"]);
     assert_eq!(names(h.bus().list("", None, 10).await.unwrap()).len(), 5);
@@ -410,8 +412,8 @@ impl Reader {
 
     fn take(&mut self, delivery: Delivery) {
         match delivery.item {
-            Item::Gap(gap) => self.log.gaps.push(gap),
-            Item::Events { bytes, count } => {
+            DeliveryItem::Gap(gap) => self.log.gaps.push(gap),
+            DeliveryItem::Events { bytes, count } => {
                 let lines: Vec<&str> = std::str::from_utf8(&bytes).unwrap().lines().collect();
                 assert_eq!(lines.len(), count as usize);
                 for line in lines {
@@ -466,7 +468,7 @@ async fn a_live_reader_gets_what_comes<H: Harness>() {
 }
 
 async fn a_slow_reader_is_told_what_it_missed<H: Harness>() {
-    let h = H::start(Keep { count: 10, ..KEEP }).await;
+    let h = H::start(Retention { count: 10, ..KEEP }).await;
     let first = place(h.bus(), "a", 1).await;
     let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
     fill(h.bus(), "a", 2..=50).await;
@@ -547,7 +549,7 @@ struct Storm {
 }
 
 async fn storm<H: Harness>(storm: Storm) {
-    let h = H::start(Keep { count: storm.keep, ..KEEP }).await;
+    let h = H::start(Retention { count: storm.keep, ..KEEP }).await;
     let done = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();
     for writer in 0..storm.writers {
@@ -669,11 +671,11 @@ struct InMemory {
     now: Arc<AtomicU64>,
 }
 
-fn config(keep: Keep, budget: usize) -> Config {
+fn config(keep: Retention, budget: usize) -> Config {
     Config {
         // A rule, so that the matcher has its part in every test.
-        rules: vec![Rule { pattern: Pattern::new("*"), keep }],
-        keep: KEEP,
+        rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
+        retention: KEEP,
         budget,
         keys: KeyLimits { window: WINDOW, count: 10_000 },
         consumer_idle: Duration::from_secs(30 * 24 * 3600),
@@ -683,9 +685,9 @@ fn config(keep: Keep, budget: usize) -> Config {
 }
 
 impl InMemory {
-    fn with(keep: Keep, budget: usize) -> Self {
+    fn with(keep: Retention, budget: usize) -> Self {
         let now = Arc::new(AtomicU64::new(1_763_640_000_123));
-        let topics = Arc::new(Topics::new(config(keep, budget), Clock::Manual(now.clone())));
+        let topics = Arc::new(Topics::new(config(keep, budget), WallClock::Manual(now.clone())));
         // Past the second in which it began: a position of that second proves nothing.
         now.fetch_add(2000, Ordering::SeqCst);
         let memory = Arc::new(Memory::new(topics.clone()));
@@ -694,7 +696,7 @@ impl InMemory {
 }
 
 impl Harness for InMemory {
-    async fn start(keep: Keep) -> Self {
+    async fn start(keep: Retention) -> Self {
         InMemory::with(keep, 64 << 20)
     }
 
@@ -790,11 +792,11 @@ async fn other(variable: &str) -> Server {
 }
 
 impl<D: Deployed> Harness for InRedis<D> {
-    async fn start(keep: Keep) -> Self {
+    async fn start(keep: Retention) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let url = RedisUrl::parse(&D::url().await).unwrap();
         let now = Arc::new(AtomicU64::new(1_763_640_000_123));
-        let topics = Arc::new(Topics::new(config(keep, 64 << 20), Clock::Manual(now.clone())));
+        let topics = Arc::new(Topics::new(config(keep, 64 << 20), WallClock::Manual(now.clone())));
         let deployment = Topology::start(url, Arc::new(Metrics::new()));
         deployment.ready(Duration::from_secs(30)).await.unwrap();
         let prefix = format!("t{}:", NUMBER.fetch_add(1, Ordering::SeqCst));
@@ -831,7 +833,7 @@ conformance!(#[ignore = "needs Valkey: tests/run.sh servers"] valkey: InRedis<Va
 
 #[tokio::test]
 async fn names_that_came_and_went_cost_nothing() {
-    let h = InMemory::with(Keep { age: Duration::from_secs(10), ..KEEP }, 512 << 20);
+    let h = InMemory::with(Retention { age: Duration::from_secs(10), ..KEEP }, 512 << 20);
     for n in 0..200_000 {
         place(&h.bus, &format!("name {n}"), n).await;
     }
@@ -840,12 +842,12 @@ async fn names_that_came_and_went_cost_nothing() {
     assert_eq!((h.topics.count(), h.topics.used()), (0, 0));
     // What is remembered of them is bounded, and the bound is announced.
     let old = read(&h.bus, "name 0", Start::After(Position::absent(1_763_640_002))).await;
-    assert_eq!(old.gap.unwrap().reason, Reason::Reset);
+    assert_eq!(old.gap.unwrap().reason, GapReason::Reset);
 }
 
 #[tokio::test]
 async fn the_budget_is_kept_and_announced() {
-    let h = InMemory::with(Keep { count: 100_000, bytes: 64 << 20, ..KEEP }, 1 << 20);
+    let h = InMemory::with(Retention { count: 100_000, bytes: 64 << 20, ..KEEP }, 1 << 20);
     place(&h.bus, "old", 1).await;
     for n in 0..20_000u64 {
         h.now.fetch_add(1, Ordering::SeqCst);
@@ -854,6 +856,6 @@ async fn the_budget_is_kept_and_announced() {
     }
     for name in ["old", "c7"] {
         let page = read(&h.bus, name, Start::AfterOffset(0)).await;
-        assert_eq!(page.gap.unwrap().reason, Reason::Budget, "{name}");
+        assert_eq!(page.gap.unwrap().reason, GapReason::Budget, "{name}");
     }
 }

@@ -1,6 +1,6 @@
 //! The table of `proto-docs/errors.md` is the table of the code.
 
-use weir::error::{Again, Code};
+use weir::error::{Code, Retry};
 
 #[test]
 fn the_documented_table_is_the_real_one() {
@@ -23,11 +23,11 @@ fn the_documented_table_is_the_real_one() {
         let close = row[3].split(' ').next().and_then(|first| first.parse().ok());
         assert_eq!(close, code.close(), "close code of {name}");
         let again = match row[4] {
-            "yes" => Some(Again::Yes),
-            "key" => Some(Again::Key),
-            "no" => Some(Again::No),
+            "yes" => Some(Retry::Yes),
+            "key" => Some(Retry::Key),
+            "no" => Some(Retry::No),
             _ => None,
         };
-        assert!(again.is_none_or(|again| again == code.again()), "again? of {name}");
+        assert!(again.is_none_or(|again| again == code.retry()), "again? of {name}");
     }
 }

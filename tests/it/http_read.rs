@@ -16,7 +16,7 @@ fn next(page: &Value) -> &str {
 
 /// Waits until so many readers wait on a channel: what is published then must wake them.
 async fn waiting(weir: &Weir, channel: &str, readers: u32) {
-    let channel = weir::event::Channel::parse(channel).unwrap();
+    let channel = weir::channel::Channel::parse(channel).unwrap();
     while weir.gateway().bus.inspect(&channel).await.unwrap().readers < readers {
         tokio::task::yield_now().await;
     }
@@ -83,7 +83,7 @@ async fn types_are_filtered_and_the_place_moves_on() {
     let weir = weir().await;
     for n in 0..300 {
         let kind = if n % 100 == 50 { "rare" } else { "common" };
-        weir.gateway().bus.publish_one("", &weir::event::Channel::parse("a").unwrap(), draft(kind, n)).await.unwrap();
+        weir.gateway().bus.publish_one("", &weir::channel::Channel::parse("a").unwrap(), draft(kind, n)).await.unwrap();
     }
     let page = weir.get("/v1/events?channel=a&type=rare&type=other&limit=2").await.json();
     assert_eq!((data(&page), &page["more"]), (vec![50, 150], &json!(true)));
@@ -96,8 +96,9 @@ async fn types_are_filtered_and_the_place_moves_on() {
 
 fn draft(kind: &str, n: i64) -> weir::event::Draft {
     let text = n.to_string();
-    let data = weir::event::Data::Json(serde_json::from_str(&text).unwrap());
-    weir::event::Draft::new(weir::event::Parts { kind: Some(kind), data, ..Default::default() }, 1_000_000).unwrap()
+    let data = weir::event::EventData::Json(serde_json::from_str(&text).unwrap());
+    weir::event::Draft::new(weir::event::DraftParts { kind: Some(kind), data, ..Default::default() }, 1_000_000)
+        .unwrap()
 }
 
 #[tokio::test]
@@ -299,7 +300,7 @@ async fn whoever_hangs_up_is_forgotten() {
     client.send("GET", "/v1/events?channel=a&wait=55s", &[], b"").await;
     waiting(&weir, "a", 1).await;
     drop(client);
-    let channel = weir::event::Channel::parse("a").unwrap();
+    let channel = weir::channel::Channel::parse("a").unwrap();
     while weir.gateway().bus.inspect(&channel).await.unwrap().readers > 0 {
         tokio::task::yield_now().await;
     }

@@ -227,7 +227,7 @@ async fn leaving_answers_who_waits_and_closes_every_connection() {
     poll.send("GET", "/v1/events?channel=a&wait=55s", &[], b"").await;
     let mut idle = weir.client().await;
     idle.get("/health/ready").await.expect(200);
-    let channel = weir::event::Channel::parse("a").unwrap();
+    let channel = weir::channel::Channel::parse("a").unwrap();
     while weir.gateway().bus.inspect(&channel).await.unwrap().readers == 0 {
         tokio::task::yield_now().await;
     }

@@ -209,7 +209,7 @@ async fn ten_thousand_come_and_go_in_few_events() {
     watcher.ok("weir.subscribe", json!({ "channels": ["$presence/hall"] })).await;
     // Each would need a socket of its own: without, this measures weir and not the test.
     let presence = &weir.gateway().presence;
-    let hall = weir::event::Channel::parse("hall").unwrap();
+    let hall = weir::channel::Channel::parse("hall").unwrap();
     let leases: Vec<_> = (0..10_000)
         .map(|n| {
             let client = weir::presence::Client::read(&format!("client-{n:05}"), None, 100).unwrap();
@@ -244,7 +244,7 @@ async fn ten_thousand_come_and_go_in_few_events() {
 #[tokio::test]
 async fn a_list_is_what_was_announced_up_to_its_position() {
     let weir = weir().await;
-    let hall = weir::event::Channel::parse("hall").unwrap();
+    let hall = weir::channel::Channel::parse("hall").unwrap();
     let enter = |n: usize| {
         let client = weir::presence::Client::read(&format!("client-{n:03}"), None, 100).unwrap();
         weir.gateway().presence.enter(&hall, &client, "", "ws").unwrap()
@@ -335,8 +335,8 @@ async fn leaving_is_announced_before_the_node_is_gone() {
     weir.leave();
     weir.left().await;
     assert_eq!(presence.counts(), (0, 0, 0));
-    let on = weir::event::Channel::parse("$presence/a").unwrap();
-    let limit = weir::bus::Limit { events: 10, bytes: 100_000 };
+    let on = weir::channel::Channel::parse("$presence/a").unwrap();
+    let limit = weir::bus::ReadLimit { events: 10, bytes: 100_000 };
     let page = bus.read(&on, weir::position::Start::Last(1), limit, None).await.unwrap();
     assert_eq!(page.events[0].kind_json(), Some("\"leave\""));
 }

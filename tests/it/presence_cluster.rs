@@ -13,12 +13,12 @@ use serde_json::Value;
 use tokio::task::JoinHandle;
 use weir::{
     backend::memory::Memory,
-    bus::{self, Bus, Keep, KeyLimits, Limit, Topics},
+    bus::{self, Bus, KeyLimits, ReadLimit, Retention, Topics},
+    channel::Channel,
     cluster::{
         MonotonicClock,
         local::{Net, Node},
     },
-    event::Channel,
     metrics::Metrics,
     position::Start,
     presence::{Client, Config, Lease, Presence},
@@ -55,14 +55,14 @@ impl Nodes {
     fn start(count: usize) -> Self {
         let config = bus::Config {
             rules: Vec::new(),
-            keep: Keep { count: 10_000, age: Duration::from_secs(600), bytes: 1 << 24 },
+            retention: Retention { count: 10_000, age: Duration::from_secs(600), bytes: 1 << 24 },
             budget: 1 << 26,
             keys: KeyLimits { window: Duration::from_secs(60), count: 1_000 },
             consumer_idle: Duration::from_secs(60),
             max_consumers: 1,
             max_cursors: 1,
         };
-        let topics = Arc::new(Topics::new(config, bus::Clock::System));
+        let topics = Arc::new(Topics::new(config, bus::WallClock::System));
         let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
         let time = Arc::new(AtomicU64::new(0));
         let net = Net::new(MonotonicClock::Manual(time.clone()));
@@ -137,7 +137,7 @@ impl Nodes {
     }
 
     async fn told(&self) -> Told {
-        let limit = Limit { events: 10_000, bytes: usize::MAX };
+        let limit = ReadLimit { events: 10_000, bytes: usize::MAX };
         let page = self.bus.read(&chat().presence().unwrap(), Start::Earliest, limit, None).await.unwrap();
         let mut told = Told::default();
         for event in page.events {
@@ -350,7 +350,7 @@ async fn a_list_of_any_node_is_what_was_announced_up_to_its_position() {
             leases.clear();
         }
     }
-    let limit = Limit { events: 10_000, bytes: usize::MAX };
+    let limit = ReadLimit { events: 10_000, bytes: usize::MAX };
     let log = nodes.bus.read(&chat().presence().unwrap(), Start::Earliest, limit, None).await.unwrap().events;
     for lists in &lists {
         let (mut members, mut events, mut last) = (BTreeSet::new(), log.iter().peekable(), 0);

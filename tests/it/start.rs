@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 use weir::{
     app::App,
     bus::Bus,
+    channel::Channel,
     config::Config,
-    event::{Channel, Data, Draft, Parts},
+    event::{Draft, DraftParts, EventData},
     http::{Endpoint, Gateway, ListenerRole},
     metrics::Metrics,
     net::{server::Connections, timer::TimerWheel},
@@ -66,7 +67,8 @@ impl Server {
 
     pub async fn publish_kind(&self, name: &str, kind: Option<&str>, data: &str) -> Position {
         let data = RawValue::from_string(data.to_owned()).unwrap();
-        let draft = Draft::new(Parts { kind, data: Data::Json(&data), ..Parts::default() }, 1 << 20).unwrap();
+        let draft =
+            Draft::new(DraftParts { kind, data: EventData::Json(&data), ..DraftParts::default() }, 1 << 20).unwrap();
         self.bus.publish_one("", &channel(name), draft).await.unwrap().position
     }
 

@@ -72,7 +72,7 @@ impl Redis {
                 },
                 sweeps: Sweeps::default(),
                 appends: Appends::default(),
-                keeps: RetentionRules::new(&topics.config().rules, topics.config().keep),
+                keeps: RetentionRules::new(&topics.config().rules, topics.config().retention),
                 clock_is_ours: topics.is_manual(),
                 began: topics.now() / 1000 + 1,
                 topology,

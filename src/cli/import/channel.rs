@@ -10,10 +10,11 @@ use super::{
     source::{Bounds, Source},
 };
 use crate::{
-    bus::Limit,
+    bus::ReadLimit,
+    channel::Channel,
     cli::Failure,
     compat::ganomede::VOID,
-    event::{Channel, Data, Draft, Event, Parts},
+    event::{Draft, DraftParts, Event, EventData},
     position::{Epoch, Position, Start},
 };
 
@@ -23,7 +24,7 @@ const PAGE: usize = 500;
 const SETTLED: Duration = Duration::from_secs(60);
 /// What an event is counted with in `keep.bytes`, beside its own.
 const OVERHEAD: usize = 100;
-const ONE: Limit = Limit { events: 1, bytes: 1 };
+const ONE: ReadLimit = ReadLimit { events: 1, bytes: 1 };
 
 /// A channel of the source, on its way.
 pub struct Course {
@@ -153,8 +154,8 @@ pub async fn carry(
 /// An event for weir, and when it happened; or why weir cannot hold it.
 fn read(stored: &str, limit: usize) -> Result<(Draft, u64), String> {
     let stored: Stored<'_> = serde_json::from_str(stored).map_err(|error| format!("unreadable: {error}"))?;
-    let data = stored.data.map_or(Data::None, Data::Json);
-    let parts = Parts { kind: Some(&stored.kind), from: Some(&stored.from), data, ..Parts::default() };
+    let data = stored.data.map_or(EventData::None, EventData::Json);
+    let parts = DraftParts { kind: Some(&stored.kind), from: Some(&stored.from), data, ..DraftParts::default() };
     let draft = Draft::new(parts, limit).map_err(|error| error.detail().to_owned())?;
     Ok((draft, stored.timestamp))
 }
@@ -206,7 +207,7 @@ impl Course {
     /// What the rules of the target would let go of at once.
     async fn trimmed(&self, source: &mut Source, target: &Target) -> Result<Option<String>, Failure> {
         let Some(Bounds { first, count, .. }) = self.bounds else { return Ok(None) };
-        let (name, keep) = (self.channel.as_str(), target.bus.topics().keep_of(&self.channel));
+        let (name, keep) = (self.channel.as_str(), target.bus.topics().retention_of(&self.channel));
         let say = |key: &str, reason: String| {
             Some(format!("{name}: {reason}; raise keep.{key} in [[channels]], or let go of them with --allow-trim"))
         };
@@ -255,7 +256,7 @@ impl Course {
 
     /// Fills the offsets up to `last`.
     async fn void(&mut self, target: &Target, last: u64) -> Result<(), Failure> {
-        let parts = Parts { kind: Some(VOID), ..Parts::default() };
+        let parts = DraftParts { kind: Some(VOID), ..DraftParts::default() };
         let void = Draft::own(parts, target.event_limit).map_err(|error| failed(&error))?;
         while self.at < last {
             let count = usize::try_from(last - self.at).unwrap_or(PAGE).min(PAGE);

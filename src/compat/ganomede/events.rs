@@ -10,10 +10,11 @@ use super::{
     wire::{self, Refusal, is_void},
 };
 use crate::{
-    bus::{Limit, Page},
+    bus::{LogPage, ReadLimit},
+    channel::{Channel, check_label},
     compat::form::Form,
     error::Error,
-    event::{Channel, Data, Draft, Event, Parts, check_kind, label},
+    event::{Draft, DraftParts, Event, EventData, check_kind},
     position::Start,
 };
 
@@ -29,12 +30,12 @@ impl Ganomede {
         let name = given.text("channel");
         let channel = name.as_deref().and_then(|name| channel(name).filter(|channel| channel.writable().is_ok()));
         let channel = channel.ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
-        let from = given.text("from").filter(|from| label("from", from).is_ok());
+        let from = given.text("from").filter(|from| check_label("from", from).is_ok());
         let from = from.ok_or_else(|| Refusal::invalid("Invalid from"))?;
         let kind = given.text("type").filter(|kind| check_kind(kind).is_ok());
         let kind = kind.ok_or_else(|| Refusal::invalid("Invalid type"))?;
-        let data = given.data()?.map_or(Data::None, Data::Json);
-        let parts = Parts { kind: Some(&kind), from: Some(&from), data, ..Parts::default() };
+        let data = given.data()?.map_or(EventData::None, EventData::Json);
+        let parts = DraftParts { kind: Some(&kind), from: Some(&from), data, ..DraftParts::default() };
         let draft = Draft::new(parts, self.parts.config.limits.event)?;
         let stored = draft.clone();
         let placed = self.parts.publish(vec![(channel, draft)]).await?;
@@ -78,8 +79,8 @@ impl Ganomede {
         let mut held = 0;
         let mut start = Start::Last(last as u64);
         loop {
-            let page = self.parts.bus.read(channel, start, Limit { events: count, bytes }, None).await?;
-            let Page { events: read, next, more, .. } = page;
+            let page = self.parts.bus.read(channel, start, ReadLimit { events: count, bytes }, None).await?;
+            let LogPage { events: read, next, more, .. } = page;
             for event in read {
                 if is_void(&event) {
                     void += 1;

@@ -20,9 +20,11 @@ use super::{
     wire::{self, Refusal, is_void},
 };
 use crate::{
-    bus::{Bus, Limit},
+    bus::{Bus, ReadLimit},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Data, Draft, Event, Parts, write_json_str},
+    event::{Draft, DraftParts, Event, EventData},
+    json::write_json_str,
     position::{Position, Start},
 };
 
@@ -36,7 +38,7 @@ const MAX_SCAN: u64 = 100_000;
 const MAX_ROWS: usize = 8 << 20;
 /// Bytes of an id or a field.
 const MAX_NAME: usize = 1024;
-const PAGE: Limit = Limit { events: 500, bytes: 1 << 20 };
+const PAGE: ReadLimit = ReadLimit { events: 500, bytes: 1 << 20 };
 
 /// The definitions.
 pub struct Indices {
@@ -168,7 +170,7 @@ impl Indices {
             return Err(Error::new(Code::LimitReached, format!("there are {MAX_INDICES} indices already")));
         }
         let data = to_raw_value(&definition).map_err(|error| Error::internal(error.to_string()))?;
-        let parts = Parts { kind: Some("index"), data: Data::Json(&data), ..Parts::default() };
+        let parts = DraftParts { kind: Some("index"), data: EventData::Json(&data), ..DraftParts::default() };
         let placed = self.bus.publish_one("", &self.log, Draft::new(parts, self.event_limit)?).await?;
         // Two that came at once are told apart by their order in the log.
         Ok(self.find(&definition.id).await?.is_some_and(|(first, _)| first == placed.position))
@@ -202,8 +204,8 @@ mod tests {
     use super::*;
 
     fn event(data: &str) -> Event {
-        let data = Data::Json(serde_json::from_str(data).unwrap());
-        let parts = Parts { kind: Some("ban"), from: Some("f"), data, ..Parts::default() };
+        let data = EventData::Json(serde_json::from_str(data).unwrap());
+        let parts = DraftParts { kind: Some("ban"), from: Some("f"), data, ..DraftParts::default() };
         let at = Position { epoch: "k3Vq00".parse().unwrap(), offset: 7 };
         Draft::new(parts, 1000).unwrap().place(at, 1)
     }

@@ -18,10 +18,10 @@ use super::{
 };
 use crate::{
     auth::{Identity, MAX_CONSUMER},
-    bus::{Format, Limit, Page, Reason, Subscriptions},
+    bus::{Format, GapReason, LogPage, ReadLimit, Subscriptions},
+    channel::Channel,
     compat::form::Form,
     error::{Code, Error},
-    event::Channel,
     metrics::Transport,
     net::server::PeerAddr,
     position::{Position, Start},
@@ -36,7 +36,7 @@ const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Where a poll goes on.
 struct Place {
-    page: Page,
+    page: LogPage,
     /// The client is ahead of the channel by its own account, and is believed.
     ahead: Option<u64>,
 }
@@ -48,7 +48,7 @@ impl Ganomede {
         let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
         let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
         let limits = &self.parts.config.limits;
-        let limit = Limit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
+        let limit = ReadLimit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
 
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
@@ -76,7 +76,7 @@ impl Ganomede {
     }
 
     /// As the bus reads, but without what only keeps a place.
-    async fn read(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page, Error> {
+    async fn read(&self, channel: &Channel, start: Start, limit: ReadLimit) -> Result<LogPage, Error> {
         let mut page = self.parts.bus.read(channel, start, limit, None).await?;
         loop {
             page.events.retain(|event| !is_void(event));
@@ -90,7 +90,13 @@ impl Ganomede {
     }
 
     /// Moves the position if the client says where it is, and reads on from there.
-    async fn place(&self, client: &str, channel: &Channel, after: Option<u64>, limit: Limit) -> Result<Place, Error> {
+    async fn place(
+        &self,
+        client: &str,
+        channel: &Channel,
+        after: Option<u64>,
+        limit: ReadLimit,
+    ) -> Result<Place, Error> {
         let bus = &self.parts.bus;
         let kept = bus.cursor(client, channel).await?;
         let start = match (after, kept) {
@@ -126,7 +132,7 @@ impl Ganomede {
     }
 
     /// Waits for an event, and reads it.
-    async fn wait(&self, channel: &Channel, place: &mut Place, limit: Limit) -> Result<(), Error> {
+    async fn wait(&self, channel: &Channel, place: &mut Place, limit: ReadLimit) -> Result<(), Error> {
         let (bus, draining) = (&self.parts.bus, &self.parts.draining);
         let mut subscriptions = Subscriptions::new(Format::NONE);
         let start = match place.ahead {
@@ -169,8 +175,8 @@ impl Ganomede {
 }
 
 /// Whether what was read lies behind what was asked for.
-fn is_ahead(page: &Page) -> bool {
-    page.gap.as_ref().is_some_and(|gap| gap.reason == Reason::BadPosition)
+fn is_ahead(page: &LogPage) -> bool {
+    page.gap.as_ref().is_some_and(|gap| gap.reason == GapReason::BadPosition)
 }
 
 /// A channel as the original's clients name it. They may name any; weir's names have limits.

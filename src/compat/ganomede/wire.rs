@@ -9,7 +9,8 @@ use axum::{
 
 use crate::{
     error::{Code, Error},
-    event::{Event, write_json_str},
+    event::Event,
+    json::write_json_str,
 };
 
 /// The type of what stands where an imported channel had no event: it keeps the place, and no client sees it.
@@ -172,11 +173,11 @@ pub fn uuid() -> HeaderValue {
 mod tests {
     use super::*;
     use crate::{
-        event::{Data, Draft, Parts},
+        event::{Draft, DraftParts, EventData},
         position::Position,
     };
 
-    fn shown(parts: Parts<'_>) -> String {
+    fn shown(parts: DraftParts<'_>) -> String {
         let at = Position { epoch: "k3Vq00".parse().unwrap(), offset: 7 };
         let mut out = Vec::new();
         event(&Draft::new(parts, 1000).unwrap().place(at, 1763640000123), &mut out);
@@ -185,27 +186,27 @@ mod tests {
 
     #[test]
     fn events_of_all_worlds() {
-        let data = |json| Data::Json(serde_json::from_str(json).unwrap());
+        let data = |json| EventData::Json(serde_json::from_str(json).unwrap());
         for (parts, json) in [
             (
-                Parts { kind: Some("t"), from: Some("f"), data: data(r#"{"a":1}"#), ..Parts::default() },
+                DraftParts { kind: Some("t"), from: Some("f"), data: data(r#"{"a":1}"#), ..DraftParts::default() },
                 r#"{"id":7,"timestamp":1763640000123,"type":"t","from":"f","data":{"a":1}}"#,
             ),
-            (Parts::default(), r#"{"id":7,"timestamp":1763640000123,"type":"message","from":""}"#),
+            (DraftParts::default(), r#"{"id":7,"timestamp":1763640000123,"type":"message","from":""}"#),
             (
-                Parts { data: data("[1]"), ..Parts::default() },
+                DraftParts { data: data("[1]"), ..DraftParts::default() },
                 r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":[1]}"#,
             ),
             (
-                Parts { data: data("\"x\""), ..Parts::default() },
+                DraftParts { data: data("\"x\""), ..DraftParts::default() },
                 r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":{"value":"x"}}"#,
             ),
             (
-                Parts { data: data("null"), ..Parts::default() },
+                DraftParts { data: data("null"), ..DraftParts::default() },
                 r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":{"value":null}}"#,
             ),
             (
-                Parts { data: Data::Bytes(b"\0"), ..Parts::default() },
+                DraftParts { data: EventData::Bytes(b"\0"), ..DraftParts::default() },
                 r#"{"id":7,"timestamp":1763640000123,"type":"message","from":"","data":{"base64":"AA=="}}"#,
             ),
         ] {

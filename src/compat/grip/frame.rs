@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::mark::{Mark, Said, said};
 use crate::{
     bus::{Format, index},
-    event::{Channel, Event},
+    channel::Channel,
+    event::Event,
     net::chunk,
 };
 
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
     use crate::{
         compat::grip::{item, mark},
-        event::{Data, Draft, Parts},
+        event::{Draft, DraftParts, EventData},
         position::Position,
     };
 
@@ -178,19 +179,19 @@ mod tests {
 
     #[test]
     fn events_of_other_worlds_are_blocks() {
-        let event = |parts: Parts<'_>| placed(Draft::new(parts, 1000).unwrap(), 1);
+        let event = |parts: DraftParts<'_>| placed(Draft::new(parts, 1000).unwrap(), 1);
         let json: &serde_json::value::RawValue = serde_json::from_str(r#"{"id":7}"#).unwrap();
-        let typed = Parts { kind: Some("created"), data: Data::Json(json), ..Parts::default() };
+        let typed = DraftParts { kind: Some("created"), data: EventData::Json(json), ..DraftParts::default() };
         assert_eq!(plain_text(&[event(typed)]).0, "event: created\ndata: {\"id\":7}\n\n");
         assert_eq!(
-            plain_text(&[event(Parts { data: Data::Text("x\ny"), ..Parts::default() })]).0,
+            plain_text(&[event(DraftParts { data: EventData::Text("x\ny"), ..DraftParts::default() })]).0,
             "data: \"x\\ny\"\n\n"
         );
         assert_eq!(
-            plain_text(&[event(Parts { data: Data::Bytes(b"\0"), ..Parts::default() })]).0,
+            plain_text(&[event(DraftParts { data: EventData::Bytes(b"\0"), ..DraftParts::default() })]).0,
             "data: \"AA==\"\n\n"
         );
-        assert_eq!(plain_text(&[event(Parts::default())]).0, "data: \n\n");
+        assert_eq!(plain_text(&[event(DraftParts::default())]).0, "data: \n\n");
     }
 
     #[test]

@@ -24,8 +24,8 @@ use super::{
 };
 use crate::{
     bus::{Gap, Subscriptions, Watch},
+    channel::Channel,
     error::Code,
-    event::Channel,
     net::{
         chunk,
         stream::StreamOutput,

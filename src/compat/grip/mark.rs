@@ -18,7 +18,7 @@ use serde_json::{
 use super::item::{Action, Body, Item, Response};
 use crate::{
     error::Result,
-    event::{self, Data, Draft, Event, Parts},
+    event::{self, Draft, DraftParts, Event, EventData},
 };
 
 /// The member of `meta`. Its value is text, as all of `meta` is: of JSON.
@@ -92,7 +92,7 @@ pub enum Said<'a> {
 /// The event that an item becomes; none for an item in no format that weir knows.
 pub fn draft(item: &Item, key: Option<&str>, limit: usize) -> Result<Option<Draft>> {
     let mut mark = Mark { id: item.id.clone(), prev: item.prev_id.clone(), meta: item.meta.clone(), ..Mark::default() };
-    let mut parts = Parts { kind: Some(KIND), key, ..Parts::default() };
+    let mut parts = DraftParts { kind: Some(KIND), key, ..DraftParts::default() };
     let block;
     match (&item.stream, &item.response) {
         (Some(Action::Send(bytes)), _) => match Block::read(bytes) {
@@ -101,8 +101,8 @@ pub fn draft(item: &Item, key: Option<&str>, limit: usize) -> Result<Option<Draf
                 parts.kind = block.kind;
                 let json = serde_json::from_str::<&RawValue>(&block.data).ok();
                 (parts.data, mark.stream) = match json {
-                    Some(json) => (Data::Json(json), Stream::Block),
-                    None => (Data::Text(&block.data), Stream::Plain),
+                    Some(json) => (EventData::Json(json), Stream::Block),
+                    None => (EventData::Text(&block.data), Stream::Plain),
                 };
                 let mut spelled = Vec::with_capacity(bytes.len());
                 spell(block.kind, json.map_or(&*block.data, RawValue::get), &mut spelled);
@@ -127,8 +127,8 @@ pub fn draft(item: &Item, key: Option<&str>, limit: usize) -> Result<Option<Draf
     Draft::own(parts, limit).map(Some)
 }
 
-fn data(bytes: &[u8]) -> Data<'_> {
-    std::str::from_utf8(bytes).map_or(Data::Bytes(bytes), Data::Text)
+fn data(bytes: &[u8]) -> EventData<'_> {
+    std::str::from_utf8(bytes).map_or(EventData::Bytes(bytes), EventData::Text)
 }
 
 impl Mark {

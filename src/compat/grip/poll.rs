@@ -18,8 +18,8 @@ use super::{
 };
 use crate::{
     auth::Identity,
-    bus::{Format, Limit, Subscriptions},
-    event::Channel,
+    bus::{Format, ReadLimit, Subscriptions},
+    channel::Channel,
     metrics::{Metrics, Transport},
     position::{Position, Start},
 };
@@ -103,7 +103,7 @@ impl Grip {
                 () = listed.kicked() => break,
             }
             for wait in &mut waiting {
-                let limit = Limit { events: PAGE, bytes: self.parts.config.limits.page_bytes };
+                let limit = ReadLimit { events: PAGE, bytes: self.parts.config.limits.page_bytes };
                 let page =
                     self.parts.bus.read(&wait.channel, Start::After(wait.at), limit, None).await.map_err(away)?;
                 // What is gone may have been the answer: the origin knows.
@@ -141,7 +141,7 @@ impl Grip {
     /// The id of the newest item of a channel, if it is known.
     pub(super) async fn last_id(&self, channel: &Channel) -> Option<String> {
         for count in [1, RECENT] {
-            let limit = Limit { events: count as usize, bytes: self.parts.config.limits.page_bytes };
+            let limit = ReadLimit { events: count as usize, bytes: self.parts.config.limits.page_bytes };
             let page = self.parts.bus.read(channel, Start::Last(count), limit, None).await.ok()?;
             // Cut short, it does not reach to the newest.
             if page.more {

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{
     bus::{Format, Subscriptions},
+    channel::{Channel, MAX_LABEL},
     error::{Code, Error},
-    event::{Channel, MAX_LABEL},
     metrics::Transport,
     position::Start,
 };

@@ -20,7 +20,7 @@ use crate::{
         engineio::{Broken, Conversation, Session, new_sid},
         socketio::{Event, Kind, Packet, connect_error},
     },
-    error::{Again, Code, Error},
+    error::{Code, Error, Retry},
     net::timer::TimerWheel,
     rpc::{AcceptedProvider, Call, HubConnection, ProvideRequest},
 };
@@ -174,7 +174,7 @@ impl Client {
         self.since = self.hub.wheel.now();
         let (message, data) = match error.code() {
             // Refused in words it would not come back by itself; cut off it does.
-            code if code.again() == Again::Yes => {
+            code if code.retry() == Retry::Yes => {
                 if let Some(session) = self.session.upgrade() {
                     session.outbox.finish();
                 }

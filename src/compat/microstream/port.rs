@@ -15,7 +15,7 @@ use crate::{
         engineio::{Outbox, Session, packet::Framing},
         socketio::{close_event, open_event},
     },
-    event::write_json_str,
+    json::write_json_str,
     net::timer::TimerWheel,
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, ProbeCallback, WriteOutcome},
 };

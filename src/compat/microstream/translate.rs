@@ -7,7 +7,7 @@ use serde_json::{json, value::RawValue};
 
 use crate::{
     error::{Code, Error},
-    event::{Text, write_json_str},
+    json::{JsonStr, write_json_str},
     rpc::{CallAnswer, ProviderError},
 };
 
@@ -59,8 +59,8 @@ pub fn object<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>) -> Option<T> {
 /// The text of a name, as JavaScript puts it into a sentence: a string's own, else its JSON; `undefined` if there is none.
 pub fn name(json: Option<&RawValue>) -> Cow<'_, str> {
     let Some(json) = json else { return Cow::Borrowed("undefined") };
-    match serde_json::from_str::<Text<'_>>(json.get()) {
-        Ok(Text(text)) => text,
+    match serde_json::from_str::<JsonStr<'_>>(json.get()) {
+        Ok(JsonStr(text)) => text,
         Err(_) => Cow::Borrowed(json.get()),
     }
 }
@@ -116,9 +116,9 @@ struct Failing<'a> {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct ServiceError<'a> {
     #[serde(borrow)]
-    code: Text<'a>,
+    code: JsonStr<'a>,
     #[serde(borrow)]
-    message: Text<'a>,
+    message: JsonStr<'a>,
     #[serde(borrow, default)]
     error_data: Option<&'a RawValue>,
 }
@@ -179,8 +179,8 @@ fn provider_error<'a>(response: &'a RawValue, error: &'a RawValue) -> ProviderEr
     }
     let message = match known {
         Some(known) => known.message.0,
-        None => match serde_json::from_str::<Text<'_>>(error.get()) {
-            Ok(Text(text)) => text,
+        None => match serde_json::from_str::<JsonStr<'_>>(error.get()) {
+            Ok(JsonStr(text)) => text,
             Err(_) => Cow::Borrowed("the service answered with an error"),
         },
     };
@@ -203,7 +203,7 @@ pub fn response_of(error: &ProviderError<'_>, target: Option<&RawValue>, id: &st
     #[serde(rename_all = "camelCase")]
     struct Data<'a> {
         #[serde(borrow)]
-        code: Option<Text<'a>>,
+        code: Option<JsonStr<'a>>,
         #[serde(borrow, default)]
         error_data: Option<&'a RawValue>,
         #[serde(borrow, default, rename = "microstream")]

@@ -26,7 +26,7 @@ use tokio::time::{Instant, sleep_until};
 use super::wire;
 use crate::{
     cluster::{Claim, Cluster, Holding, Lease, NodeId, Roster},
-    event::write_json_str,
+    json::write_json_str,
 };
 
 /// What nodes tell each other who is online by.

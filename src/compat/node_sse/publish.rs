@@ -12,9 +12,10 @@ use serde_json::{
 
 use super::{NodeSse, Refusal, wire};
 use crate::{
+    channel::Channel,
     compat::js,
     error::{Code, Error},
-    event::{Channel, Data, Draft, Parts, check_kind},
+    event::{Draft, DraftParts, EventData, check_kind},
     net::body::read_body,
 };
 
@@ -96,7 +97,12 @@ impl NodeSse {
         };
         let meta = mark.map(|mark| to_raw_value(&serde_json::json!({ wire::META: mark }))).transpose();
         let meta = meta.map_err(|error| Error::internal(error.to_string()))?;
-        let parts = Parts { kind: Some(&kind), meta: meta.as_deref(), data: Data::Json(payload), ..Parts::default() };
+        let parts = DraftParts {
+            kind: Some(&kind),
+            meta: meta.as_deref(),
+            data: EventData::Json(payload),
+            ..DraftParts::default()
+        };
         Ok((channel, Draft::own(parts, self.parts.config.limits.event)?))
     }
 

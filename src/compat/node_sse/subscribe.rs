@@ -21,10 +21,11 @@ use super::{
 };
 use crate::{
     auth::Identity,
-    bus::{Limit, Subscriptions},
+    bus::{ReadLimit, Subscriptions},
+    channel::Channel,
     compat::{form::Form, js},
     error::{Code, Result},
-    event::{Channel, Event},
+    event::Event,
     net::{chunk, stream::StreamOutput},
     position::{Position, Start},
     transport::{
@@ -113,7 +114,7 @@ impl NodeSse {
         let channel = query.text("channel").and_then(|name| Channel::parse(name).ok());
         let channel = channel.ok_or_else(|| Refusal::Text("Bad Request".to_owned()))?;
         let _ = Identity::anonymous().may_subscribe(&channel)?;
-        let newest = Limit { events: 1, bytes: 0 };
+        let newest = ReadLimit { events: 1, bytes: 0 };
         let page = self.parts.bus.read(&channel, Start::Last(1), newest, None).await?;
         let mut out = Vec::new();
         match page.events.last() {
@@ -137,7 +138,7 @@ impl NodeSse {
             return Ok(None);
         }
         let before = Start::After(Position { offset: at.offset - 1, ..at });
-        let page = self.parts.bus.read(channel, before, Limit { events: 1, bytes: 0 }, None).await?;
+        let page = self.parts.bus.read(channel, before, ReadLimit { events: 1, bytes: 0 }, None).await?;
         Ok(page.events.into_iter().next().filter(|event| event.position() == at))
     }
 }

@@ -10,9 +10,11 @@ use serde_json::Value;
 
 use crate::{
     bus::{Format, index},
+    channel::Channel,
     compat::js,
     error::Error,
-    event::{Channel, Event, read_json_str, write_json_str},
+    event::Event,
+    json::{read_json_str, write_json_str},
     net::chunk,
 };
 
@@ -138,11 +140,11 @@ pub fn page(status: StatusCode, text: &str) -> Response<Body> {
 mod tests {
     use super::*;
     use crate::{
-        event::{Data, Draft, Parts},
+        event::{Draft, DraftParts, EventData},
         position::Position,
     };
 
-    fn shown(parts: Parts<'_>) -> (String, Value) {
+    fn shown(parts: DraftParts<'_>) -> (String, Value) {
         let at = Position { epoch: "k3Vq00".parse().unwrap(), offset: 7 };
         let event = Draft::own(parts, 1000).unwrap().place(at, 1);
         let text = chunk::text(&EVENT.encode(&Channel::parse("a").unwrap(), [std::sync::Arc::new(event)]));
@@ -160,19 +162,23 @@ mod tests {
         let first = Some(raw(r#"{"weir.node-sse":"first"}"#));
         let kind = Some("t");
         for (meta, data, payload, last) in [
-            (None, Data::Text("{\"x\":\"é\"}"), r#""{\"x\":\"é\"}""#, r#"{"type":"t","payload":"{\"x\":\"é\"}"}"#),
-            (None, Data::Json(raw(r#"{"x": 1}"#)), r#""{\"x\": 1}""#, r#"{"type":"t","payload":"{\"x\": 1}"}"#),
-            (None, Data::None, r#""""#, r#"{"type":"t","payload":""}"#),
-            (None, Data::Bytes(b"\0"), r#""AA==""#, r#"{"type":"t","payload":"AA=="}"#),
-            (value, Data::Json(raw(r#"{"x": 1}"#)), r#""[object Object]""#, r#"{"type":"t","payload":{"x":1}}"#),
-            (value, Data::Json(raw("[1, 2]")), r#""1,2""#, r#"{"type":"t","payload":[1,2]}"#),
-            (value, Data::Json(raw("12.50")), r#""12.5""#, r#"{"type":"t","payload":12.5}"#),
+            (None, EventData::Text("{\"x\":\"é\"}"), r#""{\"x\":\"é\"}""#, r#"{"type":"t","payload":"{\"x\":\"é\"}"}"#),
+            (None, EventData::Json(raw(r#"{"x": 1}"#)), r#""{\"x\": 1}""#, r#"{"type":"t","payload":"{\"x\": 1}"}"#),
+            (None, EventData::None, r#""""#, r#"{"type":"t","payload":""}"#),
+            (None, EventData::Bytes(b"\0"), r#""AA==""#, r#"{"type":"t","payload":"AA=="}"#),
+            (value, EventData::Json(raw(r#"{"x": 1}"#)), r#""[object Object]""#, r#"{"type":"t","payload":{"x":1}}"#),
+            (value, EventData::Json(raw("[1, 2]")), r#""1,2""#, r#"{"type":"t","payload":[1,2]}"#),
+            (value, EventData::Json(raw("12.50")), r#""12.5""#, r#"{"type":"t","payload":12.5}"#),
         ] {
-            let (text, told) = shown(Parts { kind, meta, data, ..Parts::default() });
+            let (text, told) = shown(DraftParts { kind, meta, data, ..DraftParts::default() });
             assert_eq!((text, told), (frame("t", payload), Value::from(last)));
         }
-        let (text, told) = shown(Parts { kind, meta: first, data: Data::Json(raw("[1]")), ..Parts::default() });
+        let (text, told) =
+            shown(DraftParts { kind, meta: first, data: EventData::Json(raw("[1]")), ..DraftParts::default() });
         assert_eq!((text, told), (frame("t", r#""1""#), serde_json::json!([1])));
-        assert_eq!(shown(Parts { data: Data::Text("x"), ..Parts::default() }).0, frame("message", r#""x""#));
+        assert_eq!(
+            shown(DraftParts { data: EventData::Text("x"), ..DraftParts::default() }).0,
+            frame("message", r#""x""#)
+        );
     }
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Listing, to_json};
 use crate::{
     auth::Identity,
-    bus::Info,
+    bus::ChannelInfo,
     error::Result,
     http::{
         Gateway,
@@ -44,7 +44,7 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: 
 
 #[derive(Serialize)]
 struct Channels {
-    channels: Vec<Info>,
+    channels: Vec<ChannelInfo>,
     #[serde(skip_serializing_if = "Option::is_none")]
     page: Option<String>,
 }

@@ -13,14 +13,15 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{Listing, to_json};
 use crate::{
     auth::Identity,
-    bus::{Consumer, Limit},
+    bus::{ConsumerInfo, ReadLimit},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, misread},
     http::{
         Gateway,
         extract::{declared, read_body},
         openapi::{self, Problem},
     },
+    json::json_error_at_path,
     position::{Position, Start},
     transport::{
         longpoll,
@@ -194,12 +195,12 @@ struct Lag {
 }
 
 impl Shown {
-    async fn of(gateway: &Gateway, consumer: Consumer) -> Result<Self> {
+    async fn of(gateway: &Gateway, consumer: ConsumerInfo) -> Result<Self> {
         let mut channels = Vec::with_capacity(consumer.cursors.len());
         for (channel, position) in &consumer.cursors {
             channels.push(Lag::of(gateway, channel, *position).await?);
         }
-        let Consumer { name, seen, expires, .. } = consumer;
+        let ConsumerInfo { name, seen, expires, .. } = consumer;
         Ok(Shown { name, mode: "cursor", channels, seen, expires })
     }
 }
@@ -208,7 +209,7 @@ impl Lag {
     async fn of(gateway: &Gateway, channel: &Channel, position: Position) -> Result<Self> {
         let bus = &gateway.bus;
         // The oldest unread event, and so the place from which the cursor really reads on.
-        let page = bus.read(channel, Start::After(position), Limit { events: 1, bytes: 0 }, None).await?;
+        let page = bus.read(channel, Start::After(position), ReadLimit { events: 1, bytes: 0 }, None).await?;
         let info = bus.inspect(channel).await?;
         let top = bus.head(channel).await?;
         let (lag, lag_ms) = match page.events.first() {
@@ -226,7 +227,7 @@ async fn read<T: DeserializeOwned>(gateway: &Gateway, request: Request<Body>, ac
     let name = name(&head, action)?;
     let body = read_body(body, MAX_BODY, "64 KiB", gateway.config.limits.body_time).await?;
     let text = std::str::from_utf8(&body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
-    let read = serde_json::from_str(text).map_err(|error| misread::<T>(text, &error))?;
+    let read = serde_json::from_str(text).map_err(|error| json_error_at_path::<T>(text, &error))?;
     Ok((name, read))
 }
 

@@ -19,13 +19,15 @@ use super::{super::error::problem, json};
 use crate::{
     auth::Identity,
     bus::Placed,
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{self, Channel, Data, Draft, Incoming, misread, unreadable},
+    event::{self, Draft, EventData, IncomingEvent},
     http::{
         Gateway,
         extract::{declared, is_ndjson, read_body, text},
         openapi::{self, Page, Problem, Published},
     },
+    json::{JsonStr, json_error, json_error_at_path},
     metrics::Transport,
     net::server::PeerAddr,
     position::Position,
@@ -167,17 +169,17 @@ fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
     let key = one_key(header_key, key.as_deref())?;
     let raw;
     let data = match std::str::from_utf8(body) {
-        Ok("") => Data::None,
+        Ok("") => EventData::None,
         Ok(text) => match serde_json::from_str::<&RawValue>(text) {
             Ok(json) => {
                 raw = json;
-                Data::Json(raw)
+                EventData::Json(raw)
             }
-            Err(_) => Data::Text(text),
+            Err(_) => EventData::Text(text),
         },
-        Err(_) => Data::Bytes(body),
+        Err(_) => EventData::Bytes(body),
     };
-    let parts = event::Parts { kind: kind.as_deref(), from: from.as_deref(), meta: None, data, key };
+    let parts = event::DraftParts { kind: kind.as_deref(), from: from.as_deref(), meta: None, data, key };
     Ok(Publish::One(channel, Draft::new(parts, limit)?))
 }
 
@@ -191,14 +193,14 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &G
         let mut reader = serde_json::Deserializer::from_str(text);
         events = reader
             .deserialize_seq(Events { most: limits.publish_events })
-            .map_err(|error| misread::<Vec<Incoming<'_>>>(text, &error))?;
-        reader.end().map_err(|error| unreadable(&error))?;
+            .map_err(|error| json_error_at_path::<Vec<IncomingEvent<'_>>>(text, &error))?;
+        reader.end().map_err(|error| json_error(&error))?;
     } else {
-        let reader = serde_json::Deserializer::from_str(text).into_iter::<Incoming<'_>>();
+        let reader = serde_json::Deserializer::from_str(text).into_iter::<IncomingEvent<'_>>();
         for event in reader {
             let event = event.map_err(|error| match events.len() {
-                0 => first(misread::<Incoming<'_>>(text, &error)),
-                _ => unreadable(&error),
+                0 => first(json_error_at_path::<IncomingEvent<'_>>(text, &error)),
+                _ => json_error(&error),
             })?;
             events.push(event);
             if events.len() > limits.publish_events {
@@ -209,7 +211,7 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &G
             && !lines
         {
             let key = one_key(header_key, event.key.as_deref())?.map(str::to_owned);
-            event.key = key.map(|key| event::Text(key.into()));
+            event.key = key.map(|key| JsonStr(key.into()));
             let (channel, draft) = event.draft(limits.event)?;
             return Ok(Publish::One(channel, draft));
         }
@@ -226,7 +228,7 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &G
         return Err(Error::params("Idempotency-Key is about one event: give each of several its own member key"));
     }
     let draft =
-        |(at, event): (usize, &Incoming<'_>)| event.draft(limits.event).map_err(|error| error.with("event", at));
+        |(at, event): (usize, &IncomingEvent<'_>)| event.draft(limits.event).map_err(|error| error.with("event", at));
     Ok(Publish::Many(events.iter().enumerate().map(draft).collect::<Result<_>>()?))
 }
 
@@ -255,7 +257,7 @@ struct Events {
 }
 
 impl<'de> Visitor<'de> for Events {
-    type Value = Vec<Incoming<'de>>;
+    type Value = Vec<IncomingEvent<'de>>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an array of events")

@@ -8,7 +8,9 @@ use bytes::Bytes;
 
 use crate::{
     bus::{Format, Gap, index},
-    event::{Channel, Event, read_json_str, write_json_str},
+    channel::Channel,
+    event::Event,
+    json::{read_json_str, write_json_str},
     net::chunk::{HEAD, TAIL, close, open, text},
     position::Position,
 };

@@ -3,8 +3,8 @@ use serde_json::value::RawValue;
 
 use super::*;
 use crate::{
-    bus::Reason,
-    event::{Data, Draft, Parts},
+    bus::GapReason,
+    event::{Draft, DraftParts, EventData},
 };
 
 /// What an `EventSource` makes of a stream, by the letter of the HTML standard.
@@ -74,7 +74,7 @@ fn channel(name: &str) -> Channel {
     Channel::parse(name).unwrap()
 }
 
-fn placed(offset: u64, parts: Parts<'_>) -> std::sync::Arc<Event> {
+fn placed(offset: u64, parts: DraftParts<'_>) -> std::sync::Arc<Event> {
     let at = Position { epoch: "k3Vq00".parse().unwrap(), offset };
     std::sync::Arc::new(Draft::new(parts, 1_000_000).unwrap().place(at, 1763640000123))
 }
@@ -98,7 +98,7 @@ fn said(bytes: &Bytes) -> String {
 #[test]
 fn an_envelope_as_specified() {
     let data = raw(r#"{"id":7}"#);
-    let event = placed(42, Parts { kind: Some("created"), data: Data::Json(&data), ..Default::default() });
+    let event = placed(42, DraftParts { kind: Some("created"), data: EventData::Json(&data), ..Default::default() });
     let json =
         r#"{"channel":"orders","epoch":"k3Vq00","offset":42,"type":"created","time":1763640000123,"data":{"id":7}}"#;
     let events = [event];
@@ -112,16 +112,16 @@ fn an_envelope_as_specified() {
 fn bare_data_of_every_kind() {
     let (null, lone) = (raw("null"), raw(r#""\ud800\n""#));
     for (data, want) in [
-        (Data::None, "data: \n\n"),
-        (Data::Json(&null), "data: null\n\n"),
-        (Data::Text(""), "data: \n\n"),
-        (Data::Text("<li>a</li>\n<li>b</li>"), "data: <li>a</li>\ndata: <li>b</li>\n\n"),
-        (Data::Text("a\rb\r\nc\n"), "data: a\ndata: b\ndata: c\ndata: \n\n"),
-        (Data::Text(" \u{0}\u{2028}"), "data:  \u{0}\u{2028}\n\n"),
-        (Data::Bytes(b"\0\xff"), "data: AP8=\n\n"),
-        (Data::Json(&lone), "data: \\ud800\\n\n\n"),
+        (EventData::None, "data: \n\n"),
+        (EventData::Json(&null), "data: null\n\n"),
+        (EventData::Text(""), "data: \n\n"),
+        (EventData::Text("<li>a</li>\n<li>b</li>"), "data: <li>a</li>\ndata: <li>b</li>\n\n"),
+        (EventData::Text("a\rb\r\nc\n"), "data: a\ndata: b\ndata: c\ndata: \n\n"),
+        (EventData::Text(" \u{0}\u{2028}"), "data:  \u{0}\u{2028}\n\n"),
+        (EventData::Bytes(b"\0\xff"), "data: AP8=\n\n"),
+        (EventData::Json(&lone), "data: \\ud800\\n\n\n"),
     ] {
-        let text = encode(&DATA_BARE, &[placed(1, Parts { data, ..Default::default() })]);
+        let text = encode(&DATA_BARE, &[placed(1, DraftParts { data, ..Default::default() })]);
         assert_eq!(String::from_utf8(text).unwrap(), want);
     }
 }
@@ -139,7 +139,7 @@ fn own_blocks_as_specified() {
     );
     let missing = Gap {
         channel: channel("orders"),
-        reason: Reason::Trimmed,
+        reason: GapReason::Trimmed,
         after: "k3Vq00-42".parse().ok(),
         next: "k3Vq00-97".parse().unwrap(),
         missed: Some(54),
@@ -189,7 +189,7 @@ proptest! {
         let events: Vec<_> = texts
             .iter()
             .enumerate()
-            .map(|(i, text)| placed(i as u64 + 1, Parts { data: Data::Text(text), ..Default::default() }))
+            .map(|(i, text)| placed(i as u64 + 1, DraftParts { data: EventData::Text(text), ..Default::default() }))
             .collect();
 
         let parsed = parse(&encode(&DATA, &events));
@@ -210,7 +210,7 @@ proptest! {
 
     #[test]
     fn any_type_is_one_line(kind in "[^\\p{Cc}]{1,30}") {
-        let event = placed(1, Parts { kind: Some(&kind), ..Default::default() });
+        let event = placed(1, DraftParts { kind: Some(&kind), ..Default::default() });
         let block = parse(&encode(&DATA, &[event])).blocks.remove(0);
         prop_assert_eq!(block.event, kind);
     }
@@ -222,7 +222,7 @@ proptest! {
         bare: bool,
     ) {
         let events: Vec<_> =
-            texts.iter().map(|text| placed(1, Parts { data: Data::Text(text), ..Default::default() })).collect();
+            texts.iter().map(|text| placed(1, DraftParts { data: EventData::Text(text), ..Default::default() })).collect();
         let format = if bare { &DATA_BARE } else { &EVENT_BARE };
         let chunk = format.encode(&channel("orders"), &events);
         let mut pieces = Vec::new();

@@ -11,17 +11,18 @@ use bytes::Bytes;
 
 use super::{Sse, frame, jitter};
 use crate::{
-    bus::{Delivery, Gap, Item, Subscriptions},
+    bus::{Delivery, DeliveryItem, Gap, Subscriptions},
+    channel::Channel,
     error::Code,
-    event::Channel,
     metrics::{Connected, Transport},
     net::{
         stream::{Progress, StreamOutput, StreamSource, TURN},
         timer::{Due, Timer, TimerWheel},
     },
-    position::{Names, Position},
+    position::Position,
     presence::Lease,
     sessions::ConnectionRegistration,
+    token::TokenEncoder,
 };
 
 /// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
@@ -50,7 +51,7 @@ pub(super) struct Stream {
     _leases: Box<[Lease]>,
     _registration: ConnectionRegistration,
     /// Of several channels, for their token.
-    names: Option<Box<Names>>,
+    names: Option<Box<TokenEncoder>>,
     sse: Arc<Sse>,
     timer: Timer,
     connected: Connected,
@@ -111,7 +112,7 @@ impl Stream {
         };
         if stream.subs.len() > 1 {
             let channels: Vec<Channel> = stream.places().map(|(channel, _)| channel.clone()).collect();
-            stream.names = Some(Box::new(Names::new(&channels)));
+            stream.names = Some(Box::new(TokenEncoder::new(&channels)));
         }
         stream.tell();
         // Until a gap has been told, ids lie before it: who is cut off in between shall hear of it the next time.
@@ -229,7 +230,7 @@ impl StreamSource for Stream {
             }
             let Some(Delivery { item, .. }) = self.subs.take() else { break Progress::Idle };
             match item {
-                Item::Events { bytes, count } => {
+                DeliveryItem::Events { bytes, count } => {
                     self.events += count;
                     self.bytes += bytes.len() as u64;
                     match self.ids {
@@ -250,7 +251,7 @@ impl StreamSource for Stream {
                         }
                     }
                 }
-                Item::Gap(gap) => {
+                DeliveryItem::Gap(gap) => {
                     if let Some((bytes, _)) = last.take() {
                         out.push(bytes);
                     }

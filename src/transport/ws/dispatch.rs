@@ -409,7 +409,7 @@ fn provider_error(json: &str) -> Option<ProviderError<'_>> {
     struct Wire<'a> {
         code: i64,
         #[serde(borrow, default)]
-        message: Option<crate::event::Text<'a>>,
+        message: Option<crate::json::JsonStr<'a>>,
         #[serde(borrow)]
         data: Option<&'a RawValue>,
     }

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     error::{Code, Error, Result},
-    event::write_json_str,
+    json::write_json_str,
 };
 
 /// What one frame or body holds.

@@ -10,9 +10,12 @@ use serde_json::value::RawValue;
 
 use crate::{
     bus::Filter,
+    channel::{Channel, check_label},
     error::{Code, Error, Result},
-    event::{Channel, Incoming, Text, label, misread, parse},
-    position::{After, Start},
+    event::IncomingEvent,
+    json::{JsonStr, json_error_at_path, parse_json},
+    position::Start,
+    token::AfterParam,
     transport::{present::Present, query::duration},
 };
 
@@ -30,7 +33,7 @@ pub fn object(params: Option<&RawValue>) -> Result<&str> {
 
 /// Reads the params of one method.
 pub fn read<'a, T: Deserialize<'a>>(params: Option<&'a RawValue>) -> Result<T> {
-    parse(object(params)?)
+    parse_json(object(params)?)
 }
 
 #[derive(Debug, Deserialize)]
@@ -48,8 +51,8 @@ pub struct Auth {
 /// `weir.publish`.
 #[derive(Debug)]
 pub enum Publish<'a> {
-    One(Box<Incoming<'a>>),
-    Many(Vec<Incoming<'a>>),
+    One(Box<IncomingEvent<'a>>),
+    Many(Vec<IncomingEvent<'a>>),
 }
 
 impl<'a> Publish<'a> {
@@ -58,7 +61,7 @@ impl<'a> Publish<'a> {
         #[serde(deny_unknown_fields)]
         struct Many<'a> {
             #[serde(borrow)]
-            events: Vec<Incoming<'a>>,
+            events: Vec<IncomingEvent<'a>>,
         }
 
         let text = object(params)?;
@@ -67,8 +70,8 @@ impl<'a> Publish<'a> {
             Err(not_one) => match serde_json::from_str::<Many<'_>>(text) {
                 Ok(many) => Ok(Publish::Many(many.events)),
                 // About whichever of the two was meant.
-                Err(not_many) if text.contains(r#""events""#) => Err(misread::<Many<'_>>(text, &not_many)),
-                Err(_) => Err(misread::<Incoming<'_>>(text, &not_one)),
+                Err(not_many) if text.contains(r#""events""#) => Err(json_error_at_path::<Many<'_>>(text, &not_many)),
+                Err(_) => Err(json_error_at_path::<IncomingEvent<'_>>(text, &not_one)),
             },
         }
     }
@@ -96,12 +99,12 @@ pub struct Topic<'a>(Object<'a>);
 #[serde(deny_unknown_fields)]
 struct Object<'a> {
     #[serde(borrow)]
-    channel: Text<'a>,
+    channel: JsonStr<'a>,
     #[serde(borrow)]
     after: Option<Place<'a>>,
     last: Option<u64>,
     #[serde(borrow, default, rename = "type")]
-    kinds: Vec<Text<'a>>,
+    kinds: Vec<JsonStr<'a>>,
 }
 
 /// A position, offset, token, `earliest` or `now`; a bare offset may be a number.
@@ -155,19 +158,19 @@ impl Subscribe<'_> {
 #[serde(deny_unknown_fields)]
 pub struct Unsubscribe<'a> {
     #[serde(borrow)]
-    pub channels: Vec<Text<'a>>,
+    pub channels: Vec<JsonStr<'a>>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Commit<'a> {
     #[serde(borrow)]
-    pub consumer: Text<'a>,
+    pub consumer: JsonStr<'a>,
     #[serde(borrow)]
     pub after: Place<'a>,
     /// What the token is of, if not all channels of the consumer.
     #[serde(borrow)]
-    pub channels: Option<Vec<Text<'a>>>,
+    pub channels: Option<Vec<JsonStr<'a>>>,
 }
 
 /// `weir.call`, as written.
@@ -175,15 +178,15 @@ pub struct Commit<'a> {
 #[serde(deny_unknown_fields)]
 pub struct Call<'a> {
     #[serde(borrow)]
-    pub service: Text<'a>,
+    pub service: JsonStr<'a>,
     #[serde(borrow)]
-    pub method: Text<'a>,
+    pub method: JsonStr<'a>,
     #[serde(borrow)]
     pub params: Option<&'a RawValue>,
     #[serde(borrow)]
-    timeout: Option<Text<'a>>,
+    timeout: Option<JsonStr<'a>>,
     #[serde(borrow)]
-    wait: Option<Text<'a>>,
+    wait: Option<JsonStr<'a>>,
     #[serde(default)]
     pub late: bool,
     stream: Option<IgnoredAny>,
@@ -201,7 +204,7 @@ impl Call<'_> {
         if self.params.is_some_and(|params| !params.get().starts_with(['{', '['])) {
             return Err(Error::params("params of a call is an object or an array"));
         }
-        label("method", &self.method)
+        check_label("method", &self.method)
     }
 
     pub fn timeout(&self) -> Result<Option<Duration>> {
@@ -217,7 +220,7 @@ impl Call<'_> {
 #[serde(deny_unknown_fields)]
 pub struct Provide<'a> {
     #[serde(borrow)]
-    pub service: Text<'a>,
+    pub service: JsonStr<'a>,
     #[serde(default)]
     pub exclusive: bool,
     #[serde(default)]
@@ -228,7 +231,7 @@ pub struct Provide<'a> {
     #[serde(default)]
     pub meta: bool,
     #[serde(borrow, default)]
-    pub methods: Vec<Text<'a>>,
+    pub methods: Vec<JsonStr<'a>>,
     standby: Option<IgnoredAny>,
     idempotent: Option<IgnoredAny>,
 }
@@ -252,7 +255,7 @@ impl Provide<'_> {
         if self.concurrency == Some(0) {
             return Err(Error::params("concurrency is at least 1"));
         }
-        self.methods.iter().try_for_each(|method| label("method", method))
+        self.methods.iter().try_for_each(|method| check_label("method", method))
     }
 }
 
@@ -260,7 +263,7 @@ impl Provide<'_> {
 #[serde(deny_unknown_fields)]
 pub struct Withdraw<'a> {
     #[serde(borrow)]
-    pub service: Text<'a>,
+    pub service: JsonStr<'a>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -274,7 +277,7 @@ pub struct Cancel<'a> {
 #[serde(deny_unknown_fields)]
 pub struct Services<'a> {
     #[serde(borrow)]
-    pub prefix: Option<Text<'a>>,
+    pub prefix: Option<JsonStr<'a>>,
 }
 
 /// A member that a later version will know.
@@ -283,7 +286,7 @@ fn not_yet(name: &str) -> Error {
 }
 
 impl Place<'_> {
-    pub fn read(&self) -> Result<After> {
+    pub fn read(&self) -> Result<AfterParam> {
         self.0.parse().map_err(|error| Error::new(Code::InvalidPosition, format!("after is {error}")))
     }
 
@@ -308,7 +311,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Topic<'a> {
         let raw = <&RawValue>::deserialize(deserializer)?.get();
         // Not an untagged enum: its errors name nothing.
         if let Some(channel) = super::jsonrpc::string(raw) {
-            return Ok(Topic(Object { channel: Text(channel), after: None, last: None, kinds: Vec::new() }));
+            return Ok(Topic(Object { channel: JsonStr(channel), after: None, last: None, kinds: Vec::new() }));
         }
         serde_json::from_str(raw).map(Topic).map_err(de::Error::custom)
     }

@@ -13,8 +13,8 @@ use serde::Serialize;
 
 use super::{Ready, jsonrpc, params::Wanted};
 use crate::{
-    bus::{Delivery, Format, Gap, Item, Subscriptions, Watch, index},
-    event::Channel,
+    bus::{Delivery, DeliveryItem, Format, Gap, Subscriptions, Watch, index},
+    channel::Channel,
     metrics::Gauge,
     net::websocket::frame,
     position::{Position, Start},
@@ -173,8 +173,8 @@ impl Reader {
     /// What to write next. After `None` the task will be woken.
     pub fn take(&mut self) -> Option<Shown> {
         self.subscriptions.take().map(|Delivery { item, .. }| match item {
-            Item::Events { bytes, count } => Shown::Events { bytes, count },
-            Item::Gap(gap) => Shown::Gap(gap),
+            DeliveryItem::Events { bytes, count } => Shown::Events { bytes, count },
+            DeliveryItem::Gap(gap) => Shown::Gap(gap),
         })
     }
 }

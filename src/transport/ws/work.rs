@@ -27,8 +27,9 @@ use super::{
 };
 use crate::{
     bus::{Placed, PublishFailed},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Draft},
+    event::Draft,
     metrics::Transport,
     rpc::{AcceptedProvider, CallerId},
     transport::{longpoll, present},

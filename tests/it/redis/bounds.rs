@@ -6,7 +6,7 @@ use serde_json::{Value, value::RawValue};
 use weir::{
     backend::redis::{Ack, RedisSettings},
     error::Code,
-    event::{Data, Draft, Parts},
+    event::{Draft, DraftParts, EventData},
     position::Start,
 };
 
@@ -161,12 +161,13 @@ async fn a_look_holds_no_more_than_its_limit() {
     let large = RawValue::from_string(text).unwrap();
     let mut first = None;
     for _ in 0..200 {
-        let draft = Draft::new(Parts { data: Data::Json(&large), ..Parts::default() }, 1_000_000).unwrap();
+        let draft =
+            Draft::new(DraftParts { data: EventData::Json(&large), ..DraftParts::default() }, 1_000_000).unwrap();
         let placed = node.bus.publish_one("", &channel("c"), draft).await.unwrap();
         first.get_or_insert(placed.position);
     }
     let start = Start::After(first.unwrap());
-    let limit = weir::bus::Limit { events: 256, bytes: 64 << 10 };
+    let limit = weir::bus::ReadLimit { events: 256, bytes: 64 << 10 };
     redis.cli(&["CONFIG", "RESETSTAT"]).await;
     let memory = async |field: &str| redis.info(field).await.unwrap().parse::<usize>().unwrap();
     let used = memory("used_memory").await;

@@ -3,9 +3,9 @@
 
 use weir::{
     backend::redis::Ack,
-    bus::{Keep, Reason},
+    bus::{GapReason, Retention},
+    channel::Channel,
     error::Code,
-    event::Channel,
     position::{Position, Start},
 };
 
@@ -17,7 +17,7 @@ use super::{
 
 const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
 
-fn numbers(page: &weir::bus::Page) -> Vec<u64> {
+fn numbers(page: &weir::bus::LogPage) -> Vec<u64> {
     page.events.iter().map(|event| number(event)).collect()
 }
 
@@ -58,7 +58,7 @@ async fn killed_and_started_again_with_nothing() {
     for reader in [&here, &there] {
         reader.sees(told.len() as u64).await;
         judge(&told, reader);
-        assert!(reader.gaps().iter().any(|gap| gap.reason == Reason::Reset), "{:?}", reader.gaps());
+        assert!(reader.gaps().iter().any(|gap| gap.reason == GapReason::Reset), "{:?}", reader.gaps());
     }
     // Nobody writes there: the next who does finds a reader that is told.
     a.insist("idle", 2).await;
@@ -81,7 +81,7 @@ async fn killed_and_started_again_with_everything() {
     reader.sees(told.len() as u64).await;
     judge(&told, &reader);
     let gaps = reader.gaps();
-    assert!(gaps.iter().all(|gap| gap.reason == Reason::Failover && gap.missed.is_none()), "{gaps:?}");
+    assert!(gaps.iter().all(|gap| gap.reason == GapReason::Failover && gap.missed.is_none()), "{gaps:?}");
     // Nothing was lost, so whoever reads both terms gets all of it.
     let (mut start, mut read) = (Start::Earliest, Vec::new());
     loop {
@@ -187,13 +187,13 @@ async fn lost_offsets_that_were_taken_again() {
     reader.sees(60).await;
     assert_eq!(reader.numbers(), (1..=60).collect::<Vec<_>>(), "all that was placed again is seen");
     let [gap] = &reader.gaps()[..] else { panic!("{:?}", reader.gaps()) };
-    assert_eq!((gap.reason, gap.after, gap.next.offset), (Reason::Failover, Some(lost[2].position), 48));
+    assert_eq!((gap.reason, gap.after, gap.next.offset), (GapReason::Failover, Some(lost[2].position), 48));
     assert_ne!(gap.next.epoch, lost[2].position.epoch);
     // A client that had read lost events, and one that had not, resume on the other node.
     for (had, next, first) in [(lost[1].position, 48, 51), (lost[0].position, 48, 51)] {
         let page = a.read("c", Start::After(had)).await;
         let gap = page.gap.clone().unwrap();
-        assert_eq!((gap.reason, gap.next.offset, numbers(&page)[0]), (Reason::Failover, next, first));
+        assert_eq!((gap.reason, gap.next.offset, numbers(&page)[0]), (GapReason::Failover, next, first));
     }
     let page = a.read("c", Start::After(behind)).await;
     assert_eq!(
@@ -202,7 +202,7 @@ async fn lost_offsets_that_were_taken_again() {
         "the old term first, to its end"
     );
     let page = a.read("c", Start::After(page.next)).await;
-    assert_eq!((numbers(&page)[0], page.gap.unwrap().reason), (51, Reason::Failover));
+    assert_eq!((numbers(&page)[0], page.gap.unwrap().reason), (51, GapReason::Failover));
     // The consumer that had committed a lost position goes back, never forward.
     a.bus.commit("job", &channel("c"), lost[2].position).await.unwrap();
     let fresh = a.read("c", Start::Last(1)).await.events[0].position();
@@ -232,9 +232,9 @@ async fn a_master_that_was_a_replica_meanwhile() {
     a.cli(&["REPLICAOF", "NO", "ONE"]).await;
     node.insist("c", 6).await;
     reader.sees(6).await;
-    assert_eq!(reader.gaps().iter().map(|gap| gap.reason).collect::<Vec<_>>(), [Reason::Failover]);
+    assert_eq!(reader.gaps().iter().map(|gap| gap.reason).collect::<Vec<_>>(), [GapReason::Failover]);
     let page = node.read("c", Start::After(lost[1].position)).await;
-    assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![6], Reason::Failover));
+    assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![6], GapReason::Failover));
 }
 
 /// More terms in one life than are remembered: all of it can be read.
@@ -290,9 +290,9 @@ async fn a_loss_is_told_though_nobody_writes_again() {
     reader.sees(1).await;
     redis.restart().await;
     until("a gap", || async { !reader.gaps().is_empty() }).await;
-    assert_eq!(reader.gaps()[0].reason, Reason::Failover);
+    assert_eq!(reader.gaps()[0].reason, GapReason::Failover);
     let other = Node::start(&redis.url()).await;
-    assert_eq!(other.read("c", Start::After(placed.position)).await.gap.unwrap().reason, Reason::Failover);
+    assert_eq!(other.read("c", Start::After(placed.position)).await.gap.unwrap().reason, GapReason::Failover);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -319,7 +319,7 @@ async fn sentinel_fails_over_under_load() {
     for reader in [&here, &there] {
         reader.sees(told.len() as u64).await;
         judge(&told, reader);
-        assert!(reader.gaps().iter().any(|gap| gap.reason == Reason::Failover), "{:?}", reader.gaps());
+        assert!(reader.gaps().iter().any(|gap| gap.reason == GapReason::Failover), "{:?}", reader.gaps());
     }
 }
 
@@ -341,7 +341,7 @@ async fn a_slot_moves_and_its_master_dies() {
     let told = writer.stop().await;
     reader.sees(told.len() as u64).await;
     judge(&told, &reader);
-    assert!(reader.gaps().iter().all(|gap| gap.reason == Reason::Failover), "{:?}", reader.gaps());
+    assert!(reader.gaps().iter().all(|gap| gap.reason == GapReason::Failover), "{:?}", reader.gaps());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -423,7 +423,7 @@ async fn keys_that_vanish() {
         }
         // Before anybody writes again.
         let gap = node.read(name, Start::After(placed[4].position)).await.gap.expect(name);
-        assert!(matches!(gap.reason, Reason::Reset | Reason::Trimmed), "{gap:?}");
+        assert!(matches!(gap.reason, GapReason::Reset | GapReason::Trimmed), "{gap:?}");
         for n in 11..=12 {
             node.publish(name, n).await.unwrap();
         }
@@ -511,7 +511,7 @@ async fn an_answer_that_waits_for_a_replica() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_that_keep_less_cut_nobody() {
     let redis = Server::start(&[]).await;
-    let less = Keep { count: 100, ..KEEP };
+    let less = Retention { count: 100, ..KEEP };
     let (a, b) = (Node::start(&redis.url()).await, Node::with(&redis.url(), less, Ack::Stored).await);
     let there = b.reader("c", Start::Now).await;
     let mut placed = Vec::new();

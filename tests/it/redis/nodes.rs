@@ -19,8 +19,9 @@ use weir::{
         client::{RedisUrl, Topology},
     },
     bus::*,
+    channel::Channel,
     error::Code,
-    event::{Channel, Data, Draft, Event, Parts},
+    event::{Draft, DraftParts, Event, EventData},
     metrics::Metrics,
     pattern::Pattern,
     position::{Position, Start},
@@ -28,8 +29,8 @@ use weir::{
 
 use super::servers::until;
 
-pub const KEEP: Keep = Keep { count: 100_000, age: Duration::from_secs(3600), bytes: 64 << 20 };
-pub const ALL: Limit = Limit { events: 100_000, bytes: 64 << 20 };
+pub const KEEP: Retention = Retention { count: 100_000, age: Duration::from_secs(3600), bytes: 64 << 20 };
+pub const ALL: ReadLimit = ReadLimit { events: 100_000, bytes: 64 << 20 };
 
 static LINES: Format = Format {
     index: 61,
@@ -47,7 +48,7 @@ pub fn channel(name: &str) -> Channel {
 
 pub fn draft(n: u64, key: Option<&str>) -> Draft {
     let data = RawValue::from_string(n.to_string()).unwrap();
-    Draft::new(Parts { data: Data::Json(&data), key, ..Parts::default() }, 1_000_000).unwrap()
+    Draft::new(DraftParts { data: EventData::Json(&data), key, ..DraftParts::default() }, 1_000_000).unwrap()
 }
 
 pub fn number(event: &Event) -> u64 {
@@ -67,21 +68,21 @@ impl Node {
         Node::with(url, KEEP, Ack::Stored).await
     }
 
-    pub async fn with(url: &str, keep: Keep, ack: Ack) -> Self {
+    pub async fn with(url: &str, keep: Retention, ack: Ack) -> Self {
         Node::of(url, keep, RedisSettings { prefix: "weir:".into(), ack }).await
     }
 
-    pub async fn of(url: &str, keep: Keep, settings: RedisSettings) -> Self {
+    pub async fn of(url: &str, keep: Retention, settings: RedisSettings) -> Self {
         let config = Config {
-            rules: vec![Rule { pattern: Pattern::new("*"), keep }],
-            keep,
+            rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
+            retention: keep,
             budget: 64 << 20,
             keys: KeyLimits { window: Duration::from_secs(300), count: 10_000 },
             consumer_idle: Duration::from_secs(3600),
             max_consumers: 1000,
             max_cursors: 1000,
         };
-        let topics = Arc::new(Topics::new(config, Clock::System));
+        let topics = Arc::new(Topics::new(config, WallClock::System));
         let metrics = Arc::new(Metrics::new());
         let deployment = Topology::start(RedisUrl::parse(url).unwrap(), metrics.clone());
         deployment.ready(Duration::from_secs(30)).await.unwrap();
@@ -104,7 +105,7 @@ impl Node {
         }
     }
 
-    pub async fn read(&self, name: &str, start: Start) -> Page {
+    pub async fn read(&self, name: &str, start: Start) -> LogPage {
         self.bus.read(&channel(name), start, ALL, None).await.unwrap()
     }
 
@@ -120,8 +121,8 @@ impl Node {
                     let delivery = poll_fn(|cx| subs.poll_next(cx)).await;
                     let mut log = log.lock();
                     match delivery.item {
-                        Item::Gap(gap) => log.push(Seen::Gap(gap)),
-                        Item::Events { bytes, .. } => {
+                        DeliveryItem::Gap(gap) => log.push(Seen::Gap(gap)),
+                        DeliveryItem::Events { bytes, .. } => {
                             for line in std::str::from_utf8(&bytes).unwrap().lines() {
                                 let event: Value = serde_json::from_str(line).unwrap();
                                 let at = format!("{}-{}", event["epoch"].as_str().unwrap(), event["offset"]);
@@ -248,7 +249,7 @@ pub fn judge(told: &[Told], reader: &Reader) {
         let (position, n) = match one {
             Seen::Event(position, n) => (position, n),
             Seen::Gap(gap) => {
-                if gap.reason == Reason::Reset {
+                if gap.reason == GapReason::Reset {
                     last = 0;
                 }
                 continue;

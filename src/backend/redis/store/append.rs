@@ -21,9 +21,10 @@ use super::{
 };
 use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
-    bus::{Keep, Placed},
+    bus::{Placed, Retention},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Draft},
+    event::Draft,
     position::{Epoch, Position},
 };
 
@@ -139,7 +140,7 @@ impl Inner {
     }
 
     /// Places publishes of one channel in one step, all or none, and says over which connection.
-    pub(super) async fn store(&self, keys: &ChannelKeys, keep: &Keep, publishes: &[&Publish]) -> Outcome {
+    pub(super) async fn store(&self, keys: &ChannelKeys, keep: &Retention, publishes: &[&Publish]) -> Outcome {
         let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
         let mut once: IndexSet<String> = IndexSet::new();
         let mut drafts = Vec::new();

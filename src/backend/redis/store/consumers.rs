@@ -12,9 +12,9 @@ use super::{
 };
 use crate::backend::redis::client::{Command, OnLostReply, RedisConnection, Script, Value};
 use crate::{
-    bus::{Act, Consumer, Limit},
+    bus::{ConsumerInfo, CursorOp, ReadLimit},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::Channel,
     position::{Position, Start},
 };
 
@@ -41,13 +41,13 @@ struct Found {
 pub(super) struct Sweeps(Mutex<Option<u64>>);
 
 impl Inner {
-    pub(super) async fn act(&self, consumer: &str, channel: &Channel, act: Act) -> Result<Option<Position>> {
+    pub(super) async fn act(&self, consumer: &str, channel: &Channel, act: CursorOp) -> Result<Option<Position>> {
         let mut known = self.cursor_at(consumer, channel).await?;
         for _ in 0..TRIES {
             let to = match act {
-                Act::Get => return Ok(known),
-                Act::Seek(to) => to,
-                Act::Commit(to) => self.forward(channel, known, to).await?,
+                CursorOp::Get => return Ok(known),
+                CursorOp::Seek(to) => to,
+                CursorOp::Commit(to) => self.forward(channel, known, to).await?,
             };
             if known == Some(to) {
                 return Ok(known);
@@ -72,11 +72,11 @@ impl Inner {
     /// The later of two positions.
     async fn forward(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
         let (keys, keep) = (self.keys.channel(channel), self.keep_of(channel).await.map_err(failed)?);
-        let extent = self.look(&keys, &keep, Start::Now, Limit { events: 0, bytes: 0 }).await?.extent;
-        if !to.epoch.is_absent() && to.epoch == extent.epoch && to.offset > extent.top {
+        let bounds = self.look(&keys, &keep, Start::Now, ReadLimit { events: 0, bytes: 0 }).await?.bounds;
+        if !to.epoch.is_absent() && to.epoch == bounds.epoch && to.offset > bounds.top {
             return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));
         }
-        Ok(known.filter(|known| extent.rank(*known) >= extent.rank(to)).unwrap_or(to))
+        Ok(known.filter(|known| bounds.rank(*known) >= bounds.rank(to)).unwrap_or(to))
     }
 
     async fn cursor_at(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
@@ -220,7 +220,7 @@ impl Inner {
         Ok(names.take_while(|name| name.starts_with(prefix)).map(str::to_owned).collect())
     }
 
-    pub(super) async fn describe_consumer(&self, name: &str) -> Result<Option<Consumer>> {
+    pub(super) async fn describe_consumer(&self, name: &str) -> Result<Option<ConsumerInfo>> {
         let key = self.keys.consumer(name);
         let fill = |_: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
@@ -245,7 +245,7 @@ impl Inner {
         let Some(seen) = seen else { return Ok(None) };
         cursors.sort_by(|one, other| one.0.cmp(&other.0));
         let expires = seen + self.idle();
-        Ok(Some(Consumer { name: name.into(), cursors, seen, expires }))
+        Ok(Some(ConsumerInfo { name: name.into(), cursors, seen, expires }))
     }
 
     pub(super) async fn list_consumers(
@@ -253,7 +253,7 @@ impl Inner {
         prefix: &str,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<Vec<Consumer>> {
+    ) -> Result<Vec<ConsumerInfo>> {
         let mut after = after.map(str::to_owned);
         let mut consumers = Vec::new();
         while consumers.len() < limit {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 
-use crate::event::Channel;
+use crate::channel::Channel;
 
 /// Before every key and every pub/sub channel: `bus.redis.prefix`.
 #[derive(Clone, Debug)]

@@ -17,8 +17,8 @@ use tokio::time::Instant;
 use super::{Inner, append::Publish};
 use crate::backend::redis::client::Address;
 use crate::{
-    bus::Keep,
-    event::{Draft, Parts},
+    bus::Retention,
+    event::{Draft, DraftParts},
 };
 
 /// A connection for events whose probe was placed and did not come back in this time is replaced.
@@ -26,7 +26,7 @@ const ECHO: Duration = Duration::from_secs(2);
 /// Without an echo for so long, this node is not ready.
 const RED: Duration = Duration::from_secs(10);
 /// What is kept of a probe's channel.
-const KEEP: Keep = Keep { count: 1, age: Duration::from_secs(60), bytes: 1000 };
+const KEEP: Retention = Retention { count: 1, age: Duration::from_secs(60), bytes: 1000 };
 
 pub(super) struct Probes {
     state: Mutex<BTreeMap<Address, Probe>>,
@@ -88,7 +88,7 @@ impl Inner {
 
     async fn place_probe(&self, place: &Address, name: &str) {
         let begun = Instant::now();
-        let Ok(draft) = Draft::new(Parts::default(), 1000) else { return };
+        let Ok(draft) = Draft::new(DraftParts::default(), 1000) else { return };
         let publish = Publish { subject: "".into(), drafts: vec![draft] };
         let placed = self.store(&self.keys.tagged(name), &KEEP, &[&publish]).await.is_ok();
         let mut state = self.probes.state.lock();

@@ -16,9 +16,10 @@ use super::{
 };
 use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
-    bus::{Act, Consumer, Extent, Info, Keep, Limit, Log, Page, Placed, Tail, Topic},
+    bus::{ChannelInfo, ConsumerInfo, CursorOp, Log, LogBounds, LogPage, Placed, ReadLimit, Retention, Tail, Topic},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Draft, Event},
+    event::{Draft, Event},
     position::{Epoch, Position, Start},
 };
 
@@ -84,9 +85,9 @@ impl Inner {
     pub(super) async fn look(
         &self,
         keys: &ChannelKeys,
-        keep: &Keep,
+        keep: &Retention,
         start: Start,
-        limit: Limit,
+        limit: ReadLimit,
     ) -> Result<LogSnapshot> {
         let (meta, stream) = (keys.meta(), keys.stream());
         let (from, epoch, number) = match start {
@@ -124,7 +125,7 @@ impl Inner {
                 return Err(failed(CommandError::Rejected("VERSION".into())));
             }
             let current = *look.generation == *connection.server.generation.as_bytes();
-            if current || look.extent.is_absent() || touched.as_ref() == Some(&look.generation) {
+            if current || look.bounds.is_absent() || touched.as_ref() == Some(&look.generation) {
                 return Ok(look);
             }
             // Another server answers than wrote last: what it does not know of may have been lost, and whoever reads
@@ -135,7 +136,7 @@ impl Inner {
     }
 
     /// Says that a log is read, and answers the generation of it, if there is one. Begins a new term if the server is another.
-    pub(super) async fn touch(&self, keys: &ChannelKeys, keep: &Keep) -> Result<Option<Bytes>> {
+    pub(super) async fn touch(&self, keys: &ChannelKeys, keep: &Retention) -> Result<Option<Bytes>> {
         let (meta, events) = (keys.meta(), keys.events());
         let fill = |connection: &RedisConnection, command: &mut Command| {
             command.push_int(self.script_now());
@@ -150,23 +151,23 @@ impl Inner {
         Ok(done.0.bytes().cloned())
     }
 
-    async fn page(&self, channel: &Channel, start: Start, limit: Limit) -> Result<Page> {
+    async fn page(&self, channel: &Channel, start: Start, limit: ReadLimit) -> Result<LogPage> {
         let keys = self.keys.channel(channel);
         let keep = self.keep_of(channel).await.map_err(failed)?;
         let mut look = self.look(&keys, &keep, start, limit).await?;
-        let (mut next, mut gap) = look.extent.resolve(channel, start, look.now);
+        let (mut next, mut gap) = look.bounds.resolve(channel, start, look.now);
         if !follows(&look, next) {
             // It was read from elsewhere than it turns out to begin.
             look = self.look(&keys, &keep, Start::After(next), limit).await?;
-            (next, gap) = look.extent.resolve(channel, start, look.now);
+            (next, gap) = look.bounds.resolve(channel, start, look.now);
             if !follows(&look, next) {
                 // What should be there is not: the stream was deleted, or cut, by somebody else.
-                look.extent.first = look
+                look.bounds.first = look
                     .events
                     .iter()
                     .find(|event| event.offset > next.offset)
-                    .map_or(look.extent.top + 1, |event| event.offset);
-                (next, gap) = look.extent.resolve(channel, start, look.now);
+                    .map_or(look.bounds.top + 1, |event| event.offset);
+                (next, gap) = look.bounds.resolve(channel, start, look.now);
             }
         }
         let mut bytes = 0;
@@ -183,16 +184,16 @@ impl Inner {
             next = event.position();
             events.push(event);
         }
-        let more = !look.extent.is_absent() && next.offset < look.extent.top;
-        Ok(Page { events, next, more, gap })
+        let more = !look.bounds.is_absent() && next.offset < look.bounds.top;
+        Ok(LogPage { events, next, more, gap })
     }
 
-    async fn describe(&self, channel: &Channel) -> Result<Info> {
+    async fn describe(&self, channel: &Channel) -> Result<ChannelInfo> {
         let keys = self.keys.channel(channel);
-        let one = Limit { events: 1, bytes: 0 };
+        let one = ReadLimit { events: 1, bytes: 0 };
         let look = self.look(&keys, &self.keep_of(channel).await.map_err(failed)?, Start::Earliest, one).await?;
-        let Extent { epoch, first, top, time, .. } = look.extent;
-        Ok(Info {
+        let LogBounds { epoch, first, top, time, .. } = look.bounds;
+        Ok(ChannelInfo {
             channel: channel.clone(),
             epoch,
             first: look.events.first().map_or(first, |event| event.offset),
@@ -203,7 +204,7 @@ impl Inner {
         })
     }
 
-    async fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Info>> {
+    async fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ChannelInfo>> {
         let pattern = self.keys.logs(prefix);
         let mut after = after.map(str::to_owned);
         let mut found = Vec::new();
@@ -303,7 +304,7 @@ fn follows(look: &LogSnapshot, next: Position) -> bool {
     let found = look.events.iter().find(|event: &&Arc<Event>| event.offset > next.offset);
     match found {
         Some(event) => event.offset == next.offset + 1,
-        None => look.extent.is_absent() || next.offset >= look.extent.top,
+        None => look.bounds.is_absent() || next.offset >= look.bounds.top,
     }
 }
 
@@ -328,10 +329,10 @@ impl Log for Redis {
         self.0.append(channel, subject, drafts).boxed()
     }
 
-    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: Limit) -> BoxFuture<'a, Result<Page>> {
+    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: ReadLimit) -> BoxFuture<'a, Result<LogPage>> {
         async move {
             let page = match start {
-                Start::Now => self.0.page(channel, start, Limit { events: 0, bytes: 0 }).await,
+                Start::Now => self.0.page(channel, start, ReadLimit { events: 0, bytes: 0 }).await,
                 _ => self.0.page(channel, start, limit).await,
             };
             let page = page?;
@@ -346,11 +347,16 @@ impl Log for Redis {
         self.0.tail(topic).boxed()
     }
 
-    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<Info>> {
+    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<ChannelInfo>> {
         self.0.describe(channel).boxed()
     }
 
-    fn list<'a>(&'a self, prefix: &'a str, after: Option<&'a str>, limit: usize) -> BoxFuture<'a, Result<Vec<Info>>> {
+    fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ChannelInfo>>> {
         self.0.names(prefix, after, limit).boxed()
     }
 
@@ -362,12 +368,12 @@ impl Log for Redis {
         &'a self,
         consumer: &'a str,
         channel: &'a Channel,
-        act: Act,
+        act: CursorOp,
     ) -> BoxFuture<'a, Result<Option<Position>>> {
         self.0.act(consumer, channel, act).boxed()
     }
 
-    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<Consumer>>> {
+    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<ConsumerInfo>>> {
         self.0.describe_consumer(consumer).boxed()
     }
 
@@ -376,7 +382,7 @@ impl Log for Redis {
         prefix: &'a str,
         after: Option<&'a str>,
         limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<Consumer>>> {
+    ) -> BoxFuture<'a, Result<Vec<ConsumerInfo>>> {
         self.0.list_consumers(prefix, after, limit).boxed()
     }
 

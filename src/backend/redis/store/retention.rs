@@ -14,8 +14,8 @@ use tokio::sync::Mutex;
 use super::{Inner, read::millis};
 use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
-    bus::{Keep, Rule},
-    event::Channel,
+    bus::{Retention, RetentionRule},
+    channel::Channel,
     pattern::Pattern,
 };
 
@@ -43,15 +43,15 @@ struct Other {
 }
 
 /// Patterns and what is kept by them; the last is `*`.
-struct Rules(Vec<Rule>);
+struct Rules(Vec<RetentionRule>);
 
 impl RetentionRules {
     /// Of a node with these rules, that keeps `rest` where none of them matches.
-    pub fn new(rules: &[Rule], rest: Keep) -> Self {
-        let all = rules.iter().map(|rule| (rule.pattern.to_string(), rule.keep));
+    pub fn new(rules: &[RetentionRule], rest: Retention) -> Self {
+        let all = rules.iter().map(|rule| (rule.pattern.to_string(), rule.retention));
         let all: Vec<_> = all
             .chain([("*".to_owned(), rest)])
-            .map(|(pattern, Keep { count, age, bytes })| (pattern, count, millis(age), bytes))
+            .map(|(pattern, Retention { count, age, bytes })| (pattern, count, millis(age), bytes))
             .collect();
         RetentionRules {
             node: format!("{:016x}", fastrand::u64(..)),
@@ -62,11 +62,15 @@ impl RetentionRules {
     }
 
     /// What is kept of a channel of which this node keeps `own`.
-    pub fn max_with(&self, own: Keep, channel: &Channel) -> Keep {
+    pub fn max_with(&self, own: Retention, channel: &Channel) -> Retention {
         let others = self.others.read();
         others.iter().flat_map(BTreeMap::values).fold(own, |most, other| {
             let keep = other.rules.of(channel).unwrap_or(most);
-            Keep { count: most.count.max(keep.count), age: most.age.max(keep.age), bytes: most.bytes.max(keep.bytes) }
+            Retention {
+                count: most.count.max(keep.count),
+                age: most.age.max(keep.age),
+                bytes: most.bytes.max(keep.bytes),
+            }
         })
     }
 
@@ -96,21 +100,21 @@ impl RetentionRules {
 impl Rules {
     fn read(text: &str) -> Option<Self> {
         let rules: Vec<(String, usize, u64, usize)> = serde_json::from_str(text).ok()?;
-        let rule = |(pattern, count, age, bytes): (String, usize, u64, usize)| Rule {
+        let rule = |(pattern, count, age, bytes): (String, usize, u64, usize)| RetentionRule {
             pattern: Pattern::new(&pattern),
-            keep: Keep { count, age: Duration::from_millis(age), bytes },
+            retention: Retention { count, age: Duration::from_millis(age), bytes },
         };
         Some(Rules(rules.into_iter().map(rule).collect()))
     }
 
-    fn of(&self, channel: &Channel) -> Option<Keep> {
-        self.0.iter().find(|rule| rule.pattern.matches(channel.as_str())).map(|rule| rule.keep)
+    fn of(&self, channel: &Channel) -> Option<Retention> {
+        self.0.iter().find(|rule| rule.pattern.matches(channel.as_str())).map(|rule| rule.retention)
     }
 }
 
 impl Inner {
     /// How much of a channel is kept, by all nodes together.
-    pub(super) async fn keep_of(&self, channel: &Channel) -> Result<Keep, CommandError> {
+    pub(super) async fn keep_of(&self, channel: &Channel) -> Result<Retention, CommandError> {
         let known = self.keeps.others.read().is_some();
         if !known {
             // What is lost here was only asked.
@@ -119,7 +123,7 @@ impl Inner {
                 fault => fault,
             })?;
         }
-        Ok(self.keeps.max_with(self.topics.keep_of(channel), channel))
+        Ok(self.keeps.max_with(self.topics.retention_of(channel), channel))
     }
 
     /// Says what this node keeps and hears what others do, unless that was just done. A bus with a time of its own, as that
@@ -151,8 +155,10 @@ mod tests {
     use super::*;
 
     fn keeps(rules: &[(&str, usize)], count: usize) -> RetentionRules {
-        let keep = |count| Keep { count, age: Duration::from_secs(60), bytes: 1000 };
-        let rules = rules.iter().map(|(pattern, count)| Rule { pattern: Pattern::new(pattern), keep: keep(*count) });
+        let keep = |count| Retention { count, age: Duration::from_secs(60), bytes: 1000 };
+        let rules = rules
+            .iter()
+            .map(|(pattern, count)| RetentionRule { pattern: Pattern::new(pattern), retention: keep(*count) });
         RetentionRules::new(&rules.collect::<Vec<_>>(), keep(count))
     }
 
@@ -160,7 +166,7 @@ mod tests {
     fn less_is_kept_when_all_have_agreed_for_a_minute() {
         let (mine, other) = (keeps(&[], 10), keeps(&[("a*", 100)], 5));
         let kept = |name: &str| {
-            let own = Keep { count: 10, age: Duration::from_secs(60), bytes: 1000 };
+            let own = Retention { count: 10, age: Duration::from_secs(60), bytes: 1000 };
             mine.max_with(own, &Channel::parse(name).unwrap()).count
         };
         let said =

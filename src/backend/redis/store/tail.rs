@@ -27,9 +27,10 @@ use super::{
 };
 use crate::backend::redis::client::PubSubHandler;
 use crate::{
-    bus::{Heard, Limit, Placed, Tail, Tailed, Topic},
+    bus::{Backfill, LiveOutcome, Placed, ReadLimit, Tail, Topic},
+    channel::Channel,
     error::{Code, Error, Result},
-    event::{Channel, Draft},
+    event::Draft,
     position::{Position, Start},
 };
 
@@ -45,8 +46,8 @@ const AUDIT: Duration = Duration::from_secs(30);
 /// A channel without readers stays subscribed for so long: they come back.
 const LINGER: Duration = Duration::from_secs(10);
 /// What is looked up for a ring, and for those behind it.
-const WINDOW: Limit = Limit { events: 256, bytes: 64 << 10 };
-const PAGE: Limit = Limit { events: 1024, bytes: 256 << 10 };
+const WINDOW: ReadLimit = ReadLimit { events: 256, bytes: 64 << 10 };
+const PAGE: ReadLimit = ReadLimit { events: 1024, bytes: 256 << 10 };
 
 /// The channels that are read on this node.
 pub(super) struct Tails {
@@ -187,20 +188,20 @@ impl Inner {
         let newest = Start::Last(WINDOW.events as u64);
         let start = if epoch.is_absent() { newest } else { Start::After(Position { epoch, offset: top }) };
         let mut look = self.look(&entry.keys, &keep, start, WINDOW).await?;
-        if look.extent.top > top
-            && look.events.last().is_none_or(|event| event.offset < look.extent.top)
+        if look.bounds.top > top
+            && look.events.last().is_none_or(|event| event.offset < look.bounds.top)
             && start != newest
         {
             // Too many to be heard of one by one.
             look = self.look(&entry.keys, &keep, newest, WINDOW).await?;
         }
-        let LogSnapshot { extent, mut events, .. } = look;
-        events.retain(|event| event.epoch == extent.epoch);
-        let missed = !extent.is_absent() && (extent.epoch, extent.top) != (epoch, top);
+        let LogSnapshot { bounds, mut events, .. } = look;
+        events.retain(|event| event.epoch == bounds.epoch);
+        let missed = !bounds.is_absent() && (bounds.epoch, bounds.top) != (epoch, top);
         let parked = {
             let mut ring = topic.lock();
             let (memory, before) = (ring.memory(), (ring.epoch(), ring.top()));
-            let parked = ring.show(&entry.channel, &keep, extent, events);
+            let parked = ring.apply_snapshot(&entry.channel, &keep, bounds, events);
             self.topics.account(memory, ring.memory());
             (parked, missed && (ring.epoch(), ring.top()) != before)
         };
@@ -261,7 +262,7 @@ impl Inner {
         let topic = entry.topic.lock().clone();
         let mut pause = PAUSE;
         loop {
-            let Some(position) = topic.lock().wanted() else { return };
+            let Some(position) = topic.lock().next_wanted() else { return };
             let done = {
                 let _turn = entry.turn.lock().await;
                 self.fetch_after(&entry, &topic, position).await
@@ -283,14 +284,14 @@ impl Inner {
     async fn fetch_after(&self, entry: &Entry, topic: &Topic, position: Position) -> Result<bool> {
         let keep = self.keep_of(&entry.channel).await.map_err(failed)?;
         let mut look = self.look(&entry.keys, &keep, Start::After(position), PAGE).await?;
-        let (next, gap) = look.extent.resolve(&entry.channel, Start::After(position), look.now);
+        let (next, gap) = look.bounds.resolve(&entry.channel, Start::After(position), look.now);
         let mut events = std::mem::take(&mut look.events);
-        if gap.is_none() && !look.extent.is_absent() {
+        if gap.is_none() && !look.bounds.is_absent() {
             match events.first() {
                 Some(first) if first.offset == next.offset + 1 => {}
                 // What should be there is not: the stream was deleted, or cut, by somebody else.
-                Some(first) => look.extent.first = first.offset,
-                None => look.extent.first = look.extent.top + 1,
+                Some(first) => look.bounds.first = first.offset,
+                None => look.bounds.first = look.bounds.top + 1,
             }
         }
         let mut at = events.first().map_or(0, |event| event.offset);
@@ -304,7 +305,7 @@ impl Inner {
         let fetched = {
             let mut ring = topic.lock();
             let memory = ring.memory();
-            let fetched = ring.fetched(&entry.channel, &look.extent, events);
+            let fetched = ring.add_older(&entry.channel, &look.bounds, events);
             self.topics.account(memory, ring.memory());
             fetched
         };
@@ -323,14 +324,14 @@ impl Inner {
     pub(super) fn hear_own(&self, events: &[u8], placed: Vec<(Draft, Placed)>) {
         let Some(entry) = self.tails.entry(events) else { return };
         let topic = entry.topic.lock().clone();
-        let keep = self.keeps.max_with(*topic.keep(), &entry.channel);
+        let keep = self.keeps.max_with(*topic.retention(), &entry.channel);
         let parked = {
             let mut ring = topic.lock();
             let memory = ring.memory();
             let mut next = false;
             for (draft, placed) in placed.into_iter().filter(|(_, placed)| !placed.duplicate) {
                 // If others come before it, it is heard of after them.
-                next |= ring.hear(draft.place(placed.position, placed.time), &keep) == Heard::Next;
+                next |= ring.apply_live(draft.place(placed.position, placed.time), &keep) == LiveOutcome::Next;
             }
             self.topics.account(memory, ring.memory());
             next.then(|| ring.take_parked())
@@ -343,7 +344,7 @@ impl Inner {
     /// If the channel is read here: returns when its ring knows of `position`.
     pub(super) async fn catch_up_with(&self, channel: &Channel, position: Position) {
         let Some(topic) = self.topics.get(channel) else { return };
-        if topic.lock().extent().knows(position) {
+        if topic.lock().bounds().knows(position) {
             return;
         }
         if let Some(entry) = self.tails.entry(&self.keys.channel(channel).events()) {
@@ -420,7 +421,7 @@ impl Entry {
 
 // === impl Guard ===
 
-impl Tailed for Guard {
+impl Backfill for Guard {
     fn fetch(&self) {
         if let Some(owner) = self.owner.upgrade() {
             tokio::spawn(owner.fetch(self.entry.clone()));
@@ -466,16 +467,16 @@ impl PubSubHandler for Tails {
             owner.topology.metrics.redis_lag_seconds.record(Duration::from_millis(lag));
         }
         let topic = entry.topic.lock().clone();
-        let keep = owner.keeps.max_with(*topic.keep(), &entry.channel);
+        let keep = owner.keeps.max_with(*topic.retention(), &entry.channel);
         let (parked, beyond) = {
             let mut ring = topic.lock();
             let memory = ring.memory();
             let (mut next, mut beyond) = (false, false);
             for event in events {
-                match ring.hear(event, &keep) {
-                    Heard::Next => next = true,
-                    Heard::Old => {}
-                    Heard::Beyond => beyond = true,
+                match ring.apply_live(event, &keep) {
+                    LiveOutcome::Next => next = true,
+                    LiveOutcome::Old => {}
+                    LiveOutcome::Beyond => beyond = true,
                 }
             }
             owner.topics.account(memory, ring.memory());

@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use crate::backend::redis::client::Value;
 use crate::{
-    bus::{Extent, Past, Reason, Term},
+    bus::{GapReason, LogBounds, PreviousLife, Term},
     event::Event,
     position::{Epoch, Position},
 };
@@ -37,7 +37,7 @@ pub enum EventMessage {
 pub struct LogSnapshot {
     /// The clock of Redis, Unix milliseconds.
     pub now: u64,
-    pub extent: Extent,
+    pub bounds: LogBounds,
     /// One after the other, of one term.
     pub events: Vec<Arc<Event>>,
     /// Memory of the events kept.
@@ -119,7 +119,7 @@ impl LogSnapshot {
         let known_absent = absent.int().unwrap_or(0).max(horizon);
         let none = |absent, past, generation| LogSnapshot {
             now,
-            extent: Extent { time: now, ..Extent::none(absent, past) },
+            bounds: LogBounds { time: now, ..LogBounds::absent(absent, past) },
             events: Vec::new(),
             bytes: 0,
             generation,
@@ -138,7 +138,7 @@ impl LogSnapshot {
         if now > idle_from {
             // Nobody is there any more: the next event begins another life, exactly as it will be told here.
             let absent = absent.int().unwrap_or(0).max(born).max(idle_from / 1000 + 1) + 1;
-            let past = Past { epoch, top, reason: Reason::Reset };
+            let past = PreviousLife { epoch, top, reason: GapReason::Reset };
             return Some(none(absent.max(horizon), Some(past), generation));
         }
         let oldest = now.saturating_sub(reading.age);
@@ -153,47 +153,47 @@ impl LogSnapshot {
             }
         }
         let removed = cut.int();
-        let mut extent = Extent {
+        let mut bounds = LogBounds {
             epoch,
             first,
             top,
             time,
-            absent: known_absent,
+            absent_since: known_absent,
             // Whoever asked before may have been told the horizon, which lies a second ahead.
             born: born.max(horizon),
             terms: read_terms(terms.text().unwrap_or_default())?,
-            past,
-            cut: Reason::Trimmed,
+            previous: past,
+            trim_reason: GapReason::Trimmed,
         };
         let one = |stored: &Value| {
             let mut event = event(stored.bytes()?)?;
-            if !extent.remembers(event.epoch) {
+            if !bounds.remembers(event.epoch) {
                 // Of a term that is forgotten: those who were in it are told `reset`, and read it as part of the oldest.
-                event.epoch = extent.epoch_of(event.offset);
+                event.epoch = bounds.epoch_of(event.offset);
             }
             Some(Arc::new(event))
         };
         let mut events = events.iter().map(one).collect::<Option<Vec<_>>>()?;
         if time < oldest {
-            extent.first = top + 1;
+            bounds.first = top + 1;
             events.clear();
         }
         // Too old, and not let go of yet.
         if let Some(old @ 1..) = old.int() {
-            extent.first = extent.first.max(old + 1);
+            bounds.first = bounds.first.max(old + 1);
         }
-        if removed == Some(extent.first) {
-            extent.cut = Reason::Deleted;
+        if removed == Some(bounds.first) {
+            bounds.trim_reason = GapReason::Deleted;
         }
-        Some(LogSnapshot { now, extent, events, bytes: total - before.min(total), generation, newer: false })
+        Some(LogSnapshot { now, bounds, events, bytes: total - before.min(total), generation, newer: false })
     }
 }
 
-fn read_past(text: &str) -> Option<Past> {
+fn read_past(text: &str) -> Option<PreviousLife> {
     let mut parts = text.split(':');
     let (epoch, top) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    let reason = if parts.next()? == "deleted" { Reason::Deleted } else { Reason::Reset };
-    Some(Past { epoch, top, reason })
+    let reason = if parts.next()? == "deleted" { GapReason::Deleted } else { GapReason::Reset };
+    Some(PreviousLife { epoch, top, reason })
 }
 
 fn read_terms(text: &str) -> Option<Vec<Term>> {

@@ -1,8 +1,8 @@
-//! [`Extent`]: what is known of a channel's log beside its events, and what a position is worth in it.
+//! [`LogBounds`]: what is known of a channel's log beside its events, and what a position is worth in it.
 
-use super::log::{Gap, Reason};
+use super::log::{Gap, GapReason};
 use crate::{
-    event::Channel,
+    channel::Channel,
     position::{Epoch, Position, Start},
 };
 
@@ -11,7 +11,7 @@ use crate::{
 /// A *life* begins with offset 1, where there was no log. It has one *term* or several: a new one begins, and offsets go
 /// on, when writes may have been lost. Each has an epoch of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Extent {
+pub struct LogBounds {
     /// The term that goes on; [`Epoch::ABSENT`] if there is no log.
     pub epoch: Epoch,
     /// Oldest offset that can be read, or of the next event if none can.
@@ -21,14 +21,14 @@ pub struct Extent {
     /// Of the newest event, Unix milliseconds.
     pub time: u64,
     /// From this second on the channel is known to have had no log, until (if it has one) `born`.
-    pub absent: u64,
+    pub absent_since: u64,
     pub born: u64,
     /// Terms of this life that have ended, oldest first, as far as they are remembered.
     pub terms: Vec<Term>,
     /// The life before this one, while it is remembered.
-    pub past: Option<Past>,
+    pub previous: Option<PreviousLife>,
     /// Why the events before `first` are gone.
-    pub cut: Reason,
+    pub trim_reason: GapReason,
 }
 
 /// A term that has ended.
@@ -41,25 +41,25 @@ pub struct Term {
 
 /// How a life of the channel ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Past {
+pub struct PreviousLife {
     pub epoch: Epoch,
     pub top: u64,
-    pub reason: Reason,
+    pub reason: GapReason,
 }
 
-impl Extent {
+impl LogBounds {
     /// No log, known since the second `absent`.
-    pub fn none(absent: u64, past: Option<Past>) -> Self {
-        Extent {
+    pub fn absent(since: u64, previous: Option<PreviousLife>) -> Self {
+        LogBounds {
             epoch: Epoch::ABSENT,
             first: 1,
             top: 0,
             time: 0,
-            absent,
+            absent_since: since,
             born: 0,
             terms: Vec::new(),
-            past,
-            cut: Reason::Trimmed,
+            previous,
+            trim_reason: GapReason::Trimmed,
         }
     }
 
@@ -70,7 +70,7 @@ impl Extent {
     /// Where a reader is who has seen everything.
     pub fn head(&self, now: u64) -> Position {
         match self.is_absent() {
-            true => Position::absent(self.absent.max(now / 1000)),
+            true => Position::absent(self.absent_since.max(now / 1000)),
             false => Position { epoch: self.epoch, offset: self.top },
         }
     }
@@ -111,42 +111,42 @@ impl Extent {
         let lost = |reason, missed| gap(reason, if absent { self.head(now) } else { at(self.first) }, missed);
         let term = self.terms.iter().find(|term| term.epoch == asked.epoch);
         // Everything this life has, or will have, follows.
-        let contiguous = match (self.past, term) {
+        let contiguous = match (self.previous, term) {
             _ if asked.epoch == self.epoch && !absent => {
                 if asked.offset > self.top {
-                    return gap(Reason::BadPosition, at(self.top + 1), None);
+                    return gap(GapReason::BadPosition, at(self.top + 1), None);
                 }
                 asked.offset
             }
             _ if asked.epoch.is_absent() => {
-                if asked.offset < self.absent || (!absent && asked.offset > self.born) {
-                    return lost(Reason::Reset, None);
+                if asked.offset < self.absent_since || (!absent && asked.offset > self.born) {
+                    return lost(GapReason::Reset, None);
                 }
                 0
             }
             (_, Some(term)) => {
                 // What else this term had is lost, and nobody knows how much it was.
                 if asked.offset >= term.end {
-                    return gap(Reason::Failover, at((term.end + 1).max(self.first)), None);
+                    return gap(GapReason::Failover, at((term.end + 1).max(self.first)), None);
                 }
                 if term.end < self.first {
-                    return lost(Reason::Failover, None);
+                    return lost(GapReason::Failover, None);
                 }
                 asked.offset
             }
-            (Some(past), None) if past.epoch == asked.epoch => {
-                if asked.offset != past.top {
-                    let reason = if asked.offset > past.top { Reason::BadPosition } else { past.reason };
+            (Some(previous), None) if previous.epoch == asked.epoch => {
+                if asked.offset != previous.top {
+                    let reason = if asked.offset > previous.top { GapReason::BadPosition } else { previous.reason };
                     return lost(reason, None);
                 }
                 0
             }
-            _ => return lost(Reason::Reset, None),
+            _ => return lost(GapReason::Reset, None),
         };
         if absent {
             (self.head(now), None)
         } else if contiguous + 1 < self.first {
-            lost(self.cut, Some(self.first - contiguous - 1))
+            lost(self.trim_reason, Some(self.first - contiguous - 1))
         } else {
             (self.after(contiguous), None)
         }
@@ -160,7 +160,7 @@ impl Extent {
             epoch if epoch.is_absent() && self.is_absent() => (3, position.offset),
             epoch if epoch.is_absent() => (2, position.offset),
             epoch if epoch == self.epoch => (3 + self.terms.len(), position.offset),
-            epoch if self.past.is_some_and(|past| past.epoch == epoch) => (1, position.offset),
+            epoch if self.previous.is_some_and(|previous| previous.epoch == epoch) => (1, position.offset),
             _ => term().map_or((0, 0), |term| (3 + term, position.offset)),
         }
     }
@@ -183,20 +183,20 @@ mod tests {
     }
 
     /// Offsets 1–47 in term a, of which 48 and more were lost; 48–60 in b, nothing in c, from 61 on in d.
-    fn terms() -> Extent {
+    fn terms() -> LogBounds {
         let ended = |name, end| Term { epoch: epoch(name), end };
-        Extent {
+        LogBounds {
             epoch: epoch("dddddd"),
             top: 70,
             born: 100,
             terms: vec![ended("aaaaaa", 47), ended("bbbbbb", 60), ended("cccccc", 60)],
-            ..Extent::none(50, None)
+            ..LogBounds::absent(50, None)
         }
     }
 
-    fn resolve(extent: &Extent, start: Start) -> (String, Option<(Reason, String, Option<u64>)>) {
+    fn resolve(bounds: &LogBounds, start: Start) -> (String, Option<(GapReason, String, Option<u64>)>) {
         let channel = Channel::parse("a").unwrap();
-        let (at, gap) = extent.resolve(&channel, start, 200_000);
+        let (at, gap) = bounds.resolve(&channel, start, 200_000);
         (at.to_string(), gap.map(|gap| (gap.reason, gap.next.to_string(), gap.missed)))
     }
 
@@ -208,14 +208,14 @@ mod tests {
     fn a_term_is_read_to_its_end_and_the_next_is_announced() {
         let log = terms();
         assert_eq!(resolve(&log, after("aaaaaa", 46)), ("aaaaaa-46".into(), None));
-        let crossing = |next: &str| Some((Reason::Failover, next.to_owned(), None));
+        let crossing = |next: &str| Some((GapReason::Failover, next.to_owned(), None));
         for had in [47, 48, 50] {
             assert_eq!(resolve(&log, after("aaaaaa", had)), ("bbbbbb-47".into(), crossing("bbbbbb-48")));
         }
         assert_eq!(resolve(&log, after("bbbbbb", 60)), ("dddddd-60".into(), crossing("dddddd-61")));
         assert_eq!(resolve(&log, after("cccccc", 60)), ("dddddd-60".into(), crossing("dddddd-61")));
         assert_eq!(resolve(&log, after("dddddd", 61)), ("dddddd-61".into(), None));
-        assert_eq!(resolve(&log, after("eeeeee", 61)).1, Some((Reason::Reset, "aaaaaa-1".into(), None)));
+        assert_eq!(resolve(&log, after("eeeeee", 61)).1, Some((GapReason::Reset, "aaaaaa-1".into(), None)));
         assert_eq!(resolve(&log, Start::Earliest), ("aaaaaa-0".into(), None));
         assert_eq!(resolve(&log, Start::Last(15)), ("bbbbbb-55".into(), None));
         assert_eq!(resolve(&log, Start::AfterOffset(47)), ("bbbbbb-47".into(), None));
@@ -225,11 +225,11 @@ mod tests {
 
     #[test]
     fn what_is_trimmed_may_hide_a_crossing() {
-        let log = Extent { first: 50, ..terms() };
+        let log = LogBounds { first: 50, ..terms() };
         let lost = resolve(&log, after("aaaaaa", 20)).1;
-        assert_eq!(lost, Some((Reason::Failover, "bbbbbb-50".into(), None)));
-        assert_eq!(resolve(&log, after("aaaaaa", 47)).1, Some((Reason::Failover, "bbbbbb-50".into(), None)));
-        assert_eq!(resolve(&log, after("bbbbbb", 48)).1, Some((Reason::Trimmed, "bbbbbb-50".into(), Some(1))));
+        assert_eq!(lost, Some((GapReason::Failover, "bbbbbb-50".into(), None)));
+        assert_eq!(resolve(&log, after("aaaaaa", 47)).1, Some((GapReason::Failover, "bbbbbb-50".into(), None)));
+        assert_eq!(resolve(&log, after("bbbbbb", 48)).1, Some((GapReason::Trimmed, "bbbbbb-50".into(), Some(1))));
         assert_eq!(resolve(&log, Start::Earliest), ("bbbbbb-49".into(), None));
     }
 
