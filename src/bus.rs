@@ -1,5 +1,6 @@
 //! [`Bus`]: what everybody calls to publish, read and wait. Over it the transports, under it a backend.
 
+mod filter;
 mod format;
 mod log;
 mod log_bounds;
@@ -13,7 +14,8 @@ use std::{collections::HashMap, sync::Arc};
 use futures_util::future::try_join_all;
 
 pub use self::{
-    format::{Filter, Format, index},
+    filter::Filter,
+    format::Format,
     log::{Backfill, ChannelInfo, ConsumerInfo, CursorOp, Gap, GapReason, Log, LogPage, Placed, ReadLimit, Tail},
     log_bounds::{LogBounds, PreviousLife, Term},
     ring::{KeyLimits, Retention, Ring},

@@ -13,7 +13,8 @@ use bytes::Bytes;
 use slab::Slab;
 
 use super::{
-    format::{Filter, Format},
+    filter::Filter,
+    format::Format,
     log::{Gap, GapReason, LogPage, Placed, ReadLimit},
     log_bounds::{LogBounds, PreviousLife},
     subscription::{Inbox, Ticket, WakeList},
@@ -70,7 +71,7 @@ pub struct Ring {
 
 /// Encoded once, given to every reader that needs the same.
 pub(super) struct Frame {
-    format: usize,
+    format: &'static Format,
     from: u64,
     to: u64,
     bytes: Bytes,
@@ -499,7 +500,7 @@ impl Ring {
 
     /// The events `from..=to`, encoded; shared if anybody else may want the same.
     fn frame(&mut self, older: bool, channel: &Channel, from: u64, to: u64, format: &'static Format) -> Bytes {
-        let known = |frame: &&Frame| (frame.to, frame.from, frame.format) == (to, from, format.index);
+        let known = |frame: &&Frame| (frame.to, frame.from) == (to, from) && std::ptr::eq(frame.format, format);
         if let Some(frame) = self.frames.iter().rev().find(known) {
             return frame.bytes.clone();
         }
@@ -512,7 +513,7 @@ impl Ring {
                 let Some(oldest) = self.frames.pop_front() else { break };
                 held -= oldest.bytes.len();
             }
-            self.frames.push_back(Frame { format: format.index, from, to, bytes: bytes.clone() });
+            self.frames.push_back(Frame { format, from, to, bytes: bytes.clone() });
         }
         bytes
     }
@@ -596,12 +597,8 @@ mod tests {
 
     #[test]
     fn frames_of_large_events_are_not_all_remembered() {
-        static TEXT: Format = Format {
-            index: 62,
-            open: |_| {},
-            event: |channel, event, out| event.write_json(channel, out),
-            close: |_| {},
-        };
+        static TEXT: Format =
+            Format { open: |_| {}, event: |channel, event, out| event.write_json(channel, out), close: |_| {} };
         let channel = Channel::parse("a").unwrap();
         let keep = Retention { count: 100, age: Duration::from_secs(60), bytes: usize::MAX };
         let keys = KeyLimits { window: Duration::ZERO, count: 0 };

@@ -17,7 +17,8 @@ use slab::Slab;
 
 use super::{
     Watch,
-    format::{Filter, Format},
+    filter::Filter,
+    format::Format,
     log::Gap,
     ring::{Parking, Step, TURN_EVENTS},
 };

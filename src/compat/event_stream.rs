@@ -13,7 +13,7 @@ use axum::{
 use super::{Adapter, Parts, form::Form};
 use crate::{
     auth::Identity,
-    bus::{Format, Subscriptions, index},
+    bus::{Format, Subscriptions},
     channel::Channel,
     config::{Template, fill},
     error::{Code, Error, Result, Retry},
@@ -47,7 +47,7 @@ struct Route {
 }
 
 /// An event as the original encodes it.
-static BLOCK: Format = Format { index: index::EVENT_STREAM, open: chunk::open, event, close: chunk::close };
+static BLOCK: Format = Format { open: chunk::open, event, close: chunk::close };
 
 fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     if let Some(kind) = event.kind_json() {

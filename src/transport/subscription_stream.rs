@@ -302,7 +302,7 @@ mod tests {
     use super::*;
     use crate::{
         backend::memory::Memory,
-        bus::{Bus, Config, Format, KeyLimits, Retention, Topics, WallClock, index},
+        bus::{Bus, Config, Format, KeyLimits, Retention, Topics, WallClock},
         channel::Channel,
         event::{Draft, DraftParts, EventData},
         net::stream,
@@ -310,7 +310,6 @@ mod tests {
     };
 
     static TEXT: Format = Format {
-        index: index::NONE,
         open: chunk::open,
         event: |channel, event, out| {
             out.extend_from_slice(format!("{channel}={};", event.data_json().unwrap_or_default()).as_bytes())

@@ -46,7 +46,6 @@ const ALL: ReadLimit = ReadLimit { events: 1000, bytes: 1 << 20 };
 
 /// Frames that are lines of JSON.
 static LINES: Format = Format {
-    index: 63,
     open: |_| {},
     event: |channel, event, out| {
         event.write_json(channel, out);

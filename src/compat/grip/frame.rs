@@ -6,21 +6,16 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::mark::{Mark, Said, said};
-use crate::{
-    bus::{Format, index},
-    channel::Channel,
-    event::Event,
-    net::chunk,
-};
+use crate::{bus::Format, channel::Channel, event::Event, net::chunk};
 
 /// The first byte of a frame after which the stream ends. A size begins with a digit.
 const CLOSES: u8 = b'!';
 
 /// What held streams get that follow nothing: bytes, and nothing else, shared by all of them.
-pub static PLAIN: Format = Format { index: index::GRIP, open: chunk::open, event: plain, close: close_plain };
+pub static PLAIN: Format = Format { open: chunk::open, event: plain, close: close_plain };
 
 /// One event, and what a stream has to know of it to go on or not: read by [`Frame::read`]. For readers one by one.
-pub static MARKED: Format = Format { index: index::GRIP_MARKED, open: |_| {}, event: marked, close: |_| {} };
+pub static MARKED: Format = Format { open: |_| {}, event: marked, close: |_| {} };
 
 fn plain(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     if out[0] == CLOSES {

@@ -9,7 +9,7 @@ use axum::{
 use serde_json::Value;
 
 use crate::{
-    bus::{Format, index},
+    bus::Format,
     channel::Channel,
     compat::js,
     error::Error,
@@ -26,7 +26,7 @@ pub const VALUE: &str = "value";
 pub const FIRST: &str = "first";
 
 /// Nothing but an event of this world looks like this to a browser.
-pub static EVENT: Format = Format { index: index::NODE_SSE, open: chunk::open, event, close: chunk::close };
+pub static EVENT: Format = Format { open: chunk::open, event, close: chunk::close };
 
 fn event(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
     let kind = event.kind_json().unwrap_or(r#""message""#);

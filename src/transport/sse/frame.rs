@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use bytes::Bytes;
 
 use crate::{
-    bus::{Format, Gap, index},
+    bus::{Format, Gap},
     channel::Channel,
     event::Event,
     json::{read_json_str, write_json_str},
@@ -19,12 +19,12 @@ use crate::{
 pub const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
 
 /// Whole envelopes, each with its position as `id:`. For readers of one channel.
-pub static EVENT: Format = Format { index: index::SSE, open, event: event::<true>, close };
+pub static EVENT: Format = Format { open, event: event::<true>, close };
 /// Without `id:`. For readers of several channels, whose token is theirs alone.
-pub static EVENT_BARE: Format = Format { index: index::SSE_BARE, open, event: event::<false>, close };
+pub static EVENT_BARE: Format = Format { open, event: event::<false>, close };
 /// `event:` is the type, `data:` the bare data.
-pub static DATA: Format = Format { index: index::SSE_DATA, open, event: data::<true>, close };
-pub static DATA_BARE: Format = Format { index: index::SSE_DATA_BARE, open, event: data::<false>, close };
+pub static DATA: Format = Format { open, event: data::<true>, close };
+pub static DATA_BARE: Format = Format { open, event: data::<false>, close };
 
 fn event<const ID: bool>(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
     if ID {

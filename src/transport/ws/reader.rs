@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::{Ready, jsonrpc, params::Wanted};
 use crate::{
-    bus::{Delivery, DeliveryItem, Format, Gap, Subscriptions, Watch, index},
+    bus::{Delivery, DeliveryItem, Format, Gap, Subscriptions, Watch},
     channel::Channel,
     metrics::Gauge,
     net::websocket::frame,
@@ -24,7 +24,6 @@ use crate::{
 
 /// `{"jsonrpc":"2.0","method":"weir.event","params":<event>}`: one whole frame per event, for a frame holds one message.
 pub static FORMAT: Format = Format {
-    index: index::WS,
     open: |_| {},
     event: |channel, event, out| {
         frame::text(out, |out| jsonrpc::event(out, |out| event.write_json(channel, out)));

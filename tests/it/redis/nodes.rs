@@ -33,7 +33,6 @@ pub const KEEP: Retention = Retention { count: 100_000, age: Duration::from_secs
 pub const ALL: ReadLimit = ReadLimit { events: 100_000, bytes: 64 << 20 };
 
 static LINES: Format = Format {
-    index: 61,
     open: |_| {},
     event: |channel, event, out| {
         event.write_json(channel, out);
