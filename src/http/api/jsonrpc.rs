@@ -40,8 +40,8 @@ pub async fn upgrade(State(gateway): State<Arc<Gateway>>, Admitted(admitted): Ad
 
 /// `POST /v1/rpc`: one message or batch. Always 200, or 204 if there is nothing to answer: failures are JSON-RPC's.
 #[utoipa::path(post, path = "/v1/rpc", tag = "services",
-    description = "JSON-RPC 2.0 over HTTP: one request or a batch, with the methods of the WebSocket except weir.subscribe and \
-        weir.provide. JSON-RPC errors have the status 200. Closing the connection cancels the calls.",
+    description = "JSON-RPC 2.0 over HTTP: one request or a batch, with the methods of the WebSocket except weir.subscribe, \
+        weir.unsubscribe, weir.provide and weir.withdraw. JSON-RPC errors have the status 200. Closing the connection cancels the calls.",
     request_body(description = "A request or a batch.", content((serde_json::Value = "application/json"))),
     responses(
         (status = 200, description = "One response, or an array of responses.", body = serde_json::Value, content_type = "application/json"),
