@@ -166,7 +166,7 @@ fn call_routing(bencher: Bencher, providers: usize) {
     let hub = Hub::new(
         weir::rpc::Config::default(),
         weir::rpc::MonotonicClock::real(),
-        weir::cluster::local::alone(),
+        weir::cluster::single::single_node(),
         Arc::default(),
     );
     let peers: Vec<(Arc<Quiet>, HubConnection)> = (0..providers)

@@ -82,7 +82,7 @@ impl App {
         let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), WallClock::System));
         let cluster: Arc<dyn Cluster> = match &redis {
             Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
-            None => cluster::local::alone(),
+            None => cluster::single::single_node(),
         };
         let wheel = TimerWheel::start();
         let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());

@@ -1,194 +1,68 @@
-//! What the nodes of one weir know of each other: who is up, who holds which name, and mail between them.
+//! What the nodes of one weir know of each other: the members, the holders of names, and messages between nodes.
 //!
-//! [`Members`], [`Lease`], [`Roster`] and [`Mailbox`] are returned, and dropping them ends them. They are read without
-//! waiting (`take`) when they are [`ready`](Mailbox::ready), so that whoever reads them can be tested with a clock that
-//! stands still. A node does not hear of itself.
+//! [`Members`], [`Lease`], [`Roster`] and [`Inbox`] are handles; dropping one ends what it stands for. Each is read with a
+//! non-blocking `take`, and `ready` waits until there is something to take, so that readers can be tested under a
+//! stopped clock. A node is not among its own members.
 
-mod feed;
+mod change_queue;
+mod clock;
+mod inbox;
 mod lease;
-pub mod local;
-mod mailbox;
-pub mod post;
-mod readers;
+mod message;
+mod node_id;
+mod peer_links;
+pub mod single;
+mod watchers;
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Instant,
-};
-
-use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
-pub use feed::{Feed, Writer};
-pub use lease::{Keeper, Lease, Tenure};
-pub use mailbox::{Incoming, Mailbox};
-pub use readers::Readers;
+pub use self::{
+    clock::MonotonicClock,
+    inbox::{Inbox, InboxEvent},
+    lease::{Claim, ClaimError, Lease},
+    message::{MessageKind, Priority, SendOutcome},
+    node_id::NodeId,
+    watchers::{Member, Members, Roster, RosterEntry},
+};
+pub(crate) use self::{
+    lease::{LeaseBackend, LeaseState},
+    peer_links::{Batch, BatchOutcome, PeerLinks, ReceiveOutcome},
+    watchers::Watchers,
+};
 
-/// One run of a node: a node that was away for longer than its session comes back as another.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct NodeId(pub u64);
-
-/// The contract that a backend implements. What it cannot do now it says at once; nothing here blocks.
+/// The contract of a cluster backend. No method blocks: what is impossible at the moment fails at once.
 pub trait Cluster: Send + Sync {
-    /// Who is up, and from then on who comes and goes.
+    /// The members at present, then every change.
     fn members(&self) -> Members;
 
-    /// Takes a name. A shared name has any number of holders, one per node, while nobody has it exclusively. A node that
-    /// claims what it holds gets a new lease in place of the old one, with a higher fence.
+    /// Claims a name. A shared name has any number of holders, at most one per node, as long as no node holds it
+    /// exclusively. Claiming a name that this node holds already replaces the lease by one with a higher fencing token.
     ///
-    /// Dropping the future, or the [`Lease`], gives the name back.
-    fn claim(&self, name: &str, claim: Claim) -> BoxFuture<'static, Result<Lease, Unclaimed>>;
+    /// Dropping the future or the [`Lease`] releases the name.
+    fn claim(&self, name: &str, claim: Claim) -> BoxFuture<'static, Result<Lease, ClaimError>>;
 
-    /// What other nodes tell of the names that they hold and that begin with `prefix`: all there is, then what changes.
+    /// What other nodes publish about the names that they hold and that start with `prefix`: all entries at present, then
+    /// every change.
     fn roster(&self, prefix: &str) -> Roster;
 
-    /// Posts `mail`. What was taken arrives in order and at most once, or comes back, or the link is
-    /// [lost](Incoming::Lost).
-    fn send(&self, to: NodeId, topic: Topic, weight: Weight, mail: &[u8]) -> Sent;
+    /// Queues a message. A queued message arrives in order and at most once, or is returned, or is reported with the
+    /// [loss of the link](InboxEvent::LinkLost).
+    fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome;
 
-    /// What is sent to this node under `topic`, of which there is one reader.
-    fn mailbox(&self, topic: Topic) -> Mailbox;
+    /// The messages of one kind for this node. There is one reader per kind.
+    fn inbox(&self, kind: MessageKind) -> Inbox;
 
-    /// Whether this node speaks for all where one has to: exactly one does, but for the moment in which it changes.
-    fn leads(&self) -> bool;
+    /// Whether this node is the leader. There is one leader, except briefly while the leader changes.
+    fn is_leader(&self) -> bool;
 
-    /// Whether no other node can be reached, if there are any: then none of them leads this one.
-    fn is_cut_off(&self) -> bool;
+    /// Whether this node cannot reach other nodes, should there be any. An isolated node is not led by another one.
+    fn is_isolated(&self) -> bool;
 
-    /// Gives everything back and says goodbye: the others know at once.
+    /// Releases all names and tells the other nodes, which see this node as gone at once.
     fn leave(&self) -> BoxFuture<'static, ()>;
 }
 
-/// Changes of who is up, at most one per node however often it came and went.
-pub type Members = Feed<NodeId, Member>;
-
-/// Changes of who holds what, at most one per node and name.
-pub type Roster = Feed<(Arc<str>, NodeId), Holding>;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Member {
-    pub node: NodeId,
-    pub up: bool,
-}
-
-/// What a node tells of a name that it holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holding {
-    pub name: Arc<str>,
-    pub node: NodeId,
-    /// Grows with everything that this node tells.
-    pub rev: u64,
-    /// As given to [`Lease::tell`]. None: it holds the name no longer.
-    pub info: Option<Bytes>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Claim {
-    Shared,
-    /// The holder's fence is higher than that of every holder before, also of those before a restart.
-    Exclusive,
-}
-
-/// Why a name was not given.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Unclaimed {
-    /// These nodes hold it, or died less than a lease ago: ask them.
-    Taken(Vec<NodeId>),
-    /// The others cannot be reached.
-    Away,
-}
-
-/// Who reads a mail. The numbers are on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Topic {
-    Calls = 1,
-    Connections = 2,
-    Presence = 3,
-}
-
-/// Whether a mail is refused when much waits for the same node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weight {
-    /// It is: somebody else may do.
-    May,
-    /// Only when it is far too much.
-    Must,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sent {
-    Taken,
-    /// Too much waits for that node.
-    Full,
-    /// It is not up, or cannot be reached.
-    NoSuchNode,
-}
-
-/// Where the time of leases and calls comes from. It only runs on; it is no time of day.
-#[derive(Clone, Debug)]
-pub enum MonotonicClock {
-    Real(Instant),
-    /// Milliseconds, moved by a test.
-    Manual(Arc<AtomicU64>),
-}
-
-impl Topic {
-    const ALL: [Topic; 3] = [Topic::Calls, Topic::Connections, Topic::Presence];
-
-    fn of(number: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|topic| *topic as u8 == number)
-    }
-
-    fn index(self) -> usize {
-        self as usize - 1
-    }
-}
-
-impl NodeId {
-    pub fn random() -> Self {
-        NodeId(fastrand::u64(1..))
-    }
-
-    /// Reads what `Display` writes.
-    pub fn parse(text: &str) -> Option<Self> {
-        (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok().map(NodeId)).flatten()
-    }
-}
-
-impl fmt::Display for NodeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
-
-impl fmt::Debug for NodeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl MonotonicClock {
-    pub fn real() -> Self {
-        MonotonicClock::Real(Instant::now())
-    }
-
-    /// Milliseconds.
-    pub fn now(&self) -> u64 {
-        self.micros() / 1_000
-    }
-
-    pub fn micros(&self) -> u64 {
-        match self {
-            MonotonicClock::Real(start) => start.elapsed().as_micros() as u64,
-            MonotonicClock::Manual(now) => now.load(Relaxed) * 1_000,
-        }
-    }
-}
-
+#[cfg(test)]
+pub(crate) mod test_network;
 #[cfg(test)]
 mod tests;

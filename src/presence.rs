@@ -205,3 +205,6 @@ impl Drop for Lease {
 async fn pause(time: Duration) {
     tokio::time::sleep(time).await;
 }
+
+#[cfg(test)]
+mod tests;

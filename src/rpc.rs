@@ -54,7 +54,7 @@ pub use pending::{CallId, CallIdText, CallerId};
 pub use provide::{AcceptedProvider, ProvideFuture};
 
 use crate::{
-    cluster::{Cluster, NodeId, Topic},
+    cluster::{Cluster, MessageKind, NodeId},
     error::{Code, Error, Result},
     metrics::Metrics,
 };
@@ -264,7 +264,7 @@ impl Hub {
 
     pub fn new(config: Config, clock: MonotonicClock, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Hub {
-            nodes: Nodes::new(cluster.members(), cluster.roster(Self::PREFIX), cluster.mailbox(Topic::Calls)),
+            nodes: Nodes::new(cluster.members(), cluster.roster(Self::PREFIX), cluster.inbox(MessageKind::Calls)),
             cluster,
             asks: Mutex::default(),
             ticks: watch::Sender::new(()),
@@ -335,7 +335,7 @@ impl Hub {
         if self.sweeps.fetch_add(1, Relaxed).is_multiple_of(8) || self.tenured.lock().len() < 64 {
             self.look_after_names();
         }
-        self.changes.look(self.cluster.leads(), self.cluster.is_cut_off(), now);
+        self.changes.look(self.cluster.is_leader(), self.cluster.is_isolated(), now);
         if self.ticks.receiver_count() > 0 {
             self.ticks.send_replace(());
         }
@@ -377,7 +377,7 @@ impl Hub {
     }
 
     fn take_changes(&self) -> Vec<UnpublishedChange> {
-        self.changes.take(self.cluster.leads(), self.clock.now())
+        self.changes.take(self.cluster.is_leader(), self.clock.now())
     }
 
     pub fn counts(&self) -> HubCounts {

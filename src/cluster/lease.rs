@@ -1,4 +1,4 @@
-//! [`Lease`]: a name held.
+//! [`Lease`]: a name that this node holds.
 
 use std::sync::{
     Arc,
@@ -9,72 +9,88 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::{Claim, MonotonicClock};
+use super::{clock::MonotonicClock, node_id::NodeId};
 
-/// A name that this node holds until this is dropped.
-#[must_use = "dropped, the name is given back"]
-pub struct Lease {
-    tenure: Arc<Tenure>,
-    keeper: Arc<dyn Keeper>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    Shared,
+    /// The fencing token is higher than that of every earlier holder, restarts included.
+    Exclusive,
 }
 
-/// What the holder and the backend share of a lease.
-pub struct Tenure {
-    pub name: Arc<str>,
-    pub claim: Claim,
-    /// Of exclusive names; 0 of shared ones.
-    pub fence: u64,
+/// Why a name could not be claimed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClaimError {
+    /// The nodes that hold the name, or died less than a lease ago.
+    Held(Vec<NodeId>),
+    /// Other nodes cannot be reached.
+    Unreachable,
+}
+
+/// A name held by this node. Dropping it releases the name.
+#[must_use = "dropping a lease releases the name"]
+pub struct Lease {
+    state: Arc<LeaseState>,
+    backend: Arc<dyn LeaseBackend>,
+}
+
+/// A lease, as the holder and the backend share it.
+pub(crate) struct LeaseState {
+    pub(crate) name: Arc<str>,
+    pub(crate) claim: Claim,
+    /// The fencing token of an exclusive name; 0 for a shared one.
+    pub(crate) fence: u64,
     clock: MonotonicClock,
-    /// By the clock's milliseconds, with a margin; moved on by each renewal.
+    /// When an exclusive lease expires, in milliseconds of `clock`, less a safety margin. Extended by each renewal.
     until: AtomicU64,
     lost: AtomicBool,
     changed: Notify,
     info: Mutex<Option<Bytes>>,
 }
 
-/// The backend behind a lease.
-pub trait Keeper: Send + Sync {
-    /// The holder has something else to tell, or nothing.
-    fn told(&self, tenure: &Arc<Tenure>);
+/// The backend that keeps a lease.
+pub(crate) trait LeaseBackend: Send + Sync {
+    /// [`LeaseState::info`] has changed and is to be published to other nodes.
+    fn info_changed(&self, lease: &Arc<LeaseState>);
 
-    /// The lease was dropped. A newer lease of the same name may be there already and stays.
-    fn released(&self, tenure: &Arc<Tenure>);
+    /// The lease was dropped. A newer lease of the same name, if there is one, is unaffected.
+    fn release(&self, lease: &Arc<LeaseState>);
 
-    /// Whether nobody would read what a holder tells.
-    fn is_alone(&self) -> bool {
+    /// Whether there can be no other nodes, so that nothing has to be published.
+    fn is_single_node(&self) -> bool {
         false
     }
 }
 
 impl Lease {
-    pub fn new(tenure: Arc<Tenure>, keeper: Arc<dyn Keeper>) -> Self {
-        Lease { tenure, keeper }
+    pub(crate) fn new(state: Arc<LeaseState>, backend: Arc<dyn LeaseBackend>) -> Self {
+        Lease { state, backend }
     }
 
-    /// Of exclusive names.
-    pub fn fence(&self) -> Option<u64> {
-        (self.tenure.claim == Claim::Exclusive).then_some(self.tenure.fence)
+    /// The fencing token of an exclusive name.
+    pub(crate) fn fence(&self) -> Option<u64> {
+        (self.state.claim == Claim::Exclusive).then_some(self.state.fence)
     }
 
-    pub fn claim(&self) -> Claim {
-        self.tenure.claim
+    pub(crate) fn claim(&self) -> Claim {
+        self.state.claim
     }
 
-    /// Whether the name is surely held at this moment. While the others cannot be reached an exclusive lease ceases to
-    /// stand before anybody else can have it, and stands again if nobody took it.
-    pub fn stands(&self) -> bool {
-        self.tenure.stands()
+    /// Whether the name is certainly held at this moment. While other nodes cannot be reached, an exclusive lease becomes
+    /// invalid before another node can claim the name, and valid again later if none did.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.state.is_valid()
     }
 
-    /// Whether somebody else has it, or may have had it: it will not stand again.
-    pub fn is_lost(&self) -> bool {
-        self.tenure.is_lost()
+    /// Whether the lease is invalid for good: another node holds the name, or may have held it.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.state.is_lost()
     }
 
-    /// Waits until it is lost.
-    pub async fn lost(&self) {
+    /// Waits until the lease is lost.
+    pub(crate) async fn lost(&self) {
         while !self.is_lost() {
-            let changed = self.tenure.changed.notified();
+            let changed = self.state.changed.notified();
             if self.is_lost() {
                 return;
             }
@@ -82,31 +98,31 @@ impl Lease {
         }
     }
 
-    /// What the others are to know of it. Nothing (`None`) at first.
-    pub fn tell(&self, info: Option<Bytes>) {
-        if self.keeper.is_alone() || *self.tenure.info.lock() == info {
+    /// Sets what other nodes see in their rosters. `None`, the default, hides the name.
+    pub(crate) fn set_info(&self, info: Option<Bytes>) {
+        if self.backend.is_single_node() || *self.state.info.lock() == info {
             return;
         }
-        *self.tenure.info.lock() = info;
-        self.keeper.told(&self.tenure);
+        *self.state.info.lock() = info;
+        self.backend.info_changed(&self.state);
     }
 
-    /// Whether there is nobody to be told.
-    pub fn is_alone(&self) -> bool {
-        self.keeper.is_alone()
+    /// Whether there can be no other nodes.
+    pub(crate) fn is_single_node(&self) -> bool {
+        self.backend.is_single_node()
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.keeper.released(&self.tenure);
+        self.backend.release(&self.state);
     }
 }
 
-impl Tenure {
-    /// `until`: milliseconds of `clock`.
-    pub fn new(name: Arc<str>, claim: Claim, fence: u64, clock: MonotonicClock, until: u64) -> Arc<Self> {
-        Arc::new(Tenure {
+impl LeaseState {
+    /// `until`: milliseconds of `clock`; `u64::MAX` for a lease that does not expire.
+    pub(crate) fn new(name: Arc<str>, claim: Claim, fence: u64, clock: MonotonicClock, until: u64) -> Arc<Self> {
+        Arc::new(LeaseState {
             name,
             claim,
             fence,
@@ -118,28 +134,28 @@ impl Tenure {
         })
     }
 
-    pub fn stands(&self) -> bool {
-        !self.lost.load(SeqCst) && {
+    fn is_valid(&self) -> bool {
+        !self.is_lost() && {
             let until = self.until.load(SeqCst);
-            // A name without a limit needs no look at the clock.
+            // Saves reading the clock, which the call path would notice.
             until == u64::MAX || self.clock.now() < until
         }
     }
 
-    pub fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(SeqCst)
     }
 
-    pub fn renew(&self, until: u64) {
+    pub(crate) fn renew(&self, until: u64) {
         self.until.store(until, SeqCst);
     }
 
-    pub fn lose(&self) {
+    pub(crate) fn mark_lost(&self) {
         self.lost.store(true, SeqCst);
         self.changed.notify_waiters();
     }
 
-    pub fn info(&self) -> Option<Bytes> {
+    pub(crate) fn info(&self) -> Option<Bytes> {
         self.info.lock().clone()
     }
 }

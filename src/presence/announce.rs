@@ -40,7 +40,7 @@ const ALL_GONE: &str = r#"{"members":[],"all":true}"#;
 impl Presence {
     pub(super) async fn announce(&self) {
         loop {
-            if self.cluster.leads()
+            if self.cluster.is_leader()
                 && !self.is_sure()
                 && let Err(error) = self.begin_anew().await
             {
@@ -51,7 +51,7 @@ impl Presence {
                 let mut state = self.state.lock();
                 let now = self.now();
                 state.book.sweep(now);
-                state.book.lead(self.cluster.leads() && self.is_sure(), now);
+                state.book.lead(self.cluster.is_leader() && self.is_sure(), now);
                 state.book.next_due().map_or(WINDOW, |at| at.saturating_sub(now).min(WINDOW))
             };
             pause(PACE.max(Duration::from_millis(wait))).await;
@@ -61,7 +61,7 @@ impl Presence {
 
     /// What is not announced yet is announced now: this node leaves, and all its members have left.
     pub async fn close(&self) {
-        if self.cluster.leads() && self.is_sure() {
+        if self.cluster.is_leader() && self.is_sure() {
             {
                 let book = &mut self.state.lock().book;
                 // Anew: what was under way when `run` was dropped is taken up again.
@@ -137,7 +137,7 @@ impl Presence {
                 Err(error) => tracing::debug!(%on, %error, "not announced yet"),
             }
             pause(RETRY).await;
-            if !self.cluster.leads() {
+            if !self.cluster.is_leader() {
                 return Ok(None);
             }
         }

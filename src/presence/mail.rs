@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     channel::Channel,
-    cluster::{Incoming, Member, NodeId, Sent, Topic, Weight},
+    cluster::{InboxEvent, Member, MessageKind, NodeId, Priority, SendOutcome},
     position::Position,
 };
 
@@ -50,13 +50,13 @@ struct Node {
 
 impl Presence {
     pub(super) async fn correspond(&self) {
-        let (members, mailbox) = (self.cluster.members(), self.cluster.mailbox(Topic::Presence));
+        let (members, inbox) = (self.cluster.members(), self.cluster.inbox(MessageKind::Presence));
         let mut nodes: HashMap<NodeId, Node> = HashMap::new();
         loop {
             let waits =
                 nodes.values().any(|node| node.greet.is_some() || node.lost.is_some() || !node.backlog.is_empty());
             tokio::select! {
-                () = mailbox.ready() => {}
+                () = inbox.ready() => {}
                 () = members.ready() => {}
                 () = self.news.notified() => {}
                 () = tokio::time::sleep(LOOK), if waits => {}
@@ -64,7 +64,7 @@ impl Presence {
             let now = self.now();
             // Before the mail: what went before somebody left is not to bring it back.
             let changed = members.take();
-            for incoming in mailbox.take() {
+            for incoming in inbox.take() {
                 self.take(incoming, &mut nodes, now);
             }
             for Member { node, up } in changed {
@@ -89,9 +89,9 @@ impl Presence {
         }
     }
 
-    fn take(&self, incoming: Incoming, nodes: &mut HashMap<NodeId, Node>, now: u64) {
+    fn take(&self, incoming: InboxEvent, nodes: &mut HashMap<NodeId, Node>, now: u64) {
         match incoming {
-            Incoming::Mail { from, mail } => {
+            InboxEvent::Message { from, body: mail } => {
                 let node = nodes.entry(from).or_insert_with(|| Node { greet: Some(now), ..Node::default() });
                 let notes = wire::read(&mail);
                 let mut state = self.state.lock();
@@ -99,12 +99,12 @@ impl Presence {
                     self.hear(&mut state, from, node, note, now);
                 }
             }
-            Incoming::Returned { to, .. } => {
+            InboxEvent::Returned { to, .. } => {
                 if let Some(node) = nodes.get_mut(&to) {
                     node.greet.get_or_insert(now);
                 }
             }
-            Incoming::Lost { with, .. } => {
+            InboxEvent::LinkLost { peer: with, .. } => {
                 if let Some(node) = nodes.get_mut(&with) {
                     node.backlog.clear();
                     (node.told, node.all) = (Vec::new(), None);
@@ -216,11 +216,11 @@ impl Presence {
 
     fn send(&self, to: NodeId, node: &mut Node, now: u64) {
         while let Some(mail) = node.backlog.pop_front() {
-            match self.cluster.send(to, Topic::Presence, Weight::May, &mail) {
-                Sent::Taken => {}
-                Sent::Full => return node.backlog.push_front(mail),
+            match self.cluster.send(to, MessageKind::Presence, Priority::Normal, &mail) {
+                SendOutcome::Queued => {}
+                SendOutcome::Full => return node.backlog.push_front(mail),
                 // It will be up again, or never.
-                Sent::NoSuchNode => {
+                SendOutcome::NoSuchNode => {
                     node.backlog = VecDeque::new();
                     node.lost.get_or_insert(now);
                 }

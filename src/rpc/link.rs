@@ -22,7 +22,7 @@ use super::{
     services::Request,
 };
 use crate::{
-    cluster::{Cluster, NodeId, Sent, Topic, Weight},
+    cluster::{Cluster, MessageKind, NodeId, Priority, SendOutcome},
     error::Code,
 };
 
@@ -51,9 +51,9 @@ impl Link {
         }
     }
 
-    pub fn send(&self, weight: Weight, mail: &[u8]) -> Sent {
-        let sent = self.cluster.send(self.node, Topic::Calls, weight, mail);
-        if let (Sent::Taken, Some(hub)) = (sent, self.hub.upgrade()) {
+    pub fn send(&self, weight: Priority, mail: &[u8]) -> SendOutcome {
+        let sent = self.cluster.send(self.node, MessageKind::Calls, weight, mail);
+        if let (SendOutcome::Queued, Some(hub)) = (sent, self.hub.upgrade()) {
             self.sent.store(hub.clock.now(), Relaxed);
             hub.metrics.mail_sent.add(1);
         }
@@ -65,7 +65,7 @@ impl Link {
         let service = self.hub.upgrade().zip(service).and_then(|(hub, service)| hub.find(service));
         let load = service.map_or(0, |service| service.state.lock().load_here());
         // One that finds no room is as one that was lost: the caller's deadline ends it.
-        self.send(Weight::Must, &mail::reply(to.id(), load as u64, answer));
+        self.send(Priority::High, &mail::reply(to.id(), load as u64, answer));
     }
 }
 
@@ -90,15 +90,15 @@ impl Peer for Link {
             tried: call.relay.tried.to_vec(),
         };
         self.open.store(true, SeqCst);
-        match self.send(Weight::May, &called.write()) {
-            Sent::Taken => WriteOutcome::Written,
-            Sent::Full => WriteOutcome::Full,
-            Sent::NoSuchNode => WriteOutcome::Gone,
+        match self.send(Priority::Normal, &called.write()) {
+            SendOutcome::Queued => WriteOutcome::Written,
+            SendOutcome::Full => WriteOutcome::Full,
+            SendOutcome::NoSuchNode => WriteOutcome::Gone,
         }
     }
 
     fn cancel(&self, id: CallId) {
-        self.send(Weight::Must, &mail::cancel(id.number()));
+        self.send(Priority::High, &mail::cancel(id.number()));
     }
 
     fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {

@@ -21,7 +21,7 @@ use super::{
     services::Info,
 };
 use crate::{
-    cluster::{Holding, Incoming, Mailbox, Members, NodeId, Roster, Weight},
+    cluster::{Inbox, InboxEvent, Members, NodeId, Priority, Roster, RosterEntry},
     error::Code,
 };
 
@@ -32,7 +32,7 @@ const BEAT: u64 = 1_000;
 pub(super) struct Nodes {
     members: Members,
     roster: Roster,
-    mailbox: Mailbox,
+    inbox: Inbox,
     table: Mutex<HashMap<NodeId, Node>>,
 }
 
@@ -52,8 +52,8 @@ struct Line {
 }
 
 impl Nodes {
-    pub fn new(members: Members, roster: Roster, mailbox: Mailbox) -> Self {
-        Nodes { members, roster, mailbox, table: Mutex::default() }
+    pub fn new(members: Members, roster: Roster, inbox: Inbox) -> Self {
+        Nodes { members, roster, inbox, table: Mutex::default() }
     }
 
     /// Other nodes that can be reached.
@@ -67,7 +67,7 @@ impl Hub {
     pub async fn run_links(self: &Arc<Self>) {
         loop {
             tokio::select! {
-                () = self.nodes.mailbox.ready() => {}
+                () = self.nodes.inbox.ready() => {}
                 () = self.nodes.members.ready() => {}
                 () = self.nodes.roster.ready() => {}
             }
@@ -79,13 +79,13 @@ impl Hub {
     pub fn exchange(self: &Arc<Self>) -> bool {
         // Members first: whose link was lost and who is up again is not to be seen as up and then lost.
         let members = self.nodes.members.take();
-        let mail = self.nodes.mailbox.take();
+        let mail = self.nodes.inbox.take();
         let roster = self.nodes.roster.take();
         let some = !(mail.is_empty() && members.is_empty() && roster.is_empty());
         let mut cancelled: HashMap<NodeId, HashSet<u64>> = HashMap::new();
         for incoming in mail {
             match incoming {
-                Incoming::Mail { from, mail } => {
+                InboxEvent::Message { from, body: mail } => {
                     self.metrics.mail_received.add(1);
                     match Mail::read(&mail) {
                         Some(Mail::Cancel { id }) => {
@@ -96,8 +96,8 @@ impl Hub {
                     }
                 }
                 // What was still to be returned came before this.
-                Incoming::Returned { to, mail } => self.undelivered(to, &mail),
-                Incoming::Lost { with, gone } => {
+                InboxEvent::Returned { to, body: mail } => self.undelivered(to, &mail),
+                InboxEvent::LinkLost { peer: with, gone } => {
                     self.metrics.links_lost.add(1);
                     cancelled.remove(&with);
                     self.hang_up(with);
@@ -143,7 +143,7 @@ impl Hub {
             if open {
                 link.open.store(true, SeqCst);
                 link.beat.store(now, Relaxed);
-                link.send(Weight::Must, mail::BEAT_MAIL);
+                link.send(Priority::High, mail::BEAT_MAIL);
             }
         }
     }
@@ -180,8 +180,8 @@ impl Hub {
         self.asks.lock().retain(|_, (asked, _)| *asked != node);
     }
 
-    fn learn(self: &Arc<Self>, holding: Holding) {
-        let Holding { name, node, rev, info } = holding;
+    fn learn(self: &Arc<Self>, holding: RosterEntry) {
+        let RosterEntry { name, node, rev, info } = holding;
         let Some(service) = name.strip_prefix(Self::PREFIX) else { return };
         let info: Option<Info> = info.and_then(|info: Bytes| serde_json::from_slice(&info).ok());
         let line = {
@@ -235,7 +235,7 @@ impl Hub {
         match read {
             Mail::Call(called) => {
                 if let Err(why) = line.connection.accept(&called) {
-                    line.link.send(Weight::Must, &mail::give_back(why, mail));
+                    line.link.send(Priority::High, &mail::give_back(why, mail));
                 }
             }
             Mail::Reply { tag, load, answer } => {
@@ -255,7 +255,7 @@ impl Hub {
                 self.is_held(
                     &ask,
                     Box::new(move |held| {
-                        link.send(Weight::Must, &mail::told(number, held));
+                        link.send(Priority::High, &mail::told(number, held));
                     }),
                 );
             }
@@ -267,7 +267,7 @@ impl Hub {
                 }
             }
             Mail::Beat { back: false } => {
-                line.link.send(Weight::Must, mail::BEAT_BACK_MAIL);
+                line.link.send(Priority::High, mail::BEAT_BACK_MAIL);
             }
             Mail::Beat { back: true } | Mail::Cancel { .. } => {}
         }

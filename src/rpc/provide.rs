@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     channel::check_label,
-    cluster::{Claim, Lease, NodeId, Sent, Topic, Unclaimed, Weight},
+    cluster::{Claim, ClaimError, Lease, MessageKind, NodeId, Priority, SendOutcome},
     error::{Code, Error, Result},
 };
 
@@ -261,8 +261,8 @@ impl Hub {
         loop {
             let holders = match self.cluster.claim(&name, claim).await {
                 Ok(lease) => return Ok(lease),
-                Err(Unclaimed::Taken(holders)) => holders,
-                Err(Unclaimed::Away) => {
+                Err(ClaimError::Held(holders)) => holders,
+                Err(ClaimError::Unreachable) => {
                     let detail = format!("whether somebody else has {service} cannot be asked: the bus is away");
                     return Err(Error::new(Code::BusUnavailable, detail));
                 }
@@ -310,7 +310,7 @@ impl Hub {
         let (subject, takeover, probe) = (ask.subject, ask.exclusive && ask.takeover, ask.probe);
         let mail = Ask { ask: number, service, subject, takeover, probe };
         self.asks.lock().insert(number, (node, heard));
-        if self.cluster.send(node, Topic::Calls, Weight::Must, &mail.write()) != Sent::Taken {
+        if self.cluster.send(node, MessageKind::Calls, Priority::High, &mail.write()) != SendOutcome::Queued {
             self.asks.lock().remove(&number);
         }
         Asking(answer, self, number)

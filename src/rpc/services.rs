@@ -330,7 +330,7 @@ impl State {
     /// Who gets a call now. `full`: those count too that have all they take; `only_here`: other nodes do not count.
     #[inline]
     pub fn pick(&mut self, tried: &[u32], full: bool, only_here: bool, now: u64) -> Option<u32> {
-        let here = if self.guarded && !self.stands() { None } else { self.pick_here(tried, full) };
+        let here = if self.guarded && !self.is_valid() { None } else { self.pick_here(tried, full) };
         if self.far.is_empty() || only_here { here } else { self.pick_far(here, tried, full, now) }
     }
 
@@ -366,13 +366,13 @@ impl State {
 
     /// Whether somebody takes calls, be they full.
     pub fn has_active(&self, only_here: bool) -> bool {
-        let here = !self.active.is_empty() && (!self.guarded || self.stands());
+        let here = !self.active.is_empty() && (!self.guarded || self.is_valid());
         here || !only_here && self.far.iter().any(|key| self.providers[*key as usize].stage == Stage::Active)
     }
 
     /// Whether this node may have its exclusive provider work.
-    fn stands(&self) -> bool {
-        self.tenure.as_ref().is_some_and(Lease::stands)
+    fn is_valid(&self) -> bool {
+        self.tenure.as_ref().is_some_and(Lease::is_valid)
     }
 
     fn close_if_done(&mut self, key: u32, after: &mut After) {

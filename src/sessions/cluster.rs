@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{ConnectionFilter, ConnectionInfo, ConnectionRegistry};
-use crate::cluster::{Cluster, Incoming, Member, NodeId, Sent, Topic, Weight};
+use crate::cluster::{Cluster, InboxEvent, Member, MessageKind, NodeId, Priority, SendOutcome};
 
 /// How long the answers of other nodes are waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -91,23 +91,23 @@ impl ClusterConnections {
 
     /// Answers other nodes and takes their answers, until it is dropped.
     pub async fn run(self: Arc<Self>) {
-        let (members, mailbox) = (self.cluster.members(), self.cluster.mailbox(Topic::Connections));
+        let (members, inbox) = (self.cluster.members(), self.cluster.inbox(MessageKind::Connections));
         loop {
             tokio::select! {
-                () = mailbox.ready() => {}
+                () = inbox.ready() => {}
                 () = members.ready() => {}
             }
             // Before the mail: what went before somebody left is not to bring it back.
             let changed = members.take();
-            for incoming in mailbox.take() {
+            for incoming in inbox.take() {
                 match incoming {
-                    Incoming::Mail { from, mail } => self.take(from, &mail),
-                    Incoming::Returned { to, .. } => self.give_up(to),
-                    Incoming::Lost { with, gone } => {
-                        self.give_up(with);
+                    InboxEvent::Message { from, body } => self.take(from, &body),
+                    InboxEvent::Returned { to, .. } => self.give_up(to),
+                    InboxEvent::LinkLost { peer, gone } => {
+                        self.give_up(peer);
                         if !gone {
                             // What this one is called may be what was lost.
-                            self.send(with, &Mail::Called(self.local.node()));
+                            self.send(peer, &Mail::Called(self.local.node()));
                         }
                     }
                 }
@@ -168,7 +168,7 @@ impl ClusterConnections {
         let _closed = Closed { connections: self, number };
         let question = question(number);
         for node in nodes {
-            if self.send(node, &question) != Sent::Taken {
+            if self.send(node, &question) != SendOutcome::Queued {
                 self.give_up(node);
             }
         }
@@ -186,11 +186,11 @@ impl ClusterConnections {
         Found { found: open.answers, silent }
     }
 
-    fn send(&self, to: NodeId, mail: &Mail) -> Sent {
+    fn send(&self, to: NodeId, mail: &Mail) -> SendOutcome {
         let mut bytes = vec![VERSION];
         // Plain data, written to memory: it cannot fail.
         let _ = serde_json::to_writer(&mut bytes, mail);
-        self.cluster.send(to, Topic::Connections, Weight::May, &bytes)
+        self.cluster.send(to, MessageKind::Connections, Priority::Normal, &bytes)
     }
 
     fn take(&self, from: NodeId, mail: &[u8]) {
@@ -244,5 +244,94 @@ struct Closed<'a> {
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         self.connections.state.lock().open.remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, task::Poll, time::Instant};
+
+    use super::*;
+    use crate::{
+        auth::Identity,
+        cluster::{MonotonicClock, test_network::TestNetwork},
+        metrics::Transport,
+        net::timer::{Due, TimerWheel},
+        sessions::ChannelSet,
+    };
+
+    #[tokio::test]
+    async fn all_nodes_are_asked_and_the_silent_are_named() {
+        let time = Arc::new(AtomicU64::new(0));
+        let net = TestNetwork::new(MonotonicClock::Manual(time));
+        let nodes: Vec<_> = (0..3).map(|_| net.join()).collect();
+        let carrier = net.clone();
+        tokio::spawn(async move {
+            loop {
+                carrier.carry();
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+        let mut clusters = Vec::new();
+        let mut registrations = Vec::new();
+        for node in &nodes {
+            let wheel = TimerWheel::start();
+            let cluster_connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
+            tokio::spawn(cluster_connections.clone().run());
+            for _ in 0..50 {
+                let registration = cluster_connections.local().register(
+                    Transport::Ws,
+                    &Identity::anonymous(),
+                    None,
+                    ChannelSet::Empty,
+                );
+                let mut timer = wheel.timer(Duration::from_secs(1_000));
+                timer.set_owner(registration.number());
+                registrations.push((registration, timer));
+            }
+            clusters.push(cluster_connections);
+        }
+        let all = |from: usize| {
+            let cluster_connections = clusters[from].clone();
+            async move { cluster_connections.list(&ConnectionFilter::default(), None, 1000).await }
+        };
+        for from in 0..3 {
+            let start = Instant::now();
+            while all(from).await.found.len() < 150 {
+                assert!(start.elapsed() < Duration::from_secs(20));
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            assert!(all(from).await.silent.is_empty());
+        }
+        // Page by page, across nodes.
+        let (mut ids, mut after) = (Vec::new(), None::<String>);
+        loop {
+            let page = clusters[1].list(&ConnectionFilter::default(), after.as_deref(), 40).await.found;
+            let Some(last) = page.last() else { break };
+            after = Some(last.id.clone());
+            ids.extend(page.into_iter().map(|it| it.id));
+        }
+        assert_eq!(ids.len(), 150);
+        assert!(ids.is_sorted());
+        // One that is on another node.
+        let (own, other) = (clusters[0].local().node(), clusters[2].local().node());
+        let id = ids.iter().find(|id| id.starts_with(&other)).unwrap();
+        let which = ConnectionFilter { id: Some(id.clone()), ..ConnectionFilter::default() };
+        assert_eq!(clusters[0].kick(&which).await.found, 1);
+        let mut kicked = 0;
+        for (_, timer) in &mut registrations {
+            let polled = std::future::poll_fn(|cx| Poll::Ready(timer.poll(cx))).await;
+            kicked += usize::from(polled == Poll::Ready(Due::Kicked));
+        }
+        assert_eq!(kicked, 1);
+
+        nodes[2].stop(true);
+        let found = tokio::time::timeout(Duration::from_secs(20), all(0)).await.unwrap();
+        assert_eq!((found.found.len(), found.silent), (100, vec![other.clone()]));
+        let names: BTreeSet<String> = found.found.into_iter().map(|it| it.node).collect();
+        assert!(names.contains(&own) && !names.contains(&other));
+        let kicked =
+            clusters[0].kick(&ConnectionFilter { subject: Some(String::new()), ..ConnectionFilter::default() }).await;
+        assert_eq!((kicked.found, kicked.silent), (100, vec![other]));
     }
 }

@@ -1,23 +1,12 @@
-//! Who is connected, and ending that: on one node over real sockets, and across nodes.
+//! Listing and kicking the connections of one node, over real sockets.
 
-use std::{
-    collections::BTreeSet,
-    sync::{Arc, atomic::AtomicU64},
-    time::Duration,
-};
+use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::{
-    auth::Identity,
-    cluster::{MonotonicClock, local::Net},
-    config::Adapter,
-    metrics::Transport,
-    net::timer::{Due, TimerWheel},
-    sessions::{ChannelSet, ConnectionFilter, ConnectionRegistry, cluster::ClusterConnections},
-};
+use weir::config::Adapter;
 
 use crate::{
-    socket::{Socket, eventually, soon},
+    socket::{Socket, eventually},
     support::{Client, Weir, metric, weir},
 };
 
@@ -171,75 +160,4 @@ async fn operators_list_and_clients_do_not() {
     let operator = |method, path: &str| crate::support::Request::new(weir.addresses[1], method, path.to_owned());
     operator("GET", "/v1/connections").await.expect(200);
     assert_eq!(operator("DELETE", "/v1/connections?subject=u7").await.expect(200).json(), json!({ "kicked": 0 }));
-}
-
-#[tokio::test]
-async fn all_nodes_are_asked_and_the_silent_are_named() {
-    let time = Arc::new(AtomicU64::new(0));
-    let net = Net::new(MonotonicClock::Manual(time));
-    let nodes: Vec<_> = (0..3).map(|_| net.join()).collect();
-    let carrier = net.clone();
-    tokio::spawn(async move {
-        loop {
-            carrier.carry();
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    });
-    let mut clusters = Vec::new();
-    let mut registrations = Vec::new();
-    for node in &nodes {
-        let wheel = TimerWheel::start();
-        let cluster_connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
-        tokio::spawn(cluster_connections.clone().run());
-        for _ in 0..50 {
-            let registration =
-                cluster_connections.local().register(Transport::Ws, &Identity::anonymous(), None, ChannelSet::Empty);
-            let mut timer = wheel.timer(Duration::from_secs(1_000));
-            timer.set_owner(registration.number());
-            registrations.push((registration, timer));
-        }
-        clusters.push(cluster_connections);
-    }
-    let all = |from: usize| {
-        let cluster_connections = clusters[from].clone();
-        async move { cluster_connections.list(&ConnectionFilter::default(), None, 1000).await }
-    };
-    for from in 0..3 {
-        let start = std::time::Instant::now();
-        while all(from).await.found.len() < 150 {
-            assert!(start.elapsed() < Duration::from_secs(20));
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        assert!(all(from).await.silent.is_empty());
-    }
-    // Page by page, across nodes.
-    let (mut ids, mut after) = (Vec::new(), None::<String>);
-    loop {
-        let page = clusters[1].list(&ConnectionFilter::default(), after.as_deref(), 40).await.found;
-        let Some(last) = page.last() else { break };
-        after = Some(last.id.clone());
-        ids.extend(page.into_iter().map(|it| it.id));
-    }
-    assert_eq!(ids.len(), 150);
-    assert!(ids.is_sorted());
-    // One that is on another node.
-    let (own, other) = (clusters[0].local().node(), clusters[2].local().node());
-    let id = ids.iter().find(|id| id.starts_with(&other)).unwrap();
-    let which = ConnectionFilter { id: Some(id.clone()), ..ConnectionFilter::default() };
-    assert_eq!(clusters[0].kick(&which).await.found, 1);
-    let mut kicked = 0;
-    for (_, timer) in &mut registrations {
-        let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(timer.poll(cx))).await;
-        kicked += usize::from(polled == std::task::Poll::Ready(Due::Kicked));
-    }
-    assert_eq!(kicked, 1);
-
-    nodes[2].stop(true);
-    let found = soon(all(0)).await;
-    assert_eq!((found.found.len(), found.silent), (100, vec![other.clone()]));
-    let names: BTreeSet<String> = found.found.into_iter().map(|it| it.node).collect();
-    assert!(names.contains(&own) && !names.contains(&other));
-    let kicked =
-        clusters[0].kick(&ConnectionFilter { subject: Some(String::new()), ..ConnectionFilter::default() }).await;
-    assert_eq!((kicked.found, kicked.silent), (100, vec![other]));
 }

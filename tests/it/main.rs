@@ -18,7 +18,6 @@ mod import;
 mod jsonrpsee;
 mod microstream;
 mod presence;
-mod presence_cluster;
 mod process;
 mod redis;
 mod socket;

@@ -38,9 +38,8 @@ use crate::backend::redis::client::{
 };
 use crate::{
     cluster::{
-        Claim, Cluster, Holding, Keeper, Lease, Mailbox, Members, MonotonicClock, NodeId, Readers, Roster, Sent,
-        Tenure, Topic, Unclaimed, Weight,
-        post::{Batch, Landed, Post, Received},
+        Batch, BatchOutcome, Claim, ClaimError, Cluster, Inbox, Lease, LeaseBackend, LeaseState, Members, MessageKind,
+        MonotonicClock, NodeId, PeerLinks, Priority, ReceiveOutcome, Roster, RosterEntry, SendOutcome, Watchers,
     },
     metrics::RedisConnectionKind,
 };
@@ -66,7 +65,7 @@ struct Inner {
     prefix: Box<str>,
     topology: Arc<Topology>,
     clock: MonotonicClock,
-    post: Post,
+    links: PeerLinks,
     state: Mutex<State>,
     /// Something in the session has changed.
     changed: Notify,
@@ -90,7 +89,7 @@ struct State {
     /// By the clock's milliseconds: until then nobody takes this node for dead.
     until: u64,
     left: bool,
-    leases: HashMap<Arc<str>, Arc<Tenure>>,
+    leases: HashMap<Arc<str>, Arc<LeaseState>>,
     /// Names that are being given back, and how often.
     freeing: HashMap<Arc<str>, usize>,
     /// What this node tells, of each name with its revision.
@@ -105,7 +104,7 @@ struct State {
     others: BTreeMap<NodeId, Other>,
     /// Batches of nodes that are not known yet.
     strange: HashMap<NodeId, Vec<Bytes>>,
-    readers: Readers,
+    watchers: Watchers,
 }
 
 /// Another node.
@@ -127,7 +126,7 @@ impl RedisCluster {
             prefix: prefix.into(),
             topology: topology.clone(),
             clock: MonotonicClock::real(),
-            post: Post::new(id),
+            links: PeerLinks::new(id),
             state: Mutex::new(State {
                 id,
                 joined: 0,
@@ -142,7 +141,7 @@ impl RedisCluster {
                 unknown: true,
                 others: BTreeMap::new(),
                 strange: HashMap::new(),
-                readers: Readers::default(),
+                watchers: Watchers::default(),
             }),
             changed: Notify::new(),
             look: Notify::new(),
@@ -229,10 +228,10 @@ impl Inner {
 async fn carry(inner: Weak<Inner>) {
     loop {
         let Some(this) = inner.upgrade() else { return };
-        while let Some(batch) = this.post.next() {
+        while let Some(batch) = this.links.next_batch() {
             tokio::spawn(deliver(this.clone(), batch));
         }
-        this.post.some().await;
+        this.links.batch_ready().await;
     }
 }
 
@@ -241,33 +240,33 @@ async fn deliver(inner: Arc<Inner>, batch: Batch) {
     let publish = inner.publish(&channel, &batch.bytes);
     // The answer to one try was lost: somebody may have got it then, whatever the next one says.
     let (mut absent, mut perhaps) = (0, false);
-    let surely_not = |perhaps| if perhaps { Landed::Unknown } else { Landed::Nobody };
-    let landed = loop {
+    let surely_not = |perhaps| if perhaps { BatchOutcome::Unknown } else { BatchOutcome::Undelivered };
+    let outcome = loop {
         // Whoever gets it twice drops the second.
-        let go = |_: &RedisConnection| inner.post.may_go(&batch).then(|| publish.clone());
+        let go = |_: &RedisConnection| inner.links.begin_send(&batch).then(|| publish.clone());
         let sent = inner.topology.call_if(channel.as_bytes(), OnLostReply::Report, go).await;
         perhaps |= matches!(sent, Err(CommandError::Unconfirmed));
         match sent {
-            Ok((value, _)) if value.int().is_some_and(|takers| takers > 0) => break Landed::Taken,
+            Ok((value, _)) if value.int().is_some_and(|takers| takers > 0) => break BatchOutcome::Delivered,
             // While calls come back their nodes find others, so it is worth being quick, but not with one that lives.
             Ok((_, connection)) if absent >= RETURNS && inner.topology.is_settled(channel.as_bytes(), &connection) => {
                 break surely_not(perhaps);
             }
             // The session says when it is too late to go on.
             Ok(_) | Err(CommandError::NotExecuted(_) | CommandError::Unconfirmed)
-                if inner.is_heard() && inner.post.knows(batch.to) => {}
+                if inner.is_heard() && inner.links.has_peer(batch.to) => {}
             _ => break surely_not(perhaps),
         }
         if !perhaps {
-            inner.post.stays(&batch);
+            inner.links.not_sent(&batch);
         }
         if sent.is_ok() {
             absent += 1;
             sleep(RETURN).await;
         }
     };
-    inner.post.landed(&batch, landed);
-    if landed == Landed::Nobody {
+    inner.links.complete(&batch, outcome);
+    if outcome == BatchOutcome::Undelivered {
         inner.look.notify_one();
     }
 }
@@ -307,7 +306,7 @@ impl PubSubHandler for Ears {
 impl Inner {
     fn receive(&self, batch: Bytes) {
         let mut state = self.state.lock();
-        if let Received::Stranger(node) = self.post.receive(&batch) {
+        if let ReceiveOutcome::UnknownSender(node) = self.links.receive(&batch) {
             // It may be new, and its news still under way.
             let most = state.strange.len() < STRANGE;
             let batches = state.strange.entry(node);
@@ -323,12 +322,12 @@ impl Inner {
 
     /// `node` is up: its mail is welcome.
     fn admit(&self, state: &mut State, node: NodeId) {
-        if node == state.id || !self.post.admit(node) {
+        if node == state.id || !self.links.add_peer(node) {
             return;
         }
-        state.readers.member(node, true);
+        state.watchers.member_changed(node, true);
         for batch in state.strange.remove(&node).into_iter().flatten() {
-            self.post.receive(&batch);
+            self.links.receive(&batch);
         }
     }
 
@@ -343,40 +342,40 @@ impl Inner {
 
 impl Cluster for RedisCluster {
     fn members(&self) -> Members {
-        let State { readers, others, .. } = &mut *self.0.state.lock();
-        readers.members(others.keys().copied().filter(|node| self.0.post.knows(*node)))
+        let State { watchers, others, .. } = &mut *self.0.state.lock();
+        watchers.members(others.keys().copied().filter(|node| self.0.links.has_peer(*node)))
     }
 
-    fn claim(&self, name: &str, claim: Claim) -> BoxFuture<'static, Result<Lease, Unclaimed>> {
+    fn claim(&self, name: &str, claim: Claim) -> BoxFuture<'static, Result<Lease, ClaimError>> {
         Box::pin(self.0.clone().claim(name.into(), claim))
     }
 
     fn roster(&self, prefix: &str) -> Roster {
-        let State { readers, others, .. } = &mut *self.0.state.lock();
+        let State { watchers, others, .. } = &mut *self.0.state.lock();
         let known = others.iter().flat_map(|(node, other)| {
-            other.told.iter().map(|(name, (rev, info))| Holding {
+            other.told.iter().map(|(name, (rev, info))| RosterEntry {
                 name: name.clone(),
                 node: *node,
                 rev: *rev,
                 info: Some(info.clone()),
             })
         });
-        readers.roster(prefix, known)
+        watchers.roster(prefix, known)
     }
 
-    fn send(&self, to: NodeId, topic: Topic, weight: Weight, mail: &[u8]) -> Sent {
-        self.0.post.send(to, topic, weight, mail)
+    fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome {
+        self.0.links.send(to, kind, priority, message)
     }
 
-    fn mailbox(&self, topic: Topic) -> Mailbox {
-        self.0.post.mailbox(topic)
+    fn inbox(&self, kind: MessageKind) -> Inbox {
+        self.0.links.inbox(kind)
     }
 
-    fn leads(&self) -> bool {
+    fn is_leader(&self) -> bool {
         self.0.leads.load(SeqCst) && self.0.is_heard()
     }
 
-    fn is_cut_off(&self) -> bool {
+    fn is_isolated(&self) -> bool {
         !self.0.is_heard()
     }
 
@@ -385,25 +384,25 @@ impl Cluster for RedisCluster {
     }
 }
 
-impl Keeper for Inner {
-    fn told(&self, tenure: &Arc<Tenure>) {
+impl LeaseBackend for Inner {
+    fn info_changed(&self, lease: &Arc<LeaseState>) {
         let mut state = self.state.lock();
-        if state.leases.get(&tenure.name).is_some_and(|mine| Arc::ptr_eq(mine, tenure)) {
-            state.tell(&tenure.name, tenure.info());
+        if state.leases.get(&lease.name).is_some_and(|mine| Arc::ptr_eq(mine, lease)) {
+            state.tell(&lease.name, lease.info());
             self.changed.notify_one();
         }
     }
 
-    fn released(&self, tenure: &Arc<Tenure>) {
+    fn release(&self, lease: &Arc<LeaseState>) {
         let mut state = self.state.lock();
-        if !state.leases.get(&tenure.name).is_some_and(|mine| Arc::ptr_eq(mine, tenure)) {
+        if !state.leases.get(&lease.name).is_some_and(|mine| Arc::ptr_eq(mine, lease)) {
             return;
         }
-        state.leases.remove(&tenure.name);
-        state.tell(&tenure.name, None);
+        state.leases.remove(&lease.name);
+        state.tell(&lease.name, None);
         self.changed.notify_one();
-        if !tenure.is_lost() && !state.left {
-            self.set_free(&mut state, &tenure.name, tenure.fence);
+        if !lease.is_lost() && !state.left {
+            self.set_free(&mut state, &lease.name, lease.fence);
         }
     }
 }

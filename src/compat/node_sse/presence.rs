@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::wire;
 use crate::{
-    cluster::{Claim, Cluster, Holding, Lease, NodeId, Roster},
+    cluster::{Claim, Cluster, Lease, NodeId, Roster, RosterEntry},
     json::write_json_str,
 };
 
@@ -163,7 +163,7 @@ impl Presence {
     async fn hold(&self, cluster: &dyn Cluster) {
         loop {
             match cluster.claim(NAME, Claim::Shared).await {
-                Ok(lease) if lease.is_alone() => return,
+                Ok(lease) if lease.is_single_node() => return,
                 Ok(lease) => {
                     let lease = Arc::new(lease);
                     self.held_by(Some(lease.clone()));
@@ -186,7 +186,7 @@ impl Presence {
             roster.ready().await;
             let mut inner = this.inner.lock();
             let before = inner.list();
-            for Holding { node, info, .. } in roster.take() {
+            for RosterEntry { node, info, .. } in roster.take() {
                 let names: Option<Vec<Box<str>>> = info.and_then(|info| serde_json::from_slice(&info).ok());
                 match names {
                     Some(names) => drop(inner.elsewhere.insert(node, names)),
@@ -220,7 +220,7 @@ impl Inner {
     fn tell_others(&self) {
         if let Some(lease) = &self.lease {
             let some = !self.clients.is_empty();
-            lease.tell(some.then(|| json(self.clients.keys().map(|name| &**name)).into()));
+            lease.set_info(some.then(|| json(self.clients.keys().map(|name| &**name)).into()));
         }
     }
 }

@@ -173,7 +173,7 @@ impl State {
 
     /// The other nodes know what this one has.
     pub(super) fn tell(&self) {
-        let Some(lease) = self.tenure.as_ref().filter(|lease| !lease.is_alone()) else { return };
+        let Some(lease) = self.tenure.as_ref().filter(|lease| !lease.is_single_node()) else { return };
         let mut info = Info::default();
         for key in &self.active {
             let provider = &self.providers[*key as usize];
@@ -186,7 +186,7 @@ impl State {
         info.methods.dedup();
         // A provider that was not told yet that it is one gets no calls.
         let told = (info.providers > 0).then(|| serde_json::to_vec(&info).unwrap_or_default());
-        lease.tell(told.map(Bytes::from));
+        lease.set_info(told.map(Bytes::from));
     }
 
     /// Gives the name back if nobody here needs it; else the others know what there is.
@@ -200,7 +200,7 @@ impl State {
 
     /// Whether a name is held that others could have.
     pub fn is_tenured(&self) -> bool {
-        self.tenure.as_ref().is_some_and(|lease| !lease.is_alone())
+        self.tenure.as_ref().is_some_and(|lease| !lease.is_single_node())
     }
 
     /// Whether calls may wait for what other nodes do.

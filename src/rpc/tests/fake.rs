@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, value::RawValue};
 
 use super::super::*;
-use crate::cluster::local::{Net, Node};
+use crate::cluster::test_network::{TestNetwork, TestNode};
 
 #[derive(Default)]
 pub struct Fake {
@@ -48,8 +48,8 @@ pub struct Socket {
 /// One node of a cluster, and perhaps the only one.
 pub struct World {
     pub hub: Arc<Hub>,
-    pub node: Arc<Node>,
-    pub net: Arc<Net>,
+    pub node: Arc<TestNode>,
+    pub net: Arc<TestNetwork>,
     clock: Arc<AtomicU64>,
 }
 
@@ -120,11 +120,11 @@ impl World {
 
     pub fn with(config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
-        let net = Net::new(MonotonicClock::Manual(clock.clone()));
+        let net = TestNetwork::new(MonotonicClock::Manual(clock.clone()));
         Self::join(&net, &clock, config)
     }
 
-    pub fn join(net: &Arc<Net>, clock: &Arc<AtomicU64>, config: Config) -> Self {
+    pub fn join(net: &Arc<TestNetwork>, clock: &Arc<AtomicU64>, config: Config) -> Self {
         let node = net.join();
         let hub = Hub::new(config, MonotonicClock::Manual(clock.clone()), node.clone(), Arc::default());
         World { hub, node, net: net.clone(), clock: clock.clone() }

@@ -7,14 +7,14 @@ use super::{
     SECOND,
     fake::{Socket, World, raw},
 };
-use crate::cluster::local::{Net, TTL};
+use crate::cluster::test_network::{TTL, TestNetwork};
 
 const MS: Duration = Duration::from_millis(1);
 
 /// Nodes of one weir.
 pub struct Cluster {
     pub nodes: Vec<World>,
-    pub net: Arc<Net>,
+    pub net: Arc<TestNetwork>,
     clock: Arc<AtomicU64>,
 }
 
@@ -25,7 +25,7 @@ impl Cluster {
 
     pub fn with(nodes: usize, config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
-        let net = Net::new(MonotonicClock::Manual(clock.clone()));
+        let net = TestNetwork::new(MonotonicClock::Manual(clock.clone()));
         let nodes = (0..nodes).map(|_| World::join(&net, &clock, config.clone())).collect();
         let cluster = Cluster { nodes, net, clock };
         cluster.settle();
@@ -338,7 +338,7 @@ fn what_is_lost_is_known_within_a_second() {
         cluster.settle();
         provider.reply(0, "1");
         cluster.settle();
-        cluster.net.lose(&cluster.nodes[from].node, &cluster.nodes[to].node, true);
+        cluster.net.set_lossy(&cluster.nodes[from].node, &cluster.nodes[to].node, true);
         caller.call("lost", "a/x");
         cluster.settle();
         if from == 0 {
@@ -346,7 +346,7 @@ fn what_is_lost_is_known_within_a_second() {
             cluster.settle();
         }
         assert_eq!(caller.answers().len(), 1);
-        cluster.net.lose(&cluster.nodes[from].node, &cluster.nodes[to].node, false);
+        cluster.net.set_lossy(&cluster.nodes[from].node, &cluster.nodes[to].node, false);
         cluster.pass(1_040 * MS);
         assert_eq!(caller.answers()[1..], ["lost: provider_gone maybe"], "{from} {to}");
         assert_eq!(provider.got().len(), if from == 0 { 2 } else { 1 });

@@ -7,7 +7,7 @@ use tokio::time::sleep;
 use super::{Inner, MARGIN, State, TTL, texts};
 use crate::{
     backend::redis::client::{Command, CommandError, OnLostReply, Script, Value},
-    cluster::{Claim, Keeper, Lease, NodeId, Tenure, Unclaimed},
+    cluster::{Claim, ClaimError, Lease, LeaseBackend, LeaseState, NodeId},
 };
 
 static CLAIM: Script = Script::new(include_str!("claim.lua"));
@@ -22,7 +22,7 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 const AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
 
 impl Inner {
-    pub(super) async fn claim(self: Arc<Self>, name: Arc<str>, claim: Claim) -> Result<Lease, Unclaimed> {
+    pub(super) async fn claim(self: Arc<Self>, name: Arc<str>, claim: Claim) -> Result<Lease, ClaimError> {
         let give_up = tokio::time::Instant::now() + PATIENCE;
         loop {
             // Its last lease may still be being given back: that must not come after this.
@@ -33,7 +33,7 @@ impl Inner {
             }
             // It has only just begun, or Redis was away and knows nothing of it.
             if !heard && tokio::time::Instant::now() >= give_up {
-                return Err(Unclaimed::Away);
+                return Err(ClaimError::Unreachable);
             }
             tokio::select! {
                 () = freed => {}
@@ -42,10 +42,10 @@ impl Inner {
         }
         // On its own: who asked may be gone before Redis answers, and then the lease is dropped where it arises.
         let task = tokio::spawn(async move { self.claim_now(name, claim).await });
-        task.await.unwrap_or(Err(Unclaimed::Away))
+        task.await.unwrap_or(Err(ClaimError::Unreachable))
     }
 
-    async fn claim_now(self: Arc<Self>, name: Arc<str>, claim: Claim) -> Result<Lease, Unclaimed> {
+    async fn claim_now(self: Arc<Self>, name: Arc<str>, claim: Claim) -> Result<Lease, ClaimError> {
         let id = self.state.lock().id;
         let asked = self.clock.now();
         let mut value = self.ask_for(&name, claim, id).await?;
@@ -53,7 +53,7 @@ impl Inner {
             value = self.ask_for(&name, claim, id).await?;
         }
         if let Some(nodes) = holders_of(&value) {
-            return Err(Unclaimed::Taken(nodes));
+            return Err(ClaimError::Held(nodes));
         }
         let parts = value.list().unwrap_or_default();
         let fence = parts.get(1).and_then(Value::int).unwrap_or_default();
@@ -61,21 +61,21 @@ impl Inner {
             Claim::Shared => u64::MAX,
             Claim::Exclusive => asked + (TTL - MARGIN).as_millis() as u64,
         };
-        let tenure = Tenure::new(name.clone(), claim, fence, self.clock.clone(), until);
+        let lease = LeaseState::new(name.clone(), claim, fence, self.clock.clone(), until);
         let reborn = {
             let mut state = self.state.lock();
-            state.leases.insert(name, tenure.clone());
+            state.leases.insert(name, lease.clone());
             state.id != id
         };
-        let lease = Lease::new(tenure.clone(), self.clone() as Arc<dyn Keeper>);
+        let handle = Lease::new(lease.clone(), self.clone() as Arc<dyn LeaseBackend>);
         if reborn {
             // It became another node meanwhile.
-            self.renew(&tenure, id).await;
+            self.renew(&lease, id).await;
         }
-        Ok(lease)
+        Ok(handle)
     }
 
-    async fn ask_for(self: &Arc<Self>, name: &Arc<str>, claim: Claim, id: NodeId) -> Result<Value, Unclaimed> {
+    async fn ask_for(self: &Arc<Self>, name: &Arc<str>, claim: Claim, id: NodeId) -> Result<Value, ClaimError> {
         let (holders, owner) = self.name_keys(name);
         let exclusive = u64::from(claim == Claim::Exclusive);
         // The same again takes the same name again: the fence is higher, and that is all.
@@ -95,7 +95,7 @@ impl Inner {
                 if fault == CommandError::Unconfirmed {
                     self.set_free(&mut self.state.lock(), name, 0);
                 }
-                Err(Unclaimed::Away)
+                Err(ClaimError::Unreachable)
             }
         }
     }
@@ -117,8 +117,8 @@ impl Inner {
     }
 
     /// Goes on holding a name; `before` is who this node was when it last said so.
-    pub(super) async fn renew(&self, tenure: &Arc<Tenure>, before: NodeId) {
-        let (holders, owner) = self.name_keys(&tenure.name);
+    pub(super) async fn renew(&self, lease: &Arc<LeaseState>, before: NodeId) {
+        let (holders, owner) = self.name_keys(&lease.name);
         let id = self.state.lock().id;
         let asked = self.clock.now();
         let renewed = self
@@ -126,21 +126,21 @@ impl Inner {
             .run(&RENEW, &[holders.as_bytes(), owner.as_bytes()], OnLostReply::Retry, |_, command| {
                 command.push(id.to_string());
                 command.push(before.to_string());
-                command.push_int(tenure.fence);
+                command.push_int(lease.fence);
                 command.push_int(TTL.as_millis() as u64);
                 command.push_int(FENCE);
             })
             .await;
         match renewed.as_ref().map(|(value, _)| value.int()) {
-            Ok(Some(1)) if tenure.claim == Claim::Exclusive => {
-                tenure.renew(asked + (TTL - MARGIN).as_millis() as u64);
+            Ok(Some(1)) if lease.claim == Claim::Exclusive => {
+                lease.renew(asked + (TTL - MARGIN).as_millis() as u64);
             }
             Ok(Some(0)) => {
                 // Unless it was given back, or claimed anew, while Redis was asked.
                 let mut state = self.state.lock();
-                if state.leases.get(&tenure.name).is_some_and(|mine| Arc::ptr_eq(mine, tenure)) {
-                    state.tell(&tenure.name, None);
-                    tenure.lose();
+                if state.leases.get(&lease.name).is_some_and(|mine| Arc::ptr_eq(mine, lease)) {
+                    state.tell(&lease.name, None);
+                    lease.mark_lost();
                     self.changed.notify_one();
                 }
             }
@@ -149,8 +149,8 @@ impl Inner {
         }
         // Given back while it was renewed: what came last may have been the renewal.
         let mut state = self.state.lock();
-        if !state.leases.contains_key(&tenure.name) && !state.freeing.contains_key(&tenure.name) {
-            self.set_free(&mut state, &tenure.name, tenure.fence);
+        if !state.leases.contains_key(&lease.name) && !state.freeing.contains_key(&lease.name) {
+            self.set_free(&mut state, &lease.name, lease.fence);
         }
     }
 

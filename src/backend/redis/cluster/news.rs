@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::{Inner, LOOK, Other, State, session::VERSION};
 use crate::{
     backend::redis::client::{Command, OnLostReply, Value},
-    cluster::{Holding, NodeId},
+    cluster::{NodeId, RosterEntry},
 };
 
 /// `version:1 · kind:1 · from:8 · …`, little endian.
@@ -138,7 +138,7 @@ impl Inner {
                 self.admit(&mut state, from);
             }
             News::Told { from, after, rev, told } => {
-                let State { others, readers, .. } = &mut *state;
+                let State { others, watchers, .. } = &mut *state;
                 let other = others.entry(from).or_insert_with(|| Other { stale: true, ..Other::default() });
                 if other.stale || other.rev != after {
                     if rev > other.rev {
@@ -153,7 +153,7 @@ impl Inner {
                         Some(info) => other.told.insert(name.clone(), (rev, info.clone())),
                         None => other.told.remove(&name),
                     };
-                    readers.holding(&Holding { name, node: from, rev, info });
+                    watchers.roster_changed(&RosterEntry { name, node: from, rev, info });
                 }
             }
         }
@@ -164,10 +164,10 @@ impl Inner {
     /// A node is no more.
     fn gone(&self, state: &mut State, node: NodeId) {
         let Some(other) = state.others.remove(&node) else { return };
-        self.post.expel(node);
-        state.readers.member(node, false);
+        self.links.remove_peer(node);
+        state.watchers.member_changed(node, false);
         for (name, (rev, _)) in other.told {
-            state.readers.holding(&Holding { name, node, rev: rev + 1, info: None });
+            state.watchers.roster_changed(&RosterEntry { name, node, rev: rev + 1, info: None });
         }
     }
 
@@ -176,8 +176,8 @@ impl Inner {
         let mut state = self.state.lock();
         let nodes: Vec<NodeId> = state.others.keys().copied().collect();
         for node in nodes {
-            if self.post.expel(node) {
-                state.readers.member(node, false);
+            if self.links.remove_peer(node) {
+                state.watchers.member_changed(node, false);
             }
         }
         drop(state);
@@ -242,7 +242,7 @@ impl Inner {
         }
         let sent = self.state.lock().strange.contains_key(&node);
         // One that nobody could reach is up again when it listens.
-        if fresh || sent || !self.post.knows(node) && self.listens(node).await {
+        if fresh || sent || !self.links.has_peer(node) && self.listens(node).await {
             self.admit(&mut self.state.lock(), node);
         }
     }
@@ -277,7 +277,7 @@ impl Inner {
         }
         let Some(rev) = rev else { return };
         let mut state = self.state.lock();
-        let State { others, readers, .. } = &mut *state;
+        let State { others, watchers, .. } = &mut *state;
         let Some(other) = others.get_mut(&node) else { return };
         if rev < other.rev {
             // The news were quicker. It stays in doubt until it is looked at again.
@@ -287,12 +287,12 @@ impl Inner {
         (other.rev, other.stale) = (rev, false);
         for (name, (rev, info)) in &other.told {
             if before.get(name).is_none_or(|(known, _)| known != rev) {
-                readers.holding(&Holding { name: name.clone(), node, rev: *rev, info: Some(info.clone()) });
+                watchers.roster_changed(&RosterEntry { name: name.clone(), node, rev: *rev, info: Some(info.clone()) });
             }
         }
         for (name, (rev, _)) in before {
             if !other.told.contains_key(&name) {
-                readers.holding(&Holding { name, node, rev: rev + 1, info: None });
+                watchers.roster_changed(&RosterEntry { name, node, rev: rev + 1, info: None });
             }
         }
     }

@@ -64,7 +64,7 @@ pub(super) async fn leave(inner: Arc<Inner>) {
         (state.id, std::mem::take(&mut state.leases))
     };
     let goodbye = async {
-        let free = leases.values().map(|tenure| inner.insist(&tenure.name, tenure.fence));
+        let free = leases.values().map(|lease| inner.insist(&lease.name, lease.fence));
         futures_util::future::join_all(free).await;
         let session = inner.session_key(id);
         let delete = Command::new("DEL").arg(&session);
@@ -112,11 +112,11 @@ impl Inner {
                 // Others took this node for dead, and what it held for free: it comes back as another.
                 tracing::warn!("this node was not heard for {}s: its calls across nodes have failed", TTL.as_secs());
                 state.id = NodeId::random();
-                self.post.reborn(state.id);
+                self.links.reset(state.id);
                 let nodes: Vec<NodeId> = state.others.keys().copied().collect();
                 for node in nodes {
                     // Links begin anew; who is up is up.
-                    state.readers.member(node, false);
+                    state.watchers.member_changed(node, false);
                     self.admit(&mut state, node);
                 }
             }
@@ -168,12 +168,12 @@ impl Inner {
     async fn renew_names(&self, before: NodeId, all: bool, turn: &mut usize) {
         let leases: Vec<_> = self.state.lock().leases.values().cloned().collect();
         let (exclusive, shared): (Vec<_>, Vec<_>) =
-            leases.into_iter().partition(|tenure| tenure.claim == Claim::Exclusive);
+            leases.into_iter().partition(|lease| lease.claim == Claim::Exclusive);
         let some = if all { shared.len() } else { SHARED.min(shared.len()) };
         let from = if shared.is_empty() { 0 } else { *turn % shared.len() };
         *turn += some;
         let due = exclusive.iter().chain(shared.iter().cycle().skip(from).take(some));
-        futures_util::future::join_all(due.map(|tenure| self.renew(tenure, before))).await;
+        futures_util::future::join_all(due.map(|lease| self.renew(lease, before))).await;
     }
 
     /// The whole session, for a Redis that knows nothing of it.

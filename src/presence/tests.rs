@@ -1,4 +1,4 @@
-//! Presence of several nodes that share a log: one process, a net that carries mail, and a clock of leases that stands still.
+//! Presence of several nodes that share a log, in one process and under a clock of leases that only the test advances.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,25 +9,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
-use tokio::task::JoinHandle;
-use weir::{
+use crate::{
     backend::memory::Memory,
     bus::{self, Bus, KeyLimits, ReadLimit, Retention, Topics},
     channel::Channel,
     cluster::{
         MonotonicClock,
-        local::{Net, Node},
+        test_network::{TestNetwork, TestNode},
     },
     metrics::Metrics,
     position::Start,
     presence::{Client, Config, Lease, Presence},
 };
+use serde_json::Value;
+use tokio::task::JoinHandle;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Nodes {
-    net: Arc<Net>,
+    net: Arc<TestNetwork>,
     time: Arc<AtomicU64>,
     /// Of carrying and beating.
     rounds: Arc<AtomicU64>,
@@ -37,7 +37,7 @@ struct Nodes {
 }
 
 struct One {
-    node: Arc<Node>,
+    node: Arc<TestNode>,
     presence: Arc<Presence>,
     run: JoinHandle<()>,
 }
@@ -65,7 +65,7 @@ impl Nodes {
         let topics = Arc::new(Topics::new(config, bus::WallClock::System));
         let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
         let time = Arc::new(AtomicU64::new(0));
-        let net = Net::new(MonotonicClock::Manual(time.clone()));
+        let net = TestNetwork::new(MonotonicClock::Manual(time.clone()));
         let carried = net.clone();
         let rounds = Arc::<AtomicU64>::default();
         let beats = rounds.clone();
@@ -287,7 +287,7 @@ async fn mail_that_is_lost_is_made_good() {
     for round in 0..10 {
         let lossy = round % 2 == 0;
         for (from, to) in [(1, 0), (1, 2), (2, 0)] {
-            nodes.net.lose(&nodes.nodes[from].node, &nodes.nodes[to].node, lossy);
+            nodes.net.set_lossy(&nodes.nodes[from].node, &nodes.nodes[to].node, lossy);
         }
         held.push(nodes.enter(1 + round % 2, &format!("c{round}")));
         if round % 3 == 2 {

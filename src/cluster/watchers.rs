@@ -1,0 +1,76 @@
+//! [`Watchers`]: the subscriptions of this node to members and rosters. For backends.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{
+    change_queue::{ChangeQueue, ChangeSender},
+    node_id::NodeId,
+};
+
+/// Changes of membership, at most one per node.
+pub type Members = ChangeQueue<NodeId, Member>;
+
+/// Changes of rosters, at most one per name and node.
+pub type Roster = ChangeQueue<(Arc<str>, NodeId), RosterEntry>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub(crate) node: NodeId,
+    pub(crate) up: bool,
+}
+
+/// What a node publishes about a name that it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RosterEntry {
+    pub(crate) name: Arc<str>,
+    pub(crate) node: NodeId,
+    /// Increases with every entry that this node publishes, whatever the name.
+    pub(crate) rev: u64,
+    /// As set by [`Lease::set_info`](super::Lease::set_info). `None`: the node no longer holds the name.
+    pub(crate) info: Option<Bytes>,
+}
+
+#[derive(Default)]
+pub(crate) struct Watchers {
+    members: Vec<ChangeSender<NodeId, Member>>,
+    /// Each with the prefix of the names that it watches.
+    rosters: Vec<(String, RosterSender)>,
+}
+
+type RosterSender = ChangeSender<(Arc<str>, NodeId), RosterEntry>;
+
+impl Watchers {
+    /// A new subscription to members, which starts with the nodes in `up`.
+    pub(crate) fn members(&mut self, up: impl IntoIterator<Item = NodeId>) -> Members {
+        let (queue, sender) = ChangeQueue::new();
+        for node in up {
+            sender.send(node, Member { node, up: true });
+        }
+        self.members.push(sender);
+        queue
+    }
+
+    /// A new subscription to a roster, which starts with the entries in `known` that match.
+    pub(crate) fn roster(&mut self, prefix: &str, known: impl IntoIterator<Item = RosterEntry>) -> Roster {
+        let (queue, sender) = ChangeQueue::new();
+        for entry in known.into_iter().filter(|entry| entry.name.starts_with(prefix)) {
+            sender.send((entry.name.clone(), entry.node), entry);
+        }
+        self.rosters.push((prefix.to_owned(), sender));
+        queue
+    }
+
+    pub(crate) fn member_changed(&mut self, node: NodeId, up: bool) {
+        self.members.retain(|sender| sender.send(node, Member { node, up }));
+    }
+
+    pub(crate) fn roster_changed(&mut self, entry: &RosterEntry) {
+        let key = (entry.name.clone(), entry.node);
+        self.rosters.retain(|(prefix, sender)| {
+            // A dropped subscription is removed at the next change that matches it.
+            !entry.name.starts_with(prefix.as_str()) || sender.send(key.clone(), entry.clone())
+        });
+    }
+}
