@@ -21,20 +21,17 @@ use crate::{
     compat::{self, Compat},
     config::{self, Config},
     event::{Draft, DraftParts, EventData},
-    http::{Endpoint, Gateway, ListenerRole},
+    http::{Endpoint, ListenerRole},
     metrics::Metrics,
     net::{
         server::{self, Connections},
         timer::TimerWheel,
     },
+    node::Node,
     pattern::Pattern,
     presence::{self, Presence},
     rpc::{self, Hub},
     sessions::{ConnectionRegistry, cluster::ClusterConnections},
-    transport::{
-        sse::{self, Sse},
-        ws::Ws,
-    },
 };
 
 /// Every shard of the bus is looked after once in 64 of these: within four seconds.
@@ -60,9 +57,7 @@ pub struct App {
     /// As a log may show it.
     bus: String,
     listeners: Vec<(TcpListener, Arc<Endpoint>)>,
-    gateway: Arc<Gateway>,
-    cluster: Arc<dyn Cluster>,
-    wheel: Arc<TimerWheel>,
+    node: Arc<Node>,
     connections: Connections,
 }
 
@@ -79,65 +74,15 @@ impl App {
             // Shown without its password.
             Some(deployment) => deployment.url.to_string(),
         };
-        let bus = Arc::new(over(redis.as_ref(), &config, bus_config(&config), WallClock::System));
-        let cluster: Arc<dyn Cluster> = match &redis {
-            Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
-            None => cluster::single::single_node(),
-        };
-        let wheel = TimerWheel::start();
-        let connections = Connections::new(connection_limits(&config), wheel.clone(), metrics.clone());
-        let sse = sse::Settings {
-            heartbeat: config.sse.heartbeat,
-            stalled: config.limits.stalled,
-            channels: config.limits.stream_channels,
-            present_info: config.limits.present_info,
-        };
-        let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
-        let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
-        let sessions = ConnectionRegistry::new(wheel.clone());
-        let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
-        let sse = Sse::new(bus.clone(), presence.clone(), sessions.clone(), wheel.clone(), metrics.clone(), sse);
-        let sse = Arc::new(sse);
-        let hub = Hub::new(hub_config(&config), rpc::MonotonicClock::real(), cluster.clone(), metrics.clone());
-        let config = Arc::new(config);
-        let draining = CancellationToken::new();
-        let ws = Arc::new(Ws {
-            bus: bus.clone(),
-            hub: hub.clone(),
-            presence: presence.clone(),
-            sessions: sessions.clone(),
-            wheel: wheel.clone(),
-            metrics: metrics.clone(),
-            config: config.clone(),
-            draining: draining.clone(),
-        });
-        let compat = Compat::new(&compat::Parts {
-            bus: bus.clone(),
-            cluster: cluster.clone(),
-            hub: hub.clone(),
-            config: config.clone(),
-            metrics: metrics.clone(),
-            wheel: wheel.clone(),
-            sessions,
-            draining: draining.clone(),
-        })?;
-        let gateway = Arc::new(Gateway {
-            bus,
-            hub,
-            config: config.clone(),
-            metrics,
-            sse,
-            ws,
-            presence,
-            cluster_connections,
-            compat,
-            draining,
-        });
+        let node = node(config, redis.as_ref(), metrics);
+        let config = node.config.clone();
+        let connections = Connections::new(connection_limits(&config), node.timers.clone(), node.metrics.clone());
+        let compat = Arc::new(Compat::new(&node)?);
         let mut listeners = Vec::new();
         let clients = if config.admin.listen.is_some() { ListenerRole::Clients } else { ListenerRole::One };
         let clients = config.server.listen.iter().map(|address| (*address, clients));
         let operators = config.admin.listen.map(|address| (address, ListenerRole::Operators));
-        let grip = gateway.compat.grip.is_some().then_some(&config.compat.grip);
+        let grip = compat.grip.is_some().then_some(&config.compat.grip);
         let proxy = grip.and_then(|grip| Some((grip.listen?, ListenerRole::Proxy)));
         let publishers = grip.and_then(|grip| Some((grip.publish_listen?, ListenerRole::Publishers)));
         for (address, role) in clients.chain(operators).chain(proxy).chain(publishers) {
@@ -155,16 +100,21 @@ impl App {
                 };
                 anyhow!("cannot listen on {address}: {error}{remedy}")
             })?;
-            let endpoint = Endpoint::new(gateway.clone(), address.ip().is_loopback(), role);
+            let endpoint = Endpoint::new(node.clone(), compat.clone(), address.ip().is_loopback(), role);
             listeners.push((listener, Arc::new(endpoint)));
         }
-        Ok(App { bus: bus_name, listeners, gateway, cluster, wheel, connections })
+        Ok(App { bus: bus_name, listeners, node, connections })
     }
 
     /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         // A listener that is bound has an address.
         self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
+    }
+
+    /// The HTTP side of each of [`addresses`](Self::addresses).
+    pub fn endpoints(&self) -> impl Iterator<Item = &Arc<Endpoint>> {
+        self.listeners.iter().map(|(_, endpoint)| endpoint)
     }
 
     /// What each of [`addresses`](Self::addresses) is for.
@@ -178,13 +128,13 @@ impl App {
     }
 
     /// What this run of the node is called among others, as in lists of connections.
-    pub fn node(&self) -> String {
-        self.gateway.cluster_connections.local().node()
+    pub fn node_name(&self) -> String {
+        self.node.cluster_connections.local().node()
     }
 
     /// What handlers share: for tests that count what is left.
-    pub fn gateway(&self) -> &Arc<Gateway> {
-        &self.gateway
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
     }
 
     /// Open connections: for tests that count what is left.
@@ -192,40 +142,35 @@ impl App {
         &self.connections
     }
 
-    /// What keeps the time of connections: for tests that end them.
-    pub fn wheel(&self) -> &Arc<TimerWheel> {
-        &self.wheel
-    }
-
     /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
     /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let App { listeners, gateway, cluster, wheel, connections, .. } = self;
-        let drain = gateway.config.drain.clone();
+        let App { listeners, node, connections, .. } = self;
+        let drain = node.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
-            tokio::spawn(gateway.cluster_connections.clone().run()),
+            tokio::spawn(node.cluster_connections.clone().run()),
             every(BUS_SWEEP, {
-                let bus = gateway.bus.clone();
+                let bus = node.bus.clone();
                 move || bus.sweep()
             }),
             every(HUB_SWEEP, {
-                let hub = gateway.hub.clone();
+                let hub = node.hub.clone();
                 move || hub.sweep()
             }),
             every(METRICS_UPKEEP, {
-                let gateway = gateway.clone();
+                let node = node.clone();
                 move || {
-                    let welcome = !gateway.draining.is_cancelled() && gateway.bus.ready().is_ok();
-                    gateway.metrics.ready.set(welcome.into());
-                    gateway.metrics.upkeep();
+                    let welcome = !node.draining.is_cancelled() && node.bus.ready().is_ok();
+                    node.metrics.ready.set(welcome.into());
+                    node.metrics.upkeep();
                 }
             }),
             tokio::spawn({
-                let hub = gateway.hub.clone();
+                let hub = node.hub.clone();
                 async move { hub.run_links().await }
             }),
-            tokio::spawn(announce_services(gateway.clone())),
+            tokio::spawn(announce_services(node.clone())),
         ]);
         let accepting: Vec<_> = listeners
             .into_iter()
@@ -234,25 +179,25 @@ impl App {
                 tokio::spawn(async move { connections.accept(listener, endpoint, stop).await })
             })
             .collect();
-        let present = Tasks(vec![tokio::spawn(gateway.presence.clone().run())]);
+        let present = Tasks(vec![tokio::spawn(node.presence.clone().run())]);
         shutdown.await;
 
-        gateway.metrics.ready.set(0);
-        gateway.draining.cancel();
+        node.metrics.ready.set(0);
+        node.draining.cancel();
         stop.cancel();
         for task in accepting {
             task.await.context("an accept loop has failed")?;
         }
-        wheel.drain(drain.window);
+        node.timers.drain(drain.window);
         if tokio::time::timeout(drain.grace, connections.closed()).await.is_err() {
             tracing::warn!(open = connections.len(), "cut off what did not end within drain.grace");
         }
         drop(present);
-        if tokio::time::timeout(FAREWELL, gateway.presence.close()).await.is_err() {
+        if tokio::time::timeout(FAREWELL, node.presence.close()).await.is_err() {
             tracing::warn!("the bus is away: who was here is not announced as gone");
         }
         // Names are free for other nodes, which need not wait until this one is missed.
-        cluster.leave().await;
+        node.cluster.leave().await;
         Ok(())
     }
 }
@@ -261,6 +206,33 @@ impl App {
 /// runtime.
 pub async fn bus(config: &Config, topics: bus::Config, clock: WallClock, metrics: Arc<Metrics>) -> anyhow::Result<Bus> {
     Ok(over(redis(config, metrics).await?.as_ref(), config, topics, clock))
+}
+
+/// The parts that handlers share. Needs a tokio runtime.
+pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<Metrics>) -> Arc<Node> {
+    let bus = Arc::new(over(redis, &config, bus_config(&config), WallClock::System));
+    let cluster: Arc<dyn Cluster> = match redis {
+        Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
+        None => cluster::single::single_node(),
+    };
+    let timers = TimerWheel::start();
+    let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
+    let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
+    let sessions = ConnectionRegistry::new(timers.clone());
+    let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
+    let hub = Hub::new(hub_config(&config), rpc::MonotonicClock::real(), cluster.clone(), metrics.clone());
+    Arc::new(Node {
+        bus,
+        hub,
+        presence,
+        sessions,
+        cluster_connections,
+        cluster,
+        timers,
+        metrics,
+        config: Arc::new(config),
+        draining: CancellationToken::new(),
+    })
 }
 
 fn over(redis: Option<&Arc<Topology>>, config: &Config, topics: bus::Config, clock: WallClock) -> Bus {
@@ -309,11 +281,11 @@ async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<
 }
 
 /// Publishes what changes among the services to the channel `$services`. What the bus does not take now comes again.
-async fn announce_services(gateway: Arc<Gateway>) {
+async fn announce_services(node: Arc<Node>) {
     let Ok(channel) = Channel::parse("$services") else { return };
     let mut pause = TELL_AGAIN;
     loop {
-        let mut changes = gateway.hub.next_changes().await.into_iter();
+        let mut changes = node.hub.next_changes().await.into_iter();
         while let Some(telling) = changes.next() {
             let change = &telling.change;
             let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
@@ -322,7 +294,7 @@ async fn announce_services(gateway: Arc<Gateway>) {
                     data: EventData::Json(&data),
                     ..DraftParts::default()
                 };
-                Draft::new(parts, gateway.config.limits.event).map_err(|error| error.to_string())
+                Draft::new(parts, node.config.limits.event).map_err(|error| error.to_string())
             });
             let draft = match draft {
                 Ok(draft) => draft,
@@ -331,9 +303,9 @@ async fn announce_services(gateway: Arc<Gateway>) {
                     continue;
                 }
             };
-            if let Err(error) = gateway.bus.publish_one("", &channel, draft).await {
+            if let Err(error) = node.bus.publish_one("", &channel, draft).await {
                 tracing::debug!(service = change.service, %error, "could not announce a change of its providers yet");
-                gateway.hub.requeue_changes(iter::once(telling).chain(changes));
+                node.hub.requeue_changes(iter::once(telling).chain(changes));
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(TELL_SELDOM);
                 break;

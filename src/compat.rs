@@ -21,38 +21,13 @@ use axum::{
     body::Body,
     http::{Request, Response},
 };
-use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use self::grip::Grip;
 use crate::{
-    auth::Identity,
-    bus::{Bus, Placed},
-    channel::Channel,
-    cluster::Cluster,
-    config::{Adapter as Name, Config},
-    error::Result,
-    event::Draft,
-    metrics::{Metrics, Transport},
-    net::timer::TimerWheel,
-    rpc::Hub,
-    sessions::ConnectionRegistry,
-    transport::subscription_stream::Holding,
+    auth::Identity, bus::Placed, channel::Channel, config::Adapter as Name, error::Result, event::Draft,
+    metrics::Transport, node::Node,
 };
-
-/// What adapters are made of.
-#[derive(Clone)]
-pub struct Parts {
-    pub bus: Arc<Bus>,
-    pub cluster: Arc<dyn Cluster>,
-    pub hub: Arc<Hub>,
-    pub config: Arc<Config>,
-    pub metrics: Arc<Metrics>,
-    pub wheel: Arc<TimerWheel>,
-    pub sessions: Arc<ConnectionRegistry>,
-    /// Cancelled when this node begins to leave.
-    pub draining: CancellationToken,
-}
 
 /// Those that are on.
 pub struct Compat {
@@ -72,21 +47,21 @@ pub struct Adapter {
 
 impl Compat {
     /// The adapters of `compat.enable`, and the routes of `compat.sse`.
-    pub fn new(parts: &Parts) -> Result<Self> {
+    pub fn new(node: &Arc<Node>) -> Result<Self> {
         let mut compat = Compat { adapters: Vec::new(), grip: None };
-        for name in &parts.config.compat.enable {
+        for name in &node.config.compat.enable {
             match name {
-                Name::Ganomede => compat.adapters.push(ganomede::adapter(parts)?),
-                Name::NodeSse => compat.adapters.push(node_sse::adapter(parts)),
+                Name::Ganomede => compat.adapters.push(ganomede::adapter(node)?),
+                Name::NodeSse => compat.adapters.push(node_sse::adapter(node)),
                 Name::Grip => {
-                    let grip = Arc::new(Grip::new(parts)?);
+                    let grip = Arc::new(Grip::new(node)?);
                     compat.adapters.push(grip::adapter(&grip));
                     compat.grip = Some(grip);
                 }
-                Name::MicroStream => compat.adapters.push(microstream::adapter(parts)),
+                Name::MicroStream => compat.adapters.push(microstream::adapter(node)),
             }
         }
-        compat.adapters.extend(event_stream::adapter(parts)?);
+        compat.adapters.extend(event_stream::adapter(node)?);
         Ok(compat)
     }
 
@@ -115,20 +90,9 @@ impl Adapter {
     }
 }
 
-impl Parts {
-    /// What held streams share.
-    fn holding(&self) -> Arc<Holding> {
-        let stalled = self.config.limits.stalled;
-        Arc::new(Holding {
-            wheel: self.wheel.clone(),
-            metrics: self.metrics.clone(),
-            sessions: self.sessions.clone(),
-            stalled,
-        })
-    }
-
+impl Node {
     /// Publishes what a client of another system sent. It is counted as any publish over HTTP.
-    async fn publish(&self, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
+    async fn publish_compat(&self, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
         let identity = Identity::anonymous();
         let sizes: Vec<usize> = events.iter().map(|(_, draft)| draft.size()).collect();
         for (channel, _) in &events {

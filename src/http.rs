@@ -21,43 +21,20 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use http::{header, request::Parts};
 use hyper::body::Incoming;
-use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::{
     auth::Identity,
-    bus::Bus,
     compat::{Adapter, Compat},
-    config::Config,
     error::{Code, Error, Retry},
-    metrics::{Metrics, Status},
+    metrics::Status,
     net::server::{HttpService, ListenerOptions, Rejected},
+    node::Node,
     pattern::Pattern,
-    presence::Presence,
-    rpc::Hub,
-    sessions::cluster::ClusterConnections,
-    transport::{
-        sse::{self, Sse},
-        ws::Ws,
-    },
+    transport::sse,
 };
 use api::events;
 use origin::Origins;
-
-/// What handlers share.
-pub struct Gateway {
-    pub bus: Arc<Bus>,
-    pub hub: Arc<Hub>,
-    pub config: Arc<Config>,
-    pub metrics: Arc<Metrics>,
-    pub sse: Arc<Sse>,
-    pub ws: Arc<Ws>,
-    pub presence: Arc<Presence>,
-    pub cluster_connections: Arc<ClusterConnections>,
-    pub compat: Compat,
-    /// Cancelled when this node begins to leave: waiting polls answer, streams say goodbye.
-    pub draining: CancellationToken,
-}
 
 /// Who comes in by a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,16 +58,17 @@ pub struct Endpoint {
     router: Router,
     role: ListenerRole,
     origins: Origins,
-    gateway: Arc<Gateway>,
+    node: Arc<Node>,
+    compat: Arc<Compat>,
 }
 
 impl Endpoint {
     /// `loopback`: only this machine can reach the listener.
-    pub fn new(gateway: Arc<Gateway>, loopback: bool, role: ListenerRole) -> Self {
-        let allowed = gateway.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
+    pub fn new(node: Arc<Node>, compat: Arc<Compat>, loopback: bool, role: ListenerRole) -> Self {
+        let allowed = node.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
         // Nobody has credentials yet.
         let origins = Origins { loopback, anonymous: true, allowed };
-        Endpoint { router: router(gateway.clone(), role), role, origins, gateway }
+        Endpoint { router: router(node.clone(), role), role, origins, node, compat }
     }
 
     /// Answers one request. Never fails, and never panics.
@@ -106,7 +84,7 @@ impl Endpoint {
             return self.finish(version, answer);
         }
         if self.role != ListenerRole::Operators
-            && let Some(adapter) = self.gateway.compat.find(head.uri.path())
+            && let Some(adapter) = self.compat.find(head.uri.path())
         {
             return self.answer_by(adapter, head, Body::new(body)).await;
         }
@@ -164,7 +142,7 @@ impl Endpoint {
             return refusal(&head, error);
         }
         let request = Request::from_parts(head, body);
-        match &self.gateway.compat.grip {
+        match &self.compat.grip {
             Some(grip) if self.role == ListenerRole::Proxy => grip.proxy(request).await,
             Some(grip) => grip.publish(request).await,
             None => StatusCode::NOT_FOUND.into_response(),
@@ -213,11 +191,11 @@ impl Endpoint {
         // What comes ten thousand times a second goes by no router: its boxes would cost a sixth of a publish.
         let frequent = head.uri.path() == "/v1/events" && self.role != ListenerRole::Operators;
         if frequent && (head.method == Method::POST || head.method == Method::GET) {
-            return match Identity::from_request_parts(&mut head, &self.gateway).await {
+            return match Identity::from_request_parts(&mut head, &self.node).await {
                 Ok(identity) if head.method == Method::POST => {
-                    events::publish(&self.gateway, &identity, &head, body).await.into_response()
+                    events::publish(&self.node, &identity, &head, body).await.into_response()
                 }
-                Ok(identity) => events::get(&self.gateway, &identity, &head).await,
+                Ok(identity) => events::get(&self.node, &identity, &head).await,
                 Err(error) => error.into_response(),
             };
         }
@@ -229,10 +207,10 @@ impl Endpoint {
 
     /// What holds for every answer, an adapter's too.
     fn finish(&self, version: Version, mut answer: Response) -> Response {
-        self.gateway.metrics.requests[Status::of(answer.status().as_u16())].add(1);
+        self.node.metrics.requests[Status::of(answer.status().as_u16())].add(1);
         let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
         // Whoever comes back, comes back to a node that stays. (HTTP/2 has a frame for it, not a header.)
-        if self.gateway.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {
+        if self.node.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         answer
@@ -302,7 +280,7 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// Every route.
-pub fn router(gateway: Arc<Gateway>, endpoint: ListenerRole) -> Router {
+pub fn router(node: Arc<Node>, endpoint: ListenerRole) -> Router {
     use api::{channels, connections, consumers, jsonrpc, presence, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
@@ -332,7 +310,7 @@ pub fn router(gateway: Arc<Gateway>, endpoint: ListenerRole) -> Router {
         ListenerRole::Operators => health.merge(operators),
         ListenerRole::Proxy | ListenerRole::Publishers => Router::new(),
     };
-    routes.fallback(not_found).with_state(gateway)
+    routes.fallback(not_found).with_state(node)
 }
 
 /// `GET /`: a page to try weir with.

@@ -19,6 +19,7 @@ pub mod http;
 pub mod json;
 pub mod metrics;
 pub mod net;
+pub mod node;
 pub mod pattern;
 pub mod position;
 pub mod presence;

@@ -65,7 +65,7 @@ fn announce(app: &App, loopback_only: bool) {
         let _ = writeln!(stdout(), "{}", welcome(&addresses, app.bus(), loopback_only));
         return;
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), bus = app.bus(), node = app.node(), "starting");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), bus = app.bus(), node = app.node_name(), "starting");
     for (address, purpose) in addresses.iter().zip(app.purposes()) {
         tracing::info!(url = %format_args!("http://{address}"), "for" = purpose, "listening");
     }

@@ -37,14 +37,9 @@ pub use self::{
 };
 use self::{packet::Framing, session::Stage, socket::Socket};
 use crate::{
-    metrics::Metrics,
     net::server::PeerAddr,
-    net::{
-        hijack::Hijack,
-        timer::{TICK, TimerWheel},
-        websocket::handshake::Handshake,
-    },
-    sessions::ConnectionRegistry,
+    net::{hijack::Hijack, timer::TICK, websocket::handshake::Handshake},
+    node::Node,
     transport::query::Query,
 };
 
@@ -79,17 +74,10 @@ pub type Open = Box<dyn Fn(&Arc<Session>, Query<'_>) -> Box<dyn Conversation> + 
 
 /// All sessions of one adapter.
 pub struct Server {
-    common: Arc<Common>,
+    settings: Arc<Settings>,
+    node: Arc<Node>,
     open: Open,
     sessions: Mutex<HashMap<Sid, Arc<Session>, RandomState>>,
-}
-
-/// What sessions need of their server.
-pub struct Common {
-    pub settings: Settings,
-    pub wheel: Arc<TimerWheel>,
-    pub metrics: Arc<Metrics>,
-    pub sessions: Arc<ConnectionRegistry>,
 }
 
 /// Why a request is refused, with the original's numbers and words.
@@ -106,8 +94,8 @@ enum Refusal {
 
 impl Server {
     /// Needs a tokio runtime: one task keeps the time of all sessions, and ends with the server.
-    pub fn start(common: Arc<Common>, open: Open) -> Arc<Self> {
-        let server = Arc::new(Server { common, open, sessions: Mutex::default() });
+    pub fn start(settings: Arc<Settings>, node: Arc<Node>, open: Open) -> Arc<Self> {
+        let server = Arc::new(Server { settings, node, open, sessions: Mutex::default() });
         tokio::spawn(keep_time(Arc::downgrade(&server)));
         server
     }
@@ -155,7 +143,7 @@ impl Server {
             None if head.method != Method::GET => Err(Refusal::Method),
             None if framing == Framing::WebSocket && !upgrade => Err(Refusal::Request),
             None if version.as_deref() != Some("4") => Err(Refusal::Version),
-            None if self.common.wheel.is_draining() || self.sessions.lock().len() >= self.common.settings.sessions => {
+            None if self.node.timers.is_draining() || self.sessions.lock().len() >= self.settings.sessions => {
                 // The client tries again, with patience.
                 let mut answer = Response::new(Body::empty());
                 *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
@@ -182,8 +170,8 @@ impl Server {
 
     /// A new session; what waits for it is its opening packet.
     fn begin(&self, framing: Framing, query: Query<'_>, remote: Option<SocketAddr>) -> Arc<Session> {
-        let session = Session::new(&self.common, framing, remote);
-        let Settings { ping, ping_timeout, max_payload, .. } = &self.common.settings;
+        let session = Session::new(&self.settings, &self.node, framing, remote);
+        let Settings { ping, ping_timeout, max_payload, .. } = &*self.settings;
         let upgrades = if framing == Framing::Polling { r#"["websocket"]"# } else { "[]" };
         session.outbox.text(&format!(
             r#"0{{"sid":"{}","upgrades":{upgrades},"pingInterval":{},"pingTimeout":{},"maxPayload":{max_payload}}}"#,

@@ -10,7 +10,7 @@ use axum::{
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
 
-use super::{Adapter, Parts, form::Form};
+use super::{Adapter, form::Form};
 use crate::{
     auth::Identity,
     bus::{Format, Subscriptions},
@@ -20,11 +20,12 @@ use crate::{
     event::Event,
     json::read_json_str,
     net::{chunk, stream::StreamOutput},
+    node::Node,
     position::Start,
     transport::{
         query::decode,
         sse::{is_acceptable, refusal},
-        subscription_stream::{Beat, Holding, StreamHandler, SubscriptionStream, retry},
+        subscription_stream::{Beat, StreamHandler, SubscriptionStream, retry},
     },
 };
 
@@ -36,8 +37,7 @@ const SILENCE: Duration = Duration::from_secs(20);
 
 /// What all requests share.
 struct EventStream {
-    parts: Parts,
-    holding: Arc<Holding>,
+    node: Arc<Node>,
     routes: Arc<[Route]>,
 }
 
@@ -62,8 +62,8 @@ fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
 }
 
 /// The routes that are configured; nothing if there are none.
-pub fn adapter(parts: &Parts) -> Result<Option<Adapter>> {
-    let configured = &parts.config.compat.sse.routes;
+pub fn adapter(node: &Arc<Node>) -> Result<Option<Adapter>> {
+    let configured = &node.config.compat.sse.routes;
     let route = |route: &crate::config::SseRoute| {
         let path = Template::parse(&route.path).map_err(Error::internal)?;
         Ok(Route { path, channels: route.channels.clone() })
@@ -74,7 +74,7 @@ pub fn adapter(parts: &Parts) -> Result<Option<Adapter>> {
     }
     let own = routes.clone();
     let owns = move |path: &str| own.iter().any(|route| route.path.matches(path).is_some());
-    let it = EventStream { parts: parts.clone(), holding: parts.holding(), routes };
+    let it = EventStream { node: node.clone(), routes };
     Ok(Some(Adapter::new(owns, Router::new().fallback(answer).with_state(Arc::new(it))).with_our_cors()))
 }
 
@@ -109,7 +109,7 @@ impl EventStream {
         if channels.is_empty() {
             return Err(Error::params("No specified channels."));
         }
-        let most = self.parts.config.limits.stream_channels;
+        let most = self.node.config.limits.stream_channels;
         if channels.len() > most {
             let detail = format!("{} channels, limits.stream_channels is {most}.", channels.len());
             return Err(Error::params(detail));
@@ -126,10 +126,10 @@ impl EventStream {
             return Ok(answer.map(|()| Body::empty()));
         }
         let mut subs = Subscriptions::new(&BLOCK);
-        for watch in self.parts.bus.watch(&channels).await? {
+        for watch in self.node.bus.watch(&channels).await? {
             subs.add(watch, Start::Now, None);
         }
-        Ok(SubscriptionStream::new(&self.holding, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
+        Ok(SubscriptionStream::new(&self.node, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
     }
 
     /// The channels of a request, none twice.

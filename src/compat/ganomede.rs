@@ -27,7 +27,8 @@ pub use self::{
     poll::consumer,
     wire::VOID,
 };
-use super::{Adapter, Parts, form::Form};
+use super::{Adapter, form::Form};
+use crate::node::Node;
 use crate::{config, error::Result, net::body::read_body, transport::query::decode};
 
 const PREFIX: &str = "/events/v1";
@@ -36,7 +37,7 @@ const PAUSE_MS: std::ops::Range<u64> = 250..1000;
 
 /// What all requests share.
 struct Ganomede {
-    parts: Parts,
+    node: Arc<Node>,
     settings: config::Ganomede,
     about: Bytes,
     indices: Indices,
@@ -65,12 +66,12 @@ enum Given<'a> {
     Json(IndexMap<String, &'a RawValue>),
 }
 
-pub fn adapter(parts: &Parts) -> Result<Adapter> {
+pub fn adapter(node: &Arc<Node>) -> Result<Adapter> {
     let it = Ganomede {
-        settings: parts.config.compat.ganomede.clone(),
+        settings: node.config.compat.ganomede.clone(),
         about: wire::about(),
-        indices: Indices::new(parts.bus.clone(), parts.config.limits.event)?,
-        parts: parts.clone(),
+        indices: Indices::new(node.bus.clone(), node.config.limits.event)?,
+        node: node.clone(),
     };
     let owns = |path: &str| {
         let below = path.strip_prefix(PREFIX).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
@@ -112,7 +113,7 @@ async fn answer(State(it): State<Arc<Ganomede>>, request: Request<Body>) -> Resp
 
 impl Ganomede {
     async fn answer(&self, route: Route, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
-        let limits = &self.parts.config.limits;
+        let limits = &self.node.config.limits;
         let body = match head.method {
             // Of a GET it is not read; hyper throws it away.
             Method::GET | Method::HEAD => Bytes::new(),

@@ -37,13 +37,13 @@ use self::{
     proxy::{Ask, Failure, Origins},
     token::Key,
 };
-use super::{Adapter, Parts};
+use super::Adapter;
 use crate::{
     channel::Channel,
     config::GripRoute,
     error::{Error, Result},
     net::server::PeerAddr,
-    transport::subscription_stream::Holding,
+    node::Node,
 };
 
 /// How often one request is asked again because what it waits for had changed already.
@@ -51,8 +51,7 @@ const MOST_ASKED: usize = 16;
 
 /// The proxy, and where its origins publish.
 pub struct Grip {
-    parts: Parts,
-    holding: Arc<Holding>,
+    node: Arc<Node>,
     origins: Origins,
     /// The longest path first.
     routes: Vec<Route>,
@@ -114,8 +113,8 @@ enum Outcome {
 // === impl Grip ===
 
 impl Grip {
-    pub fn new(parts: &Parts) -> Result<Self> {
-        let grip = &parts.config.compat.grip;
+    pub fn new(node: &Arc<Node>) -> Result<Self> {
+        let grip = &node.config.compat.grip;
         let mut routes =
             grip.routes.iter().map(Route::new).collect::<Result<Vec<_>, String>>().map_err(Error::params)?;
         routes.sort_by_key(|route| std::cmp::Reverse(route.path.len()));
@@ -124,9 +123,8 @@ impl Grip {
         }
         let tls = routes.iter().any(|route| route.scheme == Scheme::HTTPS);
         Ok(Grip {
-            parts: parts.clone(),
-            holding: parts.holding(),
-            origins: Origins::new(grip, tls, parts.wheel.clone()).map_err(Error::params)?,
+            node: node.clone(),
+            origins: Origins::new(grip, tls, node.timers.clone()).map_err(Error::params)?,
             routes,
         })
     }
@@ -164,7 +162,7 @@ impl Grip {
             let outcome = match self.origins.ask(route, ask).await {
                 Ok(answer) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => match socket {
                     true => {
-                        return proxy::tunnel(answer, self.holding.clone());
+                        return proxy::tunnel(answer, self.node.clone());
                     }
                     // Nobody had asked for it.
                     false => Err(Failure::Broken),
@@ -186,7 +184,7 @@ impl Grip {
 
     fn signature(&self, route: &Route) -> HeaderValue {
         // Base64 and dots.
-        HeaderValue::try_from(route.signer.sign(&self.parts.config.compat.grip.iss))
+        HeaderValue::try_from(route.signer.sign(&self.node.config.compat.grip.iss))
             .unwrap_or(HeaderValue::from_static(""))
     }
 
@@ -234,7 +232,7 @@ impl Grip {
 
     /// Whether this node holds as much as is asked.
     fn check(&self, instruct: &Instruct) -> Result<(), Failure> {
-        let most = self.parts.config.limits.stream_channels;
+        let most = self.node.config.limits.stream_channels;
         if instruct.channels.len() > most {
             return Err(Failure::Wrong(format!(
                 "an answer is held on at most {most} channels (limits.stream_channels)"
@@ -257,9 +255,9 @@ impl Grip {
             Content::Incoming(incoming) => incoming,
             Content::Bytes(bytes) => return Ok(bytes),
         };
-        let most = self.parts.config.limits.publish_bytes;
+        let most = self.node.config.limits.publish_bytes;
         let collecting = Limited::new(incoming, most).collect();
-        let timeout = self.parts.config.compat.grip.timeout;
+        let timeout = self.node.config.compat.grip.timeout;
         match tokio::time::timeout(timeout, collecting).await {
             Ok(Ok(whole)) => Ok(whole.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => {

@@ -23,9 +23,10 @@ use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
 use super::{
-    Adapter, Parts,
-    engineio::{self, Common, Server},
+    Adapter,
+    engineio::{self, Server},
 };
+use crate::node::Node;
 use crate::{config::Config, net::timer::TimerWheel, rpc::Hub};
 use client::Client;
 
@@ -62,23 +63,18 @@ struct Settings {
 /// The tick of a client's last heartbeat.
 type Beat = Arc<AtomicU32>;
 
-pub fn adapter(parts: &Parts) -> Adapter {
-    let server = serve(parts);
+pub fn adapter(node: &Arc<Node>) -> Adapter {
+    let server = serve(node);
     let answer =
         |State(server): State<Arc<Server>>, request: Request<Body>| async move { server.answer(request).await };
     Adapter::new(|path| path.starts_with(PATH), Router::new().fallback(answer).with_state(server))
 }
 
-fn serve(parts: &Parts) -> Arc<Server> {
-    let hub = Arc::new(MicroStream::new(parts));
-    let common = Common {
-        settings: settings(&parts.config),
-        wheel: parts.wheel.clone(),
-        metrics: parts.metrics.clone(),
-        sessions: parts.sessions.clone(),
-    };
+fn serve(node: &Arc<Node>) -> Arc<Server> {
+    let hub = Arc::new(MicroStream::new(node));
     Server::start(
-        Arc::new(common),
+        Arc::new(settings(&node.config)),
+        node.clone(),
         Box::new(move |session, mut query| {
             // Of several the first, as far as anybody can tell.
             let names = query.take_all("serviceName");
@@ -105,11 +101,11 @@ fn settings(config: &Config) -> engineio::Settings {
 }
 
 impl MicroStream {
-    fn new(parts: &Parts) -> Self {
-        let (own, rpc) = (&parts.config.compat.microstream, &parts.config.rpc);
+    fn new(node: &Arc<Node>) -> Self {
+        let (own, rpc) = (&node.config.compat.microstream, &node.config.rpc);
         MicroStream {
-            rpc: parts.hub.clone(),
-            wheel: parts.wheel.clone(),
+            rpc: node.hub.clone(),
+            wheel: node.timers.clone(),
             settings: Settings {
                 heartbeat_timeout: own.heartbeat_timeout,
                 sweep: own.sweep,

@@ -22,13 +22,14 @@ use axum::{
 use tokio_util::task::AbortOnDropHandle;
 
 use self::{presence::Presence, subscribe::Known};
-use super::{Adapter, Parts, form::Form};
+use super::{Adapter, form::Form};
 use crate::{
     channel::Channel,
     config::Backend,
     error::{Error, Retry},
     event::{self, Draft},
-    transport::{sse, subscription_stream::Holding},
+    node::Node,
+    transport::sse,
 };
 
 /// The channel whose offsets are the numbers of clients, where several nodes give them.
@@ -36,8 +37,7 @@ pub const CLIENTS: &str = "$node-sse/clients";
 
 /// What all requests share.
 struct NodeSse {
-    parts: Parts,
-    holding: Arc<Holding>,
+    node: Arc<Node>,
     presence: Arc<Presence>,
     /// The last `clientId` that was counted here.
     clients: AtomicU64,
@@ -63,16 +63,15 @@ enum Refusal {
     Weir(Error),
 }
 
-pub fn adapter(parts: &Parts) -> Adapter {
+pub fn adapter(node: &Arc<Node>) -> Adapter {
     let presence = Arc::<Presence>::default();
-    let others = tokio::spawn(Presence::share(presence.clone(), parts.cluster.clone()));
+    let others = tokio::spawn(Presence::share(presence.clone(), node.cluster.clone()));
     let it = NodeSse {
-        holding: parts.holding(),
         _others: AbortOnDropHandle::new(others),
         presence,
         clients: AtomicU64::new(0),
         known: Known::default(),
-        parts: parts.clone(),
+        node: node.clone(),
     };
     Adapter::new(|path| Route::find(path).is_some(), Router::new().fallback(answer).with_state(Arc::new(it)))
 }
@@ -96,11 +95,11 @@ async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Respo
 impl NodeSse {
     /// A number for a client without a name: the next, on whatever node.
     async fn number(&self) -> Result<u64, Error> {
-        if self.parts.config.bus.backend == Backend::Memory {
+        if self.node.config.bus.backend == Backend::Memory {
             return Ok(self.clients.fetch_add(1, Relaxed) + 1);
         }
-        let draft = Draft::new(event::DraftParts::default(), self.parts.config.limits.event)?;
-        Ok(self.parts.bus.publish_one("", &Channel::parse(CLIENTS)?, draft).await?.position.offset)
+        let draft = Draft::new(event::DraftParts::default(), self.node.config.limits.event)?;
+        Ok(self.node.bus.publish_one("", &Channel::parse(CLIENTS)?, draft).await?.position.offset)
     }
 
     async fn answer(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {

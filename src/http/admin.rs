@@ -8,10 +8,11 @@ use axum::{
 };
 use http::{HeaderValue, StatusCode, header};
 
-use super::{Gateway, api, openapi};
+use super::{api, openapi};
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
+    node::Node,
 };
 
 /// `GET /health/live`. Open to everyone, and tells nothing: it never looks at anything that could be away.
@@ -25,11 +26,11 @@ pub async fn live() -> Response {
     (status = 200, description = "The node accepts clients.", body = Healthy),
     (status = 503, description = "`draining`: this node is shutting down. `bus_unavailable`: events cannot be stored and delivered.", body = openapi::Problem, content_type = "application/problem+json"),
 ))]
-pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
-    if gateway.draining.is_cancelled() {
+pub async fn ready(State(node): State<Arc<Node>>) -> Response {
+    if node.draining.is_cancelled() {
         return Error::new(Code::Draining, "this node is leaving").into_response();
     }
-    if let Err(error) = gateway.bus.ready() {
+    if let Err(error) = node.bus.ready() {
         return error.into_response();
     }
     healthy()
@@ -38,22 +39,22 @@ pub async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
 /// `GET /metrics`, as Prometheus reads them.
 #[utoipa::path(get, path = "/metrics", tag = "operations", description = "Metrics in the Prometheus text format.",
     responses((status = 200, body = String, content_type = "text/plain")))]
-pub async fn metrics(State(gateway): State<Arc<Gateway>>, identity: Identity) -> Result<Response> {
+pub async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;
-    observe(&gateway);
-    let mut response = gateway.metrics.render().into_response();
+    observe(&node);
+    let mut response = node.metrics.render().into_response();
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     Ok(response)
 }
 
 /// What bus and hub count for themselves is taken over when somebody looks.
-fn observe(gateway: &Gateway) {
-    let topics = gateway.bus.topics();
-    gateway.metrics.channels.set(topics.count() as i64);
-    gateway.metrics.bus_memory_bytes.set(topics.used() as i64);
-    gateway.metrics.presence_members.set(gateway.presence.members() as i64);
-    gateway.hub.update_gauges();
+fn observe(node: &Node) {
+    let topics = node.bus.topics();
+    node.metrics.channels.set(topics.count() as i64);
+    node.metrics.bus_memory_bytes.set(topics.used() as i64);
+    node.metrics.presence_members.set(node.presence.members() as i64);
+    node.hub.update_gauges();
 }
 
 /// A node that is well.

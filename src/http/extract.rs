@@ -8,11 +8,11 @@ use axum::{
 };
 use http::{HeaderName, HeaderValue, header};
 
-use super::Gateway;
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
     net::server::Rejected,
+    node::Node,
 };
 
 pub use crate::net::body::read_body;
@@ -21,21 +21,21 @@ pub use crate::net::body::read_body;
 #[derive(Debug)]
 pub struct Admitted(pub Result<Identity>);
 
-impl FromRequestParts<Arc<Gateway>> for Identity {
+impl FromRequestParts<Arc<Node>> for Identity {
     type Rejection = Error;
 
-    async fn from_request_parts(_: &mut Parts, _: &Arc<Gateway>) -> Result<Self> {
+    async fn from_request_parts(_: &mut Parts, _: &Arc<Node>) -> Result<Self> {
         Ok(Identity::anonymous())
     }
 }
 
-impl FromRequestParts<Arc<Gateway>> for Admitted {
+impl FromRequestParts<Arc<Node>> for Admitted {
     type Rejection = Infallible;
 
-    async fn from_request_parts(head: &mut Parts, gateway: &Arc<Gateway>) -> Result<Self, Infallible> {
+    async fn from_request_parts(head: &mut Parts, node: &Arc<Node>) -> Result<Self, Infallible> {
         Ok(Admitted(match head.extensions.remove::<Rejected>() {
             Some(Rejected(error)) => Err(error),
-            None => Identity::from_request_parts(head, gateway).await,
+            None => Identity::from_request_parts(head, node).await,
         }))
     }
 }

@@ -14,15 +14,16 @@ use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
 use self::stream::{Ids, Stream};
 use crate::{
     auth::Identity,
-    bus::{Bus, Filter, Format, Gap, GapReason, Subscriptions},
+    bus::{Filter, Format, Gap, GapReason, Subscriptions},
     channel::Channel,
     error::{Code, Error, Result, Retry},
-    metrics::{Label as _, Metrics, Transport},
+    metrics::{Label as _, Transport},
     net::server::PeerAddr,
-    net::{chunk, stream::StreamResponse, timer::TimerWheel},
+    net::{chunk, stream::StreamResponse},
+    node::Node,
     position::{Position, Start},
-    presence::{Client, Lease, Presence},
-    sessions::{ChannelSet, ConnectionRegistry},
+    presence::{Client, Lease},
+    sessions::ChannelSet,
     transport::{
         present,
         query::{Begin, Query},
@@ -30,28 +31,6 @@ use crate::{
 };
 
 const EVENT_STREAM: &str = "text/event-stream";
-
-/// What all streams of an App share.
-pub struct Sse {
-    bus: Arc<Bus>,
-    presence: Arc<Presence>,
-    sessions: Arc<ConnectionRegistry>,
-    wheel: Arc<TimerWheel>,
-    metrics: Arc<Metrics>,
-    settings: Settings,
-}
-
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// A heartbeat goes out this often, give or take a quarter.
-    pub heartbeat: Duration,
-    /// How long a peer may take nothing of what waits for it.
-    pub stalled: Duration,
-    /// Channels of one stream.
-    pub channels: usize,
-    /// Bytes that a client may tell of itself where it is present.
-    pub present_info: usize,
-}
 
 /// What a client asked for.
 struct Asked {
@@ -61,17 +40,6 @@ struct Asked {
     bare_data: bool,
     ids_of_all: bool,
     present: Option<Client>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings {
-            heartbeat: Duration::from_secs(20),
-            stalled: Duration::from_secs(30),
-            channels: 100,
-            present_info: 1024,
-        }
-    }
 }
 
 /// Whether a request to a path with several representations wants a stream.
@@ -127,120 +95,98 @@ fn jitter(base: Duration) -> Duration {
     base.mul_f64(fastrand::f64() / 2.0 + 0.75)
 }
 
-// === impl Sse ===
-
-impl Sse {
-    pub fn new(
-        bus: Arc<Bus>,
-        presence: Arc<Presence>,
-        sessions: Arc<ConnectionRegistry>,
-        wheel: Arc<TimerWheel>,
-        metrics: Arc<Metrics>,
-        settings: Settings,
-    ) -> Self {
-        Sse { bus, presence, sessions, wheel, metrics, settings }
+/// Answers a request for a stream, whatever its path. Fails only with what will not pass by itnode.
+pub async fn open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result<Response> {
+    match try_open(node, identity, head).await {
+        Err(error) if error.code().retry() == Retry::Yes => Ok(refusal(&error)),
+        opened => opened,
     }
+}
 
-    pub fn wheel(&self) -> &Arc<TimerWheel> {
-        &self.wheel
+async fn try_open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result<Response> {
+    if !is_acceptable(&head.headers) {
+        return Err(Error::new(Code::NotAcceptable, "this is a stream of text/event-stream, which Accept excludes"));
     }
+    let asked = read(node, head)?;
+    for channel in &asked.channels {
+        let _permit = identity.may_subscribe(channel)?;
+    }
+    if head.method == Method::HEAD {
+        return Ok(stream(Body::empty()));
+    }
+    if node.timers.is_draining() {
+        return Err(Error::new(Code::Draining, "this node is leaving"));
+    }
+    let remote = PeerAddr::of(head);
+    let offer = begin(node, identity, remote, asked).await?;
+    Ok(offer.respond(stream(())))
+}
 
-    /// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
-    pub async fn open(self: &Arc<Self>, identity: &Identity, head: &Parts) -> Result<Response> {
-        match self.try_open(identity, head).await {
-            Err(error) if error.code().retry() == Retry::Yes => Ok(refusal(&error)),
-            opened => opened,
-        }
-    }
+fn read(node: &Node, head: &Parts) -> Result<Asked> {
+    let mut query = Query::parse(head.uri.query())?;
+    let channels = query.some_channels(node.config.limits.stream_channels, "limits.stream_channels")?;
+    let filter = Filter::new(&query.types()?)?.map(Arc::new);
+    // Whatever is in it: what is no position is answered by a gap.
+    let last_event_id = head.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
+    let begin = query.begin(last_event_id.as_deref())?;
+    let bare_data = match query.take("format")?.as_deref() {
+        None | Some("event") => false,
+        Some("data") => true,
+        Some(_) => return Err(Error::params("format is event or data")),
+    };
+    let ids_of_all = match query.take("ids")?.as_deref() {
+        None => false,
+        Some("all") => true,
+        Some(_) => return Err(Error::params("ids is all, or left out")),
+    };
+    let present = present::from_query(&mut query, node.config.limits.present_info)?;
+    query.finish()?;
+    Ok(Asked { channels, begin, filter, bare_data, ids_of_all, present })
+}
 
-    async fn try_open(self: &Arc<Self>, identity: &Identity, head: &Parts) -> Result<Response> {
-        if !is_acceptable(&head.headers) {
-            return Err(Error::new(
-                Code::NotAcceptable,
-                "this is a stream of text/event-stream, which Accept excludes",
-            ));
-        }
-        let asked = self.read(head)?;
-        for channel in &asked.channels {
-            let _permit = identity.may_subscribe(channel)?;
-        }
-        if head.method == Method::HEAD {
-            return Ok(stream(Body::empty()));
-        }
-        if self.wheel.is_draining() {
-            return Err(Error::new(Code::Draining, "this node is leaving"));
-        }
-        let remote = PeerAddr::of(head);
-        let offer = self.begin(identity, remote, asked).await?;
-        Ok(offer.respond(stream(())))
+/// The positions are taken here: what is published while the head of the response is on its way is not missed.
+async fn begin(
+    node: &Arc<Node>,
+    identity: &Identity,
+    remote: Option<SocketAddr>,
+    asked: Asked,
+) -> Result<StreamResponse<Stream>> {
+    let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
+    let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
+        Ok(starts) => (starts, false),
+        // Never a status: that would end an EventSource for good.
+        Err(error) if error.code() == Code::InvalidPosition => (vec![Start::Now; channels.len()], true),
+        Err(error) => return Err(error),
+    };
+    let (format, ids): (&'static Format, _) = match (channels.len(), bare_data) {
+        (1, false) => (&frame::EVENT, Ids::Shared),
+        (1, true) => (&frame::DATA, Ids::Shared),
+        (_, false) => (&frame::EVENT_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
+        (_, true) => (&frame::DATA_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
+    };
+    let mut subs = Subscriptions::new(format);
+    if ids == Ids::Each {
+        subs = subs.one_by_one();
     }
-
-    fn read(&self, head: &Parts) -> Result<Asked> {
-        let mut query = Query::parse(head.uri.query())?;
-        let channels = query.some_channels(self.settings.channels, "limits.stream_channels")?;
-        let filter = Filter::new(&query.types()?)?.map(Arc::new);
-        // Whatever is in it: what is no position is answered by a gap.
-        let last_event_id = head.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
-        let begin = query.begin(last_event_id.as_deref())?;
-        let bare_data = match query.take("format")?.as_deref() {
-            None | Some("event") => false,
-            Some("data") => true,
-            Some(_) => return Err(Error::params("format is event or data")),
-        };
-        let ids_of_all = match query.take("ids")?.as_deref() {
-            None => false,
-            Some("all") => true,
-            Some(_) => return Err(Error::params("ids is all, or left out")),
-        };
-        let present = present::from_query(&mut query, self.settings.present_info)?;
-        query.finish()?;
-        Ok(Asked { channels, begin, filter, bare_data, ids_of_all, present })
-    }
-
-    /// The positions are taken here: what is published while the head of the response is on its way is not missed.
-    async fn begin(
-        self: &Arc<Self>,
-        identity: &Identity,
-        remote: Option<SocketAddr>,
-        asked: Asked,
-    ) -> Result<StreamResponse<Stream>> {
-        let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
-        let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
-            Ok(starts) => (starts, false),
-            // Never a status: that would end an EventSource for good.
-            Err(error) if error.code() == Code::InvalidPosition => (vec![Start::Now; channels.len()], true),
-            Err(error) => return Err(error),
-        };
-        let (format, ids): (&'static Format, _) = match (channels.len(), bare_data) {
-            (1, false) => (&frame::EVENT, Ids::Shared),
-            (1, true) => (&frame::DATA, Ids::Shared),
-            (_, false) => (&frame::EVENT_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
-            (_, true) => (&frame::DATA_BARE, if ids_of_all { Ids::Each } else { Ids::Token }),
-        };
-        let mut subs = Subscriptions::new(format);
-        if ids == Ids::Each {
-            subs = subs.one_by_one();
+    let mut gaps = Vec::new();
+    let watches = node.bus.watch(&channels).await?;
+    for (watch, start) in watches.into_iter().zip(starts) {
+        let added = subs.add(watch, start, filter.clone());
+        gaps.extend(added.gap);
+        if unreadable {
+            gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
         }
-        let mut gaps = Vec::new();
-        let watches = self.bus.watch(&channels).await?;
-        for (watch, start) in watches.into_iter().zip(starts) {
-            let added = subs.add(watch, start, filter.clone());
-            gaps.extend(added.gap);
-            if unreadable {
-                gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
-            }
-        }
-        let leases: Result<Box<[Lease]>> = present
-            .iter()
-            .flat_map(|client| {
-                let sse = Transport::Sse.value();
-                channels.iter().map(move |channel| self.presence.enter(channel, client, identity.subject(), sse))
-            })
-            .collect();
-        let registration = self.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels));
-        let (stream, first) = Stream::begin(self.clone(), subs, leases?, registration, gaps, ids, filter.is_some());
-        Ok(StreamResponse::new(stream, first))
     }
+    let leases: Result<Box<[Lease]>> = present
+        .iter()
+        .flat_map(|client| {
+            let sse = Transport::Sse.value();
+            channels.iter().map(move |channel| node.presence.enter(channel, client, identity.subject(), sse))
+        })
+        .collect();
+    let registration = node.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels));
+    let (stream, first) = Stream::begin(node.clone(), subs, leases?, registration, gaps, ids, filter.is_some());
+    Ok(StreamResponse::new(stream, first))
 }
 
 /// The reader said where it was, and nobody understood. It goes on at `at`.

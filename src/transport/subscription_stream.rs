@@ -22,27 +22,18 @@ use crate::{
     auth::Identity,
     bus::{Delivery, DeliveryItem, Gap, Subscriptions},
     error::Code,
-    metrics::{Connected, Metrics, Transport},
+    metrics::{Connected, Transport},
     net::{
         chunk,
         stream::{Progress, StreamOutput, StreamResponse, StreamSource},
         timer::{Due, Timer, TimerWheel},
     },
-    sessions::{ChannelSet, ConnectionRegistration, ConnectionRegistry},
+    node::Node,
+    sessions::{ChannelSet, ConnectionRegistration},
 };
 
 /// How often a stream without a keep-alive reports what it delivered.
 const REPORT: Duration = Duration::from_secs(20);
-
-/// What held streams of an App share.
-#[derive(Clone)]
-pub struct Holding {
-    pub wheel: Arc<TimerWheel>,
-    pub metrics: Arc<Metrics>,
-    pub sessions: Arc<ConnectionRegistry>,
-    /// How long a peer may take nothing of what waits for it.
-    pub stalled: Duration,
-}
 
 /// What one stream says beside events, and about them. Everything pushed is a whole [chunk](super::chunk).
 pub trait StreamHandler: Send + Unpin + 'static {
@@ -111,7 +102,7 @@ pub fn retry(code: Code) -> Bytes {
 pub struct SubscriptionStream<V> {
     subs: Subscriptions,
     voice: V,
-    holding: Arc<Holding>,
+    node: Arc<Node>,
     timer: Timer,
     registration: ConnectionRegistration,
     connected: Connected,
@@ -124,20 +115,16 @@ pub struct SubscriptionStream<V> {
 }
 
 impl<V: StreamHandler> SubscriptionStream<V> {
-    pub fn new(holding: &Arc<Holding>, subs: Subscriptions, voice: V) -> Self {
-        let mut timer = holding.wheel.timer(period(&voice));
+    pub fn new(node: &Arc<Node>, subs: Subscriptions, voice: V) -> Self {
+        let mut timer = node.timers.timer(period(&voice));
         let channels = (0..subs.len() as u32).filter_map(|slot| subs.channel(slot).cloned());
-        let registration = holding.sessions.register(
-            Transport::Sse,
-            &Identity::anonymous(),
-            None,
-            ChannelSet::new(channels.collect()),
-        );
+        let registration =
+            node.sessions.register(Transport::Sse, &Identity::anonymous(), None, ChannelSet::new(channels.collect()));
         timer.set_owner(registration.number());
-        holding.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
+        node.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         SubscriptionStream {
-            connected: holding.metrics.connected(Transport::Sse),
-            holding: holding.clone(),
+            connected: node.metrics.connected(Transport::Sse),
+            node: node.clone(),
             last: timer.now(),
             events: 0,
             bytes: 0,
@@ -197,8 +184,8 @@ impl<V: StreamHandler> SubscriptionStream<V> {
     }
 
     fn report(&mut self) {
-        self.holding.metrics.delivered[Transport::Sse].add(std::mem::take(&mut self.events).into());
-        self.holding.metrics.delivered_bytes[Transport::Sse].add(std::mem::take(&mut self.bytes));
+        self.node.metrics.delivered[Transport::Sse].add(std::mem::take(&mut self.events).into());
+        self.node.metrics.delivered_bytes[Transport::Sse].add(std::mem::take(&mut self.bytes));
     }
 }
 
@@ -230,7 +217,7 @@ impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
         self.voice.tune(&mut self.subs);
         let more = self.subs.len() as i64 - subs;
         if more != 0 {
-            self.holding.metrics.subscriptions[Transport::Sse].add(more);
+            self.node.metrics.subscriptions[Transport::Sse].add(more);
         }
         let mut turn = Progress::Idle;
         if !self.then(aside, out) {
@@ -252,7 +239,7 @@ impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
                         self.voice.events(slot, bytes, count, out)
                     }
                     DeliveryItem::Gap(gap) => {
-                        self.holding.metrics.gap(gap.reason.as_str());
+                        self.node.metrics.gap(gap.reason.as_str());
                         self.voice.gap(&gap, out)
                     }
                 };
@@ -277,7 +264,7 @@ impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
     }
 
     fn patience(&self) -> Duration {
-        self.holding.stalled
+        self.node.config.limits.stalled
     }
 
     fn met(&mut self, peer: SocketAddr) {
@@ -287,7 +274,7 @@ impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
 
 impl<V> Drop for SubscriptionStream<V> {
     fn drop(&mut self) {
-        let metrics = &self.holding.metrics;
+        let metrics = &self.node.metrics;
         metrics.delivered[Transport::Sse].add(self.events.into());
         metrics.delivered_bytes[Transport::Sse].add(self.bytes);
         metrics.subscriptions[Transport::Sse].add(-(self.subs.len() as i64));
@@ -301,10 +288,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        backend::memory::Memory,
-        bus::{Bus, Config, Format, KeyLimits, Retention, Topics, WallClock},
+        app,
+        bus::Format,
         channel::Channel,
+        config::{ChannelRule, Config, Keep},
         event::{Draft, DraftParts, EventData},
+        metrics::Metrics,
         net::stream,
         position::Start,
     };
@@ -340,47 +329,32 @@ mod tests {
     }
 
     struct Bench {
-        bus: Bus,
-        holding: Arc<Holding>,
+        node: Arc<Node>,
         channels: Vec<Channel>,
     }
 
     impl Bench {
         fn new() -> Self {
-            let config = Config {
-                rules: Vec::new(),
-                retention: Retention { count: 5, age: Duration::from_secs(60), bytes: 1 << 20 },
-                budget: 1 << 24,
-                keys: KeyLimits { window: Duration::from_secs(60), count: 10 },
-                consumer_idle: Duration::from_secs(60),
-                max_consumers: 1,
-                max_cursors: 1,
-            };
-            let topics = Arc::new(Topics::new(config, WallClock::System));
-            let bus = Bus::new(Arc::new(Memory::new(topics.clone())), topics);
-            let (wheel, metrics) = (TimerWheel::start(), Arc::new(Metrics::new()));
-            let holding = Arc::new(Holding {
-                sessions: ConnectionRegistry::new(wheel.clone()),
-                wheel,
-                metrics,
-                stalled: Duration::from_secs(30),
-            });
+            let keep = Keep { count: 5, ..Keep::default() };
+            let channels = vec![ChannelRule { pattern: "*".into(), keep }];
+            let config = Config { channels, ..Config::default() };
+            let node = app::node(config, None, Arc::new(Metrics::new()));
             let channels = ["a", "b"].map(|name| Channel::parse(name).unwrap()).into();
-            Bench { bus, holding, channels }
+            Bench { node, channels }
         }
 
         async fn body(&self, beat: Option<Beat>, aside: Vec<Then>) -> Body {
             let mut subs = Subscriptions::new(&TEXT);
-            for watch in self.bus.watch(&self.channels).await.unwrap() {
+            for watch in self.node.bus.watch(&self.channels).await.unwrap() {
                 subs.add(watch, Start::Now, None);
             }
-            let held = SubscriptionStream::new(&self.holding, subs, Test { beat, aside });
+            let held = SubscriptionStream::new(&self.node, subs, Test { beat, aside });
             held.respond(Response::new(()), vec![chunk::of(b"first;")]).into_body()
         }
 
         async fn publish(&self, channel: usize, text: &str) {
             let draft = Draft::new(DraftParts { data: EventData::Text(text), ..DraftParts::default() }, 1000).unwrap();
-            self.bus.publish_one("", &self.channels[channel], draft).await.unwrap();
+            self.node.bus.publish_one("", &self.channels[channel], draft).await.unwrap();
         }
     }
 
@@ -404,10 +378,10 @@ mod tests {
         let quiet = Instant::now();
         assert_eq!(next(&mut body).await.unwrap(), "alive;");
         assert!((19..=21).contains(&quiet.elapsed().as_secs()), "{:?}", quiet.elapsed());
-        assert_eq!((bench.holding.wheel.len(), bench.bus.topics().readers()), (1, 2));
+        assert_eq!((bench.node.timers.len(), bench.node.bus.topics().readers()), (1, 2));
         drop(body);
-        assert_eq!((bench.holding.wheel.len(), bench.bus.topics().readers()), (0, 0));
-        let gauge = |name: &str| bench.holding.metrics.value(&format!("{name}{{transport=\"sse\"}}"));
+        assert_eq!((bench.node.timers.len(), bench.node.bus.topics().readers()), (0, 0));
+        let gauge = |name: &str| bench.node.metrics.value(&format!("{name}{{transport=\"sse\"}}"));
         assert_eq!((gauge("weir_connections"), gauge("weir_subscriptions")), (0.0, 0.0));
         assert_eq!(gauge("weir_events_delivered_total"), 2.0);
     }
@@ -438,7 +412,7 @@ mod tests {
         assert_eq!([next(&mut slow).await, next(&mut slow).await], [Some("slow".into()), None]);
         let mut open = bench.body(None, vec![]).await;
         assert_eq!(next(&mut open).await.unwrap(), "first;");
-        bench.holding.wheel.drain(Duration::ZERO);
+        bench.node.timers.drain(Duration::ZERO);
         assert_eq!([next(&mut open).await, next(&mut open).await], [Some("draining".into()), None]);
     }
 

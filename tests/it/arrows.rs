@@ -8,6 +8,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("cli", 9),
     ("app", 8),
     ("http", 7),
+    ("node", 5),
     ("transport", 6),
     ("compat", 6),
     ("sessions", 6),

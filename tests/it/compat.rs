@@ -79,7 +79,7 @@ async fn a_node_that_is_full_ends_no_event_source_for_good() {
 async fn empty(weir: &Weir) {
     eventually("all counts are back at zero", || {
         let gauge = |name: &str| metric(weir, &format!("{name}{{transport=\"sse\"}}"));
-        (gauge("weir_connections"), gauge("weir_subscriptions"), weir.gateway().bus.topics().readers()) == (0, 0, 0)
+        (gauge("weir_connections"), gauge("weir_subscriptions"), weir.node().bus.topics().readers()) == (0, 0, 0)
     })
     .await;
 }

@@ -33,7 +33,7 @@ async fn streams_sockets_and_reads_that_wait_are_listed() {
     socket.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
     socket.provide("math").await;
     let mut poll = open(&weir, "/v1/events?channel=b&wait=50s").await;
-    eventually("three are listed", || weir.gateway().cluster_connections.local().len() == 3).await;
+    eventually("three are listed", || weir.node().cluster_connections.local().len() == 3).await;
 
     let all = list(&weir, "").await;
     let transports: Vec<_> =
@@ -74,7 +74,7 @@ async fn streams_sockets_and_reads_that_wait_are_listed() {
     weir.publish("b", "1").await;
     poll.reply().await.expect(200);
     drop((stream, socket));
-    eventually("nobody is left", || weir.gateway().cluster_connections.local().is_empty()).await;
+    eventually("nobody is left", || weir.node().cluster_connections.local().is_empty()).await;
     eventually("no timer is left", || {
         weir.connections().is_empty() || metric(&weir, "weir_connections{transport=\"ws\"}") == 0
     })
@@ -93,7 +93,7 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     let mut socket = Socket::open(weir.address).await;
     socket.ok("weir.ping", json!({})).await;
     let mut poll = open(&weir, "/v1/events?channel=a&wait=50s").await;
-    eventually("four are listed", || weir.gateway().cluster_connections.local().len() == 4).await;
+    eventually("four are listed", || weir.node().cluster_connections.local().len() == 4).await;
     let all = list(&weir, "").await;
     let of = |transport: &str| all.iter().find(|it| it["transport"] == transport).unwrap()["id"].clone();
 
@@ -102,13 +102,13 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     assert_eq!(last, "retry: 2147483647\nevent: weir.retry\ndata: {\"code\":\"kicked\",\"after_ms\":2147483647}\n\n");
     assert_eq!(stream.chunk().await, None);
     assert!(stream.is_closed().await);
-    eventually("it is not present any more", || weir.gateway().presence.counts().0 == 0).await;
+    eventually("it is not present any more", || weir.node().presence.counts().0 == 0).await;
     kick(&weir, &of("ws")).await;
     assert_eq!(socket.closed().await, (4503, "kicked".to_owned()));
     kick(&weir, &of("poll")).await;
     poll.reply().await.refused("kicked");
     assert_eq!(kick(&weir, &of("ws")).await, json!({ "kicked": 0 }));
-    eventually("three are gone", || weir.gateway().cluster_connections.local().len() == 1).await;
+    eventually("three are gone", || weir.node().cluster_connections.local().len() == 1).await;
     for (transport, count) in [("sse", 1), ("ws", 1)] {
         let series = format!("weir_connections_closed_total{{transport=\"{transport}\",reason=\"kicked\"}}");
         eventually("it is counted", || metric(&weir, &series) == count).await;
@@ -133,7 +133,7 @@ async fn streams_and_polls_of_other_systems_too() {
     let mut browser = open(&weir, "/subscribe?channels=a,b").await;
     browser.head().await;
     let mut poll = open(&weir, "/events/v1/events?clientId=c&channel=a&secret=s").await;
-    eventually("both are listed", || weir.gateway().cluster_connections.local().len() == 2).await;
+    eventually("both are listed", || weir.node().cluster_connections.local().len() == 2).await;
     let all = list(&weir, "channel=a").await;
     let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
     assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1])]);
@@ -148,7 +148,7 @@ async fn streams_and_polls_of_other_systems_too() {
         last = chunk.to_vec();
     }
     assert_eq!(last, b"retry: 2147483647\n");
-    eventually("nobody is left", || weir.gateway().cluster_connections.local().is_empty()).await;
+    eventually("nobody is left", || weir.node().cluster_connections.local().is_empty()).await;
 }
 
 #[tokio::test]

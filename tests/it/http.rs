@@ -283,7 +283,7 @@ async fn a_consumer_s_life() {
     let again = poll(String::new()).await.json();
     assert_eq!((data(&again), &again["consumer"]), (vec![1, 2], &json!({"name": "mailer"})));
     // The third within a second is counted; on a busy machine it is a later one.
-    while weir.gateway().metrics.value("weir_consumer_repeats_total") == 0.0 {
+    while weir.node().metrics.value("weir_consumer_repeats_total") == 0.0 {
         poll(String::new()).await.expect(200);
     }
     let rest = poll(format!("&after={}", page["next"].as_str().unwrap())).await.json();
@@ -393,7 +393,7 @@ async fn operations() {
     assert!(weir.get("/").await.expect(200).text().contains("new EventSource"));
     let document = weir.get("/openapi.json").await.expect(200).json();
     assert!(document["openapi"].as_str().unwrap().starts_with("3."));
-    weir.gateway().draining.cancel();
+    weir.node().draining.cancel();
     weir.get("/health/ready").await.refused("draining");
     let live = weir.get("/health/live").await.expect(200);
     assert_eq!(live.header("connection"), Some("close"));

@@ -17,7 +17,7 @@ fn next(page: &Value) -> &str {
 /// Waits until so many readers wait on a channel: what is published then must wake them.
 async fn waiting(weir: &Weir, channel: &str, readers: u32) {
     let channel = weir::channel::Channel::parse(channel).unwrap();
-    while weir.gateway().bus.inspect(&channel).await.unwrap().readers < readers {
+    while weir.node().bus.inspect(&channel).await.unwrap().readers < readers {
         tokio::task::yield_now().await;
     }
 }
@@ -83,7 +83,7 @@ async fn types_are_filtered_and_the_place_moves_on() {
     let weir = weir().await;
     for n in 0..300 {
         let kind = if n % 100 == 50 { "rare" } else { "common" };
-        weir.gateway().bus.publish_one("", &weir::channel::Channel::parse("a").unwrap(), draft(kind, n)).await.unwrap();
+        weir.node().bus.publish_one("", &weir::channel::Channel::parse("a").unwrap(), draft(kind, n)).await.unwrap();
     }
     let page = weir.get("/v1/events?channel=a&type=rare&type=other&limit=2").await.json();
     assert_eq!((data(&page), &page["more"]), (vec![50, 150], &json!(true)));
@@ -301,7 +301,7 @@ async fn whoever_hangs_up_is_forgotten() {
     waiting(&weir, "a", 1).await;
     drop(client);
     let channel = weir::channel::Channel::parse("a").unwrap();
-    while weir.gateway().bus.inspect(&channel).await.unwrap().readers > 0 {
+    while weir.node().bus.inspect(&channel).await.unwrap().readers > 0 {
         tokio::task::yield_now().await;
     }
 }
@@ -313,7 +313,7 @@ async fn who_waits_while_the_node_leaves_gets_an_empty_page() {
     let path = format!("/v1/events?channel=a&after={at}&wait=55s");
     let (page, ()) = tokio::join!(weir.get(&*path), async {
         waiting(&weir, "a", 1).await;
-        weir.gateway().draining.cancel();
+        weir.node().draining.cancel();
     });
     assert_eq!(
         (page.header("connection"), page.json()),
@@ -334,7 +334,7 @@ async fn reading_puts_no_channel_into_use() {
         weir.get(format!("/v1/events?channel=a&channel=b{more}")).await.expect(200);
     }
     weir.post("/v1/consumers/c/seek", r#"{"channel":"e","after":"earliest"}"#).await.expect(204);
-    assert_eq!(weir.gateway().bus.topics().count(), 0);
+    assert_eq!(weir.node().bus.topics().count(), 0);
     // A consumer that began now begins there.
     weir.publish("a", "1").await;
     let page = weir.get("/v1/events?channel=a&consumer=d").await.json();

@@ -228,7 +228,7 @@ async fn leaving_answers_who_waits_and_closes_every_connection() {
     let mut idle = weir.client().await;
     idle.get("/health/ready").await.expect(200);
     let channel = weir::channel::Channel::parse("a").unwrap();
-    while weir.gateway().bus.inspect(&channel).await.unwrap().readers == 0 {
+    while weir.node().bus.inspect(&channel).await.unwrap().readers == 0 {
         tokio::task::yield_now().await;
     }
     weir.leave();

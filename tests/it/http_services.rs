@@ -46,7 +46,7 @@ impl Peer for Ear {
 
 fn provide(weir: &Weir, service: &str, concurrency: u32) -> Provider {
     let (tx, calls) = mpsc::unbounded_channel();
-    let connection = weir.gateway().hub.connect(Arc::new(Ear(tx)));
+    let connection = weir.node().hub.connect(Arc::new(Ear(tx)));
     drop(
         connection
             .provide(&ProvideRequest { meta: true, concurrency, ..ProvideRequest::new(service) })

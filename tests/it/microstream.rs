@@ -48,15 +48,15 @@ fn request(target: &str, id: u32, data: &str) -> String {
 }
 
 async fn empty(weir: &Weir) {
-    let (gateway, connections) = (weir.gateway(), weir.connections());
+    let (node, connections) = (weir.node(), weir.connections());
     eventually("all counts are back at zero", || {
-        let counts = gateway.hub.counts();
+        let counts = node.hub.counts();
         connections.is_empty()
             && metric(weir, "weir_connections{transport=\"socketio\"}") == 0
             && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
     })
     .await;
-    eventually("no timer is left", || gateway.ws.wheel.is_empty()).await;
+    eventually("no timer is left", || node.timers.is_empty()).await;
 }
 
 #[tokio::test]
@@ -91,7 +91,7 @@ async fn clients_that_vanish_leave_nothing() {
         assert!(target.text().await.starts_with("42[\"request\",{"));
     }
     assert_eq!(metric(&weir, "weir_connections{transport=\"socketio\"}"), 81);
-    eventually("some are late", || weir.gateway().hub.counts().late == 80).await;
+    eventually("some are late", || weir.node().hub.counts().late == 80).await;
     drop((sockets, polls));
     eventually("those are gone", || metric(&weir, "weir_connections{transport=\"socketio\"}") == 1).await;
     // It answers nobody, and lives.
@@ -126,7 +126,7 @@ async fn a_target_that_does_not_read_gets_no_more() {
     // As many as there is room for, and one that goes beyond.
     assert_eq!(refused, 6);
     assert_eq!(weir.get(&path).await.expect(200).text().matches("42[\"request\"").count(), 4);
-    assert_eq!(weir.gateway().hub.counts().pending, 4);
+    assert_eq!(weir.node().hub.counts().pending, 4);
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn clients_are_listed_by_their_services_and_kicked() {
     }
     assert_eq!((socket.text().await, upgrade.text().await), ("41".to_owned(), "41".to_owned()));
     assert_eq!(poll.reply().await.expect(200).text(), "41");
-    assert_eq!(weir.gateway().hub.counts().providers, 0);
+    assert_eq!(weir.node().hub.counts().providers, 0);
     let mut heir = client(&weir, "socket").await;
     // One leaves as it should, the others are ended.
     drop(socket);

@@ -135,7 +135,7 @@ async fn members_are_listed_and_announced() {
     two.ok("weir.unsubscribe", json!({ "channels": ["chat"] })).await;
     assert_eq!(watcher.notice("weir.event").await["data"]["members"][0]["client"], "c2");
     until(&weir, "other", 0).await;
-    eventually("nothing is left", || weir.gateway().presence.counts() == (0, 0, 0)).await;
+    eventually("nothing is left", || weir.node().presence.counts() == (0, 0, 0)).await;
     assert_eq!(metric(&weir, "weir_presence_leases"), 0);
     // A page that comes now can still begin where nothing is missed.
     let position = list(&weir, "chat").await["position"].as_str().unwrap().to_owned();
@@ -168,7 +168,7 @@ async fn a_name_is_one_member_however_many_hold_it() {
     assert_eq!(json!(replay.list()), now["members"]);
     // Subscribing again without a word about it changes nothing.
     second.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
-    assert_eq!(weir.gateway().presence.counts().0, 1);
+    assert_eq!(weir.node().presence.counts().0, 1);
     // Another name in place of the first.
     second.ok("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "e" } })).await;
     let start = Instant::now();
@@ -208,7 +208,7 @@ async fn ten_thousand_come_and_go_in_few_events() {
     let mut watcher = Socket::open(weir.address).await;
     watcher.ok("weir.subscribe", json!({ "channels": ["$presence/hall"] })).await;
     // Each would need a socket of its own: without, this measures weir and not the test.
-    let presence = &weir.gateway().presence;
+    let presence = &weir.node().presence;
     let hall = weir::channel::Channel::parse("hall").unwrap();
     let leases: Vec<_> = (0..10_000)
         .map(|n| {
@@ -247,7 +247,7 @@ async fn a_list_is_what_was_announced_up_to_its_position() {
     let hall = weir::channel::Channel::parse("hall").unwrap();
     let enter = |n: usize| {
         let client = weir::presence::Client::read(&format!("client-{n:03}"), None, 100).unwrap();
-        weir.gateway().presence.enter(&hall, &client, "", "ws").unwrap()
+        weir.node().presence.enter(&hall, &client, "", "ws").unwrap()
     };
     // More than one event takes.
     let mut leases: Vec<_> = (0..900).map(enter).collect();
@@ -317,13 +317,13 @@ async fn what_makes_no_sense_is_refused() {
     let refused =
         socket.refused("weir.subscribe", json!({ "channels": ["a", "b", "c"], "present": { "client": "c" } })).await;
     assert_eq!(refused["data"]["code"], "limit_reached");
-    assert_eq!(weir.gateway().presence.counts().0, 0);
+    assert_eq!(weir.node().presence.counts().0, 0);
     assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 0);
     socket.refused("weir.subscribe", json!({ "channels": ["$services"], "present": { "client": "c" } })).await;
     socket.refused("weir.presence", json!({ "channel": "a", "limit": 5000 })).await;
     // HEAD opens nothing.
     weir.request("HEAD", "/v1/sse?channel=a&present=c").await.expect(200);
-    assert_eq!(weir.gateway().presence.counts().0, 0);
+    assert_eq!(weir.node().presence.counts().0, 0);
 }
 
 #[tokio::test]
@@ -331,7 +331,7 @@ async fn leaving_is_announced_before_the_node_is_gone() {
     let weir = weir().with(|config| config.drain.window = Duration::ZERO).await;
     let _held = stream(&weir, "channel=a&present=c").await;
     until(&weir, "a", 1).await;
-    let (bus, presence) = (weir.gateway().bus.clone(), weir.gateway().presence.clone());
+    let (bus, presence) = (weir.node().bus.clone(), weir.node().presence.clone());
     weir.leave();
     weir.left().await;
     assert_eq!(presence.counts(), (0, 0, 0));

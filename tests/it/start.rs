@@ -16,7 +16,7 @@ use weir::{
     channel::Channel,
     config::Config,
     event::{Draft, DraftParts, EventData},
-    http::{Endpoint, Gateway, ListenerRole},
+    http::Endpoint,
     metrics::Metrics,
     net::{server::Connections, timer::TimerWheel},
     position::Position,
@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Server {
     pub at: SocketAddr,
-    pub gateway: Arc<Gateway>,
+    endpoint: Arc<Endpoint>,
     pub bus: Arc<Bus>,
     pub metrics: Arc<Metrics>,
     pub wheel: Arc<TimerWheel>,
@@ -50,15 +50,16 @@ impl Server {
         config.server.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         change(&mut config);
         let app = App::build(config).await.unwrap();
-        let (at, gateway, stop) = (app.addresses()[0], app.gateway().clone(), CancellationToken::new());
-        let (wheel, connections) = (app.wheel().clone(), app.connections().clone());
-        let (bus, metrics) = (gateway.bus.clone(), gateway.metrics.clone());
+        let (at, node, stop) = (app.addresses()[0], app.node().clone(), CancellationToken::new());
+        let endpoint = app.endpoints().next().unwrap().clone();
+        let (wheel, connections) = (node.timers.clone(), app.connections().clone());
+        let (bus, metrics) = (node.bus.clone(), node.metrics.clone());
         let running = tokio::spawn(app.run(stop.clone().cancelled_owned()));
-        Server { at, gateway, bus, metrics, wheel, connections, stop, running }
+        Server { at, endpoint, bus, metrics, wheel, connections, stop, running }
     }
 
     pub fn endpoint(&self) -> Arc<Endpoint> {
-        Arc::new(Endpoint::new(self.gateway.clone(), true, ListenerRole::One))
+        self.endpoint.clone()
     }
 
     pub async fn publish(&self, name: &str, data: &str) -> Position {

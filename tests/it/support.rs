@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use weir::{app::App, config::Config, http::Gateway, net::server::Connections};
+use weir::{app::App, config::Config, net::server::Connections, node::Node};
 
 pub use client::{Client, Reply, Request};
 
@@ -32,7 +32,7 @@ pub struct Weir {
     pub address: SocketAddr,
     /// All of them: the last is `admin.listen` if there is one.
     pub addresses: Vec<SocketAddr>,
-    gateway: Arc<Gateway>,
+    node: Arc<Node>,
     connections: Connections,
     shutdown: CancellationToken,
     run: tokio::task::JoinHandle<anyhow::Result<()>>,
@@ -54,11 +54,11 @@ impl Starter {
 
     async fn start(self) -> Weir {
         let app = App::build(self.config).await.unwrap();
-        let (addresses, gateway, connections) = (app.addresses(), app.gateway().clone(), app.connections().clone());
+        let (addresses, node, connections) = (app.addresses(), app.node().clone(), app.connections().clone());
         let shutdown = CancellationToken::new();
         let run = tokio::spawn(app.run(shutdown.clone().cancelled_owned()));
         let _shutdown = shutdown.clone().drop_guard();
-        Weir { address: addresses[0], addresses, gateway, connections, shutdown, run, _shutdown }
+        Weir { address: addresses[0], addresses, node, connections, shutdown, run, _shutdown }
     }
 }
 
@@ -73,8 +73,8 @@ impl IntoFuture for Starter {
 
 impl Weir {
     /// What the handlers share: for tests that count what is left.
-    pub fn gateway(&self) -> &Gateway {
-        &self.gateway
+    pub fn node(&self) -> &Node {
+        &self.node
     }
 
     /// For tests that count what is left.
@@ -123,5 +123,5 @@ impl Weir {
 
 /// The value of a series of `/metrics`.
 pub fn metric(weir: &Weir, series: &str) -> i64 {
-    weir.gateway().metrics.value(series) as i64
+    weir.node().metrics.value(series) as i64
 }

@@ -23,17 +23,17 @@ fn closed(weir: &Weir, reason: &str) -> i64 {
 
 /// Everything that sockets leave behind is nothing.
 async fn empty(weir: &Weir) {
-    let (gateway, connections) = (weir.gateway(), weir.connections());
+    let (node, connections) = (weir.node(), weir.connections());
     eventually("all counts are back at zero", || {
-        let counts = gateway.hub.counts();
+        let counts = node.hub.counts();
         connections.is_empty()
             && metric(weir, "weir_connections{transport=\"ws\"}") == 0
             && metric(weir, "weir_subscriptions{transport=\"ws\"}") == 0
-            && gateway.bus.topics().readers() == 0
+            && node.bus.topics().readers() == 0
             && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
     })
     .await;
-    eventually("no timer is left", || gateway.ws.wheel.is_empty()).await;
+    eventually("no timer is left", || node.timers.is_empty()).await;
 }
 
 // === the specification's own examples ===
@@ -361,7 +361,7 @@ async fn binary_and_fragmented_messages_are_read_and_text_is_written() {
 async fn what_is_too_large_is_closed() {
     let weir = weir().await;
     let mut socket = Socket::open(weir.address).await;
-    let limit = weir.gateway().config.limits.frame;
+    let limit = weir.node().config.limits.frame;
     assert_eq!(limit, (1 << 20) + (64 << 10));
     socket.raw(Message::text("x".repeat(limit + 1))).await;
     assert_eq!(socket.closed().await, (1009, "too_large".into()));

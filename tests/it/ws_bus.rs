@@ -269,7 +269,7 @@ async fn a_thousand_channels_on_one_socket() {
     seen.sort_unstable();
     assert_eq!(seen, (0..1_000).collect::<Vec<_>>());
     drop(socket);
-    eventually("no reader is left", || weir.gateway().bus.topics().readers() == 0).await;
+    eventually("no reader is left", || weir.node().bus.topics().readers() == 0).await;
 }
 
 #[tokio::test]
@@ -402,5 +402,5 @@ async fn subscriptions_are_counted_when_their_turn_comes() {
         assert!(answer["result"].is_object(), "{answer}");
     }
     assert_eq!(socket.next().await["error"]["data"]["limit"], "limits.subscriptions");
-    assert_eq!(weir.gateway().bus.topics().readers(), 2);
+    assert_eq!(weir.node().bus.topics().readers(), 2);
 }

@@ -269,7 +269,7 @@ async fn a_full_provider_is_busy() {
 async fn a_call_waits_for_a_provider_that_was_here() {
     let (weir, provider, mut caller) = pair().await;
     drop(provider);
-    eventually("the provider is gone", || weir.gateway().hub.counts().providers == 0).await;
+    eventually("the provider is gone", || weir.node().hub.counts().providers == 0).await;
     caller.send(call(1, "s/m")).await;
     caller.send(call(2, "s/m")).await;
     let mut again = Socket::open(weir.address).await;
@@ -309,7 +309,7 @@ async fn the_death_of_either_side_is_known_at_once() {
     assert_eq!(provider.notice("weir.cancel").await["id"], request["id"]);
     provider.reply(&request, json!(1)).await;
     provider.quiet().await;
-    assert_eq!(weir.gateway().hub.counts().pending, 0);
+    assert_eq!(weir.node().hub.counts().pending, 0);
 }
 
 #[tokio::test]
@@ -326,7 +326,7 @@ async fn late_replies_are_for_those_who_asked() {
     }
     assert_eq!(caller.notice("weir.late").await, json!({ "id": "t2", "result": { "late": true } }));
     caller.quiet().await;
-    assert_eq!(weir.gateway().hub.counts().late, 0);
+    assert_eq!(weir.node().hub.counts().late, 0);
 }
 
 #[tokio::test]
@@ -434,7 +434,7 @@ async fn json_rpc_over_http() {
     assert_eq!(read["result"]["events"].as_array().unwrap().len(), 2);
     answers.abort();
     let _ = answers.await;
-    eventually("all is given back", || weir.gateway().hub.counts().connections == 0).await;
+    eventually("all is given back", || weir.node().hub.counts().connections == 0).await;
 }
 
 #[tokio::test]
@@ -459,7 +459,7 @@ async fn a_late_reply_is_not_taken_for_the_answer_over_http() {
     );
     let provide = async {
         let (late, other) = (provider.request().await, provider.request().await);
-        eventually("one is overdue", || weir.gateway().hub.counts().late == 1).await;
+        eventually("one is overdue", || weir.node().hub.counts().late == 1).await;
         provider.reply(&late, json!("late")).await;
         provider.quiet().await;
         provider.reply(&other, json!("other")).await;

@@ -83,7 +83,7 @@ pub async fn post(
 }
 
 async fn read(server: &Server, body: Body) -> Result<Bytes, Code> {
-    let settings = &server.common.settings;
+    let settings = &server.settings;
     if http_body::Body::size_hint(&body).lower() > settings.max_payload as u64 {
         return Err(Code::TooLarge);
     }

@@ -13,7 +13,7 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    Common,
+    Settings,
     outbox::Outbox,
     packet::{Framing, Packet},
 };
@@ -22,6 +22,7 @@ use crate::{
     error::Code,
     metrics::{Connected, Transport},
     net::timer::{Due, Timer, TimerWheel},
+    node::Node,
     rpc::ProbeCallback,
     sessions::{ChannelSet, ConnectionRegistration},
 };
@@ -64,7 +65,8 @@ pub type Sid = [u8; 20];
 pub struct Session {
     pub sid: Sid,
     pub outbox: Arc<Outbox>,
-    common: Arc<Common>,
+    settings: Arc<Settings>,
+    node: Arc<Node>,
     conversation: Mutex<Option<Box<dyn Conversation>>>,
     state: Mutex<State>,
 }
@@ -115,23 +117,24 @@ pub struct Turn<'a> {
 // === impl Session ===
 
 impl Session {
-    pub fn new(common: &Arc<Common>, framing: Framing, remote: Option<SocketAddr>) -> Arc<Self> {
-        let now = common.wheel.now();
-        let connected = common.metrics.connected(Transport::SocketIo);
+    pub fn new(settings: &Arc<Settings>, node: &Arc<Node>, framing: Framing, remote: Option<SocketAddr>) -> Arc<Self> {
+        let now = node.timers.now();
+        let connected = node.metrics.connected(Transport::SocketIo);
         let registration =
-            common.sessions.register(Transport::SocketIo, &Identity::anonymous(), remote, ChannelSet::Empty);
-        let mut timer = common.wheel.timer(LONG);
+            node.sessions.register(Transport::SocketIo, &Identity::anonymous(), remote, ChannelSet::Empty);
+        let mut timer = node.timers.timer(LONG);
         timer.set_owner(registration.number());
         Arc::new(Session {
             sid: new_sid(),
-            common: common.clone(),
-            outbox: Arc::new(Outbox::new(framing, common.settings.queued)),
+            settings: settings.clone(),
+            node: node.clone(),
+            outbox: Arc::new(Outbox::new(framing, settings.queued)),
             conversation: Mutex::new(None),
             state: Mutex::new(State {
                 stage: if framing == Framing::Polling { Stage::Polling } else { Stage::Socket },
                 polled: false,
                 posted: false,
-                ping: now + TimerWheel::ticks(common.settings.ping),
+                ping: now + TimerWheel::ticks(settings.ping),
                 asked: false,
                 until: 0,
                 leaving: false,
@@ -202,7 +205,7 @@ impl Session {
         let mut state = self.state.lock();
         if state.asked {
             state.asked = false;
-            state.ping = self.common.wheel.now() + TimerWheel::ticks(self.common.settings.ping);
+            state.ping = self.node.timers.now() + TimerWheel::ticks(self.settings.ping);
         }
         if !state.askers.is_empty() {
             let askers = std::mem::take(&mut state.askers);
@@ -219,7 +222,7 @@ impl Session {
             drop(state);
             return told(false);
         }
-        let until = self.common.wheel.now() + TimerWheel::ticks(self.common.settings.probe) + 1;
+        let until = self.node.timers.now() + TimerWheel::ticks(self.settings.probe) + 1;
         state.askers.push((until, told));
         drop(state);
         self.outbox.text("2");
@@ -227,7 +230,7 @@ impl Session {
 
     /// Looks at the clock. False: the session is over, and to be forgotten.
     pub fn tick(&self) -> bool {
-        let now = self.common.wheel.now();
+        let now = self.node.timers.now();
         let mut state = self.state.lock();
         if state.stage == Stage::Over {
             return false;
@@ -241,7 +244,7 @@ impl Session {
         let ping = now >= state.ping && state.until == 0;
         if ping {
             state.asked = true;
-            state.ping = now + TimerWheel::ticks(self.common.settings.ping_timeout);
+            state.ping = now + TimerWheel::ticks(self.settings.ping_timeout);
         }
         let call = state.present.as_mut().and_then(Present::called);
         let ending = state.until != 0;
@@ -265,7 +268,7 @@ impl Session {
         }
         let leaving = self.is_leaving();
         let quiet = leaving && self.conversation.lock().as_ref().is_none_or(|conversation| conversation.is_quiet());
-        if quiet || leaving && self.common.wheel.draining_for() >= self.common.settings.grace {
+        if quiet || leaving && self.node.timers.draining_for() >= self.settings.grace {
             self.outbox.finish();
         }
         let ticked = self.with(|conversation| conversation.tick(now));
@@ -294,7 +297,7 @@ impl Session {
     fn end(&self) {
         let mut state = self.state.lock();
         if state.until == 0 {
-            state.until = self.common.wheel.now() + TimerWheel::ticks(self.common.settings.farewell);
+            state.until = self.node.timers.now() + TimerWheel::ticks(self.settings.farewell);
         }
         drop(state);
         self.forget();

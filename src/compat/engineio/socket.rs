@@ -68,9 +68,9 @@ struct Over;
 impl Socket {
     /// `probing`: the session is carried by polls yet.
     pub fn new(server: Arc<Server>, session: Arc<Session>, probing: bool, taken: hijack::HijackedConn) -> Self {
-        let settings = &server.common.settings;
+        let settings = &server.settings;
         let patience = if probing { settings.upgrade } else { settings.stalled };
-        let mut timer = server.common.wheel.timer(settings.stalled);
+        let mut timer = server.node.timers.timer(settings.stalled);
         timer.shorten(patience);
         session.with_registration(|registration| registration.set_peer(taken.peer));
         Socket {
@@ -96,8 +96,8 @@ impl Socket {
         // A frame that is begun has to be finished.
         frame::close(&mut self.out, code.close().unwrap_or(1000), code.as_str());
         self.phase = Phase::Closing;
-        self.until = after(&self.server, self.server.common.settings.farewell);
-        self.timer.shorten(self.server.common.settings.farewell);
+        self.until = after(&self.server, self.server.settings.farewell);
+        self.timer.shorten(self.server.settings.farewell);
     }
 
     // --- time ---
@@ -114,11 +114,11 @@ impl Socket {
     }
 
     fn tick(&mut self) -> Result<(), Over> {
-        let now = self.server.common.wheel.now();
+        let now = self.server.node.timers.now();
         if self.until != 0 && now >= self.until {
             return Err(Over);
         }
-        let stalled = self.server.common.settings.stalled;
+        let stalled = self.server.settings.stalled;
         if self.blocked != 0 && TimerWheel::span(self.blocked, now) >= stalled {
             self.session.close(Code::Slow);
             return Err(Over);
@@ -171,7 +171,7 @@ impl Socket {
                         Phase::Closing | Phase::Closed => replies.clear(),
                     }
                     self.phase = Phase::Closed;
-                    self.until = after(&self.server, self.server.common.settings.farewell);
+                    self.until = after(&self.server, self.server.settings.farewell);
                     break;
                 }
                 Err(Broken(code)) => {
@@ -249,8 +249,8 @@ impl Socket {
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
                     if self.blocked == 0 {
-                        self.blocked = self.server.common.wheel.now();
-                        self.timer.shorten(self.server.common.settings.stalled);
+                        self.blocked = self.server.node.timers.now();
+                        self.timer.shorten(self.server.settings.stalled);
                     }
                     return Poll::Pending;
                 }
@@ -313,5 +313,5 @@ impl Drop for Socket {
 
 /// The tick that is `time` from now.
 fn after(server: &Server, time: Duration) -> u32 {
-    server.common.wheel.now() + TimerWheel::ticks(time)
+    server.node.timers.now() + TimerWheel::ticks(time)
 }

@@ -36,9 +36,9 @@ impl Ganomede {
         let kind = kind.ok_or_else(|| Refusal::invalid("Invalid type"))?;
         let data = given.data()?.map_or(EventData::None, EventData::Json);
         let parts = DraftParts { kind: Some(&kind), from: Some(&from), data, ..DraftParts::default() };
-        let draft = Draft::new(parts, self.parts.config.limits.event)?;
+        let draft = Draft::new(parts, self.node.config.limits.event)?;
         let stored = draft.clone();
-        let placed = self.parts.publish(vec![(channel, draft)]).await?;
+        let placed = self.node.publish_compat(vec![(channel, draft)]).await?;
         let placed = placed.first().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))?;
         let mut out = Vec::with_capacity(stored.size() + 96);
         wire::event(&stored.place(placed.position, placed.time), &mut out);
@@ -48,7 +48,7 @@ impl Ganomede {
     /// The newest events, oldest first.
     pub(super) async fn latest(&self, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
         let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
-        let limit = limit(query, self.parts.config.limits.page_events);
+        let limit = limit(query, self.node.config.limits.page_events);
         let events = self.newest(&channel, limit, MAX_LATEST).await?;
         Ok(wire::array(events.iter().map(|event| &**event)))
     }
@@ -79,7 +79,7 @@ impl Ganomede {
         let mut held = 0;
         let mut start = Start::Last(last as u64);
         loop {
-            let page = self.parts.bus.read(channel, start, ReadLimit { events: count, bytes }, None).await?;
+            let page = self.node.bus.read(channel, start, ReadLimit { events: count, bytes }, None).await?;
             let LogPage { events: read, next, more, .. } = page;
             for event in read {
                 if is_void(&event) {

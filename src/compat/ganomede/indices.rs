@@ -102,7 +102,7 @@ impl Ganomede {
         let mut held = 0;
         let mut start = Start::Last(MAX_SCAN);
         loop {
-            let page = self.parts.bus.read(channel, start, PAGE, None).await?;
+            let page = self.node.bus.read(channel, start, PAGE, None).await?;
             for event in page.events {
                 if is_void(&event) || !may_have(&event, &finder) || !has(&event, field, value) {
                     continue;

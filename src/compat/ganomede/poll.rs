@@ -47,14 +47,14 @@ impl Ganomede {
         let client = client.ok_or_else(|| Refusal::invalid("Invalid Client ID"))?;
         let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
         let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
-        let limits = &self.parts.config.limits;
+        let limits = &self.node.config.limits;
         let limit = ReadLimit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
 
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
         if place.page.events.is_empty() && !self.settings.poll_timeout.is_zero() {
             let mut listed =
-                self.parts.sessions.register_read(&Identity::anonymous(), PeerAddr::of(head), vec![channel.clone()]);
+                self.node.sessions.register_read(&Identity::anonymous(), PeerAddr::of(head), vec![channel.clone()]);
             tokio::select! {
                 biased;
                 waited = self.wait(&channel, &mut place, limit) => waited?,
@@ -64,27 +64,27 @@ impl Ganomede {
         let next = place.page.next;
         if next.epoch != epoch && !place.page.events.is_empty() {
             // Born while we waited: ids from here on are this life's.
-            self.parts.bus.seek(&client, &channel, Position { offset: 0, ..next }).await?;
+            self.node.bus.seek(&client, &channel, Position { offset: 0, ..next }).await?;
         }
         let events = &place.page.events;
         let out = wire::array(events.iter().map(|event| &**event));
         if !events.is_empty() {
-            self.parts.metrics.delivered[Transport::Poll].add(events.len() as u64);
-            self.parts.metrics.delivered_bytes[Transport::Poll].add(out.len() as u64);
+            self.node.metrics.delivered[Transport::Poll].add(events.len() as u64);
+            self.node.metrics.delivered_bytes[Transport::Poll].add(out.len() as u64);
         }
         Ok(out)
     }
 
     /// As the bus reads, but without what only keeps a place.
     async fn read(&self, channel: &Channel, start: Start, limit: ReadLimit) -> Result<LogPage, Error> {
-        let mut page = self.parts.bus.read(channel, start, limit, None).await?;
+        let mut page = self.node.bus.read(channel, start, limit, None).await?;
         loop {
             page.events.retain(|event| !is_void(event));
             if !page.events.is_empty() || !page.more {
                 return Ok(page);
             }
             let gap = page.gap.take();
-            page = self.parts.bus.read(channel, Start::After(page.next), limit, None).await?;
+            page = self.node.bus.read(channel, Start::After(page.next), limit, None).await?;
             page.gap = gap.or(page.gap);
         }
     }
@@ -97,7 +97,7 @@ impl Ganomede {
         after: Option<u64>,
         limit: ReadLimit,
     ) -> Result<Place, Error> {
-        let bus = &self.parts.bus;
+        let bus = &self.node.bus;
         let kept = bus.cursor(client, channel).await?;
         let start = match (after, kept) {
             (Some(after), _) => Start::AfterOffset(after),
@@ -133,7 +133,7 @@ impl Ganomede {
 
     /// Waits for an event, and reads it.
     async fn wait(&self, channel: &Channel, place: &mut Place, limit: ReadLimit) -> Result<(), Error> {
-        let (bus, draining) = (&self.parts.bus, &self.parts.draining);
+        let (bus, draining) = (&self.node.bus, &self.node.draining);
         let mut subscriptions = Subscriptions::new(Format::NONE);
         let start = match place.ahead {
             Some(_) => Start::Now,

@@ -56,7 +56,7 @@ impl Grip {
         };
         // Before the client is told anything: what is published once it has read the head is not missed.
         let mut slots = Vec::with_capacity(channels.len());
-        for watch in self.parts.bus.watch(&channels).await.map_err(away)? {
+        for watch in self.node.bus.watch(&channels).await.map_err(away)? {
             let channel = watch.channel().clone();
             slots.push((subs.add(watch, Start::Now, None).slot, channel));
         }
@@ -67,7 +67,7 @@ impl Grip {
         let head = head(answer.status, answer.headers);
         if !linked {
             let plain = Plain { opening, keep_alive: instruct.keep_alive.map(|alive| Box::new(Alive::new(alive))) };
-            return Ok(SubscriptionStream::new(&self.holding, subs, plain).respond(head, first));
+            return Ok(SubscriptionStream::new(&self.node, subs, plain).respond(head, first));
         }
         let mut outdated = false;
         for (channel, asked) in channels.iter().zip(&instruct.channels) {
@@ -80,7 +80,7 @@ impl Grip {
             outdated |= self.last_id(channel).await.is_some_and(|last| last != *prev);
         }
         let linked = Linked::new(self, at, instruct, slots, opening, outdated);
-        Ok(SubscriptionStream::new(&self.holding, subs, linked).respond(head, first))
+        Ok(SubscriptionStream::new(&self.node, subs, linked).respond(head, first))
     }
 }
 

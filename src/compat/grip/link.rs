@@ -125,7 +125,7 @@ impl Linked {
             at,
             following: slots.into_iter().zip(&instruct.channels).map(followed).collect(),
             keep_alive: instruct.keep_alive.clone().map(Alive::new),
-            alarm: grip.parts.wheel.timer(NEVER),
+            alarm: grip.node.timers.timer(NEVER),
             instruct,
             state: State::Pouring(body),
             unfit: None,
@@ -193,10 +193,10 @@ impl Linked {
             let (mut watches, mut heads) = (Vec::new(), Vec::new());
             for (nth, channel) in names?.into_iter().enumerate() {
                 if !known.contains(&channel) {
-                    let watch = grip.parts.bus.watch(std::slice::from_ref(&channel)).await.map_err(away)?;
+                    let watch = grip.node.bus.watch(std::slice::from_ref(&channel)).await.map_err(away)?;
                     watches.extend(watch.into_iter().map(|watch| (nth, watch)));
                 }
-                heads.push(grip.parts.bus.head(&channel).await.map_err(away)?.offset);
+                heads.push(grip.node.bus.head(&channel).await.map_err(away)?.offset);
             }
             Ok(Settled { watches, heads })
         })

@@ -61,14 +61,14 @@ impl Grip {
         let channels = self.channels(&self.routes[at.route], &instruct)?;
         let mut subs = Subscriptions::new(Format::NONE);
         let mut waiting = Vec::with_capacity(channels.len());
-        for (nth, watch) in self.parts.bus.watch(&channels).await.map_err(away)?.into_iter().enumerate() {
+        for (nth, watch) in self.node.bus.watch(&channels).await.map_err(away)?.into_iter().enumerate() {
             let channel = watch.channel().clone();
             let added = subs.add(watch, Start::Now, None);
             let prev = instruct.channels[nth].prev_id.clone();
             waiting.push(Waiting { slot: added.slot, nth, channel, at: added.position, prev });
         }
-        let _counted = Counted::new(&self.parts.metrics, &subs);
-        let mut listed = self.parts.sessions.register_read(&Identity::anonymous(), at.remote, channels);
+        let _counted = Counted::new(&self.node.metrics, &subs);
+        let mut listed = self.node.sessions.register_read(&Identity::anonymous(), at.remote, channels);
         let ask_again = || {
             let mut last = HeaderMap::new();
             for asked in &instruct.channels {
@@ -92,7 +92,7 @@ impl Grip {
         }
         let body = self.whole(std::mem::replace(&mut answer.body, Content::Bytes(Bytes::new()))).await?;
         let mut alarm = std::pin::pin!(tokio::time::sleep_until(Instant::now() + instruct.timeout));
-        let mut leaving = std::pin::pin!(self.parts.draining.cancelled());
+        let mut leaving = std::pin::pin!(self.node.draining.cancelled());
         loop {
             tokio::select! {
                 biased;
@@ -103,9 +103,8 @@ impl Grip {
                 () = listed.kicked() => break,
             }
             for wait in &mut waiting {
-                let limit = ReadLimit { events: PAGE, bytes: self.parts.config.limits.page_bytes };
-                let page =
-                    self.parts.bus.read(&wait.channel, Start::After(wait.at), limit, None).await.map_err(away)?;
+                let limit = ReadLimit { events: PAGE, bytes: self.node.config.limits.page_bytes };
+                let page = self.node.bus.read(&wait.channel, Start::After(wait.at), limit, None).await.map_err(away)?;
                 // What is gone may have been the answer: the origin knows.
                 if page.gap.is_some() && repeatable {
                     return Ok(ask_again());
@@ -141,8 +140,8 @@ impl Grip {
     /// The id of the newest item of a channel, if it is known.
     pub(super) async fn last_id(&self, channel: &Channel) -> Option<String> {
         for count in [1, RECENT] {
-            let limit = ReadLimit { events: count as usize, bytes: self.parts.config.limits.page_bytes };
-            let page = self.parts.bus.read(channel, Start::Last(count), limit, None).await.ok()?;
+            let limit = ReadLimit { events: count as usize, bytes: self.node.config.limits.page_bytes };
+            let page = self.node.bus.read(channel, Start::Last(count), limit, None).await.ok()?;
             // Cut short, it does not reach to the newest.
             if page.more {
                 return None;

@@ -38,8 +38,8 @@ use crate::{
         hijack::{Hijack, HijackedConn},
         timer::{Due, TimerWheel},
     },
+    node::Node,
     sessions::ChannelSet,
-    transport::subscription_stream::Holding,
 };
 
 /// How long an idle connection to an origin is kept. Shorter than what common servers keep theirs (Node: 5 s; most: 60 s
@@ -328,7 +328,7 @@ pub fn pass(answer: Response<Incoming>) -> Response<AxumBody> {
 }
 
 /// A 101: whatever both sides speak now is theirs.
-pub fn tunnel(mut answer: Response<Incoming>, holding: Arc<Holding>) -> Response<AxumBody> {
+pub fn tunnel(mut answer: Response<Incoming>, node: Arc<Node>) -> Response<AxumBody> {
     let upgrade = hyper::upgrade::on(&mut answer);
     let protocol = answer.headers().get(header::UPGRADE).cloned();
     let (mut head, _) = answer.into_parts();
@@ -339,16 +339,16 @@ pub fn tunnel(mut answer: Response<Incoming>, holding: Arc<Holding>) -> Response
     head.version = Version::HTTP_11;
     head.extensions = http::Extensions::new();
     head.extensions.insert(Hijack::new(move |conn| {
-        tokio::spawn(carry(conn, upgrade, holding));
+        tokio::spawn(carry(conn, upgrade, node));
     }));
     Response::from_parts(head, AxumBody::empty())
 }
 
-async fn carry(conn: HijackedConn, upgrade: hyper::upgrade::OnUpgrade, holding: Arc<Holding>) {
+async fn carry(conn: HijackedConn, upgrade: hyper::upgrade::OnUpgrade, node: Arc<Node>) {
     let HijackedConn { io: client, peer, early, seat: _seat, .. } = conn;
-    let mut connected = holding.metrics.connected(Transport::Ws);
-    let registration = holding.sessions.register(Transport::Ws, &Identity::anonymous(), Some(peer), ChannelSet::Empty);
-    let mut timer = holding.wheel.timer(Duration::from_secs(60 * 60));
+    let mut connected = node.metrics.connected(Transport::Ws);
+    let registration = node.sessions.register(Transport::Ws, &Identity::anonymous(), Some(peer), ChannelSet::Empty);
+    let mut timer = node.timers.timer(Duration::from_secs(60 * 60));
     timer.set_owner(registration.number());
     let Ok(upgraded) = upgrade.await else { return };
     let mut origin = TokioIo::new(upgraded);

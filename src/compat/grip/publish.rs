@@ -68,7 +68,7 @@ impl Grip {
     async fn try_publish(self: &Arc<Self>, request: Request<AxumBody>) -> Result<(), Refusal> {
         let (head, body) = request.into_parts();
         let allowed = self.authorized(&head.headers)?;
-        let limits = &self.parts.config.limits;
+        let limits = &self.node.config.limits;
         let collecting = Limited::new(body, limits.publish_bytes).collect();
         let body = match tokio::time::timeout(limits.body_time, collecting).await {
             Ok(Ok(body)) => body.to_bytes(),
@@ -89,16 +89,16 @@ impl Grip {
         for (item, channel, draft) in drafts {
             self.await_previous(item, &channel).await.map_err(|error| refused(&error))?;
             let size = draft.size();
-            match self.parts.bus.publish_one(SUBJECT, &channel, draft).await {
-                Ok(placed) if placed.duplicate => self.parts.metrics.duplicates.add(1),
+            match self.node.bus.publish_one(SUBJECT, &channel, draft).await {
+                Ok(placed) if placed.duplicate => self.node.metrics.duplicates.add(1),
                 Ok(_) => {
-                    self.parts.metrics.published[Transport::Http].add(1);
-                    self.parts.metrics.published_bytes[Transport::Http].add(size as u64);
+                    self.node.metrics.published[Transport::Http].add(1);
+                    self.node.metrics.published_bytes[Transport::Http].add(size as u64);
                 }
                 // The same id again is the same item, whatever it says.
-                Err(error) if error.code() == Code::KeyReused => self.parts.metrics.duplicates.add(1),
+                Err(error) if error.code() == Code::KeyReused => self.node.metrics.duplicates.add(1),
                 Err(error) => {
-                    self.parts.metrics.publish_failed(error.code());
+                    self.node.metrics.publish_failed(error.code());
                     return Err(refused(&error));
                 }
             }
@@ -115,7 +115,7 @@ impl Grip {
             true => id.to_owned(),
             false => format!("sha256:{}", token::digest(id.as_bytes())),
         });
-        let draft = mark::draft(item, key.as_deref(), self.parts.config.limits.event)?;
+        let draft = mark::draft(item, key.as_deref(), self.node.config.limits.event)?;
         Ok(draft.map(|draft| (channel, draft)))
     }
 
@@ -128,11 +128,11 @@ impl Grip {
         if is_next(self.last_id(channel).await) {
             return Ok(());
         }
-        let watches = self.parts.bus.watch(std::slice::from_ref(channel)).await?;
+        let watches = self.node.bus.watch(std::slice::from_ref(channel)).await?;
         let mut subs = Subscriptions::new(Format::NONE);
         let slots: Vec<u32> = watches.into_iter().map(|watch| subs.add(watch, Start::Now, None).slot).collect();
         let mut alarm = std::pin::pin!(tokio::time::sleep(PATIENCE));
-        let mut leaving = std::pin::pin!(self.parts.draining.cancelled());
+        let mut leaving = std::pin::pin!(self.node.draining.cancelled());
         // Looked at after the watch: what came in between wakes nobody.
         while !is_next(self.last_id(channel).await) {
             tokio::select! {

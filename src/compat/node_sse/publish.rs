@@ -40,7 +40,7 @@ struct Sent<'a> {
 
 impl NodeSse {
     pub(super) async fn publish(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
-        let time = self.parts.config.limits.body_time;
+        let time = self.node.config.limits.body_time;
         let body = read_body(body, MAX_BODY, "100 KiB", time).await.map_err(|error| match error.code() {
             Code::TooLarge => {
                 let text = "PayloadTooLargeError: request entity too large";
@@ -72,7 +72,7 @@ impl NodeSse {
             batch.push(self.draft(event, &batch).await?);
         }
         if !batch.is_empty() {
-            self.parts.publish(batch).await?;
+            self.node.publish_compat(batch).await?;
         }
         Ok(Response::default())
     }
@@ -103,7 +103,7 @@ impl NodeSse {
             data: EventData::Json(payload),
             ..DraftParts::default()
         };
-        Ok((channel, Draft::own(parts, self.parts.config.limits.event)?))
+        Ok((channel, Draft::own(parts, self.node.config.limits.event)?))
     }
 
     /// Whether anybody has subscribed or published to a channel, as far as it is remembered.
@@ -111,7 +111,7 @@ impl NodeSse {
         if self.known.has(channel) {
             return Ok(true);
         }
-        let info = self.parts.bus.inspect(channel).await?;
+        let info = self.node.bus.inspect(channel).await?;
         let exists = info.top > 0 || info.readers > 0;
         if exists {
             self.known.add(channel);

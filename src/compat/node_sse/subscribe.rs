@@ -60,7 +60,7 @@ impl NodeSse {
                 channels.push(channel);
             }
         }
-        if channels.is_empty() || channels.len() > self.parts.config.limits.stream_channels {
+        if channels.is_empty() || channels.len() > self.node.config.limits.stream_channels {
             return Err(bad());
         }
         for channel in &channels {
@@ -85,7 +85,7 @@ impl NodeSse {
 
         let mut subs = Subscriptions::new(&wire::EVENT);
         let mut first = vec![chunk::of(b"\n")];
-        let watches = self.parts.bus.watch(&channels).await?;
+        let watches = self.node.bus.watch(&channels).await?;
         let mut places = Vec::with_capacity(channels.len());
         for watch in watches {
             places.push(subs.add(watch, Start::Now, None).position);
@@ -103,11 +103,11 @@ impl NodeSse {
             };
             first.push(wire::frame(Some(channel), "lastEvent", &last));
         }
-        let beat = self.parts.config.sse.heartbeat.mul_f64(fastrand::f64() / 2.0 + 0.75);
+        let beat = self.node.config.sse.heartbeat.mul_f64(fastrand::f64() / 2.0 + 0.75);
         let beat = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
         // The last that is done: everybody hears of it, this one too.
         let member = Presence::join(&self.presence, &js::text(&id));
-        Ok(SubscriptionStream::new(&self.holding, subs, Browser { member, beat }).respond(answer, first))
+        Ok(SubscriptionStream::new(&self.node, subs, Browser { member, beat }).respond(answer, first))
     }
 
     pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
@@ -115,7 +115,7 @@ impl NodeSse {
         let channel = channel.ok_or_else(|| Refusal::Text("Bad Request".to_owned()))?;
         let _ = Identity::anonymous().may_subscribe(&channel)?;
         let newest = ReadLimit { events: 1, bytes: 0 };
-        let page = self.parts.bus.read(&channel, Start::Last(1), newest, None).await?;
+        let page = self.node.bus.read(&channel, Start::Last(1), newest, None).await?;
         let mut out = Vec::new();
         match page.events.last() {
             Some(event) => {
@@ -138,7 +138,7 @@ impl NodeSse {
             return Ok(None);
         }
         let before = Start::After(Position { offset: at.offset - 1, ..at });
-        let page = self.parts.bus.read(channel, before, ReadLimit { events: 1, bytes: 0 }, None).await?;
+        let page = self.node.bus.read(channel, before, ReadLimit { events: 1, bytes: 0 }, None).await?;
         Ok(page.events.into_iter().next().filter(|event| event.position() == at))
     }
 }

@@ -10,10 +10,8 @@ use crate::{
     auth::Identity,
     bus::ChannelInfo,
     error::Result,
-    http::{
-        Gateway,
-        openapi::{ChannelOrChannels, ChannelQuery, ListQuery, Problem},
-    },
+    http::openapi::{ChannelOrChannels, ChannelQuery, ListQuery, Problem},
+    node::Node,
     transport::query::Query,
 };
 
@@ -27,17 +25,17 @@ use crate::{
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let listing = Listing::take(&mut query)?;
     let channel = query.channel()?;
     query.finish()?;
     if let Some(channel) = channel {
         let _ = identity.may_subscribe(&channel)?;
-        return Ok(to_json(&gateway.bus.inspect(&channel).await?));
+        return Ok(to_json(&node.bus.inspect(&channel).await?));
     }
     let _ = identity.may_administer()?;
-    let mut channels = gateway.bus.list(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
+    let mut channels = node.bus.list(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
     let page = listing.page(&mut channels, |info| info.channel.as_str());
     Ok(to_json(&Channels { channels, page }))
 }

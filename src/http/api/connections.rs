@@ -9,10 +9,8 @@ use super::{Listing, to_json};
 use crate::{
     auth::Identity,
     error::{Error, Result},
-    http::{
-        Gateway,
-        openapi::{self, Problem},
-    },
+    http::openapi::{self, Problem},
+    node::Node,
     sessions::{ConnectionFilter, ConnectionInfo},
     transport::query::Query,
 };
@@ -26,7 +24,7 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     if query.has("prefix") {
         return Err(Error::params("unknown parameter \"prefix\": say subject, channel or id"));
@@ -35,7 +33,7 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
     let which = which(&mut query)?;
     query.finish()?;
     let _ = identity.may_administer()?;
-    let mut found = gateway.cluster_connections.list(&which, listing.after.as_deref(), listing.limit + 1).await;
+    let mut found = node.cluster_connections.list(&which, listing.after.as_deref(), listing.limit + 1).await;
     let page = listing.page(&mut found.found, |connection| &connection.id);
     Ok(to_json(&Connections { connections: found.found, page, silent: found.silent }))
 }
@@ -49,7 +47,7 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn kick(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+pub async fn kick(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let which = which(&mut query)?;
     query.finish()?;
@@ -57,7 +55,7 @@ pub async fn kick(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
         return Err(Error::params("who is to be kicked is missing: say subject or id"));
     }
     let _ = identity.may_administer()?;
-    let kicked = gateway.cluster_connections.kick(&which).await;
+    let kicked = node.cluster_connections.kick(&which).await;
     Ok(to_json(&Kicked { kicked: kicked.found, silent: kicked.silent }))
 }
 

@@ -17,11 +17,11 @@ use crate::{
     channel::Channel,
     error::{Code, Error, Result},
     http::{
-        Gateway,
         extract::{declared, read_body},
         openapi::{self, Problem},
     },
     json::json_error_at_path,
+    node::Node,
     position::{Position, Start},
     transport::{
         longpoll,
@@ -41,16 +41,16 @@ const MAX_BODY: usize = 64 * 1024;
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let listing = Listing::take(&mut query)?;
     query.finish()?;
     let _ = identity.may_administer()?;
-    let mut found = gateway.bus.consumers(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
+    let mut found = node.bus.consumers(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
     let page = listing.page(&mut found, |consumer| &consumer.name);
     let mut consumers = Vec::with_capacity(found.len());
     for consumer in found {
-        consumers.push(Shown::of(&gateway, consumer).await?);
+        consumers.push(Shown::of(&node, consumer).await?);
     }
     Ok(to_json(&Consumers { consumers, page }))
 }
@@ -64,12 +64,12 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
     let _ = identity.may_consume(&name)?;
-    let consumer = gateway.bus.consumer(&name).await?.ok_or_else(|| unknown(&name))?;
-    Ok(to_json(&Shown::of(&gateway, consumer).await?))
+    let consumer = node.bus.consumer(&name).await?.ok_or_else(|| unknown(&name))?;
+    Ok(to_json(&Shown::of(&node, consumer).await?))
 }
 
 /// `POST /v1/consumers/N/commit`.
@@ -83,15 +83,11 @@ pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: 
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn commit(
-    State(gateway): State<Arc<Gateway>>,
-    identity: Identity,
-    request: Request<Body>,
-) -> Result<StatusCode> {
-    let (name, Commit { after, channels }) = read(&gateway, request, "/commit").await?;
+pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<StatusCode> {
+    let (name, Commit { after, channels }) = read(&node, request, "/commit").await?;
     let _ = identity.may_consume(&name)?;
     let channels = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
-    longpoll::commit_named(&gateway.bus, &name, channels.transpose()?, &after).await?;
+    longpoll::commit_named(&node.bus, &name, channels.transpose()?, &after).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -106,28 +102,24 @@ pub async fn commit(
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn seek(
-    State(gateway): State<Arc<Gateway>>,
-    identity: Identity,
-    request: Request<Body>,
-) -> Result<StatusCode> {
-    let (name, Seek { channel, after }) = read(&gateway, request, "/seek").await?;
+pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<StatusCode> {
+    let (name, Seek { channel, after }) = read(&node, request, "/seek").await?;
     let channel = Channel::parse(&channel)?;
     let _ = identity.may_consume(&name)?;
     let _ = identity.may_subscribe(&channel)?;
-    if gateway.bus.consumer(&name).await?.is_none() {
+    if node.bus.consumer(&name).await?.is_none() {
         return Err(unknown(&name));
     }
     let start = Begin::After(after).starts(std::slice::from_ref(&channel), Start::Earliest)?[0];
     let at = match start {
         // As given: the reader is told of the gap, if there is one, when it reads.
         Start::After(position) => {
-            longpoll::check_ahead(&gateway.bus, &channel, position).await?;
+            longpoll::check_ahead(&node.bus, &channel, position).await?;
             position
         }
-        start => gateway.bus.locate(&channel, start).await?.0,
+        start => node.bus.locate(&channel, start).await?.0,
     };
-    gateway.bus.seek(&name, &channel, at).await?;
+    node.bus.seek(&name, &channel, at).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -140,11 +132,11 @@ pub async fn seek(
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<StatusCode> {
+pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
     let _ = identity.may_consume(&name)?;
-    match gateway.bus.forget(&name).await? {
+    match node.bus.forget(&name).await? {
         true => Ok(StatusCode::NO_CONTENT),
         false => Err(unknown(&name)),
     }
@@ -195,10 +187,10 @@ struct Lag {
 }
 
 impl Shown {
-    async fn of(gateway: &Gateway, consumer: ConsumerInfo) -> Result<Self> {
+    async fn of(node: &Node, consumer: ConsumerInfo) -> Result<Self> {
         let mut channels = Vec::with_capacity(consumer.cursors.len());
         for (channel, position) in &consumer.cursors {
-            channels.push(Lag::of(gateway, channel, *position).await?);
+            channels.push(Lag::of(node, channel, *position).await?);
         }
         let ConsumerInfo { name, seen, expires, .. } = consumer;
         Ok(Shown { name, mode: "cursor", channels, seen, expires })
@@ -206,8 +198,8 @@ impl Shown {
 }
 
 impl Lag {
-    async fn of(gateway: &Gateway, channel: &Channel, position: Position) -> Result<Self> {
-        let bus = &gateway.bus;
+    async fn of(node: &Node, channel: &Channel, position: Position) -> Result<Self> {
+        let bus = &node.bus;
         // The oldest unread event, and so the place from which the cursor really reads on.
         let page = bus.read(channel, Start::After(position), ReadLimit { events: 1, bytes: 0 }, None).await?;
         let info = bus.inspect(channel).await?;
@@ -220,12 +212,12 @@ impl Lag {
     }
 }
 
-async fn read<T: DeserializeOwned>(gateway: &Gateway, request: Request<Body>, action: &str) -> Result<(String, T)> {
+async fn read<T: DeserializeOwned>(node: &Node, request: Request<Body>, action: &str) -> Result<(String, T)> {
     let (head, body) = request.into_parts();
     declared(&head.headers)?;
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, action)?;
-    let body = read_body(body, MAX_BODY, "64 KiB", gateway.config.limits.body_time).await?;
+    let body = read_body(body, MAX_BODY, "64 KiB", node.config.limits.body_time).await?;
     let text = std::str::from_utf8(&body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
     let read = serde_json::from_str(text).map_err(|error| json_error_at_path::<T>(text, &error))?;
     Ok((name, read))

@@ -23,13 +23,13 @@ use crate::{
     error::{Code, Error, Result},
     event::{self, Draft, EventData, IncomingEvent},
     http::{
-        Gateway,
         extract::{declared, is_ndjson, read_body, text},
         openapi::{self, Page, Problem, Published},
     },
     json::{JsonStr, json_error, json_error_at_path},
     metrics::Transport,
     net::server::PeerAddr,
+    node::Node,
     position::Position,
     transport::{
         longpoll::{Answer, Reading},
@@ -64,44 +64,44 @@ enum Publish {
     ),
 )]
 pub async fn publish_by_route(
-    State(gateway): State<Arc<Gateway>>,
+    State(node): State<Arc<Node>>,
     identity: Identity,
     request: Request<Body>,
 ) -> Result<Response> {
     let (head, body) = request.into_parts();
-    publish(&gateway, &identity, &head, body).await
+    publish(&node, &identity, &head, body).await
 }
 
 /// As [`publish_by_route`].
-pub async fn publish(gateway: &Gateway, identity: &Identity, head: &Parts, body: Body) -> Result<Response> {
+pub async fn publish(node: &Node, identity: &Identity, head: &Parts, body: Body) -> Result<Response> {
     declared(&head.headers)?;
-    let limits = &gateway.config.limits;
+    let limits = &node.config.limits;
     let body = read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?;
-    let answer = match read(head, &body, gateway) {
-        Ok(Publish::One(channel, draft)) => publish_one(gateway, identity, channel, draft).await,
-        Ok(Publish::Many(events)) => publish_many(gateway, identity, events).await,
+    let answer = match read(head, &body, node) {
+        Ok(Publish::One(channel, draft)) => publish_one(node, identity, channel, draft).await,
+        Ok(Publish::Many(events)) => publish_many(node, identity, events).await,
         Err(error) => Err(error),
     };
-    answer.inspect_err(|error| gateway.metrics.publish_failed(error.code()))
+    answer.inspect_err(|error| node.metrics.publish_failed(error.code()))
 }
 
-async fn publish_one(gateway: &Gateway, identity: &Identity, channel: Channel, draft: Draft) -> Result<Response> {
+async fn publish_one(node: &Node, identity: &Identity, channel: Channel, draft: Draft) -> Result<Response> {
     let subject = identity.may_publish(&channel)?.subject();
     let size = draft.size();
-    let placed = gateway.bus.publish_one(subject, &channel, draft).await?;
-    count(gateway, &placed, size);
+    let placed = node.bus.publish_one(subject, &channel, draft).await?;
+    count(node, &placed, size);
     let mut out = Vec::new();
     placed.write_json(&channel, &mut out);
     Ok(json(if placed.duplicate { StatusCode::OK } else { StatusCode::CREATED }, out))
 }
 
-async fn publish_many(gateway: &Gateway, identity: &Identity, events: Vec<(Channel, Draft)>) -> Result<Response> {
+async fn publish_many(node: &Node, identity: &Identity, events: Vec<(Channel, Draft)>) -> Result<Response> {
     // All are asked for before any is placed.
     for (channel, _) in &events {
         let _ = identity.may_publish(channel)?;
     }
     let names: Vec<(Channel, usize)> = events.iter().map(|(channel, draft)| (channel.clone(), draft.size())).collect();
-    match gateway.bus.publish(identity.subject(), events).await {
+    match node.bus.publish(identity.subject(), events).await {
         Ok(placed) => {
             let mut out = Vec::with_capacity(names.len() * 96);
             out.push(b'[');
@@ -110,7 +110,7 @@ async fn publish_many(gateway: &Gateway, identity: &Identity, events: Vec<(Chann
                     out.push(b',');
                 }
                 placed.write_json(channel, &mut out);
-                count(gateway, placed, *size);
+                count(node, placed, *size);
             }
             out.push(b']');
             let repeated = placed.iter().all(|placed| placed.duplicate);
@@ -125,20 +125,20 @@ async fn publish_many(gateway: &Gateway, identity: &Identity, events: Vec<(Chann
                 match placed {
                     Some(placed) => {
                         placed.write_json(channel, &mut out);
-                        count(gateway, placed, *size);
+                        count(node, placed, *size);
                     }
                     None => out.extend_from_slice(b"null"),
                 }
             }
             out.push(b']');
-            gateway.metrics.publish_failed(failed.error.code());
+            node.metrics.publish_failed(failed.error.code());
             Ok(problem(&failed.error, None, Some(("placed", &out))))
         }
     }
 }
 
-fn count(gateway: &Gateway, placed: &Placed, size: usize) {
-    let metrics = &gateway.metrics;
+fn count(node: &Node, placed: &Placed, size: usize) {
+    let metrics = &node.metrics;
     if placed.duplicate {
         metrics.duplicates.add(1);
     } else {
@@ -148,11 +148,11 @@ fn count(gateway: &Gateway, placed: &Placed, size: usize) {
 }
 
 /// Reads a request to publish, in any of its forms.
-fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
-    let limit = gateway.config.limits.event;
+fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<Publish> {
+    let limit = node.config.limits.event;
     let header_key = text(&head.headers, &IDEMPOTENCY_KEY)?;
     let Some(query) = head.uri.query() else {
-        return read_events(head, body, header_key, gateway);
+        return read_events(head, body, header_key, node);
     };
     let mut query = Query::parse(Some(query))?;
     let Some(channel) = query.channel()? else {
@@ -162,7 +162,7 @@ fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
             }
             _ => error,
         })?;
-        return read_events(head, body, header_key, gateway);
+        return read_events(head, body, header_key, node);
     };
     let (kind, from, key) = (query.take("type")?, query.take("from")?, query.take("key")?);
     query.finish()?;
@@ -184,8 +184,8 @@ fn read(head: &Parts, body: &Bytes, gateway: &Gateway) -> Result<Publish> {
 }
 
 /// Reads whole events: an object, an array, or lines.
-fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, gateway: &Gateway) -> Result<Publish> {
-    let limits = &gateway.config.limits;
+fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, node: &Node) -> Result<Publish> {
+    let limits = &node.config.limits;
     let text = std::str::from_utf8(body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
     let lines = is_ndjson(&head.headers);
     let mut events = Vec::new();
@@ -286,45 +286,45 @@ impl<'de> Visitor<'de> for Events {
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get_by_route(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Response {
-    get(&gateway, &identity, &request.into_parts().0).await
+pub async fn get_by_route(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Response {
+    get(&node, &identity, &request.into_parts().0).await
 }
 
 /// As [`get_by_route`].
-pub async fn get(gateway: &Gateway, identity: &Identity, head: &Parts) -> Response {
+pub async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Response {
     let answer = match sse::is_wanted(&head.headers) {
-        true => gateway.sse.open(identity, head).await,
-        false => page(gateway, identity, head).await,
+        true => sse::open(node, identity, head).await,
+        false => page(node, identity, head).await,
     };
     let mut answer = answer.unwrap_or_else(IntoResponse::into_response);
     answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
     answer
 }
 
-async fn page(gateway: &Gateway, identity: &Identity, head: &Parts) -> Result<Response> {
+async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response> {
     let query = Query::parse(head.uri.query())?;
-    let reading = Reading::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &gateway.config.limits)?;
+    let reading = Reading::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));
     }
     let answer = match reading.waits() {
-        false => reading.answer(&gateway.bus, &gateway.draining).await?,
-        true => listed(gateway, identity, head, &reading).await?,
+        false => reading.answer(&node.bus, &node.draining).await?,
+        true => listed(node, identity, head, &reading).await?,
     };
     let mut out = Vec::new();
     reading.write_json(&answer, &mut out);
-    answer.count(&gateway.metrics, Transport::Poll, out.len());
+    answer.count(&node.metrics, Transport::Poll, out.len());
     Ok(json(StatusCode::OK, out))
 }
 
 /// Registers a read that may wait for as long as it waits, so that it is listed and can be kicked.
-async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
+async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
     let mut waiting =
-        gateway.cluster_connections.local().register_read(identity, PeerAddr::of(head), reading.channels().to_vec());
+        node.cluster_connections.local().register_read(identity, PeerAddr::of(head), reading.channels().to_vec());
     tokio::select! {
         biased;
-        answer = reading.answer(&gateway.bus, &gateway.draining) => answer,
+        answer = reading.answer(&node.bus, &node.draining) => answer,
         () = waiting.kicked() => Err(Error::new(Code::Kicked, "an operator has ended this read")),
     }
 }
@@ -339,7 +339,7 @@ async fn listed(gateway: &Gateway, identity: &Identity, head: &Parts, reading: &
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<StatusCode> {
+pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     let mut query = Query::parse(head.uri.query())?;
     let channel = query.one_channel()?;
     let before = query.take("before")?;
@@ -352,6 +352,6 @@ pub async fn delete(State(gateway): State<Arc<Gateway>>, identity: Identity, hea
     };
     let _ = identity.may_administer()?;
     let _ = identity.may_publish(&channel)?;
-    gateway.bus.remove(&channel, before).await?;
+    node.bus.remove(&channel, before).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -14,16 +14,17 @@ use crate::{
     auth::Identity,
     error::{Code, Result},
     http::{
-        Gateway,
         extract::{Admitted, declared, read_body},
         openapi::Problem,
     },
+    node::Node,
     transport::query::Query,
+    transport::ws,
 };
 
 /// `GET /v1/ws`.
-pub async fn upgrade(State(gateway): State<Arc<Gateway>>, Admitted(admitted): Admitted, head: Parts) -> Response {
-    match gateway.ws.upgrade(&head, admitted).await {
+pub async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): Admitted, head: Parts) -> Response {
+    match ws::upgrade(&node, &head, admitted).await {
         Ok(response) => response,
         Err(error) => {
             let wanted = error.code() == Code::UpgradeRequired;
@@ -49,13 +50,13 @@ pub async fn upgrade(State(gateway): State<Arc<Gateway>>, Admitted(admitted): Ad
         (status = "4XX", description = "`invalid_params` (query parameters), `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn post(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+pub async fn post(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<Response> {
     let (head, body) = request.into_parts();
     declared(&head.headers)?;
     Query::parse(head.uri.query())?.finish()?;
-    let limits = &gateway.config.limits;
+    let limits = &node.config.limits;
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
-    Ok(match gateway.ws.post(identity, &body).await? {
+    Ok(match ws::post(&node, identity, &body).await? {
         Some(answer) => json(StatusCode::OK, answer),
         None => StatusCode::NO_CONTENT.into_response(),
     })

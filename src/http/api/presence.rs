@@ -9,10 +9,8 @@ use super::json;
 use crate::{
     auth::Identity,
     error::Result,
-    http::{
-        Gateway,
-        openapi::{PresenceQuery, Problem},
-    },
+    http::openapi::{PresenceQuery, Problem},
+    node::Node,
     transport::{present::Asking, query::Query},
 };
 
@@ -25,8 +23,8 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
-    let asking = Asking::from_query(Query::parse(head.uri.query())?, &gateway.config.limits)?;
+pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+    let asking = Asking::from_query(Query::parse(head.uri.query())?, &node.config.limits)?;
     asking.permit(&identity)?;
-    Ok(json(StatusCode::OK, asking.answer(&gateway.presence).await?))
+    Ok(json(StatusCode::OK, asking.answer(&node.presence).await?))
 }

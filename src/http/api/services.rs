@@ -16,11 +16,11 @@ use crate::{
     auth::Identity,
     error::{Code, Error, Result},
     http::{
-        Gateway,
         error::problem,
         extract::{declared, read_body},
         openapi::Problem,
     },
+    node::Node,
     rpc::{Call, CallError, ProviderError, ServiceInfo},
     transport::query::{Query, decode},
 };
@@ -34,11 +34,11 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
+pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let prefix = query.take("prefix")?.unwrap_or_default();
     query.finish()?;
-    let mut services = gateway.hub.services(&prefix, gateway.config.limits.services);
+    let mut services = node.hub.services(&prefix, node.config.limits.services);
     // What one may not call is none of one's business.
     services.retain(|info| identity.may_call(&info.service).is_ok());
     Ok(to_json(&Services { services }))
@@ -63,7 +63,7 @@ pub async fn list(State(gateway): State<Arc<Gateway>>, identity: Identity, head:
             the call may have been executed. `internal`.", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+pub async fn call(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<Response> {
     let (head, body) = request.into_parts();
     declared(&head.headers)?;
     let mut query = Query::parse(head.uri.query())?;
@@ -72,7 +72,7 @@ pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, reque
     let path = decode(head.uri.path().strip_prefix("/v1/services/").unwrap_or_default(), false)?;
     let (service, method) = Call::split(&path)?;
     let permit = identity.may_call(service)?;
-    let limits = &gateway.config.limits;
+    let limits = &node.config.limits;
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
     let call = Call {
         caller: permit.subject(),
@@ -80,7 +80,7 @@ pub async fn call(State(gateway): State<Arc<Gateway>>, identity: Identity, reque
         timeout,
         ..Call::new(service, method, params(&body)?)
     };
-    match gateway.hub.call_once(&call).await {
+    match node.hub.call_once(&call).await {
         Ok(result) => Ok(json(StatusCode::OK, Box::<str>::from(result).into_string())),
         Err(CallError::Weir(error)) => Err(error),
         Err(CallError::Provider(error)) => Ok(refused(&error)),

@@ -5,11 +5,8 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use http::request::Parts;
 
-use crate::{
-    auth::Identity,
-    error::Result,
-    http::{Gateway, openapi},
-};
+use crate::transport::sse;
+use crate::{auth::Identity, error::Result, http::openapi, node::Node};
 
 /// `GET /v1/sse`.
 #[utoipa::path(get, path = "/v1/sse", tag = "events",
@@ -20,6 +17,6 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`, `not_acceptable`. Temporary errors are reported in the stream instead.", body = openapi::Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(gateway): State<Arc<Gateway>>, identity: Identity, head: Parts) -> Result<Response> {
-    gateway.sse.open(&identity, &head).await
+pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+    sse::open(&node, &identity, &head).await
 }

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Sse, frame, jitter};
+use super::{frame, jitter};
 use crate::{
     bus::{Delivery, DeliveryItem, Gap, Subscriptions},
     channel::Channel,
@@ -19,6 +19,7 @@ use crate::{
         stream::{Progress, StreamOutput, StreamSource, TURN},
         timer::{Due, Timer, TimerWheel},
     },
+    node::Node,
     position::Position,
     presence::Lease,
     sessions::ConnectionRegistration,
@@ -52,7 +53,7 @@ pub(super) struct Stream {
     _registration: ConnectionRegistration,
     /// Of several channels, for their token.
     names: Option<Box<TokenEncoder>>,
-    sse: Arc<Sse>,
+    node: Arc<Node>,
     timer: Timer,
     connected: Connected,
     /// Ticks: when the next heartbeat is due, and when the last token went out.
@@ -78,7 +79,7 @@ impl Stream {
     /// A stream that has begun: `subs` hold all its channels, in slots counted from 0, and `gaps` are what is missing
     /// before them. Also returns the first blocks, as chunks.
     pub fn begin(
-        sse: Arc<Sse>,
+        node: Arc<Node>,
         subs: Subscriptions,
         leases: Box<[Lease]>,
         registration: ConnectionRegistration,
@@ -86,12 +87,12 @@ impl Stream {
         ids: Ids,
         filtered: bool,
     ) -> (Self, Vec<Bytes>) {
-        let beat = jitter(sse.settings.heartbeat);
-        let mut timer = sse.wheel.timer(beat);
+        let beat = jitter(node.config.sse.heartbeat);
+        let mut timer = node.timers.timer(beat);
         timer.set_owner(registration.number());
-        sse.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
+        node.metrics.subscriptions[Transport::Sse].add(subs.len() as i64);
         let mut stream = Stream {
-            connected: sse.metrics.connected(Transport::Sse),
+            connected: node.metrics.connected(Transport::Sse),
             beat: timer.now() + TimerWheel::ticks(beat),
             told_at: timer.now(),
             told: 0,
@@ -108,7 +109,7 @@ impl Stream {
             long: false,
             owed: false,
             ended: false,
-            sse,
+            node,
         };
         if stream.subs.len() > 1 {
             let channels: Vec<Channel> = stream.places().map(|(channel, _)| channel.clone()).collect();
@@ -119,7 +120,7 @@ impl Stream {
         let opening = stream.id_before(&gaps);
         let mut first = vec![frame::opening(stream.retry_ms, &opening, stream.places())];
         for (told, gap) in gaps.iter().enumerate() {
-            stream.sse.metrics.gap(gap.reason.as_str());
+            stream.node.metrics.gap(gap.reason.as_str());
             first.push(frame::gap(&stream.id_before(&gaps[told + 1..]), gap));
         }
         (stream, first)
@@ -129,7 +130,7 @@ impl Stream {
         let now = self.timer.now();
         let heartbeat = now >= self.beat;
         if heartbeat {
-            self.beat = now + TimerWheel::ticks(jitter(self.sse.settings.heartbeat));
+            self.beat = now + TimerWheel::ticks(jitter(self.node.config.sse.heartbeat));
             self.report();
             out.relax();
         }
@@ -187,8 +188,8 @@ impl Stream {
     }
 
     fn report(&mut self) {
-        self.sse.metrics.delivered[Transport::Sse].add(std::mem::take(&mut self.events).into());
-        self.sse.metrics.delivered_bytes[Transport::Sse].add(std::mem::take(&mut self.bytes));
+        self.node.metrics.delivered[Transport::Sse].add(std::mem::take(&mut self.events).into());
+        self.node.metrics.delivered_bytes[Transport::Sse].add(std::mem::take(&mut self.bytes));
     }
 }
 
@@ -255,7 +256,7 @@ impl StreamSource for Stream {
                     if let Some((bytes, _)) = last.take() {
                         out.push(bytes);
                     }
-                    self.sse.metrics.gap(gap.reason.as_str());
+                    self.node.metrics.gap(gap.reason.as_str());
                     out.push(frame::gap(&self.tell(), &gap));
                 }
             }
@@ -283,14 +284,14 @@ impl StreamSource for Stream {
     }
 
     fn patience(&self) -> Duration {
-        self.sse.settings.stalled
+        self.node.config.limits.stalled
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
         self.report();
-        self.sse.metrics.subscriptions[Transport::Sse].add(-(self.subs.len() as i64));
+        self.node.metrics.subscriptions[Transport::Sse].add(-(self.subs.len() as i64));
     }
 }
 

@@ -14,7 +14,6 @@ use std::{
 use tokio::io::AsyncWrite;
 
 use super::{
-    Ws,
     dispatch::Session,
     jsonrpc,
     out::SocketOutput,
@@ -32,6 +31,7 @@ use crate::{
             reader::SocketReader,
         },
     },
+    node::Node,
 };
 
 /// Bytes of events gathered for one write.
@@ -49,7 +49,7 @@ pub struct Socket {
     outbox: Arc<Outbox>,
     /// Gone as soon as the connection is to end: its calls, services and subscriptions with it.
     session: Option<Session>,
-    ws: Arc<Ws>,
+    node: Arc<Node>,
     timer: Timer,
     /// The tick at which the next ping is due.
     ping: u32,
@@ -89,16 +89,16 @@ struct Over;
 // === impl Socket ===
 
 impl Socket {
-    pub fn new(ws: Arc<Ws>, session: Session, outbox: Arc<Outbox>, taken: hijack::HijackedConn) -> Self {
-        let now = ws.wheel.now();
-        let interval = jitter(ws.config.ws.ping);
-        let mut timer = ws.wheel.timer(interval);
+    pub fn new(node: Arc<Node>, session: Session, outbox: Arc<Outbox>, taken: hijack::HijackedConn) -> Self {
+        let now = node.timers.now();
+        let interval = jitter(node.config.ws.ping);
+        let mut timer = node.timers.timer(interval);
         if let Some(registration) = &session.registration {
             timer.set_owner(registration.number());
         }
         Socket {
             inlet: SocketReader::new(taken.io, taken.early),
-            decoder: Decoder::new(ws.config.limits.frame),
+            decoder: Decoder::new(node.config.limits.frame),
             out: SocketOutput::default(),
             outbox,
             session: Some(session),
@@ -109,8 +109,8 @@ impl Socket {
             heard: true,
             phase: Phase::Open,
             delivered: Delivered::default(),
-            connected: ws.metrics.connected(Transport::Ws),
-            ws,
+            connected: node.metrics.connected(Transport::Ws),
+            node,
             _seat: taken.seat,
         }
     }
@@ -124,7 +124,7 @@ impl Socket {
             // It may yet read: what it is behind with is dropped, so that the reason can reach it.
             self.out.drop_unbegun();
             self.outbox.close();
-            self.ws.config.limits.stalled
+            self.node.config.limits.stalled
         } else {
             FAREWELL
         };
@@ -141,7 +141,7 @@ impl Socket {
         self.outbox.close();
         self.session = None;
         self.phase = phase;
-        self.until = after(self.ws.wheel.now(), patience);
+        self.until = after(self.node.timers.now(), patience);
         self.timer.shorten(patience);
     }
 
@@ -164,8 +164,8 @@ impl Socket {
     }
 
     fn tick(&mut self) -> Result<(), Over> {
-        let now = self.ws.wheel.now();
-        let stalled = self.ws.config.limits.stalled;
+        let now = self.node.timers.now();
+        let stalled = self.node.config.limits.stalled;
         if self.until != 0 && now >= self.until {
             match self.phase {
                 Phase::Leaving => {
@@ -189,7 +189,7 @@ impl Socket {
             } else {
                 self.close(Code::DeadPeer);
             }
-            self.ping = after(now, jitter(self.ws.config.ws.ping));
+            self.ping = after(now, jitter(self.node.config.ws.ping));
             self.relax();
         }
         let mut next = if self.is_open() { self.ping } else { self.until };
@@ -205,7 +205,7 @@ impl Socket {
 
     /// Gives back what an idle connection does not need.
     fn relax(&mut self) {
-        self.delivered.report(&self.ws);
+        self.delivered.report(&self.node);
         self.outbox.relax();
         self.out.relax();
         if let Some(session) = &mut self.session {
@@ -219,7 +219,7 @@ impl Socket {
         if self.phase != Phase::Open {
             return;
         }
-        let left = self.ws.config.drain.grace.saturating_sub(self.ws.wheel.draining_for());
+        let left = self.node.config.drain.grace.saturating_sub(self.node.timers.draining_for());
         if session.knows_weir {
             let params = serde_json::json!({
                 // Different for each: all of them come back elsewhere.
@@ -230,7 +230,7 @@ impl Socket {
         }
         session.withdraw_all();
         self.phase = Phase::Leaving;
-        self.until = after(self.ws.wheel.now(), left);
+        self.until = after(self.node.timers.now(), left);
         self.timer.shorten(left);
     }
 
@@ -311,8 +311,8 @@ impl Socket {
             }
             Poll::Pending => {
                 if self.blocked == 0 || self.out.len() < before {
-                    self.blocked = self.ws.wheel.now();
-                    self.timer.shorten(self.ws.config.limits.stalled);
+                    self.blocked = self.node.timers.now();
+                    self.timer.shorten(self.node.config.limits.stalled);
                 }
                 Poll::Pending
             }
@@ -349,7 +349,7 @@ impl Socket {
                     self.out.push(bytes);
                 }
                 Some(Shown::Gap(gap)) => {
-                    self.ws.metrics.gap(gap.reason.as_str());
+                    self.node.metrics.gap(gap.reason.as_str());
                     let mut notice = Vec::new();
                     frame::text(&mut notice, |out| jsonrpc::notification(out, "weir.gap", &gap));
                     self.out.push(notice.into());
@@ -405,14 +405,14 @@ impl Drop for Socket {
     fn drop(&mut self) {
         // The hub may know the outbox for longer.
         self.outbox.close();
-        self.delivered.report(&self.ws);
+        self.delivered.report(&self.node);
     }
 }
 
 impl Delivered {
-    fn report(&mut self, ws: &Ws) {
-        ws.metrics.delivered[Transport::Ws].add(std::mem::take(&mut self.events));
-        ws.metrics.delivered_bytes[Transport::Ws].add(std::mem::take(&mut self.bytes));
+    fn report(&mut self, node: &Node) {
+        node.metrics.delivered[Transport::Ws].add(std::mem::take(&mut self.events));
+        node.metrics.delivered_bytes[Transport::Ws].add(std::mem::take(&mut self.bytes));
     }
 }
 

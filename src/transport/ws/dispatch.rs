@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use serde_json::value::RawValue;
 
 use super::{
-    Ws, jsonrpc,
+    jsonrpc,
     jsonrpc::{Frame, Message, Reply, Request, Unusable},
     outbox::{Outbox, refuse},
     params,
@@ -18,6 +18,7 @@ use crate::{
     auth::Identity,
     error::{Code, Error, Result},
     net::timer::TimerWheel,
+    node::Node,
     rpc::{
         self, AcceptedProvider, Call, CallAnswer, CallId, CallerId, HubConnection, MethodNames, ProvideRequest,
         ProviderError,
@@ -30,7 +31,7 @@ const MAX_SERVICES: usize = 1_000;
 
 /// One client's conversation: a socket, or one request over HTTP.
 pub struct Session {
-    pub(super) ws: Arc<Ws>,
+    pub(super) node: Arc<Node>,
     pub(super) identity: Identity,
     pub(super) outbox: Arc<Outbox>,
     /// Its hold on the hub, from the first call on.
@@ -65,9 +66,9 @@ pub(super) const NULL: &[u8] = b"null";
 // === impl Session: messages ===
 
 impl Session {
-    pub fn new(ws: Arc<Ws>, identity: Identity, outbox: Arc<Outbox>, held: bool) -> Self {
+    pub fn new(node: Arc<Node>, identity: Identity, outbox: Arc<Outbox>, held: bool) -> Self {
         Session {
-            ws,
+            node,
             identity,
             outbox,
             link: None,
@@ -95,7 +96,7 @@ impl Session {
     }
 
     fn batch(&mut self, messages: &[&RawValue]) -> usize {
-        let most = self.ws.config.limits.batch;
+        let most = self.node.config.limits.batch;
         let refused = |detail: String| Error::new(Code::InvalidRequest, detail);
         let error = match messages.len() {
             0 => refused("an empty array".to_owned()),
@@ -160,25 +161,25 @@ impl Session {
     }
 
     fn count_unreadable(&mut self) {
-        self.ws.metrics.ws_unreadable.add(1);
-        let now = self.ws.wheel.now();
+        self.node.metrics.ws_unreadable.add(1);
+        let now = self.node.timers.now();
         let (count, since) = &mut self.unreadable;
         if TimerWheel::span(*since, now).as_secs() >= 60 {
             (*count, *since) = (0, now);
         }
         *count += 1;
-        if *count as usize > self.ws.config.limits.unreadable {
+        if *count as usize > self.node.config.limits.unreadable {
             self.outbox.end(Code::Protocol);
         }
     }
 
     fn weir(&mut self, method: &str, params: Option<&RawValue>, to: Option<&CallerId>) -> Result<Outcome> {
         match method {
-            "weir.publish" => self.publish(params).inspect_err(|error| self.ws.metrics.publish_failed(error.code())),
+            "weir.publish" => self.publish(params).inspect_err(|error| self.node.metrics.publish_failed(error.code())),
             "weir.call" => self.call(params, to),
             "weir.ping" => {
                 let params::Nothing {} = params::read(params)?;
-                Ok(Outcome::Result(format!(r#"{{"time":{}}}"#, self.ws.bus.now()).into_bytes()))
+                Ok(Outcome::Result(format!(r#"{{"time":{}}}"#, self.node.bus.now()).into_bytes()))
             }
             "weir.auth" => {
                 let params::Auth { .. } = params::read(params)?;
@@ -191,7 +192,7 @@ impl Session {
             "weir.cancel" | "$/cancelRequest" => self.cancel(params),
             "weir.services" => {
                 let params::Services { prefix } = params::read(params)?;
-                let mut services = self.ws.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES);
+                let mut services = self.node.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES);
                 // What one may not call is none of one's business.
                 services.retain(|info| self.identity.may_call(&info.service).is_ok());
                 // As over HTTP.
@@ -237,7 +238,7 @@ fn json(value: &impl serde::Serialize) -> Outcome {
 
 impl Session {
     fn link(&mut self) -> &HubConnection {
-        self.link.get_or_insert_with(|| self.ws.hub.connect(self.outbox.clone()))
+        self.link.get_or_insert_with(|| self.node.hub.connect(self.outbox.clone()))
     }
 
     /// `service/method`.
@@ -246,7 +247,7 @@ impl Session {
             let permit = self.identity.may_call(service)?;
             Ok(Call { caller: permit.subject(), ..Call::new(service, method, params) })
         });
-        let link = self.link.get_or_insert_with(|| self.ws.hub.connect(self.outbox.clone()));
+        let link = self.link.get_or_insert_with(|| self.node.hub.connect(self.outbox.clone()));
         match (permitted, to) {
             (Ok(call), Some(to)) => link.call(to, &call),
             (Ok(call), None) => link.notify(&call),
@@ -266,7 +267,7 @@ impl Session {
             late: asked.late,
             ..Call::new(&asked.service, &asked.method, asked.params)
         };
-        let link = self.link.get_or_insert_with(|| self.ws.hub.connect(self.outbox.clone()));
+        let link = self.link.get_or_insert_with(|| self.node.hub.connect(self.outbox.clone()));
         match to {
             Some(to) => link.call(to.clone(), &call),
             None => link.notify(&call),
@@ -278,7 +279,7 @@ impl Session {
     fn reply(&mut self, reply: &Reply<'_>) {
         let id = reply.id.and_then(|id| CallId::parse(id.strip_prefix('"')?.strip_suffix('"')?));
         let (Some(id), Some(link)) = (id, &self.link) else {
-            self.ws.metrics.ws_ignored.add(1);
+            self.node.metrics.ws_ignored.add(1);
             return;
         };
         let answer = match (reply.result, reply.error) {
@@ -292,7 +293,7 @@ impl Session {
             (None, None) => CallAnswer::bad_reply("has neither result nor error"),
         };
         if link.reply(id, answer) == rpc::ReplyOutcome::Unmatched {
-            self.ws.metrics.ws_ignored.add(1);
+            self.node.metrics.ws_ignored.add(1);
         }
     }
 

@@ -18,7 +18,7 @@ use serde_json::value::RawValue;
 use tokio::sync::Notify;
 
 use super::{
-    Ready, Ws,
+    Ready,
     dispatch::{NULL, Outcome, Session},
     jsonrpc,
     outbox::refuse,
@@ -30,7 +30,9 @@ use crate::{
     channel::Channel,
     error::{Code, Error, Result},
     event::Draft,
+    metrics::Metrics,
     metrics::Transport,
+    node::Node,
     rpc::{AcceptedProvider, CallerId},
     transport::{longpoll, present},
 };
@@ -98,8 +100,8 @@ pub(super) enum Done {
 
 impl Session {
     pub(super) fn publish(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
-        let limits = &self.ws.config.limits;
-        let (ws, identity) = (self.ws.clone(), self.identity.clone());
+        let limits = &self.node.config.limits;
+        let (node, identity) = (self.node.clone(), self.identity.clone());
         match Publish::read(params)? {
             Publish::One(event) => {
                 let (channel, draft) = event.draft(limits.event)?;
@@ -107,9 +109,9 @@ impl Session {
                 let size = draft.size();
                 let manner = Manner::Behind(channel.clone());
                 let work = async move {
-                    let placed = ws.bus.publish_one(identity.subject(), &channel, draft).await;
-                    let placed = placed.inspect_err(|error| ws.metrics.publish_failed(error.code()))?;
-                    ws.count(&placed, size);
+                    let placed = node.bus.publish_one(identity.subject(), &channel, draft).await;
+                    let placed = placed.inspect_err(|error| node.metrics.publish_failed(error.code()))?;
+                    count(&node.metrics, &placed, size);
                     let mut out = Vec::new();
                     placed.write_json(&channel, &mut out);
                     Ok(Done::Result(out))
@@ -133,7 +135,7 @@ impl Session {
                     drafts.push((channel, draft));
                 }
                 let bytes = drafts.iter().map(|(_, draft)| draft.size()).sum();
-                let work = async move { publish_many(&ws, identity.subject(), drafts).await };
+                let work = async move { publish_many(&node, identity.subject(), drafts).await };
                 Ok(Outcome::Later { work: Box::pin(work), bytes, manner: Manner::Alone })
             }
         }
@@ -141,7 +143,7 @@ impl Session {
 
     pub(super) fn subscribe(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
         let asked: params::Subscribe<'_> = params::read(params)?;
-        let most = self.ws.config.limits.present_info;
+        let most = self.node.config.limits.present_info;
         let client = asked.present.as_ref().map(|present| present.client(most)).transpose()?;
         let wanted = asked.wanted()?;
         let mut refused: Option<Error> = None;
@@ -158,12 +160,12 @@ impl Session {
         // What is too much in any case puts no channel into use. The rest is counted when its turn comes: requests before
         // this one may still wait for theirs.
         self.has_room(wanted.len(), 0)?;
-        let (ws, identity) = (self.ws.clone(), self.identity.clone());
+        let (node, identity) = (self.node.clone(), self.identity.clone());
         let work = async move {
             let channels: Vec<Channel> = wanted.iter().map(|wanted| wanted.channel.clone()).collect();
-            let watches = ws.bus.watch(&channels).await?;
+            let watches = node.bus.watch(&channels).await?;
             let ready = wanted.into_iter().zip(watches).map(|(wanted, watch)| {
-                let lease = ws.enter(&identity, &wanted.channel, client.as_ref())?;
+                let lease = super::enter(&node, &identity, &wanted.channel, client.as_ref())?;
                 Ok((wanted, watch, lease))
             });
             Ok(Done::Subscribe(ready.collect::<Result<_>>()?))
@@ -172,16 +174,16 @@ impl Session {
     }
 
     pub(super) fn presence(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
-        let asking = present::Asking::from_params(params::object(params)?, &self.ws.config.limits)?;
+        let asking = present::Asking::from_params(params::object(params)?, &self.node.config.limits)?;
         asking.permit(&self.identity)?;
-        let presence = self.ws.presence.clone();
+        let presence = self.node.presence.clone();
         let work = async move { Ok(Done::Result(asking.answer(&presence).await?)) };
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Alone })
     }
 
     /// Whether `new` channels may be subscribed to beside `have`.
     fn has_room(&self, new: usize, have: usize) -> Result<()> {
-        let most = self.ws.config.limits.subscriptions;
+        let most = self.node.config.limits.subscriptions;
         if have + new <= most {
             return Ok(());
         }
@@ -196,7 +198,7 @@ impl Session {
 
     fn begin(&mut self, to: Option<&CallerId>, list: Vec<Ready>) {
         let batch = to.map_or(0, |to| to.note);
-        let gauge = &self.ws.metrics.subscriptions[Transport::Ws];
+        let gauge = &self.node.metrics.subscriptions[Transport::Ws];
         let reader = self.reader.get_or_insert_with(|| {
             let reader = Box::new(Reader::new(gauge.clone()));
             if let Some(registration) = &self.registration {
@@ -206,7 +208,7 @@ impl Session {
         });
         let begun: Vec<_> = list.into_iter().map(|ready| reader.subscribe(ready, batch)).collect();
         for gap in begun.iter().filter_map(|begun| begun.gap.as_ref()) {
-            self.ws.metrics.gap(gap.reason.as_str());
+            self.node.metrics.gap(gap.reason.as_str());
             if to.is_none() {
                 self.outbox.send(|out| jsonrpc::notification(out, "weir.gap", gap));
             }
@@ -225,15 +227,15 @@ impl Session {
     }
 
     pub(super) fn read(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
-        let reading = longpoll::Reading::from_params(params::object(params)?, &self.ws.config.limits)?;
+        let reading = longpoll::Reading::from_params(params::object(params)?, &self.node.config.limits)?;
         reading.permit(&self.identity)?;
         let manner = if reading.waits() { Manner::Waits } else { Manner::Alone };
-        let ws = self.ws.clone();
+        let node = self.node.clone();
         let work = async move {
-            let answer = reading.answer(&ws.bus, &ws.draining).await?;
+            let answer = reading.answer(&node.bus, &node.draining).await?;
             let mut out = Vec::new();
             reading.write_json(&answer, &mut out);
-            answer.count(&ws.metrics, Transport::Ws, out.len());
+            answer.count(&node.metrics, Transport::Ws, out.len());
             Ok(Done::Result(out))
         };
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner })
@@ -243,10 +245,10 @@ impl Session {
         let params::Commit { consumer, after, channels } = params::read(params)?;
         let _ = self.identity.may_consume(&consumer)?;
         let names = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
-        let (names, ws) = (names.transpose()?, self.ws.clone());
+        let (names, node) = (names.transpose()?, self.node.clone());
         let (consumer, after) = (consumer.0.into_owned(), after.as_str().to_owned());
         let work = async move {
-            longpoll::commit_named(&ws.bus, &consumer, names, &after).await?;
+            longpoll::commit_named(&node.bus, &consumer, names, &after).await?;
             Ok(Done::Result(NULL.to_vec()))
         };
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Alone })
@@ -260,7 +262,7 @@ impl Session {
         bytes: usize,
         manner: Manner,
     ) {
-        let limits = &self.ws.config.limits;
+        let limits = &self.node.config.limits;
         let queued = self.work.get_or_insert_default();
         let many = queued.len() >= limits.calls;
         if many || queued.bytes + bytes > limits.publish_bytes.max(limits.frame) {
@@ -413,9 +415,9 @@ impl Work {
     }
 }
 
-async fn publish_many(ws: &Ws, subject: &str, drafts: Vec<(Channel, Draft)>) -> Result<Done> {
+async fn publish_many(node: &Node, subject: &str, drafts: Vec<(Channel, Draft)>) -> Result<Done> {
     let names: Vec<(Channel, usize)> = drafts.iter().map(|(channel, draft)| (channel.clone(), draft.size())).collect();
-    let (placed, failed) = match ws.bus.publish(subject, drafts).await {
+    let (placed, failed) = match node.bus.publish(subject, drafts).await {
         Ok(placed) => (placed.into_iter().map(Some).collect(), None),
         Err(PublishFailed { error, placed }) => (placed, Some(error)),
     };
@@ -426,7 +428,7 @@ async fn publish_many(ws: &Ws, subject: &str, drafts: Vec<(Channel, Draft)>) -> 
         }
         match placed {
             Some(placed) => {
-                ws.count(placed, *size);
+                count(&node.metrics, placed, *size);
                 placed.write_json(channel, &mut out);
             }
             None => out.extend_from_slice(NULL),
@@ -436,19 +438,17 @@ async fn publish_many(ws: &Ws, subject: &str, drafts: Vec<(Channel, Draft)>) -> 
     match failed {
         None => Ok(Done::Result(out)),
         Some(error) => {
-            ws.metrics.publish_failed(error.code());
+            node.metrics.publish_failed(error.code());
             Err(error.with("placed", serde_json::from_slice::<serde_json::Value>(&out).unwrap_or_default()))
         }
     }
 }
 
-impl Ws {
-    fn count(&self, placed: &Placed, size: usize) {
-        if placed.duplicate {
-            self.metrics.duplicates.add(1);
-        } else {
-            self.metrics.published[Transport::Ws].add(1);
-            self.metrics.published_bytes[Transport::Ws].add(size as u64);
-        }
+fn count(metrics: &Metrics, placed: &Placed, size: usize) {
+    if placed.duplicate {
+        metrics.duplicates.add(1);
+    } else {
+        metrics.published[Transport::Ws].add(1);
+        metrics.published_bytes[Transport::Ws].add(size as u64);
     }
 }

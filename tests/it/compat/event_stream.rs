@@ -52,7 +52,7 @@ async fn tokens_of_the_path_and_of_the_query_in_several_channels() {
     stream.expect("data: 1\n\n").await;
     publish(&weir, "user-jo%20e", "", "2").await;
     stream.expect("data: 2\n\n").await;
-    assert_eq!(weir.gateway().bus.topics().readers(), 2, "an empty name is none");
+    assert_eq!(weir.node().bus.topics().readers(), 2, "an empty name is none");
     weir.leave();
     let end = stream.rest().await;
     assert!(end.starts_with("retry: ") && end.ends_with('\n') && !end.ends_with("\n\n"), "{end:?}");

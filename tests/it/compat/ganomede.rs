@@ -235,7 +235,7 @@ async fn a_poll_is_held_until_something_comes() {
 }
 
 fn readers(weir: &Weir) -> usize {
-    weir.gateway().bus.topics().readers()
+    weir.node().bus.topics().readers()
 }
 
 #[tokio::test]

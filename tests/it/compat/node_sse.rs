@@ -78,7 +78,7 @@ async fn a_browser_from_registration_to_event() {
     stream.expect(&frame("a", "u", "y")).await;
     drop(stream);
     empty(&weir).await;
-    assert!(weir.gateway().config.compat.enable.len() == 1 && weir.connections().is_empty());
+    assert!(weir.node().config.compat.enable.len() == 1 && weir.connections().is_empty());
 }
 
 #[tokio::test]
@@ -94,7 +94,7 @@ async fn who_has_no_name_is_counted() {
     one.expect(&online(&["1", "2"])).await;
     // One of two connections of a name ends: nobody hears of it. Then the last one.
     drop(named);
-    eventually("it has left", || weir.gateway().bus.topics().readers() == 2).await;
+    eventually("it has left", || weir.node().bus.topics().readers() == 2).await;
     drop(one);
     two.expect(&(online(&["1", "2"]) + &online(&["2"]))).await;
 }

@@ -224,7 +224,7 @@ async fn whatever_is_held_is_listed_and_can_be_kicked() {
     let mut exchange = origin.next().await;
     exchange.write("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
     assert_eq!(tunnel.head().await.status, 101);
-    let sessions = grip.weir.gateway().cluster_connections.local();
+    let sessions = grip.weir.node().cluster_connections.local();
     until(async || sessions.len() == 3).await;
     let all = grip.weir.get("/v1/connections").await.expect(200).json();
     let all = all["connections"].as_array().unwrap();

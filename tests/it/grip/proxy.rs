@@ -254,5 +254,5 @@ pub async fn closed(grip: &Grip) {
         assert_eq!(grip.metric(&format!("weir_connections{{transport=\"{transport}\"}}")), 0, "{transport}");
         assert_eq!(grip.metric(&format!("weir_subscriptions{{transport=\"{transport}\"}}")), 0, "{transport}");
     }
-    assert_eq!(grip.weir.gateway().bus.topics().readers(), 0);
+    assert_eq!(grip.weir.node().bus.topics().readers(), 0);
 }

@@ -63,9 +63,9 @@ async fn calls_names_and_news_cross<D: Deployed>() {
     drop((provider, first, second, caller));
     for node in &nodes {
         eventually("nothing is left", || {
-            let counts = node.gateway().hub.counts();
+            let counts = node.node().hub.counts();
             (counts.connections, counts.providers, counts.pending) == (0, 0, 0)
-                && node.gateway().hub.services("", 10).len() == 1
+                && node.node().hub.services("", 10).len() == 1
         })
         .await;
     }
@@ -155,7 +155,7 @@ async fn who_leaves_while_it_is_being_registered_holds_nothing<D: Deployed>() {
     drop((withdraws, heir, sockets));
     for node in [&a, &b] {
         eventually("nothing is left", || {
-            let counts = node.gateway().hub.counts();
+            let counts = node.node().hub.counts();
             (counts.connections, counts.providers, counts.pending) == (0, 0, 0)
         })
         .await;

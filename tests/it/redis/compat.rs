@@ -145,7 +145,7 @@ async fn whoever_comes_back_to_another_node_gets_its_name_from_the_dead_and_not_
     // Closed already, whatever it still says.
     assert_eq!(old.text().await, "2");
     old.closed().await;
-    until("the old one is gone", async || here.gateway().hub.counts().providers == 0).await;
+    until("the old one is gone", async || here.node().hub.counts().providers == 0).await;
     knows(&here, "worker").await;
     let asked = tokio::spawn(here.request("POST", "/v1/services/worker/x").body("{}").into_future());
     let (_, request) = event(&mut new).await;
@@ -170,7 +170,7 @@ async fn requests_keep_their_order_and_late_responses_arrive_across_nodes() {
         assert_eq!(event(&mut slow).await.1["id"], json!(id));
     }
     // The caller's own timeout is its own affair; weir's is over, and it was told nothing.
-    eventually("all are late", || here.gateway().hub.counts().late >= 200).await;
+    eventually("all are late", || here.node().hub.counts().late >= 200).await;
     slow.send(r#"42["response",{"id":"r7","response":{"at":"last"}}]"#).await;
     assert_eq!(caller.text().await, r#"42["response",{"id":"r7","response":{"at":"last"}}]"#);
 }
@@ -272,7 +272,7 @@ async fn who_is_online_all_nodes_know() {
     let (also, _) = browser(&here, "&clientId=bob").await;
     told(&mut ann, String::new(), &["1", "2", "ann", "bob"]).await;
     drop(bob);
-    until("its node has noticed", async || there.gateway().cluster_connections.local().len() == 1).await;
+    until("its node has noticed", async || there.node().cluster_connections.local().len() == 1).await;
     drop(two);
     told(&mut ann, String::new(), &["1", "ann", "bob"]).await;
     drop(also);
