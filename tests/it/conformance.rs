@@ -12,7 +12,7 @@ use std::{
 };
 
 use proptest::{prelude::*, test_runner::TestRunner};
-use serde_json::{Value, value::RawValue};
+use serde_json::Value;
 use weir::{
     backend::{
         memory::Memory,
@@ -24,13 +24,17 @@ use weir::{
     bus::*,
     channel::Channel,
     error::Code,
-    event::{Draft, DraftParts, Event, EventData},
+    event::Draft,
     metrics::Metrics,
     pattern::Pattern,
     position::{Epoch, Position, Start},
 };
 
-use crate::redis::servers::{Cluster, Sentinel, Server};
+use crate::support::{
+    RedisCluster, RedisSentinel, RedisServer,
+    event::{self, channel, number},
+    eventually::PATIENCE,
+};
 
 /// A bus over the backend under test.
 trait Harness: Sync + Send + 'static {
@@ -54,23 +58,12 @@ static LINES: Format = Format {
     close: |_| {},
 };
 
-fn channel(name: &str) -> Channel {
-    Channel::parse(name).unwrap()
-}
-
 fn draft(n: u64) -> Draft {
     keyed(n, None)
 }
 
 fn keyed(n: u64, key: Option<&str>) -> Draft {
-    let data = RawValue::from_string(n.to_string()).unwrap();
-    let kind = if n.is_multiple_of(3) { "third" } else { "other" };
-    let parts = DraftParts { kind: Some(kind), data: EventData::Json(&data), key, ..DraftParts::default() };
-    Draft::new(parts, 1_000_000).unwrap()
-}
-
-fn number(event: &Event) -> u64 {
-    event.data_json().unwrap().parse().unwrap()
+    event::draft(Some(if n.is_multiple_of(3) { "third" } else { "other" }), &n.to_string(), key)
 }
 
 async fn place(bus: &Bus, name: &str, n: u64) -> Placed {
@@ -120,7 +113,7 @@ async fn offsets_are_dense<H: Harness>() {
     }
 }
 
-async fn pages_follow_each_other<H: Harness>() {
+async fn pages_are_consecutive<H: Harness>() {
     let h = H::start(KEEP).await;
     fill(h.bus(), "a", 1..=25).await;
     let (mut start, mut seen) = (Start::Earliest, Vec::new());
@@ -155,7 +148,7 @@ async fn a_filter_moves_the_position<H: Harness>() {
     assert!(page.more && page.next.offset < 9);
 }
 
-async fn a_batch_is_one_step_per_channel<H: Harness>() {
+async fn a_batch_is_consecutive_in_each_channel<H: Harness>() {
     let h = H::start(KEEP).await;
     let drafts = (1..=9).map(|n| (channel(if n % 2 == 0 { "even" } else { "odd" }), draft(n))).collect();
     let placed = h.bus().publish("", drafts).await.unwrap();
@@ -174,7 +167,7 @@ async fn reading_never_writes<H: Harness>() {
     assert!(h.bus().inspect(&channel("guessed")).await.unwrap().epoch.is_absent());
 }
 
-async fn nothing_is_missed_between_absence_and_birth<H: Harness>() {
+async fn a_position_of_an_absent_channel_misses_nothing_after_its_creation<H: Harness>() {
     let h = H::start(KEEP).await;
     let before = read(h.bus(), "a", Start::Now).await.next;
     fill(h.bus(), "a", 1..=3).await;
@@ -214,7 +207,7 @@ async fn an_absent_position_does_not_outlive_a_log<H: Harness>() {
     }
 }
 
-async fn an_idle_channel_is_reclaimed_and_reborn<H: Harness>() {
+async fn an_idle_channel_is_reclaimed_and_recreated<H: Harness>() {
     let h = H::start(Retention { age: Duration::from_secs(10), ..KEEP }).await;
     let before = read(h.bus(), "a", Start::Now).await.next;
     let placed = fill(h.bus(), "a", 1..=2).await;
@@ -233,7 +226,7 @@ async fn an_idle_channel_is_reclaimed_and_reborn<H: Harness>() {
     assert_eq!(gap(read(h.bus(), "a", Start::After(absent)).await), None);
 }
 
-async fn a_reader_keeps_its_channel<H: Harness>() {
+async fn a_reader_prevents_reclaiming_of_its_channel<H: Harness>() {
     let h = H::start(Retention { age: Duration::from_secs(10), ..KEEP }).await;
     place(h.bus(), "a", 1).await;
     let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
@@ -246,7 +239,7 @@ async fn a_reader_keeps_its_channel<H: Harness>() {
 
 // === gaps ===
 
-async fn what_is_trimmed_is_announced<H: Harness>() {
+async fn trimmed_events_are_announced<H: Harness>() {
     let h = H::start(Retention { count: 10, ..KEEP }).await;
     let placed = fill(h.bus(), "a", 1..=30).await;
     let page = read(h.bus(), "a", Start::After(placed[4].position)).await;
@@ -270,7 +263,7 @@ async fn retention_by_age_and_bytes<H: Harness>() {
     assert_eq!(numbers(&read(h.bus(), "a", Start::Earliest).await), [101]);
 }
 
-async fn positions_that_prove_nothing<H: Harness>() {
+async fn unknown_positions_produce_a_gap<H: Harness>() {
     let h = H::start(KEEP).await;
     let placed = fill(h.bus(), "a", 1..=3).await;
     let epoch = placed[0].position.epoch;
@@ -286,7 +279,7 @@ async fn positions_that_prove_nothing<H: Harness>() {
     assert_eq!(page.gap.unwrap().reason, GapReason::Reset);
 }
 
-async fn trimming_by_hand<H: Harness>() {
+async fn an_explicit_trim_is_announced<H: Harness>() {
     let h = H::start(KEEP).await;
     let placed = fill(h.bus(), "a", 1..=5).await;
     h.bus().remove(&channel("a"), Some(placed[3].position)).await.unwrap();
@@ -300,7 +293,7 @@ async fn trimming_by_hand<H: Harness>() {
 
 // === keys ===
 
-async fn a_key_places_once<H: Harness>() {
+async fn a_key_is_published_once<H: Harness>() {
     let h = H::start(KEEP).await;
     let publish = |subject: &'static str, n, key| {
         let bus = h.bus().clone();
@@ -326,7 +319,7 @@ async fn a_key_places_once<H: Harness>() {
 
 // === cursors ===
 
-async fn cursors_go_forward<H: Harness>() {
+async fn cursors_only_advance<H: Harness>() {
     let h = H::start(KEEP).await;
     let (bus, a) = (h.bus(), channel("a"));
     let absent = read(bus, "a", Start::Now).await.next;
@@ -439,19 +432,19 @@ impl Reader {
             self.take_ready(cx);
             if self.subs.position(0) == Some(head) { Poll::Ready(()) } else { Poll::Pending }
         });
-        let there = tokio::time::timeout(Duration::from_secs(20), there).await;
+        let there = tokio::time::timeout(PATIENCE, there).await;
         assert!(there.is_ok(), "at {:?} and not at {head}", self.subs.position(0));
     }
 
     async fn until(&mut self, reached: impl Fn(&History) -> bool) {
         while !reached(&self.log) {
-            let next = tokio::time::timeout(Duration::from_secs(20), self.next()).await;
+            let next = tokio::time::timeout(PATIENCE, self.next()).await;
             assert!(next.is_ok(), "nothing came; so far: {:?}", self.log);
         }
     }
 }
 
-async fn a_live_reader_gets_what_comes<H: Harness>() {
+async fn a_live_reader_receives_published_events<H: Harness>() {
     let h = H::start(KEEP).await;
     let mut reader = Reader::open(h.bus(), &["a", "b"], Start::Now, None).await;
     let mut third = Reader::open(h.bus(), &["a"], Start::Now, Filter::new(&["third"]).unwrap()).await;
@@ -466,7 +459,7 @@ async fn a_live_reader_gets_what_comes<H: Harness>() {
     assert!(reader.log.gaps.is_empty() && third.log.gaps.is_empty());
 }
 
-async fn a_slow_reader_is_told_what_it_missed<H: Harness>() {
+async fn a_slow_reader_receives_a_gap<H: Harness>() {
     let h = H::start(Retention { count: 10, ..KEEP }).await;
     let first = place(h.bus(), "a", 1).await;
     let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
@@ -477,7 +470,7 @@ async fn a_slow_reader_is_told_what_it_missed<H: Harness>() {
     assert_eq!((gap.after, gap.missed, gap.next.offset), (Some(first.position), Some(39), 41));
 }
 
-async fn a_reader_outlives_its_log<H: Harness>() {
+async fn a_reader_continues_after_its_log_is_deleted<H: Harness>() {
     let h = H::start(KEEP).await;
     let mut reader = Reader::open(h.bus(), &["a"], Start::Earliest, None).await;
     let mut behind = Reader::open(h.bus(), &["a"], Start::Earliest, None).await;
@@ -491,7 +484,7 @@ async fn a_reader_outlives_its_log<H: Harness>() {
     assert_eq!(behind.log.gaps.len(), 1, "it had nothing, and there had been something");
 }
 
-async fn no_event_between_read_and_wait<H: Harness>() {
+async fn no_event_is_lost_between_a_read_and_a_wait<H: Harness>() {
     let h = H::start(KEEP).await;
     let bus = h.bus().clone();
     let reader = tokio::spawn(async move {
@@ -503,7 +496,7 @@ async fn no_event_between_read_and_wait<H: Harness>() {
             at = Start::After(page.next);
             if page.events.is_empty() {
                 subs.add(watch, at, None);
-                let waited = tokio::time::timeout(Duration::from_secs(20), poll_fn(|cx| subs.poll_changed(cx))).await;
+                let waited = tokio::time::timeout(PATIENCE, poll_fn(|cx| subs.poll_changed(cx))).await;
                 assert!(waited.is_ok(), "slept through an event after {seen:?}");
             }
             seen.extend(numbers(&page));
@@ -519,7 +512,7 @@ async fn no_event_between_read_and_wait<H: Harness>() {
     assert_eq!(reader.await.unwrap(), (1..=500).collect::<Vec<_>>());
 }
 
-async fn all_is_given_back<H: Harness>() {
+async fn closed_readers_release_everything<H: Harness>() {
     let h = H::start(KEEP).await;
     for round in 0..20 {
         let mut readers = Vec::new();
@@ -715,18 +708,18 @@ macro_rules! conformance {
     ($(#[$attribute:meta])? $backend:ident: $harness:ty) => {
         mod $backend {
             use super::*;
-            conformance!(@ $(#[$attribute])? $harness: offsets_are_dense pages_follow_each_other a_filter_moves_the_position
-                a_batch_is_one_step_per_channel reading_never_writes nothing_is_missed_between_absence_and_birth
+            conformance!(@ $(#[$attribute])? $harness: offsets_are_dense pages_are_consecutive a_filter_moves_the_position
+                a_batch_is_consecutive_in_each_channel reading_never_writes a_position_of_an_absent_channel_misses_nothing_after_its_creation
                 a_deleted_log_is_announced an_absent_position_does_not_outlive_a_log
-                an_idle_channel_is_reclaimed_and_reborn a_reader_keeps_its_channel what_is_trimmed_is_announced
-                retention_by_age_and_bytes positions_that_prove_nothing trimming_by_hand a_key_places_once
-                cursors_go_forward channels_are_listed_by_name a_live_reader_gets_what_comes
-                a_slow_reader_is_told_what_it_missed a_reader_outlives_its_log no_event_between_read_and_wait
-                all_is_given_back);
+                an_idle_channel_is_reclaimed_and_recreated a_reader_prevents_reclaiming_of_its_channel trimmed_events_are_announced
+                retention_by_age_and_bytes unknown_positions_produce_a_gap an_explicit_trim_is_announced a_key_is_published_once
+                cursors_only_advance channels_are_listed_by_name a_live_reader_receives_published_events
+                a_slow_reader_receives_a_gap a_reader_continues_after_its_log_is_deleted no_event_is_lost_between_a_read_and_a_wait
+                closed_readers_release_everything);
 
             $(#[$attribute])?
             #[test]
-            fn everything_at_once() {
+            fn concurrent_writers_readers_trims_and_deletes_keep_every_guarantee() {
                 storms::<$harness>();
             }
         }
@@ -777,17 +770,17 @@ macro_rules! deployed {
     };
 }
 
-deployed!(Standalone: Server = Server::start(&[]));
-deployed!(Watched: Sentinel = Sentinel::start());
-deployed!(Clustered: Cluster = Cluster::start(3, 0));
+deployed!(Standalone: RedisServer = RedisServer::start(&[]));
+deployed!(Watched: RedisSentinel = RedisSentinel::start());
+deployed!(Clustered: RedisCluster = RedisCluster::start(3, 0));
 
 // Where they are, `tests/run.sh servers` says.
-deployed!(Older: Server = other("WEIR_TEST_REDIS_6_2"));
-deployed!(Valkey: Server = other("WEIR_TEST_VALKEY"));
+deployed!(Older: RedisServer = other("WEIR_TEST_REDIS_6_2"));
+deployed!(Valkey: RedisServer = other("WEIR_TEST_VALKEY"));
 
-async fn other(variable: &str) -> Server {
+async fn other(variable: &str) -> RedisServer {
     let program = std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names no server program"));
-    Server::start_of(&program, &[]).await
+    RedisServer::start_of(&program, &[]).await
 }
 
 impl<D: Deployed> Harness for InRedis<D> {
@@ -831,7 +824,7 @@ conformance!(#[ignore = "needs Valkey: tests/run.sh servers"] valkey: InRedis<Va
 // === what only memory promises ===
 
 #[tokio::test]
-async fn names_that_came_and_went_cost_nothing() {
+async fn reclaimed_channels_use_no_memory() {
     let h = InMemory::with(Retention { age: Duration::from_secs(10), ..KEEP }, 512 << 20);
     for n in 0..200_000 {
         place(&h.bus, &format!("name {n}"), n).await;
@@ -845,7 +838,7 @@ async fn names_that_came_and_went_cost_nothing() {
 }
 
 #[tokio::test]
-async fn the_budget_is_kept_and_announced() {
+async fn the_memory_budget_is_enforced_and_announced() {
     let h = InMemory::with(Retention { count: 100_000, bytes: 64 << 20, ..KEEP }, 1 << 20);
     place(&h.bus, "old", 1).await;
     for n in 0..20_000u64 {

@@ -5,10 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use weir::config::Adapter;
 
-use crate::{
-    socket::{Socket, eventually},
-    support::{Client, Weir, metric, weir},
-};
+use crate::support::{Client, Request, Weir, eventually, weir};
 
 async fn list(weir: &Weir, query: &str) -> Vec<Value> {
     weir.get(format!("/v1/connections?{query}")).await.expect(200).json()["connections"].as_array().unwrap().clone()
@@ -25,15 +22,15 @@ async fn open(weir: &Weir, path: &str) -> Client {
 }
 
 #[tokio::test]
-async fn streams_sockets_and_reads_that_wait_are_listed() {
+async fn streams_sockets_and_long_polls_are_listed() {
     let weir = weir().await;
     let mut stream = open(&weir, "/v1/sse?channel=a&channel=b").await;
     stream.head().await;
-    let mut socket = Socket::open(weir.address).await;
-    socket.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
+    let mut socket = weir.socket().await;
+    socket.call("weir.subscribe", json!({ "channels": ["a"] })).await;
     socket.provide("math").await;
     let mut poll = open(&weir, "/v1/events?channel=b&wait=50s").await;
-    eventually("three are listed", || weir.node().cluster_connections.local().len() == 3).await;
+    eventually("three are listed", async || weir.node().cluster_connections.local().len() == 3).await;
 
     let all = list(&weir, "").await;
     let transports: Vec<_> =
@@ -62,27 +59,27 @@ async fn streams_sockets_and_reads_that_wait_are_listed() {
     }
     assert_eq!(paged, all);
     // What changes is seen.
-    socket.ok("weir.unsubscribe", json!({ "channels": ["a"] })).await;
-    socket.ok("weir.withdraw", json!({ "service": "math" })).await;
+    socket.call("weir.unsubscribe", json!({ "channels": ["a"] })).await;
+    socket.call("weir.withdraw", json!({ "service": "math" })).await;
     let now = list(&weir, "").await;
     assert_eq!((&now[1]["channels"], now[1].get("services")), (&json!(0), None));
     for bad in ["prefix=a", "limit=0", "what=1", "page=x"] {
-        weir.get(format!("/v1/connections?{bad}")).await.refused("invalid_params");
+        weir.get(format!("/v1/connections?{bad}")).await.expect_problem("invalid_params");
     }
-    weir.delete("/v1/connections?channel=a").await.refused("invalid_params");
+    weir.delete("/v1/connections?channel=a").await.expect_problem("invalid_params");
 
     weir.publish("b", "1").await;
-    poll.reply().await.expect(200);
+    poll.response().await.expect(200);
     drop((stream, socket));
-    eventually("nobody is left", || weir.node().cluster_connections.local().is_empty()).await;
-    eventually("no timer is left", || {
-        weir.connections().is_empty() || metric(&weir, "weir_connections{transport=\"ws\"}") == 0
+    eventually("nobody is left", async || weir.node().cluster_connections.local().is_empty()).await;
+    eventually("no timer is left", async || {
+        weir.connections().is_empty() || weir.metric("weir_connections{transport=\"ws\"}") == 0
     })
     .await;
 }
 
 #[tokio::test]
-async fn whoever_is_kicked_hears_it_and_goes() {
+async fn kicked_clients_receive_the_reason_and_are_closed() {
     let weir = weir().await;
     let mut stream = open(&weir, "/v1/sse?channel=a&present=c").await;
     stream.head().await;
@@ -90,10 +87,10 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     let mut other = open(&weir, "/v1/sse?channel=a").await;
     other.head().await;
     other.chunk().await;
-    let mut socket = Socket::open(weir.address).await;
-    socket.ok("weir.ping", json!({})).await;
+    let mut socket = weir.socket().await;
+    socket.call("weir.ping", json!({})).await;
     let mut poll = open(&weir, "/v1/events?channel=a&wait=50s").await;
-    eventually("four are listed", || weir.node().cluster_connections.local().len() == 4).await;
+    eventually("four are listed", async || weir.node().cluster_connections.local().len() == 4).await;
     let all = list(&weir, "").await;
     let of = |transport: &str| all.iter().find(|it| it["transport"] == transport).unwrap()["id"].clone();
 
@@ -102,16 +99,16 @@ async fn whoever_is_kicked_hears_it_and_goes() {
     assert_eq!(last, "retry: 2147483647\nevent: weir.retry\ndata: {\"code\":\"kicked\",\"after_ms\":2147483647}\n\n");
     assert_eq!(stream.chunk().await, None);
     assert!(stream.is_closed().await);
-    eventually("it is not present any more", || weir.node().presence.counts().0 == 0).await;
+    eventually("it is not present any more", async || weir.node().presence.counts().0 == 0).await;
     kick(&weir, &of("ws")).await;
     assert_eq!(socket.closed().await, (4503, "kicked".to_owned()));
     kick(&weir, &of("poll")).await;
-    poll.reply().await.refused("kicked");
+    poll.response().await.expect_problem("kicked");
     assert_eq!(kick(&weir, &of("ws")).await, json!({ "kicked": 0 }));
-    eventually("three are gone", || weir.node().cluster_connections.local().len() == 1).await;
+    eventually("three are gone", async || weir.node().cluster_connections.local().len() == 1).await;
     for (transport, count) in [("sse", 1), ("ws", 1)] {
         let series = format!("weir_connections_closed_total{{transport=\"{transport}\",reason=\"kicked\"}}");
-        eventually("it is counted", || metric(&weir, &series) == count).await;
+        eventually("it is counted", async || weir.metric(&series) == count).await;
     }
     // The other goes on.
     weir.publish("a", "1").await;
@@ -122,7 +119,7 @@ async fn whoever_is_kicked_hears_it_and_goes() {
 }
 
 #[tokio::test]
-async fn streams_and_polls_of_other_systems_too() {
+async fn streams_and_polls_of_adapters_are_listed_and_kicked() {
     let weir = weir()
         .with(|config| {
             config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
@@ -133,7 +130,7 @@ async fn streams_and_polls_of_other_systems_too() {
     let mut browser = open(&weir, "/subscribe?channels=a,b").await;
     browser.head().await;
     let mut poll = open(&weir, "/events/v1/events?clientId=c&channel=a&secret=s").await;
-    eventually("both are listed", || weir.node().cluster_connections.local().len() == 2).await;
+    eventually("both are listed", async || weir.node().cluster_connections.local().len() == 2).await;
     let all = list(&weir, "channel=a").await;
     let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
     assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1])]);
@@ -141,23 +138,23 @@ async fn streams_and_polls_of_other_systems_too() {
         assert!(it["remote"].as_str().unwrap().starts_with("127.0.0.1:"), "{it}");
         kick(&weir, &it["id"]).await;
     }
-    assert_eq!(poll.reply().await.expect(403).json()["code"], "Forbidden");
+    assert_eq!(poll.response().await.expect(403).json()["code"], "Forbidden");
     // An EventSource that is told so stays away.
     let mut last = Vec::new();
     while let Some(chunk) = browser.chunk().await {
         last = chunk.to_vec();
     }
     assert_eq!(last, b"retry: 2147483647\n");
-    eventually("nobody is left", || weir.node().cluster_connections.local().is_empty()).await;
+    eventually("nobody is left", async || weir.node().cluster_connections.local().is_empty()).await;
 }
 
 #[tokio::test]
-async fn operators_list_and_clients_do_not() {
+async fn connections_are_listed_only_on_the_admin_listener() {
     let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
-    weir.get("/v1/connections").await.refused("not_found");
-    weir.delete("/v1/connections?id=x").await.refused("not_found");
+    weir.get("/v1/connections").await.expect_problem("not_found");
+    weir.delete("/v1/connections?id=x").await.expect_problem("not_found");
     weir.get("/v1/presence?channel=a").await.expect(200);
-    let operator = |method, path: &str| crate::support::Request::new(weir.addresses[1], method, path.to_owned());
+    let operator = |method, path: &str| Request::new(weir.addresses[1], method, path);
     operator("GET", "/v1/connections").await.expect(200);
     assert_eq!(operator("DELETE", "/v1/connections?subject=u7").await.expect(200).json(), json!({ "kicked": 0 }));
 }

@@ -1,6 +1,6 @@
 //! `weir doctor` against what it is for: proxies that spoil things, and Redis servers that are set up badly.
 
-use std::{process::Stdio, sync::Arc};
+use std::sync::Arc;
 
 use serde_json::Value;
 use tokio::{
@@ -9,37 +9,33 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-use crate::{
-    redis::servers::{Cluster, Sentinel, Server},
-    support::weir,
+use crate::support::{
+    MINUTE, RedisCluster, RedisSentinel, RedisServer,
+    command::{Finished, finish, weir_command},
+    eventually_within, weir,
 };
 
-/// What the command found.
-struct Findings {
-    code: Option<i32>,
-    lines: Vec<Value>,
-    prose: String,
+/// Runs the command.
+async fn doctor(args: &[&str]) -> Finished {
+    let mut command = weir_command();
+    command.arg("doctor").args(args);
+    finish(command).await
 }
 
-async fn doctor(args: &[&str]) -> Findings {
-    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_weir"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("WEIR")) {
-        command.env_remove(name);
-    }
-    let output = command.arg("doctor").args(args).stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = timeout(Duration::from_secs(120), output).await.expect("it ends").unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
-    Findings { code: output.status.code(), lines, prose: String::from_utf8(output.stderr).unwrap() }
-}
-
-impl Findings {
+trait Findings {
     /// The worst finding of a check.
+    fn of(&self, check: &str) -> &Value;
+
+    /// Asserts the state of a check and what its finding says.
+    fn is(&self, check: &str, state: &str, text: &str);
+}
+
+impl Findings for Finished {
     #[track_caller]
     fn of(&self, check: &str) -> &Value {
         let rank = |finding: &&Value| ["ok", "advice", "problem"].iter().position(|state| finding["state"] == *state);
         let found = self.lines.iter().filter(|finding| finding["check"] == check).max_by_key(rank);
-        found.unwrap_or_else(|| panic!("nothing about {check}:\n{}", self.prose))
+        found.unwrap_or_else(|| panic!("nothing about {check}:\n{}", self.notes))
     }
 
     #[track_caller]
@@ -48,7 +44,7 @@ impl Findings {
         let found = finding["found"].as_str().unwrap();
         assert!(finding["state"] == state && found.contains(text), "{check}: {finding}");
         assert_eq!(finding.get("change").is_some(), state != "ok", "{finding}");
-        assert!(self.prose.contains(found), "{}", self.prose);
+        assert!(self.notes.contains(found), "{}", self.notes);
     }
 }
 
@@ -135,10 +131,10 @@ async fn answers(mut from: tcp::OwnedReadHalf, to: Answers, spoils: Spoils) {
 }
 
 #[tokio::test]
-async fn a_node_that_is_well() {
+async fn a_healthy_node_has_no_problem() {
     let weir = weir().await;
     let found = doctor(&[&format!("http://{}", weir.address)]).await;
-    assert_eq!(found.code, Some(0), "{}", found.prose);
+    assert_eq!(found.code, Some(0), "{}", found.notes);
     for (check, text) in [
         ("reach", "answers in"),
         ("ready", "takes clients"),
@@ -148,7 +144,7 @@ async fn a_node_that_is_well() {
         ("websocket", "a call comes back"),
         ("body", "arrive"),
     ] {
-        assert_eq!(found.of(check)["state"], "ok", "{}", found.prose);
+        assert_eq!(found.of(check)["state"], "ok", "{}", found.notes);
         assert!(found.of(check)["found"].as_str().unwrap().contains(text), "{}", found.of(check));
     }
     let left = weir.get("/v1/channels?prefix=weir.doctor").await.expect(200).json();
@@ -156,9 +152,9 @@ async fn a_node_that_is_well() {
 }
 
 #[tokio::test]
-async fn nobody_there_and_somebody_else() {
+async fn unreachable_and_foreign_servers_are_reported() {
     let found = doctor(&["127.0.0.1:1"]).await;
-    assert_eq!(found.code, Some(4), "{}", found.prose);
+    assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "cannot connect");
     // A server that is no weir.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -172,19 +168,19 @@ async fn nobody_there_and_somebody_else() {
         }
     });
     let found = doctor(&[&other]).await;
-    assert_eq!(found.code, Some(4), "{}", found.prose);
+    assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "is this a weir?");
     for args in [&["--redis", "http://127.0.0.1"][..], &["--redis"]] {
         let found = doctor(args).await;
-        assert_eq!(found.code, Some(2), "{}", found.prose);
+        assert_eq!(found.code, Some(2), "{}", found.notes);
     }
 }
 
 #[tokio::test]
-async fn a_proxy_that_buffers() {
+async fn a_buffering_proxy_is_reported() {
     let weir = weir().await;
     let found = doctor(&[&relay(weir.address, Spoils::Buffers).await]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("stream", "problem", "only when 65536 bytes more have been sent");
     assert!(found.of("stream")["change"].as_str().unwrap().contains("proxy_buffering off"));
     for check in ["long-poll", "websocket", "body"] {
@@ -193,10 +189,10 @@ async fn a_proxy_that_buffers() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_gives_up() {
+async fn a_proxy_with_an_idle_timeout_is_reported() {
     let weir = weir().await;
     let found = doctor(&[&relay(weir.address, Spoils::Idle).await, "--long"]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("long-poll", "problem", "asked to wait for 3.0 s");
     for check in ["idle stream", "idle socket", "idle poll"] {
         found.is(check, "problem", "cut off after");
@@ -204,10 +200,10 @@ async fn a_proxy_that_gives_up() {
 }
 
 #[tokio::test]
-async fn a_proxy_of_old() {
+async fn a_proxy_without_upgrade_and_with_a_body_limit_is_reported() {
     let weir = weir().await;
     let found = doctor(&[&relay(weir.address, Spoils::OldFashioned).await]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("websocket", "problem", "without its Upgrade header");
     found.is("body", "problem", "413");
     assert_eq!(found.of("stream")["state"], "ok");
@@ -216,10 +212,10 @@ async fn a_proxy_of_old() {
 // === Redis ===
 
 #[tokio::test]
-async fn a_redis_that_is_set_up_well() {
-    let redis = Server::start(&["--appendonly", "yes", "--maxmemory", "1gb"]).await;
+async fn a_well_configured_redis_has_no_problem() {
+    let redis = RedisServer::start(&["--appendonly", "yes", "--maxmemory", "1gb"]).await;
     let found = doctor(&["--redis", &redis.url()]).await;
-    assert_eq!(found.code, Some(0), "{}", found.prose);
+    assert_eq!(found.code, Some(0), "{}", found.notes);
     found.is("version", "ok", "Redis 7");
     found.is("commands", "ok", "all that weir uses work");
     found.is("persistence", "ok", "AOF");
@@ -231,62 +227,63 @@ async fn a_redis_that_is_set_up_well() {
 }
 
 #[tokio::test]
-async fn a_redis_that_is_set_up_badly() {
-    let redis = Server::start(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru", "--timeout", "3"]).await;
+async fn a_badly_configured_redis_is_reported() {
+    let redis =
+        RedisServer::start(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru", "--timeout", "3"]).await;
     for setting in [["client-output-buffer-limit", "pubsub 1mb 512kb 10"], ["tcp-keepalive", "0"], ["maxclients", "5"]]
     {
         redis.cli(&["CONFIG", "SET", setting[0], setting[1]]).await;
     }
     let _others: Vec<_> = futures_util::future::join_all((0..3).map(|_| TcpStream::connect(redis.address()))).await;
     let found = doctor(&["--redis", &format!("{}/3", redis.url())]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("eviction", "problem", "allkeys-lru");
     found.is("buffers", "problem", "512 KiB for 10 s");
     found.is("persistence", "advice", "none");
     found.is("database", "advice", "database 3");
-    assert!(found.prose.contains("PROBLEM  connections  timeout 3"), "{}", found.prose);
-    assert!(found.prose.contains("tcp-keepalive 0"), "{}", found.prose);
+    assert!(found.notes.contains("PROBLEM  connections  timeout 3"), "{}", found.notes);
+    assert!(found.notes.contains("tcp-keepalive 0"), "{}", found.notes);
     found.is("connections", "problem", "of 5 clients");
 }
 
 #[tokio::test]
-async fn a_redis_that_is_full() {
-    let redis = Server::start(&[]).await;
+async fn a_redis_out_of_memory_is_reported_once() {
+    let redis = RedisServer::start(&[]).await;
     redis.cli(&["CONFIG", "SET", "maxmemory", "100kb"]).await;
     let found = doctor(&["--redis", &redis.url()]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("memory", "problem", "are refused (OOM)");
-    assert!(found.of("memory")["change"].as_str().unwrap().contains("publishes fail now"), "{}", found.prose);
+    assert!(found.of("memory")["change"].as_str().unwrap().contains("publishes fail now"), "{}", found.notes);
     // One thing is wrong, and it is said once.
     found.is("commands", "ok", "all else that weir uses works");
-    assert_eq!(found.lines.iter().filter(|finding| finding["state"] == "problem").count(), 1, "{}", found.prose);
-    assert!(!found.prose.contains("ACL") && !found.prose.contains("no such key"), "{}", found.prose);
+    assert_eq!(found.lines.iter().filter(|finding| finding["state"] == "problem").count(), 1, "{}", found.notes);
+    assert!(!found.notes.contains("ACL") && !found.notes.contains("no such key"), "{}", found.notes);
 }
 
 #[tokio::test]
-async fn a_redis_that_is_asked_for_what_it_does_not_have() {
-    let redis = Server::start(&["--rename-command", "XTRIM", ""]).await;
+async fn missing_commands_and_missing_tls_are_reported() {
+    let redis = RedisServer::start(&["--rename-command", "XTRIM", ""]).await;
     let found = doctor(&["--redis", &redis.url()]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("commands", "problem", "XTRIM: ");
-    assert!(!found.prose.contains("ACL"), "{}", found.prose);
+    assert!(!found.notes.contains("ACL"), "{}", found.notes);
     // TLS, where there is none.
     let found = doctor(&["--redis", &redis.url().replace("redis://", "rediss://")]).await;
-    assert_eq!(found.code, Some(4), "{}", found.prose);
+    assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "does not speak TLS");
 }
 
 #[tokio::test]
-async fn what_the_user_may_not() {
-    let redis = Server::start(&[]).await;
+async fn missing_permissions_of_the_redis_user_are_reported() {
+    let redis = RedisServer::start(&[]).await;
     redis.cli(&["ACL", "SETUSER", "poor", "on", ">pw", "~other:*", "resetchannels", "+@all", "-xadd", "-config"]).await;
     let found = doctor(&["--redis", &format!("redis://poor:pw@{}", redis.address())]).await;
-    assert_eq!(found.code, Some(1), "{}", found.prose);
+    assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("commands", "problem", "XADD: the command is not allowed");
     found.is("commands", "problem", "keys that begin with weir: are not allowed");
     found.is("commands", "problem", "channels that begin with weir: are not allowed");
     found.is("buffers", "advice", "kept from us");
-    assert!(!found.prose.contains("no such key"), "that follows: {}", found.prose);
+    assert!(!found.notes.contains("no such key"), "that follows: {}", found.notes);
     // What it advises is enough.
     let advised = found.of("commands")["change"].as_str().unwrap().to_owned();
     let rules: Vec<&str> = advised.split(' ').filter(|word| word.starts_with(['~', '&', '+', '-'])).collect();
@@ -294,16 +291,16 @@ async fn what_the_user_may_not() {
     let found = doctor(&["--redis", &format!("redis://rich:pw@{}", redis.address())]).await;
     found.is("commands", "ok", "all that weir uses work");
     let found = doctor(&["--redis", &format!("redis://rich:wrong@{}", redis.address())]).await;
-    assert_eq!(found.code, Some(3), "{}", found.prose);
+    assert_eq!(found.code, Some(3), "{}", found.notes);
     found.is("reach", "problem", "WRONGPASS");
-    assert!(!found.prose.contains("wrong@"), "a password is not shown: {}", found.prose);
+    assert!(!found.notes.contains("wrong@"), "a password is not shown: {}", found.notes);
 }
 
 #[tokio::test]
-async fn sentinels_and_their_master() {
-    let mut sentinel = Sentinel::start().await;
+async fn sentinels_and_their_master_are_examined() {
+    let mut sentinel = RedisSentinel::start().await;
     let found = doctor(&["--redis", &sentinel.url()]).await;
-    assert_eq!(found.code, Some(0), "{}", found.prose);
+    assert_eq!(found.code, Some(0), "{}", found.notes);
     assert_eq!(found.lines.iter().filter(|finding| finding["check"] == "sentinel").count(), 3);
     found.is("sentinel", "ok", "2 replicas, 2 other sentinels");
     found.is("replicas", "advice", "min-replicas-to-write 0");
@@ -313,22 +310,22 @@ async fn sentinels_and_their_master() {
     found.is("role", "problem", "a replica of");
     sentinel.sentinels.truncate(1);
     let url = sentinel.url();
-    crate::redis::servers::until("a sentinel that is alone", || async {
+    eventually_within(MINUTE, "a sentinel that is alone", async || {
         doctor(&["--redis", &url]).await.of("sentinel")["state"] == "problem"
     })
     .await;
 }
 
 #[tokio::test]
-async fn masters_of_a_cluster() {
-    let mut cluster = Cluster::start(3, 0).await;
+async fn every_master_of_a_cluster_is_examined() {
+    let mut cluster = RedisCluster::start(3, 0).await;
     let found = doctor(&["--redis", &cluster.url()]).await;
-    assert_eq!(found.code, Some(0), "{}", found.prose);
+    assert_eq!(found.code, Some(0), "{}", found.notes);
     found.is("cluster", "advice", "no replica of");
     assert_eq!(found.lines.iter().filter(|finding| finding["check"] == "version").count(), 3);
     cluster.servers[2].kill();
     let url = cluster.url();
-    crate::redis::servers::until("a loss that is seen", || async {
+    eventually_within(MINUTE, "a loss that is seen", async || {
         doctor(&["--redis", &url]).await.of("cluster")["state"] == "problem"
     })
     .await;

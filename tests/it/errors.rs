@@ -3,7 +3,7 @@
 use weir::error::{Code, Retry};
 
 #[test]
-fn the_documented_table_is_the_real_one() {
+fn the_documented_table_equals_the_codes() {
     let page = include_str!("../../proto-docs/errors.md");
     let rows: Vec<Vec<&str>> = page
         .lines()

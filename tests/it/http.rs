@@ -7,7 +7,7 @@ use crate::support::weir;
 // === publish ===
 
 #[tokio::test]
-async fn one_event_one_object() {
+async fn an_event_object_is_published_with_all_its_members() {
     let weir = weir().await;
     let event =
         r#"{"channel":"orders","type":"created","from":"shop/v1","data":{"id":7},"meta":{"traceparent":"00-1"}}"#;
@@ -26,7 +26,7 @@ async fn one_event_one_object() {
 }
 
 #[tokio::test]
-async fn the_body_is_the_data() {
+async fn the_body_is_published_as_data() {
     let weir = weir().await;
     let as_read = [
         ("{\"id\":7}", json!({"id": 7})),
@@ -57,7 +57,7 @@ async fn the_body_is_the_data() {
 }
 
 #[tokio::test]
-async fn arrays_and_lines_answer_arrays() {
+async fn arrays_and_json_lines_are_answered_with_arrays() {
     let weir = weir().await;
     let array = r#"[{"channel":"a","data":1},{"channel":"b","data":2},{"channel":"a","data":3}]"#;
     let placed = weir.post("/v1/events", array).await.expect(201).json();
@@ -86,7 +86,7 @@ async fn arrays_and_lines_answer_arrays() {
 }
 
 #[tokio::test]
-async fn a_key_places_once() {
+async fn a_key_is_published_once() {
     let weir = weir().await;
     let publish = |key: &'static str, body: &'static str| {
         weir.request("POST", "/v1/events?channel=a").header("idempotency-key", key).body(body)
@@ -97,22 +97,26 @@ async fn a_key_places_once() {
         (&again["offset"], &again["time"], &again["duplicate"]),
         (&first["offset"], &first["time"], &json!(true))
     );
-    publish("k", "2").await.refused("key_reused");
+    publish("k", "2").await.expect_problem("key_reused");
     assert_eq!(weir.post("/v1/events", r#"{"channel":"a","key":"k","data":1}"#).await.expect(200).json()["offset"], 1);
     assert_eq!(weir.post("/v1/events?channel=a&key=k", "1").await.expect(200).json()["offset"], 1);
     publish("l", "1").await.expect(201);
     let both = weir.request("POST", "/v1/events?channel=a&key=x").header("idempotency-key", "y").body("1").await;
-    both.refused("invalid_params");
+    both.expect_problem("invalid_params");
     let array = r#"[{"channel":"a","key":"k","data":1},{"channel":"a","key":"l","data":1}]"#;
     let placed = weir.post("/v1/events", array).await.expect(200).json();
     assert_eq!((&placed[0]["offset"], &placed[1]["offset"]), (&json!(1), &json!(2)));
     let array = r#"[{"channel":"a","data":1},{"channel":"a","data":1}]"#;
-    weir.request("POST", "/v1/events").header("idempotency-key", "z").body(array).await.refused("invalid_params");
+    weir.request("POST", "/v1/events")
+        .header("idempotency-key", "z")
+        .body(array)
+        .await
+        .expect_problem("invalid_params");
     assert_eq!(weir.get("/v1/events?channel=a").await.json()["events"].as_array().unwrap().len(), 2);
 }
 
 #[tokio::test]
-async fn refused_publishes_place_nothing() {
+async fn rejected_publishes_append_nothing() {
     let weir = weir().with(|config| config.limits.event = 200).await;
     let long = format!(r#"{{"channel":"a","data":"{}"}}"#, "x".repeat(300));
     for (body, code) in [
@@ -139,26 +143,26 @@ async fn refused_publishes_place_nothing() {
         (r#"[{"channel":"a","data":1},{"channel":"$b"}]"#, "forbidden"),
         (&long, "too_large"),
     ] {
-        weir.post("/v1/events", body.to_owned()).await.refused(code);
+        weir.post("/v1/events", body.to_owned()).await.expect_problem(code);
     }
-    weir.post("/v1/events?channel=a&type=weir.x", "1").await.refused("invalid_params");
-    weir.post("/v1/events?channel=a&channel=b", "1").await.refused("invalid_params");
-    weir.post("/v1/events?channel=%24a", "1").await.refused("forbidden");
-    weir.post("/v1/events?type=x", r#"{"channel":"a"}"#).await.refused("invalid_params");
-    weir.post("/v1/events?channels=a", "1").await.refused("invalid_params");
-    weir.post("/v1/events", &b"{\"channel\":\"\xff\"}"[..]).await.refused("parse_error");
+    weir.post("/v1/events?channel=a&type=weir.x", "1").await.expect_problem("invalid_params");
+    weir.post("/v1/events?channel=a&channel=b", "1").await.expect_problem("invalid_params");
+    weir.post("/v1/events?channel=%24a", "1").await.expect_problem("forbidden");
+    weir.post("/v1/events?type=x", r#"{"channel":"a"}"#).await.expect_problem("invalid_params");
+    weir.post("/v1/events?channels=a", "1").await.expect_problem("invalid_params");
+    weir.post("/v1/events", &b"{\"channel\":\"\xff\"}"[..]).await.expect_problem("parse_error");
     for channel in ["a", "b"] {
         assert_eq!(weir.get(format!("/v1/channels?channel={channel}")).await.json()["top"], 0);
     }
 }
 
 #[tokio::test]
-async fn what_was_placed_before_a_failure_is_told() {
+async fn a_failed_batch_lists_the_events_it_published() {
     let weir = weir().await;
     weir.post("/v1/events?channel=b&key=k", "1").await.expect(201);
     let array =
         r#"[{"channel":"a","data":1},{"channel":"b","key":"k","data":2},{"channel":"a","data":3},{"channel":"c"}]"#;
-    let problem = weir.post("/v1/events", array).await.refused("key_reused");
+    let problem = weir.post("/v1/events", array).await.expect_problem("key_reused");
     let placed = problem["placed"].as_array().unwrap();
     assert_eq!((&placed[0]["offset"], &placed[2]["offset"]), (&json!(1), &json!(2)));
     assert_eq!((&placed[1], &placed[3], placed.len()), (&json!(null), &json!(null), 4));
@@ -166,44 +170,44 @@ async fn what_was_placed_before_a_failure_is_told() {
 }
 
 #[tokio::test]
-async fn a_full_memory_is_told_apart_from_a_bad_request() {
+async fn a_publish_over_the_memory_budget_is_rejected_as_overloaded() {
     let weir = weir().with(|config| config.bus.memory.budget = 2_000).await;
     let full = weir.post("/v1/events?channel=a", "x".repeat(10_000)).await;
     assert_eq!(full.header("retry-after"), Some("2"));
-    assert_eq!(full.refused("overloaded")["executed"], "no");
+    assert_eq!(full.expect_problem("overloaded")["executed"], "no");
 }
 
 #[tokio::test]
-async fn limits_of_a_publish_are_named() {
+async fn rejected_publishes_name_the_limit_of_the_request() {
     let weir = weir().with(|config| (config.limits.publish_events, config.limits.publish_bytes) = (3, 1_000)).await;
     let events = |n: usize| format!("[{}]", vec![r#"{"channel":"a"}"#; n].join(","));
     weir.post("/v1/events", events(3)).await.expect(201);
-    assert_eq!(weir.post("/v1/events", events(4)).await.refused("too_large")["limit"], "limits.publish_events");
+    assert_eq!(weir.post("/v1/events", events(4)).await.expect_problem("too_large")["limit"], "limits.publish_events");
     let lines = "{\"channel\":\"a\"}\n".repeat(4);
-    assert_eq!(weir.post("/v1/events", lines).await.refused("too_large")["limit"], "limits.publish_events");
+    assert_eq!(weir.post("/v1/events", lines).await.expect_problem("too_large")["limit"], "limits.publish_events");
     assert_eq!(
-        weir.post("/v1/events?channel=a", "x".repeat(1_001)).await.refused("too_large")["limit"],
+        weir.post("/v1/events?channel=a", "x".repeat(1_001)).await.expect_problem("too_large")["limit"],
         "limits.publish_bytes"
     );
     assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 3);
 }
 
 #[tokio::test]
-async fn a_chunked_body_is_read_and_bounded() {
+async fn a_chunked_body_is_read_up_to_the_limit() {
     let weir = weir().with(|config| config.limits.publish_bytes = 10).await;
     let mut client = weir.client().await;
     let head = "POST /v1/events?channel=a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
     client.write(format!("{head}3\r\n\"ab\r\n3\r\ncd\"\r\n0\r\n\r\n")).await;
-    client.reply().await.expect(201);
+    client.response().await.expect(201);
     assert_eq!(weir.get("/v1/events?channel=a").await.json()["events"][0]["data"], "abcd");
     client.write(format!("{head}8\r\nxxxxxxxx\r\n8\r\nxxxxxxxx\r\n")).await;
-    client.reply().await.refused("too_large");
+    client.response().await.expect_problem("too_large");
 }
 
 // === trim and delete, channels ===
 
 #[tokio::test]
-async fn trim_delete_and_what_there_is() {
+async fn trims_and_deletes_are_shown_and_announced() {
     let weir = weir().await;
     let mut at = Vec::new();
     for n in 1..=5 {
@@ -228,9 +232,9 @@ async fn trim_delete_and_what_there_is() {
     let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[4])).await.json();
     assert_eq!(page["gaps"], json!([]));
     weir.delete("/v1/events?channel=nobody").await.expect(204);
-    weir.delete("/v1/events").await.refused("invalid_params");
-    weir.delete("/v1/events?channel=a&before=earliest").await.refused("invalid_position");
-    weir.delete("/v1/events?channel=%24services").await.refused("forbidden");
+    weir.delete("/v1/events").await.expect_problem("invalid_params");
+    weir.delete("/v1/events?channel=a&before=earliest").await.expect_problem("invalid_position");
+    weir.delete("/v1/events?channel=%24services").await.expect_problem("forbidden");
 }
 
 #[tokio::test]
@@ -259,8 +263,8 @@ async fn channels_are_listed_in_pages() {
         path = format!("/v1/channels?limit=2&page={}", page.as_str().unwrap());
     }
     assert_eq!(seen, names(&all));
-    weir.get("/v1/channels?limit=0").await.refused("invalid_params");
-    weir.get("/v1/channels?page=!").await.refused("invalid_params");
+    weir.get("/v1/channels?limit=0").await.expect_problem("invalid_params");
+    weir.get("/v1/channels?page=!").await.expect_problem("invalid_params");
     let absent = weir.get("/v1/channels?channel=nobody").await.expect(200).json();
     assert_eq!((&absent["epoch"], &absent["top"], &absent["time"]), (&json!("0"), &json!(0), &json!(null)));
 }
@@ -268,7 +272,7 @@ async fn channels_are_listed_in_pages() {
 // === consumers ===
 
 #[tokio::test]
-async fn a_consumer_s_life() {
+async fn a_consumer_reads_commits_seeks_and_is_deleted() {
     let weir = weir().await;
     for n in 1..=3 {
         weir.publish("orders", &n.to_string()).await;
@@ -283,7 +287,7 @@ async fn a_consumer_s_life() {
     let again = poll(String::new()).await.json();
     assert_eq!((data(&again), &again["consumer"]), (vec![1, 2], &json!({"name": "mailer"})));
     // The third within a second is counted; on a busy machine it is a later one.
-    while weir.node().metrics.value("weir_consumer_repeats_total") == 0.0 {
+    while weir.metric("weir_consumer_repeats_total") == 0 {
         poll(String::new()).await.expect(200);
     }
     let rest = poll(format!("&after={}", page["next"].as_str().unwrap())).await.json();
@@ -311,10 +315,10 @@ async fn a_consumer_s_life() {
     assert_eq!(data(&poll(String::new()).await.json()), [0; 0]);
 
     weir.delete("/v1/consumers/mailer").await.expect(204);
-    weir.delete("/v1/consumers/mailer").await.refused("not_found");
-    weir.get("/v1/consumers/mailer").await.refused("not_found");
-    commit("1-1").await.refused("not_found");
-    weir.post("/v1/consumers/mailer/seek", r#"{"channel":"orders","after":"now"}"#).await.refused("not_found");
+    weir.delete("/v1/consumers/mailer").await.expect_problem("not_found");
+    weir.get("/v1/consumers/mailer").await.expect_problem("not_found");
+    commit("1-1").await.expect_problem("not_found");
+    weir.post("/v1/consumers/mailer/seek", r#"{"channel":"orders","after":"now"}"#).await.expect_problem("not_found");
     assert_eq!(poll(String::new()).await.json()["consumer"]["new"], true);
 }
 
@@ -335,7 +339,7 @@ async fn a_consumer_from_now_misses_nothing_between_its_polls() {
 }
 
 #[tokio::test]
-async fn what_a_consumer_may_not() {
+async fn invalid_consumer_requests_are_rejected() {
     let weir = weir().await;
     let at = weir.publish("a", "1").await;
     let get = |more: &str| weir.get(format!("/v1/events?channel=a{more}"));
@@ -352,29 +356,29 @@ async fn what_a_consumer_may_not() {
         "&consumer=n&after=now",
         "&consumer=n&after=0",
     ] {
-        get(bad).await.refused("invalid_params");
+        get(bad).await.expect_problem("invalid_params");
     }
-    get("&consumer=n&after=what").await.refused("invalid_position");
-    get(&format!("&consumer=n&after={}", at.replace("-1", "-9"))).await.refused("invalid_position");
+    get("&consumer=n&after=what").await.expect_problem("invalid_position");
+    get(&format!("&consumer=n&after={}", at.replace("-1", "-9"))).await.expect_problem("invalid_position");
     get("&consumer=n").await.expect(200);
     weir.post("/v1/consumers/n/commit", json!({"after": at.replace("-1", "-9")}).to_string())
         .await
-        .refused("invalid_position");
-    weir.post("/v1/consumers/n/commit", r#"{"after":"earliest"}"#).await.refused("invalid_params");
-    weir.post("/v1/consumers/n/commit", r#"{}"#).await.refused("invalid_params");
-    weir.post("/v1/consumers/n/commit", "{").await.refused("parse_error");
+        .expect_problem("invalid_position");
+    weir.post("/v1/consumers/n/commit", r#"{"after":"earliest"}"#).await.expect_problem("invalid_params");
+    weir.post("/v1/consumers/n/commit", r#"{}"#).await.expect_problem("invalid_params");
+    weir.post("/v1/consumers/n/commit", "{").await.expect_problem("parse_error");
     weir.post("/v1/consumers/n/seek", json!({"channel": "a", "after": at.replace("-1", "-9")}).to_string())
         .await
-        .refused("invalid_position");
-    weir.post("/v1/consumers/a%20b/commit", json!({"after": at}).to_string()).await.refused("invalid_params");
+        .expect_problem("invalid_position");
+    weir.post("/v1/consumers/a%20b/commit", json!({"after": at}).to_string()).await.expect_problem("invalid_params");
 }
 
 #[tokio::test]
-async fn consumers_are_bounded() {
+async fn consumers_and_their_channels_are_limited() {
     let weir = weir().with(|config| (config.limits.consumers, config.limits.consumer_channels) = (1, 2)).await;
     weir.get("/v1/events?channel=a&channel=b&consumer=one").await.expect(200);
-    weir.get("/v1/events?channel=c&consumer=one").await.refused("limit_reached");
-    weir.get("/v1/events?channel=a&consumer=two").await.refused("limit_reached");
+    weir.get("/v1/events?channel=c&consumer=one").await.expect_problem("limit_reached");
+    weir.get("/v1/events?channel=a&consumer=two").await.expect_problem("limit_reached");
     weir.delete("/v1/consumers/one").await.expect(204);
     weir.get("/v1/events?channel=a&consumer=two").await.expect(200);
 }
@@ -382,7 +386,7 @@ async fn consumers_are_bounded() {
 // === operations ===
 
 #[tokio::test]
-async fn operations() {
+async fn health_metrics_index_and_openapi_are_served() {
     let weir = weir().await;
     weir.get("/health/live").await.expect(200);
     weir.get("/health/ready").await.expect(200);
@@ -394,14 +398,14 @@ async fn operations() {
     let document = weir.get("/openapi.json").await.expect(200).json();
     assert!(document["openapi"].as_str().unwrap().starts_with("3."));
     weir.node().draining.cancel();
-    weir.get("/health/ready").await.refused("draining");
+    weir.get("/health/ready").await.expect_problem("draining");
     let live = weir.get("/health/live").await.expect(200);
     assert_eq!(live.header("connection"), Some("close"));
 }
 
 /// Every operation of the document exists, and nothing else is said in it.
 #[tokio::test]
-async fn the_document_names_what_there_is() {
+async fn the_openapi_document_names_only_routes_that_exist() {
     let weir = weir().await;
     let document = weir.get("/openapi.json").await.json();
     for (path, operations) in document["paths"].as_object().unwrap() {

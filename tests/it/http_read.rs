@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Weir, weir};
+use crate::support::{Weir, event, eventually, weir};
 
 fn data(page: &Value) -> Vec<i64> {
     page["events"].as_array().unwrap().iter().map(|event| event["data"].as_i64().unwrap()).collect()
@@ -16,14 +16,12 @@ fn next(page: &Value) -> &str {
 
 /// Waits until so many readers wait on a channel: what is published then must wake them.
 async fn waiting(weir: &Weir, channel: &str, readers: u32) {
-    let channel = weir::channel::Channel::parse(channel).unwrap();
-    while weir.node().bus.inspect(&channel).await.unwrap().readers < readers {
-        tokio::task::yield_now().await;
-    }
+    let waiting = async || weir.bus().inspect(&event::channel(channel)).await.unwrap().readers >= readers;
+    eventually("the readers wait", waiting).await;
 }
 
 #[tokio::test]
-async fn where_a_read_starts() {
+async fn a_read_starts_at_the_requested_position() {
     let weir = weir().await;
     let mut at = Vec::new();
     for n in 1..=5 {
@@ -51,7 +49,7 @@ async fn where_a_read_starts() {
     let page = read("&limit=2".into()).await.json();
     assert_eq!((data(&page), next(&page), &page["more"]), (vec![1, 2], &*at[1], &json!(true)));
     for bad in ["&after=x", "&after=k3Vq00", "&after=wAAAA", "&after=-1"] {
-        read(bad.into()).await.refused("invalid_position");
+        read(bad.into()).await.expect_problem("invalid_position");
     }
     for bad in [
         "&after=now&last=1",
@@ -69,21 +67,21 @@ async fn where_a_read_starts() {
         "&chanel=b",
         "&channels=b",
     ] {
-        read(bad.into()).await.refused("invalid_params");
+        read(bad.into()).await.expect_problem("invalid_params");
     }
-    assert_eq!(read("&wait=56s".into()).await.refused("invalid_params")["limit"], "limits.wait");
+    assert_eq!(read("&wait=56s".into()).await.expect_problem("invalid_params")["limit"], "limits.wait");
     assert!(read("&wait=5".into()).await.json()["detail"].as_str().unwrap().contains("5s"));
     assert!(read("&channels=b".into()).await.json()["detail"].as_str().unwrap().contains("repeat channel"));
-    weir.get("/v1/events").await.refused("invalid_params");
+    weir.get("/v1/events").await.expect_problem("invalid_params");
     read("&_cache=1".into()).await.expect(200);
 }
 
 #[tokio::test]
-async fn types_are_filtered_and_the_place_moves_on() {
+async fn a_type_filter_advances_the_position() {
     let weir = weir().await;
     for n in 0..300 {
         let kind = if n % 100 == 50 { "rare" } else { "common" };
-        weir.node().bus.publish_one("", &weir::channel::Channel::parse("a").unwrap(), draft(kind, n)).await.unwrap();
+        weir.append_typed("a", Some(kind), &n.to_string()).await;
     }
     let page = weir.get("/v1/events?channel=a&type=rare&type=other&limit=2").await.json();
     assert_eq!((data(&page), &page["more"]), (vec![50, 150], &json!(true)));
@@ -94,15 +92,8 @@ async fn types_are_filtered_and_the_place_moves_on() {
     assert!(none["events"] == json!([]) && next(&none).ends_with("-300"), "{none}");
 }
 
-fn draft(kind: &str, n: i64) -> weir::event::Draft {
-    let text = n.to_string();
-    let data = weir::event::EventData::Json(serde_json::from_str(&text).unwrap());
-    weir::event::Draft::new(weir::event::DraftParts { kind: Some(kind), data, ..Default::default() }, 1_000_000)
-        .unwrap()
-}
-
 #[tokio::test]
-async fn pages_are_bounded_in_bytes_and_hold_one_event_at_least() {
+async fn pages_are_limited_in_bytes_and_hold_at_least_one_event() {
     let weir = weir().with(|config| config.limits.page_bytes = 10_000).await;
     for _ in 0..20 {
         weir.publish("a", &format!("\"{}\"", "x".repeat(4_000))).await;
@@ -159,18 +150,20 @@ async fn several_channels_share_a_page_and_a_token() {
     // A page of one, of three channels: the others keep their place.
     let page = weir.get("/v1/events?channel=busy&channel=quiet&channel=never&limit=1&after=earliest").await.json();
     assert_eq!((data(&page).len(), &page["more"]), (1, &json!(true)));
-    weir.get(format!("/v1/events?channel=busy&after={token}")).await.refused("invalid_position");
+    weir.get(format!("/v1/events?channel=busy&after={token}")).await.expect_problem("invalid_position");
     let position = weir.publish("busy", "1").await;
-    weir.get(format!("/v1/events?channel=busy&channel=quiet&after={position}")).await.refused("invalid_position");
+    weir.get(format!("/v1/events?channel=busy&channel=quiet&after={position}"))
+        .await
+        .expect_problem("invalid_position");
     let many: String = (0..101).map(|n| format!("channel=c{n}&")).collect();
     assert_eq!(
-        weir.get(format!("/v1/events?{many}")).await.refused("invalid_params")["limit"],
+        weir.get(format!("/v1/events?{many}")).await.expect_problem("invalid_params")["limit"],
         "limits.stream_channels"
     );
 }
 
 #[tokio::test]
-async fn a_channel_that_never_was_is_read_from_where_it_begins() {
+async fn an_absent_channel_is_read_from_its_creation() {
     let weir = weir().await;
     let page = weir.get("/v1/events?channel=later").await.expect(200).json();
     assert!(page["events"] == json!([]) && next(&page).starts_with("0-"), "{page}");
@@ -205,7 +198,7 @@ async fn an_event_ends_the_wait_at_once() {
 }
 
 #[tokio::test]
-async fn nothing_comes_and_the_place_stays() {
+async fn a_wait_without_events_ends_with_the_same_position() {
     let weir = weir().await;
     let at = weir.publish("a", "1").await;
     let page = weir.get(format!("/v1/events?channel=a&after={at}&wait=20ms")).await.expect(200).json();
@@ -213,7 +206,7 @@ async fn nothing_comes_and_the_place_stays() {
 }
 
 #[tokio::test]
-async fn everybody_who_waits_is_woken() {
+async fn an_event_wakes_every_waiting_reader() {
     let weir = weir().await;
     let polls: Vec<_> = (0..50)
         .map(|_| tokio::spawn(weir.request("GET", "/v1/events?channel=a&after=now&wait=55s").into_future()))
@@ -273,7 +266,7 @@ async fn min_waits_for_several() {
 }
 
 #[tokio::test]
-async fn a_gap_is_told_at_once() {
+async fn a_gap_ends_the_wait_at_once() {
     let weir = weir().await;
     weir.publish("a", "1").await;
     let started = Instant::now();
@@ -294,20 +287,18 @@ async fn hidden_events_do_not_end_the_wait() {
 }
 
 #[tokio::test]
-async fn whoever_hangs_up_is_forgotten() {
+async fn a_disconnected_reader_is_removed() {
     let weir = weir().await;
     let mut client = weir.client().await;
     client.send("GET", "/v1/events?channel=a&wait=55s", &[], b"").await;
     waiting(&weir, "a", 1).await;
     drop(client);
-    let channel = weir::channel::Channel::parse("a").unwrap();
-    while weir.node().bus.inspect(&channel).await.unwrap().readers > 0 {
-        tokio::task::yield_now().await;
-    }
+    let readers = async || weir.bus().inspect(&event::channel("a")).await.unwrap().readers;
+    eventually("no reader is left", async || readers().await == 0).await;
 }
 
 #[tokio::test]
-async fn who_waits_while_the_node_leaves_gets_an_empty_page() {
+async fn a_drain_answers_waiting_reads_with_an_empty_page() {
     let weir = weir().await;
     let at = weir.publish("a", "1").await;
     let path = format!("/v1/events?channel=a&after={at}&wait=55s");
@@ -328,13 +319,13 @@ async fn who_waits_while_the_node_leaves_gets_an_empty_page() {
 }
 
 #[tokio::test]
-async fn reading_puts_no_channel_into_use() {
+async fn reading_creates_no_channel() {
     let weir = weir().await;
     for more in ["", "&after=now", "&last=3", "&consumer=c", "&consumer=d&start=now"] {
         weir.get(format!("/v1/events?channel=a&channel=b{more}")).await.expect(200);
     }
     weir.post("/v1/consumers/c/seek", r#"{"channel":"e","after":"earliest"}"#).await.expect(204);
-    assert_eq!(weir.node().bus.topics().count(), 0);
+    assert_eq!(weir.bus().topics().count(), 0);
     // A consumer that began now begins there.
     weir.publish("a", "1").await;
     let page = weir.get("/v1/events?channel=a&consumer=d").await.json();

@@ -1,9 +1,9 @@
 //! Rules for every request: methods, unknown paths, pages of other origins, names of this machine.
 
-use crate::support::{Request, weir};
+use crate::support::{Request, event::channel, eventually, weir};
 
 #[tokio::test]
-async fn methods() {
+async fn allow_lists_the_methods_of_each_route() {
     let weir = weir().await;
     for (path, allow) in [
         ("/v1/events", "GET, HEAD, POST, DELETE, OPTIONS"),
@@ -20,14 +20,14 @@ async fn methods() {
             given.sort_unstable();
             assert_eq!(given, expected, "{path}");
             if reply.status != 204 {
-                reply.refused("method_not_allowed");
+                reply.expect_problem("method_not_allowed");
             }
         }
     }
 }
 
 #[tokio::test]
-async fn unknown_and_reserved_paths() {
+async fn unknown_paths_are_not_found() {
     let weir = weir().await;
     for path in [
         "/v1",
@@ -39,15 +39,15 @@ async fn unknown_and_reserved_paths() {
         "/console",
         "/index.html",
     ] {
-        weir.get(path).await.refused("not_found");
+        weir.get(path).await.expect_problem("not_found");
     }
-    weir.post("/v1/consumers/n/take", "{}").await.refused("not_found");
-    weir.request("PUT", "/v1/consumers/n").body("{}").await.refused("method_not_allowed");
-    weir.request("OPTIONS", "/nowhere").await.refused("not_found");
+    weir.post("/v1/consumers/n/take", "{}").await.expect_problem("not_found");
+    weir.request("PUT", "/v1/consumers/n").body("{}").await.expect_problem("method_not_allowed");
+    weir.request("OPTIONS", "/nowhere").await.expect_problem("not_found");
 }
 
 #[tokio::test]
-async fn head_answers_headers_and_opens_nothing() {
+async fn head_answers_headers_and_starts_nothing() {
     let weir = weir().await;
     weir.publish("a", "1").await;
     let mut client = weir.client().await;
@@ -64,7 +64,7 @@ async fn head_answers_headers_and_opens_nothing() {
         assert!(head.header("content-type").is_some());
     }
     // Nothing came after the heads, and nothing was consumed.
-    client.get("/v1/consumers/n").await.refused("not_found");
+    client.get("/v1/consumers/n").await.expect_problem("not_found");
     client.send("HEAD", "/v1/events?chanel=a", &[], b"").await;
     client.head().await.expect(400);
     client.send("HEAD", "/nowhere", &[], b"").await;
@@ -73,7 +73,7 @@ async fn head_answers_headers_and_opens_nothing() {
 }
 
 #[tokio::test]
-async fn nothing_is_stored_and_origins_vary() {
+async fn responses_are_not_cacheable_and_vary_by_origin() {
     let weir = weir().await;
     for reply in [
         weir.get("/v1/events?channel=a").await,
@@ -92,7 +92,7 @@ async fn nothing_is_stored_and_origins_vary() {
 }
 
 #[tokio::test]
-async fn pages_of_this_machine() {
+async fn local_origins_are_allowed() {
     let weir = weir().await;
     let own = format!("http://{}", weir.address);
     for origin in ["http://localhost:3000", "http://127.0.0.1:5173", "http://localhost", &own] {
@@ -117,7 +117,7 @@ async fn pages_of_this_machine() {
 }
 
 #[tokio::test]
-async fn pages_from_elsewhere() {
+async fn foreign_origins_are_rejected() {
     let weir = weir().await;
     for origin in [
         "https://evil.example",
@@ -135,9 +135,9 @@ async fn pages_from_elsewhere() {
         assert_eq!(reply.header("access-control-allow-origin"), None, "{origin}");
         let reply = with("OPTIONS", "/v1/events").header("access-control-request-method", "POST").await.expect(204);
         assert_eq!(reply.header("access-control-allow-methods"), None, "{origin}");
-        let problem = with("POST", "/v1/events?channel=a").body("1").await.refused("forbidden");
+        let problem = with("POST", "/v1/events?channel=a").body("1").await.expect_problem("forbidden");
         assert_eq!(problem["permission"], "origin");
-        with("DELETE", "/v1/events?channel=a").await.refused("forbidden");
+        with("DELETE", "/v1/events?channel=a").await.expect_problem("forbidden");
     }
     assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 0);
     let open = weir::config::Config::default();
@@ -145,7 +145,7 @@ async fn pages_from_elsewhere() {
 }
 
 #[tokio::test]
-async fn origins_of_the_configuration() {
+async fn configured_origins_are_allowed() {
     let weir = weir().with(|config| config.cors.origins = vec!["https://*.shop.example".into()]).await;
     let post = |origin: &str| {
         weir.request("POST", "/v1/events?channel=a")
@@ -155,42 +155,42 @@ async fn origins_of_the_configuration() {
     };
     let reply = post("https://www.shop.example").await.expect(201);
     assert_eq!(reply.header("access-control-allow-origin"), Some("https://www.shop.example"));
-    post("https://shop.example.evil").await.refused("forbidden");
+    post("https://shop.example.evil").await.expect_problem("forbidden");
 }
 
 #[tokio::test]
-async fn names_of_this_machine() {
+async fn only_host_names_of_this_machine_are_accepted() {
     let weir = weir().await;
     for host in ["localhost:8000", "127.0.0.1", "[::1]:1", "weir.localhost"] {
         weir.request("GET", "/v1/events?channel=a").header("host", host).await.expect(200);
     }
     for host in ["evil.example", "10.0.0.1:8000", "localhost.evil.example"] {
         for path in ["/v1/events?channel=a", "/", "/health/live", "/nowhere"] {
-            let problem = weir.request("GET", path).header("host", host).await.refused("forbidden");
+            let problem = weir.request("GET", path).header("host", host).await.expect_problem("forbidden");
             assert_eq!(problem["permission"], "host");
         }
     }
     let mut client = weir.client().await;
     client.write("GET /health/live HTTP/1.1\r\n\r\n").await;
-    client.reply().await.refused("invalid_request");
+    client.response().await.expect_problem("invalid_request");
     // HTTP/1.0 need not say.
     client.write("GET /health/live HTTP/1.0\r\n\r\n").await;
-    client.reply().await.expect(200);
+    client.response().await.expect(200);
 }
 
 #[tokio::test]
-async fn browsers_declare_their_json() {
+async fn requests_of_browsers_must_declare_a_json_content_type() {
     let weir = weir().await;
     let post = |path: &str, headers: &[(&str, &str)], body: &'static str| {
         headers.iter().fold(weir.request("POST", path), |request, (name, value)| request.header(name, value)).body(body)
     };
     let origin = ("origin", "http://localhost:3000");
     for path in ["/v1/events?channel=a", "/v1/consumers/n/commit"] {
-        post(path, &[origin, ("content-type", "text/plain")], "1").await.refused("unsupported_media_type");
-        post(path, &[origin], "1").await.refused("unsupported_media_type");
+        post(path, &[origin, ("content-type", "text/plain")], "1").await.expect_problem("unsupported_media_type");
+        post(path, &[origin], "1").await.expect_problem("unsupported_media_type");
         post(path, &[("cookie", "a=b"), ("content-type", "application/x-www-form-urlencoded")], "1")
             .await
-            .refused("unsupported_media_type");
+            .expect_problem("unsupported_media_type");
     }
     post("/v1/events?channel=a", &[origin, ("content-type", "application/json; charset=utf-8")], "1").await.expect(201);
     post("/v1/events", &[("cookie", "a=b"), ("content-type", "application/x-ndjson")], "{\"channel\":\"a\"}")
@@ -200,17 +200,17 @@ async fn browsers_declare_their_json() {
 }
 
 #[tokio::test]
-async fn operators_may_have_a_listener_of_their_own() {
+async fn admin_routes_move_to_the_admin_listener() {
     let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
     let [clients, operators] = weir.addresses[..] else { panic!("{:?}", weir.addresses) };
-    let get = |address, path: &str| Request::new(address, "GET", path.into());
+    let get = |address, path: &str| Request::new(address, "GET", path);
     for path in ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"] {
-        let problem = get(clients, path).await.refused("not_found");
+        let problem = get(clients, path).await.expect_problem("not_found");
         assert!(problem["detail"].as_str().unwrap().contains("admin.listen"), "{problem}");
         get(operators, path).await.expect(200);
     }
-    Request::new(clients, "DELETE", "/v1/events?channel=a".into()).await.refused("method_not_allowed");
-    Request::new(operators, "DELETE", "/v1/events?channel=a".into()).await.expect(204);
+    Request::new(clients, "DELETE", "/v1/events?channel=a").await.expect_problem("method_not_allowed");
+    Request::new(operators, "DELETE", "/v1/events?channel=a").await.expect(204);
     for path in ["/v1/events?channel=a", "/"] {
         get(clients, path).await.expect(200);
         assert!(matches!(get(operators, path).await.status, 404 | 405), "{path}");
@@ -221,31 +221,29 @@ async fn operators_may_have_a_listener_of_their_own() {
 }
 
 #[tokio::test]
-async fn leaving_answers_who_waits_and_closes_every_connection() {
+async fn shutdown_answers_long_polls_and_closes_every_connection() {
     let weir = weir().with(|config| config.drain.window = std::time::Duration::ZERO).await;
     let mut poll = weir.client().await;
     poll.send("GET", "/v1/events?channel=a&wait=55s", &[], b"").await;
     let mut idle = weir.client().await;
     idle.get("/health/ready").await.expect(200);
-    let channel = weir::channel::Channel::parse("a").unwrap();
-    while weir.node().bus.inspect(&channel).await.unwrap().readers == 0 {
-        tokio::task::yield_now().await;
-    }
-    weir.leave();
-    assert_eq!(poll.reply().await.expect(200).json()["events"], serde_json::json!([]));
+    let waits = async || weir.bus().inspect(&channel("a")).await.unwrap().readers > 0;
+    eventually("the poll waits", waits).await;
+    weir.shut_down();
+    assert_eq!(poll.response().await.expect(200).json()["events"], serde_json::json!([]));
     assert!(poll.is_closed().await && idle.is_closed().await);
     let connections = weir.connections().clone();
-    weir.left().await;
+    weir.stopped().await;
     assert!(connections.is_empty());
 }
 
 #[tokio::test]
-async fn heads_are_bounded() {
+async fn request_heads_are_limited() {
     let weir = weir().await;
     let header = weir.request("GET", "/health/live").header("x-long", &"x".repeat(20_000)).await;
     assert_eq!(header.status, 431);
     let path = weir.get(format!("/v1/events?_={}", "x".repeat(70_000))).await;
     assert!(matches!(path.status, 414 | 431), "{}", path.status);
     let many = (0..300).map(|n| format!("_{n}=1&")).collect::<String>();
-    weir.get(format!("/v1/events?{many}")).await.refused("invalid_params");
+    weir.get(format!("/v1/events?{many}")).await.expect_problem("invalid_params");
 }

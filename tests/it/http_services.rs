@@ -85,7 +85,7 @@ impl Provider {
 }
 
 #[tokio::test]
-async fn what_is_always_there() {
+async fn the_built_in_service_is_listed_and_called() {
     let weir = weir().await;
     let echo = weir.post("/v1/services/weir/echo", r#"{"n": 1}"#).await.expect(200);
     assert_eq!((echo.header("content-type"), echo.text()), (Some("application/json"), r#"{"n": 1}"#));
@@ -93,11 +93,11 @@ async fn what_is_always_there() {
     let list = weir.get("/v1/services").await.expect(200).json();
     assert_eq!(list["services"][0]["service"], "weir");
     assert_eq!(weir.get("/v1/services?prefix=x").await.json(), json!({"services": []}));
-    weir.get("/v1/services?prefx=x").await.refused("invalid_params");
+    weir.get("/v1/services?prefx=x").await.expect_problem("invalid_params");
 }
 
 #[tokio::test]
-async fn the_bare_result_and_the_last_slash() {
+async fn the_last_segment_is_the_method_and_the_result_is_the_body() {
     let weir = weir().await;
     let mut provider = provide(&weir, "billing/v2", 1_000);
     let call = tokio::spawn(
@@ -123,7 +123,7 @@ async fn the_bare_result_and_the_last_slash() {
 }
 
 #[tokio::test]
-async fn errors_of_a_provider() {
+async fn errors_of_a_provider_become_problem_documents() {
     let weir = weir().await;
     tokio::spawn(provide(&weir, "s", 1_000).serve());
     for (code, body, status, name) in [
@@ -150,49 +150,49 @@ async fn errors_of_a_provider() {
 }
 
 #[tokio::test]
-async fn refused_calls() {
+async fn invalid_calls_are_rejected() {
     let weir = weir().with(|config| config.limits.frame = 100).await;
     let call = |path: &str, body: &str| weir.post(format!("/v1/services/{path}"), body.to_owned());
-    call("weir/echo", "{").await.refused("parse_error");
-    call("weir/echo", "7").await.refused("invalid_params");
-    call("weir/echo", "\"text\"").await.refused("invalid_params");
-    call("weir/echo", &format!("[\"{}\"]", "x".repeat(100))).await.refused("too_large");
-    call("weir/echo?timeout=5", "").await.refused("invalid_params");
-    call("weir/echo?timeout=11m", "").await.refused("invalid_params");
-    call("weir/echo?time=5s", "").await.refused("invalid_params");
-    call("weir/nothing", "").await.refused("method_not_found");
-    call("weir", "").await.refused("method_not_found");
+    call("weir/echo", "{").await.expect_problem("parse_error");
+    call("weir/echo", "7").await.expect_problem("invalid_params");
+    call("weir/echo", "\"text\"").await.expect_problem("invalid_params");
+    call("weir/echo", &format!("[\"{}\"]", "x".repeat(100))).await.expect_problem("too_large");
+    call("weir/echo?timeout=5", "").await.expect_problem("invalid_params");
+    call("weir/echo?timeout=11m", "").await.expect_problem("invalid_params");
+    call("weir/echo?time=5s", "").await.expect_problem("invalid_params");
+    call("weir/nothing", "").await.expect_problem("method_not_found");
+    call("weir", "").await.expect_problem("method_not_found");
     let problem = call("nobody/x", "").await;
     assert_eq!(problem.header("retry-after"), Some("1"));
-    let problem = problem.refused("no_provider");
+    let problem = problem.expect_problem("no_provider");
     assert_eq!((&problem["executed"], &problem["retry_after_ms"]), (&json!("no"), &json!(1_000)));
-    weir.get("/v1/services/weir/echo").await.refused("method_not_allowed");
+    weir.get("/v1/services/weir/echo").await.expect_problem("method_not_allowed");
     let foreign = weir.request("POST", "/v1/services/weir/echo").header("origin", "http://localhost:1");
-    foreign.body("{}").await.refused("unsupported_media_type");
+    foreign.body("{}").await.expect_problem("unsupported_media_type");
 }
 
 #[tokio::test]
-async fn busy_slow_and_dead_providers() {
+async fn calls_fail_when_a_provider_is_busy_slow_or_gone() {
     let weir = weir().await;
     let mut provider = provide(&weir, "s", 1);
     let slow = tokio::spawn(weir.request("POST", "/v1/services/s/x?timeout=100ms").into_future());
     provider.next().await;
-    assert_eq!(weir.post("/v1/services/s/y", "").await.refused("busy")["executed"], "no");
-    assert_eq!(slow.await.unwrap().refused("timeout")["executed"], "maybe");
+    assert_eq!(weir.post("/v1/services/s/y", "").await.expect_problem("busy")["executed"], "no");
+    assert_eq!(slow.await.unwrap().expect_problem("timeout")["executed"], "maybe");
 
     let mut provider = provide(&weir, "t", 1);
     let call = tokio::spawn(weir.request("POST", "/v1/services/t/x").into_future());
     let (id, ..) = provider.next().await;
     provider.connection.reply(id, CallAnswer::bad_reply("has neither result nor error"));
-    assert_eq!(call.await.unwrap().refused("bad_reply")["executed"], "maybe");
+    assert_eq!(call.await.unwrap().expect_problem("bad_reply")["executed"], "maybe");
     let call = tokio::spawn(weir.request("POST", "/v1/services/t/x").into_future());
     provider.next().await;
     drop(provider);
-    assert_eq!(call.await.unwrap().refused("provider_gone")["executed"], "maybe");
+    assert_eq!(call.await.unwrap().expect_problem("provider_gone")["executed"], "maybe");
 }
 
 #[tokio::test]
-async fn to_hang_up_is_to_cancel() {
+async fn a_disconnected_caller_cancels_its_call() {
     let weir = weir().await;
     let mut provider = provide(&weir, "s", 1);
     let mut client = weir.client().await;

@@ -1,14 +1,14 @@
 //! `weir import ganomede`, from one real Redis to another: the binary imports, and a weir answers ganomede's clients.
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
-use tokio::process::{Child, Command};
-use weir::config::{Adapter, Backend, ChannelRule, Config, Keep};
+use weir::config::{Adapter, ChannelRule, Keep};
 
-use crate::{
-    redis::servers::Server,
-    support::{Starter, weir},
+use crate::support::{
+    RedisServer, Starter,
+    command::{Finished, finish, weir_command},
+    weir_on,
 };
 
 /// So long before whenever the test runs that nothing is young, nor so old that it is not kept.
@@ -20,14 +20,14 @@ fn now() -> u64 {
 
 /// The Redis of a ganomede-events, filled as the original fills it.
 struct Source {
-    server: Server,
+    server: RedisServer,
     connection: ::redis::Connection,
     began: u64,
 }
 
 impl Source {
     async fn start() -> Self {
-        let server = Server::start(&["--enable-debug-command", "yes"]).await;
+        let server = RedisServer::start(&["--enable-debug-command", "yes"]).await;
         let connection = ::redis::Client::open(server.url()).unwrap().get_connection().unwrap();
         Source { server, connection, began: now() - BEFORE }
     }
@@ -60,50 +60,19 @@ impl Source {
 
 /// The import as a command.
 fn command(from: &str, to: &str, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_weir"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("WEIR")) {
-        command.env_remove(name);
-    }
-    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests"));
+    let mut command = weir_command();
     command.env("WEIR__BUS__BACKEND", "redis").env("WEIR__BUS__REDIS__URL", to);
     command.args(["import", "ganomede", "--from", from]).args(args);
-    command.stdin(Stdio::null()).kill_on_drop(true);
     command
 }
 
-struct Done {
-    code: Option<i32>,
-    lines: Vec<Value>,
-    notes: String,
-}
-
-async fn import(from: &str, to: &str, args: &[&str]) -> Done {
-    let output = command(from, to, args).output().await.unwrap();
-    let lines = String::from_utf8(output.stdout).unwrap();
-    let lines = lines.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
-    Done { code: output.status.code(), lines, notes: String::from_utf8(output.stderr).unwrap() }
-}
-
-impl Done {
-    #[track_caller]
-    fn ok(self) -> Vec<Value> {
-        assert_eq!(self.code, Some(0), "{}", self.notes);
-        self.lines
-    }
-
-    #[track_caller]
-    fn fails(&self, code: i32, notes: &str) {
-        assert_eq!(self.code, Some(code), "{}", self.notes);
-        assert!(self.notes.contains(notes), "{}", self.notes);
-    }
+async fn import(from: &str, to: &str, args: &[&str]) -> Finished {
+    finish(command(from, to, args)).await
 }
 
 /// A weir on that Redis that speaks to ganomede's clients.
-fn on(redis: &Server) -> Starter {
-    let url = redis.url();
-    weir().with(|config: &mut Config| {
-        config.bus.backend = Backend::Redis;
-        config.bus.redis.url = url.as_str().into();
+fn on(redis: &RedisServer) -> Starter {
+    weir_on(&redis.url()).with(|config| {
         config.compat.enable = vec![Adapter::Ganomede];
         config.compat.ganomede.secret = "s".into();
         config.compat.ganomede.poll_timeout = std::time::Duration::ZERO;
@@ -111,8 +80,8 @@ fn on(redis: &Server) -> Starter {
 }
 
 #[tokio::test]
-async fn everything_comes_over() {
-    let (mut source, target) = (Source::start().await, Server::start(&[]).await);
+async fn events_cursors_and_indices_are_imported() {
+    let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);
     source.put_many("users/v1", 1..=40);
     source.set("indices:users/v1", 41);
     // Ids that have no event: before, between, and of a channel that lost all.
@@ -206,22 +175,24 @@ async fn everything_comes_over() {
 }
 
 #[tokio::test]
-async fn it_may_be_killed_at_any_point() {
-    let (mut source, target) = (Source::start().await, Server::start(&[]).await);
+async fn an_import_continues_after_a_kill_at_any_point() {
+    let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);
     source.put_many("one", (1..=900).filter(|id| id % 100 != 0));
     source.put_many("two", 200..=900);
     source.set("last-fetched:c:one", 450);
     let length =
         async |channel: &str| -> u64 { target.cli(&["XLEN", &format!("weir:{{{channel}}}:s")]).await.parse().unwrap() };
     for (channel, point) in [("one", 1), ("one", 333), ("one", 700), ("two", 150), ("two", 500)] {
-        let mut child: Child = command(&source.server.url(), &target.url(), &[])
+        let mut child = command(&source.server.url(), &target.url(), &[])
+            .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         // A command that is through has nothing left to be killed in, and that is a point, too.
         while length(channel).await < point && child.try_wait().unwrap().is_none() {}
-        child.kill().await.unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
     import(&source.server.url(), &target.url(), &[]).await.ok();
     let weir = on(&target).await;
@@ -244,14 +215,14 @@ async fn it_may_be_killed_at_any_point() {
 }
 
 #[tokio::test]
-async fn what_is_refused() {
-    let (mut source, target) = (Source::start().await, Server::start(&[]).await);
+async fn an_import_that_would_lose_or_mix_events_is_rejected() {
+    let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);
     source.put_many("a", 1..=30);
     source.put_many("b", 1..=3);
     let (from, to) = (source.server.url(), target.url());
-    let memory = command(&from, &to, &[]).env_remove("WEIR__BUS__BACKEND").output().await.unwrap();
-    assert_eq!(memory.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&memory.stderr).contains("bus.backend is memory"));
+    let mut memory = command(&from, &to, &[]);
+    memory.env_remove("WEIR__BUS__BACKEND");
+    finish(memory).await.fails(2, "bus.backend is memory");
     import("redis+sentinel://x/y", &to, &[]).await.fails(2, "one Redis");
     import("redis://127.0.0.1:1", &to, &[]).await.fails(4, "the source");
     import(&from, "redis://127.0.0.1:1", &[]).await.fails(4, "Redis cannot be reached");
@@ -278,7 +249,7 @@ async fn what_is_refused() {
     assert_eq!((kept.as_array().unwrap().len(), &kept[9]["id"]), (10, &json!(30)));
 
     // Events of weir's own: not one channel is touched.
-    let other = Server::start(&[]).await;
+    let other = RedisServer::start(&[]).await;
     let second = on(&other).await;
     second.publish("b", "1").await;
     let done = import(&from, &other.url(), &[]).await;
@@ -287,8 +258,8 @@ async fn what_is_refused() {
 }
 
 #[tokio::test]
-async fn what_does_not_fit_is_named() {
-    let (mut source, target) = (Source::start().await, Server::start(&[]).await);
+async fn data_that_cannot_be_imported_is_named() {
+    let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);
     source.put("a", &json!({"id": 1, "timestamp": source.began, "type": "weir.x", "from": "f"}));
     source.put("a", &json!({"id": 2, "timestamp": source.began, "type": "t", "from": "f"}));
     source.put("a", &json!({"id": 3, "type": "t"}));
@@ -313,8 +284,8 @@ async fn what_does_not_fit_is_named() {
 
 /// An event that another server is writing may be missing before one that is there.
 #[tokio::test]
-async fn what_may_still_come_is_waited_for() {
-    let (mut source, target) = (Source::start().await, Server::start(&[]).await);
+async fn recent_missing_events_are_left_for_a_second_run() {
+    let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);
     let now = now();
     let at = |id: u64| json!({"id": id, "timestamp": now + 3_600_000, "type": "t", "from": "f"});
     source.put("a", &at(1));

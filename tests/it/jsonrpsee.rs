@@ -9,11 +9,8 @@ use jsonrpsee_core::{
 };
 use jsonrpsee_ws_client::WsClientBuilder;
 use serde_json::{Value, json};
-use tokio::time::timeout;
 
-use crate::process::Process;
-
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::{Process, in_time};
 
 async fn connect(weir: &Process) -> Client {
     WsClientBuilder::default().build(format!("ws://{}/v1/ws", weir.address)).await.unwrap()
@@ -41,7 +38,7 @@ fn code(outcome: Result<Value, Error>) -> i32 {
 }
 
 #[tokio::test]
-async fn calls_by_name_and_by_position() {
+async fn calls_take_named_and_positional_params() {
     let weir = Process::start(&[]);
     let client = connect(&weir).await;
     let echo: Value = client.request("weir/echo", object(json!({"n": 1}))).await.unwrap();
@@ -56,7 +53,7 @@ async fn calls_by_name_and_by_position() {
 }
 
 #[tokio::test]
-async fn errors_leave_the_connection_alive() {
+async fn errors_keep_the_connection_open() {
     let weir = Process::start(&[]);
     let client = connect(&weir).await;
     assert_eq!(code(client.request("nobody/home", ArrayParams::new()).await), -32020);
@@ -79,7 +76,7 @@ async fn errors_leave_the_connection_alive() {
 }
 
 #[tokio::test]
-async fn a_batch_is_answered_whole() {
+async fn a_batch_is_answered_with_one_response_per_call() {
     let weir = Process::start(&[]);
     let client = connect(&weir).await;
     let mut batch = BatchRequestBuilder::new();
@@ -92,7 +89,7 @@ async fn a_batch_is_answered_whole() {
 }
 
 #[tokio::test]
-async fn subscribes_to_the_method() {
+async fn subscribe_to_method_receives_events() {
     let weir = Process::start(&[]);
     let client = connect(&weir).await;
     let mut events: Subscription<Value> = client.subscribe_to_method("weir.event").await.unwrap();
@@ -106,18 +103,18 @@ async fn subscribes_to_the_method() {
     }
     let mut seen = Vec::new();
     while seen.len() < 200 {
-        let event = timeout(PATIENCE, events.next()).await.expect("an event").expect("the subscription").unwrap();
+        let event = in_time(events.next()).await.expect("the subscription goes on").unwrap();
         seen.push(event["data"].as_u64().unwrap());
     }
     assert_eq!(seen, (0..200).collect::<Vec<_>>());
 }
 
 #[tokio::test]
-async fn a_thousand_calls_at_once() {
+async fn a_thousand_concurrent_calls_are_answered() {
     let weir = Process::start(&[]);
     let client = connect(&weir).await;
     let calls = (0..1000).map(|n| client.request::<Value, _>("weir/echo", array(json!(n))));
-    let answers = timeout(PATIENCE, futures_util::future::join_all(calls)).await.expect("all answers");
+    let answers = in_time(futures_util::future::join_all(calls)).await;
     let seen: BTreeSet<u64> = answers.into_iter().map(|answer| answer.unwrap()[0].as_u64().unwrap()).collect();
     assert_eq!(seen.len(), 1000);
 }

@@ -1,41 +1,19 @@
 //! Who is on a channel, as clients see it: leases of streams and sockets, lists, joins and leaves.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Value, json};
 
-use crate::{
-    socket::{Socket, eventually},
-    support::{Client, Weir, metric, weir},
-};
-
-/// A stream, read up to its first block.
-async fn stream(weir: &Weir, query: &str) -> Client {
-    let mut client = weir.client().await;
-    client.send("GET", &format!("/v1/sse?{query}"), &[], b"").await;
-    assert_eq!(client.head().await.status, 200);
-    client.chunk().await;
-    client
-}
+use crate::support::{EventStream, Socket, Weir, eventually, weir};
 
 async fn list(weir: &Weir, channel: &str) -> Value {
     weir.get(format!("/v1/presence?channel={channel}")).await.expect(200).json()
 }
 
-/// Waits until so many are on a channel, and lists them.
-pub async fn until(weir: &Weir, channel: &str, count: usize) -> Value {
-    let start = Instant::now();
-    loop {
-        let list = list(weir, channel).await;
-        if list["count"] == count {
-            return list;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20), "not {count}: {list}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+/// Waits until a channel has `count` members, and lists them.
+async fn until(weir: &Weir, channel: &str, count: usize) -> Value {
+    eventually(&format!("{count} members of {channel}"), async || list(weir, channel).await["count"] == count).await;
+    list(weir, channel).await
 }
 
 fn names(list: &Value) -> Vec<&str> {
@@ -100,15 +78,19 @@ impl Replay {
 #[tokio::test]
 async fn members_are_listed_and_announced() {
     let weir = weir().await;
-    let mut watcher = Socket::open(weir.address).await;
-    watcher.ok("weir.subscribe", json!({ "channels": ["$presence/chat"] })).await;
+    let mut watcher = weir.socket().await;
+    watcher.call("weir.subscribe", json!({ "channels": ["$presence/chat"] })).await;
     assert_eq!(list(&weir, "chat").await["members"], json!([]));
 
-    let one = stream(&weir, "channel=chat&channel=other&present=c1&info=%7B%22nick%22:%20%22%C3%A9%22%7D").await;
-    let join = watcher.notice("weir.event").await;
-    let mut two = Socket::open(weir.address).await;
-    two.ok("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "c2" } })).await;
-    let second = watcher.notice("weir.event").await;
+    let one = EventStream::opened(
+        weir.address,
+        "channel=chat&channel=other&present=c1&info=%7B%22nick%22:%20%22%C3%A9%22%7D",
+    )
+    .await;
+    let join = watcher.notification("weir.event").await;
+    let mut two = weir.socket().await;
+    two.call("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "c2" } })).await;
+    let second = watcher.notification("weir.event").await;
     let listed = until(&weir, "chat", 2).await;
     let members = listed["members"].as_array().unwrap();
     assert_eq!((&join["type"], &join["data"]["members"]), (&json!("join"), &json!([members[0]])));
@@ -122,33 +104,33 @@ async fn members_are_listed_and_announced() {
     assert!(members[1].get("info").is_none());
     assert_eq!(listed["position"], format!("{}-{}", second["epoch"].as_str().unwrap(), second["offset"]));
     assert_eq!(until(&weir, "other", 1).await["members"][0]["client"], "c1");
-    assert_eq!(two.ok("weir.presence", json!({ "channel": "chat" })).await, listed);
+    assert_eq!(two.call("weir.presence", json!({ "channel": "chat" })).await, listed);
     let counted = weir.get("/v1/presence?channel=chat&count=true").await.expect(200).json();
     assert_eq!(counted, json!({ "channel": "chat", "count": 2, "position": listed["position"] }));
 
     drop(one);
-    let leave = watcher.notice("weir.event").await;
+    let leave = watcher.notification("weir.event").await;
     assert_eq!(
         (&leave["type"], &leave["data"]),
         (&json!("leave"), &json!({ "members": [{ "client": "c1", "subject": "" }] }))
     );
-    two.ok("weir.unsubscribe", json!({ "channels": ["chat"] })).await;
-    assert_eq!(watcher.notice("weir.event").await["data"]["members"][0]["client"], "c2");
+    two.call("weir.unsubscribe", json!({ "channels": ["chat"] })).await;
+    assert_eq!(watcher.notification("weir.event").await["data"]["members"][0]["client"], "c2");
     until(&weir, "other", 0).await;
-    eventually("nothing is left", || weir.node().presence.counts() == (0, 0, 0)).await;
-    assert_eq!(metric(&weir, "weir_presence_leases"), 0);
+    eventually("nothing is left", async || weir.node().presence.counts() == (0, 0, 0)).await;
+    assert_eq!(weir.metric("weir_presence_leases"), 0);
     // A page that comes now can still begin where nothing is missed.
     let position = list(&weir, "chat").await["position"].as_str().unwrap().to_owned();
     assert_eq!(Replay::of(&weir, "chat", &position).await.list(), Vec::<&Value>::new());
 }
 
 #[tokio::test]
-async fn a_name_is_one_member_however_many_hold_it() {
+async fn connections_with_the_same_client_name_are_one_member() {
     let weir = weir().await;
-    let first = stream(&weir, "channel=a&present=c&info=1").await;
+    let first = EventStream::opened(weir.address, "channel=a&present=c&info=1").await;
     let alone = until(&weir, "a", 1).await;
     let mut second = Socket::open_at(weir.address, "/v1/ws?channel=a&present=c&info=1").await;
-    let other = stream(&weir, "channel=a&present=d").await;
+    let other = EventStream::opened(weir.address, "channel=a&present=d").await;
     let both = until(&weir, "a", 2).await;
     assert_eq!(names(&both), ["c", "d"]);
     assert_eq!(both["members"][0]["since"], alone["members"][0]["since"]);
@@ -156,44 +138,37 @@ async fn a_name_is_one_member_however_many_hold_it() {
     drop(other);
     until(&weir, "a", 1).await;
     // What the last of them says is what counts, and is announced as another join.
-    second.ok("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "c", "info": [2] } })).await;
-    let start = Instant::now();
-    while list(&weir, "a").await["members"][0]["info"] != json!([2]) {
-        assert!(start.elapsed() < Duration::from_secs(20));
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    second.call("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "c", "info": [2] } })).await;
+    let changed = async || list(&weir, "a").await["members"][0]["info"] == json!([2]);
+    eventually("the member has the new info", changed).await;
     let now = list(&weir, "a").await;
     assert_eq!(now["members"][0]["since"], alone["members"][0]["since"]);
     let replay = Replay::of(&weir, "a", "earliest").await;
     assert_eq!(json!(replay.list()), now["members"]);
     // Subscribing again without a word about it changes nothing.
-    second.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
+    second.call("weir.subscribe", json!({ "channels": ["a"] })).await;
     assert_eq!(weir.node().presence.counts().0, 1);
     // Another name in place of the first.
-    second.ok("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "e" } })).await;
-    let start = Instant::now();
-    while names(&list(&weir, "a").await) != ["e"] {
-        assert!(start.elapsed() < Duration::from_secs(20));
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    second.call("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "e" } })).await;
+    eventually("only the new name is a member", async || names(&list(&weir, "a").await) == ["e"]).await;
     drop(second);
     until(&weir, "a", 0).await;
 }
 
 #[tokio::test]
-async fn who_comes_back_at_once_was_never_away() {
+async fn a_quick_reconnect_is_not_announced() {
     let weir = weir().await;
-    let mut held = stream(&weir, "channel=a&present=c").await;
+    let mut held = EventStream::opened(weir.address, "channel=a&present=c").await;
     until(&weir, "a", 1).await;
     for _ in 0..20 {
         drop(held);
-        held = stream(&weir, "channel=a&present=c").await;
+        held = EventStream::opened(weir.address, "channel=a&present=c").await;
     }
     // And who only looked in was never there.
     for _ in 0..20 {
-        drop(stream(&weir, "channel=a&present=guest").await);
+        drop(EventStream::opened(weir.address, "channel=a&present=guest").await);
     }
-    let marker = stream(&weir, "channel=a&present=z").await;
+    let marker = EventStream::opened(weir.address, "channel=a&present=z").await;
     until(&weir, "a", 2).await;
     let replay = Replay::of(&weir, "a", "earliest").await;
     // On a machine that stands still for a quarter of a second more may be seen, but never another list.
@@ -203,10 +178,10 @@ async fn who_comes_back_at_once_was_never_away() {
 }
 
 #[tokio::test]
-async fn ten_thousand_come_and_go_in_few_events() {
+async fn ten_thousand_joins_and_leaves_are_announced_in_few_events() {
     let weir = weir().await;
-    let mut watcher = Socket::open(weir.address).await;
-    watcher.ok("weir.subscribe", json!({ "channels": ["$presence/hall"] })).await;
+    let mut watcher = weir.socket().await;
+    watcher.call("weir.subscribe", json!({ "channels": ["$presence/hall"] })).await;
     // Each would need a socket of its own: without, this measures weir and not the test.
     let presence = &weir.node().presence;
     let hall = weir::channel::Channel::parse("hall").unwrap();
@@ -219,7 +194,7 @@ async fn ten_thousand_come_and_go_in_few_events() {
     until(&weir, "hall", 10_000).await;
     let mut seen = Replay::default();
     while seen.members.len() < 10_000 {
-        seen.take(&watcher.notice("weir.event").await);
+        seen.take(&watcher.notification("weir.event").await);
     }
     assert!(seen.events < 100, "{} events", seen.events);
     // Page by page.
@@ -234,15 +209,15 @@ async fn ten_thousand_come_and_go_in_few_events() {
     assert_eq!(json!(paged), json!(seen.list()));
     drop(leases);
     while !seen.members.is_empty() {
-        seen.take(&watcher.notice("weir.event").await);
+        seen.take(&watcher.notification("weir.event").await);
     }
     assert_eq!((seen.joins, seen.leaves), (10_000, 10_000));
     assert!(seen.events < 200, "{} events", seen.events);
-    eventually("nothing is left", || presence.counts() == (0, 0, 0)).await;
+    eventually("nothing is left", async || presence.counts() == (0, 0, 0)).await;
 }
 
 #[tokio::test]
-async fn a_list_is_what_was_announced_up_to_its_position() {
+async fn a_presence_list_equals_the_announcements_up_to_its_position() {
     let weir = weir().await;
     let hall = weir::channel::Channel::parse("hall").unwrap();
     let enter = |n: usize| {
@@ -285,7 +260,7 @@ async fn a_list_is_what_was_announced_up_to_its_position() {
 }
 
 #[tokio::test]
-async fn what_makes_no_sense_is_refused() {
+async fn invalid_presence_requests_are_rejected() {
     let weir = weir().with(|config| (config.limits.presences, config.limits.present_info) = (2, 20)).await;
     for bad in [
         "/v1/sse?channel=a&present=",
@@ -301,39 +276,39 @@ async fn what_makes_no_sense_is_refused() {
         "/v1/presence?channel=a&count=1",
         "/v1/presence?channel=a&prefix=b",
     ] {
-        weir.get(bad).await.expect(400).refused("invalid_params");
+        weir.get(bad).await.expect(400).expect_problem("invalid_params");
     }
     let long = "x".repeat(129);
-    weir.get(format!("/v1/sse?channel=a&present={long}")).await.refused("invalid_params");
+    weir.get(format!("/v1/sse?channel=a&present={long}")).await.expect_problem("invalid_params");
     let long = "x".repeat(250);
-    weir.get(format!("/v1/sse?channel={long}&present=c")).await.refused("invalid_params");
-    let problem = weir.get(format!("/v1/sse?channel=a&present=c&info=%22{long}%22")).await.refused("too_large");
+    weir.get(format!("/v1/sse?channel={long}&present=c")).await.expect_problem("invalid_params");
+    let problem = weir.get(format!("/v1/sse?channel=a&present=c&info=%22{long}%22")).await.expect_problem("too_large");
     assert_eq!(problem["limit"], "limits.present_info");
-    weir.post("/v1/events?channel=$presence/a", "1").await.refused("forbidden");
+    weir.post("/v1/events?channel=$presence/a", "1").await.expect_problem("forbidden");
     // All of its channels or none.
-    let problem = weir.get("/v1/sse?channel=a&channel=b&channel=c&present=c").await.refused("limit_reached");
+    let problem = weir.get("/v1/sse?channel=a&channel=b&channel=c&present=c").await.expect_problem("limit_reached");
     assert_eq!(problem["limit"], "limits.presences");
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     let refused =
-        socket.refused("weir.subscribe", json!({ "channels": ["a", "b", "c"], "present": { "client": "c" } })).await;
+        socket.call_error("weir.subscribe", json!({ "channels": ["a", "b", "c"], "present": { "client": "c" } })).await;
     assert_eq!(refused["data"]["code"], "limit_reached");
     assert_eq!(weir.node().presence.counts().0, 0);
-    assert_eq!(metric(&weir, "weir_subscriptions{transport=\"ws\"}"), 0);
-    socket.refused("weir.subscribe", json!({ "channels": ["$services"], "present": { "client": "c" } })).await;
-    socket.refused("weir.presence", json!({ "channel": "a", "limit": 5000 })).await;
+    assert_eq!(weir.metric("weir_subscriptions{transport=\"ws\"}"), 0);
+    socket.call_error("weir.subscribe", json!({ "channels": ["$services"], "present": { "client": "c" } })).await;
+    socket.call_error("weir.presence", json!({ "channel": "a", "limit": 5000 })).await;
     // HEAD opens nothing.
     weir.request("HEAD", "/v1/sse?channel=a&present=c").await.expect(200);
     assert_eq!(weir.node().presence.counts().0, 0);
 }
 
 #[tokio::test]
-async fn leaving_is_announced_before_the_node_is_gone() {
+async fn members_leave_before_the_node_stops() {
     let weir = weir().with(|config| config.drain.window = Duration::ZERO).await;
-    let _held = stream(&weir, "channel=a&present=c").await;
+    let _held = EventStream::opened(weir.address, "channel=a&present=c").await;
     until(&weir, "a", 1).await;
-    let (bus, presence) = (weir.node().bus.clone(), weir.node().presence.clone());
-    weir.leave();
-    weir.left().await;
+    let (bus, presence) = (weir.bus().clone(), weir.node().presence.clone());
+    weir.shut_down();
+    weir.stopped().await;
     assert_eq!(presence.counts(), (0, 0, 0));
     let on = weir::channel::Channel::parse("$presence/a").unwrap();
     let limit = weir::bus::ReadLimit { events: 10, bytes: 100_000 };

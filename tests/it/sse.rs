@@ -8,82 +8,82 @@ use std::{
 use serde_json::json;
 use weir::position::Position;
 
-use crate::start::{Server, channel};
+use crate::support::{event::channel, weir};
 
 // === one channel ===
 
 #[tokio::test]
-async fn a_stream_from_head_to_event() {
-    let server = Server::start().await;
-    let before = server.publish("orders", "1").await;
-    let mut client = server.stream("channel=orders").await;
-    let head = client.head().await;
-    for line in [
-        "http/1.1 200 ok\r\n",
-        "\r\ncontent-type: text/event-stream\r\n",
-        "\r\ncache-control: no-store, no-transform\r\n",
-        "\r\nx-accel-buffering: no\r\n",
-        "\r\ntransfer-encoding: chunked\r\n",
-        "\r\ndate: ",
+async fn a_stream_has_a_head_an_opening_and_events() {
+    let weir = weir().await;
+    let before = weir.append("orders", "1").await;
+    let mut client = weir.sse("channel=orders").await;
+    let head = client.head().await.expect(200);
+    assert_eq!(head.version, "HTTP/1.1");
+    for (name, value) in [
+        ("content-type", "text/event-stream"),
+        ("cache-control", "no-store, no-transform"),
+        ("x-accel-buffering", "no"),
+        ("transfer-encoding", "chunked"),
     ] {
-        assert!(head.contains(line), "{line:?} is not in {head}");
+        assert_eq!(head.all(name), value, "{name}");
     }
-    // Some clients take a cut connection for a stream that ended, if it was going to close anyway.
-    assert!(!head.contains("connection: close"), "{head}");
+    assert!(head.header("date").is_some());
+    // Some clients take an interrupted connection for a stream that has ended if the response announced the close.
+    assert_ne!(head.header("connection"), Some("close"), "{head:?}");
     let open = client.opening().await;
     assert_eq!(open.id, before.to_string());
     assert_eq!(open.json(), json!({"channels": [{"channel": "orders", "position": before.to_string()}]}));
-    let at = server.publish_kind("orders", Some("created"), r#"{"id":7}"#).await;
+    let at = weir.append_typed("orders", Some("created"), r#"{"id":7}"#).await;
     let block = client.next().await;
     assert_eq!((block.id.as_str(), block.event.as_str()), (at.to_string().as_str(), ""));
     let event = block.json();
     assert_eq!((&event["type"], &event["data"]), (&json!("created"), &json!({"id": 7})));
-    assert_eq!(server.open(), (1, 1, 1, 1));
+    assert_eq!(weir.open_counts(), (1, 1, 1, 1));
     drop(client);
-    server.empty().await;
-    let closed = server.metrics.render();
+    weir.idle().await;
+    let closed = weir.node().metrics.render();
     assert!(closed.contains(r#"weir_connections_closed_total{transport="sse",reason="peer"} 1"#), "{closed}");
     assert!(closed.contains(r#"weir_events_delivered_total{transport="sse"} 1"#));
 }
 
 #[tokio::test]
-async fn bare_data() {
-    let server = Server::start().await;
-    let mut client = server.stream("channel=a&format=data").await;
+async fn format_data_sends_only_data() {
+    let weir = weir().await;
+    let mut client = weir.sse("channel=a&format=data").await;
     client.opening().await;
-    server.publish_kind("a", Some("note"), r#""<li>1</li>\n<li>2</li>""#).await;
-    server.publish("a", r#"{"n": [1, 2]}"#).await;
+    weir.append_typed("a", Some("note"), r#""<li>1</li>\n<li>2</li>""#).await;
+    weir.append("a", r#"{"n": [1, 2]}"#).await;
     let (one, two) = (client.next().await, client.next().await);
     assert_eq!((one.event.as_str(), one.data.as_str()), ("note", "<li>1</li>\n<li>2</li>"));
     assert_eq!((two.event.as_str(), two.data.as_str()), ("", r#"{"n": [1, 2]}"#));
 }
 
 #[tokio::test]
-async fn what_was_published_before_the_first_event_is_not_lost() {
-    let server = Server::start().await;
+async fn events_published_before_the_resume_are_delivered() {
+    let weir = weir().await;
     for name in ["born", "unborn"] {
         if name == "born" {
-            server.publish(name, "0").await;
+            weir.append(name, "0").await;
         }
-        let mut client = server.stream(&format!("channel={name}")).await;
+        let mut client = weir.sse(&format!("channel={name}")).await;
         let id = client.opening().await.id;
         drop(client);
-        server.empty().await;
-        server.publish(name, "1").await;
-        let mut client = server.resume(&format!("channel={name}"), &id).await;
+        weir.idle().await;
+        weir.append(name, "1").await;
+        let mut client = weir.sse_after(&format!("channel={name}"), &id).await;
         client.opening().await;
         assert_eq!(client.next().await.json()["data"], 1, "{name}");
         drop(client);
-        server.empty().await;
+        weir.idle().await;
     }
 }
 
 #[tokio::test]
-async fn where_to_start_and_what_wins() {
-    let server = Server::start().await;
+async fn the_start_position_is_chosen_by_precedence() {
+    let weir = weir().await;
     let mut at = Vec::new();
     for n in 0..5 {
-        at.push(server.publish("a", &n.to_string()).await.to_string());
+        at.push(weir.append("a", &n.to_string()).await.to_string());
     }
     for (query, header, first) in [
         ("after=earliest".to_owned(), None, 0),
@@ -96,8 +96,8 @@ async fn where_to_start_and_what_wins() {
     ] {
         let query = format!("channel=a&{query}");
         let mut client = match header {
-            None => server.stream(&query).await,
-            Some(id) => server.resume(&query, id).await,
+            None => weir.sse(&query).await,
+            Some(id) => weir.sse_after(&query, id).await,
         };
         client.opening().await;
         assert_eq!(client.next().await.json()["data"], first, "{query} {header:?}");
@@ -105,9 +105,9 @@ async fn where_to_start_and_what_wins() {
 }
 
 #[tokio::test]
-async fn an_unreadable_position_is_a_gap_and_never_a_status() {
-    let server = Server::start().await;
-    let top = server.publish("a", "0").await;
+async fn an_invalid_position_is_a_gap_and_not_an_error_status() {
+    let weir = weir().await;
+    let top = weir.append("a", "0").await;
     let next = Position { offset: top.offset + 1, ..top }.to_string();
     for (query, header) in [
         ("after=what", None),
@@ -118,8 +118,8 @@ async fn an_unreadable_position_is_a_gap_and_never_a_status() {
     ] {
         let query = format!("channel=a&{query}");
         let mut client = match header {
-            None => server.stream(&query).await,
-            Some(id) => server.resume(&query, id).await,
+            None => weir.sse(&query).await,
+            Some(id) => weir.sse_after(&query, id).await,
         };
         assert_eq!(client.opening().await.id, top.to_string());
         let gap = client.next().await;
@@ -130,20 +130,20 @@ async fn an_unreadable_position_is_a_gap_and_never_a_status() {
         );
     }
     // Readable, but of no log that ever was.
-    let mut client = server.resume("channel=a", "zzzzzz-7").await;
+    let mut client = weir.sse_after("channel=a", "zzzzzz-7").await;
     client.opening().await;
     assert_eq!(client.next().await.json()["reason"], "reset");
     assert_eq!(client.next().await.json()["data"], 0);
 }
 
 #[tokio::test]
-async fn history_that_is_gone_is_announced() {
-    let server = Server::with(|config| config.channels[0].keep.count = 10).await;
-    let first = server.publish("a", "1").await;
+async fn trimmed_history_is_announced_as_a_gap() {
+    let weir = weir().with(|config| config.channels[0].keep.count = 10).await;
+    let first = weir.append("a", "1").await;
     for n in 2..=20 {
-        server.publish("a", &n.to_string()).await;
+        weir.append("a", &n.to_string()).await;
     }
-    let mut client = server.resume("channel=a", &first.to_string()).await;
+    let mut client = weir.sse_after("channel=a", &first.to_string()).await;
     let open = client.opening().await;
     let gap = client.next().await;
     let at = |offset| Position { offset, ..first }.to_string();
@@ -154,37 +154,36 @@ async fn history_that_is_gone_is_announced() {
         assert_eq!(client.next().await.json()["data"], n);
     }
     // Whoever has had everything loses nothing when the log is deleted, and goes on with the next life.
-    server.bus.remove(&channel("a"), None).await.unwrap();
-    let born = server.publish("a", "21").await;
+    weir.bus().remove(&channel("a"), None).await.unwrap();
+    let born = weir.append("a", "21").await;
     let block = client.next().await;
     assert_eq!((block.event.as_str(), block.id, block.data.contains("21}")), ("", born.to_string(), true));
     assert_eq!(born.offset, 1);
 }
 
 #[tokio::test]
-async fn heartbeats_keep_a_quiet_stream_and_are_no_events() {
-    let server = Server::with(|config| config.sse.heartbeat = Duration::from_millis(400)).await;
-    let mut client = server.stream("channel=a").await;
+async fn heartbeats_are_comments() {
+    let weir = weir().with(|config| config.sse.heartbeat = Duration::from_millis(400)).await;
+    let mut client = weir.sse("channel=a").await;
     client.opening().await;
     while client.text.len() < 6 {
         assert!(client.fill().await);
-        client.unchunk();
     }
     assert_eq!(client.text, b":\n".repeat(client.text.len() / 2));
-    server.publish("a", "1").await;
+    weir.append("a", "1").await;
     assert_eq!(client.next().await.json()["data"], 1);
     assert!(client.comments >= 3);
 }
 
 #[tokio::test]
-async fn positions_move_where_a_filter_hides_everything() {
-    let server = Server::with(|config| config.sse.heartbeat = Duration::from_millis(400)).await;
-    let mut client = server.stream("channel=a&type=seen&type=also").await;
+async fn filtered_events_advance_the_position() {
+    let weir = weir().with(|config| config.sse.heartbeat = Duration::from_millis(400)).await;
+    let mut client = weir.sse("channel=a&type=seen&type=also").await;
     client.opening().await;
-    server.publish_kind("a", Some("seen"), "1").await;
+    weir.append_typed("a", Some("seen"), "1").await;
     assert_eq!(client.next().await.json()["data"], 1);
-    server.publish_kind("a", Some("hidden"), "2").await;
-    let top = server.publish("a", "3").await;
+    weir.append_typed("a", Some("hidden"), "2").await;
+    let top = weir.append("a", "3").await;
     let position = client.next().await;
     assert_eq!((position.event.as_str(), position.data.as_str()), ("weir.position", "{}"));
     assert_eq!(position.id, top.to_string());
@@ -192,11 +191,10 @@ async fn positions_move_where_a_filter_hides_everything() {
     let comments = client.comments;
     while client.comments < comments + 2 {
         assert!(client.fill().await);
-        client.unchunk();
         client.comments += client.text.len() / 2;
         assert!(client.text.drain(..).all(|byte| byte == b':' || byte == b'\n'));
     }
-    server.publish_kind("a", Some("also"), "4").await;
+    weir.append_typed("a", Some("also"), "4").await;
     assert_eq!(client.next().await.json()["data"], 4);
 }
 
@@ -204,10 +202,10 @@ async fn positions_move_where_a_filter_hides_everything() {
 
 #[tokio::test]
 async fn many_channels_resume_with_one_token() {
-    let server = Server::start().await;
+    let weir = weir().await;
     let names: Vec<String> = (0..5).map(|n| format!("c{n}")).collect();
     let query = names.iter().map(|name| format!("channel={name}")).collect::<Vec<_>>().join("&");
-    let mut client = server.stream(&query).await;
+    let mut client = weir.sse(&query).await;
     let open = client.opening().await;
     let listed: Vec<_> = open.json()["channels"].as_array().unwrap().iter().map(|at| at["channel"].clone()).collect();
     assert_eq!(listed, names.iter().map(|name| json!(name)).collect::<Vec<_>>());
@@ -218,7 +216,7 @@ async fn many_channels_resume_with_one_token() {
     for round in 0..20 {
         for n in 0..200 {
             let name = &names[(n * 7 + round) % names.len()];
-            server.publish(name, "0").await;
+            weir.append(name, "0").await;
             *want.entry(name.clone()).or_default() += 1;
         }
         // Breaks off anywhere; comes back with the last id that a browser would have.
@@ -237,7 +235,7 @@ async fn many_channels_resume_with_one_token() {
         }
         if round % 3 == 0 {
             drop(client);
-            client = server.resume(&query, &id).await;
+            client = weir.sse_after(&query, &id).await;
             client.opening().await;
         }
     }
@@ -249,15 +247,15 @@ async fn many_channels_resume_with_one_token() {
         *last = block.offset().max(*last);
     }
     drop(client);
-    server.empty().await;
+    weir.idle().await;
 }
 
 #[tokio::test]
 async fn a_token_of_other_channels_is_a_gap_for_each() {
-    let server = Server::start().await;
-    let mut client = server.stream("channel=a&channel=b").await;
+    let weir = weir().await;
+    let mut client = weir.sse("channel=a&channel=b").await;
     let id = client.opening().await.id;
-    let mut client = server.resume("channel=a&channel=c", &id).await;
+    let mut client = weir.sse_after("channel=a&channel=c", &id).await;
     client.opening().await;
     for name in ["a", "c"] {
         let gap = client.next().await.json();
@@ -266,13 +264,13 @@ async fn a_token_of_other_channels_is_a_gap_for_each() {
 }
 
 #[tokio::test]
-async fn ids_for_all_events() {
-    let server = Server::start().await;
-    let start = server.stream("channel=a&channel=b&ids=all").await.opening().await.id;
+async fn ids_all_sends_an_exact_id_with_every_event() {
+    let weir = weir().await;
+    let start = weir.sse("channel=a&channel=b&ids=all").await.opening().await.id;
     for n in 0..100 {
-        server.publish(["a", "b"][n % 2], &n.to_string()).await;
+        weir.append(["a", "b"][n % 2], &n.to_string()).await;
     }
-    let mut client = server.resume("channel=a&channel=b&ids=all", &start).await;
+    let mut client = weir.sse_after("channel=a&channel=b&ids=all", &start).await;
     client.opening().await;
     let (mut ids, mut all) = (Vec::new(), Vec::new());
     for _ in 0..100 {
@@ -284,7 +282,7 @@ async fn ids_for_all_events() {
     assert_eq!(ids.len(), 100);
     // Each is exact: nothing before it comes again, and nothing after it is missing.
     for at in [0, 1, 63, 64, 98, 99] {
-        let mut client = server.resume("channel=a&channel=b", &ids[at]).await;
+        let mut client = weir.sse_after("channel=a&channel=b", &ids[at]).await;
         client.opening().await;
         let mut rest = Vec::new();
         for _ in at + 1..100 {
@@ -299,19 +297,19 @@ async fn ids_for_all_events() {
 
 #[tokio::test]
 async fn long_tokens_are_rare_and_never_late() {
-    let server = Server::start().await;
+    let weir = weir().await;
     let query = (0..100).map(|n| format!("channel=channel-{n}")).collect::<Vec<_>>().join("&");
     for n in 0..100 {
-        server.publish(&format!("channel-{n}"), "0").await;
+        weir.append(&format!("channel-{n}"), "0").await;
     }
-    let mut client = server.stream(&query).await;
+    let mut client = weir.sse(&query).await;
     let opened = client.opening().await.id;
     assert!(opened.len() > 64 && opened.len() <= 2048);
     let start = Instant::now();
     let mut ids = vec![opened];
     let mut n = 0;
     while start.elapsed() < Duration::from_millis(1500) {
-        server.publish(&format!("channel-{}", n % 100), "1").await;
+        weir.append(&format!("channel-{}", n % 100), "1").await;
         ids.push(client.next().await.id);
         n += 1;
     }
@@ -326,17 +324,17 @@ async fn long_tokens_are_rare_and_never_late() {
         }
     };
     // It stands for everything that came.
-    let mut again = server.resume(&query, &position.id).await;
+    let mut again = weir.sse_after(&query, &position.id).await;
     again.opening().await;
-    server.publish("channel-0", "2").await;
+    weir.append("channel-0", "2").await;
     assert_eq!(again.next().await.json()["data"], 2);
 }
 
 // === refusals ===
 
 #[tokio::test]
-async fn what_is_wrong_for_ever_is_a_status() {
-    let server = Server::start().await;
+async fn permanent_errors_are_an_http_status() {
+    let weir = weir().await;
     let many = (0..101).map(|n| format!("channel=c{n}")).collect::<Vec<_>>().join("&");
     for (query, accept, status) in [
         ("", "*/*", 400),
@@ -349,23 +347,20 @@ async fn what_is_wrong_for_ever_is_a_status() {
         (many.as_str(), "*/*", 400),
         ("channel=a", "application/json", 406),
     ] {
-        let mut client = server
-            .request(&format!("GET /v1/sse?{query} HTTP/1.1\r\nhost: localhost\r\naccept: {accept}\r\n\r\n"))
-            .await;
-        let head = client.head().await;
-        assert!(head.starts_with(&format!("http/1.1 {status} ")), "{query}: {head}");
-        assert!(head.contains("content-type: application/problem+json"));
+        let head = weir.request("GET", format!("/v1/sse?{query}")).header("accept", accept).await;
+        assert_eq!(head.status, status, "{query}: {head:?}");
+        assert_eq!(head.header("content-type"), Some("application/problem+json"));
     }
-    let mut client = server.stream("channel=a&_=1").await;
+    let mut client = weir.sse("channel=a&_=1").await;
     client.opening().await;
 }
 
 #[tokio::test]
-async fn what_will_pass_is_said_in_band() {
-    let server = Server::start().await;
-    let mut open = server.stream("channel=a").await;
+async fn temporary_errors_are_a_retry_event() {
+    let weir = weir().await;
+    let mut open = weir.sse("channel=a").await;
     open.opening().await;
-    server.wheel.drain(Duration::from_millis(1));
+    weir.timers().drain(Duration::from_millis(1));
     let retry = open.next().await;
     assert_eq!(retry.event, "weir.retry");
     assert_eq!(retry.json(), json!({"code": "draining", "after_ms": open.retry.unwrap()}));
@@ -373,7 +368,7 @@ async fn what_will_pass_is_said_in_band() {
     assert!(open.ended, "the chunks have an end");
     open.closed().await;
 
-    let mut late = server.stream("channel=a").await;
+    let mut late = weir.sse("channel=a").await;
     let retry = late.next().await;
     assert_eq!((retry.event.as_str(), retry.id.as_str()), ("weir.retry", ""));
     assert_eq!(retry.json(), json!({"code": "draining", "after_ms": late.retry.unwrap()}));

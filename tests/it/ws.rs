@@ -12,39 +12,21 @@ use tokio_tungstenite::tungstenite::{
     },
 };
 
-use crate::{
-    socket::{Socket, eventually, members, soon},
-    support::{Weir, metric, weir},
-};
+use crate::support::{Socket, Weir, eventually, in_time, socket::members, weir};
 
 fn closed(weir: &Weir, reason: &str) -> i64 {
-    metric(weir, &format!("weir_connections_closed_total{{transport=\"ws\",reason=\"{reason}\"}}"))
-}
-
-/// Everything that sockets leave behind is nothing.
-async fn empty(weir: &Weir) {
-    let (node, connections) = (weir.node(), weir.connections());
-    eventually("all counts are back at zero", || {
-        let counts = node.hub.counts();
-        connections.is_empty()
-            && metric(weir, "weir_connections{transport=\"ws\"}") == 0
-            && metric(weir, "weir_subscriptions{transport=\"ws\"}") == 0
-            && node.bus.topics().readers() == 0
-            && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
-    })
-    .await;
-    eventually("no timer is left", || node.timers.is_empty()).await;
+    weir.metric(&format!("weir_connections_closed_total{{transport=\"ws\",reason=\"{reason}\"}}"))
 }
 
 // === the specification's own examples ===
 
 /// Provides what the examples of <https://www.jsonrpc.org/specification> call, as a service.
 async fn spec_provider(weir: &Weir) -> tokio::task::JoinHandle<()> {
-    let mut provider = Socket::open(weir.address).await;
+    let mut provider = weir.socket().await;
     provider.provide("spec").await;
     tokio::spawn(async move {
         loop {
-            let request = provider.request().await;
+            let request = provider.next_request().await;
             let params = &request["params"];
             let result = match request["method"].as_str().unwrap() {
                 "subtract" if params.is_array() => json!(params[0].as_i64().unwrap() - params[1].as_i64().unwrap()),
@@ -89,7 +71,7 @@ async fn example(socket: &mut Socket, sent: &str, received: &str) {
 async fn the_examples_of_the_specification() {
     let weir = weir().await;
     let provider = spec_provider(&weir).await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     for (sent, received) in [
         // rpc call with positional parameters
         (
@@ -177,7 +159,7 @@ async fn the_examples_of_the_specification() {
     ] {
         socket.send(silent).await;
     }
-    socket.quiet().await;
+    socket.expect_nothing().await;
     provider.abort();
 }
 
@@ -186,7 +168,7 @@ async fn the_examples_of_the_specification() {
 #[tokio::test]
 async fn ids_come_back_byte_for_byte() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     for id in [
         "0",
         "-0",
@@ -207,25 +189,25 @@ async fn ids_come_back_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn answers_have_one_of_result_and_error_and_nothing_else() {
+async fn responses_have_either_result_or_error() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
-    let ping = socket.ask("weir.ping", json!({})).await;
+    let mut socket = weir.socket().await;
+    let ping = socket.request("weir.ping", json!({})).await;
     assert_eq!(members(&ping), ["id", "jsonrpc", "result"]);
     assert!(ping["result"]["time"].as_u64().unwrap() > 1_600_000_000_000);
-    let refused = socket.ask("no/body", json!([])).await;
+    let refused = socket.request("no/body", json!([])).await;
     assert_eq!(members(&refused), ["error", "id", "jsonrpc"]);
     assert_eq!(members(&refused["error"]), ["code", "data", "message"]);
     assert_eq!(refused["error"]["code"], -32020);
     assert_eq!(refused["error"]["data"]["code"], "no_provider");
     assert_eq!(refused["error"]["data"]["executed"], "no");
-    assert_eq!(socket.ask("weir.cancel", json!({ "id": 77 })).await["result"], Value::Null);
+    assert_eq!(socket.request("weir.cancel", json!({ "id": 77 })).await["result"], Value::Null);
 }
 
 #[tokio::test]
-async fn nonsense_is_not_answered() {
+async fn unexpected_messages_are_ignored() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     socket.provide("s").await;
     for nonsense in [
         r#"{"jsonrpc":"2.0","id":"w:1a","result":1}"#,
@@ -239,14 +221,14 @@ async fn nonsense_is_not_answered() {
     ] {
         socket.send(nonsense).await;
     }
-    socket.quiet().await;
-    assert_eq!(metric(&weir, "weir_ws_ignored_total"), 6);
+    socket.expect_nothing().await;
+    assert_eq!(weir.metric("weir_ws_ignored_total"), 6);
 }
 
 #[tokio::test]
 async fn reserved_and_unknown_names() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     for (method, params, code) in [
         ("rpc.discover", json!({}), -32601),
         ("rpc.on", json!(["x"]), -32601),
@@ -279,42 +261,42 @@ async fn reserved_and_unknown_names() {
         ("weir.subscribe", json!({ "channels": [{ "channel": "a", "after": "x y" }] }), -32030),
         ("weir.withdraw", json!({ "service": "unprovided" }), -32004),
     ] {
-        let error = socket.refused(method, params.clone()).await;
+        let error = socket.call_error(method, params.clone()).await;
         assert_eq!(error["code"], code, "{method} {params}: {error}");
     }
     // `[ {…} ]` is `{…}`.
-    assert_eq!(socket.ok("weir.publish", json!([{ "channel": "a", "data": 1 }])).await["offset"], 1);
+    assert_eq!(socket.call("weir.publish", json!([{ "channel": "a", "data": 1 }])).await["offset"], 1);
 }
 
 #[tokio::test]
-async fn nobody_is_anybody_yet() {
+async fn auth_reports_an_anonymous_client() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
-    let who = socket.ok("weir.auth", json!({ "token": "ey" })).await;
+    let mut socket = weir.socket().await;
+    let who = socket.call("weir.auth", json!({ "token": "ey" })).await;
     assert_eq!(who, json!({ "subject": "", "expires": null, "anonymous": true }));
 }
 
 #[tokio::test]
-async fn what_is_unreadable_is_said_and_in_the_end_closed() {
+async fn invalid_json_is_answered_and_finally_closed() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     for _ in 0..20 {
         socket.send("{").await;
         let said = socket.next().await;
         assert_eq!((&said["error"]["code"], &said["id"]), (&json!(-32700), &Value::Null));
         assert!(said.as_object().unwrap().contains_key("id"));
     }
-    socket.quiet().await;
+    socket.expect_nothing().await;
     socket.send("{").await;
     assert_eq!(socket.closed().await, (4502, "protocol".into()));
-    assert_eq!(metric(&weir, "weir_ws_unreadable_total"), 21);
-    empty(&weir).await;
+    assert_eq!(weir.metric("weir_ws_unreadable_total"), 21);
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn batches_answer_once_and_have_a_limit() {
+async fn batches_have_one_response_and_a_size_limit() {
     let weir = weir().with(|config| config.limits.batch = 3).await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     let one = |id: u32| format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"weir/echo","params":[{id}]}}"#);
     socket.send(format!("[{},{},{}]", one(1), one(2), one(3))).await;
     assert_eq!(socket.next().await.as_array().unwrap().len(), 3);
@@ -323,11 +305,11 @@ async fn batches_answer_once_and_have_a_limit() {
     assert_eq!((&refused["error"]["code"], &refused["id"]), (&json!(-32600), &Value::Null));
     assert_eq!(refused["error"]["data"]["limit"], "limits.batch");
     // What waits holds up its batch and nothing else.
-    let mut provider = Socket::open(weir.address).await;
+    let mut provider = weir.socket().await;
     provider.provide("slow").await;
     socket.send(format!(r#"[{},{{"jsonrpc":"2.0","id":2,"method":"slow/x"}},{{"jsonrpc":"2.0","id":3,"method":"weir.publish","params":{{"channel":"a"}}}}]"#, one(1))).await;
-    let request = provider.request().await;
-    assert_eq!(socket.ok("weir/echo", json!([5])).await, json!([5]));
+    let request = provider.next_request().await;
+    assert_eq!(socket.call("weir/echo", json!([5])).await, json!([5]));
     provider.reply(&request, json!("done")).await;
     let answers = socket.next().await;
     let mut ids: Vec<_> = answers.as_array().unwrap().iter().map(|answer| answer["id"].as_u64().unwrap()).collect();
@@ -340,41 +322,41 @@ async fn batches_answer_once_and_have_a_limit() {
 #[tokio::test]
 async fn binary_and_fragmented_messages_are_read_and_text_is_written() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     let text = r#"{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":["é"]}"#;
     let answer = r#"{"jsonrpc":"2.0","id":1,"result":["é"]}"#;
-    socket.raw(Message::binary(text.as_bytes().to_vec())).await;
+    socket.send_frame(Message::binary(text.as_bytes().to_vec())).await;
     assert_eq!(socket.text().await, answer);
     // Cut inside of the é.
     let (first, last) = text.as_bytes().split_at(text.find('é').unwrap() + 1);
-    socket.raw(Message::Frame(Frame::message(first.to_vec(), OpCode::Data(Data::Text), false))).await;
-    socket.raw(Message::Ping(b"between".to_vec().into())).await;
-    socket.raw(Message::Frame(Frame::message(last.to_vec(), OpCode::Data(Data::Continue), true))).await;
+    socket.send_frame(Message::Frame(Frame::message(first.to_vec(), OpCode::Data(Data::Text), false))).await;
+    socket.send_frame(Message::Ping(b"between".to_vec().into())).await;
+    socket.send_frame(Message::Frame(Frame::message(last.to_vec(), OpCode::Data(Data::Continue), true))).await;
     assert_eq!(socket.text().await, answer);
-    socket.raw(Message::binary(vec![0xff, 0xfe])).await;
+    socket.send_frame(Message::binary(vec![0xff, 0xfe])).await;
     assert_eq!(socket.next().await["error"]["code"], -32700);
     let long = "x".repeat(1_000_000);
-    assert_eq!(socket.ok("weir/echo", json!([long])).await, json!([long]));
+    assert_eq!(socket.call("weir/echo", json!([long])).await, json!([long]));
 }
 
 #[tokio::test]
-async fn what_is_too_large_is_closed() {
+async fn an_oversized_frame_is_closed() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     let limit = weir.node().config.limits.frame;
     assert_eq!(limit, (1 << 20) + (64 << 10));
-    socket.raw(Message::text("x".repeat(limit + 1))).await;
+    socket.send_frame(Message::text("x".repeat(limit + 1))).await;
     assert_eq!(socket.closed().await, (1009, "too_large".into()));
     // What fits a frame may not fit an event.
-    let mut socket = Socket::open(weir.address).await;
-    let error = socket.refused("weir.publish", json!({ "channel": "a", "data": "x".repeat(1_000_001) })).await;
+    let mut socket = weir.socket().await;
+    let error = socket.call_error("weir.publish", json!({ "channel": "a", "data": "x".repeat(1_000_001) })).await;
     assert_eq!((&error["code"], &error["data"]["limit"]), (&json!(-32005), &json!("limits.event")));
     drop(socket);
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn violations_are_closed() {
+async fn websocket_protocol_violations_are_closed() {
     let weir = weir().await;
     for bytes in [
         &[0x81, 1, b'x'][..],
@@ -382,45 +364,45 @@ async fn violations_are_closed() {
         &[0x83, 0x80, 0, 0, 0, 0],
         &[0x81, 0x81, 0, 0, 0, 0, 0xff],
     ] {
-        let mut tcp = Socket::open(weir.address).await.tcp();
+        let mut tcp = weir.socket().await.tcp();
         tcp.write_all(bytes).await.unwrap();
         let mut end = Vec::new();
-        soon(tcp.read_to_end(&mut end)).await.ok();
+        in_time(tcp.read_to_end(&mut end)).await.ok();
         assert_eq!(end, [&[0x88, 10, 0x11, 0x96][..], b"protocol"].concat(), "{bytes:x?}");
     }
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
 async fn a_close_is_echoed() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
-    socket.ok("weir.subscribe", json!({ "channels": ["a"] })).await;
+    let mut socket = weir.socket().await;
+    socket.call("weir.subscribe", json!({ "channels": ["a"] })).await;
     socket.close(1000).await;
     assert_eq!(socket.closed().await.0, 1000);
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     socket.close(4321).await;
     assert_eq!(socket.closed().await.0, 4321);
-    empty(&weir).await;
+    weir.idle().await;
     assert_eq!(closed(&weir, "peer"), 2);
 }
 
 // === the handshake ===
 
 #[tokio::test]
-async fn what_is_no_handshake() {
+async fn invalid_handshakes_are_rejected() {
     let weir = weir().await;
     let reply = weir.get("/v1/ws").await.expect(426);
     assert_eq!(reply.header("upgrade"), Some("websocket"));
-    let refused = Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-version", "8")]).await.err().unwrap();
+    let refused = Socket::handshake(weir.address, "/v1/ws", &[("sec-websocket-version", "8")]).await.err().unwrap();
     assert_eq!(
         (refused.status(), refused.headers()["sec-websocket-version"].to_str().unwrap()),
         (426.try_into().unwrap(), "13")
     );
     let refused =
-        Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", "soap, mqtt")]).await.err().unwrap();
+        Socket::handshake(weir.address, "/v1/ws", &[("sec-websocket-protocol", "soap, mqtt")]).await.err().unwrap();
     assert_eq!(refused.status(), 400);
-    let refused = Socket::shake(weir.address, "/v1/ws?chanel=a", &[]).await.err().unwrap();
+    let refused = Socket::handshake(weir.address, "/v1/ws?chanel=a", &[]).await.err().unwrap();
     assert_eq!(refused.status(), 400);
     for (offered, chosen) in [
         ("weir.v1", "weir.v1"),
@@ -429,26 +411,27 @@ async fn what_is_no_handshake() {
         ("weir.jsonrpc", "weir.jsonrpc"),
     ] {
         let (_, response) =
-            Socket::shake(weir.address, "/v1/ws", &[("sec-websocket-protocol", offered)]).await.unwrap();
+            Socket::handshake(weir.address, "/v1/ws", &[("sec-websocket-protocol", offered)]).await.unwrap();
         assert_eq!(response.headers()["sec-websocket-protocol"], chosen);
     }
 }
 
 #[tokio::test]
-async fn a_page_that_may_not_learns_why() {
+async fn a_forbidden_origin_receives_the_close_reason() {
     let weir = weir().await;
-    let (mut socket, _) = Socket::shake(weir.address, "/v1/ws", &[("origin", "https://evil.example")]).await.unwrap();
+    let (mut socket, _) =
+        Socket::handshake(weir.address, "/v1/ws", &[("origin", "https://evil.example")]).await.unwrap();
     assert_eq!(socket.closed().await, (4501, "forbidden".into()));
     let local = format!("http://localhost:{}", weir.address.port());
     for origin in [local.as_str(), "http://127.0.0.1:3000"] {
-        let (mut socket, _) = Socket::shake(weir.address, "/v1/ws", &[("origin", origin)]).await.unwrap();
-        socket.quiet().await;
+        let (mut socket, _) = Socket::handshake(weir.address, "/v1/ws", &[("origin", origin)]).await.unwrap();
+        socket.expect_nothing().await;
     }
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn what_came_with_the_handshake_is_not_lost() {
+async fn frames_sent_with_the_handshake_are_read() {
     let weir = weir().await;
     let mut tcp = tokio::net::TcpStream::connect(weir.address).await.unwrap();
     let mut bytes = b"GET /v1/ws HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: keep-alive, Upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".to_vec();
@@ -459,7 +442,7 @@ async fn what_came_with_the_handshake_is_not_lost() {
     let mut got = Vec::new();
     let answer = br#"{"jsonrpc":"2.0","id":1,"result":null}"#;
     while !got.ends_with(answer) {
-        assert!(soon(tcp.read_buf(&mut got)).await.unwrap() > 0, "{}", String::from_utf8_lossy(&got));
+        assert!(in_time(tcp.read_buf(&mut got)).await.unwrap() > 0, "{}", String::from_utf8_lossy(&got));
     }
     assert!(
         String::from_utf8_lossy(&got).to_lowercase().contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=")
@@ -472,47 +455,47 @@ async fn what_came_with_the_handshake_is_not_lost() {
 async fn dead_peers_are_evicted() {
     let weir = weir().with(|config| config.ws.ping = Duration::from_millis(500)).await;
     // Reads, and never answers a ping.
-    let mut tcp = Socket::open(weir.address).await.tcp();
+    let mut tcp = weir.socket().await.tcp();
     let mut end = Vec::new();
-    soon(tcp.read_to_end(&mut end)).await.ok();
+    in_time(tcp.read_to_end(&mut end)).await.ok();
     assert_eq!(end, [&[0x89, 0, 0x88, 11, 0x0f, 0xa0][..], b"dead_peer"].concat());
     // A client that answers stays.
-    let mut socket = Socket::open(weir.address).await;
+    let mut socket = weir.socket().await;
     let alive = tokio::time::timeout(Duration::from_secs(3), socket.text()).await;
     assert!(alive.is_err(), "{alive:?}");
-    socket.quiet().await;
+    socket.expect_nothing().await;
     drop(socket);
-    empty(&weir).await;
+    weir.idle().await;
     assert_eq!(closed(&weir, "dead_peer"), 1);
 }
 
 #[tokio::test]
-async fn who_does_not_read_is_closed_as_slow() {
+async fn a_socket_that_does_not_read_is_closed_as_slow() {
     let weir = weir().with(|config| config.limits.stalled = Duration::from_secs(4)).await;
-    let mut slow = Socket::open(weir.address).await;
-    slow.ok("weir.subscribe", json!({ "channels": ["big"] })).await;
+    let mut slow = weir.socket().await;
+    slow.call("weir.subscribe", json!({ "channels": ["big"] })).await;
     let mut tcp = slow.tcp();
     let data = format!("\"{}\"", "x".repeat(500_000));
     for _ in 0..30 {
         weir.publish("big", &data).await;
     }
-    eventually("closed as slow", || metric(&weir, "weir_subscriptions{transport=\"ws\"}") == 0).await;
+    eventually("closed as slow", async || weir.metric("weir_subscriptions{transport=\"ws\"}") == 0).await;
     // It wakes up, and learns why.
     let mut end = Vec::new();
-    soon(tcp.read_to_end(&mut end)).await.ok();
+    in_time(tcp.read_to_end(&mut end)).await.ok();
     assert!(
         end.ends_with(&[&[0x88, 6, 0x0f, 0xa1][..], b"slow"].concat()),
         "{:?}",
         &end[end.len().saturating_sub(20)..]
     );
-    empty(&weir).await;
+    weir.idle().await;
     assert_eq!(closed(&weir, "slow"), 1);
 }
 
 #[tokio::test]
-async fn who_asks_and_does_not_read_is_not_served_without_end() {
+async fn a_client_that_floods_and_does_not_read_is_closed() {
     let weir = weir().with(|config| config.limits.stalled = Duration::from_secs(1)).await;
-    let socket = Socket::open(weir.address).await;
+    let socket = weir.socket().await;
     let (mut read, mut write) = socket.tcp().into_split();
     let text = format!(r#"{{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":["{}"]}}"#, "x".repeat(60_000));
     let mut frame = vec![0x81, 0x80 | 126];
@@ -521,12 +504,12 @@ async fn who_asks_and_does_not_read_is_not_served_without_end() {
     frame.extend_from_slice(text.as_bytes());
     // The server stops reading: the writes block, or fail when it has closed.
     let flood = tokio::spawn(async move { while write.write_all(&frame).await.is_ok() {} });
-    eventually("closed as slow", || closed(&weir, "slow") == 1).await;
+    eventually("closed as slow", async || closed(&weir, "slow") == 1).await;
     let mut end = Vec::new();
-    soon(read.read_to_end(&mut end)).await.ok();
+    in_time(read.read_to_end(&mut end)).await.ok();
     assert!(end.len() < 40 << 20, "{}", end.len());
-    soon(flood).await.unwrap();
-    empty(&weir).await;
+    in_time(flood).await.unwrap();
+    weir.idle().await;
 }
 
 #[tokio::test]
@@ -537,43 +520,43 @@ async fn a_drain_lets_calls_finish_and_spreads_the_rest() {
             config.drain.grace = Duration::from_secs(10);
         })
         .await;
-    let mut provider = Socket::open(weir.address).await;
+    let mut provider = weir.socket().await;
     provider.provide("s").await;
     // Knows nothing of weir's methods.
-    let mut caller = Socket::open(weir.address).await;
+    let mut caller = weir.socket().await;
     caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#).await;
-    let request = provider.request().await;
-    let mut idle = Socket::open(weir.address).await;
-    idle.ok("weir.ping", json!({})).await;
+    let request = provider.next_request().await;
+    let mut idle = weir.socket().await;
+    idle.call("weir.ping", json!({})).await;
 
-    weir.leave();
-    let drain = provider.notice("weir.drain").await;
+    weir.shut_down();
+    let drain = provider.notification("weir.drain").await;
     assert!((1_000..4_000).contains(&drain["after_ms"].as_u64().unwrap()), "{drain}");
     assert!((1_000..=10_000).contains(&drain["deadline_ms"].as_u64().unwrap()), "{drain}");
-    let end = soon(idle.closed()).await;
+    let end = in_time(idle.closed()).await;
     assert_eq!(end, (1012, "draining".into()));
     provider.reply(&request, json!("late but here")).await;
     // Not a drain notice before it: the caller would not know what it is.
     assert_eq!(caller.next().await["result"], "late but here");
     assert_eq!(provider.closed().await, (1012, "draining".into()));
     assert_eq!(caller.closed().await, (1012, "draining".into()));
-    soon(weir.left()).await;
+    in_time(weir.stopped()).await;
 }
 
 #[tokio::test]
-async fn a_call_that_does_not_finish_is_cut_off() {
+async fn the_drain_grace_period_ends_unfinished_calls() {
     let weir = weir()
         .with(|config| {
             config.drain.window = Duration::from_millis(500);
             config.drain.grace = Duration::from_secs(3);
         })
         .await;
-    let mut provider = Socket::open(weir.address).await;
+    let mut provider = weir.socket().await;
     provider.provide("s").await;
-    let mut caller = Socket::open(weir.address).await;
+    let mut caller = weir.socket().await;
     caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#).await;
-    provider.request().await;
-    weir.leave();
+    provider.next_request().await;
+    weir.shut_down();
     assert_eq!(provider.closed().await, (1012, "draining".into()));
     let answer = caller.next().await;
     // Whichever of the two is cut off first.
@@ -581,7 +564,7 @@ async fn a_call_that_does_not_finish_is_cut_off() {
     assert!(matches!(code, Some("provider_gone" | "draining")), "{answer}");
     assert_eq!(answer["error"]["data"]["executed"], "maybe");
     assert_eq!(caller.closed().await.0, 1012);
-    soon(weir.left()).await;
+    in_time(weir.stopped()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -594,7 +577,7 @@ async fn ten_thousand_abrupt_disconnects_leave_nothing() {
         let visits = (0..1_000).map(|n| async move {
             let mut socket = Socket::open(at).await;
             match n % 5 {
-                1 => drop(socket.ok("weir.subscribe", json!({ "channels": [format!("c{}", n % 97), "all"] })).await),
+                1 => drop(socket.call("weir.subscribe", json!({ "channels": [format!("c{}", n % 97), "all"] })).await),
                 2 => socket.provide(&format!("s{}", n % 13)).await,
                 3 => socket.send(r#"{"jsonrpc":"2.0","id":1,"method":"steady/never"}"#).await,
                 // In the middle of a frame.
@@ -609,5 +592,5 @@ async fn ten_thousand_abrupt_disconnects_leave_nothing() {
         futures_util::future::join_all(visits).await;
     }
     drop(steady);
-    empty(&weir).await;
+    weir.idle().await;
 }

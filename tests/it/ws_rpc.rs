@@ -4,17 +4,14 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{
-    socket::{Socket, eventually, members, soon},
-    support::{Weir, weir},
-};
+use crate::support::{Socket, Weir, eventually, in_time, socket::members, weir};
 
 /// A weir with a provider of service `s`, and a caller.
 async fn pair() -> (Weir, Socket, Socket) {
     let weir = weir().await;
-    let mut provider = Socket::open(weir.address).await;
+    let mut provider = weir.socket().await;
     provider.provide("s").await;
-    let caller = Socket::open(weir.address).await;
+    let caller = weir.socket().await;
     (weir, provider, caller)
 }
 
@@ -23,7 +20,7 @@ fn call(id: u32, method: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_forwarded_request_has_four_members_and_an_id_of_the_hub() {
+async fn a_forwarded_request_has_four_members_and_a_hub_id() {
     let (weir, mut provider, mut caller) = pair().await;
     caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m","params":{"a": [1,  2]},"extra":7}"#).await;
     let text = provider.text().await;
@@ -41,7 +38,7 @@ async fn a_forwarded_request_has_four_members_and_an_id_of_the_hub() {
         [r#"{"jsonrpc":"2.0","id":2,"method":"s/m"}"#, r#"{"jsonrpc":"2.0","id":2,"method":"s/m","params":null}"#]
     {
         caller.send(sent).await;
-        let request = provider.request().await;
+        let request = provider.next_request().await;
         assert!(request.get("params").is_none(), "{request}");
         provider.reply(&request, Value::Null).await;
         assert_eq!(caller.text().await, r#"{"jsonrpc":"2.0","id":2,"result":null}"#);
@@ -50,13 +47,13 @@ async fn a_forwarded_request_has_four_members_and_an_id_of_the_hub() {
 }
 
 #[tokio::test]
-async fn meta_is_for_those_who_ask_and_beside_params() {
+async fn meta_is_sent_beside_params_if_requested() {
     let weir = weir().await;
-    let mut provider = Socket::open(weir.address).await;
-    provider.ok("weir.provide", json!({ "service": "s", "meta": true, "exclusive": true })).await;
-    let mut caller = Socket::open(weir.address).await;
-    caller.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.call", "params": { "service": "s", "method": "m", "params": [], "timeout": "5s" } })).await;
-    let request = provider.request().await;
+    let mut provider = weir.socket().await;
+    provider.call("weir.provide", json!({ "service": "s", "meta": true, "exclusive": true })).await;
+    let mut caller = weir.socket().await;
+    caller.send_json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.call", "params": { "service": "s", "method": "m", "params": [], "timeout": "5s" } })).await;
+    let request = provider.next_request().await;
     assert_eq!(request["params"], json!([]));
     let meta = &request["meta"];
     assert_eq!(meta["caller"], "");
@@ -67,18 +64,18 @@ async fn meta_is_for_those_who_ask_and_beside_params() {
         if id == 2 {
             caller.send(call(2, "s/m")).await;
         }
-        caller.json(json!({ "jsonrpc": "2.0", "method": cancel, "params": { "id": id } })).await;
+        caller.send_json(json!({ "jsonrpc": "2.0", "method": cancel, "params": { "id": id } })).await;
         let answer = caller.next().await;
         assert_eq!((&answer["id"], &answer["error"]["code"]), (&json!(id), &json!(-32024)));
-        let forwarded = if id == 1 { request.clone() } else { provider.request().await };
-        assert_eq!(provider.notice("weir.cancel").await["id"], forwarded["id"]);
+        let forwarded = if id == 1 { request.clone() } else { provider.next_request().await };
+        assert_eq!(provider.notification("weir.cancel").await["id"], forwarded["id"]);
         provider.reply(&forwarded, json!(1)).await;
     }
-    caller.quiet().await;
+    caller.expect_nothing().await;
 }
 
 #[tokio::test]
-async fn a_provider_s_error_is_passed_on_as_three_members() {
+async fn a_provider_error_is_forwarded_as_three_members() {
     let (_weir, mut provider, mut caller) = pair().await;
     for (error, seen) in [
         (
@@ -89,14 +86,14 @@ async fn a_provider_s_error_is_passed_on_as_three_members() {
         (r#"{"data":null,"code":7,"message":"x"}"#, r#"{"code":7,"message":"x"}"#),
     ] {
         caller.send(call(1, "s/m")).await;
-        let request = provider.request().await;
+        let request = provider.next_request().await;
         provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, request["id"])).await;
         assert_eq!(caller.text().await, format!(r#"{{"jsonrpc":"2.0","id":1,"error":{seen}}}"#));
     }
     // What cannot be passed on.
     for error in ["7", "{}", r#"{"code":"x","message":"y"}"#, "null"] {
         caller.send(call(2, "s/m")).await;
-        let request = provider.request().await;
+        let request = provider.next_request().await;
         provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, request["id"])).await;
         let answer = caller.next().await;
         assert_eq!(answer["error"]["data"]["code"], "bad_reply", "{error}: {answer}");
@@ -104,19 +101,19 @@ async fn a_provider_s_error_is_passed_on_as_three_members() {
     }
     // Both, one of them null: as some libraries do.
     caller.send(call(3, "s/m")).await;
-    let request = provider.request().await;
+    let request = provider.next_request().await;
     provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"result":5,"error":null}}"#, request["id"])).await;
     assert_eq!(caller.next().await["result"], 5);
 }
 
 #[tokio::test]
-async fn equal_ids_of_two_callers_do_not_meet() {
+async fn equal_ids_of_two_callers_are_kept_apart() {
     let (weir, mut provider, mut one) = pair().await;
-    let mut other = Socket::open(weir.address).await;
+    let mut other = weir.socket().await;
     one.send(call(1, "s/one")).await;
-    let first = provider.request().await;
+    let first = provider.next_request().await;
     other.send(call(1, "s/other")).await;
-    let second = provider.request().await;
+    let second = provider.next_request().await;
     assert_ne!(first["id"], second["id"]);
     provider.reply(&second, json!("other")).await;
     provider.reply(&first, json!("one")).await;
@@ -124,9 +121,9 @@ async fn equal_ids_of_two_callers_do_not_meet() {
     assert_eq!(other.next().await["result"], "other");
     // A reply to the other's call, from somebody who was not asked, is nobody's.
     one.send(call(2, "s/one")).await;
-    let request = provider.request().await;
+    let request = provider.next_request().await;
     other.reply(&request, json!("forged")).await;
-    other.quiet().await;
+    other.expect_nothing().await;
     provider.reply(&request, json!("true")).await;
     assert_eq!(one.next().await["result"], "true");
 }
@@ -144,10 +141,10 @@ async fn calls_are_written_in_order_with_a_thousand_in_flight() {
     caller.flush().await;
     let mut requests = Vec::new();
     for id in 0..1_000 {
-        let request = provider.request().await;
+        let request = provider.next_request().await;
         assert_eq!(request["params"], json!([id]));
         if id % 100 == 0 {
-            let note = provider.request().await;
+            let note = provider.next_request().await;
             assert_eq!((&note["params"], note.get("id")), (&json!([id]), None));
         }
         requests.push(request);
@@ -170,13 +167,13 @@ async fn calls_are_written_in_order_with_a_thousand_in_flight() {
     }
     seen.sort_unstable();
     assert_eq!(seen, (0..1_000).collect::<Vec<_>>());
-    caller.quiet().await;
+    caller.expect_nothing().await;
 }
 
 #[tokio::test]
-async fn a_provider_that_is_its_own_caller_does_not_wait_for_itself() {
+async fn a_provider_can_call_itself() {
     let weir = weir().with(|config| config.limits.calls = 4).await;
-    let mut both = Socket::open(weir.address).await;
+    let mut both = weir.socket().await;
     both.provide("s").await;
     for id in 0..6 {
         both.feed(call(id, "s/m")).await;
@@ -184,96 +181,96 @@ async fn a_provider_that_is_its_own_caller_does_not_wait_for_itself() {
     both.flush().await;
     let mut requests = Vec::new();
     for _ in 0..4 {
-        requests.push(both.request().await);
+        requests.push(both.next_request().await);
     }
     for id in [4, 5] {
-        let refused = both.pick(|message| message["id"] == id).await;
+        let refused = both.next_where(|message| message["id"] == id).await;
         assert_eq!(refused["error"]["data"]["code"], "limit_reached");
     }
     for request in &requests {
         both.reply(request, json!("own")).await;
     }
     for id in 0..4 {
-        assert_eq!(both.pick(|message| message["id"] == id).await["result"], "own");
+        assert_eq!(both.next_where(|message| message["id"] == id).await["result"], "own");
     }
 }
 
 #[tokio::test]
-async fn two_services_on_one_connection_have_full_names() {
+async fn a_second_service_of_a_connection_needs_qualified_names() {
     let (_weir, mut provider, mut caller) = pair().await;
-    let refused = provider.refused("weir.provide", json!({ "service": "a/b" })).await;
+    let refused = provider.call_error("weir.provide", json!({ "service": "a/b" })).await;
     assert_eq!(refused["code"], -32602);
     assert!(refused["message"].as_str().unwrap().contains("full"), "{refused}");
-    provider.ok("weir.provide", json!({ "service": "a/b", "names": "full" })).await;
+    provider.call("weir.provide", json!({ "service": "a/b", "names": "full" })).await;
     caller.send(call(1, "a/b/get")).await;
-    assert_eq!(provider.request().await["method"], "a/b/get");
+    assert_eq!(provider.next_request().await["method"], "a/b/get");
     caller.send(call(2, "s/get")).await;
-    assert_eq!(provider.request().await["method"], "get");
+    assert_eq!(provider.next_request().await["method"], "get");
 }
 
 #[tokio::test]
-async fn exclusive_providers() {
+async fn an_exclusive_service_has_one_provider_and_growing_fences() {
     let weir = weir().await;
-    let mut first = Socket::open(weir.address).await;
-    let provided = first.ok("weir.provide", json!({ "service": "s", "exclusive": true })).await;
+    let mut first = weir.socket().await;
+    let provided = first.call("weir.provide", json!({ "service": "s", "exclusive": true })).await;
     let fence = provided["fence"].as_u64().unwrap();
     assert_eq!(provided["providers"], 1);
-    let mut second = Socket::open(weir.address).await;
+    let mut second = weir.socket().await;
     for params in [json!({ "service": "s" }), json!({ "service": "s", "exclusive": true })] {
-        let refused = second.refused("weir.provide", params).await;
+        let refused = second.call_error("weir.provide", params).await;
         assert_eq!((&refused["code"], &refused["data"]["code"]), (&json!(-32025), &json!("service_taken")));
     }
-    let taken = second.ok("weir.provide", json!({ "service": "s", "exclusive": true, "takeover": true })).await;
+    let taken = second.call("weir.provide", json!({ "service": "s", "exclusive": true, "takeover": true })).await;
     assert!(taken["fence"].as_u64().unwrap() > fence, "{taken}");
-    assert_eq!(first.notice("weir.withdrawn").await, json!({ "service": "s", "reason": "replaced" }));
-    let mut caller = Socket::open(weir.address).await;
+    assert_eq!(first.notification("weir.withdrawn").await, json!({ "service": "s", "reason": "replaced" }));
+    let mut caller = weir.socket().await;
     caller.send(call(1, "s/m")).await;
-    let request = second.request().await;
+    let request = second.next_request().await;
     second.reply(&request, json!("second")).await;
     assert_eq!(caller.next().await["result"], "second");
-    first.quiet().await;
+    first.expect_nothing().await;
 }
 
 #[tokio::test]
-async fn a_provider_withdraws_and_finishes() {
+async fn a_withdrawn_provider_finishes_its_calls() {
     let (weir, mut provider, mut caller) = pair().await;
     caller.send(call(1, "s/m")).await;
-    let request = provider.request().await;
-    assert_eq!(provider.ok("weir.withdraw", json!({ "service": "s" })).await, json!({ "in_flight": 1 }));
-    let mut other = Socket::open(weir.address).await;
+    let request = provider.next_request().await;
+    assert_eq!(provider.call("weir.withdraw", json!({ "service": "s" })).await, json!({ "in_flight": 1 }));
+    let mut other = weir.socket().await;
     other.provide("s").await;
     caller.send(call(2, "s/m")).await;
-    let second = other.request().await;
+    let second = other.next_request().await;
     other.reply(&second, json!("other")).await;
     assert_eq!(caller.next().await["result"], "other");
     provider.reply(&request, json!("first")).await;
     assert_eq!(caller.next().await["result"], "first");
-    provider.quiet().await;
+    provider.expect_nothing().await;
 }
 
 #[tokio::test]
 async fn a_full_provider_is_busy() {
     let weir = weir().await;
-    let mut provider = Socket::open(weir.address).await;
-    provider.ok("weir.provide", json!({ "service": "s", "concurrency": 1 })).await;
-    let mut caller = Socket::open(weir.address).await;
+    let mut provider = weir.socket().await;
+    provider.call("weir.provide", json!({ "service": "s", "concurrency": 1 })).await;
+    let mut caller = weir.socket().await;
     caller.send(call(1, "s/m")).await;
-    let request = provider.request().await;
-    let refused = caller.refused("s/m", json!([])).await;
+    let request = provider.next_request().await;
+    let refused = caller.call_error("s/m", json!([])).await;
     assert_eq!((&refused["code"], &refused["data"]["executed"]), (&json!(-32021), &json!("no")));
     provider.reply(&request, json!(1)).await;
     assert_eq!(caller.next().await["result"], 1);
 }
 
 #[tokio::test]
-async fn a_call_waits_for_a_provider_that_was_here() {
+async fn a_call_waits_for_a_provider_to_reconnect() {
     let (weir, provider, mut caller) = pair().await;
     drop(provider);
-    eventually("the provider is gone", || weir.node().hub.counts().providers == 0).await;
+    eventually("the provider is gone", async || weir.node().hub.counts().providers == 0).await;
     caller.send(call(1, "s/m")).await;
     caller.send(call(2, "s/m")).await;
-    let mut again = Socket::open(weir.address).await;
-    again.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.provide", "params": { "service": "s" } })).await;
+    let mut again = weir.socket().await;
+    again.send_json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.provide", "params": { "service": "s" } })).await;
     // The answer first, then what waited, in its order.
     assert_eq!(again.next().await["result"]["providers"], 1);
     for id in [1, 2] {
@@ -283,64 +280,64 @@ async fn a_call_waits_for_a_provider_that_was_here() {
         assert_eq!(caller.next().await["result"], id);
     }
     // One that never had a provider is not waited for, unless asked.
-    let refused = caller.refused("never/m", json!([])).await;
+    let refused = caller.call_error("never/m", json!([])).await;
     assert_eq!(refused["code"], -32020);
     let asked = json!({ "service": "new", "method": "m", "wait": "10s" });
-    caller.json(json!({ "jsonrpc": "2.0", "id": 3, "method": "weir.call", "params": asked })).await;
-    again.ok("weir.provide", json!({ "service": "new", "names": "full" })).await;
-    let request = again.request().await;
+    caller.send_json(json!({ "jsonrpc": "2.0", "id": 3, "method": "weir.call", "params": asked })).await;
+    again.call("weir.provide", json!({ "service": "new", "names": "full" })).await;
+    let request = again.next_request().await;
     assert_eq!(request["method"], "new/m");
 }
 
 #[tokio::test]
-async fn the_death_of_either_side_is_known_at_once() {
+async fn a_disconnect_of_either_side_is_reported_at_once() {
     let (weir, mut provider, mut caller) = pair().await;
     caller.send(call(1, "s/m")).await;
-    provider.request().await;
+    provider.next_request().await;
     drop(provider.tcp());
-    let answer = soon(caller.next()).await;
+    let answer = in_time(caller.next()).await;
     assert_eq!((&answer["error"]["code"], &answer["error"]["data"]["executed"]), (&json!(-32022), &json!("maybe")));
 
-    let mut provider = Socket::open(weir.address).await;
-    provider.ok("weir.provide", json!({ "service": "t", "meta": true })).await;
+    let mut provider = weir.socket().await;
+    provider.call("weir.provide", json!({ "service": "t", "meta": true })).await;
     caller.send(call(2, "t/m")).await;
-    let request = provider.request().await;
+    let request = provider.next_request().await;
     drop(caller.tcp());
-    assert_eq!(provider.notice("weir.cancel").await["id"], request["id"]);
+    assert_eq!(provider.notification("weir.cancel").await["id"], request["id"]);
     provider.reply(&request, json!(1)).await;
-    provider.quiet().await;
+    provider.expect_nothing().await;
     assert_eq!(weir.node().hub.counts().pending, 0);
 }
 
 #[tokio::test]
-async fn late_replies_are_for_those_who_asked() {
+async fn late_replies_are_sent_only_if_requested() {
     let (weir, mut provider, mut caller) = pair().await;
     for late in [false, true] {
         let params = json!({ "service": "s", "method": "m", "timeout": "30ms", "late": late });
-        let refused = caller.refused("weir.call", params).await;
+        let refused = caller.call_error("weir.call", params).await;
         assert_eq!((&refused["code"], &refused["data"]["executed"]), (&json!(-32023), &json!("maybe")));
         assert_eq!(refused["message"], "s did not answer within 30ms");
-        let request = provider.request().await;
+        let request = provider.next_request().await;
         provider.reply(&request, json!({ "late": late })).await;
-        provider.quiet().await;
+        provider.expect_nothing().await;
     }
-    assert_eq!(caller.notice("weir.late").await, json!({ "id": "t2", "result": { "late": true } }));
-    caller.quiet().await;
+    assert_eq!(caller.notification("weir.late").await, json!({ "id": "t2", "result": { "late": true } }));
+    caller.expect_nothing().await;
     assert_eq!(weir.node().hub.counts().late, 0);
 }
 
 #[tokio::test]
-async fn a_provider_that_does_not_read_gets_no_more_calls() {
+async fn calls_to_a_stalled_provider_are_rejected() {
     let weir = weir().with(|config| config.limits.queued = 100_000).await;
-    let mut stuck = Socket::open(weir.address).await;
+    let mut stuck = weir.socket().await;
     stuck.provide("s").await;
-    let mut caller = Socket::open(weir.address).await;
+    let mut caller = weir.socket().await;
     let pad = "x".repeat(100_000);
     let mut refused = 0;
     for _ in 0..400 {
-        caller.json(json!({ "jsonrpc": "2.0", "id": 1, "method": "s/m", "params": [pad] })).await;
+        caller.send_json(json!({ "jsonrpc": "2.0", "id": 1, "method": "s/m", "params": [pad] })).await;
     }
-    caller.json(json!({ "jsonrpc": "2.0", "id": "end", "method": "weir.ping" })).await;
+    caller.send_json(json!({ "jsonrpc": "2.0", "id": "end", "method": "weir.ping" })).await;
     loop {
         let answer = caller.next().await;
         if answer["id"] == "end" {
@@ -352,7 +349,7 @@ async fn a_provider_that_does_not_read_gets_no_more_calls() {
     assert!(refused > 0);
     // What was taken is written, and answered, all the same.
     for _ in 0..400 - refused {
-        let request = stuck.request().await;
+        let request = stuck.next_request().await;
         stuck.reply(&request, json!(1)).await;
         assert_eq!(caller.next().await["result"], 1);
     }
@@ -361,48 +358,48 @@ async fn a_provider_that_does_not_read_gets_no_more_calls() {
 #[tokio::test]
 async fn services_are_listed_and_their_changes_are_events() {
     let weir = weir().await;
-    let mut watcher = Socket::open(weir.address).await;
-    watcher.ok("weir.subscribe", json!({ "channels": ["$services"] })).await;
-    let mut provider = Socket::open(weir.address).await;
-    provider.ok("weir.provide", json!({ "service": "jwt", "methods": ["sign", "check"] })).await;
-    let listed = watcher.ok("weir.services", json!({ "prefix": "j" })).await;
+    let mut watcher = weir.socket().await;
+    watcher.call("weir.subscribe", json!({ "channels": ["$services"] })).await;
+    let mut provider = weir.socket().await;
+    provider.call("weir.provide", json!({ "service": "jwt", "methods": ["sign", "check"] })).await;
+    let listed = watcher.call("weir.services", json!({ "prefix": "j" })).await;
     assert_eq!(listed["services"][0]["service"], "jwt");
     assert_eq!(listed["services"][0]["methods"], json!(["check", "sign"]));
-    let all = watcher.ok("weir.services", json!({})).await;
+    let all = watcher.call("weir.services", json!({})).await;
     assert!(all["services"].as_array().unwrap().iter().any(|service| service["service"] == "weir"));
-    let event = watcher.notice("weir.event").await;
+    let event = watcher.notification("weir.event").await;
     assert_eq!((&event["channel"], &event["data"]["service"]), (&json!("$services"), &json!("jwt")));
     drop(provider);
-    let event = watcher.notice("weir.event").await;
+    let event = watcher.notification("weir.event").await;
     assert_eq!(event["data"]["providers"], 0);
 }
 
 #[tokio::test]
 async fn the_built_in_service() {
     let weir = weir().await;
-    let mut socket = Socket::open(weir.address).await;
-    assert_eq!(socket.ok("weir/echo", json!({ "n": 1 })).await, json!({ "n": 1 }));
-    assert!(socket.ok("weir/time", json!([])).await["time"].is_u64());
+    let mut socket = weir.socket().await;
+    assert_eq!(socket.call("weir/echo", json!({ "n": 1 })).await, json!({ "n": 1 }));
+    assert!(socket.call("weir/time", json!([])).await["time"].is_u64());
 }
 
 #[tokio::test]
-async fn notifications_reach_one_provider_or_nobody() {
+async fn notifications_reach_at_most_one_provider() {
     let (_weir, mut provider, mut caller) = pair().await;
     caller.send(r#"{"jsonrpc":"2.0","method":"s/send","params":{"to":"x"}}"#).await;
     assert_eq!(provider.text().await, r#"{"jsonrpc":"2.0","method":"send","params":{"to":"x"}}"#);
     caller.send(r#"{"jsonrpc":"2.0","method":"nobody/send","params":{"to":"x"}}"#).await;
-    caller.quiet().await;
-    provider.quiet().await;
+    caller.expect_nothing().await;
+    provider.expect_nothing().await;
 }
 
 // === the same over one request ===
 
 #[tokio::test]
-async fn json_rpc_over_http() {
+async fn json_rpc_requests_over_http() {
     let (weir, mut provider, _) = pair().await;
     let answers = tokio::spawn(async move {
         loop {
-            let request = provider.request().await;
+            let request = provider.next_request().await;
             if request.get("id").is_some() {
                 provider.reply(&request, request["params"].clone()).await;
             }
@@ -434,23 +431,23 @@ async fn json_rpc_over_http() {
     assert_eq!(read["result"]["events"].as_array().unwrap().len(), 2);
     answers.abort();
     let _ = answers.await;
-    eventually("all is given back", || weir.node().hub.counts().connections == 0).await;
+    eventually("all is given back", async || weir.node().hub.counts().connections == 0).await;
 }
 
 #[tokio::test]
-async fn who_hangs_up_cancels() {
+async fn a_disconnected_http_caller_cancels() {
     let weir = weir().await;
-    let mut provider = Socket::open(weir.address).await;
-    provider.ok("weir.provide", json!({ "service": "s", "meta": true })).await;
+    let mut provider = weir.socket().await;
+    provider.call("weir.provide", json!({ "service": "s", "meta": true })).await;
     let request = weir.post("/v1/rpc", r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#);
     let gone = tokio::time::timeout(Duration::from_millis(300), request).await;
     assert!(gone.is_err());
-    let request = provider.request().await;
-    assert_eq!(provider.notice("weir.cancel").await["id"], request["id"]);
+    let request = provider.next_request().await;
+    assert_eq!(provider.notification("weir.cancel").await["id"], request["id"]);
 }
 
 #[tokio::test]
-async fn a_late_reply_is_not_taken_for_the_answer_over_http() {
+async fn a_late_reply_over_http_is_dropped() {
     let (weir, mut provider, _) = pair().await;
     let answers = weir.post(
         "/v1/rpc",
@@ -458,10 +455,10 @@ async fn a_late_reply_is_not_taken_for_the_answer_over_http() {
             {"jsonrpc":"2.0","id":2,"method":"s/n"}]"#,
     );
     let provide = async {
-        let (late, other) = (provider.request().await, provider.request().await);
-        eventually("one is overdue", || weir.node().hub.counts().late == 1).await;
+        let (late, other) = (provider.next_request().await, provider.next_request().await);
+        eventually("one is overdue", async || weir.node().hub.counts().late == 1).await;
         provider.reply(&late, json!("late")).await;
-        provider.quiet().await;
+        provider.expect_nothing().await;
         provider.reply(&other, json!("other")).await;
     };
     let (answers, ()) = tokio::join!(async { answers.await.expect(200).json() }, provide);

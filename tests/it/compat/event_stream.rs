@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use weir::config::SseRoute;
 
-use super::{Stream, empty};
-use crate::support::{Starter, Weir, weir};
+use crate::support::{Starter, TextStream, Weir, weir};
 
 fn routes() -> Starter {
     let route = |path: &str, channels: &[&str]| SseRoute {
@@ -28,9 +27,9 @@ async fn publish(weir: &Weir, channel: &str, query: &str, data: &str) {
 const OPEN: &str = "event: stream-open\ndata: \n\n";
 
 #[tokio::test]
-async fn a_stream_of_a_route() {
+async fn a_configured_route_is_a_stream() {
     let weir = routes().await;
-    let mut stream = Stream::open(&weir, "/api/events/a%20b/").await;
+    let mut stream = TextStream::open(weir.address, "/api/events/a%20b/").await;
     assert_eq!(stream.head.header("content-type"), Some("text/event-stream"));
     assert_eq!(stream.head.header("transfer-encoding"), Some("chunked"));
     // Subscribed before the head was sent.
@@ -40,32 +39,32 @@ async fn a_stream_of_a_route() {
     stream.expect("event: created\ndata: {\"id\":[1, \"x\"]}\n\n").await;
     stream.expect("data: \"text\"\n\n").await;
     drop(stream);
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn tokens_of_the_path_and_of_the_query_in_several_channels() {
+async fn channel_names_take_parameters_from_path_and_query() {
     let weir = routes().await;
-    let mut stream = Stream::open(&weir, "/api/rooms/7/events?user=jo%20e&x=1").await;
+    let mut stream = TextStream::open(weir.address, "/api/rooms/7/events?user=jo%20e&x=1").await;
     stream.expect(OPEN).await;
     publish(&weir, "room-7", "", "1").await;
     stream.expect("data: 1\n\n").await;
     publish(&weir, "user-jo%20e", "", "2").await;
     stream.expect("data: 2\n\n").await;
-    assert_eq!(weir.node().bus.topics().readers(), 2, "an empty name is none");
-    weir.leave();
+    assert_eq!(weir.bus().topics().readers(), 2, "an empty name is none");
+    weir.shut_down();
     let end = stream.rest().await;
     assert!(end.starts_with("retry: ") && end.ends_with('\n') && !end.ends_with("\n\n"), "{end:?}");
-    weir.left().await;
+    weir.stopped().await;
 }
 
 #[tokio::test]
-async fn what_is_refused() {
+async fn invalid_stream_requests_are_rejected() {
     let weir = routes().await;
     let refused = async |headers: &[(&str, &str)], path: &str, status: u16, text: &str| {
         let mut client = weir.client().await;
         client.send("GET", path, headers, b"").await;
-        let reply = client.reply().await.expect(status);
+        let reply = client.response().await.expect(status);
         assert_eq!(reply.text(), text);
         assert_eq!(reply.header("content-type"), Some("text/plain; charset=utf-8"));
     };
@@ -75,17 +74,17 @@ async fn what_is_refused() {
     refused(&[("accept", "*/*"), ("last-event-id", "error")], "/api/events/%20", 400, error).await;
     refused(&[], "/api/events/%20", 400, "No specified channels.\n").await;
     refused(&[], "/api/events/a%0Ab", 400, "a channel name has no control characters\n").await;
-    weir.get("/api/events").await.refused("not_found");
+    weir.get("/api/events").await.expect_problem("not_found");
     let posted = weir.request("POST", "/api/events/a").await;
     assert_eq!(posted.header("allow"), Some("GET, HEAD, OPTIONS"));
-    posted.refused("method_not_allowed");
+    posted.expect_problem("method_not_allowed");
     let head = weir.request("HEAD", "/api/events/a").await.expect(200);
     assert_eq!(head.header("content-type"), Some("text/event-stream"));
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn pages_of_other_origins_are_weir_s_to_judge() {
+async fn cors_of_routes_follows_the_allowed_origins() {
     let weir = routes().with(|config| config.cors.origins = vec!["https://shop.example".into()]).await;
     for (origin, allowed) in [("https://shop.example", true), ("https://evil.example", false)] {
         let reply = weir.request("HEAD", "/api/events/a").header("origin", origin).await.expect(200);

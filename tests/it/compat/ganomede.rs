@@ -5,10 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use weir::config::Adapter;
 
-use crate::{
-    start::eventually,
-    support::{Reply, Starter, Weir, metric, weir},
-};
+use crate::support::{Response, Starter, Weir, eventually, weir};
 
 fn ganomede() -> Starter {
     weir().with(|config| {
@@ -23,13 +20,13 @@ fn hasty() -> Starter {
     ganomede().with(|config| config.compat.ganomede.poll_timeout = Duration::ZERO)
 }
 
-async fn emit(weir: &Weir, channel: &str, kind: &str, data: Value) -> Reply {
+async fn emit(weir: &Weir, channel: &str, kind: &str, data: Value) -> Response {
     let body =
         json!({"clientId": "w", "secret": "s3cret", "channel": channel, "from": "f/v1", "type": kind, "data": data});
     json_post(weir, "/events/v1/events", &body.to_string()).await
 }
 
-async fn json_post(weir: &Weir, path: &str, body: &str) -> Reply {
+async fn json_post(weir: &Weir, path: &str, body: &str) -> Response {
     weir.request("POST", path).header("content-type", "application/json").body(body.to_owned()).await
 }
 
@@ -43,7 +40,7 @@ async fn ids(weir: &Weir, query: &str) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn an_event_from_emit_to_poll() {
+async fn an_emitted_event_is_polled() {
     let weir = ganomede().await;
     let posted = emit(&weir, "users/v1", "add", json!({"b": 1, "a": [2]})).await.expect(200);
     assert_eq!(posted.header("content-type"), Some("application/json"));
@@ -58,11 +55,11 @@ async fn an_event_from_emit_to_poll() {
     assert_eq!(emit(&weir, "users/v1:add", "t", json!({})).await.json()["id"], 1);
     let native = weir.get("/v1/events?channel=users/v1").await.expect(200).json();
     assert_eq!(native["events"][0]["data"], json!({"b": 1, "a": [2]}));
-    assert_eq!(metric(&weir, r#"weir_events_published_total{transport="http"}"#), 2);
+    assert_eq!(weir.metric(r#"weir_events_published_total{transport="http"}"#), 2);
 }
 
 #[tokio::test]
-async fn fields_are_checked_in_order() {
+async fn fields_are_validated_in_the_order_of_the_original() {
     let weir = ganomede().await;
     let refused = async |body: &str, message: &str| {
         let reply = json_post(&weir, "/events/v1/events?secret=s3cret", body).await.expect(400);
@@ -97,7 +94,7 @@ async fn fields_are_checked_in_order() {
 }
 
 #[tokio::test]
-async fn a_digest_is_verified() {
+async fn content_md5_is_verified() {
     let weir = ganomede().await;
     let body = r#"{"clientId":"c","secret":"s3cret","channel":"a","from":"f","type":"t"}"#;
     let post = |digest: &str| {
@@ -113,7 +110,7 @@ async fn a_digest_is_verified() {
 }
 
 #[tokio::test]
-async fn who_does_not_know_the_secret() {
+async fn a_missing_or_wrong_secret_is_rejected() {
     let weir = hasty().await;
     for query in ["", "?secret=", "?secret=wrong", "?secret=s3cret&secret=s3cret", "?secret[]=s3cret"] {
         for (method, path) in [("GET", "/events/v1/latest"), ("POST", "/events/v1/events"), ("GET", "/latest")] {
@@ -133,7 +130,7 @@ async fn who_does_not_know_the_secret() {
 }
 
 #[tokio::test]
-async fn paths_and_methods() {
+async fn unknown_paths_and_methods_are_rejected_as_by_the_original() {
     let weir = ganomede().await;
     for path in ["/events/v1", "/events/v1/", "/events/v1/events/", "/events/v1/nope", "/events/v1/indices/x"] {
         let reply = weir.get(path).await.expect(404);
@@ -165,11 +162,11 @@ async fn paths_and_methods() {
     }
     // weir's own go on.
     weir.get("/v1/events?channel=a").await.expect(200);
-    weir.get("/nope").await.refused("not_found");
+    weir.get("/nope").await.expect_problem("not_found");
 }
 
 #[tokio::test]
-async fn positions_are_consumers() {
+async fn positions_of_clients_are_consumers() {
     let weir = hasty().await;
     for n in 1..=5 {
         emit(&weir, "a", "t", json!({"n": n})).await.expect(200);
@@ -205,7 +202,7 @@ async fn positions_are_consumers() {
 }
 
 #[tokio::test]
-async fn a_poll_is_held_until_something_comes() {
+async fn a_poll_waits_until_an_event_is_published() {
     let weir = ganomede().await;
     let mut held = Vec::new();
     for client in 0..10 {
@@ -213,33 +210,33 @@ async fn a_poll_is_held_until_something_comes() {
         connection.send("GET", &path(&format!("clientId=c{client}&channel=a&after=0")), &[], b"").await;
         held.push(connection);
     }
-    eventually("ten wait", || readers(&weir) == 10).await;
+    eventually("ten wait", async || readers(&weir) == 10).await;
     // Every one of them hears of it, not every second.
     emit(&weir, "a", "t", json!({})).await.expect(200);
     for connection in &mut held {
-        assert_eq!(connection.reply().await.expect(200).json()[0]["id"], 1);
+        assert_eq!(connection.response().await.expect(200).json()[0]["id"], 1);
     }
     // They say what they have: that is the acknowledgement.
     for (client, connection) in held.iter_mut().enumerate() {
         connection.send("GET", &path(&format!("clientId=c{client}&channel=a&after=1")), &[], b"").await;
     }
-    eventually("ten wait again", || readers(&weir) == 10).await;
+    eventually("ten wait again", async || readers(&weir) == 10).await;
     held.truncate(5);
-    eventually("those who left are forgotten", || readers(&weir) == 5).await;
-    weir.leave();
+    eventually("those who left are forgotten", async || readers(&weir) == 5).await;
+    weir.shut_down();
     for connection in &mut held {
-        assert_eq!(connection.reply().await.expect(200).text(), "[]");
+        assert_eq!(connection.response().await.expect(200).text(), "[]");
     }
     drop(held);
-    weir.left().await;
+    weir.stopped().await;
 }
 
 fn readers(weir: &Weir) -> usize {
-    weir.node().bus.topics().readers()
+    weir.bus().topics().readers()
 }
 
 #[tokio::test]
-async fn a_poll_of_nothing_ends_with_nothing() {
+async fn a_poll_times_out_with_an_empty_list() {
     let weir = ganomede().with(|config| config.compat.ganomede.poll_timeout = Duration::from_millis(300)).await;
     let before = Instant::now();
     assert_eq!(weir.get(path("clientId=c&channel=a")).await.expect(200).text(), "[]");
@@ -248,23 +245,23 @@ async fn a_poll_of_nothing_ends_with_nothing() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_ahead() {
+async fn a_position_ahead_of_the_log_restarts_the_client_at_its_beginning() {
     let weir = ganomede().await;
     emit(&weir, "a", "t", json!({})).await.expect(200);
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=0").await, [1]);
     // As in the original: what comes wakes it, and lies behind it.
     let mut ahead = weir.client().await;
     ahead.send("GET", &path("clientId=c&channel=a&after=7"), &[], b"").await;
-    eventually("it waits", || readers(&weir) == 1).await;
+    eventually("it waits", async || readers(&weir) == 1).await;
     emit(&weir, "a", "t", json!({})).await.expect(200);
-    assert_eq!(ahead.reply().await.expect(200).text(), "[]");
+    assert_eq!(ahead.response().await.expect(200).text(), "[]");
     // It insists: it comes from another life of the channel, where it had seen seven.
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=7").await, [1, 2]);
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=1").await, [2]);
 }
 
 #[tokio::test]
-async fn a_channel_born_anew_is_read_from_its_beginning() {
+async fn a_recreated_channel_is_read_from_its_beginning() {
     let weir = hasty().await;
     for _ in 0..3 {
         emit(&weir, "a", "t", json!({})).await.expect(200);
@@ -286,21 +283,21 @@ async fn a_channel_born_anew_is_read_from_its_beginning() {
 }
 
 #[tokio::test]
-async fn a_poll_that_waited_for_a_birth_counts_from_it() {
+async fn a_poll_on_an_absent_channel_receives_its_first_event() {
     let weir = ganomede().await;
     let mut first = weir.client().await;
     first.send("GET", &path("clientId=c&channel=new&after=0"), &[], b"").await;
-    eventually("it waits", || readers(&weir) == 1).await;
+    eventually("it waits", async || readers(&weir) == 1).await;
     emit(&weir, "new", "t", json!({})).await.expect(200);
-    assert_eq!(first.reply().await.expect(200).json()[0]["id"], 1);
+    assert_eq!(first.response().await.expect(200).json()[0]["id"], 1);
     first.send("GET", &path("clientId=c&channel=new&after=1"), &[], b"").await;
-    eventually("it waits again", || readers(&weir) == 1).await;
+    eventually("it waits again", async || readers(&weir) == 1).await;
     emit(&weir, "new", "t", json!({})).await.expect(200);
-    assert_eq!(first.reply().await.expect(200).json()[0]["id"], 2);
+    assert_eq!(first.response().await.expect(200).json()[0]["id"], 2);
 }
 
 #[tokio::test]
-async fn the_latest() {
+async fn latest_returns_the_last_events_up_to_a_limit() {
     let weir = ganomede().await;
     assert_eq!(weir.get("/events/v1/latest?secret=s3cret&channel=a").await.expect(200).text(), "[]");
     let missing = weir.get("/latest?secret=s3cret").await.expect(400).json();
@@ -317,7 +314,7 @@ async fn the_latest() {
 }
 
 #[tokio::test]
-async fn the_latest_of_large_events_are_the_latest() {
+async fn latest_drops_the_oldest_of_large_events() {
     let weir = ganomede().await;
     let big = "x".repeat(400_000);
     for _ in 0..30 {
@@ -329,7 +326,7 @@ async fn the_latest_of_large_events_are_the_latest() {
 }
 
 #[tokio::test]
-async fn indices() {
+async fn indices_find_events_by_field() {
     let weir = ganomede().await;
     let define = async |id: &str, channel: &str, field: &str| {
         let body = json!({"secret": "s3cret", "id": id, "channel": channel, "field": field}).to_string();
@@ -367,7 +364,7 @@ async fn indices() {
 }
 
 #[tokio::test]
-async fn what_is_too_large_is_said_so() {
+async fn a_rejected_large_event_names_the_limit() {
     let weir = ganomede().with(|config| config.limits.event = 500).await;
     let refused = emit(&weir, "a", "t", json!({"x": "x".repeat(600)})).await.expect(413).json();
     assert_eq!(refused["code"], "PayloadTooLarge");
@@ -375,7 +372,7 @@ async fn what_is_too_large_is_said_so() {
 }
 
 #[tokio::test]
-async fn off_it_does_not_exist() {
+async fn a_disabled_adapter_has_no_routes() {
     let weir = weir().await;
-    weir.get("/events/v1/about").await.refused("not_found");
+    weir.get("/events/v1/about").await.expect_problem("not_found");
 }

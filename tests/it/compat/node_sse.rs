@@ -5,21 +5,17 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use weir::config::Adapter;
 
-use super::{Stream, empty};
-use crate::{
-    start::eventually,
-    support::{Reply, Starter, Weir, weir},
-};
+use crate::support::{Response, Starter, TextStream, Weir, eventually, weir};
 
 fn node_sse() -> Starter {
     weir().with(|config| config.compat.enable = vec![Adapter::NodeSse])
 }
 
-async fn publish(weir: &Weir, events: Value) -> Reply {
+async fn publish(weir: &Weir, events: Value) -> Response {
     post(weir, &json!({ "events": events }).to_string()).await
 }
 
-async fn post(weir: &Weir, body: &str) -> Reply {
+async fn post(weir: &Weir, body: &str) -> Response {
     weir.request("POST", "/publish").header("content-type", "application/json").body(body.to_owned()).await
 }
 
@@ -47,9 +43,9 @@ fn online(ids: &[&str]) -> String {
 }
 
 #[tokio::test]
-async fn a_browser_from_registration_to_event() {
+async fn a_browser_receives_its_registration_and_events() {
     let weir = node_sse().await;
-    let mut stream = Stream::open(&weir, "/subscribe?channels=a,b&clientId=z").await;
+    let mut stream = TextStream::open(weir.address, "/subscribe?channels=a,b&clientId=z").await;
     for (name, value) in [
         ("content-type", "text/event-stream"),
         ("cache-control", "no-cache"),
@@ -77,30 +73,30 @@ async fn a_browser_from_registration_to_event() {
     stream.expect(&format!("event: t\ndata: {data}\n\n")).await;
     stream.expect(&frame("a", "u", "y")).await;
     drop(stream);
-    empty(&weir).await;
+    weir.idle().await;
     assert!(weir.node().config.compat.enable.len() == 1 && weir.connections().is_empty());
 }
 
 #[tokio::test]
-async fn who_has_no_name_is_counted() {
+async fn clients_without_an_id_are_numbered() {
     let weir = node_sse().await;
-    let mut one = Stream::open(&weir, "/subscribe/?channels=a").await;
+    let mut one = TextStream::open(weir.address, "/subscribe/?channels=a").await;
     one.expect(&format!("\n{}{}{}", registered(json!(1)), frame("a", "lastEvent", "{}"), online(&["1"]))).await;
-    let mut two = Stream::open(&weir, "/SUBSCRIBE?channels=a").await;
+    let mut two = TextStream::open(weir.address, "/SUBSCRIBE?channels=a").await;
     two.expect(&format!("\n{}{}{}", registered(json!(2)), frame("a", "lastEvent", "{}"), online(&["1", "2"]))).await;
     one.expect(&online(&["1", "2"])).await;
-    let mut named = Stream::open(&weir, "/subscribe?channels=b&clientId=1").await;
+    let mut named = TextStream::open(weir.address, "/subscribe?channels=b&clientId=1").await;
     named.expect(&format!("\n{}", registered(json!("1")))).await;
     one.expect(&online(&["1", "2"])).await;
     // One of two connections of a name ends: nobody hears of it. Then the last one.
     drop(named);
-    eventually("it has left", || weir.node().bus.topics().readers() == 2).await;
+    eventually("it has left", async || weir.bus().topics().readers() == 2).await;
     drop(one);
     two.expect(&(online(&["1", "2"]) + &online(&["2"]))).await;
 }
 
 #[tokio::test]
-async fn the_last_event() {
+async fn last_event_is_returned_and_replayed() {
     let weir = node_sse().await;
     let last = async |query: &str| weir.get(format!("/lastEvent{query}")).await;
     for query in ["", "?channel=", "?channel=a&channel=b"] {
@@ -110,14 +106,14 @@ async fn the_last_event() {
     // The first event of a channel that nobody subscribed to leaves its payload alone, as in the original.
     publish(&weir, json!([event("a", "t", json!({"x": [1.0, null]}))])).await.expect(200);
     assert_eq!(last("?channel=a").await.text(), r#"{"response":{"x":[1,null]}}"#);
-    let mut stream = Stream::open(&weir, "/subscribe?channels=a&clientId=c").await;
+    let mut stream = TextStream::open(weir.address, "/subscribe?channels=a&clientId=c").await;
     stream.expect(&format!("\n{}{}", registered(json!("c")), frame("a", "lastEvent", "[object Object]"))).await;
     publish(&weir, json!([event("a", "t", json!({"x": 1}))])).await.expect(200);
     let told = r#"{"type":"t","payload":{"x":1}}"#;
     let reply = last("/?channel=a").await.expect(200);
     assert_eq!(reply.json(), json!({ "response": told }));
     assert_eq!(reply.header("content-type"), Some("application/json; charset=utf-8"));
-    let mut late = Stream::open(&weir, "/subscribe?channels=a,c&clientId=d").await;
+    let mut late = TextStream::open(weir.address, "/subscribe?channels=a,c&clientId=d").await;
     let asked = registered(json!("d")) + &frame("a", "lastEvent", told) + &frame("c", "lastEvent", "{}");
     late.expect(&format!("\n{asked}")).await;
     assert_eq!(last("?channel=c").await.text(), r#"{"response":"{}"}"#);
@@ -128,9 +124,9 @@ async fn the_last_event() {
 }
 
 #[tokio::test]
-async fn payloads_are_texts() {
+async fn payloads_are_sent_as_text() {
     let weir = node_sse().await;
-    let mut stream = Stream::open(&weir, "/subscribe?channels=a&clientId=c").await;
+    let mut stream = TextStream::open(weir.address, "/subscribe?channels=a&clientId=c").await;
     stream.expect(&format!("\n{}{}{}", registered(json!("c")), frame("a", "lastEvent", "{}"), online(&["c"]))).await;
     for (payload, text) in [
         (json!(12.5), "12.5"),
@@ -146,7 +142,7 @@ async fn payloads_are_texts() {
 }
 
 #[tokio::test]
-async fn a_batch_is_all_or_none() {
+async fn a_batch_with_an_invalid_event_publishes_nothing() {
     let weir = node_sse().await;
     let good = event("a", "t", json!("x"));
     for kind in ["registered", "lastEvent", "online-presence"] {
@@ -192,7 +188,7 @@ async fn a_batch_is_all_or_none() {
 }
 
 #[tokio::test]
-async fn pages_and_preflights() {
+async fn root_page_preflights_and_unknown_routes_answer_as_the_original() {
     let weir = node_sse().await;
     let root = weir.get("/").await.expect(200);
     assert_eq!((root.text(), root.header("access-control-allow-origin")), ("ROOT", Some("*")));
@@ -212,46 +208,46 @@ async fn pages_and_preflights() {
         assert_eq!(weir.get(format!("/subscribe{query}")).await.expect(400).text(), "Bad Request");
     }
     assert_eq!(weir.request("HEAD", "/subscribe?channels=a").await.status, 200);
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn what_killed_the_original() {
+async fn inputs_that_crashed_the_original_are_served() {
     let weir = node_sse().await;
     let odd = "/subscribe?channels=a,a&channels=__proto__&clientId=c";
-    let mut stream = Stream::open(&weir, odd).await;
+    let mut stream = TextStream::open(weir.address, odd).await;
     let opening = registered(json!("c")) + &frame("a", "lastEvent", "{}") + &frame("__proto__", "lastEvent", "{}");
     stream.expect(&format!("\n{opening}{}", online(&["c"]))).await;
     publish(&weir, json!([event("a", "t", json!("once")), event("__proto__", "t", json!("x"))])).await.expect(200);
     stream.expect(&(frame("a", "t", "once") + &frame("__proto__", "t", "x"))).await;
     drop(stream);
-    empty(&weir).await;
+    weir.idle().await;
     publish(&weir, json!([event("a", "t", json!("x"))])).await.expect(200);
 }
 
 #[tokio::test]
-async fn silence_is_broken_by_a_comment_and_a_drain_says_when_to_come_back() {
+async fn idle_streams_carry_comments_and_a_drain_sends_a_retry_delay() {
     let weir = node_sse()
         .with(|config| {
             config.sse.heartbeat = Duration::from_secs(1);
             config.drain.window = Duration::ZERO;
         })
         .await;
-    let mut stream = Stream::open(&weir, "/subscribe?channels=a&clientId=c").await;
+    let mut stream = TextStream::open(weir.address, "/subscribe?channels=a&clientId=c").await;
     let opening = format!("\n{}{}{}", registered(json!("c")), frame("a", "lastEvent", "{}"), online(&["c"]));
     stream.expect(&opening).await;
     stream.expect(":\n").await;
-    weir.leave();
+    weir.shut_down();
     let last = stream.rest().await;
     let retry = last.trim_start_matches(":\n").strip_prefix("retry: ").unwrap();
     assert!((1000..4000).contains(&retry.trim_end().parse::<u16>().unwrap()), "{last}");
-    weir.left().await;
+    weir.stopped().await;
 }
 
 #[tokio::test]
-async fn a_reader_too_slow_for_what_is_kept_is_cut_off() {
+async fn a_reader_that_falls_behind_retention_is_closed() {
     let weir = node_sse().with(|config| config.channels[0].keep.count = 5).await;
-    let stream = Stream::open(&weir, "/subscribe?channels=a&clientId=c").await;
+    let stream = TextStream::open(weir.address, "/subscribe?channels=a&clientId=c").await;
     let big = "x".repeat(100_000);
     for _ in 0..400 {
         publish(&weir, json!([event("a", "t", json!(big))])).await.expect(200);
@@ -259,5 +255,5 @@ async fn a_reader_too_slow_for_what_is_kept_is_cut_off() {
     // It ends at a frame's boundary, and the browser comes back.
     let text = stream.rest().await;
     assert!(text.len() < 400 * 100_000 && text.rsplit("\n\n").next().unwrap().starts_with("retry: "), "{}", text.len());
-    empty(&weir).await;
+    weir.idle().await;
 }

@@ -5,8 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use weir::config::{Adapter, SseRoute};
 
-use super::Stream;
-use crate::support::{Weir, weir};
+use crate::support::{TextStream, Weir, weir};
 
 /// One event in the words of each world.
 struct Seen {
@@ -22,7 +21,7 @@ async fn post(weir: &Weir, path: &str, body: Value) {
 }
 
 #[tokio::test]
-async fn written_by_each_and_read_by_all() {
+async fn an_event_written_by_any_api_is_read_by_all() {
     let weir = weir()
         .with(|config| {
             config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
@@ -31,7 +30,7 @@ async fn written_by_each_and_read_by_all() {
             config.compat.sse.routes = vec![SseRoute { path: "/events/{id}".into(), channels: vec!["{id}".into()] }];
         })
         .await;
-    let mut node_sse = Stream::open(&weir, "/subscribe?channels=c&clientId=me").await;
+    let mut node_sse = TextStream::open(weir.address, "/subscribe?channels=c&clientId=me").await;
     node_sse
         .expect(
             "\nevent: registered\ndata: {\"type\":\"registered\",\"payload\":\"{\\\"clientId\\\":\\\"me\\\"}\"}\n\n\
@@ -39,7 +38,7 @@ async fn written_by_each_and_read_by_all() {
              event: online-presence\ndata: {\"type\":\"online-presence\",\"payload\":\"[\\\"me\\\"]\"}\n\n",
         )
         .await;
-    let mut stream = Stream::open(&weir, "/events/c").await;
+    let mut stream = TextStream::open(weir.address, "/events/c").await;
     stream.expect("event: stream-open\ndata: \n\n").await;
 
     // Written.

@@ -5,30 +5,17 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use weir::{config, error::Code};
 
-use super::servers::{Server as RedisServer, until};
-use crate::{
-    socket::Socket,
-    start::Server,
-    support::{Reply, client::Request},
-};
+use crate::support::{MINUTE, RedisServer, Response, Weir, eventually_within, weir_on};
 
-async fn on(redis: &RedisServer) -> Server {
-    Server::with(|config| {
-        config.bus.backend = config::Backend::Redis;
-        config.bus.redis.url = redis.url().as_str().into();
-    })
-    .await
-}
-
-async fn ask(node: &Server, method: &'static str, path: &str, body: &'static str) -> Reply {
-    Request::new(node.at, method, path.to_owned()).body(body).await
+async fn ask(node: &Weir, method: &'static str, path: &str, body: &'static str) -> Response {
+    node.request(method, path).body(body).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_moves_from_node_to_node() {
+async fn a_client_resumes_on_another_node() {
     let redis = RedisServer::start(&[]).await;
-    let (a, b) = (on(&redis).await, on(&redis).await);
-    let mut stream = a.stream("channel=orders").await;
+    let (a, b) = (weir_on(&redis.url()).await, weir_on(&redis.url()).await);
+    let mut stream = a.sse("channel=orders").await;
     stream.head().await;
     let opened = stream.opening().await.id;
     assert!(opened.starts_with("0-"), "{opened}");
@@ -38,11 +25,11 @@ async fn a_client_moves_from_node_to_node() {
     drop(stream);
     ask(&a, "POST", "/v1/events?channel=orders", "2").await.expect(201);
     // The id of one node is where the other goes on, and so is what a page said.
-    let mut stream = b.resume("channel=orders", &first.id).await;
+    let mut stream = b.sse_after("channel=orders", &first.id).await;
     stream.head().await;
     stream.opening().await;
     assert_eq!(stream.next().await.json()["data"], json!(2));
-    let mut early = b.resume("channel=orders", &opened).await;
+    let mut early = b.sse_after("channel=orders", &opened).await;
     early.head().await;
     early.opening().await;
     assert_eq!(early.next().await.json()["data"], json!(1));
@@ -56,22 +43,22 @@ async fn a_client_moves_from_node_to_node() {
     let two = ask(&b, "GET", &format!("{poll}&after={next}"), "").await.expect(200).json();
     assert_eq!((&one["events"][0]["data"], &two["events"][0]["data"]), (&json!(1), &json!(2)), "{one} {two}");
     drop((stream, early));
-    a.empty().await;
-    b.empty().await;
+    a.idle().await;
+    b.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_is_away_for_a_while() {
+async fn requests_fail_and_streams_stay_while_redis_is_down() {
     let mut redis = RedisServer::start(&[]).await;
-    let node = on(&redis).await;
+    let node = weir_on(&redis.url()).await;
     let ready = async |status| {
-        until(&format!("readiness is {status}"), || async {
+        eventually_within(MINUTE, &format!("readiness is {status}"), async || {
             ask(&node, "GET", "/health/ready", "").await.status == status
         })
         .await;
     };
     ready(200).await;
-    let mut stream = node.stream("channel=a").await;
+    let mut stream = node.sse("channel=a").await;
     stream.head().await;
     stream.opening().await;
     ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);
@@ -83,8 +70,8 @@ async fn redis_is_away_for_a_while() {
     assert_eq!(refused.header("retry-after"), Some("2"));
     assert_eq!(refused.json()["code"], Code::BusUnavailable.as_str());
     // A stream that begins now is told to come again, for a status would end an EventSource.
-    let mut late = node.stream("channel=b").await;
-    assert!(late.head().await.contains("200 ok"));
+    let mut late = node.sse("channel=b").await;
+    late.head().await.expect(200);
     ready(503).await;
     ask(&node, "GET", "/health/live", "").await.expect(200);
     redis.restart().await;
@@ -94,30 +81,30 @@ async fn redis_is_away_for_a_while() {
     assert_eq!((gap.event.as_str(), &gap.json()["reason"]), ("weir.gap", &json!("reset")));
     assert_eq!(stream.next().await.json()["data"], json!(4), "on the connection it has had all the time");
     drop((stream, late));
-    node.empty().await;
+    node.idle().await;
 }
 
 /// Publishes of one connection wait for each other's place and not for each other's answer: what comes while Redis is at
 /// work goes in one script. A bad one fails by itself.
 #[tokio::test(flavor = "multi_thread")]
-async fn publishes_go_together_in_their_order() {
+async fn concurrent_publishes_are_batched_in_order() {
     let redis = RedisServer::start(&[]).await;
-    let node = on(&redis).await;
-    let mut stream = node.stream("channel=a").await;
+    let node = weir_on(&redis.url()).await;
+    let mut stream = node.sse("channel=a").await;
     stream.head().await;
     stream.opening().await;
     ask(&node, "POST", "/v1/events?channel=a&key=used", "0").await.expect(201);
     assert_eq!(stream.next().await.json()["data"], json!(0));
     let before = redis.calls("evalsha").await;
     redis.pause();
-    let mut socket = Socket::open(node.at).await;
+    let mut socket = node.socket().await;
     for n in 1..=500 {
         // The same key for something else: refused, and nobody before or behind it.
         let params = match n {
             250 => json!({ "channel": "a", "key": "used", "data": n }),
             _ => json!({ "channel": "a", "data": n }),
         };
-        socket.json(json!({ "jsonrpc": "2.0", "id": n, "method": "weir.publish", "params": params })).await;
+        socket.send_json(json!({ "jsonrpc": "2.0", "id": n, "method": "weir.publish", "params": params })).await;
     }
     redis.resume();
     let mut offsets = BTreeMap::new();
@@ -137,24 +124,25 @@ async fn publishes_go_together_in_their_order() {
     let took = redis.calls("evalsha").await - before;
     assert!(took < 250, "{took} scripts for 500 publishes");
     drop((stream, socket));
-    node.empty().await;
+    node.idle().await;
 }
 
 /// An answer lists its gaps before its events: one that comes behind events begins the next answer.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_ends_where_a_term_does() {
+async fn a_page_ends_at_the_end_of_a_term() {
     let mut redis = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
-    let node = on(&redis).await;
+    let node = weir_on(&redis.url()).await;
     for _ in 0..3 {
         ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);
     }
-    let at = node.at;
-    let poll = tokio::spawn(async move {
-        Request::new(at, "GET", "/v1/events?channel=a&after=earliest&min=5&wait=50s".into()).await.expect(200).json()
-    });
-    until("it waits", || async { node.bus.topics().readers() == 1 }).await;
+    let poll = node.request("GET", "/v1/events?channel=a&after=earliest&min=5&wait=50s");
+    let poll = tokio::spawn(async move { poll.await.expect(200).json() });
+    eventually_within(MINUTE, "it waits", async || node.bus().topics().readers() == 1).await;
     redis.restart().await;
-    until("it goes on", || async { ask(&node, "POST", "/v1/events?channel=a", "2").await.status == 201 }).await;
+    eventually_within(MINUTE, "it goes on", async || {
+        ask(&node, "POST", "/v1/events?channel=a", "2").await.status == 201
+    })
+    .await;
     let page = poll.await.unwrap();
     assert_eq!((page["events"].as_array().unwrap().len(), &page["gaps"], &page["more"]), (3, &json!([]), &json!(true)));
     let next = format!("/v1/events?channel=a&after={}", page["next"].as_str().unwrap());
@@ -163,7 +151,7 @@ async fn a_page_ends_where_a_term_does() {
 }
 
 #[tokio::test]
-async fn mistakes_are_told_at_the_start() {
+async fn an_invalid_redis_url_fails_the_start() {
     for (url, sentence) in [("http://a", "redis://"), ("redis://h:x", "not a host and a port")] {
         let mut config = config::Config::default();
         config.server.listen = vec![([127, 0, 0, 1], 0).into()];
@@ -176,10 +164,10 @@ async fn mistakes_are_told_at_the_start() {
 
 /// In the middle of an update: what a newer weir wrote is neither misread nor overwritten, and nobody is cut off for it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_channel_of_a_newer_weir_is_left_alone() {
+async fn a_channel_written_by_a_newer_version_is_not_modified() {
     let redis = RedisServer::start(&[]).await;
-    let node = on(&redis).await;
-    let mut stream = node.stream("channel=a").await;
+    let node = weir_on(&redis.url()).await;
+    let mut stream = node.sse("channel=a").await;
     stream.head().await;
     stream.opening().await;
     ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);
@@ -205,29 +193,24 @@ async fn a_channel_of_a_newer_weir_is_left_alone() {
     // Messages of it are no mistake of this one's.
     redis.cli(&["PUBLISH", "weir:{a}:e", "\u{2}e what it says"]).await;
     redis.cli(&["PUBLISH", "weir:{nodes}:news", "\u{2}what it tells"]).await;
-    until("it is heard", || async { node.metrics.value("weir_redis_unreadable_total") >= 1.0 }).await;
+    eventually_within(MINUTE, "it is heard", async || node.metric("weir_redis_unreadable_total") >= 1).await;
     ask(&node, "POST", "/v1/events?channel=other", "1").await.expect(201);
     version("1").await;
     let placed = ask(&node, "POST", "/v1/events?channel=a", "3").await.expect(201).json();
     assert_eq!(placed["offset"], json!(2));
     assert_eq!(stream.next().await.json()["data"], json!(3), "on the connection it has had all the time");
     drop(stream);
-    node.empty().await;
+    node.idle().await;
 }
 
 /// Deliberately unlike memory: nothing counts them, and each ends by itself.
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_are_remembered_however_many_there_are() {
+async fn redis_keeps_every_idempotency_key_of_the_window() {
     let redis = RedisServer::start(&[]).await;
-    let node = Server::with(|config| {
-        config.bus.backend = config::Backend::Redis;
-        config.bus.redis.url = redis.url().as_str().into();
-        config.limits.keys = 2;
-    })
-    .await;
+    let node = weir_on(&redis.url()).with(|config| config.limits.keys = 2).await;
     for n in 1..=10 {
         let path = format!("/v1/events?channel=a&key=k{n}");
-        Request::new(node.at, "POST", path).body("1").await.expect(201);
+        node.post(path, "1").await.expect(201);
     }
     let again = ask(&node, "POST", "/v1/events?channel=a&key=k1", "1").await.expect(200).json();
     assert_eq!((&again["offset"], &again["duplicate"]), (&json!(1), &json!(true)));

@@ -10,25 +10,24 @@ use weir::{
     position::Start,
 };
 
-use super::{
-    nodes::{KEEP, Node, channel, draft},
-    servers::{Cluster, Server, until},
-};
+use super::nodes::{KEEP, Node, draft};
+use crate::support::{MINUTE, RedisCluster, RedisServer, event::channel, eventually_within};
 
 /// A subscription that Redis refused once is made, though new ones come all the time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_subscription_while_others_come() {
-    let redis = Server::start(&[]).await;
+async fn a_rejected_subscription_is_retried_while_others_are_made() {
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     redis.cli(&["ACL", "SETUSER", "default", "resetchannels", "&weir:{?probe*", "&weir:{other*"]).await;
     let refused = tokio::spawn({
         let bus = node.bus.clone();
         async move { while bus.watch(&[channel("refused")]).await.is_err() {} }
     });
-    until("it is refused", || async { redis.cli(&["ACL", "LOG"]).await.contains("weir:{refused}:e") }).await;
+    eventually_within(MINUTE, "it is refused", async || redis.cli(&["ACL", "LOG"]).await.contains("weir:{refused}:e"))
+        .await;
     redis.cli(&["ACL", "SETUSER", "default", "allchannels"]).await;
     let others = AtomicUsize::new(0);
-    until("it is asked for again", || async {
+    eventually_within(MINUTE, "it is asked for again", async || {
         let name = format!("other{}", others.fetch_add(1, SeqCst));
         node.bus.watch(&[channel(&name)]).await.unwrap();
         refused.is_finished()
@@ -38,14 +37,15 @@ async fn a_refused_subscription_while_others_come() {
 
 /// The user of the documents, under another prefix, may do what waiting for replicas needs.
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_are_waited_for_under_another_prefix() {
-    let master = Server::start(&[]).await;
+async fn the_documented_user_may_wait_for_replicas_under_another_prefix() {
+    let master = RedisServer::start(&[]).await;
     let page = include_str!("../../../proto-docs/redis.md");
     let rule = page.lines().find(|line| line.starts_with("ACL SETUSER weir ")).expect("the user of the documents");
     let rule = rule.replace("PASSWORD", "secret").replace("weir:*", "other:*");
     assert_eq!(master.cli(&rule.split(' ').collect::<Vec<_>>()).await, "OK");
-    let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
-    until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+    let replica = RedisServer::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
+    eventually_within(MINUTE, "in step", async || replica.info("master_link_status").await.as_deref() == Some("up"))
+        .await;
     let settings = RedisSettings { prefix: "other:".into(), ack: Ack::Replicated };
     let node = Node::of(&format!("redis://weir:secret@{}", master.address()), KEEP, settings).await;
     for n in 1..=10 {
@@ -57,8 +57,8 @@ async fn replicas_are_waited_for_under_another_prefix() {
 
 /// Each server of a Cluster waits for its own replicas, tells the others nothing, and is forgotten when it has no slots.
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_are_waited_for_in_a_cluster() {
-    let mut cluster = Cluster::start(3, 3).await;
+async fn replicated_publishes_wait_for_the_replicas_of_each_master() {
+    let mut cluster = RedisCluster::start(3, 3).await;
     let node = Node::with(&cluster.url(), KEEP, Ack::Replicated).await;
     let mut names: Vec<String> = Vec::new();
     for owner in 0..3 {
@@ -81,21 +81,21 @@ async fn replicas_are_waited_for_in_a_cluster() {
         assert_eq!(server.calls("publish").await, 0, "a Cluster would carry it to every server");
     }
     cluster.servers[0].kill();
-    until("the new master is waited for", || async {
+    eventually_within(MINUTE, "the new master is waited for", async || {
         // It has no replica, so this is never confirmed.
         let _ = node.publish(&names[0], 2).await;
         cluster.servers[3].cli(&["CLIENT", "LIST"]).await.contains("name=weir-acks")
     })
     .await;
-    until("the old one is given up", || async { node.redis.waits() == 3 }).await;
+    eventually_within(MINUTE, "the old one is given up", async || node.redis.waits() == 3).await;
     node.publish(&names[1], 2).await.unwrap();
 }
 
 /// Names of consumers that are gone make room, at once; when there is none, nobody looks in each request.
 #[tokio::test(flavor = "multi_thread")]
-async fn consumers_that_are_gone_make_room() {
+async fn expired_consumers_free_their_slots() {
     const FILL: &str = "for n = 1, 1000 do redis.call('ZADD', KEYS[1], 0, string.format('x%d', n)) end";
-    let redis = Server::start(&[]).await;
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     let at = node.publish("c", 1).await.unwrap().position;
     let index = "weir:{consumers}";
@@ -126,8 +126,8 @@ async fn consumers_that_are_gone_make_room() {
 
 /// What is left of channels without a log does not make a list look at all keys again and again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_among_dead_channels() {
-    let redis = Server::start(&[]).await;
+async fn a_list_skips_deleted_channels_with_one_scan() {
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     for n in 0..60 {
         let name = format!("c{n:02}");
@@ -149,9 +149,9 @@ async fn a_list_among_dead_channels() {
 
 /// A look at large events behind very many small ones brings no more than it may, in any moment of the script.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_look_holds_no_more_than_its_limit() {
+async fn a_read_uses_no_more_memory_than_its_limit() {
     const LARGE: usize = 100_000;
-    let redis = Server::start(&[]).await;
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     for _ in 0..50 {
         let batch = (0..1000).map(|n| (channel("c"), draft(n, None))).collect();

@@ -19,9 +19,9 @@ use weir::{
     metrics::{Metrics, RedisConnectionKind},
 };
 
-use super::{
-    proxy::{Proxy, Wire},
-    servers::{Cluster, Sentinel, Server, until},
+use crate::support::{
+    MINUTE, RedisCluster, RedisSentinel, RedisServer, eventually_within,
+    proxy::{ProxyMode, TcpProxy},
 };
 
 /// What a pubsub said, one after the other.
@@ -73,8 +73,8 @@ async fn insist(topology: &Topology, args: &[&str]) -> Value {
 static ECHO: LazyLock<Script> = LazyLock::new(|| Script::new("return {KEYS[1], ARGV[1]}"));
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_was_away() {
-    let mut redis = Server::start(&[]).await;
+async fn commands_and_subscriptions_recover_after_a_restart() {
+    let mut redis = RedisServer::start(&[]).await;
     let topology = topology(&redis.url()).await;
     let (pubsub, mut heard) = pubsub(&topology);
     for n in 0..1500 {
@@ -94,40 +94,40 @@ async fn a_server_that_was_away() {
         assert!(next(&mut heard).await.starts_with("+c"), "all of them again");
     }
     assert!(pubsub.unsubscribe(b"c7") && !pubsub.is_subscribed(b"c7"));
-    until("unsubscribed", || async { redis.cli(&["PUBLISH", "c7", "two"]).await == "0" }).await;
+    eventually_within(MINUTE, "unsubscribed", async || redis.cli(&["PUBLISH", "c7", "two"]).await == "0").await;
     assert_eq!(redis.cli(&["PUBLISH", "c8", "two"]).await, "1");
     assert_eq!(next(&mut heard).await, "c8 two");
     for kind in ["normal", "pubsub"] {
         redis.cli(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"]).await;
     }
     assert_eq!(insist(&topology, &["GET", "a"]).await.int(), Some(1));
-    until("subscribed again", || async { pubsub.is_subscribed(b"c8") }).await;
+    eventually_within(MINUTE, "subscribed again", async || pubsub.is_subscribed(b"c8")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_sent_is_lost_and_what_was_not_is_not() {
-    let redis = Server::start(&[]).await;
-    let proxy = Proxy::start(redis.port).await;
-    let topology = topology(&proxy.url()).await;
+async fn a_lost_reply_is_unconfirmed_and_an_unsent_command_is_not_executed() {
+    let redis = RedisServer::start(&[]).await;
+    let proxy = TcpProxy::start(redis.port).await;
+    let topology = topology(&proxy.redis_url()).await;
     let add = |lost| topology.call(b"n", lost, |_| Command::new("INCR").arg("n"));
     assert!(add(OnLostReply::Report).await.is_ok());
-    proxy.set(Wire::Deaf);
+    proxy.set(ProxyMode::HoldReplies);
     let (one, two) = tokio::join!(add(OnLostReply::Report), async {
-        until("it is done", || async { redis.cli(&["GET", "n"]).await == "2" }).await;
-        proxy.set(Wire::Cut);
+        eventually_within(MINUTE, "it is done", async || redis.cli(&["GET", "n"]).await == "2").await;
+        proxy.set(ProxyMode::Close);
     });
     assert_eq!((one.map(|(value, _)| value), two), (Err(CommandError::Unconfirmed), ()));
     assert!(matches!(add(OnLostReply::Report).await, Err(CommandError::NotExecuted(_))));
-    proxy.set(Wire::Whole);
-    until("it is back", || async { add(OnLostReply::Report).await.is_ok() }).await;
+    proxy.set(ProxyMode::Forward);
+    eventually_within(MINUTE, "it is back", async || add(OnLostReply::Report).await.is_ok()).await;
     assert_eq!(redis.cli(&["GET", "n"]).await, "3", "once each");
-    proxy.set(Wire::Silent);
+    proxy.set(ProxyMode::Blackhole);
     assert!(add(OnLostReply::Report).await.is_err(), "a wire that was pulled out is noticed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_script_is_loaded_when_it_is_needed() {
-    let redis = Server::start(&[]).await;
+async fn scripts_are_loaded_on_demand() {
+    let redis = RedisServer::start(&[]).await;
     let topology = topology(&redis.url()).await;
     for _ in 0..3 {
         let done = topology.run(&ECHO, &[b"{k}"], OnLostReply::Report, |_, command| command.push("v")).await;
@@ -137,8 +137,8 @@ async fn a_script_is_loaded_when_it_is_needed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_master_of_today() {
-    let mut sentinel = Sentinel::start().await;
+async fn commands_and_subscriptions_follow_the_sentinel_master() {
+    let mut sentinel = RedisSentinel::start().await;
     let topology = topology(&sentinel.url()).await;
     let (pubsub, mut heard) = pubsub(&topology);
     pubsub.subscribe(Bytes::from_static(b"c"));
@@ -158,8 +158,8 @@ async fn the_master_of_today() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slot_that_moves_and_a_master_that_dies() {
-    let mut cluster = Cluster::start(3, 3).await;
+async fn commands_and_subscriptions_follow_slot_moves_and_failovers() {
+    let mut cluster = RedisCluster::start(3, 3).await;
     let topology = topology(&cluster.url()).await;
     let (pubsub, mut heard) = pubsub(&topology);
     let keys: Vec<String> = (0..30).map(|n| format!("{{k{n}}}")).collect();
@@ -180,7 +180,7 @@ async fn a_slot_that_moves_and_a_master_that_dies() {
 
     let victim = cluster.owner(slot).await;
     cluster.servers[victim].kill();
-    until("all slots answer", || async {
+    eventually_within(MINUTE, "all slots answer", async || {
         for key in &keys {
             if ask(&topology, &["SET", key, "2"]).await.is_err() {
                 return false;
@@ -189,7 +189,10 @@ async fn a_slot_that_moves_and_a_master_that_dies() {
         true
     })
     .await;
-    until("all subscriptions are back", || async { keys.iter().all(|key| pubsub.is_subscribed(key.as_bytes())) }).await;
+    eventually_within(MINUTE, "all subscriptions are back", async || {
+        keys.iter().all(|key| pubsub.is_subscribed(key.as_bytes()))
+    })
+    .await;
 }
 
 /// A server that says that it is of some version, and nothing else.
@@ -224,7 +227,7 @@ async fn of_version(version: &'static str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_is_too_old_is_refused_with_that_reason() {
+async fn an_unsupported_redis_version_is_rejected_with_the_reason() {
     for version in ["5.0.14", "6.0.16"] {
         let url = RedisUrl::parse(&of_version(version).await).unwrap();
         let topology = Topology::start(url, Arc::new(Metrics::new()));

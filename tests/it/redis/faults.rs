@@ -9,10 +9,12 @@ use weir::{
     position::{Position, Start},
 };
 
-use super::{
-    nodes::{ALL, KEEP, Node, Writer, channel, draft, judge, number},
-    proxy::{Proxy, Wire},
-    servers::{Cluster, Sentinel, Server, until},
+use super::nodes::{ALL, KEEP, Node, Writer, draft, judge};
+use crate::support::{
+    MINUTE, RedisCluster, RedisSentinel, RedisServer,
+    event::{channel, number},
+    eventually_within,
+    proxy::{ProxyMode, TcpProxy},
 };
 
 const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
@@ -22,8 +24,8 @@ fn numbers(page: &weir::bus::LogPage) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_go_from_node_to_node() {
-    let redis = Server::start(&[]).await;
+async fn events_reach_readers_of_every_node() {
+    let redis = RedisServer::start(&[]).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     let (one, two) = (a.reader("c", Start::Now).await, b.reader("c", Start::Earliest).await);
     let writer = Writer::start(&a, "c");
@@ -41,8 +43,8 @@ async fn events_go_from_node_to_node() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_and_started_again_with_nothing() {
-    let mut redis = Server::start(&[]).await;
+async fn a_restart_without_persistence_is_announced_as_a_reset() {
+    let mut redis = RedisServer::start(&[]).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     let (here, there) = (a.reader("c", Start::Now).await, b.reader("c", Start::Now).await);
     let idle = b.reader("idle", Start::Now).await;
@@ -67,8 +69,8 @@ async fn killed_and_started_again_with_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_and_started_again_with_everything() {
-    let mut redis = Server::start(AOF).await;
+async fn a_restart_with_persistence_loses_nothing() {
+    let mut redis = RedisServer::start(AOF).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     let reader = b.reader("c", Start::Now).await;
     let writer = Writer::start(&a, "c");
@@ -98,8 +100,8 @@ async fn killed_and_started_again_with_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stopped_and_continued() {
-    let redis = Server::start(&[]).await;
+async fn a_paused_redis_loses_no_events() {
+    let redis = RedisServer::start(&[]).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     let reader = b.reader("c", Start::Now).await;
     let writer = Writer::start(&a, "c");
@@ -115,19 +117,19 @@ async fn stopped_and_continued() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_node_is_cut_off() {
-    let redis = Server::start(&[]).await;
-    let proxy = Proxy::start(redis.port).await;
-    let (a, b) = (Node::start(&redis.url()).await, Node::start(&proxy.url()).await);
+async fn a_node_cut_off_from_redis_catches_up() {
+    let redis = RedisServer::start(&[]).await;
+    let proxy = TcpProxy::start(redis.port).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&proxy.redis_url()).await);
     let reader = b.reader("c", Start::Now).await;
     let writer = Writer::start(&a, "c");
-    for wire in [Wire::Cut, Wire::Silent] {
+    for wire in [ProxyMode::Close, ProxyMode::Blackhole] {
         writer.writes(20).await;
         proxy.set(wire);
         // More than the window of a node.
         writer.writes(400).await;
         assert!(matches!(b.publish("other", 1).await, Err(Code::BusUnavailable | Code::Unconfirmed)));
-        proxy.set(Wire::Whole);
+        proxy.set(ProxyMode::Forward);
     }
     writer.writes(20).await;
     let told = writer.stop().await;
@@ -139,28 +141,32 @@ async fn one_node_is_cut_off() {
 
 /// The wire of the connections stays whole, but at its end is a server that was replaced: nobody writes there any more.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replaced_server_that_stays_up() {
-    let (old, new) = (Server::start(&[]).await, Server::start(&[]).await);
-    let proxy = Proxy::start(old.port).await;
-    let node = Node::start(&proxy.url()).await;
-    until("the probe comes back", || async { weir::bus::Log::ready(&*node.redis).is_ok() }).await;
+async fn a_replaced_server_that_stays_up_is_left() {
+    let (old, new) = (RedisServer::start(&[]).await, RedisServer::start(&[]).await);
+    let proxy = TcpProxy::start(old.port).await;
+    let node = Node::start(&proxy.redis_url()).await;
+    eventually_within(MINUTE, "the probe comes back", async || weir::bus::Log::ready(&*node.redis).is_ok()).await;
     // Only the connection of subscriptions stays behind.
-    proxy.lead_to(new.port);
+    proxy.redirect(new.port);
     old.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
     let reader = node.reader("c", Start::Now).await;
     node.insist("c", 1).await;
     reader.sees(1).await;
-    until("it has moved", || async { new.cli(&["PUBSUB", "NUMSUB", "weir:{c}:e"]).await.ends_with('1') }).await;
+    eventually_within(MINUTE, "it has moved", async || {
+        new.cli(&["PUBSUB", "NUMSUB", "weir:{c}:e"]).await.ends_with('1')
+    })
+    .await;
 }
 
 /// The last writes are lost, and new events have taken their places before anybody looked.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_offsets_that_were_taken_again() {
-    let master = Server::start(&[]).await;
-    let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
-    until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
-    let (to_a, to_b) = (Proxy::start(master.port).await, Proxy::start(master.port).await);
-    let (a, b) = (Node::start(&to_a.url()).await, Node::start(&to_b.url()).await);
+async fn lost_events_whose_offsets_were_reused_are_announced() {
+    let master = RedisServer::start(&[]).await;
+    let replica = RedisServer::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
+    eventually_within(MINUTE, "in step", async || replica.info("master_link_status").await.as_deref() == Some("up"))
+        .await;
+    let (to_a, to_b) = (TcpProxy::start(master.port).await, TcpProxy::start(master.port).await);
+    let (a, b) = (Node::start(&to_a.redis_url()).await, Node::start(&to_b.redis_url()).await);
     for n in 1..=47 {
         a.publish("c", n).await.unwrap();
     }
@@ -168,7 +174,10 @@ async fn lost_offsets_that_were_taken_again() {
     let behind = b.read("c", Start::Last(2)).await.events[0].position();
     reader.sees(47).await;
     let offset = master.info("master_repl_offset").await.unwrap();
-    until("all is copied", || async { replica.info("slave_repl_offset").await.as_ref() >= Some(&offset) }).await;
+    eventually_within(MINUTE, "all is copied", async || {
+        replica.info("slave_repl_offset").await.as_ref() >= Some(&offset)
+    })
+    .await;
     // From here on nothing is copied.
     replica.cli(&["REPLICAOF", "NO", "ONE"]).await;
     let lost: Vec<_> =
@@ -176,9 +185,12 @@ async fn lost_offsets_that_were_taken_again() {
     assert_eq!(lost.len(), 3, "acknowledged");
     reader.sees(50).await;
 
-    to_b.set(Wire::Silent);
+    to_b.set(ProxyMode::Blackhole);
     to_a.move_to(replica.port);
-    until("a has moved", || async { replica.cli(&["CLIENT", "LIST"]).await.contains("name=weir-commands") }).await;
+    eventually_within(MINUTE, "a has moved", async || {
+        replica.cli(&["CLIENT", "LIST"]).await.contains("name=weir-commands")
+    })
+    .await;
     for n in 51..=60 {
         a.insist("c", n).await;
     }
@@ -212,11 +224,14 @@ async fn lost_offsets_that_were_taken_again() {
 
 /// Away and back: the same process is master again, without what it had before it was a replica.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_master_that_was_a_replica_meanwhile() {
-    let (a, b) = (Server::start(&[]).await, Server::start(&[]).await);
-    let follows = async |replica: &Server, master: &Server| {
+async fn a_master_that_was_a_replica_in_between_starts_a_new_term() {
+    let (a, b) = (RedisServer::start(&[]).await, RedisServer::start(&[]).await);
+    let follows = async |replica: &RedisServer, master: &RedisServer| {
         replica.cli(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]).await;
-        until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+        eventually_within(MINUTE, "in step", async || {
+            replica.info("master_link_status").await.as_deref() == Some("up")
+        })
+        .await;
     };
     let node = Node::start(&a.url()).await;
     let reader = node.reader("c", Start::Now).await;
@@ -228,7 +243,7 @@ async fn a_master_that_was_a_replica_meanwhile() {
     let lost = [node.publish("c", 4).await.unwrap(), node.publish("c", 5).await.unwrap()];
     reader.sees(5).await;
     follows(&a, &b).await;
-    until("the node has seen it", || async { node.publish("other", 1).await.is_err() }).await;
+    eventually_within(MINUTE, "the node has seen it", async || node.publish("other", 1).await.is_err()).await;
     a.cli(&["REPLICAOF", "NO", "ONE"]).await;
     node.insist("c", 6).await;
     reader.sees(6).await;
@@ -239,8 +254,8 @@ async fn a_master_that_was_a_replica_meanwhile() {
 
 /// More terms in one life than are remembered: all of it can be read.
 #[tokio::test(flavor = "multi_thread")]
-async fn terms_that_are_forgotten() {
-    let redis = Server::start(&[]).await;
+async fn events_of_forgotten_terms_can_be_read() {
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     for n in 1..=12 {
         node.publish("c", n).await.unwrap();
@@ -264,8 +279,8 @@ async fn terms_that_are_forgotten() {
 
 /// Somebody deletes entries of a stream: whoever needs them is told, and whoever does not reads on.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hole_in_the_stream() {
-    let redis = Server::start(&[]).await;
+async fn deleted_stream_entries_are_announced_as_a_gap() {
+    let redis = RedisServer::start(&[]).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     let mut placed = Vec::new();
     for n in 1..=10 {
@@ -282,22 +297,22 @@ async fn a_hole_in_the_stream() {
 
 /// Nobody writes after the failover, and the loss is announced all the same.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_loss_is_told_though_nobody_writes_again() {
-    let mut redis = Server::start(AOF).await;
+async fn a_loss_is_announced_without_further_writes() {
+    let mut redis = RedisServer::start(AOF).await;
     let node = Node::start(&redis.url()).await;
     let reader = node.reader("c", Start::Now).await;
     let placed = node.publish("c", 1).await.unwrap();
     reader.sees(1).await;
     redis.restart().await;
-    until("a gap", || async { !reader.gaps().is_empty() }).await;
+    eventually_within(MINUTE, "a gap", async || !reader.gaps().is_empty()).await;
     assert_eq!(reader.gaps()[0].reason, GapReason::Failover);
     let other = Node::start(&redis.url()).await;
     assert_eq!(other.read("c", Start::After(placed.position)).await.gap.unwrap().reason, GapReason::Failover);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sentinel_fails_over_under_load() {
-    let mut sentinel = Sentinel::start().await;
+async fn a_sentinel_failover_under_load_is_announced() {
+    let mut sentinel = RedisSentinel::start().await;
     let (a, b) = (Node::start(&sentinel.url()).await, Node::start(&sentinel.url()).await);
     let (here, there) = (a.reader("c", Start::Now).await, b.reader("c", Start::Now).await);
     let writer = Writer::start(&a, "c");
@@ -324,8 +339,8 @@ async fn sentinel_fails_over_under_load() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slot_moves_and_its_master_dies() {
-    let mut cluster = Cluster::start(3, 3).await;
+async fn events_continue_after_a_slot_move_and_a_failover() {
+    let mut cluster = RedisCluster::start(3, 3).await;
     let (a, b) = (Node::start(&cluster.url()).await, Node::start(&cluster.url()).await);
     let reader = b.reader("c", Start::Now).await;
     let writer = Writer::start(&a, "c");
@@ -345,8 +360,8 @@ async fn a_slot_moves_and_its_master_dies() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_memory_left() {
-    let redis = Server::start(&[]).await;
+async fn publishes_are_rejected_as_overloaded_when_redis_is_out_of_memory() {
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     let reader = node.reader("c", Start::Now).await;
     node.publish("c", 1).await.unwrap();
@@ -361,8 +376,8 @@ async fn no_memory_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn scripts_forgotten_and_connections_killed() {
-    let redis = Server::start(&[]).await;
+async fn lost_scripts_and_connections_lose_no_events() {
+    let redis = RedisServer::start(&[]).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     let reader = b.reader("c", Start::Now).await;
     let writer = Writer::start(&a, "c");
@@ -382,19 +397,19 @@ async fn scripts_forgotten_and_connections_killed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_answer_is_lost_after_the_script_ran() {
-    let redis = Server::start(&[]).await;
-    let proxy = Proxy::start(redis.port).await;
-    let (a, b) = (Node::start(&redis.url()).await, Node::start(&proxy.url()).await);
+async fn a_publish_with_a_lost_reply_is_found_by_its_key() {
+    let redis = RedisServer::start(&[]).await;
+    let proxy = TcpProxy::start(redis.port).await;
+    let (a, b) = (Node::start(&redis.url()).await, Node::start(&proxy.redis_url()).await);
     let reader = a.reader("c", Start::Now).await;
     b.publish("c", 1).await.unwrap();
-    proxy.set(Wire::Deaf);
+    proxy.set(ProxyMode::HoldReplies);
     let (bus, c) = (b.bus.clone(), channel("c"));
     let lost = tokio::spawn(async move { bus.publish_one("me", &c, draft(2, Some("k"))).await });
     reader.sees(2).await;
-    proxy.set(Wire::Cut);
+    proxy.set(ProxyMode::Close);
     assert_eq!(lost.await.unwrap().unwrap_err().code(), Code::Unconfirmed);
-    proxy.set(Wire::Whole);
+    proxy.set(ProxyMode::Forward);
     let again = loop {
         match b.bus.publish_one("me", &channel("c"), draft(2, Some("k"))).await {
             Ok(placed) => break placed,
@@ -408,8 +423,8 @@ async fn the_answer_is_lost_after_the_script_ran() {
 
 /// As eviction does it: keys vanish, one without the other.
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_vanish() {
-    let redis = Server::start(&[]).await;
+async fn evicted_keys_are_announced_as_a_gap() {
+    let redis = RedisServer::start(&[]).await;
     let node = Node::start(&redis.url()).await;
     for (name, keys) in [("m", "m"), ("s", "s"), ("both", "ms")] {
         let reader = node.reader(name, Start::Now).await;
@@ -440,8 +455,8 @@ async fn keys_that_vanish() {
 
 /// What is published while nobody is subscribed is looked up, by all at once and only once.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_readers_make_no_storm() {
-    let redis = Server::start(&[]).await;
+async fn many_readers_share_their_reads() {
+    let redis = RedisServer::start(&[]).await;
     let (a, b) = (Node::start(&redis.url()).await, Node::start(&redis.url()).await);
     for n in 1..=1000 {
         a.publish("c", n).await.unwrap();
@@ -456,14 +471,16 @@ async fn many_readers_make_no_storm() {
     let looked = redis.calls("evalsha").await - before;
     assert!(looked < 200, "{looked} reads for 200 readers of 1000 events");
     drop(readers);
-    until("readers are given back", || async { b.topics.readers() == 0 }).await;
-    until("the channel is let go of", || async { redis.cli(&["PUBSUB", "CHANNELS", "weir:{c}:e"]).await.is_empty() })
-        .await;
+    eventually_within(MINUTE, "readers are given back", async || b.topics.readers() == 0).await;
+    eventually_within(MINUTE, "the channel is let go of", async || {
+        redis.cli(&["PUBSUB", "CHANNELS", "weir:{c}:e"]).await.is_empty()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_with_braces() {
-    let cluster = Cluster::start(3, 0).await;
+async fn channel_names_with_braces_and_wildcards_work_in_a_cluster() {
+    let cluster = RedisCluster::start(3, 0).await;
     let (a, b) = (Node::start(&cluster.url()).await, Node::start(&cluster.url()).await);
     let names = ["{a}", "}{", "{}", "{a}{b}", "%7b", "a}", "{", "*[x]?\\", "ä/€"];
     for name in names {
@@ -489,17 +506,18 @@ async fn names_with_braces() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_waits_for_a_replica() {
-    let master = Server::start(&[]).await;
+async fn replicated_publishes_are_confirmed_by_a_replica() {
+    let master = RedisServer::start(&[]).await;
     let node = Node::with(&master.url(), KEEP, Ack::Replicated).await;
     assert_eq!(node.publish("c", 1).await, Err(Code::Unconfirmed), "there is no replica");
-    let replica = Server::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
-    until("in step", || async { replica.info("master_link_status").await.as_deref() == Some("up") }).await;
+    let replica = RedisServer::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
+    eventually_within(MINUTE, "in step", async || replica.info("master_link_status").await.as_deref() == Some("up"))
+        .await;
     // With its first replica a master begins anew: nobody can tell that from having been a replica itself. Both
     // connections have to find out.
     let first = Start::After(node.read("c", Start::Earliest).await.events[0].position());
-    until("a term ends", || async { node.read("c", first).await.gap.is_some() }).await;
-    until("a replica is waited for", || async { node.publish("d", 1).await.is_ok() }).await;
+    eventually_within(MINUTE, "a term ends", async || node.read("c", first).await.gap.is_some()).await;
+    eventually_within(MINUTE, "a replica is waited for", async || node.publish("d", 1).await.is_ok()).await;
     let placed = futures_util::future::join_all((2..=100).map(|n| node.publish("c", n))).await;
     assert!(placed.iter().all(Result::is_ok), "{placed:?}");
     // Whoever was answered is there, though nobody waited for it here.
@@ -509,8 +527,8 @@ async fn an_answer_that_waits_for_a_replica() {
 
 /// In the middle of an update: a node that keeps less cuts nobody's log, whoever writes.
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_that_keep_less_cut_nobody() {
-    let redis = Server::start(&[]).await;
+async fn a_node_with_shorter_retention_trims_nothing_others_keep() {
+    let redis = RedisServer::start(&[]).await;
     let less = Retention { count: 100, ..KEEP };
     let (a, b) = (Node::start(&redis.url()).await, Node::with(&redis.url(), less, Ack::Stored).await);
     let there = b.reader("c", Start::Now).await;
@@ -529,7 +547,7 @@ async fn nodes_that_keep_less_cut_nobody() {
     }
     assert_eq!((there.numbers(), there.gaps()), ((1..=700).collect(), vec![]));
     // Alone, it would have kept what its own settings say.
-    let another = Server::start(&[]).await;
+    let another = RedisServer::start(&[]).await;
     let alone = Node::with(&another.url(), less, Ack::Stored).await;
     for n in 1..=300 {
         alone.insist("c", n).await;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use serde_json::{Value, value::RawValue};
+use serde_json::Value;
 use tokio::task::JoinHandle;
 use weir::{
     backend::redis::{
@@ -19,15 +19,18 @@ use weir::{
         client::{RedisUrl, Topology},
     },
     bus::*,
-    channel::Channel,
     error::Code,
-    event::{Draft, DraftParts, Event, EventData},
+    event::Draft,
     metrics::Metrics,
     pattern::Pattern,
     position::{Position, Start},
 };
 
-use super::servers::until;
+use crate::support::{
+    MINUTE,
+    event::{self, channel},
+    eventually_within,
+};
 
 pub const KEEP: Retention = Retention { count: 100_000, age: Duration::from_secs(3600), bytes: 64 << 20 };
 pub const ALL: ReadLimit = ReadLimit { events: 100_000, bytes: 64 << 20 };
@@ -41,17 +44,8 @@ static LINES: Format = Format {
     close: |_| {},
 };
 
-pub fn channel(name: &str) -> Channel {
-    Channel::parse(name).unwrap()
-}
-
 pub fn draft(n: u64, key: Option<&str>) -> Draft {
-    let data = RawValue::from_string(n.to_string()).unwrap();
-    Draft::new(DraftParts { data: EventData::Json(&data), key, ..DraftParts::default() }, 1_000_000).unwrap()
-}
-
-pub fn number(event: &Event) -> u64 {
-    event.data_json().unwrap().parse().unwrap()
+    event::draft(None, &n.to_string(), key)
 }
 
 /// One weir, as far as the bus goes.
@@ -179,7 +173,7 @@ impl Reader {
 
     /// Waits until it has seen the event with this number.
     pub async fn sees(&self, n: u64) {
-        until(&format!("a reader sees {n}"), || async { self.numbers().contains(&n) }).await;
+        eventually_within(MINUTE, &format!("a reader sees {n}"), async || self.numbers().contains(&n)).await;
     }
 }
 
@@ -222,14 +216,17 @@ impl Writer {
     pub async fn writes(&self, more: usize) {
         let count = || self.told.lock().iter().filter(|told| told.what.is_ok()).count();
         let goal = count() + more;
-        until(&format!("{more} more events are placed"), || async { count() >= goal }).await;
+        eventually_within(MINUTE, &format!("{more} more events are placed"), async || count() >= goal).await;
         self.looked.store(self.told.lock().len(), SeqCst);
     }
 
     /// Waits until one was refused, or its answer lost, since it was last waited for some to be placed.
     pub async fn fails(&self) {
         let since = self.looked.load(SeqCst);
-        until("a publish fails", || async { self.told.lock()[since..].iter().any(|told| told.what.is_err()) }).await;
+        eventually_within(MINUTE, "a publish fails", async || {
+            self.told.lock()[since..].iter().any(|told| told.what.is_err())
+        })
+        .await;
     }
 
     pub async fn stop(self) -> Vec<Told> {

@@ -3,25 +3,15 @@
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{
-    servers::{Deployed, everywhere, until},
-    weirs::{get, node, process},
-};
 use crate::{
     presence::Replay,
-    socket::{Socket, members},
-    support::{Client, Request},
+    support::{
+        EventStream, MINUTE, Process, RedisDeployment, Request, Socket, eventually_within, get_json,
+        redis::on_each_deployment, socket::members, weir_on,
+    },
 };
 
-everywhere!(members_of_real_nodes_and_no_ghosts connections_of_real_nodes_are_listed_and_kicked);
-
-async fn stream(at: std::net::SocketAddr, query: &str) -> Client {
-    let mut client = Client::connect(at).await;
-    client.send("GET", &format!("/v1/sse?{query}"), &[], b"").await;
-    assert_eq!(client.head().await.status, 200);
-    client.chunk().await;
-    client
-}
+on_each_deployment!(members_of_a_killed_process_are_announced_as_gone connections_of_several_processes_are_listed_and_kicked);
 
 fn names(list: &Value) -> Vec<&str> {
     list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
@@ -32,29 +22,34 @@ async fn lists(at: &[std::net::SocketAddr], clients: &[&str]) {
     let mut first: Option<Value> = None;
     for at in at {
         let path = "/v1/presence?channel=chat";
-        until(&format!("{clients:?} are listed"), async || names(&get(*at, path).await) == clients).await;
-        let mut list = get(*at, path).await;
+        eventually_within(MINUTE, &format!("{clients:?} are listed"), async || {
+            names(&get_json(*at, path).await) == clients
+        })
+        .await;
+        let mut list = get_json(*at, path).await;
         assert_eq!(list["count"], clients.len());
         let members = list["members"].take();
         assert_eq!(*first.get_or_insert_with(|| members.clone()), members);
     }
 }
 
-async fn members_of_real_nodes_and_no_ghosts<D: Deployed>() {
+async fn members_of_a_killed_process_are_announced_as_gone<D: RedisDeployment>() {
     let redis = D::start().await;
     let url = redis.url();
-    let (here, (doomed, there)) = (node(&url).await, process(&url));
+    let (here, doomed) = (weir_on(&url).await, Process::start_on(&url));
+    let there = doomed.address;
     let both = [here.address, there];
-    let ann = stream(here.address, "channel=chat&present=ann").await;
+    let ann = EventStream::opened(here.address, "channel=chat&present=ann").await;
     let mut bob = Socket::open(there).await;
-    bob.ok("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "bob", "info": { "n": 1 } } })).await;
+    bob.call("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "bob", "info": { "n": 1 } } }))
+        .await;
     lists(&both, &["ann", "bob"]).await;
-    let listed = get(there, "/v1/presence?channel=chat").await;
+    let listed = get_json(there, "/v1/presence?channel=chat").await;
     assert_eq!(members(&listed["members"][1]), ["client", "info", "since", "subject", "transport"]);
     drop(bob);
     lists(&both, &["ann"]).await;
-    let _carl = stream(there, "channel=chat&present=carl").await;
-    let _dora = stream(there, "channel=chat&present=dora").await;
+    let _carl = EventStream::opened(there, "channel=chat&present=carl").await;
+    let _dora = EventStream::opened(there, "channel=chat&present=dora").await;
     lists(&both, &["ann", "carl", "dora"]).await;
     // Where ann is, both leave with their node; the log and the list agree, and nobody left twice.
     drop(doomed);
@@ -66,19 +61,23 @@ async fn members_of_real_nodes_and_no_ghosts<D: Deployed>() {
     lists(&both[..1], &[]).await;
 }
 
-async fn connections_of_real_nodes_are_listed_and_kicked<D: Deployed>() {
+async fn connections_of_several_processes_are_listed_and_kicked<D: RedisDeployment>() {
     let redis = D::start().await;
     let url = redis.url();
-    let (here, (other, there)) = (node(&url).await, process(&url));
+    let (here, other) = (weir_on(&url).await, Process::start_on(&url));
+    let there = other.address;
     let mut near = Socket::open(here.address).await;
     let (mut one, mut two) = (Socket::open(there).await, Socket::open(there).await);
     for socket in [&mut near, &mut one, &mut two] {
-        socket.ok("weir.ping", json!({})).await;
+        socket.call("weir.ping", json!({})).await;
     }
-    one.ok("weir.subscribe", json!({ "channels": ["only"] })).await;
-    let list = async |at, query: &str| get(at, &format!("/v1/connections{query}")).await;
+    one.call("weir.subscribe", json!({ "channels": ["only"] })).await;
+    let list = async |at, query: &str| get_json(at, &format!("/v1/connections{query}")).await;
     for at in [here.address, there] {
-        until("all are listed", async || list(at, "").await["connections"].as_array().unwrap().len() == 3).await;
+        eventually_within(MINUTE, "all are listed", async || {
+            list(at, "").await["connections"].as_array().unwrap().len() == 3
+        })
+        .await;
     }
     let kick = async |query: &str| {
         let path = format!("/v1/connections?{query}");

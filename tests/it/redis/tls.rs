@@ -2,19 +2,16 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
     path::PathBuf,
-    process::{Command, Stdio},
+    process::Command,
     sync::atomic::{AtomicU32, Ordering::SeqCst},
 };
 
 use serde_json::json;
 
-use super::{
-    servers::{Server, free_port, until},
-    weirs::get,
+use crate::support::{
+    MINUTE, Process, RedisServer, Request, eventually_blocking, eventually_within, get_json, redis::free_port,
 };
-use crate::{process::Process, support::Request};
 
 /// In a directory that goes with them.
 struct Certificates(PathBuf);
@@ -103,12 +100,12 @@ impl Certificates {
     }
 
     /// A server with a second port for TLS, and the URL of that.
-    async fn server(&self, name: &str) -> (Server, String) {
+    async fn server(&self, name: &str) -> (RedisServer, String) {
         let port = free_port();
         let (key, pem) = (self.path(&format!("{name}.key")), self.path(&format!("{name}.pem")));
         let number = port.to_string();
         let ca = self.path("ca.pem");
-        let server = Server::start(&[
+        let server = RedisServer::start(&[
             "--tls-port",
             &number,
             "--tls-cert-file",
@@ -124,32 +121,20 @@ impl Certificates {
         (server, format!("rediss://127.0.0.1:{port}"))
     }
 
-    /// What a node that trusts `authority` logs until it goes on without Redis.
-    fn logged(&self, url: &str, authority: &str) -> String {
-        let mut weir = Command::new(env!("CARGO_BIN_EXE_weir"))
-            .args(["serve", "--listen", "127.0.0.1:0"])
-            .current_dir(&self.0)
-            .envs([("WEIR__BUS__BACKEND", "redis"), ("WEIR__BUS__REDIS__URL", url)])
-            .env("SSL_CERT_FILE", self.path(&format!("{authority}.pem")))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut log = String::new();
-        for line in BufReader::new(weir.stderr.take().unwrap()).lines() {
-            log += &line.unwrap();
-            if log.contains("Redis cannot be reached yet") {
-                break;
-            }
-        }
-        let _ = (weir.kill(), weir.wait());
-        log
+    /// The log of a node that trusts `authority`, up to its report that Redis does not answer.
+    fn log(&self, url: &str, authority: &str) -> String {
+        let node = Process::start(&[
+            ("WEIR__BUS__BACKEND", "redis"),
+            ("WEIR__BUS__REDIS__URL", url),
+            ("SSL_CERT_FILE", &self.path(&format!("{authority}.pem"))),
+        ]);
+        eventually_blocking("the node reports Redis", || node.log().contains("Redis cannot be reached yet"));
+        node.log()
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_speaks_tls() {
+async fn a_node_connects_to_redis_over_tls() {
     let made = Certificates::made();
     let (redis, url) = made.server("server").await;
     let nodes: Vec<Process> = [url.clone(), redis.url()]
@@ -162,29 +147,32 @@ async fn a_redis_that_speaks_tls() {
             ])
         })
         .collect();
-    let [over_tls, beside] = [0, 1].map(|n: usize| nodes[n].address.parse().unwrap());
-    until("it is ready", async || Request::new(over_tls, "GET", "/health/ready".into()).await.status == 200).await;
-    Request::new(over_tls, "POST", "/v1/events?channel=a".into()).body("1").await.expect(201);
+    let [over_tls, beside] = [0, 1].map(|n: usize| nodes[n].address);
+    eventually_within(MINUTE, "it is ready", async || {
+        Request::new(over_tls, "GET", "/health/ready").await.status == 200
+    })
+    .await;
+    Request::new(over_tls, "POST", "/v1/events?channel=a").body("1").await.expect(201);
     // It comes through the subscription as well, also on connections that were made again.
     redis.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
     redis.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
-    let poll = tokio::spawn(async move { get(over_tls, "/v1/events?channel=a&after=1&wait=50s").await });
-    until("it is published", async || {
-        Request::new(beside, "POST", "/v1/events?channel=a".into()).body("2").await.status == 201
+    let poll = tokio::spawn(async move { get_json(over_tls, "/v1/events?channel=a&after=1&wait=50s").await });
+    eventually_within(MINUTE, "it is published", async || {
+        Request::new(beside, "POST", "/v1/events?channel=a").body("2").await.status == 201
     })
     .await;
     assert_eq!(poll.await.unwrap()["events"][0]["data"], json!(2));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_certificate_that_is_not_to_be_trusted_is_refused_with_the_reason() {
+async fn an_untrusted_certificate_is_rejected_with_the_reason() {
     let made = Certificates::made();
     let ((_right, url), (_wrong, elsewhere)) = (made.server("server").await, made.server("elsewhere").await);
     for (url, authority, reason) in [
         (url.as_str(), "other", "SSL_CERT_FILE names a file of those to trust"),
         (&elsewhere, "ca", "its certificate is for another name"),
     ] {
-        let said = made.logged(url, authority);
+        let said = made.log(url, authority);
         assert!(said.contains(reason), "{url} {authority}: {said}");
     }
 }

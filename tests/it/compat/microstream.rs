@@ -7,10 +7,7 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 use weir::config::{Adapter, Config};
 
-use crate::{
-    socket::{Socket, eventually, soon},
-    support::{Client, Weir, metric, weir},
-};
+use crate::support::{Client, Socket, Weir, eventually, in_time, weir};
 
 pub const SOCKET: &str = "/socket.io/?EIO=4&transport=websocket";
 const POLL: &str = "/socket.io/?EIO=4&transport=polling";
@@ -47,20 +44,8 @@ fn request(target: &str, id: u32, data: &str) -> String {
     format!(r#"42["request",{{"targetService":"{target}","payload":{{"id":"{id}","event":"e","data":{data}}}}}]"#)
 }
 
-async fn empty(weir: &Weir) {
-    let (node, connections) = (weir.node(), weir.connections());
-    eventually("all counts are back at zero", || {
-        let counts = node.hub.counts();
-        connections.is_empty()
-            && metric(weir, "weir_connections{transport=\"socketio\"}") == 0
-            && (counts.connections, counts.providers, counts.pending, counts.waiting, counts.late) == (0, 0, 0, 0, 0)
-    })
-    .await;
-    eventually("no timer is left", || node.timers.is_empty()).await;
-}
-
 #[tokio::test]
-async fn clients_that_vanish_leave_nothing() {
+async fn disconnected_clients_leave_no_state() {
     let weir = hub(|config| config.rpc.timeout = Duration::from_millis(100)).await;
     let mut target = client(&weir, "target").await;
     let (mut sockets, mut polls) = (Vec::new(), Vec::new());
@@ -70,7 +55,7 @@ async fn clients_that_vanish_leave_nothing() {
         // In the middle of a packet, some of them.
         if n % 3 == 0 {
             socket.send(r#"452-["request",{"targetService":"target","payload":{"id":"b"}}]"#).await;
-            socket.raw(Message::binary(vec![1, 2, 3])).await;
+            socket.send_frame(Message::binary(vec![1, 2, 3])).await;
         }
         sockets.push(socket);
         let (mut poll, path) = poller(&weir, &format!("poll-{n}")).await;
@@ -90,10 +75,10 @@ async fn clients_that_vanish_leave_nothing() {
     for _ in 0..80 {
         assert!(target.text().await.starts_with("42[\"request\",{"));
     }
-    assert_eq!(metric(&weir, "weir_connections{transport=\"socketio\"}"), 81);
-    eventually("some are late", || weir.node().hub.counts().late == 80).await;
+    assert_eq!(weir.metric("weir_connections{transport=\"socketio\"}"), 81);
+    eventually("some are late", async || weir.node().hub.counts().late == 80).await;
     drop((sockets, polls));
-    eventually("those are gone", || metric(&weir, "weir_connections{transport=\"socketio\"}") == 1).await;
+    eventually("those are gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 1).await;
     // It answers nobody, and lives.
     for n in 0..80 {
         target.send(format!(r#"42["response",{{"id":"{n}","response":{{}}}}]"#)).await;
@@ -101,11 +86,11 @@ async fn clients_that_vanish_leave_nothing() {
     target.send(request("target", 7, "null")).await;
     assert_eq!(target.text().await, r#"42["request",{"id":"7","event":"e","data":null}]"#);
     drop(target);
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn a_target_that_does_not_read_gets_no_more() {
+async fn requests_to_a_stalled_target_are_answered_busy() {
     let weir = hub(|config| config.compat.microstream.queued = 200_000).await;
     let (_deaf, path) = poller(&weir, "deaf").await;
     let mut caller = client(&weir, "caller").await;
@@ -130,20 +115,20 @@ async fn a_target_that_does_not_read_gets_no_more() {
 }
 
 #[tokio::test]
-async fn whoever_does_not_read_its_answers_is_closed() {
+async fn a_client_that_does_not_read_its_responses_is_closed() {
     let weir = hub(|config| config.compat.microstream.queued = 20_000).await;
     let (mut client, path) = poller(&weir, "client").await;
     let echo = r#"42["request",{"targetService":"weir","payload":{"id":"1","event":"echo","data":{"x":"DATA"}}}]"#;
     let echo = echo.replace("DATA", &"x".repeat(9_000));
     let said = [&*echo; 10].join("\u{1e}");
     assert_eq!(client.post(&path, &said).await.expect(200).text(), "ok");
-    eventually("it is gone", || metric(&weir, "weir_connections{transport=\"socketio\"}") == 0).await;
+    eventually("it is gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 0).await;
     drop(client);
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn only_heartbeats_count_and_anybody_may_send_them() {
+async fn only_heartbeats_keep_a_service_and_any_client_may_send_them() {
     let weir = hub(|config| {
         let microstream = &mut config.compat.microstream;
         (microstream.heartbeat_timeout, microstream.sweep) = (Duration::from_secs(3), Duration::from_millis(250));
@@ -205,29 +190,29 @@ async fn clients_are_listed_by_their_services_and_kicked() {
         kick(it).await;
     }
     assert_eq!((socket.text().await, upgrade.text().await), ("41".to_owned(), "41".to_owned()));
-    assert_eq!(poll.reply().await.expect(200).text(), "41");
+    assert_eq!(poll.response().await.expect(200).text(), "41");
     assert_eq!(weir.node().hub.counts().providers, 0);
     let mut heir = client(&weir, "socket").await;
     // One leaves as it should, the others are ended.
     drop(socket);
-    assert_eq!(soon(upgrade.closed()).await, (4503, "kicked".to_owned()));
+    assert_eq!(in_time(upgrade.closed()).await, (4503, "kicked".to_owned()));
     let series = "weir_connections_closed_total{transport=\"socketio\",reason=\"kicked\"}";
-    eventually("all three are gone", || metric(&weir, series) == 3).await;
+    eventually("all three are gone", async || weir.metric(series) == 3).await;
     assert_eq!(listed(&weir, "").await.len(), 1);
     heir.send("1").await;
     drop((heir, poll, upgraded, upgrade));
-    empty(&weir).await;
+    weir.idle().await;
 }
 
 #[tokio::test]
-async fn a_node_that_leaves_takes_no_new_clients() {
+async fn a_draining_node_closes_its_clients_so_that_they_reconnect() {
     let weir = hub(|config| config.drain.window = Duration::ZERO).await;
     let (mut poll, path) = poller(&weir, "poll").await;
     let mut socket = client(&weir, "socket").await;
     poll.send("GET", &path, &[], b"").await;
-    weir.leave();
+    weir.shut_down();
     // Closed, and not told to stay away.
-    assert_eq!(poll.reply().await.expect(200).text(), "1");
-    assert_eq!(soon(socket.closed()).await.1, "draining");
-    soon(weir.left()).await;
+    assert_eq!(poll.response().await.expect(200).text(), "1");
+    assert_eq!(in_time(socket.closed()).await.1, "draining");
+    in_time(weir.stopped()).await;
 }

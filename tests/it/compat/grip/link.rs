@@ -2,12 +2,8 @@
 
 use serde_json::json;
 
-use super::{
-    Grip, Origin, before, behind,
-    hold::{held, text},
-    proxy::closed,
-    route,
-};
+use super::{Grip, Origin, before, behind, hold::held, route};
+use crate::support::weir;
 
 const LINKED: &[(&str, &str)] =
     &[("Grip-Hold", "stream"), ("Grip-Channel", "a; prev-id=1"), ("Grip-Link", "<next?from=1>; rel=next")];
@@ -18,7 +14,7 @@ async fn item(grip: &Grip, prev: &str, id: &str, content: &str) {
 }
 
 #[tokio::test]
-async fn items_that_follow_each_other_pass() {
+async fn consecutive_items_are_delivered_without_following_the_link() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, LINKED, "0-1;").await;
@@ -27,18 +23,18 @@ async fn items_that_follow_each_other_pass() {
     item(&grip, "2", "3", "3;").await;
     grip.weir.publish("a", "4").await;
     item(&grip, "3", "4", "4;").await;
-    assert_eq!(text(&mut client, 19).await, "0-1;2;3;data: 4\n\n4;");
+    assert_eq!(client.chunks(19).await, "0-1;2;3;data: 4\n\n4;");
     assert!(origin.is_quiet());
     drop(client);
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn what_is_missing_is_fetched_once_and_nothing_comes_twice() {
+async fn missing_items_are_fetched_once_and_delivered_once() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, LINKED, "0-1;").await;
-    assert_eq!(text(&mut client, 4).await, "0-1;");
+    assert_eq!(client.chunks(4).await, "0-1;");
     item(&grip, "2", "3", "3;").await;
     let exchange = origin.next().await;
     assert_eq!(exchange.line(), "GET /next?from=1");
@@ -49,14 +45,14 @@ async fn what_is_missing_is_fetched_once_and_nothing_comes_twice() {
     item(&grip, "4", "5", "5;").await;
     let next = [("Grip-Hold", "stream"), ("Grip-Channel", "a; prev-id=4"), ("Grip-Link", "</next?from=4>; rel=next")];
     exchange.answer(&next, "2-4;").await;
-    assert_eq!(text(&mut client, 6).await, "2-4;5;");
+    assert_eq!(client.chunks(6).await, "2-4;5;");
     item(&grip, "5", "6", "6;").await;
-    assert_eq!(text(&mut client, 2).await, "6;");
+    assert_eq!(client.chunks(2).await, "6;");
     assert!(origin.is_quiet());
 }
 
 #[tokio::test]
-async fn a_hold_that_is_outdated_is_fetched_at_once() {
+async fn an_outdated_hold_follows_its_link_at_once() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     item(&grip, "1", "2", "2;").await;
@@ -66,12 +62,12 @@ async fn a_hold_that_is_outdated_is_fetched_at_once() {
     let next = [("Grip-Hold", "stream"), ("Grip-Channel", "a; prev-id=2"), ("Grip-Link", "<next>; rel=next")];
     exchange.answer(&next, "2;").await;
     item(&grip, "2", "3", "3;").await;
-    assert_eq!(text(&mut client, 8).await, "0-1;2;3;");
+    assert_eq!(client.chunks(8).await, "0-1;2;3;");
     assert!(origin.is_quiet());
 }
 
 #[tokio::test]
-async fn silence_and_hints_fetch_too() {
+async fn link_timeouts_and_hints_follow_the_link() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let quiet = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Grip-Link", "</next>; rel=next; timeout=1")];
@@ -80,19 +76,19 @@ async fn silence_and_hints_fetch_too() {
     assert_eq!((exchange.line(), exchange.header("grip-last")), ("GET /next", None));
     let patient = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Grip-Link", "</hint>; rel=next")];
     exchange.answer(&patient, "next;").await;
-    assert_eq!(text(&mut client, 10).await, "open;next;");
+    assert_eq!(client.chunks(10).await, "open;next;");
     grip.publish("a", json!({"formats": {"http-stream": {"action": "hint"}}})).await;
     let exchange = origin.next().await;
     assert_eq!(exchange.line(), "GET /hint");
     // It may end the stream.
     exchange.answer(&[], "end").await;
-    assert_eq!(text(&mut client, 3).await, "end");
+    assert_eq!(client.chunks(3).await, "end");
     assert_eq!(client.chunk().await, None);
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn a_link_may_change_the_channels_or_lead_on() {
+async fn a_link_changes_channels_or_names_another_page() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, &[("Grip-Link", "</page/2>; rel=next")], "1;").await;
@@ -113,15 +109,15 @@ async fn a_link_may_change_the_channels_or_lead_on() {
     assert_eq!(grip.metric("weir_subscriptions{transport=\"sse\"}"), 2);
     grip.stream("b", "b;").await;
     grip.stream("c", "c;").await;
-    assert_eq!(text(&mut client, 10).await, "1;2;3;a;4;");
-    let last = text(&mut client, 4).await;
+    assert_eq!(client.chunks(10).await, "1;2;3;a;4;");
+    let last = client.chunks(4).await;
     assert!(["b;c;", "c;b;"].contains(&last.as_str()), "{last}");
     drop(client);
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn a_link_that_fails_is_tried_again() {
+async fn a_failed_link_is_retried() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, LINKED, "0-1;").await;
@@ -131,14 +127,14 @@ async fn a_link_that_fails_is_tried_again() {
     exchange.done();
     let next = [("Grip-Hold", "stream"), ("Grip-Channel", "a; prev-id=2"), ("Grip-Link", "<next>; rel=next")];
     origin.next().await.answer(&next, "2;").await;
-    assert_eq!(text(&mut client, 8).await, "0-1;2;3;");
+    assert_eq!(client.chunks(8).await, "0-1;2;3;");
 }
 
 #[tokio::test]
-async fn a_link_leads_nowhere_but_to_origins() {
+async fn links_are_followed_only_to_configured_origins() {
     let (mut origin, mut other) = (Origin::start().await, Origin::start().await);
     let mut stranger = Origin::start().await;
-    let grip = behind(vec![route("/", &origin), route("/other", &other)], |starter| starter).await;
+    let grip = behind(weir(), vec![route("/", &origin), route("/other", &other)]).await;
     for (link, path) in
         [(format!("http://{}/other/x", grip.proxy), "GET /other/x"), (format!("http://{}/y", other.address), "GET /y")]
     {
@@ -150,8 +146,8 @@ async fn a_link_leads_nowhere_but_to_origins() {
     }
     let link = format!("<http://{}/secret>; rel=next", stranger.address);
     let mut client = held(&grip, &mut origin, &[("Grip-Link", &*link)], "1;").await;
-    assert_eq!(text(&mut client, 2).await, "1;");
+    assert_eq!(client.chunks(2).await, "1;");
     drop(client);
-    closed(&grip).await;
+    grip.weir.idle().await;
     assert!(stranger.is_quiet());
 }

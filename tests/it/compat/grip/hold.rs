@@ -3,8 +3,8 @@
 use serde_json::json;
 use std::time::Duration;
 
-use super::{Grip, Origin, before, behind, proxy::closed, route, until};
-use crate::support::Client;
+use super::{Grip, Origin, before, behind, route};
+use crate::support::{Client, Request, eventually, weir};
 
 const HELD: &[(&str, &str)] = &[("Grip-Hold", "stream"), ("Grip-Channel", "a, b")];
 
@@ -21,28 +21,19 @@ pub async fn held(grip: &Grip, origin: &mut Origin, headers: &[(&str, &str)], bo
     client
 }
 
-/// What comes of a stream up to so many bytes.
-pub async fn text(client: &mut Client, length: usize) -> String {
-    let mut text = Vec::new();
-    while text.len() < length {
-        text.extend_from_slice(&client.chunk().await.expect("more of the stream"));
-    }
-    String::from_utf8(text).unwrap()
-}
-
 #[tokio::test]
-async fn a_stream_is_the_publishers_bytes_behind_the_origins() {
+async fn a_held_stream_is_the_origins_body_followed_by_published_bytes() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, HELD, "open\n").await;
     // At once behind the head, and never lost.
     grip.stream("a", "event: message\ndata: {\"a\":1}\n\n").await;
-    assert_eq!(text(&mut client, 35).await, "open\nevent: message\ndata: {\"a\":1}\n\n");
+    assert_eq!(client.chunks(35).await, "open\nevent: message\ndata: {\"a\":1}\n\n");
     grip.stream("b", "no block").await;
     grip.stream("c", "somebody else's").await;
     grip.weir.publish("a", r#"{"from":"elsewhere"}"#).await;
-    assert_eq!(text(&mut client, 8).await, "no block");
-    assert_eq!(text(&mut client, 28).await, "data: {\"from\":\"elsewhere\"}\n\n");
+    assert_eq!(client.chunks(8).await, "no block");
+    assert_eq!(client.chunks(28).await, "data: {\"from\":\"elsewhere\"}\n\n");
     let bytes: Vec<u8> = (0..=255).collect();
     let binary = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &bytes);
     grip.publish("a", json!({"formats": {"http-stream": {"content-bin": binary}}})).await;
@@ -50,11 +41,11 @@ async fn a_stream_is_the_publishers_bytes_behind_the_origins() {
     grip.publish("b", json!({"formats": {"http-stream": {"action": "close"}}})).await;
     assert_eq!(client.chunk().await, None);
     assert!(client.is_closed().await);
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn many_items_at_once_keep_their_order() {
+async fn items_of_one_request_keep_their_order() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, HELD, "").await;
@@ -71,7 +62,7 @@ async fn many_items_at_once_keep_their_order() {
 }
 
 #[tokio::test]
-async fn the_origins_words_are_never_broken_into() {
+async fn published_items_wait_for_the_end_of_the_origins_body() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = Client::connect(grip.proxy).await;
@@ -79,14 +70,14 @@ async fn the_origins_words_are_never_broken_into() {
     let mut exchange = origin.next().await;
     exchange.write("HTTP/1.1 200 OK\r\nGrip-Hold: stream\r\nGrip-Channel: a\r\nContent-Length: 10\r\n\r\nfirst").await;
     client.head().await;
-    assert_eq!(text(&mut client, 5).await, "first");
+    assert_eq!(client.chunks(5).await, "first");
     grip.stream("a", "later").await;
     exchange.write("words").await;
-    assert_eq!(text(&mut client, 10).await, "wordslater");
+    assert_eq!(client.chunks(10).await, "wordslater");
 }
 
 #[tokio::test]
-async fn keep_alives_in_silence_or_always() {
+async fn keep_alives_are_sent_when_idle_or_at_an_interval() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     for (alive, bytes) in [
@@ -96,17 +87,17 @@ async fn keep_alives_in_silence_or_always() {
     ] {
         let headers = [HELD, &[("Grip-Keep-Alive", alive)]].concat();
         let mut client = held(&grip, &mut origin, &headers, "open\n").await;
-        assert_eq!(text(&mut client, 5).await, "open\n");
+        assert_eq!(client.chunks(5).await, "open\n");
         for _ in 0..2 {
-            assert_eq!(text(&mut client, 1).await, bytes);
+            assert_eq!(client.chunks(1).await, bytes);
         }
         grip.stream("a", "x").await;
-        assert!([format!("x{bytes}"), format!("{bytes}x")].contains(&text(&mut client, 1 + bytes.len()).await));
+        assert!([format!("x{bytes}"), format!("{bytes}x")].contains(&client.chunks(1 + bytes.len()).await));
     }
 }
 
 #[tokio::test]
-async fn instructions_in_a_body() {
+async fn grip_instructions_in_a_body_are_applied() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let body = json!({
@@ -120,7 +111,7 @@ async fn instructions_in_a_body() {
     let reply = client.head().await;
     assert_eq!((reply.status, reply.header("x-a"), reply.header("content-type")), (200, Some("1"), None));
     grip.stream("a", "x").await;
-    assert_eq!(text(&mut client, 6).await, "open\nx");
+    assert_eq!(client.chunks(6).await, "open\nx");
     // Without a hold it is just the answer.
     let asked = tokio::spawn(grip.ask("GET", "/").into_future());
     origin.next().await.answer(&kind, r#"{"response":{"code":404,"body-bin":"AP8="}}"#).await;
@@ -128,7 +119,7 @@ async fn instructions_in_a_body() {
 }
 
 #[tokio::test]
-async fn other_heads_and_other_ways() {
+async fn grip_status_and_http_1_0_are_respected() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     // Another status than 200, and HTTP/1.0: no chunks.
@@ -144,14 +135,14 @@ async fn other_heads_and_other_ways() {
 }
 
 #[tokio::test]
-async fn a_prefix_is_the_routes_own() {
+async fn prefixes_separate_the_channels_of_routes() {
     let (mut one, mut two) = (Origin::start().await, Origin::start().await);
     let keyed = |path, origin, name: &str| {
         let mut route = route(path, origin);
         (route.prefix, route.key) = (format!("{name}-"), name.into());
         route
     };
-    let grip = behind(vec![keyed("/one", &one, "one"), keyed("/two", &two, "two")], |starter| starter).await;
+    let grip = behind(weir(), vec![keyed("/one", &one, "one"), keyed("/two", &two, "two")]).await;
     let mut clients = Vec::new();
     for (path, origin) in [("/one", &mut one), ("/two", &mut two)] {
         let mut client = Client::connect(grip.proxy).await;
@@ -164,39 +155,37 @@ async fn a_prefix_is_the_routes_own() {
         |channel: &str| json!({"items": [{"channel": channel, "http-stream": {"content": channel}}]}).to_string();
     for (key, channel) in [("one", "a"), ("two", "a"), ("two", "two-b")] {
         let bearer = format!("Bearer {key}");
-        let request = crate::support::Request::new(grip.publish, "POST", "/publish/".into());
+        let request = Request::new(grip.publish, "POST", "/publish/");
         request.header("Authorization", &bearer).body(item(channel)).await.expect(200);
     }
-    assert_eq!(text(&mut clients[0], 1).await, "a");
-    assert_eq!(text(&mut clients[1], 6).await, "atwo-b");
+    assert_eq!(clients[0].chunks(1).await, "a");
+    assert_eq!(clients[1].chunks(6).await, "atwo-b");
     let channels = grip.weir.get("/v1/channels").await.expect(200).json();
     let names: Vec<_> = channels["channels"].as_array().unwrap().iter().map(|info| &info["channel"]).collect();
     assert_eq!(names, ["one-a", "two-a", "two-b"]);
 }
 
 #[tokio::test]
-async fn a_drain_ends_what_is_held() {
+async fn a_drain_ends_held_responses() {
     let mut origin = Origin::start().await;
-    let grip = behind(vec![route("/", &origin)], |starter| {
-        starter.with(|config| config.drain.window = Duration::from_millis(100))
-    })
-    .await;
+    let starter = weir().with(|config| config.drain.window = Duration::from_millis(100));
+    let grip = behind(starter, vec![route("/", &origin)]).await;
     let mut client = held(&grip, &mut origin, HELD, "open\n").await;
-    assert_eq!(text(&mut client, 5).await, "open\n");
+    assert_eq!(client.chunks(5).await, "open\n");
     let waiting = tokio::spawn(grip.ask("GET", "/wait").into_future());
     origin.next().await.answer(&[("Grip-Hold", "response"), ("Grip-Channel", "answers")], "timeout").await;
     grip.readers("answers", 1).await;
-    grip.weir.leave();
+    grip.weir.shut_down();
     assert_eq!(waiting.await.unwrap().expect(200).text(), "timeout");
     assert_eq!(client.chunk().await, None);
-    grip.weir.left().await;
+    grip.weir.stopped().await;
 }
 
 #[tokio::test]
-async fn a_stream_that_cannot_keep_up_ends_rather_than_miss_something() {
+async fn a_held_stream_that_falls_behind_retention_ends() {
     let mut origin = Origin::start().await;
-    let grip =
-        behind(vec![route("/", &origin)], |starter| starter.with(|config| config.channels[0].keep.count = 5)).await;
+    let starter = weir().with(|config| config.channels[0].keep.count = 5);
+    let grip = behind(starter, vec![route("/", &origin)]).await;
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/", &[], b"").await;
     let mut exchange = origin.next().await;
@@ -206,13 +195,13 @@ async fn a_stream_that_cannot_keep_up_ends_rather_than_miss_something() {
         grip.stream("a", &n.to_string()).await;
     }
     exchange.write("en").await;
-    assert_eq!(text(&mut client, 4).await, "open");
+    assert_eq!(client.chunks(4).await, "open");
     assert_eq!(client.chunk().await, None);
     assert_eq!(grip.metric("weir_gaps_total{reason=\"trimmed\"}"), 1);
 }
 
 #[tokio::test]
-async fn whatever_is_held_is_listed_and_can_be_kicked() {
+async fn held_responses_and_tunnels_are_listed_and_kicked() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut stream = held(&grip, &mut origin, HELD, "open\n").await;
@@ -225,7 +214,7 @@ async fn whatever_is_held_is_listed_and_can_be_kicked() {
     exchange.write("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
     assert_eq!(tunnel.head().await.status, 101);
     let sessions = grip.weir.node().cluster_connections.local();
-    until(async || sessions.len() == 3).await;
+    eventually("three are listed", async || sessions.len() == 3).await;
     let all = grip.weir.get("/v1/connections").await.expect(200).json();
     let all = all["connections"].as_array().unwrap();
     let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
@@ -235,13 +224,13 @@ async fn whatever_is_held_is_listed_and_can_be_kicked() {
         let kicked = grip.weir.delete(format!("/v1/connections?id={}", it["id"].as_str().unwrap())).await;
         assert_eq!(kicked.expect(200).json(), json!({ "kicked": 1 }));
     }
-    assert_eq!(text(&mut stream, 5).await, "open\n");
+    assert_eq!(stream.chunks(5).await, "open\n");
     assert_eq!(stream.chunk().await, None);
     // As if its time was up.
     assert_eq!(waiting.await.unwrap().expect(200).text(), "in time");
     assert!(exchange.is_cancelled().await && tunnel.is_closed().await);
     drop((stream, tunnel));
-    closed(&grip).await;
+    grip.weir.idle().await;
     assert!(sessions.is_empty());
 }
 
@@ -251,7 +240,7 @@ const WAITS: &[(&str, &str)] =
     &[("Grip-Hold", "response"), ("Grip-Channel", "answers"), ("X-Origin", "1"), ("Content-Type", "a/b")];
 
 #[tokio::test]
-async fn a_response_is_answered_by_an_item() {
+async fn a_published_item_answers_a_held_response() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     for (item, status, body) in [
@@ -280,11 +269,11 @@ async fn a_response_is_answered_by_an_item() {
     // What is no format for streams is an event all the same, but nothing to a held stream.
     let read = grip.weir.get("/v1/events?channel=answers&last=1").await.expect(200).json();
     assert_eq!((&read["events"][0]["type"], &read["events"][0]["data"]), (&json!("grip"), &json!(null)));
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn a_response_that_nobody_answers_is_the_origins() {
+async fn a_held_response_times_out_with_the_response_of_the_origin() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let asked = tokio::spawn(grip.ask("POST", "/").body("x").into_future());
@@ -292,18 +281,18 @@ async fn a_response_that_nobody_answers_is_the_origins() {
     origin.next().await.answer(&headers, "late").await;
     let reply = asked.await.unwrap().expect(304);
     assert_eq!((reply.text(), reply.header("x-origin")), ("", Some("1")));
-    closed(&grip).await;
+    grip.weir.idle().await;
     // A client that does not wait is not waited for.
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/", &[], b"").await;
     origin.next().await.answer(WAITS, "late").await;
     grip.readers("answers", 1).await;
     drop(client);
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn a_response_that_is_outdated_is_asked_for_again() {
+async fn an_outdated_held_response_is_requested_again() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     grip.publish("answers", json!({"id": "2", "formats": {"http-response": {"body": "two"}}})).await;
@@ -322,11 +311,11 @@ async fn a_response_that_is_outdated_is_asked_for_again() {
     assert_eq!(exchange.header("grip-last"), Some("answers; last-id=2"));
     exchange.answer(&[], "fresh").await;
     assert_eq!(asked.await.unwrap().expect(200).text(), "fresh");
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn filters_of_clients_and_publishers() {
+async fn a_stream_with_skip_self_omits_its_own_items() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let filtered = [("Grip-Hold", "stream"), ("Grip-Channel", "a; filter=skip-self"), ("Grip-Set-Meta", "user=alice")];
@@ -334,7 +323,7 @@ async fn filters_of_clients_and_publishers() {
     for (sender, content) in [("alice", "mine"), ("bob", "his")] {
         grip.publish("a", json!({"meta": {"sender": sender}, "formats": {"http-stream": {"content": content}}})).await;
     }
-    assert_eq!(text(&mut client, 3).await, "his");
+    assert_eq!(client.chunks(3).await, "his");
     drop(client);
-    until(async || grip.weir.connections().is_empty()).await;
+    eventually("no connection is left", async || grip.weir.connections().is_empty()).await;
 }

@@ -2,23 +2,24 @@
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::json;
+use weir::config::Adapter;
 
 use super::{Grip, Origin, before, behind, route};
-use crate::support::{Reply, Request};
+use crate::support::{Request, Response, weir};
 
 async fn nobody() -> Grip {
     before(&Origin::start().await).await
 }
 
-async fn ask(grip: &Grip, method: &'static str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
-    let request = Request::new(grip.publish, method, path.into()).body(body.to_owned());
+async fn ask(grip: &Grip, method: &'static str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
+    let request = Request::new(grip.publish, method, path).body(body.to_owned());
     headers.iter().fold(request, |request, (name, value)| request.header(name, value)).await
 }
 
 const ITEM: &str = r#"{"items":[{"channel":"a","formats":{"http-stream":{"content":"x"}}}]}"#;
 
 #[tokio::test]
-async fn answers_in_pushpins_words() {
+async fn publishing_answers_as_pushpin_does() {
     let grip = nobody().await;
     let grip = &grip;
     for (method, path, body, status, text) in [
@@ -60,14 +61,12 @@ async fn answers_in_pushpins_words() {
 }
 
 #[tokio::test]
-async fn limits_are_named() {
-    let grip = behind(vec![], |starter| {
-        starter.with(|config| {
-            config.limits.publish_bytes = 300;
-            config.limits.event = 150;
-        })
-    })
-    .await;
+async fn rejected_publishes_name_the_limit() {
+    let starter = weir().with(|config| {
+        config.limits.publish_bytes = 300;
+        config.limits.event = 150;
+    });
+    let grip = behind(starter, vec![]).await;
     let item =
         |length| json!({"items": [{"channel": "a", "http-stream": {"content": "x".repeat(length)}}]}).to_string();
     ask(&grip, "POST", "/publish/", &[], &item(10)).await.expect(200);
@@ -78,11 +77,11 @@ async fn limits_are_named() {
 }
 
 #[tokio::test]
-async fn keys_are_asked_for_where_there_are_some() {
+async fn publishing_requires_a_key_of_the_route() {
     let origin = Origin::start().await;
     let mut keyed = route("/", &origin);
     keyed.key = "base64:c2VjcmV0".into();
-    let grip = behind(vec![keyed], |starter| starter).await;
+    let grip = behind(weir(), vec![keyed]).await;
     for (authorization, status) in [
         ("", 401),
         ("Bearer", 401),
@@ -105,7 +104,7 @@ async fn keys_are_asked_for_where_there_are_some() {
 }
 
 #[tokio::test]
-async fn an_id_counts_once() {
+async fn an_item_id_is_published_once() {
     let grip = nobody().await;
     for content in ["one", "one", "other"] {
         grip.publish("a", json!({"id": "1", "formats": {"http-stream": {"content": content}}})).await;
@@ -126,7 +125,7 @@ async fn an_item_waits_for_the_one_before_it() {
     };
     ask(&grip, "POST", "/publish/", &[], &body("1", "0")).await.expect(200);
     let publish = grip.publish;
-    let third = tokio::spawn(Request::new(publish, "POST", "/publish/".into()).body(body("3", "2")).into_future());
+    let third = tokio::spawn(Request::new(publish, "POST", "/publish/").body(body("3", "2")).into_future());
     grip.readers("a", 1).await;
     ask(&grip, "POST", "/publish/", &[], &body("2", "1")).await.expect(200);
     third.await.unwrap().expect(200);
@@ -139,35 +138,33 @@ async fn an_item_waits_for_the_one_before_it() {
 }
 
 #[tokio::test]
-async fn nobody_else_ends_a_stream_or_says_what_it_gets() {
+async fn only_grip_publishers_may_control_held_streams() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = super::hold::held(&grip, &mut origin, &[("Grip-Hold", "stream"), ("Grip-Channel", "a")], "").await;
     let forged = json!({"channel": "a", "data": 1, "meta": {"weir.grip": r#"{"stream":"close"}"#}});
-    let refused = grip.weir.post("/v1/events", forged.to_string()).await.refused("invalid_params");
+    let refused = grip.weir.post("/v1/events", forged.to_string()).await.expect_problem("invalid_params");
     assert_eq!(refused["detail"], "meta.weir.grip: members beginning with weir. are weir's own");
-    grip.weir.post("/v1/events", json!([forged]).to_string()).await.refused("invalid_params");
+    grip.weir.post("/v1/events", json!([forged]).to_string()).await.expect_problem("invalid_params");
     let lines = grip.weir.request("POST", "/v1/events").header("content-type", "application/x-ndjson");
-    lines.body(format!("{forged}\n{forged}")).await.refused("invalid_params");
-    let mut socket = crate::socket::Socket::open(grip.weir.address).await;
+    lines.body(format!("{forged}\n{forged}")).await.expect_problem("invalid_params");
+    let mut socket = grip.weir.socket().await;
     for params in [forged.clone(), json!({ "events": [forged] })] {
-        assert_eq!(socket.refused("weir.publish", params).await["data"]["code"], "invalid_params");
+        assert_eq!(socket.call_error("weir.publish", params).await["data"]["code"], "invalid_params");
     }
     grip.weir.publish("a", "2").await;
-    assert_eq!(super::hold::text(&mut client, 9).await, "data: 2\n\n");
+    assert_eq!(client.chunks(9).await, "data: 2\n\n");
 }
 
 /// The row and the column of GRIP in "Between worlds".
 #[tokio::test]
-async fn between_worlds() {
+async fn grip_items_and_events_of_other_apis_are_converted() {
     let mut origin = Origin::start().await;
-    let grip = behind(vec![route("/", &origin)], |starter| {
-        starter.with(|config| {
-            config.compat.enable.extend([weir::config::Adapter::Ganomede, weir::config::Adapter::NodeSse]);
-            config.compat.ganomede.secret = "s".into();
-        })
-    })
-    .await;
+    let starter = weir().with(|config| {
+        config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
+        config.compat.ganomede.secret = "s".into();
+    });
+    let grip = behind(starter, vec![route("/", &origin)]).await;
     let mut client = super::hold::held(&grip, &mut origin, &[("Grip-Hold", "stream"), ("Grip-Channel", "w")], "").await;
     grip.stream("w", "event: e\ndata: {\"a\":1}\n\n").await;
     grip.stream("w", "event: e\ndata: text\n\n").await;
@@ -186,7 +183,7 @@ async fn between_worlds() {
     grip.weir.request("POST", "/publish").header("Content-Type", "application/json").body(published).await.expect(200);
 
     let stream = "event: e\ndata: {\"a\":1}\n\nevent: e\ndata: text\n\nno blockevent: n\ndata: [1]\n\ndata: \"text\"\n\nevent: g\ndata: {\"b\":2}\n\nevent: s\ndata: {\"c\":3}\n\n";
-    assert_eq!(super::hold::text(&mut client, stream.len()).await, stream);
+    assert_eq!(client.chunks(stream.len()).await, stream);
 
     let native = grip.weir.get("/v1/events?channel=w").await.expect(200).json();
     let native: Vec<_> =

@@ -11,24 +11,24 @@ use std::net::SocketAddr;
 use serde_json::{Value, json};
 use weir::config::{Adapter, GripRoute};
 
-use crate::support::{Reply, Request, Starter, Weir, weir};
+use crate::support::{Request, Response, Starter, Weir, eventually, weir};
 
 pub use origin::Origin;
 
-/// weir before one origin.
+/// A proxy with one route.
 pub async fn before(origin: &Origin) -> Grip {
-    behind(vec![route("/", origin)], |starter| starter).await
+    behind(weir(), vec![route("/", origin)]).await
 }
 
-/// weir before these, and otherwise as `change` says.
-pub async fn behind(routes: Vec<GripRoute>, change: impl FnOnce(Starter) -> Starter) -> Grip {
-    let starter = weir().with(|config| {
+/// A proxy with these routes.
+pub async fn behind(starter: Starter, routes: Vec<GripRoute>) -> Grip {
+    let starter = starter.with(|config| {
         let grip = &mut config.compat.grip;
-        config.compat.enable = vec![Adapter::Grip];
+        config.compat.enable.push(Adapter::Grip);
         let free = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
         (grip.listen, grip.publish_listen, grip.routes) = (free, free, routes);
     });
-    let weir = change(starter).await;
+    let weir = starter.await;
     let [_, proxy, publish] = weir.addresses[..] else { panic!("{:?}", weir.addresses) };
     Grip { weir, proxy, publish }
 }
@@ -47,11 +47,11 @@ pub struct Grip {
 impl Grip {
     /// A request to the proxy.
     pub fn ask(&self, method: &'static str, path: &str) -> Request {
-        Request::new(self.proxy, method, path.into())
+        Request::new(self.proxy, method, path)
     }
 
-    pub async fn publish_raw(&self, body: impl Into<String>) -> Reply {
-        Request::new(self.publish, "POST", "/publish/".into()).body(body.into()).await
+    pub async fn publish_raw(&self, body: impl Into<String>) -> Response {
+        Request::new(self.publish, "POST", "/publish/").body(body.into()).await
     }
 
     /// Publishes one item.
@@ -69,7 +69,7 @@ impl Grip {
 
     /// Waits until so many readers follow a channel.
     pub async fn readers(&self, channel: &str, count: u64) {
-        until(async || {
+        eventually(&format!("{channel} has {count} readers"), async || {
             let info = self.weir.get(format!("/v1/channels?channel={channel}")).await.expect(200).json();
             info["readers"] == count
         })
@@ -77,16 +77,6 @@ impl Grip {
     }
 
     pub fn metric(&self, series: &str) -> i64 {
-        crate::support::metric(&self.weir, series)
+        self.weir.metric(series)
     }
-}
-
-/// Waits for a condition, and fails if it never holds.
-pub async fn until(mut holds: impl AsyncFnMut() -> bool) {
-    let waiting = async {
-        while !holds().await {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(std::time::Duration::from_secs(20), waiting).await.expect("the condition to hold in time");
 }

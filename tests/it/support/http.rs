@@ -1,10 +1,9 @@
-//! A small HTTP/1.1 client that hides nothing and mends nothing.
+//! A small HTTP/1.1 client that hides nothing and corrects nothing.
 
 use std::{
     future::{Future, IntoFuture},
     net::SocketAddr,
     pin::Pin,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,26 +13,27 @@ use tokio::{
     net::TcpStream,
 };
 
-/// Longer than anything that works takes, so that what does not work fails instead of hanging.
-const PATIENCE: Duration = Duration::from_secs(20);
+use super::in_time;
 
 /// One connection.
 pub struct Client {
-    socket: TcpStream,
+    pub socket: TcpStream,
     host: String,
-    /// Read and not consumed.
+    /// Received and not yet consumed.
     buffer: Vec<u8>,
 }
 
-/// An answer.
 #[derive(Clone, Debug)]
-pub struct Reply {
+pub struct Response {
+    /// `HTTP/1.1` or `HTTP/1.0`.
+    pub version: String,
     pub status: u16,
+    /// Names are in lower case.
     pub headers: Vec<(String, String)>,
     pub body: Bytes,
 }
 
-/// A request to be sent: await it.
+/// A request, sent on a connection of its own when awaited.
 #[must_use]
 pub struct Request {
     address: SocketAddr,
@@ -43,10 +43,20 @@ pub struct Request {
     body: Bytes,
 }
 
+/// The JSON at a path.
+pub async fn get_json(address: SocketAddr, path: &str) -> Value {
+    Request::new(address, "GET", path).await.expect(200).json()
+}
+
 impl Client {
     pub async fn connect(address: SocketAddr) -> Self {
-        let socket = TcpStream::connect(address).await.unwrap();
-        Client { socket, host: address.to_string(), buffer: Vec::new() }
+        Client::new(TcpStream::connect(address).await.unwrap())
+    }
+
+    /// On a socket that is connected already.
+    pub fn new(socket: TcpStream) -> Self {
+        let host = socket.peer_addr().unwrap().to_string();
+        Client { socket, host, buffer: Vec::new() }
     }
 
     /// Writes bytes as they are.
@@ -54,7 +64,7 @@ impl Client {
         self.socket.write_all(bytes.as_ref()).await.unwrap();
     }
 
-    /// Writes a request without waiting for its answer.
+    /// Writes a request and does not wait for the response.
     pub async fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) {
         let mut out = format!("{method} {path} HTTP/1.1\r\n");
         if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
@@ -72,18 +82,18 @@ impl Client {
         self.write(out).await;
     }
 
-    pub async fn get(&mut self, path: &str) -> Reply {
+    pub async fn get(&mut self, path: &str) -> Response {
         self.send("GET", path, &[], b"").await;
-        self.reply().await
+        self.response().await
     }
 
-    pub async fn post(&mut self, path: &str, body: &str) -> Reply {
+    pub async fn post(&mut self, path: &str, body: &str) -> Response {
         self.send("POST", path, &[], body.as_bytes()).await;
-        self.reply().await
+        self.response().await
     }
 
-    /// Reads the head of an answer; the body is still to come.
-    pub async fn head(&mut self) -> Reply {
+    /// Reads the head of a response and leaves its body.
+    pub async fn head(&mut self) -> Response {
         let end = loop {
             if let Some(at) = find(&self.buffer, b"\r\n\r\n") {
                 break at;
@@ -92,55 +102,53 @@ impl Client {
         };
         let head = String::from_utf8(self.buffer.drain(..end + 4).collect()).unwrap();
         let mut lines = head.trim_end().split("\r\n");
-        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let mut first = lines.next().unwrap().split(' ');
+        let (version, status) = (first.next().unwrap().to_owned(), first.next().unwrap().parse().unwrap());
         let header = |line: &str| {
             let (name, value) = line.split_once(':').unwrap();
             (name.to_ascii_lowercase(), value.trim().to_owned())
         };
-        Reply { status, headers: lines.map(header).collect(), body: Bytes::new() }
+        Response { version, status, headers: lines.map(header).collect(), body: Bytes::new() }
     }
 
-    /// Reads one whole answer to something other than HEAD.
-    pub async fn reply(&mut self) -> Reply {
-        let mut reply = self.head().await;
-        if reply.header("transfer-encoding") == Some("chunked") {
+    /// Reads one whole response to a request other than HEAD.
+    pub async fn response(&mut self) -> Response {
+        let mut response = self.head().await;
+        if response.header("transfer-encoding") == Some("chunked") {
             let mut body = Vec::new();
             while let Some(chunk) = self.chunk().await {
                 body.extend_from_slice(&chunk);
             }
-            reply.body = body.into();
-        } else if let Some(length) = reply.header("content-length") {
-            let length = length.parse().unwrap();
-            while self.buffer.len() < length {
-                assert!(self.fill().await, "the connection ended in a body");
-            }
-            reply.body = self.buffer.drain(..length).collect::<Vec<_>>().into();
-        } else if !matches!(reply.status, 204 | 304) {
+            response.body = body.into();
+        } else if let Some(length) = response.header("content-length") {
+            response.body = self.read(length.parse().unwrap()).await.into();
+        } else if !matches!(response.status, 204 | 304) {
             while self.fill().await {}
-            reply.body = std::mem::take(&mut self.buffer).into();
+            response.body = self.take().into();
         }
-        reply
+        response
     }
 
-    /// Reads one chunk; `None` is the last.
+    /// Reads one chunk of a body. `None` is the last one.
     pub async fn chunk(&mut self) -> Option<Bytes> {
-        let line = loop {
-            if let Some(at) = find(&self.buffer, b"\r\n") {
-                break at;
+        loop {
+            if let Some(chunk) = self.take_chunk() {
+                return (!chunk.is_empty()).then_some(chunk);
             }
             assert!(self.fill().await, "the connection ended in a chunk");
-        };
-        let size = std::str::from_utf8(&self.buffer[..line]).unwrap().to_owned();
-        let size = usize::from_str_radix(&size, 16).unwrap();
-        while self.buffer.len() < line + 2 + size + 2 {
-            assert!(self.fill().await, "the connection ended in a chunk");
         }
-        let chunk = self.buffer[line + 2..line + 2 + size].to_vec();
-        self.buffer.drain(..line + 2 + size + 2);
-        (size > 0).then(|| chunk.into())
     }
 
-    /// Reads so many bytes as they are.
+    /// Reads chunks until they have `length` bytes or more.
+    pub async fn chunks(&mut self, length: usize) -> String {
+        let mut text = Vec::new();
+        while text.len() < length {
+            text.extend_from_slice(&self.chunk().await.expect("the body goes on"));
+        }
+        String::from_utf8(text).unwrap()
+    }
+
+    /// Reads `length` bytes as they are.
     pub async fn read(&mut self, length: usize) -> Vec<u8> {
         while self.buffer.len() < length {
             assert!(self.fill().await, "the connection ended early");
@@ -148,21 +156,44 @@ impl Client {
         self.buffer.drain(..length).collect()
     }
 
-    /// Whether the server has closed the connection, without an answer or after the last one.
+    /// Whether the server has closed the connection, with nothing more to read.
     pub async fn is_closed(&mut self) -> bool {
         self.buffer.is_empty() && !self.fill().await
     }
 
-    /// Reads some more. False at the end of the connection.
-    async fn fill(&mut self) -> bool {
-        let read = tokio::time::timeout(PATIENCE, self.socket.read_buf(&mut self.buffer)).await;
-        matches!(read.expect("an answer in time"), Ok(1..))
+    /// Reads until the server has closed the connection.
+    pub async fn closed(&mut self) {
+        while self.fill().await {}
+    }
+
+    /// Reads some bytes into the buffer. False at the end of the connection.
+    pub async fn fill(&mut self) -> bool {
+        matches!(in_time(self.socket.read_buf(&mut self.buffer)).await, Ok(1..))
+    }
+
+    /// Everything that was received and not consumed.
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.buffer)
+    }
+
+    /// One chunk, if a whole one was received. The last one is empty.
+    pub fn take_chunk(&mut self) -> Option<Bytes> {
+        let line = find(&self.buffer, b"\r\n")?;
+        let size = usize::from_str_radix(std::str::from_utf8(&self.buffer[..line]).unwrap(), 16).unwrap();
+        let end = line + 2 + size;
+        if self.buffer.len() < end + 2 {
+            return None;
+        }
+        assert_eq!(&self.buffer[end..end + 2], b"\r\n");
+        let chunk = self.buffer[line + 2..end].to_vec();
+        self.buffer.drain(..end + 2);
+        Some(chunk.into())
     }
 }
 
 impl Request {
-    pub fn new(address: SocketAddr, method: &'static str, path: String) -> Self {
-        Request { address, method, path, headers: Vec::new(), body: Bytes::new() }
+    pub fn new(address: SocketAddr, method: &'static str, path: impl Into<String>) -> Self {
+        Request { address, method, path: path.into(), headers: Vec::new(), body: Bytes::new() }
     }
 
     pub fn header(mut self, name: &str, value: &str) -> Self {
@@ -177,26 +208,26 @@ impl Request {
 }
 
 impl IntoFuture for Request {
-    type Output = Reply;
-    type IntoFuture = Pin<Box<dyn Future<Output = Reply> + Send>>;
+    type Output = Response;
+    type IntoFuture = Pin<Box<dyn Future<Output = Response> + Send>>;
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
             let mut client = Client::connect(self.address).await;
             let headers: Vec<_> = self.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
             client.send(self.method, &self.path, &headers, &self.body).await;
-            if self.method == "HEAD" { client.head().await } else { client.reply().await }
+            if self.method == "HEAD" { client.head().await } else { client.response().await }
         })
     }
 }
 
-impl Reply {
+impl Response {
     /// The first header of a name.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(given, _)| given.eq_ignore_ascii_case(name)).map(|(_, value)| &**value)
     }
 
-    /// All headers of a name, joined by commas as they may be.
+    /// All headers of a name, joined by commas (RFC 9110, section 5.3).
     pub fn all(&self, name: &str) -> String {
         let values = self.headers.iter().filter(|(given, _)| given.eq_ignore_ascii_case(name));
         values.map(|(_, value)| &**value).collect::<Vec<_>>().join(", ")
@@ -211,16 +242,16 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
-    /// Panics unless the status is this.
+    /// Panics unless the response has this status.
     #[track_caller]
     pub fn expect(self, status: u16) -> Self {
         assert_eq!(self.status, status, "{}", String::from_utf8_lossy(&self.body));
         self
     }
 
-    /// Panics unless this is a problem document of that code, with the status that belongs to it.
+    /// Panics unless this is a problem document (RFC 9457) with that code and the status that belongs to it.
     #[track_caller]
-    pub fn refused(self, code: &str) -> Value {
+    pub fn expect_problem(self, code: &str) -> Value {
         let problem = self.json();
         assert_eq!(problem["code"], code, "{problem}");
         assert_eq!(problem["status"], self.status, "{problem}");

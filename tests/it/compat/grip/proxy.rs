@@ -4,15 +4,15 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL};
 use serde_json::Value;
 use std::time::Duration;
 
-use super::{Grip, Origin, before, behind, route, until};
-use crate::support::Client;
+use super::{Origin, before, behind, route};
+use crate::support::{Client, redis::free_port, weir};
 
 fn claims(token: &str) -> Value {
     serde_json::from_slice(&BASE64URL.decode(token.split('.').nth(1).unwrap()).unwrap()).unwrap()
 }
 
 #[tokio::test]
-async fn a_request_and_its_answer_pass_as_they_are() {
+async fn requests_and_responses_are_forwarded_without_hop_by_hop_headers() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let asked = grip
@@ -47,11 +47,11 @@ async fn a_request_and_its_answer_pass_as_they_are() {
 }
 
 #[tokio::test]
-async fn the_longest_path_that_fits_counts() {
+async fn the_longest_matching_route_is_used() {
     let (mut all, mut api) = (Origin::start().await, Origin::start().await);
     let mut keyed = route("/api", &api);
     keyed.key = "secret".into();
-    let grip = behind(vec![route("/", &all), keyed], |starter| starter).await;
+    let grip = behind(weir(), vec![route("/", &all), keyed]).await;
     for (path, is_api) in [("/", false), ("/api", true), ("/api/x", true), ("/apiary", false), ("/api?x", true)] {
         let asked = tokio::spawn(grip.ask("GET", path).into_future());
         let exchange = if is_api { api.next().await } else { all.next().await };
@@ -59,7 +59,7 @@ async fn the_longest_path_that_fits_counts() {
         exchange.answer(&[], "x").await;
         asked.await.unwrap().expect(200);
     }
-    let nowhere = behind(vec![route("/api", &api)], |starter| starter).await;
+    let nowhere = behind(weir(), vec![route("/api", &api)]).await;
     let reply = nowhere.ask("GET", "/other").await.expect(502);
     assert_eq!(reply.text(), "No route for /other.\n");
 }
@@ -83,7 +83,7 @@ async fn bodies_are_streamed_both_ways() {
 }
 
 #[tokio::test]
-async fn head_and_bodiless_answers() {
+async fn responses_without_a_body_are_forwarded() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let asked = tokio::spawn(grip.ask("HEAD", "/x").into_future());
@@ -103,12 +103,10 @@ async fn head_and_bodiless_answers() {
 }
 
 #[tokio::test]
-async fn an_origin_that_misbehaves() {
+async fn errors_of_the_origin_are_answered_with_502_or_504() {
     let mut origin = Origin::start().await;
-    let grip = behind(vec![route("/", &origin)], |starter| {
-        starter.with(|config| config.compat.grip.timeout = Duration::from_millis(300))
-    })
-    .await;
+    let starter = weir().with(|config| config.compat.grip.timeout = Duration::from_millis(300));
+    let grip = behind(starter, vec![route("/", &origin)]).await;
     for (answer, says) in [
         ("", "it broke off"),
         ("nonsense\r\n\r\n", "it broke off"),
@@ -157,28 +155,15 @@ async fn an_origin_that_misbehaves() {
     drop(exchange);
     assert!(client.is_closed().await);
 
-    let gone = origin.address;
-    drop(origin);
-    let grip = behind(
-        vec![weir::config::GripRoute {
-            origin: format!("http://127.0.0.1:{}", unused(gone).await),
-            path: "/".into(),
-            ..Default::default()
-        }],
-        |starter| starter,
-    )
-    .await;
+    let mut nowhere = route("/", &origin);
+    nowhere.origin = format!("http://127.0.0.1:{}", free_port());
+    let grip = behind(weir(), vec![nowhere]).await;
     let reply = grip.ask("GET", "/x").await.expect(502);
     assert_eq!(reply.text(), "Error while proxying to origin: it cannot be reached.\n");
 }
 
-/// A port on which nobody listens.
-async fn unused(_: std::net::SocketAddr) -> u16 {
-    tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
-}
-
 #[tokio::test]
-async fn a_client_that_goes_ends_what_it_asked_for() {
+async fn a_disconnected_client_cancels_the_request_to_the_origin() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     for answer in
@@ -194,11 +179,11 @@ async fn a_client_that_goes_ends_what_it_asked_for() {
         drop(client);
         assert!(exchange.is_cancelled().await, "{answer}");
     }
-    closed(&grip).await;
+    grip.weir.idle().await;
 }
 
 #[tokio::test]
-async fn websockets_are_tunnels() {
+async fn websockets_are_tunnelled_to_the_origin() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = Client::connect(grip.proxy).await;
@@ -234,25 +219,15 @@ async fn websockets_are_tunnels() {
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/ws", &upgrade, b"").await;
     origin.next().await.answer(&[], "no").await;
-    assert_eq!(client.reply().await.text(), "no");
+    assert_eq!(client.response().await.text(), "no");
     drop(client);
-    closed(&grip).await;
+    grip.weir.idle().await;
     // A drain ends tunnels.
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/ws", &upgrade, b"").await;
     let mut exchange = origin.next().await;
     exchange.write(head).await;
     assert_eq!(client.head().await.status, 101);
-    grip.weir.leave();
+    grip.weir.shut_down();
     assert!(exchange.is_cancelled().await);
-}
-
-/// Waits until nobody is connected, and counts what is left.
-pub async fn closed(grip: &Grip) {
-    until(async || grip.weir.connections().is_empty()).await;
-    for transport in ["http", "sse", "ws", "poll"] {
-        assert_eq!(grip.metric(&format!("weir_connections{{transport=\"{transport}\"}}")), 0, "{transport}");
-        assert_eq!(grip.metric(&format!("weir_subscriptions{{transport=\"{transport}\"}}")), 0, "{transport}");
-    }
-    assert_eq!(grip.weir.node().bus.topics().readers(), 0);
 }
