@@ -1,209 +1,154 @@
-//! Who is on a channel: leases held by subscriptions, and the events `join` and `leave` of `$presence/<channel>`.
+//! Presence: the members of channels, held by leases, and announced by `join` and `leave` events on `$presence/CHANNEL`.
 //!
-//! Each node tells the others what it holds, so that every node knows all members; what a dead node held is forgotten with
-//! it. One node, whichever [leads](Cluster::leads), makes what is **announced** equal to what is **held**, a quarter of a
-//! second behind: who comes back within that, here or on another node, was never away. It compares two states and keeps no
-//! list of what happened, so a storm costs no more than the members that it leaves behind.
+//! Each node replicates the members that it holds to all others, so that every node knows all members; those of a dead
+//! node are removed with it. One node, the [leader](Cluster::is_leader), publishes the difference between the members that
+//! are **held** and those that are **announced**, once it has lasted for a quarter of a second: a client that reconnects
+//! within that time, to any node, does not leave. Two states are compared and no history is queued, so the cost of a burst
+//! of connects and disconnects depends only on the members that differ after it.
 //!
-//! Lists show what was announced and the position of the event that said so: list and events cannot disagree.
+//! Lists show the announced members and the position of the last announcement, so that lists and events cannot disagree.
 
-mod about;
-mod announce;
-mod book;
-mod mail;
-mod wire;
+mod announcer;
+mod core;
+mod member;
+mod member_table;
+mod record;
+mod replication;
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
-use parking_lot::Mutex;
-use tokio::sync::Notify;
-
-use self::book::{Book, Name};
-pub use self::{
-    about::{About, Client},
-    book::Page,
-};
+pub use self::member::PresentClient;
+use self::{announcer::Announcer, core::PresenceCore, member_table::MemberKey, replication::Replication};
+pub(crate) use self::{core::Config, member_table::MemberPage};
 use crate::{
     bus::{Bus, ReadLimit},
     channel::Channel,
     cluster::Cluster,
     error::{Code, Error, Result},
+    event::Event,
     metrics::Metrics,
     position::{Position, Start},
 };
 
-/// What was announced longer ago than this is known to all nodes. Milliseconds.
-const SETTLED: u64 = 10_000;
-/// Events that are looked at for one so old.
+/// Age in milliseconds at which an announcement is taken to have reached all nodes.
+const REPLICATED_AFTER: u64 = 10_000;
+/// Number of events that are searched for one of that age.
 const LOOK_BACK: usize = 100;
-
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Leases of this node.
-    pub leases: usize,
-    /// Bytes of one event.
-    pub event: usize,
-}
 
 /// The members of all channels.
 pub struct Presence {
-    config: Config,
-    bus: Arc<Bus>,
-    cluster: Arc<dyn Cluster>,
-    metrics: Arc<Metrics>,
-    started: Instant,
-    state: Mutex<State>,
-    /// There is something to tell the other nodes.
-    news: Notify,
-    /// It is known what was announced: heard from whoever announces, or begun anew.
-    sure: AtomicBool,
+    core: PresenceCore,
 }
 
-#[derive(Default)]
-struct State {
-    book: Book,
-    /// What was announced here, and the others do not know yet.
-    said: Vec<Said>,
-    /// Those who know too little or too much are to be told all of it.
-    anew: bool,
-}
-
-/// What one event announced.
-struct Said {
-    channel: Channel,
-    at: Position,
-    members: Vec<(Arc<str>, Option<Arc<About>>)>,
-}
-
-/// One subscription's word that a client is there. Dropped, it is taken back.
-pub struct Lease {
+/// Makes a client a member of a channel. Dropping the lease ends that.
+pub struct PresenceLease {
     presence: Arc<Presence>,
-    name: Name,
+    key: MemberKey,
     number: u64,
 }
 
-/// Members of one channel, as asked for.
-pub struct Listed {
-    pub page: Page,
-    /// Read `$presence/…` from here on to keep the list up to date. Unknown while the bus is away.
-    pub position: Option<Position>,
+/// A page of the members of one channel.
+pub(crate) struct MemberList {
+    pub(crate) page: MemberPage,
+    /// Reading `$presence/…` from here on keeps the list up to date. `None` while the bus is unavailable.
+    pub(crate) position: Option<Position>,
 }
 
 // === impl Presence ===
 
 impl Presence {
-    pub fn new(config: Config, bus: Arc<Bus>, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Presence {
-            config,
-            bus,
-            cluster,
-            metrics,
-            started: Instant::now(),
-            state: Mutex::default(),
-            news: Notify::new(),
-            sure: AtomicBool::new(false),
-        })
+    pub(crate) fn new(config: Config, bus: Arc<Bus>, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Presence { core: PresenceCore::new(config, bus, cluster, metrics) })
     }
 
-    /// Tells other nodes and announces, until it is dropped.
-    pub async fn run(self: Arc<Self>) {
-        tokio::join!(self.correspond(), self.announce());
+    /// Replicates members to other nodes and announces them, until it is dropped.
+    pub(crate) async fn run(self: Arc<Self>) {
+        tokio::join!(Replication::new(&self.core).run(), Announcer::new(&self.core).run());
     }
 
-    /// `client` is on `channel` until the lease is dropped. Several leases of one name are one member.
+    /// Announces at shutdown what has not been announced yet. All members of this node should have left.
+    pub(crate) async fn close(&self) {
+        Announcer::new(&self.core).close().await;
+    }
+
+    /// Makes `client` a member of `channel` until the lease is dropped. Several leases of the same name are one member.
     ///
     /// # Errors
-    /// `limit_reached`; `invalid_params` for a channel that can have no presence.
+    /// `limit_reached`; `invalid_params` for a channel that cannot have presence.
     pub fn enter(
         self: &Arc<Self>,
         channel: &Channel,
-        client: &Client,
+        client: &PresentClient,
         subject: &str,
         transport: &str,
-    ) -> Result<Lease> {
+    ) -> Result<PresenceLease> {
         channel.presence()?;
-        let about = client.about(subject, transport, self.bus.now());
-        let mut state = self.state.lock();
-        let most = self.config.leases;
-        if state.book.own() >= most {
-            let detail = format!("this node holds {most} members, as limits.presences allows");
+        let core = &self.core;
+        let info = client.info(subject, transport, core.bus.now());
+        let mut state = core.state.lock();
+        let limit = core.config.leases;
+        if state.table.lease_count() >= limit {
+            let detail = format!("this node holds {limit} members, as limits.presences allows");
             return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.presences"));
         }
-        let (number, client) = state.book.enter(channel, &client.name, about, self.now());
-        self.changed(&state);
+        let (number, client) = state.table.add_lease(channel, client.name(), info, core.now());
+        core.notify_replication(&state);
         drop(state);
-        self.metrics.presence_leases.add(1);
-        Ok(Lease { presence: self.clone(), name: (channel.clone(), client), number })
+        core.metrics.presence_leases.add(1);
+        Ok(PresenceLease { presence: self.clone(), key: (channel.clone(), client), number })
     }
 
-    /// Members of a channel by name, from the first after `after` on: at most `most`, and about `bytes` of JSON.
-    pub async fn list(&self, channel: &Channel, after: Option<&str>, most: usize, bytes: usize) -> Result<Listed> {
-        let on = channel.presence()?;
-        let page = self.state.lock().book.page(channel, after, most, bytes);
-        let position = match page.at {
-            Some(at) => Some(at),
-            None => self.settled(&on).await.ok(),
+    /// Members of a channel in the order of names, starting after the name `after`: at most `limit`, and about `bytes` of
+    /// JSON.
+    pub(crate) async fn list(
+        &self,
+        channel: &Channel,
+        after: Option<&str>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<MemberList> {
+        let events = channel.presence()?;
+        let page = self.core.state.lock().table.page(channel, after, limit, bytes);
+        let position = match page.position {
+            Some(position) => Some(position),
+            None => self.replicated_position(&events).await.ok(),
         };
-        Ok(Listed { page, position })
+        Ok(MemberList { page, position })
     }
 
-    /// Where every event has reached the lists of all nodes. Reading some of them once more does no harm.
-    async fn settled(&self, on: &Channel) -> Result<Position> {
+    /// A position up to which the lists of all nodes reflect every event. It may be too early: reading an event twice does
+    /// no harm.
+    async fn replicated_position(&self, events: &Channel) -> Result<Position> {
+        let bus = &self.core.bus;
         let limit = ReadLimit { events: LOOK_BACK, bytes: usize::MAX };
-        let page = self.bus.read(on, Start::Last(LOOK_BACK as u64), limit, None).await?;
-        let now = self.bus.now();
-        let old = page.events.iter().rev().find(|event| event.time + SETTLED <= now).map(|event| event.position());
-        let before = |event: &Arc<crate::event::Event>| Position { offset: event.offset - 1, ..event.position() };
-        Ok(old.or(page.events.first().map(before)).unwrap_or(page.next))
+        let page = bus.read(events, Start::Last(LOOK_BACK as u64), limit, None).await?;
+        let now = bus.now();
+        let old = page.events.iter().rev().find(|event| event.time + REPLICATED_AFTER <= now);
+        let before = |event: &Arc<Event>| Position { offset: event.offset - 1, ..event.position() };
+        Ok(old.map(|event| event.position()).or(page.events.first().map(before)).unwrap_or(page.next))
     }
 
-    /// Members of all channels, as announced: for metrics.
-    pub fn members(&self) -> usize {
-        self.state.lock().book.members()
+    /// Number of announced members, over all channels.
+    pub(crate) fn members(&self) -> usize {
+        self.core.state.lock().table.announced_count()
     }
 
-    /// Leases of this node, members and channels: for tests that count what is left.
+    /// Leases of this node, announced members, and channels with members: for tests that check for leaks.
     pub fn counts(&self) -> (usize, usize, usize) {
-        let state = self.state.lock();
-        (state.book.own(), state.book.members(), state.book.channels())
-    }
-
-    /// Milliseconds that only run on.
-    fn now(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
-    }
-
-    fn changed(&self, state: &State) {
-        if state.book.has_news() {
-            self.news.notify_one();
-        }
-    }
-
-    fn is_sure(&self) -> bool {
-        self.sure.load(Relaxed)
+        let table = &self.core.state.lock().table;
+        (table.lease_count(), table.announced_count(), table.channel_count())
     }
 }
 
-impl Drop for Lease {
+impl Drop for PresenceLease {
     fn drop(&mut self) {
-        let presence = &self.presence;
-        let mut state = presence.state.lock();
-        state.book.leave(self.name.clone(), self.number, presence.now());
-        presence.changed(&state);
+        let core = &self.presence.core;
+        let mut state = core.state.lock();
+        state.table.remove_lease(self.key.clone(), self.number, core.now());
+        core.notify_replication(&state);
         drop(state);
-        presence.metrics.presence_leases.add(-1);
+        core.metrics.presence_leases.add(-1);
     }
-}
-
-/// A little time in which more may come, so that it goes together.
-async fn pause(time: Duration) {
-    tokio::time::sleep(time).await;
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::{
     },
     metrics::Metrics,
     position::Start,
-    presence::{Client, Config, Lease, Presence},
+    presence::{Config, Presence, PresenceLease, PresentClient},
 };
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -90,8 +90,8 @@ impl Nodes {
         self.nodes.push(One { node, presence, run });
     }
 
-    fn enter(&self, node: usize, client: &str) -> Lease {
-        let client = Client::read(client, None, 100).unwrap();
+    fn enter(&self, node: usize, client: &str) -> PresenceLease {
+        let client = PresentClient::new(client, None, 100).unwrap();
         self.nodes[node].presence.enter(&chat(), &client, "", "ws").unwrap()
     }
 

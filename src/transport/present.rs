@@ -10,7 +10,7 @@ use crate::{
     config::Limits,
     error::{Error, Result},
     json::{JsonStr, write_json_str},
-    presence::{Client, Listed, Presence},
+    presence::{MemberList, Presence, PresentClient},
 };
 
 /// Members of one answer, at most and if nothing is said.
@@ -98,7 +98,8 @@ impl Asking {
     /// `{"channel":"C","count":2,"position":"k3Vq-7","members":[…],"page":"…"}`
     pub async fn answer(&self, presence: &Presence) -> Result<Vec<u8>> {
         let limit = if self.count { 0 } else { self.limit };
-        let Listed { page, position } = presence.list(&self.channel, self.after.as_deref(), limit, self.bytes).await?;
+        let MemberList { page, position } =
+            presence.list(&self.channel, self.after.as_deref(), limit, self.bytes).await?;
         let mut out = br#"{"channel":"#.to_vec();
         write_json_str(self.channel.as_str(), &mut out);
         out.extend_from_slice(br#","count":"#);
@@ -127,7 +128,7 @@ impl Asking {
 // === saying so ===
 
 /// `present=c1` and `info={}` of a URL that reads channels; `most` is `limits.present_info`.
-pub fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<Client>> {
+pub fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<PresentClient>> {
     let (client, info) = (query.take("present")?, query.take("info")?);
     let Some(client) = client else {
         return match info {
@@ -139,11 +140,11 @@ pub fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<Client>> 
         .as_deref()
         .map(|info| serde_json::from_str(info).map_err(|error| Error::params(format!("info is JSON: {error}"))))
         .transpose()?;
-    Client::read(&client, info, most).map(Some)
+    PresentClient::new(&client, info, most).map(Some)
 }
 
 impl Present<'_> {
-    pub fn client(&self, most: usize) -> Result<Client> {
-        Client::read(&self.client, self.info, most)
+    pub fn client(&self, most: usize) -> Result<PresentClient> {
+        PresentClient::new(&self.client, self.info, most)
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     net::{chunk, stream::StreamResponse},
     node::Node,
     position::{Position, Start},
-    presence::{Client, Lease},
+    presence::{PresenceLease, PresentClient},
     sessions::ChannelSet,
     transport::{
         present,
@@ -39,7 +39,7 @@ struct Asked {
     filter: Option<Arc<Filter>>,
     bare_data: bool,
     ids_of_all: bool,
-    present: Option<Client>,
+    present: Option<PresentClient>,
 }
 
 /// Whether a request to a path with several representations wants a stream.
@@ -177,7 +177,7 @@ async fn begin(
             gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
         }
     }
-    let leases: Result<Box<[Lease]>> = present
+    let leases: Result<Box<[PresenceLease]>> = present
         .iter()
         .flat_map(|client| {
             let sse = Transport::Sse.value();

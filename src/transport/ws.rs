@@ -32,7 +32,7 @@ use crate::{
     net::{hijack::Hijack, websocket::handshake::Handshake},
     node::Node,
     position::Start,
-    presence::{Client, Lease},
+    presence::{PresenceLease, PresentClient},
     sessions::ChannelSet,
     transport::{present, query::Query},
 };
@@ -41,7 +41,7 @@ use crate::{
 const PROTOCOLS: [&str; 4] = ["weir.v1", "weir.jsonrpc", "jsonrpc", "jsonrpc2.0"];
 
 /// A subscription that may begin: its channel is in use, and who is to be present is.
-type Ready = (Wanted, Watch, Option<Lease>);
+type Ready = (Wanted, Watch, Option<PresenceLease>);
 
 /// Answers `GET /v1/ws`. `admitted` is who asks, or why they may not.
 ///
@@ -86,8 +86,8 @@ pub(super) fn enter(
     node: &Node,
     identity: &Identity,
     channel: &Channel,
-    client: Option<&Client>,
-) -> Result<Option<Lease>> {
+    client: Option<&PresentClient>,
+) -> Result<Option<PresenceLease>> {
     let enter = |client| node.presence.enter(channel, client, identity.subject(), Transport::Ws.value());
     client.map(enter).transpose()
 }

@@ -187,7 +187,7 @@ async fn ten_thousand_joins_and_leaves_are_announced_in_few_events() {
     let hall = weir::channel::Channel::parse("hall").unwrap();
     let leases: Vec<_> = (0..10_000)
         .map(|n| {
-            let client = weir::presence::Client::read(&format!("client-{n:05}"), None, 100).unwrap();
+            let client = weir::presence::PresentClient::new(&format!("client-{n:05}"), None, 100).unwrap();
             presence.enter(&hall, &client, "", "ws").unwrap()
         })
         .collect();
@@ -221,7 +221,7 @@ async fn a_presence_list_equals_the_announcements_up_to_its_position() {
     let weir = weir().await;
     let hall = weir::channel::Channel::parse("hall").unwrap();
     let enter = |n: usize| {
-        let client = weir::presence::Client::read(&format!("client-{n:03}"), None, 100).unwrap();
+        let client = weir::presence::PresentClient::new(&format!("client-{n:03}"), None, 100).unwrap();
         weir.node().presence.enter(&hall, &client, "", "ws").unwrap()
     };
     // More than one event takes.

@@ -21,7 +21,7 @@ use crate::{
     },
     node::Node,
     position::Position,
-    presence::Lease,
+    presence::PresenceLease,
     sessions::ConnectionRegistration,
     token::TokenEncoder,
 };
@@ -49,7 +49,7 @@ pub(super) struct Stream {
     /// In slots counted from 0, and none ever leaves.
     subs: Subscriptions,
     /// Whom the reader says to be, on its channels.
-    _leases: Box<[Lease]>,
+    _leases: Box<[PresenceLease]>,
     _registration: ConnectionRegistration,
     /// Of several channels, for their token.
     names: Option<Box<TokenEncoder>>,
@@ -81,7 +81,7 @@ impl Stream {
     pub fn begin(
         node: Arc<Node>,
         subs: Subscriptions,
-        leases: Box<[Lease]>,
+        leases: Box<[PresenceLease]>,
         registration: ConnectionRegistration,
         gaps: Vec<Gap>,
         ids: Ids,

@@ -18,7 +18,7 @@ use crate::{
     metrics::Gauge,
     net::websocket::frame,
     position::{Position, Start},
-    presence::Lease,
+    presence::PresenceLease,
     sessions::{ChannelSet, SubscribedChannels},
 };
 
@@ -44,7 +44,7 @@ pub struct Reader {
 }
 
 #[derive(Default)]
-struct Leases(HashMap<Channel, Lease, RandomState>);
+struct Leases(HashMap<Channel, PresenceLease, RandomState>);
 
 /// The slot of a channel that is one of those that wait.
 const WAITING: u32 = u32::MAX;
