@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Passes over the timers when connections are kicked: one pass misses a timer that is moving to another bucket.
-const ATTEMPTS: usize = 8;
+const KICK_PASSES: usize = 8;
 /// Period of the timer of a waiting read. It is only there to be kicked: the request enforces its own deadline.
 const READ_TIMER: Duration = Duration::from_secs(60 * 60);
 
@@ -42,14 +42,14 @@ pub struct ConnectionRegistry {
 }
 
 /// One registered connection. Dropping it removes the entry.
-pub struct ConnectionRegistration {
+pub(crate) struct ConnectionRegistration {
     registry: Arc<ConnectionRegistry>,
     key: u32,
     number: u32,
 }
 
 /// A registered request that waits for events, and the timer through which it is kicked.
-pub struct WaitingRead {
+pub(crate) struct WaitingRead {
     _registration: ConnectionRegistration,
     timer: Timer,
 }
@@ -68,7 +68,7 @@ struct ConnectionEntry {
 }
 
 /// The channels that a connection reads.
-pub enum ChannelSet {
+pub(crate) enum ChannelSet {
     Empty,
     One(Channel),
     Many(Arc<[Channel]>),
@@ -77,40 +77,40 @@ pub enum ChannelSet {
 }
 
 /// The channels of one socket, and the slot of each subscription.
-pub type SubscribedChannels = HashMap<Channel, u32, RandomState>;
+pub(crate) type SubscribedChannels = HashMap<Channel, u32, RandomState>;
 
 /// Selects connections: all given fields must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConnectionFilter {
+pub(crate) struct ConnectionFilter {
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
+    pub(crate) id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub subject: Option<String>,
+    pub(crate) subject: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub channel: Option<String>,
+    pub(crate) channel: Option<String>,
 }
 
 /// A connection as the API lists it. Lists are in the order of `id`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ConnectionInfo {
+pub(crate) struct ConnectionInfo {
     /// `NODE-NUMBER`: the node, and a number that increases with each connection.
-    pub id: String,
-    pub node: String,
-    pub transport: String,
-    pub subject: String,
-    pub remote: Option<SocketAddr>,
+    pub(crate) id: String,
+    pub(crate) node: String,
+    pub(crate) transport: String,
+    pub(crate) subject: String,
+    pub(crate) remote: Option<SocketAddr>,
     /// Unix milliseconds.
-    pub since: u64,
+    pub(crate) since: u64,
     /// Number of channels that the connection reads.
-    pub channels: usize,
+    pub(crate) channels: usize,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub services: Vec<String>,
+    pub(crate) services: Vec<String>,
 }
 
 // === impl ConnectionRegistry ===
 
 impl ConnectionRegistry {
-    pub fn new(wheel: Arc<TimerWheel>) -> Arc<Self> {
+    pub(crate) fn new(wheel: Arc<TimerWheel>) -> Arc<Self> {
         let node = fastrand::u64(1..);
         Arc::new(ConnectionRegistry { node, wheel, numbers: AtomicU32::new(0), entries: Mutex::default() })
     }
@@ -122,7 +122,7 @@ impl ConnectionRegistry {
 
     /// Adds a connection. It can only be kicked once its timer has the registration's
     /// [`number`](ConnectionRegistration::number) as its [owner](Timer::set_owner).
-    pub fn register(
+    pub(crate) fn register(
         self: &Arc<Self>,
         transport: Transport,
         identity: &Identity,
@@ -155,7 +155,7 @@ impl ConnectionRegistry {
     }
 
     /// As [`register`](Self::register), for a request that waits for events of `channels`.
-    pub fn register_read(
+    pub(crate) fn register_read(
         self: &Arc<Self>,
         identity: &Identity,
         remote: Option<SocketAddr>,
@@ -176,8 +176,8 @@ impl ConnectionRegistry {
         self.len() == 0
     }
 
-    /// Up to `most` connections that match `filter`, in the order of ids, starting after the id `after`.
-    pub fn list(&self, filter: &ConnectionFilter, after: Option<&str>, most: usize) -> Vec<ConnectionInfo> {
+    /// Up to `limit` connections that match `filter`, in the order of ids, starting after the id `after`.
+    pub(crate) fn list(&self, filter: &ConnectionFilter, after: Option<&str>, limit: usize) -> Vec<ConnectionInfo> {
         let node = self.node();
         let after = after.map_or(Some(0), |after| self.after(after));
         let Some(after) = after else { return Vec::new() };
@@ -187,12 +187,12 @@ impl ConnectionRegistry {
             .map(|(_, entry)| entry)
             .filter(|entry| entry.number > after && self.matches(entry, filter))
             .collect();
-        if found.len() > most {
-            found.select_nth_unstable_by_key(most, |entry| entry.number);
-            found.truncate(most);
+        if found.len() > limit {
+            found.select_nth_unstable_by_key(limit, |entry| entry.number);
+            found.truncate(limit);
         }
         found.sort_unstable_by_key(|entry| entry.number);
-        found.into_iter().map(|entry| entry.listed(&node)).collect()
+        found.into_iter().map(|entry| entry.info(&node)).collect()
     }
 
     /// The number after which a list continues on this node. `None`: all ids of this node precede `id`.
@@ -204,19 +204,19 @@ impl ConnectionRegistry {
     }
 
     /// Ends the connections that match `filter` and returns their number.
-    pub fn kick(&self, filter: &ConnectionFilter) -> usize {
-        let meant: HashSet<u32> = {
+    pub(crate) fn kick(&self, filter: &ConnectionFilter) -> usize {
+        let matching: HashSet<u32> = {
             let entries = self.entries.lock();
             entries.iter().filter(|(_, entry)| self.matches(entry, filter)).map(|(_, entry)| entry.number).collect()
         };
-        let mut left = meant.clone();
-        for _ in 0..ATTEMPTS {
+        let mut left = matching.clone();
+        for _ in 0..KICK_PASSES {
             if left.is_empty() {
                 break;
             }
             self.wheel.kick(&mut left);
         }
-        meant.len() - left.len()
+        matching.len() - left.len()
     }
 
     fn matches(&self, entry: &ConnectionEntry, filter: &ConnectionFilter) -> bool {
@@ -243,7 +243,7 @@ fn split(remote: SocketAddr) -> (Ipv6Addr, u16) {
 // === impl ConnectionEntry ===
 
 impl ConnectionEntry {
-    fn listed(&self, node: &str) -> ConnectionInfo {
+    fn info(&self, node: &str) -> ConnectionInfo {
         ConnectionInfo {
             // Fixed width, so that ids sort as their numbers do.
             id: format!("{node}-{:08x}", self.number),
@@ -262,7 +262,7 @@ impl ConnectionEntry {
 
 impl WaitingRead {
     /// Waits until the request is kicked.
-    pub async fn kicked(&mut self) {
+    pub(crate) async fn kicked(&mut self) {
         std::future::poll_fn(|cx| {
             loop {
                 match self.timer.poll(cx) {
@@ -281,7 +281,7 @@ impl WaitingRead {
 // === impl ChannelSet ===
 
 impl ChannelSet {
-    pub fn new(channels: Vec<Channel>) -> Self {
+    pub(crate) fn new(channels: Vec<Channel>) -> Self {
         match <[Channel; 1]>::try_from(channels) {
             Ok([one]) => ChannelSet::One(one),
             Err(channels) if channels.is_empty() => ChannelSet::Empty,
@@ -312,22 +312,22 @@ impl ChannelSet {
 
 impl ConnectionRegistration {
     /// The owner to set on the connection's timer.
-    pub fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         self.number
     }
 
     /// Sets the peer address, once it is known.
-    pub fn set_peer(&self, remote: SocketAddr) {
+    pub(crate) fn set_peer(&self, remote: SocketAddr) {
         self.change(|entry| (entry.address, entry.port) = split(remote));
     }
 
     /// Replaces the channels that the connection reads.
-    pub fn set_channels(&self, channels: ChannelSet) {
+    pub(crate) fn set_channels(&self, channels: ChannelSet) {
         self.change(|entry| entry.channels = channels);
     }
 
     /// Sets the services that the connection provides.
-    pub fn set_services(&self, services: ProvidedServices) {
+    pub(crate) fn set_services(&self, services: ProvidedServices) {
         self.change(|entry| entry.services = Some(services));
     }
 

@@ -1,4 +1,5 @@
-//! Asking all nodes about their connections: mail there, mail back, and a bounded wait. Who is silent is named.
+//! [`ClusterConnections`]: lists and kicks connections on all nodes. Each request is sent to every node and answered by a
+//! message; nodes that do not answer in time are named in the result.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,14 +12,14 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 
 use super::{ConnectionFilter, ConnectionInfo, ConnectionRegistry};
 use crate::cluster::{Cluster, InboxEvent, Member, MessageKind, NodeId, Priority, SendOutcome};
 
-/// How long the answers of other nodes are waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// The first byte of a mail; what begins otherwise is of a later version, and not answered.
+/// How long a request waits for the replies of other nodes.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The first byte of a message. Messages of other versions are ignored.
 const VERSION: u8 = 1;
 
 /// The connections of all nodes.
@@ -26,88 +27,96 @@ pub struct ClusterConnections {
     local: Arc<ConnectionRegistry>,
     cluster: Arc<dyn Cluster>,
     numbers: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<ClusterConnectionsState>,
 }
 
 #[derive(Default)]
-struct State {
-    /// Who is up, and what it calls itself.
+struct ClusterConnectionsState {
+    /// The other members, and the node names that they use in [`ConnectionInfo::node`].
     nodes: HashMap<NodeId, Option<String>>,
-    open: HashMap<u64, Open>,
+    pending: HashMap<u64, PendingRequest>,
 }
 
-/// A question whose answers are awaited.
-struct Open {
-    left: HashSet<NodeId>,
-    /// They will not answer.
+/// A request whose replies are awaited.
+struct PendingRequest {
+    waiting: HashSet<NodeId>,
+    /// Nodes that will not reply.
     silent: Vec<NodeId>,
-    answers: Vec<Said>,
-    /// Dropped when nobody is left.
+    replies: Vec<ConnectionsReply>,
+    /// Dropped when no reply is awaited any more.
     done: Option<oneshot::Sender<()>>,
 }
 
-/// What several nodes came to.
+/// The combined result of all nodes.
 #[derive(Debug, Default)]
-pub struct Found<T> {
-    pub found: T,
-    /// Nodes that did not answer in time.
-    pub silent: Vec<String>,
+pub(crate) struct Gathered<T> {
+    pub(crate) found: T,
+    /// Names of the nodes that did not reply in time.
+    pub(crate) silent: Vec<String>,
 }
 
+/// JSON on the wire, after the version.
 #[derive(Serialize, Deserialize)]
-enum Mail {
-    /// This is what the sender is called.
-    Called(String),
+enum ConnectionsMessage {
+    /// The name of the sender, as in [`ConnectionInfo::node`].
+    #[serde(rename = "Called")]
+    NodeName(String),
     List {
         number: u64,
+        #[serde(rename = "which")]
         filter: ConnectionFilter,
         after: Option<String>,
-        most: usize,
+        #[serde(rename = "most")]
+        limit: usize,
     },
     Kick {
         number: u64,
+        #[serde(rename = "which")]
         filter: ConnectionFilter,
     },
-    Said {
+    #[serde(rename = "Said")]
+    Reply {
         number: u64,
-        said: Said,
+        #[serde(rename = "said")]
+        reply: ConnectionsReply,
     },
 }
 
 #[derive(Serialize, Deserialize)]
-enum Said {
-    ConnectionInfo(Vec<ConnectionInfo>),
+enum ConnectionsReply {
+    Listed(Vec<ConnectionInfo>),
     Kicked(usize),
 }
 
 impl ClusterConnections {
-    pub fn new(local: Arc<ConnectionRegistry>, cluster: Arc<dyn Cluster>) -> Arc<Self> {
+    pub(crate) fn new(local: Arc<ConnectionRegistry>, cluster: Arc<dyn Cluster>) -> Arc<Self> {
         Arc::new(ClusterConnections { local, cluster, numbers: AtomicU64::new(0), state: Mutex::default() })
     }
 
+    /// The connections of this node.
     pub fn local(&self) -> &Arc<ConnectionRegistry> {
         &self.local
     }
 
-    /// Answers other nodes and takes their answers, until it is dropped.
-    pub async fn run(self: Arc<Self>) {
+    /// Answers other nodes and receives their replies. Never returns.
+    pub(crate) async fn run(self: Arc<Self>) {
         let (members, inbox) = (self.cluster.members(), self.cluster.inbox(MessageKind::Connections));
         loop {
             tokio::select! {
                 () = inbox.ready() => {}
                 () = members.ready() => {}
             }
-            // Before the mail: what went before somebody left is not to bring it back.
+            // Taken before messages, and processed after them: an older message must not restore a node that has left.
             let changed = members.take();
-            for incoming in inbox.take() {
-                match incoming {
-                    InboxEvent::Message { from, body } => self.take(from, &body),
+            for event in inbox.take() {
+                match event {
+                    InboxEvent::Message { from, body } => self.receive(from, &body),
                     InboxEvent::Returned { to, .. } => self.give_up(to),
                     InboxEvent::LinkLost { peer, gone } => {
                         self.give_up(peer);
                         if !gone {
-                            // What this one is called may be what was lost.
-                            self.send(peer, &Mail::Called(self.local.node()));
+                            // The name may be among the messages that were lost.
+                            self.send_name(peer);
                         }
                     }
                 }
@@ -115,7 +124,7 @@ impl ClusterConnections {
             for Member { node, up } in changed {
                 if up {
                     self.state.lock().nodes.entry(node).or_default();
-                    self.send(node, &Mail::Called(self.local.node()));
+                    self.send_name(node);
                 } else {
                     self.give_up(node);
                     self.state.lock().nodes.remove(&node);
@@ -124,126 +133,136 @@ impl ClusterConnections {
         }
     }
 
-    /// Up to `most` connections of all nodes, by id from the first after `after` on.
-    pub async fn list(
+    /// Up to `limit` connections of all nodes that match `filter`, in the order of ids, starting after the id `after`.
+    pub(crate) async fn list(
         &self,
         filter: &ConnectionFilter,
         after: Option<&str>,
-        most: usize,
-    ) -> Found<Vec<ConnectionInfo>> {
-        let mut found = self.local.list(filter, after, most);
-        let asked = |number| Mail::List { number, filter: filter.clone(), after: after.map(str::to_owned), most };
-        let Found { found: answers, silent } = self.ask(asked).await;
-        found.extend(answers.into_iter().flat_map(|said| match said {
-            Said::ConnectionInfo(listed) => listed,
-            Said::Kicked(_) => Vec::new(),
+        limit: usize,
+    ) -> Gathered<Vec<ConnectionInfo>> {
+        let mut found = self.local.list(filter, after, limit);
+        let message = |number| ConnectionsMessage::List {
+            number,
+            filter: filter.clone(),
+            after: after.map(str::to_owned),
+            limit,
+        };
+        let replies = self.request(message).await;
+        found.extend(replies.found.into_iter().flat_map(|reply| match reply {
+            ConnectionsReply::Listed(listed) => listed,
+            ConnectionsReply::Kicked(_) => Vec::new(),
         }));
         found.sort_unstable_by(|one, other| one.id.cmp(&other.id));
-        found.truncate(most);
-        Found { found, silent }
+        found.truncate(limit);
+        Gathered { found, silent: replies.silent }
     }
 
-    /// Has those that are meant end, on all nodes. How many there were.
-    pub async fn kick(&self, filter: &ConnectionFilter) -> Found<usize> {
+    /// Ends the connections that match `filter` on all nodes and returns their number.
+    pub(crate) async fn kick(&self, filter: &ConnectionFilter) -> Gathered<usize> {
         let own = self.local.kick(filter);
-        let Found { found: answers, silent } = self.ask(|number| Mail::Kick { number, filter: filter.clone() }).await;
-        let others = answers.into_iter().map(|said| match said {
-            Said::Kicked(count) => count,
-            Said::ConnectionInfo(_) => 0,
+        let replies = self.request(|number| ConnectionsMessage::Kick { number, filter: filter.clone() }).await;
+        let others = replies.found.into_iter().map(|reply| match reply {
+            ConnectionsReply::Kicked(count) => count,
+            ConnectionsReply::Listed(_) => 0,
         });
-        Found { found: own + others.sum::<usize>(), silent }
+        Gathered { found: own + others.sum::<usize>(), silent: replies.silent }
     }
 
-    async fn ask(&self, question: impl FnOnce(u64) -> Mail) -> Found<Vec<Said>> {
+    /// Sends a request to all other nodes and waits for their replies.
+    async fn request(&self, message: impl FnOnce(u64) -> ConnectionsMessage) -> Gathered<Vec<ConnectionsReply>> {
         let number = self.numbers.fetch_add(1, Relaxed);
         let nodes: Vec<NodeId> = self.state.lock().nodes.keys().copied().collect();
         if nodes.is_empty() {
-            return Found::default();
+            return Gathered::default();
         }
-        let (done, all) = oneshot::channel();
-        let open =
-            Open { left: nodes.iter().copied().collect(), silent: Vec::new(), answers: Vec::new(), done: Some(done) };
-        self.state.lock().open.insert(number, open);
-        // Given back also if whoever asks hangs up.
-        let _closed = Closed { connections: self, number };
-        let question = question(number);
+        let (done, all_replied) = oneshot::channel();
+        let waiting = nodes.iter().copied().collect();
+        let pending = PendingRequest { waiting, silent: Vec::new(), replies: Vec::new(), done: Some(done) };
+        self.state.lock().pending.insert(number, pending);
+        // Removes the entry also if this future is dropped.
+        let _guard = PendingGuard { connections: self, number };
+        let message = message(number);
         for node in nodes {
-            if self.send(node, &question) != SendOutcome::Queued {
+            if self.send(node, &message) != SendOutcome::Queued {
                 self.give_up(node);
             }
         }
-        // Ends when the other end is dropped, too.
-        let _ = tokio::time::timeout(PATIENCE, all).await;
+        // Also completes when `done` is dropped.
+        let _ = timeout(REPLY_TIMEOUT, all_replied).await;
         let mut state = self.state.lock();
-        let Some(open) = state.open.remove(&number) else { return Found::default() };
-        let mut silent: Vec<String> = open
-            .silent
-            .iter()
-            .chain(&open.left)
-            .map(|node| state.nodes.get(node).cloned().flatten().unwrap_or_else(|| node.to_string()))
-            .collect();
+        let Some(pending) = state.pending.remove(&number) else { return Gathered::default() };
+        let name = |node| state.nodes.get(node).cloned().flatten().unwrap_or_else(|| NodeId::to_string(node));
+        let mut silent: Vec<String> = pending.silent.iter().chain(&pending.waiting).map(name).collect();
         silent.sort_unstable();
-        Found { found: open.answers, silent }
+        Gathered { found: pending.replies, silent }
     }
 
-    fn send(&self, to: NodeId, mail: &Mail) -> SendOutcome {
+    fn send_name(&self, to: NodeId) {
+        self.send(to, &ConnectionsMessage::NodeName(self.local.node()));
+    }
+
+    fn send(&self, to: NodeId, message: &ConnectionsMessage) -> SendOutcome {
         let mut bytes = vec![VERSION];
-        // Plain data, written to memory: it cannot fail.
-        let _ = serde_json::to_writer(&mut bytes, mail);
+        // Serializing plain data to memory cannot fail.
+        let _ = serde_json::to_writer(&mut bytes, message);
         self.cluster.send(to, MessageKind::Connections, Priority::Normal, &bytes)
     }
 
-    fn take(&self, from: NodeId, mail: &[u8]) {
-        let [VERSION, json @ ..] = mail else { return };
+    fn receive(&self, from: NodeId, message: &[u8]) {
+        let [VERSION, json @ ..] = message else { return };
         match serde_json::from_slice(json) {
-            Ok(Mail::Called(name)) => {
+            Ok(ConnectionsMessage::NodeName(name)) => {
                 self.state.lock().nodes.insert(from, Some(name));
             }
-            Ok(Mail::List { number, filter, after, most }) => {
-                let said = Said::ConnectionInfo(self.local.list(&filter, after.as_deref(), most));
-                self.send(from, &Mail::Said { number, said });
+            Ok(ConnectionsMessage::List { number, filter, after, limit }) => {
+                let reply = ConnectionsReply::Listed(self.local.list(&filter, after.as_deref(), limit));
+                self.send(from, &ConnectionsMessage::Reply { number, reply });
             }
-            Ok(Mail::Kick { number, filter }) => {
-                let said = Said::Kicked(self.local.kick(&filter));
-                self.send(from, &Mail::Said { number, said });
+            Ok(ConnectionsMessage::Kick { number, filter }) => {
+                let reply = ConnectionsReply::Kicked(self.local.kick(&filter));
+                self.send(from, &ConnectionsMessage::Reply { number, reply });
             }
-            Ok(Mail::Said { number, said }) => {
+            Ok(ConnectionsMessage::Reply { number, reply }) => {
                 let mut state = self.state.lock();
-                if let Some(open) = state.open.get_mut(&number).filter(|open| open.left.contains(&from)) {
-                    open.answers.push(said);
-                    open.without(from);
+                if let Some(pending) = state.pending.get_mut(&number)
+                    && pending.stop_waiting(from)
+                {
+                    pending.replies.push(reply);
                 }
             }
-            Err(error) => tracing::debug!(%from, %error, "a mail that cannot be read"),
+            Err(error) => tracing::debug!(%from, %error, "cannot read a message about connections"),
         }
     }
 
-    /// It will not answer what it was asked.
+    /// Ends the wait for replies of a node.
     fn give_up(&self, node: NodeId) {
-        for open in self.state.lock().open.values_mut().filter(|open| open.left.contains(&node)) {
-            open.silent.push(node);
-            open.without(node);
+        for pending in self.state.lock().pending.values_mut() {
+            if pending.stop_waiting(node) {
+                pending.silent.push(node);
+            }
         }
     }
 }
 
-impl Open {
-    fn without(&mut self, node: NodeId) {
-        self.left.remove(&node);
-        if self.left.is_empty() {
+impl PendingRequest {
+    /// False: no reply of this node was awaited.
+    fn stop_waiting(&mut self, node: NodeId) -> bool {
+        let was_waiting = self.waiting.remove(&node);
+        if self.waiting.is_empty() {
             self.done = None;
         }
+        was_waiting
     }
 }
 
-struct Closed<'a> {
+struct PendingGuard<'a> {
     connections: &'a ClusterConnections,
     number: u64,
 }
 
-impl Drop for Closed<'_> {
+impl Drop for PendingGuard<'_> {
     fn drop(&mut self) {
-        self.connections.state.lock().open.remove(&self.number);
+        self.connections.state.lock().pending.remove(&self.number);
     }
 }
 
@@ -260,8 +279,25 @@ mod tests {
         sessions::ChannelSet,
     };
 
+    #[test]
+    fn the_wire_form_of_messages() {
+        let filter = ConnectionFilter { subject: Some("u7".into()), ..ConnectionFilter::default() };
+        let reply = ConnectionsReply::Listed(Vec::new());
+        for (message, json) in [
+            (ConnectionsMessage::NodeName("n".into()), r#"{"Called":"n"}"#),
+            (
+                ConnectionsMessage::List { number: 1, filter: filter.clone(), after: None, limit: 9 },
+                r#"{"List":{"number":1,"which":{"subject":"u7"},"after":null,"most":9}}"#,
+            ),
+            (ConnectionsMessage::Kick { number: 2, filter }, r#"{"Kick":{"number":2,"which":{"subject":"u7"}}}"#),
+            (ConnectionsMessage::Reply { number: 1, reply }, r#"{"Said":{"number":1,"said":{"Listed":[]}}}"#),
+        ] {
+            assert_eq!(serde_json::to_string(&message).unwrap(), json);
+        }
+    }
+
     #[tokio::test]
-    async fn all_nodes_are_asked_and_the_silent_are_named() {
+    async fn requests_reach_all_nodes_and_silent_nodes_are_named() {
         let time = Arc::new(AtomicU64::new(0));
         let net = TestNetwork::new(MonotonicClock::Manual(time));
         let nodes: Vec<_> = (0..3).map(|_| net.join()).collect();
@@ -276,24 +312,20 @@ mod tests {
         let mut registrations = Vec::new();
         for node in &nodes {
             let wheel = TimerWheel::start();
-            let cluster_connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
-            tokio::spawn(cluster_connections.clone().run());
+            let connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
+            tokio::spawn(connections.clone().run());
             for _ in 0..50 {
-                let registration = cluster_connections.local().register(
-                    Transport::Ws,
-                    &Identity::anonymous(),
-                    None,
-                    ChannelSet::Empty,
-                );
+                let registration =
+                    connections.local().register(Transport::Ws, &Identity::anonymous(), None, ChannelSet::Empty);
                 let mut timer = wheel.timer(Duration::from_secs(1_000));
                 timer.set_owner(registration.number());
                 registrations.push((registration, timer));
             }
-            clusters.push(cluster_connections);
+            clusters.push(connections);
         }
         let all = |from: usize| {
-            let cluster_connections = clusters[from].clone();
-            async move { cluster_connections.list(&ConnectionFilter::default(), None, 1000).await }
+            let connections = clusters[from].clone();
+            async move { connections.list(&ConnectionFilter::default(), None, 1000).await }
         };
         for from in 0..3 {
             let start = Instant::now();
@@ -303,7 +335,7 @@ mod tests {
             }
             assert!(all(from).await.silent.is_empty());
         }
-        // Page by page, across nodes.
+        // Pages over all nodes.
         let (mut ids, mut after) = (Vec::new(), None::<String>);
         loop {
             let page = clusters[1].list(&ConnectionFilter::default(), after.as_deref(), 40).await.found;
@@ -313,11 +345,11 @@ mod tests {
         }
         assert_eq!(ids.len(), 150);
         assert!(ids.is_sorted());
-        // One that is on another node.
+        // A connection of another node.
         let (own, other) = (clusters[0].local().node(), clusters[2].local().node());
         let id = ids.iter().find(|id| id.starts_with(&other)).unwrap();
-        let which = ConnectionFilter { id: Some(id.clone()), ..ConnectionFilter::default() };
-        assert_eq!(clusters[0].kick(&which).await.found, 1);
+        let filter = ConnectionFilter { id: Some(id.clone()), ..ConnectionFilter::default() };
+        assert_eq!(clusters[0].kick(&filter).await.found, 1);
         let mut kicked = 0;
         for (_, timer) in &mut registrations {
             let polled = std::future::poll_fn(|cx| Poll::Ready(timer.poll(cx))).await;
