@@ -1,4 +1,4 @@
-//! The binary, as a person or a script uses it: real processes, real sockets, exit codes.
+//! The command line interface: real processes, real sockets, exit codes.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _},
@@ -54,7 +54,7 @@ fn publish_read_and_channel_commands() {
     let after = format!("{}-6", read[0]["epoch"].as_str().unwrap());
     assert_eq!(run(url, &["read", "orders", "--after", &after]).ok().len(), 2);
     assert_eq!(run(url, &["read", "orders", "--after", "now", "--wait", "10ms"]).ok().len(), 0);
-    // Numbers keep every digit on their way through.
+    // Numbers keep every digit.
     let output = weir_command().args(["read", "orders", "--url", url, "--limit", "1"]).output().unwrap();
     assert!(String::from_utf8(output.stdout).unwrap().contains("12345678901234567890.10"));
 
@@ -80,7 +80,7 @@ fn commands_fail_with_documented_exit_codes() {
     run(url, &["call", "weir/echo", "--timeout", "5"]).fails(2, "5 of what? write 5s or 5ms");
     run(url, &["frobnicate"]).fails(2, "unrecognized");
     run(&url.replace("http:", "https:"), &["services"]).fails(4, "no TLS is spoken there");
-    // Nothing failed, but a quote that the shell ate is worth a word.
+    // Text that looks like JSON is published with a note: the shell may have removed quotes.
     let text = run(url, &["publish", "orders", "{id:7}"]);
     assert!(text.notes.contains("not JSON"), "{}", text.notes);
     text.ok();
@@ -110,21 +110,21 @@ async fn tail_resumes_after_a_lost_connection() {
     seen.sort_by_key(Value::as_u64);
     assert_eq!(seen, [json!(1), json!(2), json!(3), json!(4), json!(5)]);
     let mut tail = tail;
-    assert!(exit_status(&mut tail.process).success(), "--count ends it");
+    assert!(exit_status(&mut tail.process).success(), "--count ends the command");
 }
 
 #[test]
 fn a_closed_output_pipe_ends_a_command_without_failure() {
     let node = Process::start(&[]);
     let mut tail = Running::start(&node.url(), &["subscribe", "a", "--last", "1"]);
-    // Closed by whoever we were piped to: like `head -1`, that is no failure.
+    // A closed pipe, as with `head -1`, is not a failure.
     drop(tail.process.stdout.take());
     let head = format!("{} tail a --url {} --last 1 | head -n 1", env!("CARGO_BIN_EXE_weir"), node.url());
     let head = Command::new("bash").args(["-c", &format!("set -o pipefail; {head}")]).stdout(Stdio::piped()).spawn();
     let mut head = head.unwrap();
     run(&node.url(), &["publish", "a", "1"]).ok();
     run(&node.url(), &["publish", "a", "2"]).ok();
-    eventually_blocking("the pipe to end", || {
+    eventually_blocking("the pipeline has ended", || {
         run(&node.url(), &["publish", "a", "3"]).ok();
         head.try_wait().unwrap().is_some_and(|status| status.success())
     });
@@ -149,7 +149,7 @@ fn call_provide_and_services_commands() {
         slow) echo $$ > "$WEIR_TEST_FILE"; sleep 600 ;;
     esac"#;
     let file = std::env::temp_dir().join(format!("weir-cli-test-{}", std::process::id()));
-    // The environment of a provider is that of its commands, but for its token.
+    // Commands inherit the environment of the provider except for its token.
     let shell = format!("export WEIR_TEST_FILE={}; {script}", file.display());
     let mut math = Running::start(url, &["provide", "math", "--exclusive", "--concurrency", "2", "--", &shell]);
     math.notes_contain("providing math");
@@ -162,14 +162,14 @@ fn call_provide_and_services_commands() {
     let services = run(url, &["services", "--prefix", "ma"]).ok();
     assert_eq!((services.len(), &services[0]["service"]), (1, &json!("math")), "{services:?}");
 
-    // A caller that hangs up ends the command, and what that started.
+    // A caller that disconnects ends the command and its child processes.
     let caller = Running::start(url, &["call", "math/slow", "[]"]);
     let pid = || std::fs::read_to_string(&file).ok().filter(|pid| pid.ends_with('\n'));
-    eventually_blocking("the command to begin", || pid().is_some());
+    eventually_blocking("the command has started", || pid().is_some());
     drop(caller);
     let pid = pid().unwrap();
     let _ = std::fs::remove_file(&file);
-    eventually_blocking("the command to be ended", || !Path::new("/proc").join(pid.trim()).join("fd").exists());
+    eventually_blocking("the command has ended", || !Path::new("/proc").join(pid.trim()).join("fd").exists());
 
     send_signal(&math.process, Signal::TERM);
     assert!(exit_status(&mut math.process).success());
@@ -187,7 +187,9 @@ async fn provide_registers_again_after_a_lost_connection() {
     provider.notes_contain("providing echo");
     proxy.disconnect();
     provider.notes_contain("again in");
-    eventually_blocking("the provider to be back", || provider.notes().matches("providing echo").count() == 2);
+    eventually_blocking("the provider has registered again", || {
+        provider.notes().matches("providing echo").count() == 2
+    });
     assert_eq!(run(&node.url(), &["call", "echo/x", "[3]"]).ok(), [json!([3])]);
 }
 
@@ -205,7 +207,7 @@ fn presence_and_connections_commands_list_and_kick() {
     run(url, &["connections", "kick"]).fails(2, "--subject");
     let id = connections[0]["id"].as_str().unwrap();
     assert_eq!(run(url, &["connections", "kick", "--id", id]).ok(), [json!({ "kicked": 1 })]);
-    // It does not come back.
+    // A kicked command does not reconnect.
     assert_eq!(exit_status(&mut ann.process).code(), Some(3));
     ann.notes_contain("kicked");
     eventually_blocking("ann has left", || run(url, &["presence", "chat"]).ok().is_empty());
@@ -220,7 +222,7 @@ fn consumer_commands_read_commit_seek_and_delete() {
     let first = run(url, &read);
     let next = first.notes.split("next: ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     assert_eq!(first.ok().len(), 2);
-    assert_eq!(run(url, &read).ok()[0]["data"], 1, "not committed: the same again");
+    assert_eq!(run(url, &read).ok()[0]["data"], 1, "without a commit the same page is returned");
     run(url, &["consumers", "commit", "mailer", &next]).ok();
     assert_eq!(run(url, &read).ok()[0]["data"], 3);
     assert_eq!(run(url, &["consumers", "show", "mailer"]).ok()[0]["channels"][0]["lag"], 1);
@@ -328,21 +330,21 @@ async fn commands_connect_over_tls_and_verify_the_certificate() {
     provider.kill().unwrap();
     provider.wait().unwrap();
     let _ = notes.read_to_string(&mut line);
-    // And nobody else is believed.
+    // Without the authority the certificate is rejected.
     run(&url, &["services"]).fails(4, "cannot connect to https://localhost:");
 }
 
 #[test]
 fn no_line_of_help_is_longer_than_a_hundred_columns() {
-    fn look(command: &clap::Command) {
+    fn check(command: &clap::Command) {
         let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
         for line in help.lines() {
-            // As wide as a terminal is thought to be that is none.
+            // The width that clap assumes without a terminal.
             assert!(line.chars().count() <= 100, "weir {}: {line}", command.get_name());
         }
-        command.get_subcommands().for_each(look);
+        command.get_subcommands().for_each(check);
     }
-    look(&<weir::cli::Cli as clap::CommandFactory>::command());
+    check(&<weir::cli::Cli as clap::CommandFactory>::command());
 }
 
 #[tokio::test]

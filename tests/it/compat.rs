@@ -1,4 +1,4 @@
-//! Clients of other systems, byte by byte over real sockets.
+//! The adapters, byte for byte over real sockets.
 
 mod cluster;
 mod event_stream;
@@ -12,7 +12,7 @@ use weir::config::{Adapter, SseRoute};
 
 use crate::support::weir;
 
-/// An `EventSource` that is answered with any status but 200 never comes back.
+/// An `EventSource` does not reconnect after any status other than 200.
 #[tokio::test]
 async fn an_event_source_retries_when_the_node_is_full() {
     let weir = weir()
@@ -26,12 +26,12 @@ async fn an_event_source_retries_when_the_node_is_full() {
     let mut only = weir.client().await;
     only.get("/").await.expect(200);
     for (path, allowed) in [("/subscribe?channels=a", "*"), ("/api/7", "https://shop.example")] {
-        let asked = weir.request("GET", path).header("accept", "text/event-stream");
-        let refused = asked.header("origin", "https://shop.example").await.expect(200);
-        assert_eq!(refused.header("content-type"), Some("text/event-stream"), "{path}");
-        assert_eq!(refused.header("access-control-allow-origin"), Some(allowed), "{path}");
-        assert!(refused.text().starts_with("retry: "), "{}", refused.text());
+        let request = weir.request("GET", path).header("accept", "text/event-stream");
+        let response = request.header("origin", "https://shop.example").await.expect(200);
+        assert_eq!(response.header("content-type"), Some("text/event-stream"), "{path}");
+        assert_eq!(response.header("access-control-allow-origin"), Some(allowed), "{path}");
+        assert!(response.text().starts_with("retry: "), "{}", response.text());
     }
-    // Others are told as it is.
+    // Other clients receive the error.
     weir.get("/socket.io/?EIO=4&transport=polling").await.expect_problem("overloaded");
 }

@@ -1,4 +1,4 @@
-//! What every backend must do, written once. A backend joins by implementing [`Harness`] and one line at the end.
+//! The conformance suite of backends. A backend implements [`Harness`] and adds one line at the end of this file.
 
 use std::{
     collections::BTreeMap,
@@ -40,7 +40,7 @@ use crate::support::{
 trait Harness: Sync + Send + 'static {
     fn start(keep: Retention) -> impl Future<Output = Self> + Send;
     fn bus(&self) -> &Arc<Bus>;
-    /// Lets time go by, and the housekeeping run.
+    /// Advances the clock and runs the housekeeping.
     fn pass(&self, time: Duration) -> impl Future<Output = ()> + Send;
 }
 
@@ -48,7 +48,7 @@ const KEEP: Retention = Retention { count: 1000, age: Duration::from_secs(3600),
 const WINDOW: Duration = Duration::from_secs(300);
 const ALL: ReadLimit = ReadLimit { events: 1000, bytes: 1 << 20 };
 
-/// Frames that are lines of JSON.
+/// A wire format of JSON lines.
 static LINES: Format = Format {
     open: |_| {},
     event: |channel, event, out| {
@@ -86,7 +86,7 @@ fn numbers(page: &LogPage) -> Vec<u64> {
     page.events.iter().map(|event| number(event)).collect()
 }
 
-// === reading and placing ===
+// === reading and publishing ===
 
 async fn offsets_are_dense<H: Harness>() {
     let h = H::start(KEEP).await;
@@ -109,7 +109,7 @@ async fn offsets_are_dense<H: Harness>() {
     assert!(page.events.windows(2).all(|pair| pair[0].time <= pair[1].time && pair[0].epoch == pair[1].epoch));
     for writer in 0..4 {
         let mine: Vec<u64> = numbers(&page).into_iter().filter(|n| n / 1000 == writer).collect();
-        assert!(mine.is_sorted(), "the order of one writer is kept");
+        assert!(mine.is_sorted(), "the order of each writer is kept");
     }
 }
 
@@ -128,7 +128,7 @@ async fn pages_are_consecutive<H: Harness>() {
     }
     assert_eq!(seen, (1..=25).collect::<Vec<_>>());
     let small = h.bus().read(&channel("a"), Start::Earliest, ReadLimit { events: 10, bytes: 1 }, None).await.unwrap();
-    assert_eq!(numbers(&small), [1], "at least one, whatever its size");
+    assert_eq!(numbers(&small), [1], "at least one event, whatever its size");
     assert_eq!(numbers(&read(h.bus(), "a", Start::Last(3)).await), [23, 24, 25]);
     assert_eq!(numbers(&read(h.bus(), "a", Start::Last(100)).await).len(), 25);
     assert_eq!(numbers(&read(h.bus(), "a", Start::AfterOffset(24)).await), [25]);
@@ -157,7 +157,7 @@ async fn a_batch_is_consecutive_in_each_channel<H: Harness>() {
     assert_eq!(numbers(&read(h.bus(), "odd", Start::Earliest).await), [1, 3, 5, 7, 9]);
 }
 
-// === lives of a channel ===
+// === creation and deletion of a channel ===
 
 async fn reading_never_writes<H: Harness>() {
     let h = H::start(KEEP).await;
@@ -184,9 +184,9 @@ async fn a_deleted_log_is_announced<H: Harness>() {
     assert_eq!((gap.reason, gap.after), (GapReason::Deleted, Some(placed[0].position)));
     assert!(gap.next.epoch.is_absent() && page.events.is_empty());
     let absent = page.next;
-    let reborn = place(h.bus(), "a", 4).await;
-    assert_eq!(reborn.position.offset, 1);
-    assert_ne!(reborn.position.epoch, placed[0].position.epoch);
+    let recreated = place(h.bus(), "a", 4).await;
+    assert_eq!(recreated.position.offset, 1);
+    assert_ne!(recreated.position.epoch, placed[0].position.epoch);
     let page = read(h.bus(), "a", Start::After(placed[1].position)).await;
     assert_eq!((numbers(&page), page.gap.unwrap().reason), (vec![4], GapReason::Deleted));
     for nothing_missed in [placed[2].position, absent] {
@@ -217,12 +217,12 @@ async fn an_idle_channel_is_reclaimed_and_recreated<H: Harness>() {
     assert_eq!(h.bus().list("", None, 10).await.unwrap(), [], "reclaimed");
     let absent = read(h.bus(), "a", Start::Now).await.next;
     assert!(absent.epoch.is_absent());
-    let reborn = place(h.bus(), "a", 3).await;
-    assert_eq!(reborn.position.offset, 1);
+    let recreated = place(h.bus(), "a", 3).await;
+    assert_eq!(recreated.position.offset, 1);
     let gap = |page: LogPage| page.gap.map(|gap| gap.reason);
     assert_eq!(gap(read(h.bus(), "a", Start::After(before)).await), Some(GapReason::Reset));
     assert_eq!(gap(read(h.bus(), "a", Start::After(placed[0].position)).await), Some(GapReason::Reset));
-    assert_eq!(gap(read(h.bus(), "a", Start::After(placed[1].position)).await), None, "it had everything");
+    assert_eq!(gap(read(h.bus(), "a", Start::After(placed[1].position)).await), None, "it had received everything");
     assert_eq!(gap(read(h.bus(), "a", Start::After(absent)).await), None);
 }
 
@@ -232,7 +232,7 @@ async fn a_reader_prevents_reclaiming_of_its_channel<H: Harness>() {
     let mut reader = Reader::open(h.bus(), &["a"], Start::Now, None).await;
     h.pass(Duration::from_secs(500)).await;
     let second = place(h.bus(), "a", 2).await;
-    assert_eq!(second.position.offset, 2, "the same life");
+    assert_eq!(second.position.offset, 2, "the same log");
     reader.until(|log| log.numbers("a") == [2]).await;
     assert_eq!(reader.log.gaps, []);
 }
@@ -248,7 +248,7 @@ async fn trimmed_events_are_announced<H: Harness>() {
     assert_eq!((gap.next, gap.missed), (placed[20].position, Some(15)));
     assert_eq!(gap.resume(), placed[19].position);
     assert_eq!(numbers(&page), (21..=30).collect::<Vec<_>>());
-    assert_eq!(read(h.bus(), "a", Start::After(placed[19].position)).await.gap, None, "exactly at the edge");
+    assert_eq!(read(h.bus(), "a", Start::After(placed[19].position)).await.gap, None, "exactly at the first event");
     assert_eq!(read(h.bus(), "a", Start::Earliest).await.gap, None);
 }
 
@@ -303,7 +303,7 @@ async fn a_key_is_published_once<H: Harness>() {
     let again = publish("", 1, "k").await.unwrap();
     assert_eq!((again.position, again.time, again.duplicate), (first.position, first.time, true));
     assert_eq!(publish("", 2, "k").await.unwrap_err().code(), Code::KeyReused);
-    assert!(!publish("somebody", 1, "k").await.unwrap().duplicate, "the scope is the subject's");
+    assert!(!publish("somebody", 1, "k").await.unwrap().duplicate, "keys are scoped by subject");
     let batch = vec![(channel("a"), draft(7)), (channel("a"), keyed(2, Some("k")))];
     let failed = h.bus().publish("", batch).await.unwrap_err();
     assert_eq!((failed.error.code(), failed.placed), (Code::KeyReused, vec![None, None]));
@@ -314,7 +314,7 @@ async fn a_key_is_published_once<H: Harness>() {
     h.pass(WINDOW + Duration::from_secs(10)).await;
     assert!(!publish("", 2, "k").await.unwrap().duplicate, "forgotten");
     h.bus().remove(&channel("a"), None).await.unwrap();
-    assert!(!publish("", 2, "k").await.unwrap().duplicate, "key and event die together");
+    assert!(!publish("", 2, "k").await.unwrap().duplicate, "the key is deleted with its event");
 }
 
 // === cursors ===
@@ -326,9 +326,9 @@ async fn cursors_only_advance<H: Harness>() {
     assert_eq!(bus.cursor("c", &a).await.unwrap(), None);
     bus.commit("c", &a, absent).await.unwrap();
     let placed = fill(bus, "a", 1..=5).await;
-    for (to, there) in [(3, 3), (1, 3), (4, 4)] {
+    for (to, expected) in [(3, 3), (1, 3), (4, 4)] {
         bus.commit("c", &a, placed[to].position).await.unwrap();
-        assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[there].position));
+        assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[expected].position));
     }
     bus.commit("c", &a, absent).await.unwrap();
     assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[4].position));
@@ -337,12 +337,12 @@ async fn cursors_only_advance<H: Harness>() {
     bus.seek("c", &a, placed[0].position).await.unwrap();
     assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(placed[0].position));
     bus.remove(&a, None).await.unwrap();
-    let reborn = place(bus, "a", 1).await;
+    let recreated = place(bus, "a", 1).await;
     bus.commit("c", &a, placed[4].position).await.unwrap();
-    bus.commit("c", &a, reborn.position).await.unwrap();
+    bus.commit("c", &a, recreated.position).await.unwrap();
     bus.commit("c", &a, placed[4].position).await.unwrap();
-    assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(reborn.position), "a new life is later");
-    assert_eq!(bus.consumer("c").await.unwrap().unwrap().cursors, [(a.clone(), reborn.position)]);
+    assert_eq!(bus.cursor("c", &a).await.unwrap(), Some(recreated.position), "a position of a newer log is later");
+    assert_eq!(bus.consumer("c").await.unwrap().unwrap().cursors, [(a.clone(), recreated.position)]);
     bus.seek("d", &channel("b"), absent).await.unwrap();
     let names =
         |list: Vec<ConsumerInfo>| list.into_iter().map(|consumer| consumer.name.to_string()).collect::<Vec<_>>();
@@ -350,7 +350,7 @@ async fn cursors_only_advance<H: Harness>() {
     assert_eq!(names(bus.consumers("", Some("c"), 10).await.unwrap()), ["d"]);
     assert!(bus.forget("c").await.unwrap() && !bus.forget("c").await.unwrap());
     h.pass(Duration::from_secs(40 * 24 * 3600)).await;
-    assert!(bus.consumer("d").await.unwrap().is_none(), "nobody used it for long");
+    assert!(bus.consumer("d").await.unwrap().is_none(), "an idle consumer expires");
 }
 
 async fn channels_are_listed_by_name<H: Harness>() {
@@ -366,7 +366,7 @@ async fn channels_are_listed_by_name<H: Harness>() {
 
 // === live readers ===
 
-/// A live reader and everything it was given.
+/// A live reader and everything it has received.
 struct Reader {
     subs: Subscriptions,
     channels: Vec<Channel>,
@@ -426,20 +426,20 @@ impl Reader {
         }
     }
 
-    /// Reads on until the position in its one channel is `head`.
+    /// Reads until the position in its only channel is `head`.
     async fn reach(&mut self, head: Position) {
-        let there = poll_fn(|cx| {
+        let reached = poll_fn(|cx| {
             self.take_ready(cx);
             if self.subs.position(0) == Some(head) { Poll::Ready(()) } else { Poll::Pending }
         });
-        let there = tokio::time::timeout(PATIENCE, there).await;
-        assert!(there.is_ok(), "at {:?} and not at {head}", self.subs.position(0));
+        let reached = tokio::time::timeout(PATIENCE, reached).await;
+        assert!(reached.is_ok(), "at {:?} and not at {head}", self.subs.position(0));
     }
 
     async fn until(&mut self, reached: impl Fn(&History) -> bool) {
         while !reached(&self.log) {
             let next = tokio::time::timeout(PATIENCE, self.next()).await;
-            assert!(next.is_ok(), "nothing came; so far: {:?}", self.log);
+            assert!(next.is_ok(), "no event in time; so far: {:?}", self.log);
         }
     }
 }
@@ -479,9 +479,9 @@ async fn a_reader_continues_after_its_log_is_deleted<H: Harness>() {
     h.bus().remove(&channel("a"), None).await.unwrap();
     place(h.bus(), "a", 3).await;
     reader.until(|log| log.numbers("a") == [1, 2, 3]).await;
-    assert_eq!(reader.log.gaps, [], "it had everything");
+    assert_eq!(reader.log.gaps, [], "it had received everything");
     behind.until(|log| log.numbers("a") == [3]).await;
-    assert_eq!(behind.log.gaps.len(), 1, "it had nothing, and there had been something");
+    assert_eq!(behind.log.gaps.len(), 1, "it missed the deleted events");
 }
 
 async fn no_event_is_lost_between_a_read_and_a_wait<H: Harness>() {
@@ -497,7 +497,7 @@ async fn no_event_is_lost_between_a_read_and_a_wait<H: Harness>() {
             if page.events.is_empty() {
                 subs.add(watch, at, None);
                 let waited = tokio::time::timeout(PATIENCE, poll_fn(|cx| subs.poll_changed(cx))).await;
-                assert!(waited.is_ok(), "slept through an event after {seen:?}");
+                assert!(waited.is_ok(), "the wait missed an event after {seen:?}");
             }
             seen.extend(numbers(&page));
         }
@@ -530,9 +530,9 @@ async fn closed_readers_release_everything<H: Harness>() {
     assert_eq!(h.bus().topics().readers(), 0);
 }
 
-/// One run of everything at once: writers, late joiners, slow and filtered readers, trimming and deleting.
+/// A workload of concurrent writers, late, slow and filtered readers, trims and deletes.
 #[derive(Debug, Clone)]
-struct Storm {
+struct Workload {
     keep: usize,
     writers: u64,
     each: u64,
@@ -540,15 +540,15 @@ struct Storm {
     readers: Vec<(u8, bool)>,
 }
 
-async fn storm<H: Harness>(storm: Storm) {
-    let h = H::start(Retention { count: storm.keep, ..KEEP }).await;
+async fn workload<H: Harness>(workload: Workload) {
+    let h = H::start(Retention { count: workload.keep, ..KEEP }).await;
     let done = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();
-    for writer in 0..storm.writers {
+    for writer in 0..workload.writers {
         let bus = h.bus().clone();
         writers.push(tokio::spawn(async move {
             let mut placed = Vec::new();
-            for n in 0..storm.each {
+            for n in 0..workload.each {
                 let n = writer * 1_000_000 + n;
                 placed.push((n, place(&bus, "a", n).await.position));
                 if fastrand::u8(..) < 40 {
@@ -559,7 +559,7 @@ async fn storm<H: Harness>(storm: Storm) {
         }));
     }
     let mut readers = Vec::new();
-    for (slowness, filtered) in storm.readers.clone() {
+    for (slowness, filtered) in workload.readers.clone() {
         let (bus, done) = (h.bus().clone(), done.clone());
         readers.push(tokio::spawn(async move {
             for _ in 0..slowness {
@@ -577,7 +577,7 @@ async fn storm<H: Harness>(storm: Storm) {
                 })
                 .await;
             }
-            // Then all that was written: a backend may be behind what it has placed, not for ever.
+            // Then it reads all that was written: delivery may lag behind publishing for a while.
             let head = bus.head(&channel("a")).await.unwrap();
             if !head.epoch.is_absent() {
                 reader.reach(head).await;
@@ -585,7 +585,7 @@ async fn storm<H: Harness>(storm: Storm) {
             (filtered, reader.log)
         }));
     }
-    for _ in 0..storm.deletes {
+    for _ in 0..workload.deletes {
         for _ in 0..50 {
             tokio::task::yield_now().await;
         }
@@ -595,7 +595,7 @@ async fn storm<H: Harness>(storm: Storm) {
     for writer in writers {
         for (n, position) in writer.await.unwrap() {
             let twice = placed.insert((position.epoch.to_string(), position.offset), n);
-            assert!(twice.is_none(), "two events in one place");
+            assert!(twice.is_none(), "two events have the same position");
         }
     }
     done.store(true, Ordering::SeqCst);
@@ -605,15 +605,15 @@ async fn storm<H: Harness>(storm: Storm) {
     }
 }
 
-/// Every event once, in order, as it was written; and what is missing lies in an announced gap.
+/// Asserts that every event was received once, in order and unmodified, and that missing ones lie in an announced gap.
 fn check(placed: &BTreeMap<(String, u64), u64>, filtered: bool, log: &History) {
     let events = log.events.get("a").cloned().unwrap_or_default();
     let mut epochs = Vec::new();
     for (epoch, offset, n) in &events {
-        assert_eq!(placed.get(&(epoch.clone(), *offset)), Some(n), "as it was written");
+        assert_eq!(placed.get(&(epoch.clone(), *offset)), Some(n), "the event is unmodified");
         assert!(!filtered || n % 3 == 0);
         if epochs.last() != Some(epoch) {
-            assert!(!epochs.contains(epoch), "an old life came back");
+            assert!(!epochs.contains(epoch), "events of an earlier log follow those of a later one");
             epochs.push(epoch.clone());
         }
     }
@@ -628,11 +628,11 @@ fn check(placed: &BTreeMap<(String, u64), u64>, filtered: bool, log: &History) {
         for offset in missing {
             let announced = log.gaps.iter().any(|gap| {
                 let in_reach = gap.next.epoch.to_string() == *epoch && offset < gap.next.offset;
-                // A life that ended before it was read to its end.
+                // The log was deleted before the reader reached its end.
                 let ended = gap.after.is_some_and(|after| after.epoch.to_string() == *epoch && offset > after.offset);
                 in_reach || ended
             });
-            // Began `earliest` in a trimmed log: what lies before was never asked for.
+            // A reader that starts at `earliest` in a trimmed log did not request the events before it.
             let never_asked = log.gaps.is_empty() && seen.first().is_some_and(|first| offset < *first);
             let before_start = seen.first().is_some_and(|first| offset < *first) && epochs.first() == Some(epoch);
             assert!(announced || never_asked || before_start, "offset {offset} of {epoch} is missing: {:?}", log.gaps);
@@ -640,15 +640,15 @@ fn check(placed: &BTreeMap<(String, u64), u64>, filtered: bool, log: &History) {
     }
 }
 
-fn storms<H: Harness>() {
+fn workloads<H: Harness>() {
     let strategy = (2usize..200, 1u64..5, 1u64..300, 0u64..4, prop::collection::vec((0u8..60, any::<bool>()), 1..8))
-        .prop_map(|(keep, writers, each, deletes, readers)| Storm { keep, writers, each, deletes, readers });
+        .prop_map(|(keep, writers, each, deletes, readers)| Workload { keep, writers, each, deletes, readers });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
     let config = ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() };
     TestRunner::new(config)
         .run(&strategy, |case| {
             runtime.block_on(async {
-                tokio::spawn(storm::<H>(case)).await.map_err(|e| TestCaseError::fail(e.to_string()))
+                tokio::spawn(workload::<H>(case)).await.map_err(|e| TestCaseError::fail(e.to_string()))
             })
         })
         .unwrap();
@@ -665,7 +665,7 @@ struct InMemory {
 
 fn config(keep: Retention, budget: usize) -> Config {
     Config {
-        // A rule, so that the matcher has its part in every test.
+        // A rule, so that every test includes pattern matching.
         rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
         retention: KEEP,
         budget,
@@ -680,7 +680,7 @@ impl InMemory {
     fn with(keep: Retention, budget: usize) -> Self {
         let now = Arc::new(AtomicU64::new(1_763_640_000_123));
         let topics = Arc::new(Topics::new(config(keep, budget), WallClock::Manual(now.clone())));
-        // Past the second in which it began: a position of that second proves nothing.
+        // A position of an absent channel from the second in which the backend started is not accepted as current.
         now.fetch_add(2000, Ordering::SeqCst);
         let memory = Arc::new(Memory::new(topics.clone()));
         InMemory { bus: Arc::new(Bus::new(memory.clone(), topics.clone())), memory, topics, now }
@@ -720,7 +720,7 @@ macro_rules! conformance {
             $(#[$attribute])?
             #[test]
             fn concurrent_writers_readers_trims_and_deletes_keep_every_guarantee() {
-                storms::<$harness>();
+                workloads::<$harness>();
             }
         }
     };
@@ -741,10 +741,10 @@ macro_rules! conformance {
 
 conformance!(memory: InMemory);
 
-/// On a real Redis: one for all tests of a deployment, a prefix for each.
+/// The backend on a real Redis, which all tests of a deployment share; each test has a key prefix of its own.
 ///
-/// The suite owns the time, also that of the scripts: where the topics have a clock of their own, what the scripts take for
-/// now is that clock and not TIME. Nothing else differs, and there is no setting for it.
+/// The suite controls the clock, also that of the scripts: with a manual clock the scripts take its time instead of
+/// that of TIME. There is no setting for that.
 struct InRedis<D> {
     bus: Arc<Bus>,
     redis: Arc<Redis>,
@@ -752,16 +752,16 @@ struct InRedis<D> {
     deployment: std::marker::PhantomData<D>,
 }
 
-/// What the suite runs on.
-trait Deployed: Send + Sync + 'static {
+/// The deployment on which the suite runs.
+trait SharedRedis: Send + Sync + 'static {
     fn url() -> impl Future<Output = String> + Send;
 }
 
-macro_rules! deployed {
+macro_rules! shared_redis {
     ($name:ident: $server:ty = $start:expr) => {
         struct $name;
 
-        impl Deployed for $name {
+        impl SharedRedis for $name {
             async fn url() -> String {
                 static SERVER: tokio::sync::OnceCell<$server> = tokio::sync::OnceCell::const_new();
                 SERVER.get_or_init(|| $start).await.url()
@@ -770,20 +770,20 @@ macro_rules! deployed {
     };
 }
 
-deployed!(Standalone: RedisServer = RedisServer::start(&[]));
-deployed!(Watched: RedisSentinel = RedisSentinel::start());
-deployed!(Clustered: RedisCluster = RedisCluster::start(3, 0));
+shared_redis!(Standalone: RedisServer = RedisServer::start(&[]));
+shared_redis!(Watched: RedisSentinel = RedisSentinel::start());
+shared_redis!(Clustered: RedisCluster = RedisCluster::start(3, 0));
 
-// Where they are, `tests/run.sh servers` says.
-deployed!(Older: RedisServer = other("WEIR_TEST_REDIS_6_2"));
-deployed!(Valkey: RedisServer = other("WEIR_TEST_VALKEY"));
+// `tests/run.sh servers` sets the variables to the paths of the server programs.
+shared_redis!(Older: RedisServer = other("WEIR_TEST_REDIS_6_2"));
+shared_redis!(Valkey: RedisServer = other("WEIR_TEST_VALKEY"));
 
 async fn other(variable: &str) -> RedisServer {
     let program = std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names no server program"));
     RedisServer::start_of(&program, &[]).await
 }
 
-impl<D: Deployed> Harness for InRedis<D> {
+impl<D: SharedRedis> Harness for InRedis<D> {
     async fn start(keep: Retention) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let url = RedisUrl::parse(&D::url().await).unwrap();
@@ -801,7 +801,7 @@ impl<D: Deployed> Harness for InRedis<D> {
         &self.bus
     }
 
-    /// In steps, as time does: what is read is looked after now and then, not once after a year.
+    /// Advances in steps, so that the periodic audit of channels that are in use runs in between.
     async fn pass(&self, time: Duration) {
         let step = Duration::from_secs(30).max(time / 32);
         let mut left = time;
@@ -821,7 +821,7 @@ conformance!(redis_cluster: InRedis<Clustered>);
 conformance!(#[ignore = "needs Redis 6.2: tests/run.sh servers"] redis_6_2: InRedis<Older>);
 conformance!(#[ignore = "needs Valkey: tests/run.sh servers"] valkey: InRedis<Valkey>);
 
-// === what only memory promises ===
+// === guarantees of the memory backend ===
 
 #[tokio::test]
 async fn reclaimed_channels_use_no_memory() {
@@ -832,7 +832,7 @@ async fn reclaimed_channels_use_no_memory() {
     assert_eq!(h.topics.count(), 200_000);
     h.pass(Duration::from_secs(100)).await;
     assert_eq!((h.topics.count(), h.topics.used()), (0, 0));
-    // What is remembered of them is bounded, and the bound is announced.
+    // The backend remembers a limited number of reclaimed channels and announces the limit as a reset.
     let old = read(&h.bus, "name 0", Start::After(Position::absent(1_763_640_002))).await;
     assert_eq!(old.gap.unwrap().reason, GapReason::Reset);
 }

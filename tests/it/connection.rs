@@ -1,4 +1,4 @@
-//! Connections: how they begin, what they carry at once, and every way in which they end.
+//! Connections of streams: their start, several requests on one connection, and every way to end.
 
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ async fn connections_over_the_limit_are_rejected_except_for_health_and_metrics()
     let refused = client.head().await.expect(503);
     assert!(refused.header("retry-after").is_some(), "{refused:?}");
     client.closed().await;
-    // Whoever looks after it must not take it for dead.
+    // Health checks must not report a full node as dead.
     for path in ["/health/live", "/health/ready", "/metrics"] {
         assert_eq!(weir.get(path).await.status, 200, "{path}");
     }
@@ -59,7 +59,7 @@ async fn pipelined_requests_are_served_before_a_stream() {
 #[tokio::test]
 async fn a_connection_is_hijacked_only_after_its_head_is_written() {
     let weir = weir().await;
-    // A pipe of 64 bytes: the head needs several turns, and what hyper has not written when it is left is lost.
+    // The head needs several writes to a pipe of 64 bytes. A hijack before the last one would lose the rest.
     let (mut ours, theirs) = tokio::io::duplex(64);
     weir.connections().serve(Conn::Pipe(theirs), weir.address, weir.endpoint());
     ours.write_all(GET.as_bytes()).await.unwrap();
@@ -143,7 +143,7 @@ async fn accept_selects_the_stream_representation_of_events() {
 #[tokio::test]
 async fn every_kind_of_disconnect_is_noticed() {
     let weir = weir().await;
-    // Half closed: nobody who streams says so and reads on.
+    // Half closed: a client that closes its write side has gone.
     let mut client = weir.sse("channel=a").await;
     client.opening().await;
     client.client.socket.shutdown().await.unwrap();
@@ -155,12 +155,12 @@ async fn every_kind_of_disconnect_is_noticed() {
     socket2::SockRef::from(&client.client.socket).set_linger(Some(Duration::ZERO)).unwrap();
     drop(client);
     weir.idle().await;
-    // Gone with the request.
+    // Closed together with the request.
     let mut client = weir.write(GET).await;
     client.socket.shutdown().await.unwrap();
     client.closed().await;
     weir.idle().await;
-    // With much to say.
+    // Closed after the client has sent much data.
     let mut client = weir.sse("channel=a").await;
     client.opening().await;
     let _ = client.client.socket.write_all(&[b'x'; 20_000]).await;
@@ -268,7 +268,7 @@ async fn draining_closes_idle_connections_and_waits_for_streams() {
     }
     weir.shut_down();
     let start = Instant::now();
-    eventually("the app has ended", async || weir.has_stopped()).await;
+    eventually("the node has stopped", async || weir.has_stopped()).await;
     assert!(start.elapsed() < Duration::from_secs(5));
     for client in &mut streams {
         assert_eq!(client.next().await.event, "weir.retry");
@@ -329,7 +329,7 @@ async fn http_2_connections_without_streams_are_closed_as_idle() {
     }
     let text = String::from_utf8(text).unwrap();
     assert!(text.starts_with("event: weir.retry\ndata: {\"code\":\"draining\",") && text.ends_with("}\n\n"), "{text}");
-    eventually("the app has ended", async || weir.has_stopped()).await;
+    eventually("the node has stopped", async || weir.has_stopped()).await;
 }
 
 type Sender = hyper::client::conn::http2::SendRequest<Empty<Bytes>>;

@@ -49,7 +49,7 @@ async fn streams_sockets_and_long_polls_are_listed() {
     assert_eq!(list(&weir, "channel=a").await, all[..2]);
     assert_eq!(list(&weir, "channel=b").await, [all[0].clone(), all[2].clone()]);
     assert_eq!(list(&weir, "subject=nobody").await, Vec::<Value>::new());
-    // Page by page.
+    // Pages cover the whole list.
     let (mut paged, mut page) = (Vec::new(), String::new());
     loop {
         let answer = weir.get(format!("/v1/connections?limit=1{page}")).await.expect(200).json();
@@ -58,7 +58,7 @@ async fn streams_sockets_and_long_polls_are_listed() {
         page = format!("&page={}", next.as_str().unwrap());
     }
     assert_eq!(paged, all);
-    // What changes is seen.
+    // Changes are listed.
     socket.call("weir.unsubscribe", json!({ "channels": ["a"] })).await;
     socket.call("weir.withdraw", json!({ "service": "math" })).await;
     let now = list(&weir, "").await;
@@ -71,7 +71,7 @@ async fn streams_sockets_and_long_polls_are_listed() {
     weir.publish("b", "1").await;
     poll.response().await.expect(200);
     drop((stream, socket));
-    eventually("nobody is left", async || weir.node().cluster_connections.local().is_empty()).await;
+    eventually("no connection is left", async || weir.node().cluster_connections.local().is_empty()).await;
     eventually("no timer is left", async || {
         weir.connections().is_empty() || weir.metric("weir_connections{transport=\"ws\"}") == 0
     })
@@ -99,7 +99,7 @@ async fn kicked_clients_receive_the_reason_and_are_closed() {
     assert_eq!(last, "retry: 2147483647\nevent: weir.retry\ndata: {\"code\":\"kicked\",\"after_ms\":2147483647}\n\n");
     assert_eq!(stream.chunk().await, None);
     assert!(stream.is_closed().await);
-    eventually("it is not present any more", async || weir.node().presence.counts().0 == 0).await;
+    eventually("the client is not present any more", async || weir.node().presence.counts().0 == 0).await;
     kick(&weir, &of("ws")).await;
     assert_eq!(socket.closed().await, (4503, "kicked".to_owned()));
     kick(&weir, &of("poll")).await;
@@ -108,9 +108,9 @@ async fn kicked_clients_receive_the_reason_and_are_closed() {
     eventually("three are gone", async || weir.node().cluster_connections.local().len() == 1).await;
     for (transport, count) in [("sse", 1), ("ws", 1)] {
         let series = format!("weir_connections_closed_total{{transport=\"{transport}\",reason=\"kicked\"}}");
-        eventually("it is counted", async || weir.metric(&series) == count).await;
+        eventually("the close is counted", async || weir.metric(&series) == count).await;
     }
-    // The other goes on.
+    // The other connection stays open.
     weir.publish("a", "1").await;
     assert!(other.chunk().await.unwrap().starts_with(b"id: "));
     let all = list(&weir, "").await;
@@ -132,20 +132,20 @@ async fn streams_and_polls_of_adapters_are_listed_and_kicked() {
     let mut poll = open(&weir, "/events/v1/events?clientId=c&channel=a&secret=s").await;
     eventually("both are listed", async || weir.node().cluster_connections.local().len() == 2).await;
     let all = list(&weir, "channel=a").await;
-    let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
-    assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1])]);
+    let listed: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
+    assert_eq!(listed, [json!(["sse", 2]), json!(["poll", 1])]);
     for it in &all {
         assert!(it["remote"].as_str().unwrap().starts_with("127.0.0.1:"), "{it}");
         kick(&weir, &it["id"]).await;
     }
     assert_eq!(poll.response().await.expect(403).json()["code"], "Forbidden");
-    // An EventSource that is told so stays away.
+    // This delay keeps an EventSource from reconnecting.
     let mut last = Vec::new();
     while let Some(chunk) = browser.chunk().await {
         last = chunk.to_vec();
     }
     assert_eq!(last, b"retry: 2147483647\n");
-    eventually("nobody is left", async || weir.node().cluster_connections.local().is_empty()).await;
+    eventually("no connection is left", async || weir.node().cluster_connections.local().is_empty()).await;
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! `weir doctor` against what it is for: proxies that spoil things, and Redis servers that are set up badly.
+//! `weir doctor` with faulty proxies and badly configured Redis servers.
 
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ impl Findings for Finished {
     fn of(&self, check: &str) -> &Value {
         let rank = |finding: &&Value| ["ok", "advice", "problem"].iter().position(|state| finding["state"] == *state);
         let found = self.lines.iter().filter(|finding| finding["check"] == check).max_by_key(rank);
-        found.unwrap_or_else(|| panic!("nothing about {check}:\n{}", self.notes))
+        found.unwrap_or_else(|| panic!("no finding of {check}:\n{}", self.notes))
     }
 
     #[track_caller]
@@ -48,34 +48,34 @@ impl Findings for Finished {
     }
 }
 
-// === a node, and what stands before it ===
+// === a node and the proxy before it ===
 
-/// How a proxy spoils what passes.
+/// The fault of a proxy.
 #[derive(Clone, Copy, PartialEq)]
-enum Spoils {
-    /// Streams of events are held back until a buffer is full.
+enum Fault {
+    /// Holds event streams back until a buffer is full.
     Buffers,
-    /// What is silent for a second is cut.
+    /// Closes connections after a second without data.
     Idle,
-    /// The Upgrade header is dropped, and large bodies are refused.
+    /// Drops the Upgrade header and rejects large bodies.
     OldFashioned,
 }
 
-/// A proxy that spoils what passes to `upstream`. Answers its URL.
-async fn relay(upstream: std::net::SocketAddr, spoils: Spoils) -> String {
+/// A faulty proxy before `upstream`. Returns its URL.
+async fn faulty_proxy(upstream: std::net::SocketAddr, fault: Fault) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {
-        while let Ok((near, _)) = listener.accept().await {
+        while let Ok((client, _)) = listener.accept().await {
             tokio::spawn(async move {
-                let far = TcpStream::connect(upstream).await.unwrap();
-                let (from_client, to_client) = near.into_split();
-                let (from_node, to_node) = far.into_split();
+                let node = TcpStream::connect(upstream).await.unwrap();
+                let (from_client, to_client) = client.into_split();
+                let (from_node, to_node) = node.into_split();
                 let to_client = Arc::new(tokio::sync::Mutex::new(to_client));
                 // Either end closes both.
                 tokio::select! {
-                    () = requests(from_client, to_node, to_client.clone(), spoils) => {}
-                    () = answers(from_node, to_client, spoils) => {}
+                    () = requests(from_client, to_node, to_client.clone(), fault) => {}
+                    () = responses(from_node, to_client, fault) => {}
                 }
             });
         }
@@ -83,20 +83,20 @@ async fn relay(upstream: std::net::SocketAddr, spoils: Spoils) -> String {
     url
 }
 
-type Answers = Arc<tokio::sync::Mutex<tcp::OwnedWriteHalf>>;
+type ClientWriter = Arc<tokio::sync::Mutex<tcp::OwnedWriteHalf>>;
 
-async fn requests(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, back: Answers, spoils: Spoils) {
+async fn requests(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, back: ClientWriter, fault: Fault) {
     let mut buf = vec![0; 64 << 10];
     while let Ok(n @ 1..) = from.read(&mut buf).await {
         let mut bytes = buf[..n].to_vec();
-        if spoils == Spoils::OldFashioned {
+        if fault == Fault::OldFashioned {
             let text = String::from_utf8_lossy(&bytes).to_lowercase();
             if let Some((_, length)) = text.split_once("content-length: ")
                 && length.split("\r\n").next().unwrap().parse::<usize>().unwrap() > 1 << 20
             {
                 let answer = "HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 12\r\nConnection: close\r\n\r\n<h1>413</h1>";
                 back.lock().await.write_all(answer.as_bytes()).await.unwrap();
-                // Read on, so that the answer is not lost to a reset.
+                // The rest is read, so that a reset does not discard the response.
                 while let Ok(1..) = from.read(&mut buf).await {}
                 return;
             }
@@ -110,16 +110,16 @@ async fn requests(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, bac
     }
 }
 
-async fn answers(mut from: tcp::OwnedReadHalf, to: Answers, spoils: Spoils) {
-    let patience = Duration::from_secs(if spoils == Spoils::Idle { 1 } else { 600 });
+async fn responses(mut from: tcp::OwnedReadHalf, to: ClientWriter, fault: Fault) {
+    let patience = Duration::from_secs(if fault == Fault::Idle { 1 } else { 600 });
     let mut buf = vec![0; 64 << 10];
     let (mut held, mut holds) = (Vec::new(), false);
     while let Ok(Ok(n @ 1..)) = timeout(patience, from.read(&mut buf)).await {
         held.extend_from_slice(&buf[..n]);
         let head = String::from_utf8_lossy(&held);
-        if spoils == Spoils::Buffers && !holds && head.contains("content-type: text/event-stream") {
+        if fault == Fault::Buffers && !holds && head.contains("content-type: text/event-stream") {
             holds = true;
-            // The head goes at once, with the one event that makes it a stream.
+            // The head is forwarded at once with the first event.
         } else if holds && held.len() < 32 << 10 {
             continue;
         }
@@ -148,7 +148,7 @@ async fn a_healthy_node_has_no_problem() {
         assert!(found.of(check)["found"].as_str().unwrap().contains(text), "{}", found.of(check));
     }
     let left = weir.get("/v1/channels?prefix=weir.doctor").await.expect(200).json();
-    assert_eq!(left["channels"], Value::Array(Vec::new()), "it cleans up");
+    assert_eq!(left["channels"], Value::Array(Vec::new()), "the command removes what it created");
 }
 
 #[tokio::test]
@@ -156,7 +156,7 @@ async fn unreachable_and_foreign_servers_are_reported() {
     let found = doctor(&["127.0.0.1:1"]).await;
     assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "cannot connect");
-    // A server that is no weir.
+    // A server other than weir.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let other = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
@@ -179,7 +179,7 @@ async fn unreachable_and_foreign_servers_are_reported() {
 #[tokio::test]
 async fn a_buffering_proxy_is_reported() {
     let weir = weir().await;
-    let found = doctor(&[&relay(weir.address, Spoils::Buffers).await]).await;
+    let found = doctor(&[&faulty_proxy(weir.address, Fault::Buffers).await]).await;
     assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("stream", "problem", "only when 65536 bytes more have been sent");
     assert!(found.of("stream")["change"].as_str().unwrap().contains("proxy_buffering off"));
@@ -191,7 +191,7 @@ async fn a_buffering_proxy_is_reported() {
 #[tokio::test]
 async fn a_proxy_with_an_idle_timeout_is_reported() {
     let weir = weir().await;
-    let found = doctor(&[&relay(weir.address, Spoils::Idle).await, "--long"]).await;
+    let found = doctor(&[&faulty_proxy(weir.address, Fault::Idle).await, "--long"]).await;
     assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("long-poll", "problem", "asked to wait for 3.0 s");
     for check in ["idle stream", "idle socket", "idle poll"] {
@@ -202,7 +202,7 @@ async fn a_proxy_with_an_idle_timeout_is_reported() {
 #[tokio::test]
 async fn a_proxy_without_upgrade_and_with_a_body_limit_is_reported() {
     let weir = weir().await;
-    let found = doctor(&[&relay(weir.address, Spoils::OldFashioned).await]).await;
+    let found = doctor(&[&faulty_proxy(weir.address, Fault::OldFashioned).await]).await;
     assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("websocket", "problem", "without its Upgrade header");
     found.is("body", "problem", "413");
@@ -223,7 +223,7 @@ async fn a_well_configured_redis_has_no_problem() {
     found.is("memory", "ok", "of 1024 MiB used");
     found.is("buffers", "ok", "32 MiB");
     found.is("replicas", "advice", "none");
-    assert_eq!(redis.cli(&["DBSIZE"]).await, "0", "it cleans up");
+    assert_eq!(redis.cli(&["DBSIZE"]).await, "0", "the command removes what it created");
 }
 
 #[tokio::test]
@@ -254,7 +254,7 @@ async fn a_redis_out_of_memory_is_reported_once() {
     assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("memory", "problem", "are refused (OOM)");
     assert!(found.of("memory")["change"].as_str().unwrap().contains("publishes fail now"), "{}", found.notes);
-    // One thing is wrong, and it is said once.
+    // There is one problem, and it is reported once.
     found.is("commands", "ok", "all else that weir uses works");
     assert_eq!(found.lines.iter().filter(|finding| finding["state"] == "problem").count(), 1, "{}", found.notes);
     assert!(!found.notes.contains("ACL") && !found.notes.contains("no such key"), "{}", found.notes);
@@ -267,7 +267,7 @@ async fn missing_commands_and_missing_tls_are_reported() {
     assert_eq!(found.code, Some(1), "{}", found.notes);
     found.is("commands", "problem", "XTRIM: ");
     assert!(!found.notes.contains("ACL"), "{}", found.notes);
-    // TLS, where there is none.
+    // TLS with a server that does not support it.
     let found = doctor(&["--redis", &redis.url().replace("redis://", "rediss://")]).await;
     assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "does not speak TLS");
@@ -284,7 +284,7 @@ async fn missing_permissions_of_the_redis_user_are_reported() {
     found.is("commands", "problem", "channels that begin with weir: are not allowed");
     found.is("buffers", "advice", "kept from us");
     assert!(!found.notes.contains("no such key"), "that follows: {}", found.notes);
-    // What it advises is enough.
+    // A user with the advised permissions passes.
     let advised = found.of("commands")["change"].as_str().unwrap().to_owned();
     let rules: Vec<&str> = advised.split(' ').filter(|word| word.starts_with(['~', '&', '+', '-'])).collect();
     redis.cli(&[&["ACL", "SETUSER", "rich", "on", ">pw"][..], &rules].concat()).await;
@@ -304,13 +304,13 @@ async fn sentinels_and_their_master_are_examined() {
     assert_eq!(found.lines.iter().filter(|finding| finding["check"] == "sentinel").count(), 3);
     found.is("sentinel", "ok", "2 replicas, 2 other sentinels");
     found.is("replicas", "advice", "min-replicas-to-write 0");
-    // A replica is no place to write to.
+    // A replica does not accept writes.
     let replica = (sentinel.master().await + 1) % 3;
     let found = doctor(&["--redis", &sentinel.servers[replica].url()]).await;
     found.is("role", "problem", "a replica of");
     sentinel.sentinels.truncate(1);
     let url = sentinel.url();
-    eventually_within(MINUTE, "a sentinel that is alone", async || {
+    eventually_within(MINUTE, "the lone sentinel is reported", async || {
         doctor(&["--redis", &url]).await.of("sentinel")["state"] == "problem"
     })
     .await;
@@ -325,7 +325,7 @@ async fn every_master_of_a_cluster_is_examined() {
     assert_eq!(found.lines.iter().filter(|finding| finding["check"] == "version").count(), 3);
     cluster.servers[2].kill();
     let url = cluster.url();
-    eventually_within(MINUTE, "a loss that is seen", async || {
+    eventually_within(MINUTE, "the loss of a master is reported", async || {
         doctor(&["--redis", &url]).await.of("cluster")["state"] == "problem"
     })
     .await;

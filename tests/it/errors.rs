@@ -1,4 +1,4 @@
-//! The table of `proto-docs/errors.md` is the table of the code.
+//! The table of `proto-docs/errors.md` equals the table of the code.
 
 use weir::error::{Code, Retry};
 

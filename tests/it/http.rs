@@ -38,7 +38,7 @@ async fn the_body_is_published_as_data() {
         ("1 2", json!("1 2")),
     ];
     for (body, data) in &as_read {
-        // What curl -d says of everything.
+        // The content type of curl -d.
         let form = "application/x-www-form-urlencoded";
         weir.request("POST", "/v1/events?channel=a&type=t&from=f&_=1")
             .header("content-type", form)
@@ -79,7 +79,7 @@ async fn arrays_and_json_lines_are_answered_with_arrays() {
         .body("{\"channel\":\"a\"}\n")
         .await;
     assert_eq!(offsets(&placed.expect(201).json()), [("a".into(), 4)]);
-    // Pretty-printed is not lines.
+    // Pretty-printed JSON is one value.
     let placed = weir.post("/v1/events", "{\n  \"channel\": \"a\",\n  \"data\": [\n1]}\n").await.expect(201).json();
     assert_eq!(placed["offset"], 5);
     assert_eq!(weir.get("/v1/events?channel=a&last=1").await.json()["events"][0]["data"], json!([1]));
@@ -221,14 +221,14 @@ async fn trims_and_deletes_are_shown_and_announced() {
         (at[0].rsplit_once('-').map(|(epoch, _)| epoch), Some(0))
     );
     let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[0])).await.json();
-    // Somebody's doing, not retention's.
+    // The reason of an explicit trim differs from that of retention.
     assert_eq!(page["gaps"][0]["reason"], "deleted");
     assert_eq!((&page["gaps"][0]["after"], &page["gaps"][0]["next"]), (&json!(at[0]), &json!(at[2])));
     assert_eq!((&page["gaps"][0]["missed"], &page["events"][0]["data"]), (&json!(1), &json!(3)));
     weir.delete("/v1/events?channel=a,b/50%25").await.expect(204);
     let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[3])).await.json();
     assert_eq!(page["gaps"][0]["reason"], "deleted");
-    // Who had seen everything has lost nothing.
+    // A reader that had received everything has no gap.
     let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[4])).await.json();
     assert_eq!(page["gaps"], json!([]));
     weir.delete("/v1/events?channel=nobody").await.expect(204);
@@ -283,16 +283,16 @@ async fn a_consumer_reads_commits_seeks_and_is_deleted() {
     };
     let page = poll(String::new()).await.expect(200).json();
     assert_eq!((data(&page), &page["consumer"]), (vec![1, 2], &json!({"name": "mailer", "new": true})));
-    // Not committed: the same again, and no longer new.
+    // Without a commit the same page is returned, and the consumer is not new any more.
     let again = poll(String::new()).await.json();
     assert_eq!((data(&again), &again["consumer"]), (vec![1, 2], &json!({"name": "mailer"})));
-    // The third within a second is counted; on a busy machine it is a later one.
+    // The third repeat within a second is counted. On a busy machine it is a later one.
     while weir.metric("weir_consumer_repeats_total") == 0 {
         poll(String::new()).await.expect(200);
     }
     let rest = poll(format!("&after={}", page["next"].as_str().unwrap())).await.json();
     assert_eq!(data(&rest), [3]);
-    // An older token moves nothing back.
+    // An older token does not move the consumer back.
     assert_eq!(data(&poll(format!("&after={}", page["next"].as_str().unwrap().replace("-2", "-1"))).await.json()), [3]);
 
     let shown = weir.get("/v1/consumers/mailer").await.expect(200).json();
@@ -333,7 +333,7 @@ async fn a_consumer_from_now_misses_nothing_between_its_polls() {
     let page = weir.get(path).await.json();
     assert_eq!((&page["events"][0]["data"], &page["events"][1]["data"]), (&json!(2), &json!(3)));
     assert_eq!(page["gaps"], json!([]));
-    // The token is of both.
+    // The token covers both channels.
     weir.post("/v1/consumers/n/commit", json!({"after": page["next"]}).to_string()).await.expect(204);
     assert_eq!(weir.get(path).await.json()["events"], json!([]));
 }
@@ -403,7 +403,7 @@ async fn health_metrics_index_and_openapi_are_served() {
     assert_eq!(live.header("connection"), Some("close"));
 }
 
-/// Every operation of the document exists, and nothing else is said in it.
+/// Every path and method of the document exists.
 #[tokio::test]
 async fn the_openapi_document_names_only_routes_that_exist() {
     let weir = weir().await;

@@ -1,4 +1,4 @@
-//! Reading by request: pages, waiting, and what happens in between.
+//! Reads over HTTP: pages and long-polls.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ fn next(page: &Value) -> &str {
     page["next"].as_str().unwrap()
 }
 
-/// Waits until so many readers wait on a channel: what is published then must wake them.
+/// Waits until `readers` long-polls wait on a channel.
 async fn waiting(weir: &Weir, channel: &str, readers: u32) {
     let waiting = async || weir.bus().inspect(&event::channel(channel)).await.unwrap().readers >= readers;
     eventually("the readers wait", waiting).await;
@@ -87,7 +87,7 @@ async fn a_type_filter_advances_the_position() {
     assert_eq!((data(&page), &page["more"]), (vec![50, 150], &json!(true)));
     let rest = weir.get(format!("/v1/events?channel=a&type=rare&after={}", next(&page))).await.json();
     assert_eq!((data(&rest), &rest["more"]), (vec![250], &json!(false)));
-    assert!(next(&rest).ends_with("-300"), "past what was hidden: {rest}");
+    assert!(next(&rest).ends_with("-300"), "the position is after the filtered events: {rest}");
     let none = weir.get("/v1/events?channel=a&type=never").await.json();
     assert!(none["events"] == json!([]) && next(&none).ends_with("-300"), "{none}");
 }
@@ -133,7 +133,7 @@ async fn several_channels_share_a_page_and_a_token() {
     let mut token = next(&page).to_owned();
     assert!(token.starts_with('w'));
     loop {
-        // In any order.
+        // The channels may be in any order.
         let page = weir
             .get(format!("/v1/events?channel=never&channel=quiet&channel=busy&limit=10&after={token}"))
             .await
@@ -147,7 +147,7 @@ async fn several_channels_share_a_page_and_a_token() {
     }
     seen.sort_unstable();
     assert_eq!(seen, (0..30).chain([100]).collect::<Vec<_>>());
-    // A page of one, of three channels: the others keep their place.
+    // A page of one event keeps the positions of the other channels.
     let page = weir.get("/v1/events?channel=busy&channel=quiet&channel=never&limit=1&after=earliest").await.json();
     assert_eq!((data(&page).len(), &page["more"]), (1, &json!(true)));
     weir.get(format!("/v1/events?channel=busy&after={token}")).await.expect_problem("invalid_position");
@@ -194,7 +194,7 @@ async fn an_event_ends_the_wait_at_once() {
         assert_eq!(data(&page.expect(200).json()), [7], "{path}");
         assert!(started.elapsed() < Duration::from_secs(10));
     }
-    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["readers"], 0, "given back");
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["readers"], 0, "the reader is released");
 }
 
 #[tokio::test]
@@ -260,7 +260,7 @@ async fn min_waits_for_several() {
     let mut seen = data(&page.json());
     seen.sort_unstable();
     assert_eq!(seen, [1, 2, 3]);
-    // The deadline comes first: what there is.
+    // At the deadline the page has the events that exist.
     let page = weir.get("/v1/events?channel=a&min=3&wait=20ms").await.json();
     assert_eq!(data(&page), [1, 3]);
 }
@@ -310,7 +310,7 @@ async fn a_drain_answers_waiting_reads_with_an_empty_page() {
         (page.header("connection"), page.json()),
         (Some("close"), json!({"events": [], "next": at, "more": false, "gaps": []}))
     );
-    // And whoever comes now waits a second: a fast answer would be asked again at once.
+    // A new read waits for a second, because a fast response would be followed by the next request at once.
     let started = Instant::now();
     let page = weir.get(&*path).await.expect(200).json();
     assert_eq!((&page["events"], next(&page)), (&json!([]), &*at));
@@ -326,7 +326,7 @@ async fn reading_creates_no_channel() {
     }
     weir.post("/v1/consumers/c/seek", r#"{"channel":"e","after":"earliest"}"#).await.expect(204);
     assert_eq!(weir.bus().topics().count(), 0);
-    // A consumer that began now begins there.
+    // A consumer with `start=now` starts at that position.
     weir.publish("a", "1").await;
     let page = weir.get("/v1/events?channel=a&consumer=d").await.json();
     assert_eq!((data(&page), &page["gaps"]), (vec![1], &json!([])));

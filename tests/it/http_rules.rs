@@ -1,4 +1,4 @@
-//! Rules for every request: methods, unknown paths, pages of other origins, names of this machine.
+//! Rules for every request: methods, unknown paths, CORS, host names.
 
 use crate::support::{Request, event::channel, eventually, weir};
 
@@ -16,9 +16,9 @@ async fn allow_lists_the_methods_of_each_route() {
         let mut expected: Vec<_> = allow.split(", ").collect();
         expected.sort_unstable();
         for reply in [weir.request("OPTIONS", path).await.expect(204), weir.request("PATCH", path).await] {
-            let mut given: Vec<_> = reply.header("allow").unwrap().split(", ").collect();
-            given.sort_unstable();
-            assert_eq!(given, expected, "{path}");
+            let mut allowed: Vec<_> = reply.header("allow").unwrap().split(", ").collect();
+            allowed.sort_unstable();
+            assert_eq!(allowed, expected, "{path}");
             if reply.status != 204 {
                 reply.expect_problem("method_not_allowed");
             }
@@ -63,7 +63,7 @@ async fn head_answers_headers_and_starts_nothing() {
         assert_eq!(head.header("cache-control"), Some("no-store"), "{path}");
         assert!(head.header("content-type").is_some());
     }
-    // Nothing came after the heads, and nothing was consumed.
+    // No body follows the heads, and the consumer was not created.
     client.get("/v1/consumers/n").await.expect_problem("not_found");
     client.send("HEAD", "/v1/events?chanel=a", &[], b"").await;
     client.head().await.expect(400);
@@ -100,17 +100,17 @@ async fn local_origins_are_allowed() {
         assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
         assert_eq!(reply.header("access-control-expose-headers"), Some("Retry-After, traceparent"));
         assert_eq!(reply.header("access-control-allow-credentials"), None);
-        let asked = weir
+        let preflight = weir
             .request("OPTIONS", "/v1/events")
             .header("origin", origin)
             .header("access-control-request-method", "POST");
-        let reply = asked.header("access-control-request-headers", "idempotency-key").await.expect(204);
+        let reply = preflight.header("access-control-request-headers", "idempotency-key").await.expect(204);
         assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
         assert!(reply.header("access-control-allow-methods").unwrap().contains("DELETE"));
         let headers = "Authorization, Content-Type, Last-Event-ID, Idempotency-Key, traceparent";
         assert_eq!(reply.header("access-control-allow-headers"), Some(headers));
         assert_eq!(reply.header("access-control-max-age"), Some("600"));
-        // Failures are for the page to read too.
+        // Pages may read errors, too.
         let reply = weir.request("GET", "/v1/events").header("origin", origin).await;
         assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
     }
@@ -173,7 +173,7 @@ async fn only_host_names_of_this_machine_are_accepted() {
     let mut client = weir.client().await;
     client.write("GET /health/live HTTP/1.1\r\n\r\n").await;
     client.response().await.expect_problem("invalid_request");
-    // HTTP/1.0 need not say.
+    // HTTP/1.0 requests need no host.
     client.write("GET /health/live HTTP/1.0\r\n\r\n").await;
     client.response().await.expect(200);
 }

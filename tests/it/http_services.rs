@@ -10,33 +10,33 @@ use weir::rpc::{
 
 use crate::support::{Weir, weir};
 
-/// A provider in this process: what it is asked comes out of `calls`.
+/// A provider in this process. Its calls are received from `calls`.
 struct Provider {
     connection: HubConnection,
-    calls: mpsc::UnboundedReceiver<Heard>,
+    calls: mpsc::UnboundedReceiver<ProviderMessage>,
 }
 
 #[derive(Debug)]
-enum Heard {
+enum ProviderMessage {
     Call { id: CallId, method: String, params: Option<String>, meta: Option<Value> },
     Cancelled(CallId),
 }
 
-struct Ear(mpsc::UnboundedSender<Heard>);
+struct ChannelPeer(mpsc::UnboundedSender<ProviderMessage>);
 
-impl Peer for Ear {
+impl Peer for ChannelPeer {
     fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
-        let heard = Heard::Call {
+        let call = ProviderMessage::Call {
             id: call.id.unwrap(),
             method: call.method.to_owned(),
             params: call.params.map(|params| params.get().to_owned()),
             meta: call.meta.map(|meta| serde_json::to_value(meta).unwrap()),
         };
-        if self.0.send(heard).is_ok() { WriteOutcome::Written } else { WriteOutcome::Gone }
+        if self.0.send(call).is_ok() { WriteOutcome::Written } else { WriteOutcome::Gone }
     }
 
     fn cancel(&self, id: CallId) {
-        let _ = self.0.send(Heard::Cancelled(id));
+        let _ = self.0.send(ProviderMessage::Cancelled(id));
     }
 
     fn answer(&self, _: &CallerId, _: CallAnswer<'_>) {}
@@ -46,7 +46,7 @@ impl Peer for Ear {
 
 fn provide(weir: &Weir, service: &str, concurrency: u32) -> Provider {
     let (tx, calls) = mpsc::unbounded_channel();
-    let connection = weir.node().hub.connect(Arc::new(Ear(tx)));
+    let connection = weir.node().hub.connect(Arc::new(ChannelPeer(tx)));
     drop(
         connection
             .provide(&ProvideRequest { meta: true, concurrency, ..ProvideRequest::new(service) })
@@ -61,12 +61,12 @@ fn provide(weir: &Weir, service: &str, concurrency: u32) -> Provider {
 impl Provider {
     async fn next(&mut self) -> (CallId, String, Option<String>, Option<Value>) {
         match self.calls.recv().await.unwrap() {
-            Heard::Call { id, method, params, meta } => (id, method, params, meta),
-            Heard::Cancelled(id) => panic!("{id:?} was cancelled"),
+            ProviderMessage::Call { id, method, params, meta } => (id, method, params, meta),
+            ProviderMessage::Cancelled(id) => panic!("{id:?} was cancelled"),
         }
     }
 
-    /// Answers every call as its method says: `error/CODE` with that error, anything else with its params.
+    /// Answers method `error:CODE` with that error and every other method with its params.
     async fn serve(mut self) {
         loop {
             let (id, method, params, _) = self.next().await;
@@ -200,7 +200,7 @@ async fn a_disconnected_caller_cancels_its_call() {
     let (called, ..) = provider.next().await;
     drop(client);
     match provider.calls.recv().await.unwrap() {
-        Heard::Cancelled(id) => assert_eq!(id, called),
+        ProviderMessage::Cancelled(id) => assert_eq!(id, called),
         other => panic!("{other:?}"),
     }
 }

@@ -1,4 +1,4 @@
-//! `weir import ganomede`, from one real Redis to another: the binary imports, and a weir answers ganomede's clients.
+//! `weir import ganomede` from one real Redis to another, read by ganomede's clients afterwards.
 
 use std::process::{Command, Stdio};
 
@@ -11,14 +11,14 @@ use crate::support::{
     weir_on,
 };
 
-/// So long before whenever the test runs that nothing is young, nor so old that it is not kept.
+/// The age of the first event, in ms: older than the import holds back, younger than the retention.
 const BEFORE: u64 = 2 * 3_600_000;
 
 fn now() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
 }
 
-/// The Redis of a ganomede-events, filled as the original fills it.
+/// The Redis of a ganomede-events service, in the format of the original.
 struct Source {
     server: RedisServer,
     connection: ::redis::Connection,
@@ -70,7 +70,7 @@ async fn import(from: &str, to: &str, args: &[&str]) -> Finished {
     finish(command(from, to, args)).await
 }
 
-/// A weir on that Redis that speaks to ganomede's clients.
+/// A node on that Redis with the adapter for ganomede.
 fn on(redis: &RedisServer) -> Starter {
     weir_on(&redis.url()).with(|config| {
         config.compat.enable = vec![Adapter::Ganomede];
@@ -84,7 +84,7 @@ async fn events_cursors_and_indices_are_imported() {
     let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);
     source.put_many("users/v1", 1..=40);
     source.set("indices:users/v1", 41);
-    // Ids that have no event: before, between, and of a channel that lost all.
+    // Ids without event: before the first, in between, and of a channel that has lost all events.
     source.put_many("a:b", [3, 4, 7].into_iter());
     source.set("indices:a:b", 7);
     source.set("indices:gone", 50);
@@ -99,10 +99,10 @@ async fn events_cursors_and_indices_are_imported() {
     source.set("last-fetched:y:gone", 50);
     source.set("last-fetched:y:nowhere", 5);
     source.set("indices:by-name", json!({"id": "by-name", "channel": "users/v1", "field": "data.name"}));
-    // What is somebody else's is left alone.
+    // Keys of other applications are ignored.
     source.set("other:keys", "text");
     ::redis::cmd("ZADD").arg("shop:keys").arg(1).arg("door").exec(&mut source.connection).unwrap();
-    // A user who may not write sees that nothing is written, and so does the digest of all data.
+    // A read-only user and the digest of all data show that the import does not write to its source.
     let rules = ["ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@read", "+@connection"];
     assert_eq!(source.server.cli(&rules).await, "OK");
     let before = source.digest().await;
@@ -110,16 +110,20 @@ async fn events_cursors_and_indices_are_imported() {
 
     let plan = import(&from, &target.url(), &["--dry-run"]).await.ok();
     assert_eq!(plan[0], json!({"channel": "a:b", "events": 3, "void": 4, "top": 7}));
-    assert_eq!(target.cli(&["KEYS", "weir:{a:b}*"]).await, "", "a plan writes nothing");
+    assert_eq!(target.cli(&["KEYS", "weir:{a:b}*"]).await, "", "a dry run writes nothing");
     let lines = import(&from, &target.url(), &[]).await.ok();
-    assert_eq!(lines[..4], plan, "it does what it said");
+    assert_eq!(lines[..4], plan, "the import does what the dry run listed");
     assert_eq!(lines[0], json!({"channel": "a:b", "events": 3, "void": 4, "top": 7}));
     assert_eq!(lines[1], json!({"channel": "gone", "events": 0, "void": 50, "top": 50}));
     assert_eq!(lines[2], json!({"channel": "odd", "events": 2, "void": 0, "top": 2}));
     assert_eq!(lines[3], json!({"channel": "users/v1", "events": 40, "void": 0, "top": 40}));
     assert_eq!(lines[4], json!({"cursors": 4, "indices": 1, "cursors_without_channel": 1}));
     let plan = import(&from, &target.url(), &["--dry-run"]).await.ok();
-    assert_eq!(plan[0], json!({"channel": "a:b", "events": 0, "void": 0, "top": 7}), "nothing is left to do");
+    assert_eq!(
+        plan[0],
+        json!({"channel": "a:b", "events": 0, "void": 0, "top": 7}),
+        "the second import has nothing to do"
+    );
     assert_eq!(source.digest().await, before);
 
     let weir = on(&target).await;
@@ -136,10 +140,10 @@ async fn events_cursors_and_indices_are_imported() {
     assert_eq!(get("events?clientId=ahead&channel=a:b").await, json!([]));
     assert_eq!(get("latest?channel=a:b&limit=2").await, json!(ab[1..]));
     assert_eq!(get("indices/by-name/n7").await["rows"], json!([all[6]]));
-    // A time that went back is as late as the one before it.
+    // A timestamp before that of the preceding event is raised to it.
     let odd = get("events?clientId=new&channel=odd").await;
     assert_eq!((&odd[1]["timestamp"], &odd[1]["data"]), (&json!(source.began), &json!(["ü", {"x": 1.50}])));
-    // Ids go on where they were.
+    // New events continue the ids.
     for (channel, id) in [("users/v1", 41), ("a:b", 8), ("gone", 51)] {
         let emit = json!({"secret": "s", "clientId": "c", "channel": channel, "from": "f", "type": "t"});
         assert_eq!(
@@ -152,22 +156,22 @@ async fn events_cursors_and_indices_are_imported() {
             id
         );
     }
-    // For everybody else what never was is an event without data, and what is before the first is gone.
+    // The native API reads missing ids as events without data, and ids before the first as a gap.
     let read = weir.get("/v1/events?channel=a:b&after=0").await.expect(200).json();
     let kinds: Vec<_> = read["events"].as_array().unwrap().iter().map(|event| &event["type"]).collect();
     assert_eq!(json!(kinds), json!(["add", "add", "weir.void", "weir.void", "add", "t"]));
     assert_eq!(read["gaps"][0]["missed"], 2, "{read}");
 
-    // Once more: it is an import of ours, though weir has gone on, and it goes on with what is new where nothing was added.
+    // A second import into channels to which weir has published since adds new events of the other channels.
     source.put_many("odd", [3].into_iter());
     let lines = import(&from, &target.url(), &[]).await.ok();
     assert_eq!(lines[2], json!({"channel": "odd", "events": 1, "void": 0, "top": 3}));
     assert_eq!(lines[3], json!({"channel": "users/v1", "events": 0, "void": 0, "top": 41}));
-    // A cursor is never moved back.
+    // A cursor is not moved back.
     get("events?clientId=mailer&channel=users/v1&after=40").await;
     import(&from, &target.url(), &[]).await.ok();
     assert_eq!(get("events?clientId=mailer&channel=users/v1").await[0]["id"], 41);
-    // But what both have added is two things under one id.
+    // Events that both sides have added under the same id are a conflict.
     source.put_many("users/v1", [41].into_iter());
     let twice = import(&from, &target.url(), &[]).await;
     twice.fails(3, "users/v1: weir has events of its own");
@@ -189,7 +193,7 @@ async fn an_import_continues_after_a_kill_at_any_point() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // A command that is through has nothing left to be killed in, and that is a point, too.
+        // An import that ends first is one of the points, too.
         while length(channel).await < point && child.try_wait().unwrap().is_none() {}
         child.kill().unwrap();
         child.wait().unwrap();
@@ -227,7 +231,7 @@ async fn an_import_that_would_lose_or_mix_events_is_rejected() {
     import("redis://127.0.0.1:1", &to, &[]).await.fails(4, "the source");
     import(&from, "redis://127.0.0.1:1", &[]).await.fails(4, "Redis cannot be reached");
 
-    // Rules that would let go of what is imported.
+    // Retention rules that would trim imported events.
     let dir = tempdir();
     for (keep, reason) in [
         ("count = 10", "of 30 events 10 would be kept"),
@@ -240,7 +244,7 @@ async fn an_import_that_would_lose_or_mix_events_is_rejected() {
         assert_eq!(target.cli(&["EXISTS", "weir:{a}:m", "weir:{b}:m"]).await, "0", "nothing was written");
     }
     std::fs::write(format!("{dir}/weir.toml"), "channels = [{ match = \"a\", keep = { count = 10 } }]").unwrap();
-    // What the imports before this one would have kept counts for a minute more.
+    // The stored retention of the earlier imports stays in effect for a minute.
     target.cli(&["DEL", "weir:{keep}"]).await;
     import(&from, &to, &["--config", &format!("{dir}/weir.toml"), "--allow-trim"]).await.ok();
     let few = Keep { count: 10, ..Keep::default() };
@@ -248,7 +252,7 @@ async fn an_import_that_would_lose_or_mix_events_is_rejected() {
     let kept = weir.get("/events/v1/events?clientId=x&channel=a&secret=s").await.expect(200).json();
     assert_eq!((kept.as_array().unwrap().len(), &kept[9]["id"]), (10, &json!(30)));
 
-    // Events of weir's own: not one channel is touched.
+    // If weir has events of its own in a channel, no channel is imported.
     let other = RedisServer::start(&[]).await;
     let second = on(&other).await;
     second.publish("b", "1").await;
@@ -275,14 +279,14 @@ async fn data_that_cannot_be_imported_is_named() {
         done.fails(1, reason);
     }
     assert_eq!(done.lines[0]["events"], 1);
-    // Run again, it is still an import of ours.
+    // A second run is accepted.
     import(&source.server.url(), &target.url(), &[]).await.fails(1, "event");
     let weir = on(&target).await;
     let seen = weir.get("/events/v1/events?clientId=x&channel=a&secret=s").await.expect(200).json();
     assert_eq!(seen, json!([{"id": 2, "timestamp": source.began, "type": "t", "from": "f"}]));
 }
 
-/// An event that another server is writing may be missing before one that is there.
+/// While ganomede runs, an event may still be missing that has a smaller id than one that exists.
 #[tokio::test]
 async fn recent_missing_events_are_left_for_a_second_run() {
     let (mut source, target) = (Source::start().await, RedisServer::start(&[]).await);

@@ -1,5 +1,6 @@
-//! jsonrpsee, the Rust client that forgives least: a response with an id it does not know or an extra member in `error` ends
-//! its connection. As caller and subscriber; it cannot provide, since it takes a hub's request for a notification.
+//! jsonrpsee, the strictest Rust client: a response with an unknown id or an extra member in `error` ends its
+//! connection. It is used as caller and subscriber. It cannot provide, because it treats a request of the hub as a
+//! notification.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -43,7 +44,7 @@ async fn calls_take_named_and_positional_params() {
     let client = connect(&weir).await;
     let echo: Value = client.request("weir/echo", object(json!({"n": 1}))).await.unwrap();
     assert_eq!(echo, json!({"n": 1}));
-    // `rpc_params!` makes arrays: one object in an array is that object to weir.
+    // `rpc_params!` creates arrays: weir takes an array of one object as that object.
     let placed: Value = client.request("weir.publish", array(json!({"channel": "a", "data": 1}))).await.unwrap();
     assert_eq!(placed["offset"], 1);
     let page: Value = client.request("weir.read", object(json!({"channels": ["a"], "consumer": "c"}))).await.unwrap();
@@ -59,7 +60,7 @@ async fn errors_keep_the_connection_open() {
     assert_eq!(code(client.request("nobody/home", ArrayParams::new()).await), -32020);
     assert_eq!(code(client.request("weir.nonsense", ArrayParams::new()).await), -32601);
     assert_eq!(code(client.request("weir.publish", array(json!(5))).await), -32602);
-    // Timed out here, at the deadline there: the reply nobody waits for is never sent.
+    // The client times out before the server. No late response is sent.
     let hurried = WsClientBuilder::default()
         .request_timeout(Duration::from_millis(50))
         .build(format!("ws://{}/v1/ws", weir.address))
@@ -95,7 +96,7 @@ async fn subscribe_to_method_receives_events() {
     let mut events: Subscription<Value> = client.subscribe_to_method("weir.event").await.unwrap();
     let answer: Value = client.request("weir.subscribe", object(json!({"channels": ["news"]}))).await.unwrap();
     assert_eq!(answer["channels"][0]["channel"], "news");
-    // From another connection, and from this one.
+    // From another connection and from the subscribed one.
     let other = connect(&weir).await;
     for n in 0..200 {
         let from = if n % 2 == 0 { &client } else { &other };

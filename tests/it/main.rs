@@ -1,4 +1,4 @@
-//! One binary for all integration tests: one link step.
+//! All integration tests are one binary, which is linked once.
 
 mod arrows;
 mod cli;

@@ -1,4 +1,4 @@
-//! Who is on a channel, as clients see it: leases of streams and sockets, lists, joins and leaves.
+//! Presence as clients see it: leases of streams and sockets, lists, joins and leaves.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -20,7 +20,7 @@ fn names(list: &Value) -> Vec<&str> {
     list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
 }
 
-/// What a reader makes of the events of `$presence/CHANNEL`.
+/// The members according to the events of `$presence/CHANNEL`.
 #[derive(Default)]
 pub struct Replay {
     pub members: BTreeMap<String, Value>,
@@ -119,7 +119,7 @@ async fn members_are_listed_and_announced() {
     until(&weir, "other", 0).await;
     eventually("nothing is left", async || weir.node().presence.counts() == (0, 0, 0)).await;
     assert_eq!(weir.metric("weir_presence_leases"), 0);
-    // A page that comes now can still begin where nothing is missed.
+    // The position of an empty list is a valid start for reading the log.
     let position = list(&weir, "chat").await["position"].as_str().unwrap().to_owned();
     assert_eq!(Replay::of(&weir, "chat", &position).await.list(), Vec::<&Value>::new());
 }
@@ -137,7 +137,7 @@ async fn connections_with_the_same_client_name_are_one_member() {
     drop(first);
     drop(other);
     until(&weir, "a", 1).await;
-    // What the last of them says is what counts, and is announced as another join.
+    // The info of the latest connection applies and is announced as another join.
     second.call("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "c", "info": [2] } })).await;
     let changed = async || list(&weir, "a").await["members"][0]["info"] == json!([2]);
     eventually("the member has the new info", changed).await;
@@ -145,10 +145,10 @@ async fn connections_with_the_same_client_name_are_one_member() {
     assert_eq!(now["members"][0]["since"], alone["members"][0]["since"]);
     let replay = Replay::of(&weir, "a", "earliest").await;
     assert_eq!(json!(replay.list()), now["members"]);
-    // Subscribing again without a word about it changes nothing.
+    // Another subscribe without `present` changes nothing.
     second.call("weir.subscribe", json!({ "channels": ["a"] })).await;
     assert_eq!(weir.node().presence.counts().0, 1);
-    // Another name in place of the first.
+    // Another name replaces the first.
     second.call("weir.subscribe", json!({ "channels": ["a"], "present": { "client": "e" } })).await;
     eventually("only the new name is a member", async || names(&list(&weir, "a").await) == ["e"]).await;
     drop(second);
@@ -164,14 +164,14 @@ async fn a_quick_reconnect_is_not_announced() {
         drop(held);
         held = EventStream::opened(weir.address, "channel=a&present=c").await;
     }
-    // And who only looked in was never there.
+    // Connections shorter than 250 ms are not announced.
     for _ in 0..20 {
         drop(EventStream::opened(weir.address, "channel=a&present=guest").await);
     }
     let marker = EventStream::opened(weir.address, "channel=a&present=z").await;
     until(&weir, "a", 2).await;
     let replay = Replay::of(&weir, "a", "earliest").await;
-    // On a machine that stands still for a quarter of a second more may be seen, but never another list.
+    // On a machine that stalls for 250 ms more joins may be announced, but the list is the same.
     assert_eq!(replay.members.keys().collect::<Vec<_>>(), ["c", "z"]);
     assert!(replay.joins < 20, "{} joins", replay.joins);
     drop((held, marker));
@@ -182,7 +182,7 @@ async fn ten_thousand_joins_and_leaves_are_announced_in_few_events() {
     let weir = weir().await;
     let mut watcher = weir.socket().await;
     watcher.call("weir.subscribe", json!({ "channels": ["$presence/hall"] })).await;
-    // Each would need a socket of its own: without, this measures weir and not the test.
+    // Leases without sockets: ten thousand sockets would measure the test and not weir.
     let presence = &weir.node().presence;
     let hall = weir::channel::Channel::parse("hall").unwrap();
     let leases: Vec<_> = (0..10_000)
@@ -197,7 +197,7 @@ async fn ten_thousand_joins_and_leaves_are_announced_in_few_events() {
         seen.take(&watcher.notification("weir.event").await);
     }
     assert!(seen.events < 100, "{} events", seen.events);
-    // Page by page.
+    // Pages cover the whole list.
     let (mut paged, mut page) = (Vec::new(), String::new());
     loop {
         let answer = weir.get(format!("/v1/presence?channel=hall&limit=999{page}")).await.expect(200).json();
@@ -224,7 +224,7 @@ async fn a_presence_list_equals_the_announcements_up_to_its_position() {
         let client = weir::presence::PresentClient::new(&format!("client-{n:03}"), None, 100).unwrap();
         weir.node().presence.enter(&hall, &client, "", "ws").unwrap()
     };
-    // More than one event takes.
+    // More members than one event holds.
     let mut leases: Vec<_> = (0..900).map(enter).collect();
     let mut lists = Vec::new();
     let mut left = 20;
@@ -232,7 +232,7 @@ async fn a_presence_list_equals_the_announcements_up_to_its_position() {
         let list = list(&weir, "hall").await;
         match list["count"].as_u64().unwrap() {
             900 => leases.clear(),
-            // What comes after the end is of a position too.
+            // Empty lists after the end have a position, too.
             0 if leases.is_empty() => left -= 1,
             _ => {}
         }
@@ -243,14 +243,14 @@ async fn a_presence_list_equals_the_announcements_up_to_its_position() {
     let (mut replay, mut last) = (Replay::default(), 0);
     for list in &lists {
         let (epoch, offset) = list["position"].as_str().unwrap().split_once('-').unwrap();
-        // Nothing was announced yet.
+        // Nothing has been announced yet.
         let offset = if epoch == "0" { 0 } else { offset.parse().unwrap() };
         assert!(offset >= last, "from {last} back to {offset}");
         last = offset;
         while let Some(event) = events.next_if(|event| event["offset"].as_u64().unwrap() <= offset) {
             replay.take(event);
         }
-        // The first page of it.
+        // The list is the first page.
         let members = list["members"].as_array().unwrap();
         assert_eq!(list["count"], replay.members.len(), "at {offset}");
         assert!(members.iter().eq(replay.list().into_iter().take(members.len())), "at {offset}");
@@ -285,7 +285,7 @@ async fn invalid_presence_requests_are_rejected() {
     let problem = weir.get(format!("/v1/sse?channel=a&present=c&info=%22{long}%22")).await.expect_problem("too_large");
     assert_eq!(problem["limit"], "limits.present_info");
     weir.post("/v1/events?channel=$presence/a", "1").await.expect_problem("forbidden");
-    // All of its channels or none.
+    // A rejected request joins none of its channels.
     let problem = weir.get("/v1/sse?channel=a&channel=b&channel=c&present=c").await.expect_problem("limit_reached");
     assert_eq!(problem["limit"], "limits.presences");
     let mut socket = weir.socket().await;
@@ -296,7 +296,7 @@ async fn invalid_presence_requests_are_rejected() {
     assert_eq!(weir.metric("weir_subscriptions{transport=\"ws\"}"), 0);
     socket.call_error("weir.subscribe", json!({ "channels": ["$services"], "present": { "client": "c" } })).await;
     socket.call_error("weir.presence", json!({ "channel": "a", "limit": 5000 })).await;
-    // HEAD opens nothing.
+    // HEAD starts no stream.
     weir.request("HEAD", "/v1/sse?channel=a&present=c").await.expect(200);
     assert_eq!(weir.node().presence.counts().0, 0);
 }

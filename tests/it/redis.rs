@@ -1,4 +1,4 @@
-//! weir on Redis: real servers, real faults.
+//! The Redis backend and clusters of nodes, on real servers with real failures.
 
 mod apps;
 mod bounds;

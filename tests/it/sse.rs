@@ -1,4 +1,4 @@
-//! Server-sent events, byte by byte over real sockets.
+//! Server-sent events, byte for byte over real sockets.
 
 use std::{
     collections::BTreeMap,
@@ -129,7 +129,7 @@ async fn an_invalid_position_is_a_gap_and_not_an_error_status() {
             json!({"channel": "a", "reason": "bad_position", "after": null, "next": next, "missed": null})
         );
     }
-    // Readable, but of no log that ever was.
+    // A well-formed position of a log that never existed.
     let mut client = weir.sse_after("channel=a", "zzzzzz-7").await;
     client.opening().await;
     assert_eq!(client.next().await.json()["reason"], "reset");
@@ -147,13 +147,13 @@ async fn trimmed_history_is_announced_as_a_gap() {
     let open = client.opening().await;
     let gap = client.next().await;
     let at = |offset| Position { offset, ..first }.to_string();
-    // Cut off between the two, it would come back with what it had, and hear of the gap then.
+    // The opening has the old position: a client that disconnects before the gap receives it after its reconnect.
     assert_eq!((open.id, gap.event.as_str(), &gap.id), (at(1), "weir.gap", &at(10)));
     assert_eq!(gap.json(), json!({"channel": "a", "reason": "trimmed", "after": at(1), "next": at(11), "missed": 9}));
     for n in 11..=20 {
         assert_eq!(client.next().await.json()["data"], n);
     }
-    // Whoever has had everything loses nothing when the log is deleted, and goes on with the next life.
+    // A reader that has received everything continues without a gap after the log is deleted.
     weir.bus().remove(&channel("a"), None).await.unwrap();
     let born = weir.append("a", "21").await;
     let block = client.next().await;
@@ -187,7 +187,7 @@ async fn filtered_events_advance_the_position() {
     let position = client.next().await;
     assert_eq!((position.event.as_str(), position.data.as_str()), ("weir.position", "{}"));
     assert_eq!(position.id, top.to_string());
-    // Said once.
+    // The position is sent once.
     let comments = client.comments;
     while client.comments < comments + 2 {
         assert!(client.fill().await);
@@ -219,7 +219,7 @@ async fn many_channels_resume_with_one_token() {
             weir.append(name, "0").await;
             *want.entry(name.clone()).or_default() += 1;
         }
-        // Breaks off anywhere; comes back with the last id that a browser would have.
+        // Disconnects at any point and resumes with the last id, as a browser does.
         for _ in 0..(fastrand::usize(1..150)) {
             if seen == want {
                 break;
@@ -228,7 +228,7 @@ async fn many_channels_resume_with_one_token() {
             assert_eq!(block.event, "");
             let event = block.json();
             let last = seen.entry(event["channel"].as_str().unwrap().to_owned()).or_default();
-            // At least once, in order, nothing left out.
+            // At least once, in order, without omissions.
             assert!(block.offset() <= *last + 1, "{} after {last}", block.offset());
             *last = block.offset().max(*last);
             id = block.id;
@@ -280,7 +280,7 @@ async fn ids_all_sends_an_exact_id_with_every_event() {
     }
     ids.dedup();
     assert_eq!(ids.len(), 100);
-    // Each is exact: nothing before it comes again, and nothing after it is missing.
+    // Each id is exact: no event before it is repeated, and none after it is missing.
     for at in [0, 1, 63, 64, 98, 99] {
         let mut client = weir.sse_after("channel=a&channel=b", &ids[at]).await;
         client.opening().await;
@@ -314,7 +314,7 @@ async fn long_tokens_are_rare_and_never_late() {
         n += 1;
     }
     ids.dedup();
-    // The opening's, and one a second at most.
+    // The token of the opening, and at most one per second.
     let most = 2 + start.elapsed().as_secs() as usize;
     assert!((2..=most).contains(&ids.len()), "{} tokens", ids.len());
     let position = loop {
@@ -323,14 +323,14 @@ async fn long_tokens_are_rare_and_never_late() {
             break block;
         }
     };
-    // It stands for everything that came.
+    // The token covers every event received.
     let mut again = weir.sse_after(&query, &position.id).await;
     again.opening().await;
     weir.append("channel-0", "2").await;
     assert_eq!(again.next().await.json()["data"], 2);
 }
 
-// === refusals ===
+// === errors ===
 
 #[tokio::test]
 async fn permanent_errors_are_an_http_status() {
@@ -365,7 +365,7 @@ async fn temporary_errors_are_a_retry_event() {
     assert_eq!(retry.event, "weir.retry");
     assert_eq!(retry.json(), json!({"code": "draining", "after_ms": open.retry.unwrap()}));
     assert_eq!(open.block().await, None);
-    assert!(open.ended, "the chunks have an end");
+    assert!(open.ended, "the last chunk was received");
     open.closed().await;
 
     let mut late = weir.sse("channel=a").await;

@@ -1,4 +1,4 @@
-//! What tests share: one file a noun. A test uses the real application, real sockets and real Redis servers.
+//! Shared parts of the tests, one file per noun. Tests use the real application, real sockets and real Redis servers.
 //!
 //! ```ignore
 //! let weir = weir().await;                                                // in this process, on a free port
@@ -16,7 +16,7 @@ pub mod event;
 pub mod eventually;
 pub mod http;
 pub mod process;
-// Servers and proxies offer what a deployment can do, whether or not a test uses it yet.
+// Servers and proxies have all operations of a deployment, used by a test or not.
 #[allow(dead_code)]
 pub mod proxy;
 #[allow(dead_code)]

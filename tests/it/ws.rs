@@ -1,4 +1,4 @@
-//! WebSocket: frames, JSON-RPC by the letter of its specification, and how connections end.
+//! WebSocket: frames, JSON-RPC by the letter of its specification, and the ends of connections.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ fn closed(weir: &Weir, reason: &str) -> i64 {
 
 // === the specification's own examples ===
 
-/// Provides what the examples of <https://www.jsonrpc.org/specification> call, as a service.
+/// Provides the methods of the examples of <https://www.jsonrpc.org/specification> as a service.
 async fn spec_provider(weir: &Weir) -> tokio::task::JoinHandle<()> {
     let mut provider = weir.socket().await;
     provider.provide("spec").await;
@@ -33,7 +33,7 @@ async fn spec_provider(weir: &Weir) -> tokio::task::JoinHandle<()> {
                 "subtract" => json!(params["minuend"].as_i64().unwrap() - params["subtrahend"].as_i64().unwrap()),
                 "sum" => json!(params.as_array().unwrap().iter().map(|n| n.as_i64().unwrap()).sum::<i64>()),
                 "get_data" => json!(["hello", 5]),
-                // Notifications, and whatever else.
+                // Notifications need no response.
                 _ => continue,
             };
             if request.get("id").is_some() {
@@ -43,7 +43,7 @@ async fn spec_provider(weir: &Weir) -> tokio::task::JoinHandle<()> {
     })
 }
 
-/// Sends and receives as the specification shows it. Of an error, its `message` and `data` are free.
+/// Sends a message and asserts its response. `message` and `data` of errors are not compared.
 async fn example(socket: &mut Socket, sent: &str, received: &str) {
     socket.send(sent).await;
     let strip = |value: &mut Value| {
@@ -53,18 +53,18 @@ async fn example(socket: &mut Socket, sent: &str, received: &str) {
         }
     };
     let mut got: Value = serde_json::from_str(&socket.text().await).unwrap();
-    let mut wanted: Value = serde_json::from_str(received).unwrap();
-    for value in [&mut got, &mut wanted] {
+    let mut expected: Value = serde_json::from_str(received).unwrap();
+    for value in [&mut got, &mut expected] {
         match value.as_array_mut() {
             Some(array) => {
                 array.iter_mut().for_each(strip);
-                // Answers of a batch come in any order.
+                // Responses of a batch may have any order.
                 array.sort_by_key(|answer| answer["id"].to_string());
             }
             None => strip(value),
         }
     }
-    assert_eq!(got, wanted, "{sent}");
+    assert_eq!(got, expected, "{sent}");
 }
 
 #[tokio::test]
@@ -163,7 +163,7 @@ async fn the_examples_of_the_specification() {
     provider.abort();
 }
 
-// === JSON-RPC, where clients are particular ===
+// === JSON-RPC details on which clients depend ===
 
 #[tokio::test]
 async fn ids_come_back_byte_for_byte() {
@@ -264,7 +264,7 @@ async fn reserved_and_unknown_names() {
         let error = socket.call_error(method, params.clone()).await;
         assert_eq!(error["code"], code, "{method} {params}: {error}");
     }
-    // `[ {…} ]` is `{…}`.
+    // Positional params of one object are that object.
     assert_eq!(socket.call("weir.publish", json!([{ "channel": "a", "data": 1 }])).await["offset"], 1);
 }
 
@@ -282,9 +282,9 @@ async fn invalid_json_is_answered_and_finally_closed() {
     let mut socket = weir.socket().await;
     for _ in 0..20 {
         socket.send("{").await;
-        let said = socket.next().await;
-        assert_eq!((&said["error"]["code"], &said["id"]), (&json!(-32700), &Value::Null));
-        assert!(said.as_object().unwrap().contains_key("id"));
+        let error = socket.next().await;
+        assert_eq!((&error["error"]["code"], &error["id"]), (&json!(-32700), &Value::Null));
+        assert!(error.as_object().unwrap().contains_key("id"));
     }
     socket.expect_nothing().await;
     socket.send("{").await;
@@ -304,7 +304,7 @@ async fn batches_have_one_response_and_a_size_limit() {
     let refused = socket.next().await;
     assert_eq!((&refused["error"]["code"], &refused["id"]), (&json!(-32600), &Value::Null));
     assert_eq!(refused["error"]["data"]["limit"], "limits.batch");
-    // What waits holds up its batch and nothing else.
+    // A call in progress delays its batch and nothing else.
     let mut provider = weir.socket().await;
     provider.provide("slow").await;
     socket.send(format!(r#"[{},{{"jsonrpc":"2.0","id":2,"method":"slow/x"}},{{"jsonrpc":"2.0","id":3,"method":"weir.publish","params":{{"channel":"a"}}}}]"#, one(1))).await;
@@ -327,7 +327,7 @@ async fn binary_and_fragmented_messages_are_read_and_text_is_written() {
     let answer = r#"{"jsonrpc":"2.0","id":1,"result":["é"]}"#;
     socket.send_frame(Message::binary(text.as_bytes().to_vec())).await;
     assert_eq!(socket.text().await, answer);
-    // Cut inside of the é.
+    // The split is within the bytes of é.
     let (first, last) = text.as_bytes().split_at(text.find('é').unwrap() + 1);
     socket.send_frame(Message::Frame(Frame::message(first.to_vec(), OpCode::Data(Data::Text), false))).await;
     socket.send_frame(Message::Ping(b"between".to_vec().into())).await;
@@ -347,7 +347,7 @@ async fn an_oversized_frame_is_closed() {
     assert_eq!(limit, (1 << 20) + (64 << 10));
     socket.send_frame(Message::text("x".repeat(limit + 1))).await;
     assert_eq!(socket.closed().await, (1009, "too_large".into()));
-    // What fits a frame may not fit an event.
+    // A message within the frame limit may exceed the event limit.
     let mut socket = weir.socket().await;
     let error = socket.call_error("weir.publish", json!({ "channel": "a", "data": "x".repeat(1_000_001) })).await;
     assert_eq!((&error["code"], &error["data"]["limit"]), (&json!(-32005), &json!("limits.event")));
@@ -449,17 +449,17 @@ async fn frames_sent_with_the_handshake_are_read() {
     );
 }
 
-// === how connections end ===
+// === ends of connections ===
 
 #[tokio::test]
 async fn dead_peers_are_evicted() {
     let weir = weir().with(|config| config.ws.ping = Duration::from_millis(500)).await;
-    // Reads, and never answers a ping.
+    // This client reads and does not answer pings.
     let mut tcp = weir.socket().await.tcp();
     let mut end = Vec::new();
     in_time(tcp.read_to_end(&mut end)).await.ok();
     assert_eq!(end, [&[0x89, 0, 0x88, 11, 0x0f, 0xa0][..], b"dead_peer"].concat());
-    // A client that answers stays.
+    // A client that answers pings stays connected.
     let mut socket = weir.socket().await;
     let alive = tokio::time::timeout(Duration::from_secs(3), socket.text()).await;
     assert!(alive.is_err(), "{alive:?}");
@@ -480,7 +480,7 @@ async fn a_socket_that_does_not_read_is_closed_as_slow() {
         weir.publish("big", &data).await;
     }
     eventually("closed as slow", async || weir.metric("weir_subscriptions{transport=\"ws\"}") == 0).await;
-    // It wakes up, and learns why.
+    // The client reads again and receives the reason.
     let mut end = Vec::new();
     in_time(tcp.read_to_end(&mut end)).await.ok();
     assert!(
@@ -502,7 +502,7 @@ async fn a_client_that_floods_and_does_not_read_is_closed() {
     frame.extend_from_slice(&(text.len() as u16).to_be_bytes());
     frame.extend_from_slice(&[0; 4]);
     frame.extend_from_slice(text.as_bytes());
-    // The server stops reading: the writes block, or fail when it has closed.
+    // The server stops reading, so that writes block, and fail after the close.
     let flood = tokio::spawn(async move { while write.write_all(&frame).await.is_ok() {} });
     eventually("closed as slow", async || closed(&weir, "slow") == 1).await;
     let mut end = Vec::new();
@@ -522,7 +522,7 @@ async fn a_drain_lets_calls_finish_and_spreads_the_rest() {
         .await;
     let mut provider = weir.socket().await;
     provider.provide("s").await;
-    // Knows nothing of weir's methods.
+    // A client that uses no method of weir.
     let mut caller = weir.socket().await;
     caller.send(r#"{"jsonrpc":"2.0","id":1,"method":"s/m"}"#).await;
     let request = provider.next_request().await;
@@ -535,9 +535,9 @@ async fn a_drain_lets_calls_finish_and_spreads_the_rest() {
     assert!((1_000..=10_000).contains(&drain["deadline_ms"].as_u64().unwrap()), "{drain}");
     let end = in_time(idle.closed()).await;
     assert_eq!(end, (1012, "draining".into()));
-    provider.reply(&request, json!("late but here")).await;
-    // Not a drain notice before it: the caller would not know what it is.
-    assert_eq!(caller.next().await["result"], "late but here");
+    provider.reply(&request, json!("late")).await;
+    // A client that uses no method of weir receives no drain notification.
+    assert_eq!(caller.next().await["result"], "late");
     assert_eq!(provider.closed().await, (1012, "draining".into()));
     assert_eq!(caller.closed().await, (1012, "draining".into()));
     in_time(weir.stopped()).await;
@@ -559,7 +559,7 @@ async fn the_drain_grace_period_ends_unfinished_calls() {
     weir.shut_down();
     assert_eq!(provider.closed().await, (1012, "draining".into()));
     let answer = caller.next().await;
-    // Whichever of the two is cut off first.
+    // The code depends on which of the two is closed first.
     let code = answer["error"]["data"]["code"].as_str();
     assert!(matches!(code, Some("provider_gone" | "draining")), "{answer}");
     assert_eq!(answer["error"]["data"]["executed"], "maybe");
@@ -584,7 +584,7 @@ async fn ten_thousand_abrupt_disconnects_leave_nothing() {
                 4 => return drop(socket.tcp().write_all(&[0x81, 0xfe, 0xff]).await),
                 _ => {}
             }
-            // With a reset, or without a word.
+            // With a reset or a normal close of TCP.
             if n % 2 == 0 {
                 drop(socket.tcp().set_zero_linger());
             }

@@ -1,4 +1,4 @@
-//! Events over WebSocket: publish, subscribe, read, and what comes before what.
+//! Events over WebSocket: publish, subscribe, read, and the order of messages.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ async fn publish_accepts_all_its_forms() {
         .call("weir.publish", json!({ "events": [{ "channel": "a", "data": 4 }, { "channel": "b", "data": 1 }] }))
         .await;
     assert_eq!((&many[0]["offset"], &many[1]["channel"]), (&json!(4), &json!("b")));
-    // Checked whole, before anything is placed.
+    // The whole batch is validated before any event is published.
     let refused = socket.call_error("weir.publish", json!({ "events": [{ "channel": "a" }, { "channel": "" }] })).await;
     assert_eq!(refused["code"], -32602);
     socket.call_error("weir.publish", json!({ "events": [] })).await;
@@ -55,7 +55,7 @@ async fn publishes_are_appended_in_the_order_received() {
     let weir = weir().await;
     let mut socket = weir.socket().await;
     for n in 0..1_000 {
-        // Requests, notifications and batches alike.
+        // Requests, notifications and batches keep one order.
         let publish = format!(r#""method":"weir.publish","params":{{"channel":"a","data":{n}}}"#);
         socket
             .feed(match n % 3 {
@@ -65,7 +65,7 @@ async fn publishes_are_appended_in_the_order_received() {
             })
             .await;
         if n % 100 == 99 {
-            // Within limits.calls.
+            // Stays within limits.calls.
             socket.flush().await;
             socket.next_where(|message| message["id"] == n / 3 * 3).await;
         }
@@ -85,8 +85,8 @@ async fn subscribe_starts_replaces_and_ends_subscriptions() {
     }
     let third = weir.publish("orders", "1").await;
     let mut socket = weir.socket().await;
-    let asked = json!({ "channels": ["chat", { "channel": "orders", "after": "earliest", "type": ["created"] }, { "channel": "log", "last": 2 }] });
-    let begun = socket.call("weir.subscribe", asked).await;
+    let params = json!({ "channels": ["chat", { "channel": "orders", "after": "earliest", "type": ["created"] }, { "channel": "log", "last": 2 }] });
+    let begun = socket.call("weir.subscribe", params).await;
     let channels: Vec<&str> =
         begun["channels"].as_array().unwrap().iter().map(|at| at["channel"].as_str().unwrap()).collect();
     assert_eq!(channels, ["chat", "orders", "log"]);
@@ -104,7 +104,7 @@ async fn subscribe_starts_replaces_and_ends_subscriptions() {
     assert_eq!(socket.notification("weir.event").await["data"]["text"], "hi");
     assert_eq!(weir.metric("weir_subscriptions{transport=\"ws\"}"), 3);
 
-    // Again: the filter is replaced, the position only if one is given.
+    // Another subscribe replaces the filter, and the position only if one is given.
     let begun = socket.call("weir.subscribe", json!({ "channels": ["orders"] })).await;
     assert!(begun["channels"][0]["position"].as_str().unwrap().ends_with("-3"), "{begun}");
     socket.expect_nothing().await;
@@ -149,7 +149,7 @@ async fn the_answer_comes_before_the_first_event() {
     for n in 0..50 {
         assert_eq!(socket.next().await["params"]["data"], n);
     }
-    // Even if it is part of a batch that takes long.
+    // The same holds for a batch with a slow call.
     let mut provider = weir.socket().await;
     provider.provide("slow").await;
     let mut socket = weir.socket().await;
@@ -162,7 +162,7 @@ async fn the_answer_comes_before_the_first_event() {
     for n in 0..=50 {
         assert_eq!(socket.next().await["params"]["data"], n);
     }
-    // What waits for its batch can be ended, too.
+    // A subscription that waits for its batch can be ended.
     socket
         .send(format!(r#"[{},{{"jsonrpc":"2.0","id":2,"method":"slow/m"}}]"#, subscribe.replace("\"a\"", "\"b\"")))
         .await;
@@ -190,7 +190,7 @@ async fn resuming_with_a_position_a_token_and_a_gap() {
     for _ in 12..=20 {
         socket.notification("weir.event").await;
     }
-    // No second telling: the gap was in the answer.
+    // The gap in the response is not sent again.
     socket.expect_nothing().await;
     assert_eq!(weir.metric("weir_gaps_total{reason=\"trimmed\"}"), 1);
 
@@ -221,7 +221,7 @@ async fn a_reader_that_falls_behind_receives_a_gap() {
     for _ in 0..300 {
         weir.publish("a", &data).await;
     }
-    // Every event once and in order, or a gap that accounts for those between.
+    // Every event once and in order, or a gap with the number of missed events.
     let (mut next, mut gaps) = (1, 0);
     while next <= 300 {
         let message = socket.next().await;
@@ -300,11 +300,11 @@ async fn a_waiting_read_does_not_block_the_socket() {
     let weir = weir().await;
     let mut socket = weir.socket().await;
     socket.send_json(json!({ "jsonrpc": "2.0", "id": "w", "method": "weir.read", "params": { "channels": ["a"], "wait": "20s" } })).await;
-    // A publish behind it is placed at once, and ends it.
+    // A publish behind the read is executed at once and ends the wait.
     socket.call("weir.publish", json!({ "channel": "a", "data": 7 })).await;
     let page = socket.next_where(|message| message["id"] == "w").await;
     assert_eq!(page["result"]["events"][0]["data"], 7);
-    // What was published before is seen, without waiting for the answer.
+    // A read sees earlier publishes whose response is still pending.
     socket.feed(r#"{"jsonrpc":"2.0","method":"weir.publish","params":{"channel":"b","data":8}}"#).await;
     socket.feed(r#"{"jsonrpc":"2.0","id":"r","method":"weir.read","params":{"channels":["b"],"wait":"20s"}}"#).await;
     socket.flush().await;
@@ -313,7 +313,7 @@ async fn a_waiting_read_does_not_block_the_socket() {
     assert_eq!(empty["events"], json!([]));
     assert_eq!(socket.call_error("weir.read", json!({ "channels": ["c"], "wait": "56s" })).await["code"], -32602);
 
-    // While draining, who waits gets an empty page.
+    // A drain ends waiting reads with an empty page.
     socket.send_json(json!({ "jsonrpc": "2.0", "id": "d", "method": "weir.read", "params": { "channels": ["z"], "wait": "20s" } })).await;
     socket.call("weir.ping", json!({})).await;
     weir.shut_down();
@@ -387,9 +387,9 @@ async fn pages_are_produced_at_the_pace_of_the_reader() {
 async fn subscription_limits_apply_in_the_order_of_requests() {
     let weir = weir().with(|config| config.limits.subscriptions = 2).await;
     let mut socket = weir.socket().await;
-    let asked =
+    let requests =
         [("subscribe", ["a", "b"]), ("unsubscribe", ["a", "x"]), ("subscribe", ["b", "c"]), ("subscribe", ["c", "d"])];
-    for (method, channels) in asked {
+    for (method, channels) in requests {
         let method = format!("weir.{method}");
         socket
             .feed(

@@ -1,4 +1,4 @@
-//! Calls between sockets: what providers and callers see of each other, and of each other's end.
+//! Calls between sockets: messages of providers and callers, and the effects of their disconnects.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Socket, Weir, eventually, in_time, socket::members, weir};
 
-/// A weir with a provider of service `s`, and a caller.
+/// A node, a provider of service `s` and a caller.
 async fn pair() -> (Weir, Socket, Socket) {
     let weir = weir().await;
     let mut provider = weir.socket().await;
@@ -28,12 +28,12 @@ async fn a_forwarded_request_has_four_members_and_a_hub_id() {
     assert_eq!(members(&request), ["id", "jsonrpc", "method", "params"]);
     assert!(request["id"].as_str().unwrap().starts_with("w:"), "{text}");
     assert_eq!(request["method"], "m");
-    // Payloads pass through as bytes.
+    // Payloads are forwarded byte for byte.
     assert!(text.contains(r#""params":{"a": [1,  2]}"#), "{text}");
     provider.send(format!(r#"{{"jsonrpc":"2.0","result":{{"b": null }},"id":{}}}"#, request["id"])).await;
     assert_eq!(caller.text().await, r#"{"jsonrpc":"2.0","id":1,"result":{"b": null }}"#);
 
-    // Without params there are none, and null counts as none.
+    // Missing params stay missing, and null counts as missing.
     for sent in
         [r#"{"jsonrpc":"2.0","id":2,"method":"s/m"}"#, r#"{"jsonrpc":"2.0","id":2,"method":"s/m","params":null}"#]
     {
@@ -59,7 +59,7 @@ async fn meta_is_sent_beside_params_if_requested() {
     assert_eq!(meta["caller"], "");
     assert!((4_000..=5_000).contains(&meta["deadline_ms"].as_u64().unwrap()), "{meta}");
     assert!(meta["fence"].is_u64(), "{meta}");
-    // Cancelled calls are told to it, in either language, and answered once.
+    // The provider is notified of cancelled calls by either method, and the caller receives one response.
     for (id, cancel) in [(1, "weir.cancel"), (2, "$/cancelRequest")] {
         if id == 2 {
             caller.send(call(2, "s/m")).await;
@@ -90,7 +90,7 @@ async fn a_provider_error_is_forwarded_as_three_members() {
         provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"error":{error}}}"#, request["id"])).await;
         assert_eq!(caller.text().await, format!(r#"{{"jsonrpc":"2.0","id":1,"error":{seen}}}"#));
     }
-    // What cannot be passed on.
+    // Errors that cannot be forwarded.
     for error in ["7", "{}", r#"{"code":"x","message":"y"}"#, "null"] {
         caller.send(call(2, "s/m")).await;
         let request = provider.next_request().await;
@@ -99,7 +99,7 @@ async fn a_provider_error_is_forwarded_as_three_members() {
         assert_eq!(answer["error"]["data"]["code"], "bad_reply", "{error}: {answer}");
         assert_eq!(answer["error"]["data"]["executed"], "maybe");
     }
-    // Both, one of them null: as some libraries do.
+    // Some libraries send both members, one of them null.
     caller.send(call(3, "s/m")).await;
     let request = provider.next_request().await;
     provider.send(format!(r#"{{"jsonrpc":"2.0","id":{},"result":5,"error":null}}"#, request["id"])).await;
@@ -119,7 +119,7 @@ async fn equal_ids_of_two_callers_are_kept_apart() {
     provider.reply(&first, json!("one")).await;
     assert_eq!(one.next().await["result"], "one");
     assert_eq!(other.next().await["result"], "other");
-    // A reply to the other's call, from somebody who was not asked, is nobody's.
+    // A reply from a connection that did not receive the call is ignored.
     one.send(call(2, "s/one")).await;
     let request = provider.next_request().await;
     other.reply(&request, json!("forged")).await;
@@ -134,7 +134,7 @@ async fn calls_are_written_in_order_with_a_thousand_in_flight() {
     for id in 0..1_000 {
         caller.feed(call(id, "s/m")).await;
         if id % 100 == 0 {
-            // Notifications keep their place among them.
+            // Notifications keep their order among the calls.
             caller.feed(format!(r#"{{"jsonrpc":"2.0","method":"s/n","params":[{id}]}}"#)).await;
         }
     }
@@ -149,13 +149,13 @@ async fn calls_are_written_in_order_with_a_thousand_in_flight() {
         }
         requests.push(request);
     }
-    // One more is too much, and the socket is read on.
+    // One more call exceeds the limit, and the socket is still read.
     caller.send(call(1_000, "s/m")).await;
     let refused = caller.next().await;
     assert_eq!((&refused["id"], &refused["error"]["code"]), (&json!(1_000), &json!(-32007)));
     caller.send(r#"{"jsonrpc":"2.0","id":"p","method":"weir.ping"}"#).await;
     assert_eq!(caller.next().await["id"], "p");
-    // Answers in any order.
+    // Replies may have any order.
     for request in requests.iter().rev() {
         provider.reply(request, request["params"].clone()).await;
     }
@@ -271,7 +271,7 @@ async fn a_call_waits_for_a_provider_to_reconnect() {
     caller.send(call(2, "s/m")).await;
     let mut again = weir.socket().await;
     again.send_json(json!({ "jsonrpc": "2.0", "id": 1, "method": "weir.provide", "params": { "service": "s" } })).await;
-    // The answer first, then what waited, in its order.
+    // The response comes first, then the waiting calls in their order.
     assert_eq!(again.next().await["result"]["providers"], 1);
     for id in [1, 2] {
         let request = again.next().await;
@@ -279,11 +279,11 @@ async fn a_call_waits_for_a_provider_to_reconnect() {
         again.reply(&request, json!(id)).await;
         assert_eq!(caller.next().await["result"], id);
     }
-    // One that never had a provider is not waited for, unless asked.
+    // A call to a service that never had a provider waits only if requested.
     let refused = caller.call_error("never/m", json!([])).await;
     assert_eq!(refused["code"], -32020);
-    let asked = json!({ "service": "new", "method": "m", "wait": "10s" });
-    caller.send_json(json!({ "jsonrpc": "2.0", "id": 3, "method": "weir.call", "params": asked })).await;
+    let params = json!({ "service": "new", "method": "m", "wait": "10s" });
+    caller.send_json(json!({ "jsonrpc": "2.0", "id": 3, "method": "weir.call", "params": params })).await;
     again.call("weir.provide", json!({ "service": "new", "names": "full" })).await;
     let request = again.next_request().await;
     assert_eq!(request["method"], "new/m");
@@ -347,7 +347,7 @@ async fn calls_to_a_stalled_provider_are_rejected() {
         refused += 1;
     }
     assert!(refused > 0);
-    // What was taken is written, and answered, all the same.
+    // Accepted calls are delivered and answered.
     for _ in 0..400 - refused {
         let request = stuck.next_request().await;
         stuck.reply(&request, json!(1)).await;
@@ -392,7 +392,7 @@ async fn notifications_reach_at_most_one_provider() {
     provider.expect_nothing().await;
 }
 
-// === the same over one request ===
+// === JSON-RPC over HTTP ===
 
 #[tokio::test]
 async fn json_rpc_requests_over_http() {
@@ -431,7 +431,7 @@ async fn json_rpc_requests_over_http() {
     assert_eq!(read["result"]["events"].as_array().unwrap().len(), 2);
     answers.abort();
     let _ = answers.await;
-    eventually("all is given back", async || weir.node().hub.counts().connections == 0).await;
+    eventually("no connection of the hub is left", async || weir.node().hub.counts().connections == 0).await;
 }
 
 #[tokio::test]
@@ -456,7 +456,7 @@ async fn a_late_reply_over_http_is_dropped() {
     );
     let provide = async {
         let (late, other) = (provider.next_request().await, provider.next_request().await);
-        eventually("one is overdue", async || weir.node().hub.counts().late == 1).await;
+        eventually("one call is late", async || weir.node().hub.counts().late == 1).await;
         provider.reply(&late, json!("late")).await;
         provider.expect_nothing().await;
         provider.reply(&other, json!("other")).await;

@@ -1,4 +1,4 @@
-//! `[[compat.sse.routes]]`: the endpoints of @fanoutio/eventstream from configuration alone.
+//! `[[compat.sse.routes]]`: endpoints for clients of @fanoutio/eventstream.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ async fn a_configured_route_is_a_stream() {
     let mut stream = TextStream::open(weir.address, "/api/events/a%20b/").await;
     assert_eq!(stream.head.header("content-type"), Some("text/event-stream"));
     assert_eq!(stream.head.header("transfer-encoding"), Some("chunked"));
-    // Subscribed before the head was sent.
+    // The subscription starts before the head is sent.
     publish(&weir, "a%20b", "&type=created", r#"{"id":[1, "x"]}"#).await;
     publish(&weir, "a%20b", "", r#""text""#).await;
     stream.expect(OPEN).await;
@@ -51,7 +51,7 @@ async fn channel_names_take_parameters_from_path_and_query() {
     stream.expect("data: 1\n\n").await;
     publish(&weir, "user-jo%20e", "", "2").await;
     stream.expect("data: 2\n\n").await;
-    assert_eq!(weir.bus().topics().readers(), 2, "an empty name is none");
+    assert_eq!(weir.bus().topics().readers(), 2, "an empty name is ignored");
     weir.shut_down();
     let end = stream.rest().await;
     assert!(end.starts_with("retry: ") && end.ends_with('\n') && !end.ends_with("\n\n"), "{end:?}");
@@ -90,8 +90,8 @@ async fn cors_of_routes_follows_the_allowed_origins() {
         let reply = weir.request("HEAD", "/api/events/a").header("origin", origin).await.expect(200);
         assert_eq!(reply.header("access-control-allow-origin"), allowed.then_some(origin));
         assert_eq!(reply.header("vary"), Some("Origin"));
-        let asked = weir.request("OPTIONS", "/api/events/a").header("origin", origin);
-        let asked = asked.header("access-control-request-method", "GET").await.expect(204);
-        assert_eq!(asked.header("access-control-allow-methods"), allowed.then_some("GET, HEAD, OPTIONS"));
+        let preflight = weir.request("OPTIONS", "/api/events/a").header("origin", origin);
+        let preflight = preflight.header("access-control-request-method", "GET").await.expect(204);
+        assert_eq!(preflight.header("access-control-allow-methods"), allowed.then_some("GET, HEAD, OPTIONS"));
     }
 }

@@ -15,8 +15,8 @@ fn ganomede() -> Starter {
     })
 }
 
-/// With polls that do not wait.
-fn hasty() -> Starter {
+/// A node whose polls return at once.
+fn without_waiting() -> Starter {
     ganomede().with(|config| config.compat.ganomede.poll_timeout = Duration::ZERO)
 }
 
@@ -51,7 +51,7 @@ async fn an_emitted_event_is_polled() {
     assert_eq!(posted.text(), event);
     let polled = weir.get(path("clientId=c&channel=users%2Fv1")).await.expect(200);
     assert_eq!(polled.text(), format!("[{event}]"));
-    // A channel and a type are two things, whatever the README says.
+    // A channel name with a colon is not split into a channel and a type, unlike the README of the original says.
     assert_eq!(emit(&weir, "users/v1:add", "t", json!({})).await.json()["id"], 1);
     let native = weir.get("/v1/events?channel=users/v1").await.expect(200).json();
     assert_eq!(native["events"][0]["data"], json!({"b": 1, "a": [2]}));
@@ -111,20 +111,20 @@ async fn content_md5_is_verified() {
 
 #[tokio::test]
 async fn a_missing_or_wrong_secret_is_rejected() {
-    let weir = hasty().await;
+    let weir = without_waiting().await;
     for query in ["", "?secret=", "?secret=wrong", "?secret=s3cret&secret=s3cret", "?secret[]=s3cret"] {
         for (method, path) in [("GET", "/events/v1/latest"), ("POST", "/events/v1/events"), ("GET", "/latest")] {
             let reply = weir.request(method, format!("{path}{query}")).await.expect(401);
             assert_eq!(reply.text(), r#"{"code":"InvalidCredentialsError","message":""}"#);
         }
     }
-    // The client would be back at once.
+    // A rejected poll is delayed, because the client retries at once.
     let before = Instant::now();
     weir.get("/events/v1/events?clientId=c&channel=a").await.expect(401);
     assert!(before.elapsed() >= Duration::from_millis(250));
     let array = r#"{"secret":["s3cret"],"clientId":"c","channel":"a","from":"f","type":"t"}"#;
     json_post(&weir, "/events/v1/events", array).await.expect(401);
-    // Whoever knows it is told what else is wrong.
+    // With the secret in the query the response names the next error.
     let both = r#"{"secret":"wrong"}"#;
     json_post(&weir, "/events/v1/events?secret=s3cret", both).await.expect(400);
 }
@@ -160,19 +160,19 @@ async fn unknown_paths_and_methods_are_rejected_as_by_the_original() {
         let all = ["hostname", "type", "version", "description", "startDate"].map(|name| (name, true));
         assert_eq!(names, all);
     }
-    // weir's own go on.
+    // The native routes are still served.
     weir.get("/v1/events?channel=a").await.expect(200);
     weir.get("/nope").await.expect_problem("not_found");
 }
 
 #[tokio::test]
 async fn positions_of_clients_are_consumers() {
-    let weir = hasty().await;
+    let weir = without_waiting().await;
     for n in 1..=5 {
         emit(&weir, "a", "t", json!({"n": n})).await.expect(200);
     }
     assert_eq!(ids(&weir, "clientId=c/1&channel=a").await, [1, 2, 3, 4, 5]);
-    // Reading moves nothing; only what the client says does, and back as well.
+    // Reading does not move the position. Only `after` does, also backwards.
     assert_eq!(ids(&weir, "clientId=c/1&channel=a&limit=2").await, [1, 2]);
     assert_eq!(ids(&weir, "clientId=c/1&channel=a&after=3").await, [4, 5]);
     assert_eq!(ids(&weir, "clientId=c/1&channel=a").await, [4, 5]);
@@ -210,19 +210,19 @@ async fn a_poll_waits_until_an_event_is_published() {
         connection.send("GET", &path(&format!("clientId=c{client}&channel=a&after=0")), &[], b"").await;
         held.push(connection);
     }
-    eventually("ten wait", async || readers(&weir) == 10).await;
-    // Every one of them hears of it, not every second.
+    eventually("ten polls wait", async || readers(&weir) == 10).await;
+    // The event wakes every poll.
     emit(&weir, "a", "t", json!({})).await.expect(200);
     for connection in &mut held {
         assert_eq!(connection.response().await.expect(200).json()[0]["id"], 1);
     }
-    // They say what they have: that is the acknowledgement.
+    // The next `after` acknowledges the event.
     for (client, connection) in held.iter_mut().enumerate() {
         connection.send("GET", &path(&format!("clientId=c{client}&channel=a&after=1")), &[], b"").await;
     }
-    eventually("ten wait again", async || readers(&weir) == 10).await;
+    eventually("ten polls wait again", async || readers(&weir) == 10).await;
     held.truncate(5);
-    eventually("those who left are forgotten", async || readers(&weir) == 5).await;
+    eventually("disconnected polls are released", async || readers(&weir) == 5).await;
     weir.shut_down();
     for connection in &mut held {
         assert_eq!(connection.response().await.expect(200).text(), "[]");
@@ -249,20 +249,20 @@ async fn a_position_ahead_of_the_log_restarts_the_client_at_its_beginning() {
     let weir = ganomede().await;
     emit(&weir, "a", "t", json!({})).await.expect(200);
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=0").await, [1]);
-    // As in the original: what comes wakes it, and lies behind it.
+    // As in the original, the event ends the poll and is not returned, because its id is not after 7.
     let mut ahead = weir.client().await;
     ahead.send("GET", &path("clientId=c&channel=a&after=7"), &[], b"").await;
-    eventually("it waits", async || readers(&weir) == 1).await;
+    eventually("the poll waits", async || readers(&weir) == 1).await;
     emit(&weir, "a", "t", json!({})).await.expect(200);
     assert_eq!(ahead.response().await.expect(200).text(), "[]");
-    // It insists: it comes from another life of the channel, where it had seen seven.
+    // If the client repeats the position, it belongs to an earlier log of the channel.
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=7").await, [1, 2]);
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=1").await, [2]);
 }
 
 #[tokio::test]
 async fn a_recreated_channel_is_read_from_its_beginning() {
-    let weir = hasty().await;
+    let weir = without_waiting().await;
     for _ in 0..3 {
         emit(&weir, "a", "t", json!({})).await.expect(200);
     }
@@ -272,10 +272,10 @@ async fn a_recreated_channel_is_read_from_its_beginning() {
     for _ in 0..4 {
         emit(&weir, "a", "t", json!({})).await.expect(200);
     }
-    // By its own count only the fourth would be new.
+    // By the id alone only the fourth event would be new.
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=3").await, [1, 2, 3, 4]);
     assert_eq!(ids(&weir, "clientId=c&channel=a&after=3").await, [4]);
-    // And who resumes where the server knows it to be.
+    // A client that resumes at the stored position reads from the beginning as well.
     assert_eq!(ids(&weir, "clientId=d&channel=a&after=4").await, [0; 0]);
     weir.delete("/v1/events?channel=a").await.expect(204);
     emit(&weir, "a", "t", json!({})).await.expect(200);
@@ -287,11 +287,11 @@ async fn a_poll_on_an_absent_channel_receives_its_first_event() {
     let weir = ganomede().await;
     let mut first = weir.client().await;
     first.send("GET", &path("clientId=c&channel=new&after=0"), &[], b"").await;
-    eventually("it waits", async || readers(&weir) == 1).await;
+    eventually("the poll waits", async || readers(&weir) == 1).await;
     emit(&weir, "new", "t", json!({})).await.expect(200);
     assert_eq!(first.response().await.expect(200).json()[0]["id"], 1);
     first.send("GET", &path("clientId=c&channel=new&after=1"), &[], b"").await;
-    eventually("it waits again", async || readers(&weir) == 1).await;
+    eventually("the poll waits again", async || readers(&weir) == 1).await;
     emit(&weir, "new", "t", json!({})).await.expect(200);
     assert_eq!(first.response().await.expect(200).json()[0]["id"], 2);
 }
@@ -334,33 +334,33 @@ async fn indices_find_events_by_field() {
     };
     emit(&weir, "bans", "ban", json!({"user": "ann"})).await.expect(200);
     emit(&weir, "bans", "ban", json!({"user": "bob"})).await.expect(200);
-    // Events from before it are found too, and a name like the channel's breaks nothing.
+    // An index finds earlier events, too, and may have the name of a channel.
     assert_eq!(define("bans", "bans", "data.user").await.expect(200).text(), r#""OK""#);
     assert_eq!(define("bans", "elsewhere", "type").await.expect(200).text(), "null");
     emit(&weir, "bans", "unban", json!({"user": "ann"})).await.expect(200);
     emit(&weir, "bans", "ban", json!({"user": 7})).await.expect(200);
-    let look = async |path: &str| weir.get(format!("/events/v1/indices/{path}?secret=s3cret")).await;
-    let found = look("bans/ann").await.expect(200).json();
+    let find = async |path: &str| weir.get(format!("/events/v1/indices/{path}?secret=s3cret")).await;
+    let found = find("bans/ann").await.expect(200).json();
     let members: Vec<_> = found.as_object().unwrap().keys().collect();
     assert_eq!(members, ["id", "field", "value", "rows"]);
     assert_eq!((&found["field"], &found["value"]), (&json!("data.user"), &json!("ann")));
     let ids: Vec<_> = found["rows"].as_array().unwrap().iter().map(|event| event["id"].as_u64().unwrap()).collect();
     assert_eq!(ids, [3, 1], "newest first");
-    assert_eq!(look("bans/7").await.expect(200).json()["rows"], json!([]));
-    assert_eq!(look("bans/no%20body").await.expect(200).json()["value"], "no body");
-    assert_eq!(look("nope/x").await.expect(404).json()["code"], "NotFound");
+    assert_eq!(find("bans/7").await.expect(200).json()["rows"], json!([]));
+    assert_eq!(find("bans/no%20body").await.expect(200).json()["value"], "no body");
+    assert_eq!(find("nope/x").await.expect(404).json()["code"], "NotFound");
     define("empty", "never-written", "type").await.expect(200);
-    assert_eq!(look("empty/t").await.expect(200).json()["rows"], json!([]));
+    assert_eq!(find("empty/t").await.expect(200).json()["rows"], json!([]));
     for (id, channel, field, message) in
         [("", "a", "f", "Invalid index ID"), ("i", "", "f", "Invalid Channel"), ("i", "a", "", "Invalid field")]
     {
         assert_eq!(define(id, channel, field).await.expect(400).json()["message"], message);
     }
-    // Of two at once one is the first.
+    // Only the first of two concurrent definitions succeeds.
     let (one, two) = tokio::join!(define("same", "a", "type"), define("same", "a", "type"));
-    let mut said = [one.text().to_owned(), two.text().to_owned()];
-    said.sort();
-    assert_eq!(said, [r#""OK""#, "null"]);
+    let mut outcomes = [one.text().to_owned(), two.text().to_owned()];
+    outcomes.sort();
+    assert_eq!(outcomes, [r#""OK""#, "null"]);
 }
 
 #[tokio::test]

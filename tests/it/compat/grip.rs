@@ -1,4 +1,4 @@
-//! The GRIP proxy, between clients and origins of which every byte is known.
+//! The GRIP proxy between clients and origins whose every byte the test controls.
 
 pub mod hold;
 mod link;
@@ -37,7 +37,7 @@ pub fn route(path: &str, origin: &Origin) -> GripRoute {
     GripRoute { path: path.into(), origin: format!("http://{}", origin.address), ..GripRoute::default() }
 }
 
-/// A running weir with its two other listeners.
+/// A node with its two GRIP listeners.
 pub struct Grip {
     pub weir: Weir,
     pub proxy: SocketAddr,
@@ -46,7 +46,7 @@ pub struct Grip {
 
 impl Grip {
     /// A request to the proxy.
-    pub fn ask(&self, method: &'static str, path: &str) -> Request {
+    pub fn request(&self, method: &'static str, path: &str) -> Request {
         Request::new(self.proxy, method, path)
     }
 
@@ -62,12 +62,12 @@ impl Grip {
         assert_eq!((reply.status, reply.text()), (200, "Published\n"));
     }
 
-    /// Publishes text for held streams.
+    /// Publishes text to held streams.
     pub async fn stream(&self, channel: &str, content: &str) {
         self.publish(channel, json!({ "formats": { "http-stream": { "content": content } } })).await;
     }
 
-    /// Waits until so many readers follow a channel.
+    /// Waits until a channel has `count` readers.
     pub async fn readers(&self, channel: &str, count: u64) {
         eventually(&format!("{channel} has {count} readers"), async || {
             let info = self.weir.get(format!("/v1/channels?channel={channel}")).await.expect(200).json();

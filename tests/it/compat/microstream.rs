@@ -1,5 +1,5 @@
-//! Clients of MicroStream, byte by byte: what they leave behind, and what happens where no library would go.
-//! How their real client fares is in `tests/clients/node/microstream.test.mjs`.
+//! MicroStream clients, byte for byte: disconnects, limits, and input that its library does not produce.
+//! `tests/clients/node/microstream.test.mjs` tests the real library.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ async fn hub(change: impl FnOnce(&mut Config)) -> Weir {
     weir().with(on).await
 }
 
-/// Joined, by a WebSocket.
+/// A client that has joined over a WebSocket.
 pub async fn client(weir: &Weir, name: &str) -> Socket {
     let mut client = Socket::open_at(weir.address, &format!("{SOCKET}&serviceName={name}")).await;
     assert!(client.text().await.starts_with("0{\"sid\":\""));
@@ -29,7 +29,7 @@ pub async fn client(weir: &Weir, name: &str) -> Socket {
     client
 }
 
-/// Joined, by polls.
+/// A client that has joined over long-polling.
 async fn poller(weir: &Weir, name: &str) -> (Client, String) {
     let mut client = weir.client().await;
     let open = client.get(&format!("{POLL}&serviceName={name}")).await.expect(200);
@@ -52,7 +52,7 @@ async fn disconnected_clients_leave_no_state() {
     for n in 0..40 {
         let mut socket = client(&weir, &format!("socket-{n}")).await;
         socket.send(request("target", n, "1")).await;
-        // In the middle of a packet, some of them.
+        // Some disconnect in the middle of a packet.
         if n % 3 == 0 {
             socket.send(r#"452-["request",{"targetService":"target","payload":{"id":"b"}}]"#).await;
             socket.send_frame(Message::binary(vec![1, 2, 3])).await;
@@ -60,10 +60,10 @@ async fn disconnected_clients_leave_no_state() {
         sockets.push(socket);
         let (mut poll, path) = poller(&weir, &format!("poll-{n}")).await;
         poll.post(&path, &request("target", n, "{}")).await.expect(200);
-        // A poll that is held.
+        // A pending poll.
         poll.send("GET", &path, &[], b"").await;
         if n % 4 == 0 {
-            // And a socket that takes over.
+            // Some upgrade to a WebSocket.
             let mut upgrade = Socket::open_at(weir.address, &path.replace("polling", "websocket")).await;
             upgrade.send("2probe").await;
             assert_eq!(upgrade.text().await, "3probe");
@@ -76,10 +76,10 @@ async fn disconnected_clients_leave_no_state() {
         assert!(target.text().await.starts_with("42[\"request\",{"));
     }
     assert_eq!(weir.metric("weir_connections{transport=\"socketio\"}"), 81);
-    eventually("some are late", async || weir.node().hub.counts().late == 80).await;
+    eventually("the calls are late", async || weir.node().hub.counts().late == 80).await;
     drop((sockets, polls));
-    eventually("those are gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 1).await;
-    // It answers nobody, and lives.
+    eventually("the clients are gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 1).await;
+    // Responses to disconnected clients are dropped.
     for n in 0..80 {
         target.send(format!(r#"42["response",{{"id":"{n}","response":{{}}}}]"#)).await;
     }
@@ -108,7 +108,7 @@ async fn requests_to_a_stalled_target_are_answered_busy() {
         assert!(answer.contains(r#""code":"BUSY""#), "{answer}");
         refused += 1;
     }
-    // As many as there is room for, and one that goes beyond.
+    // The queue accepts requests until they exceed its size.
     assert_eq!(refused, 6);
     assert_eq!(weir.get(&path).await.expect(200).text().matches("42[\"request\"").count(), 4);
     assert_eq!(weir.node().hub.counts().pending, 4);
@@ -120,9 +120,9 @@ async fn a_client_that_does_not_read_its_responses_is_closed() {
     let (mut client, path) = poller(&weir, "client").await;
     let echo = r#"42["request",{"targetService":"weir","payload":{"id":"1","event":"echo","data":{"x":"DATA"}}}]"#;
     let echo = echo.replace("DATA", &"x".repeat(9_000));
-    let said = [&*echo; 10].join("\u{1e}");
-    assert_eq!(client.post(&path, &said).await.expect(200).text(), "ok");
-    eventually("it is gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 0).await;
+    let requests = [&*echo; 10].join("\u{1e}");
+    assert_eq!(client.post(&path, &requests).await.expect(200).text(), "ok");
+    eventually("the client is gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 0).await;
     drop(client);
     weir.idle().await;
 }
@@ -142,14 +142,14 @@ async fn only_heartbeats_keep_a_service_and_any_client_may_send_them() {
         }
         friend.send(request("weir", 0, "{}")).await;
         assert!(friend.text().await.contains(r#"{"id":"0","response""#));
-        // Neither a request nor a pong is one.
+        // Requests and pongs do not count as heartbeats.
         busy.send("3").await;
         busy.send(request("weir", 1, "{}")).await;
-        let said = busy.text().await;
-        if said == "41" {
+        let message = busy.text().await;
+        if message == "41" {
             break;
         }
-        assert!(said.contains(r#"{"id":"1","response""#), "{said}");
+        assert!(message.contains(r#"{"id":"1","response""#), "{message}");
     }
     friend.send(request("busy", 2, "{}")).await;
     assert!(friend.text().await.contains("TARGET_SERVICE_NOT_FOUND"));
@@ -173,14 +173,15 @@ async fn clients_are_listed_by_their_services_and_kicked() {
     assert_eq!(upgrade.text().await, "3probe");
     upgrade.send("5").await;
     let all = listed(&weir, "").await;
-    let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["services"], it["channels"]])).collect();
+    let listed_clients: Vec<_> =
+        all.iter().map(|it| json!([it["transport"], it["services"], it["channels"]])).collect();
     let expected = ["socket", "poll", "upgraded"].map(|name| json!(["socketio", [name], 0]));
-    assert_eq!(told, expected);
+    assert_eq!(listed_clients, expected);
     assert!(all.iter().all(|it| it["remote"].as_str().unwrap().starts_with("127.0.0.1:")), "{all:?}");
-    // The third comes by another connection now.
+    // The third client has upgraded its connection.
     assert_eq!(upgraded.get(&old).await.expect(400).text(), r#"{"code":3,"message":"Bad request"}"#);
 
-    // Told so that the library does not come back by itself; the name is free at once.
+    // The disconnect packet keeps the library from reconnecting. The name is free at once.
     let kick = async |it: &Value| {
         let path = format!("/v1/connections?id={}", it["id"].as_str().unwrap());
         assert_eq!(weir.delete(path).await.expect(200).json(), json!({ "kicked": 1 }));
@@ -192,15 +193,15 @@ async fn clients_are_listed_by_their_services_and_kicked() {
     assert_eq!((socket.text().await, upgrade.text().await), ("41".to_owned(), "41".to_owned()));
     assert_eq!(poll.response().await.expect(200).text(), "41");
     assert_eq!(weir.node().hub.counts().providers, 0);
-    let mut heir = client(&weir, "socket").await;
-    // One leaves as it should, the others are ended.
+    let mut successor = client(&weir, "socket").await;
+    // One client closes by itself, the other connections are closed by weir.
     drop(socket);
     assert_eq!(in_time(upgrade.closed()).await, (4503, "kicked".to_owned()));
     let series = "weir_connections_closed_total{transport=\"socketio\",reason=\"kicked\"}";
     eventually("all three are gone", async || weir.metric(series) == 3).await;
     assert_eq!(listed(&weir, "").await.len(), 1);
-    heir.send("1").await;
-    drop((heir, poll, upgraded, upgrade));
+    successor.send("1").await;
+    drop((successor, poll, upgraded, upgrade));
     weir.idle().await;
 }
 
@@ -211,7 +212,7 @@ async fn a_draining_node_closes_its_clients_so_that_they_reconnect() {
     let mut socket = client(&weir, "socket").await;
     poll.send("GET", &path, &[], b"").await;
     weir.shut_down();
-    // Closed, and not told to stay away.
+    // The connection is closed without a disconnect packet, so that the library reconnects.
     assert_eq!(poll.response().await.expect(200).text(), "1");
     assert_eq!(in_time(socket.closed()).await.1, "draining");
     in_time(weir.stopped()).await;

@@ -23,7 +23,7 @@ fn event(channel: &str, kind: &str, payload: Value) -> Value {
     json!({"channelName": channel, "type": kind, "payload": payload})
 }
 
-/// `event: …` and `data: {…}` of an event of a channel.
+/// The frame of an event of a channel.
 fn frame(channel: &str, kind: &str, payload: &str) -> String {
     format!("event: {kind}\ndata: {}\n\n", json!({"channelName": channel, "type": kind, "payload": payload}))
 }
@@ -88,9 +88,9 @@ async fn clients_without_an_id_are_numbered() {
     let mut named = TextStream::open(weir.address, "/subscribe?channels=b&clientId=1").await;
     named.expect(&format!("\n{}", registered(json!("1")))).await;
     one.expect(&online(&["1", "2"])).await;
-    // One of two connections of a name ends: nobody hears of it. Then the last one.
+    // The end of one of two connections with the same id is not announced, that of the last one is.
     drop(named);
-    eventually("it has left", async || weir.bus().topics().readers() == 2).await;
+    eventually("the connection is gone", async || weir.bus().topics().readers() == 2).await;
     drop(one);
     two.expect(&(online(&["1", "2"]) + &online(&["2"]))).await;
 }
@@ -103,22 +103,22 @@ async fn last_event_is_returned_and_replayed() {
         assert_eq!(last(query).await.expect(400).text(), "Bad Request");
     }
     assert_eq!(last("?channel=a").await.expect(200).text(), "{}");
-    // The first event of a channel that nobody subscribed to leaves its payload alone, as in the original.
+    // The first event of a channel without subscribers keeps its payload as JSON, as in the original.
     publish(&weir, json!([event("a", "t", json!({"x": [1.0, null]}))])).await.expect(200);
     assert_eq!(last("?channel=a").await.text(), r#"{"response":{"x":[1,null]}}"#);
     let mut stream = TextStream::open(weir.address, "/subscribe?channels=a&clientId=c").await;
     stream.expect(&format!("\n{}{}", registered(json!("c")), frame("a", "lastEvent", "[object Object]"))).await;
     publish(&weir, json!([event("a", "t", json!({"x": 1}))])).await.expect(200);
-    let told = r#"{"type":"t","payload":{"x":1}}"#;
+    let last_event = r#"{"type":"t","payload":{"x":1}}"#;
     let reply = last("/?channel=a").await.expect(200);
-    assert_eq!(reply.json(), json!({ "response": told }));
+    assert_eq!(reply.json(), json!({ "response": last_event }));
     assert_eq!(reply.header("content-type"), Some("application/json; charset=utf-8"));
     let mut late = TextStream::open(weir.address, "/subscribe?channels=a,c&clientId=d").await;
-    let asked = registered(json!("d")) + &frame("a", "lastEvent", told) + &frame("c", "lastEvent", "{}");
-    late.expect(&format!("\n{asked}")).await;
+    let opening = registered(json!("d")) + &frame("a", "lastEvent", last_event) + &frame("c", "lastEvent", "{}");
+    late.expect(&format!("\n{opening}")).await;
     assert_eq!(last("?channel=c").await.text(), r#"{"response":"{}"}"#);
     drop(late);
-    // Subscribed to once, it exists.
+    // The channel exists because it had a subscriber.
     publish(&weir, json!([event("c", "t", json!("x"))])).await.expect(200);
     assert_eq!(last("?channel=c").await.json()["response"], r#"{"type":"t","payload":"x"}"#);
 }
@@ -192,15 +192,15 @@ async fn root_page_preflights_and_unknown_routes_answer_as_the_original() {
     let weir = node_sse().await;
     let root = weir.get("/").await.expect(200);
     assert_eq!((root.text(), root.header("access-control-allow-origin")), ("ROOT", Some("*")));
-    let asked = weir.request("OPTIONS", "/publish").header("origin", "http://evil.example");
-    let asked = asked.header("access-control-request-headers", "content-type,x-a").await.expect(204);
+    let preflight = weir.request("OPTIONS", "/publish").header("origin", "http://evil.example");
+    let preflight = preflight.header("access-control-request-headers", "content-type,x-a").await.expect(204);
     for (name, value) in [
         ("access-control-allow-origin", "*"),
         ("access-control-allow-methods", "GET,HEAD,PUT,PATCH,POST,DELETE"),
         ("access-control-allow-headers", "content-type,x-a"),
         ("vary", "Access-Control-Request-Headers"),
     ] {
-        assert_eq!(asked.header(name), Some(value));
+        assert_eq!(preflight.header(name), Some(value));
     }
     let posted = weir.request("POST", "/subscribe").await.expect(404);
     assert!(posted.text().contains("<pre>Cannot POST /subscribe</pre>"), "{}", posted.text());
@@ -252,7 +252,7 @@ async fn a_reader_that_falls_behind_retention_is_closed() {
     for _ in 0..400 {
         publish(&weir, json!([event("a", "t", json!(big))])).await.expect(200);
     }
-    // It ends at a frame's boundary, and the browser comes back.
+    // The stream ends between two frames with a retry delay, so that browsers reconnect.
     let text = stream.rest().await;
     assert!(text.len() < 400 * 100_000 && text.rsplit("\n\n").next().unwrap().starts_with("retry: "), "{}", text.len());
     weir.idle().await;

@@ -1,4 +1,4 @@
-//! The table "Between worlds": one channel, written by each and read by all, in the same order and with the same content.
+//! Conversions between the APIs: one channel, written and read by each, in the same order and with the same content.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use weir::config::{Adapter, SseRoute};
 
 use crate::support::{TextStream, Weir, weir};
 
-/// One event in the words of each world.
+/// One event as each API represents it.
 struct Seen {
     native: Value,
     ganomede: Value,
@@ -134,7 +134,7 @@ async fn an_event_written_by_any_api_is_read_by_all() {
         node_sse.expect(&format!("event: {kind}\ndata: {data}\n\n")).await;
         stream.expect(seen.stream).await;
     }
-    // weir's own pages go on, but for the one at `/`.
+    // The native routes are still served, except `/`.
     assert_eq!(weir.get("/").await.expect(200).text(), "ROOT");
     weir.get("/health/live").await.expect(200);
 }

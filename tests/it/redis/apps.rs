@@ -1,4 +1,4 @@
-//! Whole nodes on one Redis: what their clients see.
+//! Whole nodes on one Redis, as their clients see them.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ async fn a_client_resumes_on_another_node() {
     assert_eq!(first.json()["data"], json!(1));
     drop(stream);
     ask(&a, "POST", "/v1/events?channel=orders", "2").await.expect(201);
-    // The id of one node is where the other goes on, and so is what a page said.
+    // Ids of streams and positions of pages are valid on every node.
     let mut stream = b.sse_after("channel=orders", &first.id).await;
     stream.head().await;
     stream.opening().await;
@@ -36,7 +36,7 @@ async fn a_client_resumes_on_another_node() {
     let after = format!("/v1/events?channel=orders&after={}-1", placed["epoch"].as_str().unwrap());
     let page = ask(&a, "GET", &after, "").await.expect(200).json();
     assert_eq!(page["events"][0]["data"], json!(2), "{page}");
-    // Long-poll with a consumer, at both nodes in turn.
+    // A consumer long-polls both nodes in turn.
     let poll = "/v1/events?channel=orders&consumer=job&limit=1";
     let one = ask(&a, "GET", poll, "").await.expect(200).json();
     let next = one["next"].as_str().unwrap();
@@ -69,7 +69,7 @@ async fn requests_fail_and_streams_stay_while_redis_is_down() {
     let refused = ask(&node, "POST", "/v1/events?channel=a", "3").await.expect(503);
     assert_eq!(refused.header("retry-after"), Some("2"));
     assert_eq!(refused.json()["code"], Code::BusUnavailable.as_str());
-    // A stream that begins now is told to come again, for a status would end an EventSource.
+    // A new stream is accepted and receives a retry event, because an error status would end an EventSource.
     let mut late = node.sse("channel=b").await;
     late.head().await.expect(200);
     ready(503).await;
@@ -79,13 +79,13 @@ async fn requests_fail_and_streams_stay_while_redis_is_down() {
     ask(&node, "POST", "/v1/events?channel=a", "4").await.expect(201);
     let gap = stream.next().await;
     assert_eq!((gap.event.as_str(), &gap.json()["reason"]), ("weir.gap", &json!("reset")));
-    assert_eq!(stream.next().await.json()["data"], json!(4), "on the connection it has had all the time");
+    assert_eq!(stream.next().await.json()["data"], json!(4), "on the same connection as before");
     drop((stream, late));
     node.idle().await;
 }
 
-/// Publishes of one connection wait for each other's place and not for each other's answer: what comes while Redis is at
-/// work goes in one script. A bad one fails by itself.
+/// Publishes of one connection do not wait for each other's response: those that arrive while Redis is busy are sent in
+/// one script. A rejected publish does not affect the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_publishes_are_batched_in_order() {
     let redis = RedisServer::start(&[]).await;
@@ -99,7 +99,7 @@ async fn concurrent_publishes_are_batched_in_order() {
     redis.pause();
     let mut socket = node.socket().await;
     for n in 1..=500 {
-        // The same key for something else: refused, and nobody before or behind it.
+        // Only the publish that reuses a key for other data is rejected.
         let params = match n {
             250 => json!({ "channel": "a", "key": "used", "data": n }),
             _ => json!({ "channel": "a", "data": n }),
@@ -117,7 +117,7 @@ async fn concurrent_publishes_are_batched_in_order() {
         }
     }
     let expected: Vec<u64> = (2..=500).collect();
-    assert_eq!(offsets.into_values().collect::<Vec<_>>(), expected, "placed as received");
+    assert_eq!(offsets.into_values().collect::<Vec<_>>(), expected, "appended in the order received");
     for n in (1..=500).filter(|n| *n != 250) {
         assert_eq!(stream.next().await.json()["data"], json!(n));
     }
@@ -127,7 +127,7 @@ async fn concurrent_publishes_are_batched_in_order() {
     node.idle().await;
 }
 
-/// An answer lists its gaps before its events: one that comes behind events begins the next answer.
+/// A page lists gaps before events, so a gap that follows events begins the next page.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_ends_at_the_end_of_a_term() {
     let mut redis = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
@@ -137,9 +137,9 @@ async fn a_page_ends_at_the_end_of_a_term() {
     }
     let poll = node.request("GET", "/v1/events?channel=a&after=earliest&min=5&wait=50s");
     let poll = tokio::spawn(async move { poll.await.expect(200).json() });
-    eventually_within(MINUTE, "it waits", async || node.bus().topics().readers() == 1).await;
+    eventually_within(MINUTE, "the poll waits", async || node.bus().topics().readers() == 1).await;
     redis.restart().await;
-    eventually_within(MINUTE, "it goes on", async || {
+    eventually_within(MINUTE, "publishes succeed", async || {
         ask(&node, "POST", "/v1/events?channel=a", "2").await.status == 201
     })
     .await;
@@ -162,7 +162,7 @@ async fn an_invalid_redis_url_fails_the_start() {
     }
 }
 
-/// In the middle of an update: what a newer weir wrote is neither misread nor overwritten, and nobody is cut off for it.
+/// During a rolling update, data of a newer version is neither misread nor overwritten, and streams stay open.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_channel_written_by_a_newer_version_is_not_modified() {
     let redis = RedisServer::start(&[]).await;
@@ -190,20 +190,20 @@ async fn a_channel_written_by_a_newer_version_is_not_modified() {
         assert_eq!(problem["code"], Code::BusUnavailable.as_str());
         assert!(problem["detail"].as_str().unwrap().contains("a newer weir wrote this channel"), "{problem}");
     }
-    // Messages of it are no mistake of this one's.
+    // Messages of a newer version are ignored and counted.
     redis.cli(&["PUBLISH", "weir:{a}:e", "\u{2}e what it says"]).await;
     redis.cli(&["PUBLISH", "weir:{nodes}:news", "\u{2}what it tells"]).await;
-    eventually_within(MINUTE, "it is heard", async || node.metric("weir_redis_unreadable_total") >= 1).await;
+    eventually_within(MINUTE, "the message is counted", async || node.metric("weir_redis_unreadable_total") >= 1).await;
     ask(&node, "POST", "/v1/events?channel=other", "1").await.expect(201);
     version("1").await;
     let placed = ask(&node, "POST", "/v1/events?channel=a", "3").await.expect(201).json();
     assert_eq!(placed["offset"], json!(2));
-    assert_eq!(stream.next().await.json()["data"], json!(3), "on the connection it has had all the time");
+    assert_eq!(stream.next().await.json()["data"], json!(3), "on the same connection as before");
     drop(stream);
     node.idle().await;
 }
 
-/// Deliberately unlike memory: nothing counts them, and each ends by itself.
+/// Unlike the memory backend, Redis does not limit the number of keys: each expires by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_keeps_every_idempotency_key_of_the_window() {
     let redis = RedisServer::start(&[]).await;

@@ -1,4 +1,4 @@
-//! What Redis refuses, moves or has much of: it is asked for again, given back, and never costs more than it must.
+//! Retries, releases and bounded costs: what Redis rejects is retried, and no request costs more than its limit.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -10,24 +10,26 @@ use weir::{
     position::Start,
 };
 
-use super::nodes::{KEEP, Node, draft};
+use super::nodes::{BusNode, KEEP, draft};
 use crate::support::{MINUTE, RedisCluster, RedisServer, event::channel, eventually_within};
 
-/// A subscription that Redis refused once is made, though new ones come all the time.
+/// A rejected subscription succeeds later, although new ones are made all the time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rejected_subscription_is_retried_while_others_are_made() {
     let redis = RedisServer::start(&[]).await;
-    let node = Node::start(&redis.url()).await;
+    let node = BusNode::start(&redis.url()).await;
     redis.cli(&["ACL", "SETUSER", "default", "resetchannels", "&weir:{?probe*", "&weir:{other*"]).await;
     let refused = tokio::spawn({
         let bus = node.bus.clone();
         async move { while bus.watch(&[channel("refused")]).await.is_err() {} }
     });
-    eventually_within(MINUTE, "it is refused", async || redis.cli(&["ACL", "LOG"]).await.contains("weir:{refused}:e"))
-        .await;
+    eventually_within(MINUTE, "the subscription is rejected", async || {
+        redis.cli(&["ACL", "LOG"]).await.contains("weir:{refused}:e")
+    })
+    .await;
     redis.cli(&["ACL", "SETUSER", "default", "allchannels"]).await;
     let others = AtomicUsize::new(0);
-    eventually_within(MINUTE, "it is asked for again", async || {
+    eventually_within(MINUTE, "the subscription is retried", async || {
         let name = format!("other{}", others.fetch_add(1, SeqCst));
         node.bus.watch(&[channel(&name)]).await.unwrap();
         refused.is_finished()
@@ -35,31 +37,34 @@ async fn a_rejected_subscription_is_retried_while_others_are_made() {
     .await;
 }
 
-/// The user of the documents, under another prefix, may do what waiting for replicas needs.
+/// The user of `proto-docs/redis.md` has the permissions for `ack = "replicated"`, also with another prefix.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_documented_user_may_wait_for_replicas_under_another_prefix() {
     let master = RedisServer::start(&[]).await;
     let page = include_str!("../../../proto-docs/redis.md");
-    let rule = page.lines().find(|line| line.starts_with("ACL SETUSER weir ")).expect("the user of the documents");
+    let rule = page.lines().find(|line| line.starts_with("ACL SETUSER weir ")).expect("the user of the documentation");
     let rule = rule.replace("PASSWORD", "secret").replace("weir:*", "other:*");
     assert_eq!(master.cli(&rule.split(' ').collect::<Vec<_>>()).await, "OK");
     let replica = RedisServer::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]).await;
-    eventually_within(MINUTE, "in step", async || replica.info("master_link_status").await.as_deref() == Some("up"))
-        .await;
+    eventually_within(MINUTE, "the replica is in sync", async || {
+        replica.info("master_link_status").await.as_deref() == Some("up")
+    })
+    .await;
     let settings = RedisSettings { prefix: "other:".into(), ack: Ack::Replicated };
-    let node = Node::of(&format!("redis://weir:secret@{}", master.address()), KEEP, settings).await;
+    let node = BusNode::of(&format!("redis://weir:secret@{}", master.address()), KEEP, settings).await;
     for n in 1..=10 {
         node.publish("c", n).await.unwrap();
     }
     assert_eq!(replica.cli(&["XLEN", "other:{c}:s"]).await, "10");
-    assert_eq!(master.cli(&["ACL", "LOG"]).await, "", "nothing was refused");
+    assert_eq!(master.cli(&["ACL", "LOG"]).await, "", "no command was rejected");
 }
 
-/// Each server of a Cluster waits for its own replicas, tells the others nothing, and is forgotten when it has no slots.
+/// Each master of a Cluster waits for its own replicas, publishes nothing to the others, and is dropped when it has no
+/// slots.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicated_publishes_wait_for_the_replicas_of_each_master() {
     let mut cluster = RedisCluster::start(3, 3).await;
-    let node = Node::with(&cluster.url(), KEEP, Ack::Replicated).await;
+    let node = BusNode::with(&cluster.url(), KEEP, Ack::Replicated).await;
     let mut names: Vec<String> = Vec::new();
     for owner in 0..3 {
         for n in 0.. {
@@ -72,37 +77,37 @@ async fn replicated_publishes_wait_for_the_replicas_of_each_master() {
     }
     for (n, name) in names.iter().enumerate() {
         node.publish(name, 1).await.unwrap();
-        // The replica has it when the publish is answered.
+        // The replica has the event when the publish is acknowledged.
         let keys = cluster.servers[3 + n].info("db0").await.unwrap_or_default();
         assert!(keys.starts_with("keys="), "{keys}");
     }
     assert_eq!(node.redis.waits(), 3);
     for server in &cluster.servers {
-        assert_eq!(server.calls("publish").await, 0, "a Cluster would carry it to every server");
+        assert_eq!(server.calls("publish").await, 0, "a Cluster forwards PUBLISH to every server");
     }
     cluster.servers[0].kill();
-    eventually_within(MINUTE, "the new master is waited for", async || {
-        // It has no replica, so this is never confirmed.
+    eventually_within(MINUTE, "the new master has a connection for WAIT", async || {
+        // The new master has no replica, so this is not confirmed.
         let _ = node.publish(&names[0], 2).await;
         cluster.servers[3].cli(&["CLIENT", "LIST"]).await.contains("name=weir-acks")
     })
     .await;
-    eventually_within(MINUTE, "the old one is given up", async || node.redis.waits() == 3).await;
+    eventually_within(MINUTE, "the old master is dropped", async || node.redis.waits() == 3).await;
     node.publish(&names[1], 2).await.unwrap();
 }
 
-/// Names of consumers that are gone make room, at once; when there is none, nobody looks in each request.
+/// Expired consumers free their slots at once. While none has expired, requests do not search for them.
 #[tokio::test(flavor = "multi_thread")]
 async fn expired_consumers_free_their_slots() {
     const FILL: &str = "for n = 1, 1000 do redis.call('ZADD', KEYS[1], 0, string.format('x%d', n)) end";
     let redis = RedisServer::start(&[]).await;
-    let node = Node::start(&redis.url()).await;
+    let node = BusNode::start(&redis.url()).await;
     let at = node.publish("c", 1).await.unwrap().position;
     let index = "weir:{consumers}";
     redis.cli(&["EVAL", FILL, "1", index]).await;
     node.bus.commit("a", &channel("c"), at).await.unwrap();
     assert_eq!(redis.cli(&["ZRANGE", index, "0", "-1"]).await, "a");
-    // A list takes out what it does not find.
+    // A list removes the names that it does not find.
     redis.cli(&["EVAL", FILL, "1", index]).await;
     let listed = node.bus.consumers("", None, 10).await.unwrap();
     assert_eq!(listed.iter().map(|consumer| &*consumer.name).collect::<Vec<_>>(), ["a"]);
@@ -119,16 +124,16 @@ async fn expired_consumers_free_their_slots() {
     }
     let scripts = redis.calls("evalsha").await - before;
     assert!(scripts < 5_000, "{scripts} scripts for 50 requests: one look at 1000 consumers is enough");
-    // Whoever is known goes on.
+    // A known consumer continues.
     let at = node.publish("c", 2).await.unwrap().position;
     node.bus.commit("a", &channel("c"), at).await.unwrap();
 }
 
-/// What is left of channels without a log does not make a list look at all keys again and again.
+/// Keys of deleted channels do not make a list scan all keys repeatedly.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_skips_deleted_channels_with_one_scan() {
     let redis = RedisServer::start(&[]).await;
-    let node = Node::start(&redis.url()).await;
+    let node = BusNode::start(&redis.url()).await;
     for n in 0..60 {
         let name = format!("c{n:02}");
         node.publish(&name, 1).await.unwrap();
@@ -143,16 +148,16 @@ async fn a_list_skips_deleted_channels_with_one_scan() {
     assert_eq!((names.len(), names[0], names[14]), (15, "c02", "c44"));
     let rest = node.bus.list("", Some("c44"), 15).await.unwrap();
     assert_eq!(rest.iter().map(|info| info.channel.as_str()).collect::<Vec<_>>(), ["c47", "c50", "c53", "c56", "c59"]);
-    // A database of this size is one SCAN.
+    // One SCAN covers a database of this size.
     assert_eq!(once, 1);
 }
 
-/// A look at large events behind very many small ones brings no more than it may, in any moment of the script.
+/// A read of large events behind many small ones stays within its limit at every moment of the script.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_uses_no_more_memory_than_its_limit() {
     const LARGE: usize = 100_000;
     let redis = RedisServer::start(&[]).await;
-    let node = Node::start(&redis.url()).await;
+    let node = BusNode::start(&redis.url()).await;
     for _ in 0..50 {
         let batch = (0..1000).map(|n| (channel("c"), draft(n, None))).collect();
         node.bus.publish("", batch).await.unwrap();

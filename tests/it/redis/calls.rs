@@ -1,4 +1,4 @@
-//! Calls between nodes on one Redis: several in this process, and real ones that are killed and stopped.
+//! Calls between nodes on one Redis: nodes in this process, and processes that are killed and paused.
 
 use std::{
     collections::BTreeMap,
@@ -45,7 +45,8 @@ async fn calls_exclusive_names_and_service_changes_cross_nodes<D: RedisDeploymen
     provider.reply(&request, json!({ "token": "x" })).await;
     assert_eq!(caller.next().await, json!({ "jsonrpc": "2.0", "id": 7, "result": { "token": "x" } }));
 
-    // One exclusive holder for all, whom the same subject replaces; the name is free at once when it goes.
+    // An exclusive service has one provider in the cluster. The same subject may take it over; a withdrawn name is free
+    // at once.
     let own = json!({ "service": "own", "exclusive": true });
     let mut first = nodes[0].socket().await;
     let mut second = nodes[1].socket().await;
@@ -60,7 +61,7 @@ async fn calls_exclusive_names_and_service_changes_cross_nodes<D: RedisDeploymen
     let last = first.call("weir.provide", own).await["fence"].as_u64().unwrap();
     assert!(last > later);
 
-    // Everything is given back, on all nodes.
+    // All nodes release everything.
     drop((provider, first, second, caller));
     for node in &nodes {
         eventually("nothing is left", async || {
@@ -75,43 +76,43 @@ async fn calls_exclusive_names_and_service_changes_cross_nodes<D: RedisDeploymen
 async fn a_killed_node_fails_its_calls_and_frees_its_names<D: RedisDeployment>() {
     let redis = D::start().await;
     let url = redis.url();
-    let (here, doomed) = (weir_on(&url).await, Process::start_on(&url));
-    let there = doomed.address;
-    let mut provider = Socket::open(there).await;
+    let (local, killed) = (weir_on(&url).await, Process::start_on(&url));
+    let remote = killed.address;
+    let mut provider = Socket::open(remote).await;
     provider.call("weir.provide", json!({ "service": "own", "exclusive": true })).await;
     provider.call("weir.provide", json!({ "service": "shared", "names": "full" })).await;
-    listed(here.address, "own").await;
-    let pending = tokio::spawn(call(here.address, "own", "60s"));
+    listed(local.address, "own").await;
+    let pending = tokio::spawn(call(local.address, "own", "60s"));
     provider.next_request().await;
-    drop(doomed);
+    drop(killed);
     let (status, answer) = pending.await.unwrap();
     assert_eq!((status, answer["code"].as_str()), (502, Some("provider_gone")), "{answer}");
-    // Waits for the end of the dead node's lease, and no longer.
+    // The name is free when the lease of the dead node has expired.
     for service in ["own", "shared"] {
-        let mut heir = here.socket().await;
+        let mut successor = local.socket().await;
         let own = json!({ "service": service, "exclusive": true });
-        tokio::time::timeout(Duration::from_secs(60), heir.call("weir.provide", own)).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(60), successor.call("weir.provide", own)).await.unwrap();
     }
 }
 
 async fn a_node_paused_past_its_lease_loses_its_exclusive_services<D: RedisDeployment>() {
     let redis = D::start().await;
     let url = redis.url();
-    let (here, stopped) = (weir_on(&url).await, Process::start_on(&url));
-    let there = stopped.address;
-    let mut provider = Socket::open(there).await;
+    let (local, paused) = (weir_on(&url).await, Process::start_on(&url));
+    let remote = paused.address;
+    let mut provider = Socket::open(remote).await;
     let own = json!({ "service": "own", "exclusive": true });
     let fence = provider.call("weir.provide", own.clone()).await["fence"].as_u64().unwrap();
-    listed(here.address, "own").await;
-    stopped.signal(Signal::STOP);
-    let mut heir = here.socket().await;
-    let next = tokio::time::timeout(Duration::from_secs(60), heir.call("weir.provide", own)).await.unwrap();
+    listed(local.address, "own").await;
+    paused.signal(Signal::STOP);
+    let mut successor = local.socket().await;
+    let next = tokio::time::timeout(Duration::from_secs(60), successor.call("weir.provide", own)).await.unwrap();
     assert!(next["fence"].as_u64().unwrap() > fence);
-    stopped.signal(Signal::CONT);
+    paused.signal(Signal::CONT);
     assert_eq!(provider.notification("weir.withdrawn").await, json!({ "service": "own", "reason": "lost" }));
-    // Called at the node that was stopped, the other one runs it.
-    listed(there, "own").await;
-    answers(there, "own", &mut heir).await;
+    // The node that was paused forwards calls to the new provider.
+    listed(remote, "own").await;
+    answer_a_call(remote, "own", &mut successor).await;
     provider.expect_nothing().await;
 }
 
@@ -119,7 +120,7 @@ async fn a_provider_that_disconnects_during_registration_holds_nothing<D: RedisD
     let mut redis = D::start().await;
     let url = redis.url();
     let (a, b) = (weir_on(&url).await, weir_on(&url).await);
-    // They are known, so that they can be asked.
+    // Both nodes know each other's services.
     let mut sockets = [a.socket().await, b.socket().await];
     for (n, socket) in sockets.iter_mut().enumerate() {
         socket.provide(&format!("mine{n}")).await;
@@ -134,7 +135,7 @@ async fn a_provider_that_disconnects_during_registration_holds_nothing<D: RedisD
     let mut withdraws = a.socket().await;
     for (service, exclusive) in [("w1", false), ("w2", true)] {
         withdraws.send_json(asks(service, service, exclusive)).await;
-        // Not when Redis answers, but now.
+        // The withdrawal does not wait for Redis.
         let withdrawn = withdraws.call("weir.withdraw", json!({ "service": service })).await;
         assert_eq!(withdrawn, json!({ "in_flight": 0 }));
         let refused = withdraws.next_where(|message| message["id"] == service).await;
@@ -147,15 +148,15 @@ async fn a_provider_that_disconnects_during_registration_holds_nothing<D: RedisD
     let mut goes = a.socket().await;
     goes.send_json(asks("1", "g1", false)).await;
     goes.send_json(asks("2", "g2", true)).await;
-    // Both are under way.
+    // Both registrations are in progress.
     goes.call("weir.ping", json!({})).await;
     drop(goes);
     redis.servers().iter().for_each(RedisServer::resume);
-    let mut heir = b.socket().await;
+    let mut successor = b.socket().await;
     for service in ["w1", "w2", "g1", "g2"] {
-        inherits(&mut heir, service).await;
+        take_over(&mut successor, service).await;
     }
-    drop((withdraws, heir, sockets));
+    drop((withdraws, successor, sockets));
     for node in [&a, &b] {
         eventually("nothing is left", async || {
             let counts = node.node().hub.counts();
@@ -165,11 +166,11 @@ async fn a_provider_that_disconnects_during_registration_holds_nothing<D: RedisD
     }
 }
 
-/// Gets a service for itself alone, soon: Redis may still be away, or the name just on its way back.
-async fn inherits(heir: &mut Socket, service: &str) {
-    let heir = tokio::sync::Mutex::new(heir);
+/// Registers an exclusive service as soon as it is free: Redis may still be down, or the release still in progress.
+async fn take_over(successor: &mut Socket, service: &str) {
+    let successor = tokio::sync::Mutex::new(successor);
     eventually_within(MINUTE, &format!("{service} is free"), async || {
-        let answer = heir
+        let answer = successor
             .lock()
             .await
             .request("weir.provide", json!({ "service": service, "exclusive": true, "names": "full" }))
@@ -184,7 +185,7 @@ async fn inherits(heir: &mut Socket, service: &str) {
     .await;
 }
 
-/// A name that was given back while Redis was away is not in it afterwards.
+/// The release is repeated when Redis is available again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_released_while_redis_is_down_is_free_afterwards() {
     let mut redis = RedisServer::start(AOF).await;
@@ -198,13 +199,13 @@ async fn a_name_released_while_redis_is_down_is_free_afterwards() {
     one.call("weir.withdraw", json!({ "service": "shared" })).await;
     drop(two);
     redis.restart().await;
-    let mut heir = b.socket().await;
+    let mut successor = b.socket().await;
     for service in ["shared", "own"] {
-        inherits(&mut heir, service).await;
+        take_over(&mut successor, service).await;
     }
 }
 
-/// Redis is away for less than a lease: calls between nodes wait for it, whether or not it forgets everything.
+/// If Redis is down for less than a lease, calls between nodes wait for it, whether or not it loses its data.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_survive_a_restart_of_redis() {
     for args in [&[][..], AOF] {
@@ -215,7 +216,7 @@ async fn calls_survive_a_restart_of_redis() {
         provider.provide("a").await;
         let at = nodes[1].address;
         listed(at, "a").await;
-        answers(at, "a", &mut provider).await;
+        answer_a_call(at, "a", &mut provider).await;
         let early = tokio::spawn(call(at, "a", "60s"));
         let request = provider.next_request().await;
         redis.kill();
@@ -234,28 +235,29 @@ async fn calls_survive_a_restart_of_redis() {
     }
 }
 
-/// What `$services` said last of each service.
-async fn told_last(at: SocketAddr) -> BTreeMap<String, u64> {
-    let (mut told, mut after) = (BTreeMap::new(), "earliest".to_owned());
+/// The last announcement of each service in `$services`.
+async fn last_announcements(at: SocketAddr) -> BTreeMap<String, u64> {
+    let (mut announced, mut after) = (BTreeMap::new(), "earliest".to_owned());
     loop {
         let page = get_json(at, &format!("/v1/events?channel=$services&after={after}")).await;
         for event in page["events"].as_array().unwrap() {
             let (service, providers) = (&event["data"]["service"], &event["data"]["providers"]);
-            told.insert(service.as_str().unwrap().to_owned(), providers.as_u64().unwrap());
+            announced.insert(service.as_str().unwrap().to_owned(), providers.as_u64().unwrap());
         }
         after = page["next"].as_str().unwrap().to_owned();
         if page["more"] == false {
-            return told;
+            return announced;
         }
     }
 }
 
-async fn tells(at: SocketAddr, services: &[(&str, u64)]) {
+async fn announces(at: SocketAddr, services: &[(&str, u64)]) {
     let expected: BTreeMap<String, u64> = services.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
-    eventually_within(MINUTE, &format!("{expected:?} is told"), async || told_last(at).await == expected).await;
+    eventually_within(MINUTE, &format!("{expected:?} is announced"), async || last_announcements(at).await == expected)
+        .await;
 }
 
-/// The feed is right in the end, whatever Redis refused, and however long it was away.
+/// `$services` is eventually correct, whatever writes Redis rejected and however long it was down.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn service_changes_are_announced_when_redis_accepts_writes_again() {
     let mut redis = RedisServer::start(AOF).await;
@@ -268,19 +270,24 @@ async fn service_changes_are_announced_when_redis_accepts_writes_again() {
         providers.push(provider);
     }
     let at = nodes[1].address;
-    tells(at, &[("a", 1), ("b", 1), ("c", 1), ("d", 1)]).await;
-    // It has no memory left, and says so.
+    announces(at, &[("a", 1), ("b", 1), ("c", 1), ("d", 1)]).await;
+    // Redis is out of memory and rejects writes.
     redis.cli(&["CONFIG", "SET", "maxmemory", "1"]).await;
     let refused = redis.info("errorstat_OOM").await;
     drop(providers.remove(0));
-    eventually_within(MINUTE, "the news is refused", async || redis.info("errorstat_OOM").await != refused).await;
+    eventually_within(MINUTE, "Redis has rejected the announcement", async || {
+        redis.info("errorstat_OOM").await != refused
+    })
+    .await;
     redis.cli(&["CONFIG", "SET", "maxmemory", "0"]).await;
-    tells(at, &[("a", 0), ("b", 1), ("c", 1), ("d", 1)]).await;
-    // It is away for longer than nodes know of each other.
+    announces(at, &[("a", 0), ("b", 1), ("c", 1), ("d", 1)]).await;
+    // Redis is down for longer than the sessions of nodes last.
     let ready = async |status| {
         for node in &nodes {
-            eventually_within(MINUTE, "readiness changes", async || node.get("/health/ready").await.status == status)
-                .await;
+            eventually_within(MINUTE, "the readiness changes", async || {
+                node.get("/health/ready").await.status == status
+            })
+            .await;
         }
     };
     ready(200).await;
@@ -290,11 +297,11 @@ async fn service_changes_are_announced_when_redis_accepts_writes_again() {
     drop(providers.remove(0));
     redis.restart().await;
     for node in &nodes {
-        tells(node.address, &[("a", 0), ("b", 0), ("c", 0), ("d", 1)]).await;
+        announces(node.address, &[("a", 0), ("b", 0), ("c", 0), ("d", 1)]).await;
     }
 }
 
-/// Answers calls until its node says that it leaves.
+/// Answers calls until its node announces a drain.
 async fn serve(mut provider: Socket) -> Socket {
     loop {
         let message = provider.next().await;
@@ -314,7 +321,7 @@ async fn a_provider_of_a_draining_node_continues_on_another<D: RedisDeployment>(
     provider.provide("a").await;
     listed(caller.address, "a").await;
     let serving = tokio::spawn(serve(provider));
-    // Calls go on all the time, and none of them fails.
+    // Calls continue all the time, and none fails.
     let (at, answered) = (caller.address, Arc::new(AtomicUsize::new(0)));
     let calls: JoinHandle<()> = tokio::spawn({
         let answered = answered.clone();
@@ -335,7 +342,7 @@ async fn a_provider_of_a_draining_node_continues_on_another<D: RedisDeployment>(
     };
     more(20).await;
     from.shut_down();
-    // Its calls are over when it hears of it, and nobody knows it here any more.
+    // The drain is announced after the last call of the provider, and no node lists it any more.
     let old = serving.await.unwrap();
     let mut provider = to.socket().await;
     provider.provide("a").await;
@@ -347,8 +354,8 @@ async fn a_provider_of_a_draining_node_continues_on_another<D: RedisDeployment>(
     drop(old);
 }
 
-/// Calls until the provider gets to answer: a call that was on a link when it broke is told so, and is not made again.
-async fn answers(at: SocketAddr, service: &'static str, provider: &mut Socket) {
+/// Calls until the provider answers: a call that was in flight on a lost link fails and is not retried.
+async fn answer_a_call(at: SocketAddr, service: &'static str, provider: &mut Socket) {
     let mut last = Default::default();
     for _ in 0..60 {
         let pending = tokio::spawn(call(at, service, "2s"));
@@ -370,31 +377,31 @@ async fn links_between_nodes_recover_after_lost_connections_and_a_restart_of_red
     let mut provider = nodes[0].socket().await;
     provider.provide("a").await;
     listed(nodes[1].address, "a").await;
-    answers(nodes[1].address, "a", &mut provider).await;
+    answer_a_call(nodes[1].address, "a", &mut provider).await;
     for server in redis.servers() {
         server.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
     }
-    answers(nodes[1].address, "a", &mut provider).await;
+    answer_a_call(nodes[1].address, "a", &mut provider).await;
     redis.servers().iter_mut().for_each(RedisServer::kill);
-    // What is here works on.
-    let mut near = nodes[0].socket().await;
-    near.send_json(json!({ "jsonrpc": "2.0", "id": 1, "method": "a/x" })).await;
+    // Calls on one node still work.
+    let mut local_caller = nodes[0].socket().await;
+    local_caller.send_json(json!({ "jsonrpc": "2.0", "id": 1, "method": "a/x" })).await;
     let request = provider.next_request().await;
     provider.reply(&request, json!(2)).await;
-    assert_eq!(near.next().await["result"], 2);
+    assert_eq!(local_caller.next().await["result"], 2);
     for server in redis.servers() {
         server.restart().await;
     }
-    answers(nodes[1].address, "a", &mut provider).await;
+    answer_a_call(nodes[1].address, "a", &mut provider).await;
 }
 
-/// The connection for mail stays whole, but leads to a server that was replaced: others write to another.
+/// The connection for messages stays open, but to a server that was replaced: other nodes publish to the new one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_are_received_after_the_redis_server_is_replaced() {
     let (old, new) = (RedisServer::start(&[]).await, RedisServer::start(&[]).await);
     let proxy = TcpProxy::start(old.port).await;
     let deaf = weir_on(&proxy.redis_url()).await;
-    eventually_within(MINUTE, "its mail is awaited", async || {
+    eventually_within(MINUTE, "the node has subscribed to its messages", async || {
         old.cli(&["PUBSUB", "CHANNELS", "*:mail"]).await.contains("mail")
     })
     .await;
@@ -403,9 +410,9 @@ async fn messages_are_received_after_the_redis_server_is_replaced() {
     let mut provider = deaf.socket().await;
     provider.provide("s").await;
     let other = weir_on(&new.url()).await;
-    // It is told of at once, though all that the old server knew has to be told anew.
+    // The provider is announced at once, although everything the old server knew has to be repeated.
     listed(other.address, "s").await;
-    eventually_within(MINUTE, "it listens where others write", async || {
+    eventually_within(MINUTE, "both nodes have subscribed at the new server", async || {
         new.cli(&["PUBSUB", "CHANNELS", "*:mail"]).await.lines().count() == 2
     })
     .await;
@@ -414,6 +421,6 @@ async fn messages_are_received_after_the_redis_server_is_replaced() {
         provider.reply(&request, json!("here")).await;
         provider
     });
-    eventually_within(MINUTE, "a call arrives", async || call(other.address, "s", "5s").await.0 == 200).await;
+    eventually_within(MINUTE, "a call succeeds", async || call(other.address, "s", "5s").await.0 == 200).await;
     drop(answering.await.unwrap());
 }

@@ -1,4 +1,4 @@
-//! Commands find their server, and subscriptions come back, whatever happens to Redis.
+//! The Redis client: commands find their server and subscriptions are restored after any failure.
 
 use std::{
     net::Ipv4Addr,
@@ -24,10 +24,10 @@ use crate::support::{
     proxy::{ProxyMode, TcpProxy},
 };
 
-/// What a pubsub said, one after the other.
-struct Heard(mpsc::UnboundedSender<String>);
+/// The messages of a subscription connection, in order.
+struct ChannelHandler(mpsc::UnboundedSender<String>);
 
-impl PubSubHandler for Heard {
+impl PubSubHandler for ChannelHandler {
     fn heard(&self, channel: &Bytes, message: Bytes) {
         let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
         let _ = self.0.send(format!("{} {}", text(channel), text(&message)));
@@ -46,28 +46,28 @@ async fn topology(url: &str) -> Arc<Topology> {
 
 fn pubsub(topology: &Arc<Topology>) -> (Arc<PubSub>, mpsc::UnboundedReceiver<String>) {
     let (tx, rx) = mpsc::unbounded_channel();
-    (PubSub::start(topology.clone(), RedisConnectionKind::Events, Arc::new(Heard(tx))), rx)
+    (PubSub::start(topology.clone(), RedisConnectionKind::Events, Arc::new(ChannelHandler(tx))), rx)
 }
 
-async fn next(heard: &mut mpsc::UnboundedReceiver<String>) -> String {
-    tokio::time::timeout(Duration::from_secs(30), heard.recv()).await.expect("silence").unwrap()
+async fn next(messages: &mut mpsc::UnboundedReceiver<String>) -> String {
+    tokio::time::timeout(Duration::from_secs(30), messages.recv()).await.expect("a message in time").unwrap()
 }
 
-async fn ask(topology: &Topology, args: &[&str]) -> Result<Value, CommandError> {
+async fn call(topology: &Topology, args: &[&str]) -> Result<Value, CommandError> {
     let done = topology.call(args[1].as_bytes(), OnLostReply::Retry, |_| {
         args[1..].iter().fold(Command::new(args[0]), |command, arg| command.arg(arg))
     });
     done.await.map(|(value, _)| value)
 }
 
-/// Until Redis has done it: it may be away.
-async fn insist(topology: &Topology, args: &[&str]) -> Value {
+/// Retries until Redis has executed the command: it may be down.
+async fn call_until_done(topology: &Topology, args: &[&str]) -> Value {
     for _ in 0..30 {
-        if let Ok(value) = ask(topology, args).await {
+        if let Ok(value) = call(topology, args).await {
             return value;
         }
     }
-    panic!("{args:?} is never done");
+    panic!("{args:?} never succeeds");
 }
 
 static ECHO: LazyLock<Script> = LazyLock::new(|| Script::new("return {KEYS[1], ARGV[1]}"));
@@ -76,32 +76,33 @@ static ECHO: LazyLock<Script> = LazyLock::new(|| Script::new("return {KEYS[1], A
 async fn commands_and_subscriptions_recover_after_a_restart() {
     let mut redis = RedisServer::start(&[]).await;
     let topology = topology(&redis.url()).await;
-    let (pubsub, mut heard) = pubsub(&topology);
+    let (pubsub, mut messages) = pubsub(&topology);
     for n in 0..1500 {
         pubsub.subscribe(Bytes::from(format!("c{n}")));
     }
     for _ in 0..1500 {
-        assert!(next(&mut heard).await.starts_with("+c"));
+        assert!(next(&mut messages).await.starts_with("+c"));
     }
     assert!(pubsub.is_subscribed(b"c7"));
     assert_eq!(redis.cli(&["PUBLISH", "c7", "one"]).await, "1");
-    assert_eq!(next(&mut heard).await, "c7 one");
+    assert_eq!(next(&mut messages).await, "c7 one");
     redis.kill();
-    assert!(ask(&topology, &["GET", "a"]).await.is_err());
+    assert!(call(&topology, &["GET", "a"]).await.is_err());
     redis.restart().await;
-    insist(&topology, &["SET", "a", "1"]).await;
+    call_until_done(&topology, &["SET", "a", "1"]).await;
     for _ in 0..1500 {
-        assert!(next(&mut heard).await.starts_with("+c"), "all of them again");
+        assert!(next(&mut messages).await.starts_with("+c"), "all subscriptions are restored");
     }
     assert!(pubsub.unsubscribe(b"c7") && !pubsub.is_subscribed(b"c7"));
-    eventually_within(MINUTE, "unsubscribed", async || redis.cli(&["PUBLISH", "c7", "two"]).await == "0").await;
+    eventually_within(MINUTE, "the subscription has ended", async || redis.cli(&["PUBLISH", "c7", "two"]).await == "0")
+        .await;
     assert_eq!(redis.cli(&["PUBLISH", "c8", "two"]).await, "1");
-    assert_eq!(next(&mut heard).await, "c8 two");
+    assert_eq!(next(&mut messages).await, "c8 two");
     for kind in ["normal", "pubsub"] {
         redis.cli(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"]).await;
     }
-    assert_eq!(insist(&topology, &["GET", "a"]).await.int(), Some(1));
-    eventually_within(MINUTE, "subscribed again", async || pubsub.is_subscribed(b"c8")).await;
+    assert_eq!(call_until_done(&topology, &["GET", "a"]).await.int(), Some(1));
+    eventually_within(MINUTE, "the subscription is restored", async || pubsub.is_subscribed(b"c8")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,16 +114,16 @@ async fn a_lost_reply_is_unconfirmed_and_an_unsent_command_is_not_executed() {
     assert!(add(OnLostReply::Report).await.is_ok());
     proxy.set(ProxyMode::HoldReplies);
     let (one, two) = tokio::join!(add(OnLostReply::Report), async {
-        eventually_within(MINUTE, "it is done", async || redis.cli(&["GET", "n"]).await == "2").await;
+        eventually_within(MINUTE, "the command is executed", async || redis.cli(&["GET", "n"]).await == "2").await;
         proxy.set(ProxyMode::Close);
     });
     assert_eq!((one.map(|(value, _)| value), two), (Err(CommandError::Unconfirmed), ()));
     assert!(matches!(add(OnLostReply::Report).await, Err(CommandError::NotExecuted(_))));
     proxy.set(ProxyMode::Forward);
-    eventually_within(MINUTE, "it is back", async || add(OnLostReply::Report).await.is_ok()).await;
-    assert_eq!(redis.cli(&["GET", "n"]).await, "3", "once each");
+    eventually_within(MINUTE, "commands succeed", async || add(OnLostReply::Report).await.is_ok()).await;
+    assert_eq!(redis.cli(&["GET", "n"]).await, "3", "each was executed once");
     proxy.set(ProxyMode::Blackhole);
-    assert!(add(OnLostReply::Report).await.is_err(), "a wire that was pulled out is noticed");
+    assert!(add(OnLostReply::Report).await.is_err(), "a dead connection is noticed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,62 +141,62 @@ async fn scripts_are_loaded_on_demand() {
 async fn commands_and_subscriptions_follow_the_sentinel_master() {
     let mut sentinel = RedisSentinel::start().await;
     let topology = topology(&sentinel.url()).await;
-    let (pubsub, mut heard) = pubsub(&topology);
+    let (pubsub, mut messages) = pubsub(&topology);
     pubsub.subscribe(Bytes::from_static(b"c"));
-    assert_eq!(next(&mut heard).await, "+c");
+    assert_eq!(next(&mut messages).await, "+c");
     let old = sentinel.master().await;
     sentinel.servers[old].kill();
     let new = sentinel.failed_over(old).await;
-    insist(&topology, &["SET", "a", "1"]).await;
+    call_until_done(&topology, &["SET", "a", "1"]).await;
     assert_eq!(sentinel.servers[new].cli(&["GET", "a"]).await, "1");
-    // Sentinel may end connections once more, when it has told everybody.
-    let mut said = next(&mut heard).await;
-    while said == "+c" {
+    // Sentinel may close connections again when it has reconfigured all servers.
+    let mut message = next(&mut messages).await;
+    while message == "+c" {
         sentinel.servers[new].cli(&["PUBLISH", "c", "x"]).await;
-        said = next(&mut heard).await;
+        message = next(&mut messages).await;
     }
-    assert_eq!(said, "c x");
+    assert_eq!(message, "c x");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_and_subscriptions_follow_slot_moves_and_failovers() {
     let mut cluster = RedisCluster::start(3, 3).await;
     let topology = topology(&cluster.url()).await;
-    let (pubsub, mut heard) = pubsub(&topology);
+    let (pubsub, mut messages) = pubsub(&topology);
     let keys: Vec<String> = (0..30).map(|n| format!("{{k{n}}}")).collect();
     for key in &keys {
-        insist(&topology, &["SET", key, "1"]).await;
+        call_until_done(&topology, &["SET", key, "1"]).await;
         pubsub.subscribe(Bytes::from(key.clone()));
     }
     for _ in &keys {
-        assert!(next(&mut heard).await.starts_with('+'));
+        assert!(next(&mut messages).await.starts_with('+'));
     }
     let slot = cluster.slot(&keys[0]).await;
     let from = cluster.owner(slot).await;
     cluster.move_slot(slot, (from + 1) % 3).await;
-    assert_eq!(insist(&topology, &["GET", &keys[0]]).await.int(), Some(1));
-    assert_eq!(next(&mut heard).await, format!("+{}", keys[0]));
-    insist(&topology, &["SPUBLISH", &keys[0], "moved"]).await;
-    assert_eq!(next(&mut heard).await, format!("{} moved", keys[0]));
+    assert_eq!(call_until_done(&topology, &["GET", &keys[0]]).await.int(), Some(1));
+    assert_eq!(next(&mut messages).await, format!("+{}", keys[0]));
+    call_until_done(&topology, &["SPUBLISH", &keys[0], "moved"]).await;
+    assert_eq!(next(&mut messages).await, format!("{} moved", keys[0]));
 
     let victim = cluster.owner(slot).await;
     cluster.servers[victim].kill();
     eventually_within(MINUTE, "all slots answer", async || {
         for key in &keys {
-            if ask(&topology, &["SET", key, "2"]).await.is_err() {
+            if call(&topology, &["SET", key, "2"]).await.is_err() {
                 return false;
             }
         }
         true
     })
     .await;
-    eventually_within(MINUTE, "all subscriptions are back", async || {
+    eventually_within(MINUTE, "all subscriptions are restored", async || {
         keys.iter().all(|key| pubsub.is_subscribed(key.as_bytes()))
     })
     .await;
 }
 
-/// A server that says that it is of some version, and nothing else.
+/// A server that reports a version and answers nothing else.
 async fn of_version(version: &'static str) -> String {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let url = format!("redis://{}", listener.local_addr().unwrap());
@@ -203,19 +204,21 @@ async fn of_version(version: &'static str) -> String {
         loop {
             let (mut socket, _) = listener.accept().await.unwrap();
             tokio::spawn(async move {
-                let mut asked = vec![0; 4096];
-                // One is asked for after the other.
-                while let Ok(count @ 1..) = socket.read(&mut asked).await {
-                    let asked = String::from_utf8_lossy(&asked[..count]).into_owned();
+                let mut request = vec![0; 4096];
+                // One command arrives at a time.
+                while let Ok(count @ 1..) = socket.read(&mut request).await {
+                    let request = String::from_utf8_lossy(&request[..count]).into_owned();
                     let info = format!(
                         "redis_version:{version}\r\nredis_mode:standalone\r\nrole:master\r\nrun_id:{}\r\nmaster_replid:{}\r\n",
                         "a".repeat(40),
                         "b".repeat(40)
                     );
                     let answer = match () {
-                        () if asked.contains("HELLO") && version < "6" => "-ERR unknown command `HELLO`\r\n".to_owned(),
-                        () if asked.contains("INFO") => format!("${}\r\n{info}\r\n", info.len()),
-                        () if asked.contains("TIME") => "*2\r\n$10\r\n1763640000\r\n$1\r\n0\r\n".to_owned(),
+                        () if request.contains("HELLO") && version < "6" => {
+                            "-ERR unknown command `HELLO`\r\n".to_owned()
+                        }
+                        () if request.contains("INFO") => format!("${}\r\n{info}\r\n", info.len()),
+                        () if request.contains("TIME") => "*2\r\n$10\r\n1763640000\r\n$1\r\n0\r\n".to_owned(),
                         () => "%0\r\n".to_owned(),
                     };
                     let _ = socket.write_all(answer.as_bytes()).await;
@@ -231,7 +234,7 @@ async fn an_unsupported_redis_version_is_rejected_with_the_reason() {
     for version in ["5.0.14", "6.0.16"] {
         let url = RedisUrl::parse(&of_version(version).await).unwrap();
         let topology = Topology::start(url, Arc::new(Metrics::new()));
-        // The reason is known with the first answer; until then nothing has answered.
+        // The reason is known with the first reply.
         let reason = topology.ready(Duration::from_secs(5)).await.unwrap_err();
         assert!(reason.contains("6.2 or newer, or Valkey"), "{version}: {reason}");
     }

@@ -1,5 +1,5 @@
-//! Nodes of weir on one Redis, writers and readers on them, and a judge: what a writer was told against what each reader
-//! saw.
+//! Buses of several nodes on one Redis with writers and readers, and a judge that compares the results of a writer with
+//! what each reader received.
 
 use std::{
     future::poll_fn,
@@ -48,21 +48,21 @@ pub fn draft(n: u64, key: Option<&str>) -> Draft {
     event::draft(None, &n.to_string(), key)
 }
 
-/// One weir, as far as the bus goes.
-pub struct Node {
+/// The bus of one node.
+pub struct BusNode {
     pub bus: Arc<Bus>,
     pub redis: Arc<Redis>,
     pub metrics: Arc<Metrics>,
     pub topics: Arc<Topics>,
 }
 
-impl Node {
+impl BusNode {
     pub async fn start(url: &str) -> Self {
-        Node::with(url, KEEP, Ack::Stored).await
+        BusNode::with(url, KEEP, Ack::Stored).await
     }
 
     pub async fn with(url: &str, keep: Retention, ack: Ack) -> Self {
-        Node::of(url, keep, RedisSettings { prefix: "weir:".into(), ack }).await
+        BusNode::of(url, keep, RedisSettings { prefix: "weir:".into(), ack }).await
     }
 
     pub async fn of(url: &str, keep: Retention, settings: RedisSettings) -> Self {
@@ -80,15 +80,15 @@ impl Node {
         let deployment = Topology::start(RedisUrl::parse(url).unwrap(), metrics.clone());
         deployment.ready(Duration::from_secs(30)).await.unwrap();
         let redis = Arc::new(Redis::start(deployment, topics.clone(), settings));
-        Node { bus: Arc::new(Bus::new(redis.clone(), topics.clone())), redis, metrics, topics }
+        BusNode { bus: Arc::new(Bus::new(redis.clone(), topics.clone())), redis, metrics, topics }
     }
 
     pub async fn publish(&self, name: &str, n: u64) -> Result<Placed, Code> {
         self.bus.publish_one("", &channel(name), draft(n, None)).await.map_err(|error| error.code())
     }
 
-    /// Until it is placed: Redis may be away.
-    pub async fn insist(&self, name: &str, n: u64) -> Placed {
+    /// Publishes until Redis accepts the event: it may be down.
+    pub async fn publish_until_accepted(&self, name: &str, n: u64) -> Placed {
         loop {
             match self.publish(name, n).await {
                 Ok(placed) => return placed,
@@ -102,11 +102,11 @@ impl Node {
         self.bus.read(&channel(name), start, ALL, None).await.unwrap()
     }
 
-    pub async fn reader(&self, name: &str, start: Start) -> Reader {
+    pub async fn reader(&self, name: &str, start: Start) -> BusReader {
         let mut subs = Subscriptions::new(&LINES);
         let watch = self.bus.watch(&[channel(name)]).await.unwrap().remove(0);
         let added = subs.add(watch, start, None);
-        let log: Arc<Mutex<Vec<Seen>>> = Arc::new(Mutex::new(added.gap.into_iter().map(Seen::Gap).collect()));
+        let log: Arc<Mutex<Vec<Received>>> = Arc::new(Mutex::new(added.gap.into_iter().map(Received::Gap).collect()));
         let task = tokio::spawn({
             let log = log.clone();
             async move {
@@ -114,137 +114,138 @@ impl Node {
                     let delivery = poll_fn(|cx| subs.poll_next(cx)).await;
                     let mut log = log.lock();
                     match delivery.item {
-                        DeliveryItem::Gap(gap) => log.push(Seen::Gap(gap)),
+                        DeliveryItem::Gap(gap) => log.push(Received::Gap(gap)),
                         DeliveryItem::Events { bytes, .. } => {
                             for line in std::str::from_utf8(&bytes).unwrap().lines() {
                                 let event: Value = serde_json::from_str(line).unwrap();
                                 let at = format!("{}-{}", event["epoch"].as_str().unwrap(), event["offset"]);
-                                log.push(Seen::Event(at.parse().unwrap(), event["data"].as_u64().unwrap()));
+                                log.push(Received::Event(at.parse().unwrap(), event["data"].as_u64().unwrap()));
                             }
                         }
                     }
                 }
             }
         });
-        Reader { log, task }
+        BusReader { log, task }
     }
 }
 
 #[derive(Clone, Debug)]
-pub enum Seen {
+pub enum Received {
     Event(Position, u64),
     Gap(Gap),
 }
 
-impl Seen {
+impl Received {
     fn number(&self) -> Option<u64> {
         match self {
-            Seen::Event(_, n) => Some(*n),
-            Seen::Gap(_) => None,
+            Received::Event(_, n) => Some(*n),
+            Received::Gap(_) => None,
         }
     }
 }
 
-pub struct Reader {
-    log: Arc<Mutex<Vec<Seen>>>,
+pub struct BusReader {
+    log: Arc<Mutex<Vec<Received>>>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Reader {
+impl Drop for BusReader {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Reader {
-    pub fn seen(&self) -> Vec<Seen> {
+impl BusReader {
+    pub fn received(&self) -> Vec<Received> {
         self.log.lock().clone()
     }
 
     pub fn numbers(&self) -> Vec<u64> {
         let log = self.log.lock();
-        log.iter().filter_map(Seen::number).collect()
+        log.iter().filter_map(Received::number).collect()
     }
 
     pub fn gaps(&self) -> Vec<Gap> {
         let log = self.log.lock();
-        log.iter().filter_map(|seen| if let Seen::Gap(gap) = seen { Some(gap.clone()) } else { None }).collect()
+        log.iter().filter_map(|seen| if let Received::Gap(gap) = seen { Some(gap.clone()) } else { None }).collect()
     }
 
-    /// Waits until it has seen the event with this number.
-    pub async fn sees(&self, n: u64) {
-        eventually_within(MINUTE, &format!("a reader sees {n}"), async || self.numbers().contains(&n)).await;
+    /// Waits until it has received the event with this number.
+    pub async fn receives(&self, n: u64) {
+        eventually_within(MINUTE, &format!("a reader receives {n}"), async || self.numbers().contains(&n)).await;
     }
 }
 
-/// Writes 1, 2, 3… into one channel, one after the other, and remembers what it was told.
-pub struct Writer {
+/// Publishes 1, 2, 3… to one channel, one after the other, and records the results.
+pub struct BusWriter {
     stop: Arc<AtomicBool>,
-    told: Arc<Mutex<Vec<Told>>>,
-    /// How many were told when it was last looked.
-    looked: AtomicUsize,
+    results: Arc<Mutex<Vec<PublishResult>>>,
+    /// The number of results at the last call of [`writes`](Self::writes).
+    checked: AtomicUsize,
     task: JoinHandle<()>,
 }
 
 #[derive(Clone, Debug)]
-pub struct Told {
+pub struct PublishResult {
     pub n: u64,
-    pub what: Result<Placed, Code>,
+    pub result: Result<Placed, Code>,
 }
 
-impl Writer {
-    pub fn start(node: &Node, name: &'static str) -> Self {
-        let (stop, told) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+impl BusWriter {
+    pub fn start(node: &BusNode, name: &'static str) -> Self {
+        let (stop, results) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
         let task = tokio::spawn({
-            let (bus, stop, told) = (node.bus.clone(), stop.clone(), told.clone());
+            let (bus, stop, results) = (node.bus.clone(), stop.clone(), results.clone());
             async move {
                 for n in 1.. {
                     if stop.load(SeqCst) {
                         return;
                     }
-                    let what = bus.publish_one("", &channel(name), draft(n, None)).await.map_err(|error| error.code());
-                    let pause = if what.is_ok() { 1 } else { 20 };
-                    told.lock().push(Told { n, what });
+                    let result =
+                        bus.publish_one("", &channel(name), draft(n, None)).await.map_err(|error| error.code());
+                    let pause = if result.is_ok() { 1 } else { 20 };
+                    results.lock().push(PublishResult { n, result });
                     tokio::time::sleep(Duration::from_millis(pause)).await;
                 }
             }
         });
-        Writer { stop, told, looked: AtomicUsize::new(0), task }
+        BusWriter { stop, results, checked: AtomicUsize::new(0), task }
     }
 
-    /// Waits until so many more were acknowledged.
+    /// Waits until `more` further publishes were acknowledged.
     pub async fn writes(&self, more: usize) {
-        let count = || self.told.lock().iter().filter(|told| told.what.is_ok()).count();
+        let count = || self.results.lock().iter().filter(|publish| publish.result.is_ok()).count();
         let goal = count() + more;
-        eventually_within(MINUTE, &format!("{more} more events are placed"), async || count() >= goal).await;
-        self.looked.store(self.told.lock().len(), SeqCst);
+        eventually_within(MINUTE, &format!("{more} more events are acknowledged"), async || count() >= goal).await;
+        self.checked.store(self.results.lock().len(), SeqCst);
     }
 
-    /// Waits until one was refused, or its answer lost, since it was last waited for some to be placed.
+    /// Waits until a publish has failed since the last call of [`writes`](Self::writes).
     pub async fn fails(&self) {
-        let since = self.looked.load(SeqCst);
+        let since = self.checked.load(SeqCst);
         eventually_within(MINUTE, "a publish fails", async || {
-            self.told.lock()[since..].iter().any(|told| told.what.is_err())
+            self.results.lock()[since..].iter().any(|publish| publish.result.is_err())
         })
         .await;
     }
 
-    pub async fn stop(self) -> Vec<Told> {
+    pub async fn stop(self) -> Vec<PublishResult> {
         self.stop.store(true, SeqCst);
         self.task.await.unwrap();
-        Arc::try_unwrap(self.told).unwrap().into_inner()
+        Arc::try_unwrap(self.results).unwrap().into_inner()
     }
 }
 
-/// What was acknowledged was seen, exactly so and in order, or lies in a gap that was announced where it would have been.
-/// What was refused was not seen, and nothing was seen twice; but a reset leads back to the beginning.
-pub fn judge(told: &[Told], reader: &Reader) {
-    let seen = reader.seen();
+/// Asserts that every acknowledged event was received unmodified and in order, or lies in a gap announced in its place,
+/// and that no rejected event was received and none was received twice. After a reset a reader starts at the beginning.
+pub fn judge(results: &[PublishResult], reader: &BusReader) {
+    let seen = reader.received();
     let mut last = 0;
     for one in &seen {
         let (position, n) = match one {
-            Seen::Event(position, n) => (position, n),
-            Seen::Gap(gap) => {
+            Received::Event(position, n) => (position, n),
+            Received::Gap(gap) => {
                 if gap.reason == GapReason::Reset {
                     last = 0;
                 }
@@ -253,20 +254,20 @@ pub fn judge(told: &[Told], reader: &Reader) {
         };
         assert!(*n > last, "{n} after {last}: twice, or out of order");
         last = *n;
-        match &told[*n as usize - 1].what {
-            Ok(placed) => assert_eq!(placed.position, *position, "{n} is not where the writer was told"),
+        match &results[*n as usize - 1].result {
+            Ok(placed) => assert_eq!(placed.position, *position, "{n} is not at the acknowledged position"),
             Err(Code::Unconfirmed) => {}
-            Err(code) => panic!("{n} was refused ({code:?}) and is there"),
+            Err(code) => panic!("{n} was rejected ({code:?}) and received"),
         }
     }
-    for told in told.iter().filter(|told| told.what.is_ok()) {
-        let before = seen.iter().rposition(|one| one.number().is_some_and(|n| n < told.n)).map_or(0, |at| at + 1);
-        let after = seen.iter().position(|one| one.number().is_some_and(|n| n > told.n)).unwrap_or(seen.len());
-        let there = seen.iter().any(|one| one.number() == Some(told.n));
-        let announced = seen[before..after].iter().any(|one| matches!(one, Seen::Gap(_)));
+    for publish in results.iter().filter(|publish| publish.result.is_ok()) {
+        let before = seen.iter().rposition(|one| one.number().is_some_and(|n| n < publish.n)).map_or(0, |at| at + 1);
+        let after = seen.iter().position(|one| one.number().is_some_and(|n| n > publish.n)).unwrap_or(seen.len());
+        let received = seen.iter().any(|one| one.number() == Some(publish.n));
+        let announced = seen[before..after].iter().any(|one| matches!(one, Received::Gap(_)));
         assert!(
-            there || announced,
-            "{told:?} was acknowledged, and is missing without a word: {:?}",
+            received || announced,
+            "{publish:?} was acknowledged and is missing without a gap: {:?}",
             &seen[before.saturating_sub(3)..seen.len().min(after + 3)]
         );
     }

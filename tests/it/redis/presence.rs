@@ -1,4 +1,4 @@
-//! Presence and connections of several real nodes: what one node's clients are told of another's.
+//! Presence and connections of several nodes, one of them a process of its own.
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ fn names(list: &Value) -> Vec<&str> {
     list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
 }
 
-/// Every node lists just these, and all of them the same.
+/// Waits until every node lists exactly these clients, and asserts that all lists are equal.
 async fn lists(at: &[std::net::SocketAddr], clients: &[&str]) {
     let mut first: Option<Value> = None;
     for at in at {
@@ -36,25 +36,25 @@ async fn lists(at: &[std::net::SocketAddr], clients: &[&str]) {
 async fn members_of_a_killed_process_are_announced_as_gone<D: RedisDeployment>() {
     let redis = D::start().await;
     let url = redis.url();
-    let (here, doomed) = (weir_on(&url).await, Process::start_on(&url));
-    let there = doomed.address;
-    let both = [here.address, there];
-    let ann = EventStream::opened(here.address, "channel=chat&present=ann").await;
-    let mut bob = Socket::open(there).await;
+    let (local, killed) = (weir_on(&url).await, Process::start_on(&url));
+    let remote = killed.address;
+    let both = [local.address, remote];
+    let ann = EventStream::opened(local.address, "channel=chat&present=ann").await;
+    let mut bob = Socket::open(remote).await;
     bob.call("weir.subscribe", json!({ "channels": ["chat"], "present": { "client": "bob", "info": { "n": 1 } } }))
         .await;
     lists(&both, &["ann", "bob"]).await;
-    let listed = get_json(there, "/v1/presence?channel=chat").await;
+    let listed = get_json(remote, "/v1/presence?channel=chat").await;
     assert_eq!(members(&listed["members"][1]), ["client", "info", "since", "subject", "transport"]);
     drop(bob);
     lists(&both, &["ann"]).await;
-    let _carl = EventStream::opened(there, "channel=chat&present=carl").await;
-    let _dora = EventStream::opened(there, "channel=chat&present=dora").await;
+    let _carl = EventStream::opened(remote, "channel=chat&present=carl").await;
+    let _dora = EventStream::opened(remote, "channel=chat&present=dora").await;
     lists(&both, &["ann", "carl", "dora"]).await;
-    // Where ann is, both leave with their node; the log and the list agree, and nobody left twice.
-    drop(doomed);
+    // The members of the killed node are announced as gone once, and the log equals the list.
+    drop(killed);
     lists(&both[..1], &["ann"]).await;
-    let replay = Replay::of(&here, "chat", "earliest").await;
+    let replay = Replay::of(&local, "chat", "earliest").await;
     assert_eq!(replay.members.keys().collect::<Vec<_>>(), ["ann"]);
     assert_eq!((replay.joins, replay.leaves), (4, 3));
     drop(ann);
@@ -64,16 +64,16 @@ async fn members_of_a_killed_process_are_announced_as_gone<D: RedisDeployment>()
 async fn connections_of_several_processes_are_listed_and_kicked<D: RedisDeployment>() {
     let redis = D::start().await;
     let url = redis.url();
-    let (here, other) = (weir_on(&url).await, Process::start_on(&url));
-    let there = other.address;
-    let mut near = Socket::open(here.address).await;
-    let (mut one, mut two) = (Socket::open(there).await, Socket::open(there).await);
+    let (local, other) = (weir_on(&url).await, Process::start_on(&url));
+    let remote = other.address;
+    let mut near = Socket::open(local.address).await;
+    let (mut one, mut two) = (Socket::open(remote).await, Socket::open(remote).await);
     for socket in [&mut near, &mut one, &mut two] {
         socket.call("weir.ping", json!({})).await;
     }
     one.call("weir.subscribe", json!({ "channels": ["only"] })).await;
     let list = async |at, query: &str| get_json(at, &format!("/v1/connections{query}")).await;
-    for at in [here.address, there] {
+    for at in [local.address, remote] {
         eventually_within(MINUTE, "all are listed", async || {
             list(at, "").await["connections"].as_array().unwrap().len() == 3
         })
@@ -81,14 +81,14 @@ async fn connections_of_several_processes_are_listed_and_kicked<D: RedisDeployme
     }
     let kick = async |query: &str| {
         let path = format!("/v1/connections?{query}");
-        Request::new(here.address, "DELETE", path).await.expect(200).json()
+        Request::new(local.address, "DELETE", path).await.expect(200).json()
     };
-    let on_only = list(here.address, "?channel=only").await;
+    let on_only = list(local.address, "?channel=only").await;
     assert_eq!(on_only["connections"].as_array().unwrap().len(), 1, "{on_only}");
     let id = on_only["connections"][0]["id"].as_str().unwrap();
     assert_eq!(kick(&format!("id={id}")).await, json!({ "kicked": 1 }));
     assert_eq!(one.closed().await, (4503, "kicked".to_owned()));
-    // One that does not answer is named, and the others are kicked.
+    // A node that does not answer is named, and clients of other nodes are kicked.
     let name = id.split('-').next().unwrap().to_owned();
     other.signal(Signal::STOP);
     let silent = kick("subject=").await;
@@ -96,6 +96,6 @@ async fn connections_of_several_processes_are_listed_and_kicked<D: RedisDeployme
     assert!(silent["silent"][0].as_str().unwrap().starts_with(&name), "{silent} {id}");
     assert_eq!(near.closed().await, (4503, "kicked".to_owned()));
     other.signal(Signal::CONT);
-    // What it was told meanwhile it did.
+    // The node executes the kick when it continues.
     assert_eq!(two.closed().await, (4503, "kicked".to_owned()));
 }

@@ -1,4 +1,4 @@
-//! Redis behind TLS, with certificates made here.
+//! Redis over TLS, with certificates that the tests create.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ use crate::support::{
     MINUTE, Process, RedisServer, Request, eventually_blocking, eventually_within, get_json, redis::free_port,
 };
 
-/// In a directory that goes with them.
+/// Certificates in a directory that is removed on drop.
 struct Certificates(PathBuf);
 
 impl Drop for Certificates {
@@ -23,16 +23,18 @@ impl Drop for Certificates {
 }
 
 impl Certificates {
-    /// Two authorities, `ca` and `other`, and what `ca` signed: `server` is for 127.0.0.1, `elsewhere` is not.
-    fn made() -> Self {
+    /// Two authorities, `ca` and `other`, and two certificates of `ca`: `server` for 127.0.0.1 and `elsewhere` for
+    /// another name.
+    fn create() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, SeqCst);
-        let made = Certificates(std::env::temp_dir().join(format!("weir-tls-{}-{number}", std::process::id())));
-        fs::create_dir_all(&made.0).unwrap();
+        let certificates = Certificates(std::env::temp_dir().join(format!("weir-tls-{}-{number}", std::process::id())));
+        fs::create_dir_all(&certificates.0).unwrap();
         for authority in ["ca", "other"] {
-            let (key, pem) = (made.path(&format!("{authority}.key")), made.path(&format!("{authority}.pem")));
+            let (key, pem) =
+                (certificates.path(&format!("{authority}.key")), certificates.path(&format!("{authority}.pem")));
             let subject = format!("/CN={authority}");
-            made.openssl(&[
+            certificates.openssl(&[
                 "req",
                 "-x509",
                 "-newkey",
@@ -52,10 +54,10 @@ impl Certificates {
         }
         for (name, place) in [("server", "IP:127.0.0.1"), ("elsewhere", "DNS:elsewhere.test")] {
             let (key, csr, pem) = (format!("{name}.key"), format!("{name}.csr"), format!("{name}.pem"));
-            let (key, csr, pem) = (made.path(&key), made.path(&csr), made.path(&pem));
-            let names = made.path("names");
+            let (key, csr, pem) = (certificates.path(&key), certificates.path(&csr), certificates.path(&pem));
+            let names = certificates.path("names");
             fs::write(&names, format!("subjectAltName={place}\n")).unwrap();
-            made.openssl(&[
+            certificates.openssl(&[
                 "req",
                 "-newkey",
                 "ec",
@@ -69,7 +71,7 @@ impl Certificates {
                 "-out",
                 &csr,
             ]);
-            made.openssl(&[
+            certificates.openssl(&[
                 "x509",
                 "-req",
                 "-days",
@@ -77,9 +79,9 @@ impl Certificates {
                 "-in",
                 &csr,
                 "-CA",
-                &made.path("ca.pem"),
+                &certificates.path("ca.pem"),
                 "-CAkey",
-                &made.path("ca.key"),
+                &certificates.path("ca.key"),
                 "-CAcreateserial",
                 "-extfile",
                 &names,
@@ -87,7 +89,7 @@ impl Certificates {
                 &pem,
             ]);
         }
-        made
+        certificates
     }
 
     fn path(&self, name: &str) -> String {
@@ -99,7 +101,7 @@ impl Certificates {
         assert!(done.status.success(), "openssl {args:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
 
-    /// A server with a second port for TLS, and the URL of that.
+    /// A server with a second port for TLS, and its URL.
     async fn server(&self, name: &str) -> (RedisServer, String) {
         let port = free_port();
         let (key, pem) = (self.path(&format!("{name}.key")), self.path(&format!("{name}.pem")));
@@ -135,29 +137,29 @@ impl Certificates {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_connects_to_redis_over_tls() {
-    let made = Certificates::made();
-    let (redis, url) = made.server("server").await;
+    let certificates = Certificates::create();
+    let (redis, url) = certificates.server("server").await;
     let nodes: Vec<Process> = [url.clone(), redis.url()]
         .iter()
         .map(|url| {
             Process::start(&[
                 ("WEIR__BUS__BACKEND", "redis"),
                 ("WEIR__BUS__REDIS__URL", url),
-                ("SSL_CERT_FILE", &made.path("ca.pem")),
+                ("SSL_CERT_FILE", &certificates.path("ca.pem")),
             ])
         })
         .collect();
     let [over_tls, beside] = [0, 1].map(|n: usize| nodes[n].address);
-    eventually_within(MINUTE, "it is ready", async || {
+    eventually_within(MINUTE, "the node is ready", async || {
         Request::new(over_tls, "GET", "/health/ready").await.status == 200
     })
     .await;
     Request::new(over_tls, "POST", "/v1/events?channel=a").body("1").await.expect(201);
-    // It comes through the subscription as well, also on connections that were made again.
+    // The subscription works as well, also on a new connection.
     redis.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
     redis.cli(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
     let poll = tokio::spawn(async move { get_json(over_tls, "/v1/events?channel=a&after=1&wait=50s").await });
-    eventually_within(MINUTE, "it is published", async || {
+    eventually_within(MINUTE, "the publish succeeds", async || {
         Request::new(beside, "POST", "/v1/events?channel=a").body("2").await.status == 201
     })
     .await;
@@ -166,13 +168,14 @@ async fn a_node_connects_to_redis_over_tls() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_untrusted_certificate_is_rejected_with_the_reason() {
-    let made = Certificates::made();
-    let ((_right, url), (_wrong, elsewhere)) = (made.server("server").await, made.server("elsewhere").await);
+    let certificates = Certificates::create();
+    let ((_right, url), (_wrong, elsewhere)) =
+        (certificates.server("server").await, certificates.server("elsewhere").await);
     for (url, authority, reason) in [
         (url.as_str(), "other", "SSL_CERT_FILE names a file of those to trust"),
         (&elsewhere, "ca", "its certificate is for another name"),
     ] {
-        let said = made.log(url, authority);
-        assert!(said.contains(reason), "{url} {authority}: {said}");
+        let log = certificates.log(url, authority);
+        assert!(log.contains(reason), "{url} {authority}: {log}");
     }
 }

@@ -72,7 +72,7 @@ impl Socket {
             match in_time(self.stream.next()).await {
                 Some(Ok(Message::Text(text))) => return text.as_str().to_owned(),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                other => panic!("instead of a text: {other:?}"),
+                other => panic!("not a text: {other:?}"),
             }
         }
     }
@@ -165,7 +165,7 @@ impl Socket {
                 }
                 Some(Ok(Message::Close(None))) => return (1005, String::new()),
                 Some(Ok(_)) => {}
-                other => panic!("instead of a close: {other:?}"),
+                other => panic!("not a close: {other:?}"),
             }
         }
     }

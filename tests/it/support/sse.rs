@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use super::{Client, Response};
 
-/// A stream of server-sent events as the standard parses it (WHATWG HTML, section 9.2.6), and stricter where clients are.
+/// A stream of server-sent events as the standard parses it (WHATWG HTML, section 9.2.6), and stricter where clients
+/// are.
 pub struct EventStream {
     pub client: Client,
     /// Of the body, decoded from chunks and not yet parsed.

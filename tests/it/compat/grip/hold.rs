@@ -1,4 +1,4 @@
-//! Held streams that follow nothing, and held responses.
+//! Held streams without a link, and held responses.
 
 use serde_json::json;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::support::{Client, Request, eventually, weir};
 
 const HELD: &[(&str, &str)] = &[("Grip-Hold", "stream"), ("Grip-Channel", "a, b")];
 
-/// A client whose answer is held.
+/// A client whose response is held as a stream.
 pub async fn held(grip: &Grip, origin: &mut Origin, headers: &[(&str, &str)], body: &str) -> Client {
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/x?y=1", &[], b"").await;
@@ -26,7 +26,7 @@ async fn a_held_stream_is_the_origins_body_followed_by_published_bytes() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut client = held(&grip, &mut origin, HELD, "open\n").await;
-    // At once behind the head, and never lost.
+    // An item published right after the head is not lost.
     grip.stream("a", "event: message\ndata: {\"a\":1}\n\n").await;
     assert_eq!(client.chunks(35).await, "open\nevent: message\ndata: {\"a\":1}\n\n");
     grip.stream("b", "no block").await;
@@ -112,17 +112,17 @@ async fn grip_instructions_in_a_body_are_applied() {
     assert_eq!((reply.status, reply.header("x-a"), reply.header("content-type")), (200, Some("1"), None));
     grip.stream("a", "x").await;
     assert_eq!(client.chunks(6).await, "open\nx");
-    // Without a hold it is just the answer.
-    let asked = tokio::spawn(grip.ask("GET", "/").into_future());
+    // Without a hold the instructions are the response.
+    let pending = tokio::spawn(grip.request("GET", "/").into_future());
     origin.next().await.answer(&kind, r#"{"response":{"code":404,"body-bin":"AP8="}}"#).await;
-    assert_eq!(asked.await.unwrap().expect(404).body, [0, 255][..]);
+    assert_eq!(pending.await.unwrap().expect(404).body, [0, 255][..]);
 }
 
 #[tokio::test]
 async fn grip_status_and_http_1_0_are_respected() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
-    // Another status than 200, and HTTP/1.0: no chunks.
+    // A status other than 200, and no chunks with HTTP/1.0.
     let mut client = Client::connect(grip.proxy).await;
     client.write("GET / HTTP/1.0\r\nHost: a\r\n\r\n").await;
     origin.next().await.answer(&[HELD, &[("Grip-Status", "201")]].concat(), "open\n").await;
@@ -172,7 +172,7 @@ async fn a_drain_ends_held_responses() {
     let grip = behind(starter, vec![route("/", &origin)]).await;
     let mut client = held(&grip, &mut origin, HELD, "open\n").await;
     assert_eq!(client.chunks(5).await, "open\n");
-    let waiting = tokio::spawn(grip.ask("GET", "/wait").into_future());
+    let waiting = tokio::spawn(grip.request("GET", "/wait").into_future());
     origin.next().await.answer(&[("Grip-Hold", "response"), ("Grip-Channel", "answers")], "timeout").await;
     grip.readers("answers", 1).await;
     grip.weir.shut_down();
@@ -205,7 +205,7 @@ async fn held_responses_and_tunnels_are_listed_and_kicked() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     let mut stream = held(&grip, &mut origin, HELD, "open\n").await;
-    let waiting = tokio::spawn(grip.ask("GET", "/wait").into_future());
+    let waiting = tokio::spawn(grip.request("GET", "/wait").into_future());
     origin.next().await.answer(WAITS, "in time").await;
     grip.readers("answers", 1).await;
     let mut tunnel = Client::connect(grip.proxy).await;
@@ -217,8 +217,8 @@ async fn held_responses_and_tunnels_are_listed_and_kicked() {
     eventually("three are listed", async || sessions.len() == 3).await;
     let all = grip.weir.get("/v1/connections").await.expect(200).json();
     let all = all["connections"].as_array().unwrap();
-    let told: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
-    assert_eq!(told, [json!(["sse", 2]), json!(["poll", 1]), json!(["ws", 0])]);
+    let listed: Vec<_> = all.iter().map(|it| json!([it["transport"], it["channels"]])).collect();
+    assert_eq!(listed, [json!(["sse", 2]), json!(["poll", 1]), json!(["ws", 0])]);
     for it in all {
         assert!(it["remote"].as_str().unwrap().starts_with("127.0.0.1:"), "{it}");
         let kicked = grip.weir.delete(format!("/v1/connections?id={}", it["id"].as_str().unwrap())).await;
@@ -226,7 +226,7 @@ async fn held_responses_and_tunnels_are_listed_and_kicked() {
     }
     assert_eq!(stream.chunks(5).await, "open\n");
     assert_eq!(stream.chunk().await, None);
-    // As if its time was up.
+    // A kicked response is answered as after its timeout.
     assert_eq!(waiting.await.unwrap().expect(200).text(), "in time");
     assert!(exchange.is_cancelled().await && tunnel.is_closed().await);
     drop((stream, tunnel));
@@ -252,21 +252,21 @@ async fn a_published_item_answers_a_held_response() {
         ),
         (json!({"body-patch": [{"op": "replace", "path": "/n", "value": 2}]}), 200, r#"{"n":2}"#),
     ] {
-        let asked = tokio::spawn(grip.ask("GET", "/").into_future());
+        let pending = tokio::spawn(grip.request("GET", "/").into_future());
         origin.next().await.answer(WAITS, r#"{"n":1}"#).await;
         grip.readers("answers", 1).await;
-        // Not for responses.
+        // Items for streams do not answer responses.
         grip.stream("answers", "x").await;
         grip.weir.publish("answers", "1").await;
         let items = json!({"formats": {"http-response": item}});
         grip.publish("answers", items).await;
-        let reply = asked.await.unwrap().expect(status);
+        let reply = pending.await.unwrap().expect(status);
         assert_eq!((reply.text(), reply.header("x-origin"), reply.header("grip-x")), (body, Some("1"), None));
         assert_eq!(reply.header("content-type"), Some(if status == 404 { "c/d" } else { "a/b" }));
         assert_eq!(reply.header("content-length"), Some(&*body.len().to_string()));
     }
     grip.readers("answers", 0).await;
-    // What is no format for streams is an event all the same, but nothing to a held stream.
+    // An item without a stream format is stored as an event and is not sent to held streams.
     let read = grip.weir.get("/v1/events?channel=answers&last=1").await.expect(200).json();
     assert_eq!((&read["events"][0]["type"], &read["events"][0]["data"]), (&json!("grip"), &json!(null)));
     grip.weir.idle().await;
@@ -276,13 +276,13 @@ async fn a_published_item_answers_a_held_response() {
 async fn a_held_response_times_out_with_the_response_of_the_origin() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
-    let asked = tokio::spawn(grip.ask("POST", "/").body("x").into_future());
+    let pending = tokio::spawn(grip.request("POST", "/").body("x").into_future());
     let headers = [WAITS, &[("Grip-Timeout", "0"), ("Grip-Status", "304")]].concat();
     origin.next().await.answer(&headers, "late").await;
-    let reply = asked.await.unwrap().expect(304);
+    let reply = pending.await.unwrap().expect(304);
     assert_eq!((reply.text(), reply.header("x-origin")), ("", Some("1")));
     grip.weir.idle().await;
-    // A client that does not wait is not waited for.
+    // A client that disconnects ends its hold.
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/", &[], b"").await;
     origin.next().await.answer(WAITS, "late").await;
@@ -296,7 +296,7 @@ async fn an_outdated_held_response_is_requested_again() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
     grip.publish("answers", json!({"id": "2", "formats": {"http-response": {"body": "two"}}})).await;
-    let asked = tokio::spawn(grip.ask("GET", "/p").header("X-A", "1").into_future());
+    let pending = tokio::spawn(grip.request("GET", "/p").header("X-A", "1").into_future());
     let outdated = [("Grip-Hold", "response"), ("Grip-Channel", "answers; prev-id=1")];
     origin.next().await.answer(&outdated, "").await;
     let exchange = origin.next().await;
@@ -305,12 +305,12 @@ async fn an_outdated_held_response_is_requested_again() {
     let current = [("Grip-Hold", "response"), ("Grip-Channel", "answers; prev-id=2")];
     exchange.answer(&current, "").await;
     grip.readers("answers", 1).await;
-    // A hint has the origin asked as well.
+    // A hint requests the response again, too.
     grip.publish("answers", json!({"id": "3", "prev-id": "2", "formats": {"http-response": {"action": "hint"}}})).await;
     let exchange = origin.next().await;
     assert_eq!(exchange.header("grip-last"), Some("answers; last-id=2"));
     exchange.answer(&[], "fresh").await;
-    assert_eq!(asked.await.unwrap().expect(200).text(), "fresh");
+    assert_eq!(pending.await.unwrap().expect(200).text(), "fresh");
     grip.weir.idle().await;
 }
 

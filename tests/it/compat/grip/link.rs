@@ -1,4 +1,4 @@
-//! Streams that miss nothing.
+//! Reliable streams: held streams with a link that fetches missing items.
 
 use serde_json::json;
 
@@ -40,7 +40,7 @@ async fn missing_items_are_fetched_once_and_delivered_once() {
     assert_eq!(exchange.line(), "GET /next?from=1");
     assert_eq!((exchange.header("grip-last"), exchange.header("cookie")), (Some("a; last-id=1"), None));
     assert!(exchange.header("grip-sig").is_some() && exchange.header("host").is_some());
-    // Meanwhile more comes; the origin knows of some of it.
+    // More items arrive during the request; its response contains one of them.
     item(&grip, "3", "4", "4;").await;
     item(&grip, "4", "5", "5;").await;
     let next = [("Grip-Hold", "stream"), ("Grip-Channel", "a; prev-id=4"), ("Grip-Link", "</next?from=4>; rel=next")];
@@ -70,8 +70,8 @@ async fn an_outdated_hold_follows_its_link_at_once() {
 async fn link_timeouts_and_hints_follow_the_link() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
-    let quiet = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Grip-Link", "</next>; rel=next; timeout=1")];
-    let mut client = held(&grip, &mut origin, &quiet, "open;").await;
+    let with_timeout = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Grip-Link", "</next>; rel=next; timeout=1")];
+    let mut client = held(&grip, &mut origin, &with_timeout, "open;").await;
     let exchange = origin.next().await;
     assert_eq!((exchange.line(), exchange.header("grip-last")), ("GET /next", None));
     let patient = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Grip-Link", "</hint>; rel=next")];
@@ -80,7 +80,7 @@ async fn link_timeouts_and_hints_follow_the_link() {
     grip.publish("a", json!({"formats": {"http-stream": {"action": "hint"}}})).await;
     let exchange = origin.next().await;
     assert_eq!(exchange.line(), "GET /hint");
-    // It may end the stream.
+    // A response without a hold ends the stream.
     exchange.answer(&[], "end").await;
     assert_eq!(client.chunks(3).await, "end");
     assert_eq!(client.chunk().await, None);

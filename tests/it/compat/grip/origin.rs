@@ -1,4 +1,4 @@
-//! An HTTP server that does what the test says, byte for byte.
+//! An origin: an HTTP server whose responses the test writes byte for byte.
 
 use std::net::SocketAddr;
 
@@ -8,13 +8,13 @@ use tokio::{
     sync::mpsc,
 };
 
-/// Where requests arrive.
+/// A listening server and the requests that it has received.
 pub struct Origin {
     pub address: SocketAddr,
     exchanges: mpsc::UnboundedReceiver<Exchange>,
 }
 
-/// One request, and the connection that waits for its answer.
+/// One request and the connection that waits for its response.
 pub struct Exchange {
     pub head: String,
     pub body: Vec<u8>,
@@ -51,7 +51,7 @@ impl Origin {
         next.await.expect("a request in time").unwrap()
     }
 
-    /// Whether nobody asked.
+    /// Whether no request has arrived.
     pub fn is_quiet(&mut self) -> bool {
         self.exchanges.try_recv().is_err()
     }
@@ -84,7 +84,7 @@ impl Exchange {
         self.head.lines().next().unwrap().trim_end_matches(" HTTP/1.1")
     }
 
-    /// Reads so much of the body.
+    /// Reads the first `length` bytes of the body.
     pub async fn body(&mut self, length: usize) -> &[u8] {
         while self.body.len() < length {
             assert!(self.socket.read_buf(&mut self.body).await.unwrap() > 0, "the body ended early");
@@ -111,7 +111,7 @@ impl Exchange {
         bytes
     }
 
-    /// Answers, and takes the next request of the connection.
+    /// Responds with status 200 and accepts the next request of the connection.
     pub async fn answer(mut self, headers: &[(&str, &str)], body: impl AsRef<[u8]>) {
         let body = body.as_ref();
         let mut head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", body.len());
@@ -123,13 +123,13 @@ impl Exchange {
         self.done();
     }
 
-    /// Takes the next request of the connection.
+    /// Accepts the next request of the connection.
     pub fn done(self) {
         let _ = self.back.send(self.socket);
     }
 
-    /// Waits until the proxy has hung up.
+    /// Waits until the proxy has closed the connection.
     pub async fn is_cancelled(&mut self) -> bool {
-        tokio::time::timeout(std::time::Duration::from_secs(20), self.read()).await.expect("an end in time").is_empty()
+        tokio::time::timeout(std::time::Duration::from_secs(20), self.read()).await.expect("a close in time").is_empty()
     }
 }

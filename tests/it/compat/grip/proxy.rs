@@ -1,4 +1,4 @@
-//! What goes through, and what does not.
+//! Requests and responses that pass the proxy.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL};
 use serde_json::Value;
@@ -15,8 +15,8 @@ fn claims(token: &str) -> Value {
 async fn requests_and_responses_are_forwarded_without_hop_by_hop_headers() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
-    let asked = grip
-        .ask("POST", "/a%20b/c?d=e&f")
+    let pending = grip
+        .request("POST", "/a%20b/c?d=e&f")
         .header("Host", "example.com")
         .header("Cookie", "a=1; b=2")
         .header("Connection", "X-Mine")
@@ -25,7 +25,7 @@ async fn requests_and_responses_are_forwarded_without_hop_by_hop_headers() {
         .header("Grip-Anything", "forged")
         .header("X-Forwarded-For", "10.1.1.1")
         .body("hello");
-    let asked = tokio::spawn(async move { asked.await });
+    let pending = tokio::spawn(async move { pending.await });
     let mut exchange = origin.next().await;
     assert_eq!(exchange.line(), "POST /a%20b/c?d=e&f");
     assert_eq!(exchange.body(5).await, b"hello");
@@ -41,7 +41,7 @@ async fn requests_and_responses_are_forwarded_without_hop_by_hop_headers() {
     let answer = "HTTP/1.1 418 Teapot\r\nContent-Length: 3\r\nX-A: 1\r\nX-A: 2\r\nSet-Cookie: x\r\nGrip-Status: 299\r\n\
                   Connection: x-hop\r\nX-Hop: 1\r\nGrip-Foo: bar\r\n\r\nabc";
     exchange.write(answer.replace("Grip-Status: 299\r\n", "")).await;
-    let reply = asked.await.unwrap().expect(418);
+    let reply = pending.await.unwrap().expect(418);
     assert_eq!((reply.text(), reply.all("x-a").as_str(), reply.header("set-cookie")), ("abc", "1, 2", Some("x")));
     assert_eq!((reply.header("x-hop"), reply.header("grip-foo")), (None, None));
 }
@@ -53,14 +53,14 @@ async fn the_longest_matching_route_is_used() {
     keyed.key = "secret".into();
     let grip = behind(weir(), vec![route("/", &all), keyed]).await;
     for (path, is_api) in [("/", false), ("/api", true), ("/api/x", true), ("/apiary", false), ("/api?x", true)] {
-        let asked = tokio::spawn(grip.ask("GET", path).into_future());
+        let pending = tokio::spawn(grip.request("GET", path).into_future());
         let exchange = if is_api { api.next().await } else { all.next().await };
         assert_eq!(exchange.line(), format!("GET {path}"));
         exchange.answer(&[], "x").await;
-        asked.await.unwrap().expect(200);
+        pending.await.unwrap().expect(200);
     }
     let nowhere = behind(weir(), vec![route("/api", &api)]).await;
-    let reply = nowhere.ask("GET", "/other").await.expect(502);
+    let reply = nowhere.request("GET", "/other").await.expect(502);
     assert_eq!(reply.text(), "No route for /other.\n");
 }
 
@@ -72,7 +72,7 @@ async fn bodies_are_streamed_both_ways() {
     client.write("POST /up HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n").await;
     let mut exchange = origin.next().await;
     assert_eq!(exchange.body(8).await, b"3\r\none\r\n");
-    // Answered before the request is whole.
+    // The response begins before the end of the request.
     exchange.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n2\r\nok\r\n").await;
     assert_eq!(client.head().await.status, 200);
     assert_eq!(client.chunk().await.unwrap(), "ok");
@@ -86,19 +86,19 @@ async fn bodies_are_streamed_both_ways() {
 async fn responses_without_a_body_are_forwarded() {
     let mut origin = Origin::start().await;
     let grip = before(&origin).await;
-    let asked = tokio::spawn(grip.ask("HEAD", "/x").into_future());
+    let pending = tokio::spawn(grip.request("HEAD", "/x").into_future());
     let mut exchange = origin.next().await;
     assert_eq!(exchange.line(), "HEAD /x");
     exchange.write("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nGrip-Hold: stream\r\nGrip-Channel: a\r\n\r\n").await;
-    let reply = asked.await.unwrap().expect(200);
+    let reply = pending.await.unwrap().expect(200);
     assert_eq!((reply.header("content-length"), reply.header("grip-hold")), (Some("5"), None));
     exchange.done();
-    let asked = tokio::spawn(grip.ask("GET", "/x").into_future());
+    let pending = tokio::spawn(grip.request("GET", "/x").into_future());
     let mut exchange = origin.next().await;
     exchange
         .write("HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 304 Not Modified\r\nETag: \"1\"\r\n\r\n")
         .await;
-    let reply = asked.await.unwrap().expect(304);
+    let reply = pending.await.unwrap().expect(304);
     assert_eq!(reply.header("etag"), Some("\"1\""));
 }
 
@@ -131,21 +131,21 @@ async fn errors_of_the_origin_are_answered_with_502_or_504() {
         ),
         ("HTTP/1.1 200 OK\r\nGrip-Hold: response\r\nContent-Length: 9\r\n\r\nabc", "it broke off"),
     ] {
-        let asked = tokio::spawn(grip.ask("POST", "/x").into_future());
+        let pending = tokio::spawn(grip.request("POST", "/x").into_future());
         let mut exchange = origin.next().await;
         exchange.write(answer).await;
         drop(exchange);
-        let reply = asked.await.unwrap().expect(502);
+        let reply = pending.await.unwrap().expect(502);
         assert_eq!(reply.text(), format!("Error while proxying to origin: {says}.\n"), "{answer}");
         assert_eq!(reply.header("content-type"), Some("text/plain"));
     }
-    let asked = tokio::spawn(grip.ask("GET", "/x").into_future());
+    let pending = tokio::spawn(grip.request("GET", "/x").into_future());
     let mut exchange = origin.next().await;
-    let reply = asked.await.unwrap().expect(504);
+    let reply = pending.await.unwrap().expect(504);
     assert_eq!(reply.text(), "Error while proxying to origin: it did not answer within 300ms.\n");
     assert!(exchange.is_cancelled().await);
 
-    // Cut off in the midst of a body, the client is too, and does not take it for whole.
+    // If the origin closes in the middle of a body, the proxy closes the client's connection as well.
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/x", &[], b"").await;
     let mut exchange = origin.next().await;
@@ -158,7 +158,7 @@ async fn errors_of_the_origin_are_answered_with_502_or_504() {
     let mut nowhere = route("/", &origin);
     nowhere.origin = format!("http://127.0.0.1:{}", free_port());
     let grip = behind(weir(), vec![nowhere]).await;
-    let reply = grip.ask("GET", "/x").await.expect(502);
+    let reply = grip.request("GET", "/x").await.expect(502);
     assert_eq!(reply.text(), "Error while proxying to origin: it cannot be reached.\n");
 }
 
@@ -215,14 +215,14 @@ async fn websockets_are_tunnelled_to_the_origin() {
     drop(exchange);
     assert!(client.is_closed().await);
     drop(client);
-    // Refused, it is an answer as any other.
+    // A rejected upgrade is an ordinary response.
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/ws", &upgrade, b"").await;
     origin.next().await.answer(&[], "no").await;
     assert_eq!(client.response().await.text(), "no");
     drop(client);
     grip.weir.idle().await;
-    // A drain ends tunnels.
+    // A drain closes tunnels.
     let mut client = Client::connect(grip.proxy).await;
     client.send("GET", "/ws", &upgrade, b"").await;
     let mut exchange = origin.next().await;

@@ -1,4 +1,4 @@
-//! Where origins publish.
+//! The publishing endpoint of the GRIP proxy.
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::json;
@@ -7,7 +7,7 @@ use weir::config::Adapter;
 use super::{Grip, Origin, before, behind, route};
 use crate::support::{Request, Response, weir};
 
-async fn nobody() -> Grip {
+async fn without_clients() -> Grip {
     before(&Origin::start().await).await
 }
 
@@ -20,7 +20,7 @@ const ITEM: &str = r#"{"items":[{"channel":"a","formats":{"http-stream":{"conten
 
 #[tokio::test]
 async fn publishing_answers_as_pushpin_does() {
-    let grip = nobody().await;
+    let grip = without_clients().await;
     let grip = &grip;
     for (method, path, body, status, text) in [
         ("POST", "/publish/", ITEM, 200, "Published\n"),
@@ -45,16 +45,16 @@ async fn publishing_answers_as_pushpin_does() {
     ask(grip, "POST", "/publish/", &[("Accept", "image/png")], ITEM).await.expect(406);
     ask(grip, "POST", "/publish/", &[("Origin", "http://evil.example")], ITEM).await.expect(403);
     ask(grip, "POST", "/publish/", &[("Host", "evil.example")], ITEM).await.expect(403);
-    // What native names forbid is a wrong format here.
+    // Channel names that the native API rejects are an invalid format.
     for channel in ["", "$services", "a\u{1}"] {
         let item = json!({"items": [{"channel": channel, "http-stream": {"content": "x"}}]}).to_string();
         let reply = ask(grip, "POST", "/publish/", &[], &item).await;
         assert!([400, 403].contains(&reply.status), "{channel:?}: {reply:?}");
     }
-    // The main listener has it too.
+    // The main listener has the endpoint, too.
     let reply = grip.weir.post("/grip/publish/", ITEM).await.expect(200);
     assert_eq!(reply.text(), "Published\n");
-    // All of a request or nothing of it, if it is wrong.
+    // An invalid request publishes none of its items.
     let half = r#"{"items":[{"channel":"half","http-stream":{"content":"x"}},{"channel":"half","http-stream":{}}]}"#;
     ask(grip, "POST", "/publish/", &[], half).await.expect(400);
     assert_eq!(grip.weir.get("/v1/events?channel=half").await.json()["events"], json!([]));
@@ -97,7 +97,7 @@ async fn publishing_requires_a_key_of_the_route() {
         assert_eq!(reply.status, status, "{authorization}: {}", reply.text());
         assert_eq!(reply.header("www-authenticate"), (status == 401).then_some("Bearer"));
     }
-    // The main listener is no way around it, nor is a page.
+    // The main listener requires the key, too; a page with the key may publish.
     grip.weir.post("/grip/publish/", ITEM).await.expect(401);
     let page = [("Authorization", "Bearer secret"), ("Origin", "http://page.example")];
     ask(&grip, "POST", "/publish/", &page, ITEM).await.expect(200);
@@ -105,7 +105,7 @@ async fn publishing_requires_a_key_of_the_route() {
 
 #[tokio::test]
 async fn an_item_id_is_published_once() {
-    let grip = nobody().await;
+    let grip = without_clients().await;
     for content in ["one", "one", "other"] {
         grip.publish("a", json!({"id": "1", "formats": {"http-stream": {"content": content}}})).await;
         grip.publish("b", json!({"id": "1".repeat(500), "formats": {"http-stream": {"content": content}}})).await;
@@ -119,7 +119,7 @@ async fn an_item_id_is_published_once() {
 
 #[tokio::test]
 async fn an_item_waits_for_the_one_before_it() {
-    let grip = nobody().await;
+    let grip = without_clients().await;
     let body = |id: &str, prev: &str| {
         json!({"items": [{"channel": "a", "id": id, "prev-id": prev, "http-stream": {"content": id}}]}).to_string()
     };
@@ -133,7 +133,7 @@ async fn an_item_waits_for_the_one_before_it() {
     let order: Vec<_> = read["events"].as_array().unwrap().iter().map(|event| event["data"].clone()).collect();
     assert_eq!(order, ["1", "2", "3"]);
     grip.readers("a", 0).await;
-    // What never comes is not waited for for ever.
+    // An item is published after a timeout if its predecessor does not arrive.
     ask(&grip, "POST", "/publish/", &[], &body("9", "8")).await.expect(200);
 }
 
@@ -156,7 +156,7 @@ async fn only_grip_publishers_may_control_held_streams() {
     assert_eq!(client.chunks(9).await, "data: 2\n\n");
 }
 
-/// The row and the column of GRIP in "Between worlds".
+/// The row and the column of GRIP in the table of conversions.
 #[tokio::test]
 async fn grip_items_and_events_of_other_apis_are_converted() {
     let mut origin = Origin::start().await;
@@ -219,14 +219,14 @@ async fn grip_items_and_events_of_other_apis_are_converted() {
     grip.readers("w", 2).await;
     grip.stream("w", "event: e\ndata: {\"a\":1}\n\n").await;
     grip.stream("w", "no block").await;
-    let mut heard = String::new();
-    while !heard.contains("no block") {
-        heard += std::str::from_utf8(&browser.chunk().await.unwrap()).unwrap();
+    let mut received = String::new();
+    while !received.contains("no block") {
+        received += std::str::from_utf8(&browser.chunk().await.unwrap()).unwrap();
     }
     for frame in [
         r#"{"channelName":"w","type":"e","payload":"{\"a\":1}"}"#,
         r#"{"channelName":"w","type":"grip","payload":"no block"}"#,
     ] {
-        assert!(heard.contains(frame), "{heard}");
+        assert!(received.contains(frame), "{received}");
     }
 }

@@ -1,5 +1,5 @@
-//! One redis-server or redis-sentinel on a free port, stopped when the value is dropped or the test process dies, however it
-//! dies.
+//! One redis-server or redis-sentinel on a free port, stopped when the value is dropped or the test process dies,
+//! however it dies.
 
 use std::{
     fs,
@@ -24,8 +24,8 @@ pub struct RedisServer {
     process: Option<ServerProcess>,
 }
 
-/// A shell that kills the server and removes its files when its standard input is closed, which happens also when the test
-/// process is killed.
+/// A shell that kills the server and removes its files when its standard input is closed, which happens also when the
+/// test process is killed.
 struct ServerProcess {
     shell: Child,
     stdin: Option<ChildStdin>,
