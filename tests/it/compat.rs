@@ -1,12 +1,12 @@
 //! The adapters, byte for byte over real sockets.
 
 mod cluster;
+mod conversions;
 mod event_stream;
 mod ganomede;
 mod grip;
 mod microstream;
 mod node_sse;
-mod worlds;
 
 use weir::config::{Adapter, SseRoute};
 

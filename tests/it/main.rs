@@ -5,7 +5,7 @@ mod cli;
 mod compat;
 mod conformance;
 mod connection;
-mod connections;
+mod connection_list;
 mod doctor;
 mod errors;
 mod guarantees;

@@ -1,10 +1,10 @@
 //! The Redis backend and clusters of nodes, on real servers with real failures.
 
-mod apps;
 mod bounds;
+mod bus_node;
 mod calls;
-mod connections;
+mod client;
 mod faults;
-mod nodes;
+mod node;
 mod presence;
 mod tls;

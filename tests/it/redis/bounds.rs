@@ -10,7 +10,7 @@ use weir::{
     position::Start,
 };
 
-use super::nodes::{BusNode, KEEP, draft};
+use super::bus_node::{BusNode, KEEP, draft};
 use crate::support::{MINUTE, RedisCluster, RedisServer, event::channel, eventually_within};
 
 /// A rejected subscription succeeds later, although new ones are made all the time.

@@ -9,7 +9,7 @@ use weir::{
     position::{Position, Start},
 };
 
-use super::nodes::{ALL, BusNode, BusWriter, KEEP, draft, judge};
+use super::bus_node::{ALL, BusNode, BusWriter, KEEP, draft, judge};
 use crate::support::{
     MINUTE, RedisCluster, RedisSentinel, RedisServer,
     event::{channel, number},
