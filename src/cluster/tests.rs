@@ -16,7 +16,7 @@ use super::{
 
 const KIND: MessageKind = MessageKind::Calls;
 
-/// One end of a link. Every mail is a call that is never answered: it is open at one end and held at the other.
+/// One end of a link. Every message is a call that is never answered: it is open at one end and held at the other.
 struct End {
     id: NodeId,
     links: PeerLinks,
@@ -35,9 +35,9 @@ impl End {
     }
 
     fn read(&mut self) {
-        let number = |mail: Bytes| u64::from_le_bytes(mail[..].try_into().unwrap());
-        for incoming in self.inbox.take() {
-            match incoming {
+        let number = |body: Bytes| u64::from_le_bytes(body[..].try_into().unwrap());
+        for event in self.inbox.take() {
+            match event {
                 InboxEvent::Message { body, .. } => {
                     let call = number(body);
                     self.got.push(call);
@@ -60,15 +60,15 @@ impl End {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum LinkStep {
     Send { from: usize },
     Carry { from: usize, how: u8 },
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = LinkStep> {
     prop_oneof![
-        (0..2usize).prop_map(|from| Step::Send { from }),
-        (0..2usize, 0..12u8).prop_map(|(from, how)| Step::Carry { from, how }),
+        (0..2usize).prop_map(|from| LinkStep::Send { from }),
+        (0..2usize, 0..12u8).prop_map(|(from, how)| LinkStep::Carry { from, how }),
     ]
 }
 
@@ -77,15 +77,15 @@ fn carry(ends: &mut [End; 2], from: usize, how: u8) -> bool {
     assert_eq!(batch.to, ends[1 - from].id);
     let (sender, receiver) = (&ends[from].links, &ends[1 - from].links);
     match how {
-        // Lost on the way, though the carrier believes that it arrived.
+        // Lost, though the carrier believes that it arrived.
         0 => sender.complete(&batch, BatchOutcome::Delivered),
-        // Nobody knows: arrived, or not.
+        // The outcome is unknown: it did not arrive, or it did.
         1 => sender.complete(&batch, BatchOutcome::Unknown),
         2 => {
             receiver.receive(&batch.bytes);
             sender.complete(&batch, BatchOutcome::Unknown);
         }
-        // Tried twice.
+        // Sent twice.
         3 => {
             receiver.receive(&batch.bytes);
             receiver.receive(&batch.bytes);
@@ -102,26 +102,26 @@ fn carry(ends: &mut [End; 2], from: usize, how: u8) -> bool {
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2_000) })]
-    /// In order, at most once; and in the end what one believes to be with the other is with the other.
+    /// And in the end, each end holds exactly the calls that are open at the other.
     #[test]
-    fn mail_keeps_its_promise(steps in prop::collection::vec(step(), 1..80)) {
+    fn messages_arrive_in_order_and_at_most_once(steps in prop::collection::vec(step(), 1..80)) {
         let mut ends = [End::new(1), End::new(2)];
         ends[0].links.add_peer(NodeId(2));
         ends[1].links.add_peer(NodeId(1));
         let mut calls = 0;
         for step in steps {
             match step {
-                Step::Send { from } => {
+                LinkStep::Send { from } => {
                     calls += 1;
                     let to = ends[1 - from].id;
                     ends[from].send(to, calls);
                 }
-                Step::Carry { from, how } => {
+                LinkStep::Carry { from, how } => {
                     carry(&mut ends, from, how);
                 }
             }
         }
-        // A beat from each end shows what is missing.
+        // A message from each end reveals what was lost.
         for _ in 0..2 {
             for from in [0, 1, 0] {
                 calls += 1;
@@ -132,14 +132,14 @@ proptest! {
         }
         for from in 0..2 {
             prop_assert_eq!(&ends[from].open, &ends[1 - from].held);
-            prop_assert!(ends[from].open.contains(&calls) || from == 1, "a link that is whole carries mail");
+            prop_assert!(ends[from].open.contains(&calls) || from == 1, "an intact link delivers messages");
             prop_assert!(ends[from].got.windows(2).all(|pair| pair[0] < pair[1]), "{:?}", ends[from].got);
         }
     }
 }
 
-/// Two that know each other's lives.
-fn met() -> (PeerLinks, PeerLinks) {
+/// Two peers that know each other's lives.
+fn connected() -> (PeerLinks, PeerLinks) {
     let (one, two) = (PeerLinks::new(NodeId(1)), PeerLinks::new(NodeId(2)));
     one.add_peer(NodeId(2));
     two.add_peer(NodeId(1));
@@ -148,7 +148,7 @@ fn met() -> (PeerLinks, PeerLinks) {
     (one, two)
 }
 
-/// Carries until there is nothing left. How many batches.
+/// Delivers until nothing is left. Returns the number of batches.
 fn exchange(one: &PeerLinks, two: &PeerLinks) -> usize {
     let mut count = 0;
     loop {
@@ -158,7 +158,7 @@ fn exchange(one: &PeerLinks, two: &PeerLinks) -> usize {
                 assert_eq!(to.receive(&batch.bytes), ReceiveOutcome::Accepted);
                 from.complete(&batch, BatchOutcome::Delivered);
                 count += 1;
-                assert!(count < 100, "they never come to an end");
+                assert!(count < 100, "the ends restart each other without end");
             }
         }
         if count == before {
@@ -167,13 +167,13 @@ fn exchange(one: &PeerLinks, two: &PeerLinks) -> usize {
     }
 }
 
-/// Each of two ends begins anew while the other does, again and again: they find each other all the same.
+/// Both ends begin new lives at the same time, repeatedly.
 #[test]
-fn two_that_break_at_once_do_not_chase_each_other() {
-    let (one, two) = met();
+fn two_ends_that_break_at_once_agree_on_a_link() {
+    let (one, two) = connected();
     let inboxes = [one.inbox(KIND), two.inbox(KIND)];
     for round in 0..20 {
-        // What each has sent to what the other was is still on its way.
+        // Batches for former lives are still in flight.
         let mut late = Vec::new();
         for (from, to) in [(&one, NodeId(2)), (&two, NodeId(1))] {
             from.send(to, KIND, Priority::Normal, b"late");
@@ -195,19 +195,19 @@ fn two_that_break_at_once_do_not_chase_each_other() {
             from.send(to, KIND, Priority::Normal, b"x");
             exchange(&one, &two);
             let got = inboxes[1 - n].take();
-            let mail = InboxEvent::Message { from: NodeId(1 + n as u64), body: b"x"[..].into() };
-            assert_eq!(got.back(), Some(&mail), "{round}: {got:?}");
+            let message = InboxEvent::Message { from: NodeId(1 + n as u64), body: b"x"[..].into() };
+            assert_eq!(got.back(), Some(&message), "{round}: {got:?}");
         }
     }
 }
 
 #[test]
-fn what_nobody_takes_comes_back_whole_and_in_order() {
-    let ((one, _two), two) = (met(), NodeId(2));
+fn undelivered_messages_are_returned_in_order() {
+    let ((one, _two), two) = (connected(), NodeId(2));
     let inbox = one.inbox(KIND);
     assert_eq!(one.send(NodeId(3), KIND, Priority::High, b"x"), SendOutcome::NoSuchNode);
-    for mail in ["a", "b"] {
-        one.send(two, KIND, Priority::Normal, mail.as_bytes());
+    for message in ["a", "b"] {
+        one.send(two, KIND, Priority::Normal, message.as_bytes());
     }
     let batch = one.next_batch().unwrap();
     assert!(one.next_batch().is_none(), "one batch at a time");
@@ -215,7 +215,7 @@ fn what_nobody_takes_comes_back_whole_and_in_order() {
     one.send(two, MessageKind::Presence, Priority::Normal, b"not yours");
     one.complete(&batch, BatchOutcome::Undelivered);
     let mut expected: VecDeque<_> =
-        ["a", "b", "c"].map(|mail| InboxEvent::Returned { to: two, body: mail.into() }).into();
+        ["a", "b", "c"].map(|message| InboxEvent::Returned { to: two, body: message.into() }).into();
     expected.push_back(InboxEvent::LinkLost { peer: two, gone: true });
     assert_eq!(inbox.take(), expected);
     assert_eq!(one.send(two, KIND, Priority::High, b"x"), SendOutcome::NoSuchNode);
@@ -223,9 +223,9 @@ fn what_nobody_takes_comes_back_whole_and_in_order() {
 }
 
 #[test]
-fn what_has_not_gone_out_comes_back_with_its_link_and_does_not_go_any_more() {
+fn an_unsent_batch_is_returned_with_its_link_and_not_sent_later() {
     for gone in [true, false] {
-        let ((one, _two), two) = (met(), NodeId(2));
+        let ((one, _two), two) = (connected(), NodeId(2));
         let inbox = one.inbox(KIND);
         one.send(two, KIND, Priority::Normal, b"a");
         let batch = one.next_batch().unwrap();
@@ -244,8 +244,8 @@ fn what_has_not_gone_out_comes_back_with_its_link_and_does_not_go_any_more() {
 }
 
 #[test]
-fn what_waits_is_bounded_and_large_mails_travel_alone() {
-    let ((one, _two), two) = (met(), NodeId(2));
+fn send_queues_are_bounded_and_a_large_message_has_its_own_batch() {
+    let ((one, _two), two) = (connected(), NodeId(2));
     let large = vec![7; 1 << 20];
     let mut taken = 0;
     while one.send(two, KIND, Priority::Normal, &large) == SendOutcome::Queued {
@@ -263,13 +263,13 @@ fn what_waits_is_bounded_and_large_mails_travel_alone() {
 }
 
 #[test]
-fn batches_of_another_version_break_the_link_and_topics_of_one_are_left_out() {
-    let (one, two) = met();
+fn other_versions_break_the_link_and_unknown_kinds_are_skipped() {
+    let (one, two) = connected();
     let inbox = two.inbox(KIND);
     one.send(NodeId(2), KIND, Priority::Normal, b"a");
     let mut bytes = one.next_batch().unwrap().bytes.to_vec();
     assert_eq!(PeerLinks::new(NodeId(3)).receive(&bytes.clone().into()), ReceiveOutcome::UnknownSender(NodeId(1)));
-    // A topic that this version does not know, before one that it does.
+    // An unknown kind before a known one.
     let mut more = bytes[..25].to_vec();
     more.extend_from_slice(&[99, 2, 0, 0, 0, 1, 2]);
     more.extend_from_slice(&bytes[25..]);
@@ -278,7 +278,7 @@ fn batches_of_another_version_break_the_link_and_topics_of_one_are_left_out() {
     bytes[0] = 2;
     assert_eq!(two.receive(&bytes.into()), ReceiveOutcome::Accepted);
     assert_eq!(inbox.take(), [InboxEvent::LinkLost { peer: NodeId(1), gone: false }]);
-    assert_eq!(two.next_batch().unwrap().bytes.len(), 25, "the other end has to learn of it");
+    assert_eq!(two.next_batch().unwrap().bytes.len(), 25, "the other end has to learn the new life");
     for garbage in ["", "x", "01234567890123456789012345678"] {
         assert_ne!(two.receive(&garbage.into()), ReceiveOutcome::Accepted);
     }
@@ -286,18 +286,18 @@ fn batches_of_another_version_break_the_link_and_topics_of_one_are_left_out() {
 
 // === several nodes in one process ===
 
-struct World {
+struct TestCluster {
     net: Arc<TestNetwork>,
     now: Arc<AtomicU64>,
 }
 
-impl World {
+impl TestCluster {
     fn new() -> Self {
         let now = Arc::new(AtomicU64::new(1_000));
-        World { net: TestNetwork::new(MonotonicClock::Manual(now.clone())), now }
+        TestCluster { net: TestNetwork::new(MonotonicClock::Manual(now.clone())), now }
     }
 
-    fn pass(&self, ms: u64) {
+    fn advance(&self, ms: u64) {
         self.now.fetch_add(ms, SeqCst);
         self.net.beat();
     }
@@ -308,59 +308,59 @@ fn claim(node: &TestNode, name: &str, how: Claim) -> Result<Lease, ClaimError> {
 }
 
 #[test]
-fn names_are_shared_or_exclusive_and_fences_grow() {
-    let world = World::new();
-    let (a, b) = (world.net.join(), world.net.join());
+fn names_are_shared_or_exclusive_and_fencing_tokens_increase() {
+    let cluster = TestCluster::new();
+    let (a, b) = (cluster.net.join(), cluster.net.join());
     let (one, two) = (claim(&a, "x", Claim::Shared).unwrap(), claim(&b, "x", Claim::Shared).unwrap());
     assert_eq!(claim(&a, "x", Claim::Exclusive).err(), Some(ClaimError::Held(vec![b.id()])));
     drop(two);
     let own = claim(&a, "x", Claim::Exclusive).unwrap();
     drop(one);
-    assert_eq!((own.fence(), own.is_valid()), (Some(1), true), "the lease that it replaced takes nothing away");
+    assert_eq!((own.fence(), own.is_valid()), (Some(1), true), "dropping the replaced lease releases nothing");
     assert_eq!(claim(&b, "x", Claim::Shared).err(), Some(ClaimError::Held(vec![a.id()])));
     drop(own);
-    assert_eq!(world.net.names(), 0);
+    assert_eq!(cluster.net.names(), 0);
     assert_eq!(claim(&b, "x", Claim::Exclusive).unwrap().fence(), Some(2));
-    assert_eq!((a.leases(), b.leases(), world.net.names()), (0, 0, 0));
+    assert_eq!((a.leases(), b.leases(), cluster.net.names()), (0, 0, 0));
 }
 
 #[test]
-fn an_exclusive_name_stops_before_it_can_be_taken_and_stands_again_if_it_was_not() {
-    let world = World::new();
-    let (a, b) = (world.net.join(), world.net.join());
+fn an_exclusive_lease_is_invalid_before_it_expires_and_valid_again_if_unclaimed() {
+    let cluster = TestCluster::new();
+    let (a, b) = (cluster.net.join(), cluster.net.join());
     let own = claim(&a, "x", Claim::Exclusive).unwrap();
     for _ in 0..5 {
-        world.pass(3_000);
+        cluster.advance(3_000);
         assert!(own.is_valid());
     }
     a.cut(true);
-    world.pass(TTL - 2_001);
+    cluster.advance(TTL - 2_001);
     assert!(own.is_valid());
-    world.pass(1);
+    cluster.advance(1);
     assert!(!own.is_valid() && !own.is_lost());
     assert!(matches!(claim(&b, "x", Claim::Exclusive), Err(ClaimError::Held(_))));
     a.cut(false);
-    world.pass(0);
+    cluster.advance(0);
     assert!(own.is_valid());
     a.cut(true);
-    world.pass(TTL);
+    cluster.advance(TTL);
     let other = claim(&b, "x", Claim::Exclusive).unwrap();
     assert_eq!(other.fence(), Some(2));
     a.cut(false);
     let before = a.id();
-    world.pass(0);
+    cluster.advance(0);
     assert!(own.is_lost() && !own.is_valid() && other.is_valid());
-    assert_ne!(a.id(), before, "it comes back as another");
+    assert_ne!(a.id(), before, "it joins under a new id");
     drop(own);
-    assert!(other.is_valid() && world.net.names() == 1);
+    assert!(other.is_valid() && cluster.net.names() == 1);
 }
 
 #[test]
-fn everybody_learns_who_is_up_and_who_holds_what() {
-    let world = World::new();
-    let a = world.net.join();
+fn members_and_rosters_reach_all_nodes() {
+    let cluster = TestCluster::new();
+    let a = cluster.net.join();
     let (members, roster) = (a.members(), a.roster("s:"));
-    let b = world.net.join();
+    let b = cluster.net.join();
     assert_eq!(members.take(), [Member { node: b.id(), up: true }]);
     let lease = claim(&b, "s:x", Claim::Shared).unwrap();
     let hidden = claim(&b, "other", Claim::Shared).unwrap();
@@ -368,14 +368,14 @@ fn everybody_learns_who_is_up_and_who_holds_what() {
     assert_eq!(roster.take(), []);
     lease.set_info(Some("1".into()));
     lease.set_info(Some("2".into()));
-    let told = roster.take();
-    assert_eq!((told.len(), told[0].info.as_deref()), (1, Some(&b"2"[..])));
-    assert_eq!(a.roster("s:").take(), told, "who asks later is told what there is");
+    let entries = roster.take();
+    assert_eq!((entries.len(), entries[0].info.as_deref()), (1, Some(&b"2"[..])));
+    assert_eq!(a.roster("s:").take(), entries, "a new roster starts with the present entries");
     drop(lease);
     assert!(roster.take()[0].info.is_none());
-    world.net.kill(&b);
-    world.pass(TTL - 1);
+    cluster.net.kill(&b);
+    cluster.advance(TTL - 1);
     assert_eq!(members.take(), []);
-    world.pass(1);
+    cluster.advance(1);
     assert_eq!(members.take(), [Member { node: b.id(), up: false }]);
 }

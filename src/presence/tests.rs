@@ -26,32 +26,32 @@ use tokio::task::JoinHandle;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-struct Nodes {
+struct PresenceCluster {
     net: Arc<TestNetwork>,
     time: Arc<AtomicU64>,
-    /// Of carrying and beating.
+    /// Number of rounds in which messages were carried and memberships renewed.
     rounds: Arc<AtomicU64>,
     bus: Arc<Bus>,
-    nodes: Vec<One>,
+    nodes: Vec<PresenceNode>,
     carrier: JoinHandle<()>,
 }
 
-struct One {
+struct PresenceNode {
     node: Arc<TestNode>,
     presence: Arc<Presence>,
     run: JoinHandle<()>,
 }
 
-/// What the log says.
+/// The announcements in the log, and their result.
 #[derive(Debug, Default)]
-struct Told {
+struct AnnouncementLog {
     members: BTreeMap<String, Value>,
     joins: Vec<String>,
     leaves: Vec<String>,
     ended: usize,
 }
 
-impl Nodes {
+impl PresenceCluster {
     fn start(count: usize) -> Self {
         let config = bus::Config {
             rules: Vec::new(),
@@ -77,7 +77,7 @@ impl Nodes {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         });
-        let mut nodes = Nodes { net, time, rounds, bus, nodes: Vec::new(), carrier };
+        let mut nodes = PresenceCluster { net, time, rounds, bus, nodes: Vec::new(), carrier };
         (0..count).for_each(|_| nodes.join());
         nodes
     }
@@ -87,7 +87,7 @@ impl Nodes {
         let config = Config { leases: 100_000, event: 1 << 20 };
         let presence = Presence::new(config, self.bus.clone(), node.clone(), Arc::new(Metrics::new()));
         let run = tokio::spawn(presence.clone().run());
-        self.nodes.push(One { node, presence, run });
+        self.nodes.push(PresenceNode { node, presence, run });
     }
 
     fn enter(&self, node: usize, client: &str) -> PresenceLease {
@@ -95,17 +95,17 @@ impl Nodes {
         self.nodes[node].presence.enter(&chat(), &client, "", "ws").unwrap()
     }
 
-    /// Ends without a word; what it held is nobody's any more.
-    fn kill(&mut self, node: usize) -> One {
+    /// Ends a node without notice to the others.
+    fn kill(&mut self, node: usize) -> PresenceNode {
         let one = self.nodes.remove(node);
         self.net.kill(&one.node);
         one.run.abort();
         one
     }
 
-    /// Longer than any session.
-    async fn sessions_end(&self) {
-        // In steps, and whoever lives says so in between.
+    /// Lets the memberships of dead nodes expire.
+    async fn memberships_expire(&self) {
+        // In steps, so that live nodes renew theirs in between.
         for _ in 0..6 {
             self.time.fetch_add(2_000, SeqCst);
             let rounds = self.rounds.load(SeqCst);
@@ -121,8 +121,8 @@ impl Nodes {
         listed.page.members.into_iter().map(|(client, _)| client.to_string()).collect()
     }
 
-    /// Waits until every node lists just these.
-    async fn until(&self, clients: &[&str]) {
+    /// Waits until every node lists exactly these clients.
+    async fn wait_for(&self, clients: &[&str]) {
         let start = Instant::now();
         for node in 0..self.nodes.len() {
             loop {
@@ -136,40 +136,40 @@ impl Nodes {
         }
     }
 
-    async fn told(&self) -> Told {
+    async fn announced(&self) -> AnnouncementLog {
         let limit = ReadLimit { events: 10_000, bytes: usize::MAX };
         let page = self.bus.read(&chat().presence().unwrap(), Start::Earliest, limit, None).await.unwrap();
-        let mut told = Told::default();
+        let mut announced = AnnouncementLog::default();
         for event in page.events {
             let data: Value = serde_json::from_str(event.data_json().unwrap()).unwrap();
             if data["all"] == true {
-                told.members.clear();
-                told.ended += 1;
+                announced.members.clear();
+                announced.ended += 1;
             }
             for member in data["members"].as_array().unwrap() {
                 let client = member["client"].as_str().unwrap().to_owned();
                 if event.kind_json() == Some("\"join\"") {
-                    told.joins.push(client.clone());
-                    told.members.insert(client, member.clone());
+                    announced.joins.push(client.clone());
+                    announced.members.insert(client, member.clone());
                 } else {
-                    told.leaves.push(client.clone());
-                    told.members.remove(&client);
+                    announced.leaves.push(client.clone());
+                    announced.members.remove(&client);
                 }
             }
         }
-        told
+        announced
     }
 
-    /// The log, every list, and what is there agree.
-    async fn agree(&self, clients: &[&str]) -> Told {
-        self.until(clients).await;
-        let told = self.told().await;
-        assert_eq!(told.members.keys().map(String::as_str).collect::<Vec<_>>(), clients);
-        told
+    /// Waits until every list and the log contain exactly these clients.
+    async fn agree(&self, clients: &[&str]) -> AnnouncementLog {
+        self.wait_for(clients).await;
+        let announced = self.announced().await;
+        assert_eq!(announced.members.keys().map(String::as_str).collect::<Vec<_>>(), clients);
+        announced
     }
 }
 
-impl Drop for Nodes {
+impl Drop for PresenceCluster {
     fn drop(&mut self) {
         self.carrier.abort();
         self.nodes.iter().for_each(|one| one.run.abort());
@@ -182,18 +182,18 @@ fn chat() -> Channel {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_of_all_nodes_are_known_to_all_and_announced_once() {
-    let mut nodes = Nodes::start(3);
+    let mut nodes = PresenceCluster::start(3);
     let leases: Vec<_> = (0..9).map(|n| nodes.enter(n % 3, &format!("c{n}"))).collect();
     let names: Vec<String> = (0..9).map(|n| format!("c{n}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let told = nodes.agree(&names).await;
-    assert_eq!(told.joins.iter().collect::<BTreeSet<_>>().len(), told.joins.len(), "{told:?}");
-    // Who comes later learns all of it.
+    let announced = nodes.agree(&names).await;
+    assert_eq!(announced.joins.iter().collect::<BTreeSet<_>>().len(), announced.joins.len(), "{announced:?}");
+    // A node that joins later receives all of it.
     nodes.join();
     nodes.agree(&names).await;
     drop(leases);
-    let told = nodes.agree(&[]).await;
-    assert_eq!((told.joins.len(), told.leaves.len(), told.ended), (9, 9, 0), "{told:?}");
+    let announced = nodes.agree(&[]).await;
+    assert_eq!((announced.joins.len(), announced.leaves.len(), announced.ended), (9, 9, 0), "{announced:?}");
     let start = Instant::now();
     while nodes.nodes.iter().any(|one| one.presence.counts() != (0, 0, 0)) {
         assert!(start.elapsed() < PATIENCE);
@@ -202,8 +202,8 @@ async fn members_of_all_nodes_are_known_to_all_and_announced_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_move_is_neither_a_leave_nor_a_join() {
-    let nodes = Nodes::start(3);
+async fn a_client_that_moves_to_another_node_is_not_announced() {
+    let nodes = PresenceCluster::start(3);
     let mut held = nodes.enter(1, "c");
     nodes.agree(&["c"]).await;
     for to in [2, 0, 1, 2, 1, 0] {
@@ -212,47 +212,47 @@ async fn a_move_is_neither_a_leave_nor_a_join() {
         held = next;
     }
     let marker = nodes.enter(1, "z");
-    let told = nodes.agree(&["c", "z"]).await;
-    assert_eq!((told.joins, told.leaves), (vec!["c".to_owned(), "z".to_owned()], vec![]));
+    let announced = nodes.agree(&["c", "z"]).await;
+    assert_eq!((announced.joins, announced.leaves), (vec!["c".to_owned(), "z".to_owned()], vec![]));
     drop((held, marker));
     nodes.agree(&[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_node_leaves_no_ghosts_and_one_node_says_so() {
-    let mut nodes = Nodes::start(3);
+async fn members_of_a_dead_node_are_announced_as_gone_once() {
+    let mut nodes = PresenceCluster::start(3);
     let far = [nodes.enter(2, "far1"), nodes.enter(2, "far2")];
     let both = [nodes.enter(2, "moved"), nodes.enter(1, "stays")];
     nodes.agree(&["far1", "far2", "moved", "stays"]).await;
     let dead = nodes.kill(2);
-    // It has come back elsewhere before its node was missed.
+    // The client reconnects to another node before the death of its node is detected.
     let moved = nodes.enter(1, "moved");
-    nodes.sessions_end().await;
-    let told = nodes.agree(&["moved", "stays"]).await;
-    assert_eq!(told.leaves.iter().map(String::as_str).collect::<BTreeSet<_>>(), BTreeSet::from(["far1", "far2"]));
-    assert_eq!((told.joins.len(), told.leaves.len()), (4, 2), "{told:?}");
-    // And the one that announces: the next takes over.
+    nodes.memberships_expire().await;
+    let announced = nodes.agree(&["moved", "stays"]).await;
+    assert_eq!(announced.leaves.iter().map(String::as_str).collect::<BTreeSet<_>>(), BTreeSet::from(["far1", "far2"]));
+    assert_eq!((announced.joins.len(), announced.leaves.len()), (4, 2), "{announced:?}");
+    // The leader dies, and another node takes over.
     let led = nodes.enter(0, "led");
     nodes.agree(&["led", "moved", "stays"]).await;
     let leader = nodes.kill(0);
-    nodes.sessions_end().await;
-    let told = nodes.agree(&["moved", "stays"]).await;
-    assert_eq!((told.joins.len(), told.leaves.len(), told.ended), (5, 3, 0), "{told:?}");
+    nodes.memberships_expire().await;
+    let announced = nodes.agree(&["moved", "stays"]).await;
+    assert_eq!((announced.joins.len(), announced.leaves.len(), announced.ended), (5, 3, 0), "{announced:?}");
     let after = nodes.enter(0, "after");
     nodes.agree(&["after", "moved", "stays"]).await;
     drop((far, both, moved, led, after, dead, leader));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_partition_heals_without_a_trace() {
-    let nodes = Nodes::start(3);
+async fn lists_agree_again_after_a_partition() {
+    let nodes = PresenceCluster::start(3);
     let _near = nodes.enter(0, "near");
     let far = nodes.enter(2, "far");
     let gone = nodes.enter(0, "gone");
     nodes.agree(&["far", "gone", "near"]).await;
     nodes.nodes[2].node.cut(true);
-    nodes.sessions_end().await;
-    let lists = |nodes: &Nodes, wanted: &'static [&'static str]| {
+    nodes.memberships_expire().await;
+    let lists = |nodes: &PresenceCluster, wanted: &'static [&'static str]| {
         let presence = nodes.nodes[1].presence.clone();
         async move {
             let start = Instant::now();
@@ -268,21 +268,21 @@ async fn a_partition_heals_without_a_trace() {
         }
     };
     lists(&nodes, &["gone", "near"]).await;
-    // Meanwhile things go on, on both sides.
+    // Members change on both sides of the partition.
     drop(gone);
     let _new = nodes.enter(1, "new");
     let _late = nodes.enter(2, "late");
     lists(&nodes, &["near", "new"]).await;
     nodes.nodes[2].node.cut(false);
-    let told = nodes.agree(&["far", "late", "near", "new"]).await;
-    assert_eq!((told.joins.len(), told.leaves.len()), (6, 2), "{told:?}");
+    let announced = nodes.agree(&["far", "late", "near", "new"]).await;
+    assert_eq!((announced.joins.len(), announced.leaves.len()), (6, 2), "{announced:?}");
     drop(far);
     nodes.agree(&["late", "near", "new"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mail_that_is_lost_is_made_good() {
-    let nodes = Nodes::start(3);
+async fn lists_agree_again_after_lost_messages() {
+    let nodes = PresenceCluster::start(3);
     let mut held = Vec::new();
     for round in 0..10 {
         let lossy = round % 2 == 0;
@@ -295,46 +295,46 @@ async fn mail_that_is_lost_is_made_good() {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    // The loss is noticed by whatever comes next.
+    // The next message reveals the loss.
     held.push(nodes.enter(1, "y"));
     held.push(nodes.enter(2, "z"));
     nodes.agree(&["c3", "c4", "c5", "c6", "c7", "c8", "c9", "y", "z"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_all_nodes_are_new_everybody_from_before_is_gone() {
-    let mut nodes = Nodes::start(2);
+async fn after_a_restart_of_all_nodes_former_members_are_announced_as_gone() {
+    let mut nodes = PresenceCluster::start(2);
     let held = [nodes.enter(0, "a"), nodes.enter(1, "b")];
     nodes.agree(&["a", "b"]).await;
     let dead = [nodes.kill(0), nodes.kill(0)];
-    // Here again before the session of its last life has ended.
+    // The client is back before the former membership of its node has expired.
     nodes.join();
     let again = nodes.enter(0, "b");
-    nodes.sessions_end().await;
-    let told = nodes.agree(&["b"]).await;
-    assert_eq!((told.joins, told.ended), (vec!["a".to_owned(), "b".to_owned(), "b".to_owned()], 1));
+    nodes.memberships_expire().await;
+    let announced = nodes.agree(&["b"]).await;
+    assert_eq!((announced.joins, announced.ended), (vec!["a".to_owned(), "b".to_owned(), "b".to_owned()], 1));
     drop((held, dead, again));
     nodes.agree(&[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_storm_across_nodes_is_few_events_and_leaves_nothing() {
-    let nodes = Nodes::start(3);
+async fn many_joins_and_leaves_are_announced_in_few_events() {
+    let nodes = PresenceCluster::start(3);
     let leases: Vec<_> = (0..6_000).map(|n| nodes.enter(n % 3, &format!("c{n:04}"))).collect();
     let names: Vec<String> = (0..6_000).map(|n| format!("c{n:04}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     nodes.agree(&names).await;
     drop(leases);
-    let told = nodes.agree(&[]).await;
-    assert_eq!((told.joins.len(), told.leaves.len()), (6_000, 6_000));
+    let announced = nodes.agree(&[]).await;
+    assert_eq!((announced.joins.len(), announced.leaves.len()), (6_000, 6_000));
     let info = nodes.bus.inspect(&chat().presence().unwrap()).await.unwrap();
     assert!(info.top < 200, "{} events", info.top);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_list_of_any_node_is_what_was_announced_up_to_its_position() {
-    let nodes = Nodes::start(2);
-    // Whichever announces, what the other hears of one event takes several mails.
+    let nodes = PresenceCluster::start(2);
+    // Replicating one event takes several messages.
     let mut leases: Vec<_> = (0..4_000).map(|n| nodes.enter(n % 2, &format!("c{n:04}-{}", "x".repeat(100)))).collect();
     let (mut lists, mut ends) = ([Vec::new(), Vec::new()], [0, 0]);
     let start = Instant::now();
@@ -355,7 +355,7 @@ async fn a_list_of_any_node_is_what_was_announced_up_to_its_position() {
     for lists in &lists {
         let (mut members, mut events, mut last) = (BTreeSet::new(), log.iter().peekable(), 0);
         for (at, names) in lists {
-            // Nothing was announced yet.
+            // Nothing has been announced yet.
             let offset = if at.epoch.is_absent() { 0 } else { at.offset };
             assert!(offset >= last, "from {last} back to {offset}");
             last = offset;
