@@ -172,12 +172,12 @@ fn call_routing(bencher: Bencher, providers: usize) {
     let peers: Vec<(Arc<Quiet>, HubConnection)> = (0..providers)
         .map(|_| {
             let peer = Arc::new(Quiet::default());
-            let connection = hub.connect(peer.clone());
+            let connection = HubConnection::new(&hub, peer.clone());
             drop(connection.provide(&ProvideRequest::new("jwt-service")).try_finish().ok().unwrap().unwrap());
             (peer, connection)
         })
         .collect();
-    let caller = hub.connect(Arc::new(Quiet::default()));
+    let caller = HubConnection::new(&hub, Arc::new(Quiet::default()));
     let params = data();
     bencher.bench_local(|| {
         caller.call(CallerId::new(b"17"), &Call::new("jwt-service", "generate", Some(&params)));

@@ -30,7 +30,7 @@ use crate::{
     node::Node,
     pattern::Pattern,
     presence::{self, Presence},
-    rpc::{self, Hub},
+    rpc::{self, Hub, RemoteNodes},
     sessions::{ConnectionRegistry, cluster::ClusterConnections},
 };
 
@@ -59,6 +59,7 @@ pub struct App {
     listeners: Vec<(TcpListener, Arc<Endpoint>)>,
     node: Arc<Node>,
     connections: Connections,
+    remote_nodes: Arc<RemoteNodes>,
 }
 
 /// Tasks that end with the value.
@@ -75,6 +76,7 @@ impl App {
             Some(deployment) => deployment.url.to_string(),
         };
         let node = node(config, redis.as_ref(), metrics);
+        let remote_nodes = Arc::new(RemoteNodes::new(&node.hub));
         let config = node.config.clone();
         let connections = Connections::new(connection_limits(&config), node.timers.clone(), node.metrics.clone());
         let compat = Arc::new(Compat::new(&node)?);
@@ -103,7 +105,7 @@ impl App {
             let endpoint = Endpoint::new(node.clone(), compat.clone(), address.ip().is_loopback(), role);
             listeners.push((listener, Arc::new(endpoint)));
         }
-        Ok(App { bus: bus_name, listeners, node, connections })
+        Ok(App { bus: bus_name, listeners, node, connections, remote_nodes })
     }
 
     /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
@@ -145,7 +147,7 @@ impl App {
     /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
     /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let App { listeners, node, connections, .. } = self;
+        let App { listeners, node, connections, remote_nodes, .. } = self;
         let drain = node.config.drain.clone();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
@@ -155,8 +157,11 @@ impl App {
                 move || bus.sweep()
             }),
             every(HUB_SWEEP, {
-                let hub = node.hub.clone();
-                move || hub.sweep()
+                let (hub, remote_nodes) = (node.hub.clone(), remote_nodes.clone());
+                move || {
+                    hub.sweep();
+                    remote_nodes.send_heartbeats();
+                }
             }),
             every(METRICS_UPKEEP, {
                 let node = node.clone();
@@ -166,10 +171,7 @@ impl App {
                     node.metrics.upkeep();
                 }
             }),
-            tokio::spawn({
-                let hub = node.hub.clone();
-                async move { hub.run_links().await }
-            }),
+            tokio::spawn(async move { remote_nodes.run().await }),
             tokio::spawn(announce_services(node.clone())),
         ]);
         let accepting: Vec<_> = listeners

@@ -1,4 +1,4 @@
-//! Providers that came and went, for the channel `$services`.
+//! Changes of the providers of services, for the channel `$services`.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -12,9 +12,9 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::Notify;
 
-use super::services::{Service, State};
+use super::tables::{Service, ServiceState};
 
-/// Where a service stands after its providers changed: the data of an event on `$services`.
+/// A service after its providers changed: the data of an event on `$services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ServiceChange {
     pub service: String,
@@ -24,8 +24,8 @@ pub struct ServiceChange {
     pub kind: ServiceChangeKind,
 }
 
-/// A change that somebody is about to tell.
-#[must_use = "what was not told has to be given back"]
+/// A change that is about to be published.
+#[must_use = "a change that could not be published has to be requeued"]
 pub struct UnpublishedChange {
     pub change: ServiceChange,
     service: Arc<Service>,
@@ -33,28 +33,28 @@ pub struct UnpublishedChange {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServiceChangeKind {
-    /// More providers than last told, or an exclusive one replaced.
+    /// More providers than last published, or an exclusive one replaced.
     Provided,
     Withdrawn,
 }
 
-/// Each service is in it at most once, so it grows with services and not with what they do.
+/// Queue of changes. It holds each service at most once and therefore grows with the services, not with their changes.
 ///
-/// All nodes see all changes, and the one that leads tells them. The others keep what they have seen last: of that, the one
-/// that leads next may have told nothing. So does the one that leads with what it could not tell. What is told late is told
-/// as it stands then.
+/// All nodes see all changes and the leader publishes them. The other nodes keep what they saw last, because a leader that
+/// dies may not have published it; the leader keeps what it could not publish. A change that is published late reports the
+/// providers of that moment.
 #[derive(Default)]
-pub(super) struct Changes {
+pub(super) struct ServiceChanges {
     queue: Mutex<VecDeque<Arc<Service>>>,
-    some: Notify,
-    untold: Mutex<Untold>,
-    /// When this node was last on its own, and none led it.
-    alone: AtomicU64,
+    ready: Notify,
+    unpublished: Mutex<Unpublished>,
+    /// When this node was last cut off from all others, and had no leader.
+    cut_off: AtomicU64,
     leads: AtomicBool,
 }
 
-/// By name; since when.
-type Untold = BTreeMap<Arc<str>, (u64, Arc<Service>)>;
+/// By name, with the time of the change.
+type Unpublished = BTreeMap<Arc<str>, (u64, Arc<Service>)>;
 
 impl ServiceChangeKind {
     /// The event's type.
@@ -66,101 +66,108 @@ impl ServiceChangeKind {
     }
 }
 
-impl Changes {
-    /// Services beyond which changes are not told.
-    const MOST: usize = 65_536;
-    /// How long another node has to tell a change: longer than it takes to see that the one which leads is gone.
-    const REMEMBERED: u64 = 15_000;
+impl ServiceChanges {
+    /// Services beyond which changes are dropped.
+    const MAX: usize = 65_536;
+    /// How long this node keeps a change that the leader has to publish, in milliseconds: longer than it takes to notice
+    /// that the leader is dead.
+    const KEPT: u64 = 15_000;
 
-    pub fn mark(&self, service: &Arc<Service>, state: &mut State) {
-        if state.dirty {
+    /// Queues a service whose state is locked by the caller.
+    pub(super) fn mark(&self, service: &Arc<Service>, state: &mut ServiceState) {
+        if state.marks.changed {
             return;
         }
         let mut queue = self.queue.lock();
-        if queue.len() < Self::MOST {
-            state.dirty = true;
+        if queue.len() < Self::MAX {
+            state.marks.changed = true;
             queue.push_back(service.clone());
             drop(queue);
-            self.some.notify_one();
+            self.ready.notify_one();
         }
     }
 
-    /// Waits until there may be something to tell.
-    pub async fn some(&self) {
-        self.some.notified().await;
+    /// Waits until there may be a change.
+    pub(super) async fn ready(&self) {
+        self.ready.notified().await;
     }
 
-    /// What is to be told now, at `now`, by this node if it `leads`.
-    pub fn take(&self, leads: bool, now: u64) -> Vec<UnpublishedChange> {
+    /// The changes that this node has to publish, which are none unless it `leads`.
+    pub(super) fn take(&self, leads: bool, now: u64) -> Vec<UnpublishedChange> {
         let changed = std::mem::take(&mut *self.queue.lock());
-        let mut untold = self.untold.lock();
-        let mut told = Vec::new();
-        // What it has to tell itself it does not forget.
+        let mut unpublished = self.unpublished.lock();
+        let mut due = Vec::new();
+        // A leader keeps its own backlog without limit of time.
         if !(self.leads.swap(leads, Relaxed) && leads) {
-            let alone = self.alone.load(Relaxed);
-            untold.retain(|_, (since, _)| now < alone.max(*since) + Self::REMEMBERED);
+            let cut_off = self.cut_off.load(Relaxed);
+            unpublished.retain(|_, (since, _)| now < cut_off.max(*since) + Self::KEPT);
         }
         for service in changed {
-            let Some(change) = Self::settle(&service) else { continue };
+            let Some(change) = Self::take_change(&service) else { continue };
             if leads {
-                untold.remove(&service.name);
-                told.push(UnpublishedChange { change, service });
+                unpublished.remove(&service.name);
+                due.push(UnpublishedChange { change, service });
             } else {
-                Self::keep(&mut untold, now, service);
+                Self::keep(&mut unpublished, now, service);
             }
         }
         if leads {
-            let late = std::mem::take(&mut *untold).into_values();
-            told.extend(late.map(|(_, service)| UnpublishedChange { change: Self::stands(&service), service }));
+            let backlog = std::mem::take(&mut *unpublished).into_values();
+            due.extend(backlog.map(|(_, service)| UnpublishedChange { change: Self::current(&service), service }));
         }
-        told
+        due
     }
 
-    /// Could not be told: it comes again, unless something newer is to be told of the same service.
-    pub fn give_back(&self, tellings: impl Iterator<Item = UnpublishedChange>, now: u64) {
-        let mut untold = self.untold.lock();
-        for telling in tellings {
-            if !untold.contains_key(&telling.service.name) {
-                Self::keep(&mut untold, now, telling.service);
+    /// Takes back changes that could not be published, unless the same service has changed again.
+    pub(super) fn requeue(&self, changes: impl Iterator<Item = UnpublishedChange>, now: u64) {
+        let mut unpublished = self.unpublished.lock();
+        for change in changes {
+            if !unpublished.contains_key(&change.service.name) {
+                Self::keep(&mut unpublished, now, change.service);
             }
         }
     }
 
-    fn keep(untold: &mut Untold, now: u64, service: Arc<Service>) {
-        if untold.len() < Self::MOST || untold.contains_key(&service.name) {
-            untold.insert(service.name.clone(), (now, service));
+    fn keep(unpublished: &mut Unpublished, now: u64, service: Arc<Service>) {
+        if unpublished.len() < Self::MAX || unpublished.contains_key(&service.name) {
+            unpublished.insert(service.name.clone(), (now, service));
         }
     }
 
-    /// Whether this node leads and has something left to tell. `alone`: no other can be reached, so none tells anything.
-    pub fn look(&self, leads: bool, alone: bool, now: u64) {
-        if alone {
-            self.alone.store(now, Relaxed);
+    /// Wakes the publisher if this node leads and has a backlog. `cut_off`: no other node can be reached, so none leads.
+    pub(super) fn sweep(&self, leads: bool, cut_off: bool, now: u64) {
+        if cut_off {
+            self.cut_off.store(now, Relaxed);
         }
-        if leads && !self.untold.lock().is_empty() {
-            self.some.notify_one();
+        if leads && !self.unpublished.lock().is_empty() {
+            self.ready.notify_one();
         }
     }
 
-    fn stands(service: &Service) -> ServiceChange {
+    fn current(service: &Service) -> ServiceChange {
         let state = service.state.lock();
-        let providers = state.providers();
+        let providers = state.providers.count();
         let kind = if providers > 0 { ServiceChangeKind::Provided } else { ServiceChangeKind::Withdrawn };
-        ServiceChange { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind }
+        ServiceChange { service: service.name.to_string(), providers, exclusive: state.providers.is_exclusive(), kind }
     }
 
-    fn settle(service: &Service) -> Option<ServiceChange> {
+    /// The change since this was last called, unless it was undone meanwhile.
+    fn take_change(service: &Service) -> Option<ServiceChange> {
         let mut state = service.state.lock();
-        state.dirty = false;
-        let providers = state.providers();
-        let replaced = std::mem::take(&mut state.replaced);
-        let before = std::mem::replace(&mut state.announced, providers);
+        state.marks.changed = false;
+        let providers = state.providers.count();
+        let replaced = std::mem::take(&mut state.marks.replaced);
+        let before = std::mem::replace(&mut state.marks.published, providers);
         let kind = match () {
             () if providers > before || replaced && providers > 0 => ServiceChangeKind::Provided,
             () if providers < before => ServiceChangeKind::Withdrawn,
-            // Came and went between two questions.
             () => return None,
         };
-        Some(ServiceChange { service: service.name.to_string(), providers, exclusive: state.is_exclusive(), kind })
+        Some(ServiceChange {
+            service: service.name.to_string(),
+            providers,
+            exclusive: state.providers.is_exclusive(),
+            kind,
+        })
     }
 }

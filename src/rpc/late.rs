@@ -1,4 +1,4 @@
-//! Calls past their deadline whose reply may still come: counted, and delivered to callers that asked for it.
+//! Calls past their deadline: a late reply is counted, and delivered to a caller that asked for it.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -14,67 +14,77 @@ use std::{
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
-use super::pending::{CallId, CallerId, Conn};
+use super::{
+    call_id::{CallId, CallerId},
+    tables::Conn,
+};
 
-/// Bounded in number (the oldest goes first) and time. One lock: it is only met by calls that were too slow.
-pub(super) struct Late {
+/// Bounded in number (the oldest is dropped first) and time. One lock is enough: only calls that were too slow take it.
+pub(super) struct LateCalls {
     limit: usize,
-    /// Lets replies that match nothing pass without the lock while nothing is late.
+    /// Spares unmatched replies the lock while no call is late.
     len: AtomicUsize,
-    table: Mutex<Table>,
+    table: Mutex<LateTable>,
 }
 
 #[derive(Default)]
-struct Table {
+struct LateTable {
     calls: HashMap<CallId, LateCall, RandomState>,
-    /// By age. Holds ids that are answered by now, at most as many again as there are calls.
+    /// By age. May hold ids of answered calls, up to as many again as there are calls.
     order: VecDeque<(u64, CallId)>,
 }
 
 pub(super) struct LateCall {
-    pub caller: Arc<Conn>,
-    /// None: only counted.
-    pub tag: Option<CallerId>,
+    pub(super) caller: Arc<Conn>,
+    /// None: the reply is only counted.
+    pub(super) caller_id: Option<CallerId>,
     provider: Arc<Conn>,
     until: u64,
 }
 
-impl Late {
-    pub fn new(limit: usize) -> Self {
-        Late { limit, len: AtomicUsize::new(0), table: Mutex::default() }
+impl LateCalls {
+    pub(super) fn new(limit: usize) -> Self {
+        LateCalls { limit, len: AtomicUsize::new(0), table: Mutex::default() }
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len.load(Relaxed)
     }
 
-    /// Remembers until `until`, unless either side is gone already.
-    pub fn put(&self, id: CallId, until: u64, caller: Arc<Conn>, tag: Option<CallerId>, provider: Arc<Conn>) {
+    /// Remembers a call until `until`, unless either connection is closed.
+    pub(super) fn put(
+        &self,
+        id: CallId,
+        until: u64,
+        caller: Arc<Conn>,
+        caller_id: Option<CallerId>,
+        provider: Arc<Conn>,
+    ) {
         let mut table = self.table.lock();
-        // Counted before looking: a connection that closes from here on sees the count, comes by and forgets.
+        // Counted before the check: a connection that closes from here on sees the count and calls `retain`.
         caller.late.fetch_add(1, SeqCst);
         provider.late.fetch_add(1, SeqCst);
-        let call = LateCall { caller, tag, provider, until };
+        let call = LateCall { caller, caller_id, provider, until };
         if self.limit == 0 || call.caller.is_closed() || call.provider.is_closed() {
-            return call.forget();
+            return call.release();
         }
         while table.calls.len() >= self.limit {
             let Some((_, oldest)) = table.order.pop_front() else { break };
             table.remove(oldest);
         }
         if let Some(same) = table.calls.insert(id, call) {
-            same.forget();
+            same.release();
         }
         table.order.push_back((until, id));
         if table.order.len() > 2 * table.calls.len() + 64 {
-            let Table { calls, order } = &mut *table;
+            let LateTable { calls, order } = &mut *table;
             order.retain(|(until, id)| calls.get(id).is_some_and(|call| call.until == *until));
         }
         self.len.store(table.calls.len(), Relaxed);
     }
 
-    /// The call that `provider` answers with `id`.
-    pub fn take(&self, id: CallId, provider: &Arc<Conn>) -> Option<LateCall> {
+    /// Removes the late call that `provider` answers with `id`.
+    pub(super) fn take(&self, id: CallId, provider: &Arc<Conn>) -> Option<LateCall> {
         if self.len() == 0 {
             return None;
         }
@@ -87,7 +97,7 @@ impl Late {
         call
     }
 
-    pub fn sweep(&self, now: u64) {
+    pub(super) fn sweep(&self, now: u64) {
         if self.len() == 0 {
             return;
         }
@@ -101,8 +111,8 @@ impl Late {
         self.len.store(table.calls.len(), Relaxed);
     }
 
-    /// Forgets what `keep` does not want, for a connection that is concerned by some of it.
-    pub fn retain(&self, conn: &Conn, mut keep: impl FnMut(CallId, &LateCall) -> bool) {
+    /// Removes the calls for which `keep` is false; all of them have to involve `conn`.
+    pub(super) fn retain(&self, conn: &Conn, mut keep: impl FnMut(CallId, &LateCall) -> bool) {
         if conn.late.load(SeqCst) == 0 {
             return;
         }
@@ -110,7 +120,7 @@ impl Late {
         table.calls.retain(|id, call| {
             let keep = keep(*id, call);
             if !keep {
-                call.forget();
+                call.release();
             }
             keep
         });
@@ -118,11 +128,11 @@ impl Late {
     }
 }
 
-impl Table {
+impl LateTable {
     fn remove(&mut self, id: CallId) -> Option<LateCall> {
         let call = self.calls.remove(&id);
         if let Some(call) = &call {
-            call.forget();
+            call.release();
         }
         if self.calls.is_empty() {
             self.order.clear();
@@ -132,11 +142,11 @@ impl Table {
 }
 
 impl LateCall {
-    pub fn provider(&self) -> &Arc<Conn> {
+    pub(super) fn provider(&self) -> &Arc<Conn> {
         &self.provider
     }
 
-    fn forget(&self) {
+    fn release(&self) {
         self.caller.late.fetch_sub(1, Relaxed);
         self.provider.late.fetch_sub(1, Relaxed);
     }

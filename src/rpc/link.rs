@@ -1,12 +1,12 @@
-//! [`Link`]: another node, as the hub sees it. A node is a peer: it provides what it has, and it calls.
+//! [`LinkPeer`]: another node as a peer of the hub. It provides what its own providers provide, and it calls.
 //!
 //! ```text
-//! caller ─▶ Hub ─ Link::call ═▶ mail ═▶ Hub::exchange ─▶ provider
-//! caller ◀─ Hub ◀─ Hub::exchange ◀═ mail ◀═ Link::answer ◀─ provider
+//! caller ─▶ Hub ─ LinkPeer::call ═▶ message ═▶ RemoteNodes::process_events ─▶ provider
+//! caller ◀─ Hub ◀─ RemoteNodes::process_events ◀═ message ◀═ LinkPeer::answer ◀─ provider
 //! ```
 //!
-//! A call that a node gets from another is for a provider of its own and does not wait there. If there is none it goes back as
-//! it came, and the node of the caller, which alone knows all, finds another or lets it wait.
+//! A node places a call of another node with a provider of its own and does not let it wait. If it has none, it rejects the
+//! call unmodified, and the caller's node, which knows all nodes, places it elsewhere or lets it wait.
 
 use std::sync::{
     Arc, Weak,
@@ -17,42 +17,45 @@ use std::sync::{
 };
 
 use super::{
-    CallAnswer, CallId, CallerId, ForwardedCall, Hub, Peer, WriteOutcome,
-    mail::{self, Called},
-    services::Request,
+    call::CallRequest,
+    call_id::{CallId, CallerId},
+    hub::Hub,
+    message::{self, RemoteCall},
+    peer::{CallAnswer, ForwardedCall, Peer, WriteOutcome},
 };
 use crate::{
     cluster::{Cluster, MessageKind, NodeId, Priority, SendOutcome},
     error::Code,
 };
 
-pub(super) struct Link {
+pub(super) struct LinkPeer {
     node: NodeId,
     cluster: Arc<dyn Cluster>,
     hub: Weak<Hub>,
-    /// When something was last sent, heard, and asked to be heard: each end sees by the next mail whether all has come.
-    pub sent: AtomicU64,
-    pub heard: AtomicU64,
-    pub beat: AtomicU64,
-    /// Calls may be open between the two.
-    pub open: AtomicBool,
+    /// When something was last sent and received, and when the last heartbeat was sent: with each message the receiver
+    /// finds out whether all before it have arrived.
+    pub(super) sent: AtomicU64,
+    pub(super) received: AtomicU64,
+    pub(super) heartbeat: AtomicU64,
+    /// There may be calls between the two nodes.
+    pub(super) has_calls: AtomicBool,
 }
 
-impl Link {
-    pub fn new(hub: &Arc<Hub>, node: NodeId) -> Self {
-        Link {
+impl LinkPeer {
+    pub(super) fn new(hub: &Arc<Hub>, node: NodeId) -> Self {
+        LinkPeer {
             node,
             cluster: hub.cluster.clone(),
             hub: Arc::downgrade(hub),
             sent: AtomicU64::new(0),
-            heard: AtomicU64::new(0),
-            beat: AtomicU64::new(0),
-            open: AtomicBool::new(false),
+            received: AtomicU64::new(0),
+            heartbeat: AtomicU64::new(0),
+            has_calls: AtomicBool::new(false),
         }
     }
 
-    pub fn send(&self, weight: Priority, mail: &[u8]) -> SendOutcome {
-        let sent = self.cluster.send(self.node, MessageKind::Calls, weight, mail);
+    pub(super) fn send(&self, weight: Priority, message: &[u8]) -> SendOutcome {
+        let sent = self.cluster.send(self.node, MessageKind::Calls, weight, message);
         if let (SendOutcome::Queued, Some(hub)) = (sent, self.hub.upgrade()) {
             self.sent.store(hub.clock.now(), Relaxed);
             hub.metrics.mail_sent.add(1);
@@ -61,18 +64,18 @@ impl Link {
     }
 
     fn reply(&self, to: &CallerId, answer: &CallAnswer<'_>) {
-        let service = mail::read_tag(to.id()).map(|(_, service)| service);
-        let service = self.hub.upgrade().zip(service).and_then(|(hub, service)| hub.find(service));
-        let load = service.map_or(0, |service| service.state.lock().load_here());
-        // One that finds no room is as one that was lost: the caller's deadline ends it.
-        self.send(Priority::High, &mail::reply(to.id(), load as u64, answer));
+        let service = message::parse_remote_caller_id(to.id()).map(|(_, service)| service);
+        let service = self.hub.upgrade().zip(service).and_then(|(hub, service)| hub.registry.find(service));
+        let load = service.map_or(0, |service| service.state.lock().local_load());
+        // A reply that is not accepted counts as lost: the call ends with its deadline.
+        self.send(Priority::High, &message::encode_reply(to.id(), load as u64, answer));
     }
 }
 
-impl Peer for Link {
+impl Peer for LinkPeer {
     fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         let meta = call.meta.unwrap_or_default();
-        let request = Request {
+        let request = CallRequest {
             method: call.method,
             params: call.params,
             as_sent: call.as_sent,
@@ -81,16 +84,16 @@ impl Peer for Link {
             wait: call.relay.wait,
             late: call.relay.late,
         };
-        let called = Called {
-            id: call.id.map(CallId::number),
+        let call = RemoteCall {
+            id: call.id.map(CallId::to_u64),
             service: call.service,
             request,
-            left: meta.deadline_ms.unwrap_or_default(),
+            time_left: meta.deadline_ms.unwrap_or_default(),
             rev: call.relay.rev,
             tried: call.relay.tried.to_vec(),
         };
-        self.open.store(true, SeqCst);
-        match self.send(Priority::Normal, &called.write()) {
+        self.has_calls.store(true, SeqCst);
+        match self.send(Priority::Normal, &call.encode()) {
             SendOutcome::Queued => WriteOutcome::Written,
             SendOutcome::Full => WriteOutcome::Full,
             SendOutcome::NoSuchNode => WriteOutcome::Gone,
@@ -98,11 +101,11 @@ impl Peer for Link {
     }
 
     fn cancel(&self, id: CallId) {
-        self.send(Priority::High, &mail::cancel(id.number()));
+        self.send(Priority::High, &message::encode_cancel(id.to_u64()));
     }
 
     fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
-        // The caller's own node has the same deadline, and says it.
+        // The caller's node has the same deadline and answers by itself.
         if !matches!(&answer, CallAnswer::Failed(error) if error.code() == Code::Timeout) {
             self.reply(to, &answer);
         }
@@ -113,6 +116,6 @@ impl Peer for Link {
     }
 
     fn withdrawn(&self, _: &str, _: &str) {
-        // Its own node takes its providers back.
+        // Its own node removes its providers.
     }
 }

@@ -1,60 +1,58 @@
-//! What the hub knows of a connection, and what it says to it.
+//! What the hub writes to a connection: calls to a provider, answers to a caller.
 
 use std::borrow::Cow;
 
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::pending::{CallId, CallerId};
+use super::call_id::{CallId, CallerId};
 use crate::{
     cluster::NodeId,
     error::{Code, Error},
 };
 
-/// The outbound half of a connection: a WebSocket, a held HTTP request, another node.
+/// The outbound half of a connection: a WebSocket, an HTTP request that waits for its response, another node.
 ///
-/// Called with no lock of the hub held, from whichever thread caused it, also from inside [`HubConnection`] methods of the
-/// same connection. It appends to the connection's outbound buffer and returns: it neither blocks nor fails.
-///
-/// [`HubConnection`]: super::HubConnection
+/// The hub holds no lock while it calls a peer, and calls it from the thread that caused the call, also from inside
+/// [`HubConnection`](super::HubConnection) methods of the same connection. A peer appends to its outbound buffer and
+/// returns: it neither blocks nor fails.
 pub trait Peer: Send + Sync {
-    /// Writes a call or notification to this provider, now.
+    /// Writes a call or notification to this provider.
     fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome;
 
-    /// The caller gave up. Only for providers that asked for meta.
+    /// The caller no longer waits for the answer. Only for providers that asked for [`CallMeta`].
     fn cancel(&self, id: CallId);
 
     /// The one answer to the call that this connection made under `to`.
     fn answer(&self, to: &CallerId, answer: CallAnswer<'_>);
 
-    /// The reply to a call that was answered as `timeout` and asked for late replies.
+    /// The reply to a call that was answered with `timeout` and that asked for late replies.
     fn late(&self, to: &CallerId, answer: CallAnswer<'_>);
 
-    /// This connection no longer provides `service`; its replies are dropped. `reason` is `replaced` or
-    /// `lost`.
+    /// This connection no longer provides `service`, and its replies are dropped. `reason` is `replaced` or `lost`.
     fn withdrawn(&self, service: &str, reason: &str);
 
-    /// Finds out whether the client lives, since somebody else wants a name that it has. One that does not is gone, with
-    /// all that it provides, before `told` is told so.
-    fn probe(&self, told: ProbeCallback) {
-        // As far as anybody knows.
-        told(true);
+    /// Finds out whether the client is alive, because another connection wants a name that it holds. The connection of a
+    /// dead client is closed, with all that it provides, before `callback` is called with false.
+    fn probe(&self, callback: ProbeCallback) {
+        // A peer without a probe counts as alive.
+        callback(true);
     }
 }
 
-/// Told once whether a client lives.
+/// Called once, with whether the client is alive.
 pub type ProbeCallback = Box<dyn FnOnce(bool) + Send>;
 
-/// Whether a call is in the outbound buffer. Anything but `Written` promises that no byte of it will reach the provider.
+/// Whether a call is in the outbound buffer. Anything but `Written` promises that no byte of it reaches the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteOutcome {
     Written,
-    /// The buffer is full; the connection lives.
+    /// The buffer is full; the connection is alive.
     Full,
-    /// The connection is over: the hub forgets everything that it provides of this service.
+    /// The connection is closed: the hub removes it from the providers of this service.
     Gone,
 }
 
-/// A call as a provider gets it.
+/// A call as a provider receives it.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardedCall<'a> {
     /// None: a notification.
@@ -63,24 +61,24 @@ pub struct ForwardedCall<'a> {
     pub method: &'a str,
     pub names: MethodNames,
     pub params: Option<&'a RawValue>,
-    /// The same as the caller's own world wrote it; see [`Call::as_sent`](super::Call::as_sent).
+    /// The call in the caller's own protocol; see [`Call::as_sent`](super::Call::as_sent).
     pub as_sent: Option<&'a RawValue>,
-    /// Beside params, if the provider asked.
+    /// SendOutcome along with the params, if the provider asked for it.
     pub meta: Option<CallMeta<'a>>,
-    /// For another node, which has to place it.
+    /// For another node, which places the call with a provider of its own.
     pub relay: RelayInfo<'a>,
 }
 
-/// What another node has to know of a call, beside what a provider gets.
+/// What another node needs in order to place a call, in addition to what a provider receives.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RelayInfo<'a> {
-    /// Milliseconds that the caller would wait for a provider.
+    /// Milliseconds that the caller is ready to wait for a provider.
     pub wait: Option<u64>,
-    /// A late reply is wanted.
+    /// The caller wants a late reply.
     pub late: bool,
-    /// What is known of that node.
+    /// Revision of the node's advertisement by which it was chosen.
     pub rev: u64,
-    /// Nodes that returned it.
+    /// Nodes that rejected the call.
     pub tried: &'a [NodeId],
 }
 
@@ -94,17 +92,17 @@ pub enum MethodNames {
     Qualified,
 }
 
-/// What weir knows of a call.
+/// What weir knows about a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct CallMeta<'a> {
     /// Subject of the caller; `""` is anonymous.
     pub caller: &'a str,
-    /// What is left of the time. Not of notifications.
+    /// Milliseconds until the deadline. None: a notification.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<&'a str>,
-    /// Of exclusive providers: higher than that of every provider before.
+    /// Fencing token of an exclusive provider: higher than that of every provider before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fence: Option<u64>,
 }
@@ -112,15 +110,15 @@ pub struct CallMeta<'a> {
 /// How a call ended.
 #[derive(Clone, Debug)]
 pub enum CallAnswer<'a> {
-    /// Of the provider, as it wrote it; `null` for void.
+    /// The provider's result as it was sent; `null` for void.
     Result(&'a RawValue),
-    /// Of the provider.
+    /// The provider's error.
     Error(ProviderError<'a>),
-    /// Of weir.
+    /// The hub could not get an answer.
     Failed(Error),
 }
 
-/// A provider's error, passed on as it is.
+/// A provider's error, passed on unchanged.
 #[derive(Clone, Debug)]
 pub struct ProviderError<'a> {
     pub code: i64,
@@ -136,8 +134,7 @@ impl CallAnswer<'static> {
 }
 
 impl ProviderError<'_> {
-    /// The same, on its own feet.
-    pub fn into_owned(self) -> ProviderError<'static> {
+    pub(crate) fn into_owned(self) -> ProviderError<'static> {
         let ProviderError { code, message, data } = self;
         ProviderError {
             code,
@@ -147,15 +144,15 @@ impl ProviderError<'_> {
     }
 
     /// The `error` member of a JSON-RPC response: exactly `code`, `message` and, where given, `data`.
-    pub fn to_raw(&self) -> Box<RawValue> {
+    pub(crate) fn to_raw(&self) -> Box<RawValue> {
         #[derive(serde::Serialize)]
-        struct Wire<'a> {
+        struct WireError<'a> {
             code: i64,
             message: &'a str,
             #[serde(skip_serializing_if = "Option::is_none")]
             data: Option<&'a RawValue>,
         }
-        let wire = Wire { code: self.code, message: &self.message, data: self.data.as_deref() };
+        let wire = WireError { code: self.code, message: &self.message, data: self.data.as_deref() };
         to_raw_value(&wire).unwrap_or_else(|_| RawValue::NULL.to_owned())
     }
 }

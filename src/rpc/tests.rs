@@ -5,7 +5,22 @@ mod nodes;
 mod providers;
 mod random;
 
-use super::*;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use serde_json::value::RawValue;
+
+use super::{
+    changes::{ServiceChange, ServiceChangeKind},
+    *,
+};
+use crate::error::{Code, Result};
 use fake::{World, raw};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -301,7 +316,7 @@ fn a_provider_that_answers_at_once() {
     }
     let world = World::new();
     let peer = Arc::new(AtOnce(Mutex::default(), AtomicUsize::new(0)));
-    let connection = Arc::new(world.hub.connect(peer.clone()));
+    let connection = Arc::new(HubConnection::new(&world.hub, peer.clone()));
     *peer.0.lock() = Some(Arc::downgrade(&connection));
     drop(connection.provide(&ProvideRequest::new("self")).try_finish().ok().unwrap().unwrap());
     connection.call(CallerId::new(b"1"), &Call::new("self", "x", None));
@@ -315,14 +330,14 @@ async fn asking_without_a_connection() {
     let world = World::new();
     let provider = world.socket();
     provider.provide("a", |ask| ask.meta = true).unwrap();
-    let asked = world.hub.call_once(&Call::new("a", "x", None));
+    let asked = call_once(&world.hub, &Call::new("a", "x", None));
     provider.reply(0, "[1]");
     assert_eq!(asked.await.unwrap().get(), "[1]");
-    let Err(CallError::Weir(error)) = world.hub.call_once(&Call::new("b", "x", None)).await else {
+    let Err(CallError::Weir(error)) = call_once(&world.hub, &Call::new("b", "x", None)).await else {
         panic!("b has no provider")
     };
     assert_eq!(error.code(), Code::NoProvider);
-    drop(world.hub.call_once(&Call::new("a", "x", None)));
+    drop(call_once(&world.hub, &Call::new("a", "x", None)));
     assert_eq!(provider.saw.cancels.lock().len(), 1);
     drop(provider);
     world.is_empty_after_a_minute();

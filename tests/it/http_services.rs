@@ -46,7 +46,7 @@ impl Peer for ChannelPeer {
 
 fn provide(weir: &Weir, service: &str, concurrency: u32) -> Provider {
     let (tx, calls) = mpsc::unbounded_channel();
-    let connection = weir.node().hub.connect(Arc::new(ChannelPeer(tx)));
+    let connection = HubConnection::new(&weir.node().hub, Arc::new(ChannelPeer(tx)));
     drop(
         connection
             .provide(&ProvideRequest { meta: true, concurrency, ..ProvideRequest::new(service) })

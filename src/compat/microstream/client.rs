@@ -190,7 +190,7 @@ impl Client {
     fn provide(&mut self) -> Result<Option<(HubConnection, AcceptedProvider)>, Error> {
         let identity = Identity::anonymous();
         let permit = identity.may_provide(&self.name)?;
-        let link = self.hub.rpc.connect_with(self.port.clone(), self.hub.settings.calls);
+        let link = HubConnection::with_max_calls(&self.hub.rpc, self.port.clone(), self.hub.settings.calls);
         let providing = link.provide(&ProvideRequest {
             subject: permit.subject(),
             exclusive: true,

@@ -21,7 +21,7 @@ use crate::{
         openapi::Problem,
     },
     node::Node,
-    rpc::{Call, CallError, ProviderError, ServiceInfo},
+    rpc::{Call, CallError, ProviderError, ServiceInfo, call_once},
     transport::query::{Query, decode},
 };
 
@@ -80,7 +80,7 @@ pub async fn call(State(node): State<Arc<Node>>, identity: Identity, request: Re
         timeout,
         ..Call::new(service, method, params(&body)?)
     };
-    match node.hub.call_once(&call).await {
+    match call_once(&node.hub, &call).await {
         Ok(result) => Ok(json(StatusCode::OK, Box::<str>::from(result).into_string())),
         Err(CallError::Weir(error)) => Err(error),
         Err(CallError::Provider(error)) => Ok(refused(&error)),

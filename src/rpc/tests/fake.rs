@@ -13,7 +13,7 @@ use std::{
 use parking_lot::Mutex;
 use serde_json::{Value, value::RawValue};
 
-use super::super::*;
+use super::*;
 use crate::cluster::test_network::{TestNetwork, TestNode};
 
 #[derive(Default)]
@@ -48,6 +48,7 @@ pub struct Socket {
 /// One node of a cluster, and perhaps the only one.
 pub struct World {
     pub hub: Arc<Hub>,
+    pub remote: RemoteNodes,
     pub node: Arc<TestNode>,
     pub net: Arc<TestNetwork>,
     clock: Arc<AtomicU64>,
@@ -127,17 +128,23 @@ impl World {
     pub fn join(net: &Arc<TestNetwork>, clock: &Arc<AtomicU64>, config: Config) -> Self {
         let node = net.join();
         let hub = Hub::new(config, MonotonicClock::Manual(clock.clone()), node.clone(), Arc::default());
-        World { hub, node, net: net.clone(), clock: clock.clone() }
+        let remote = RemoteNodes::new(&hub);
+        World { hub, remote, node, net: net.clone(), clock: clock.clone() }
     }
 
     pub fn socket(&self) -> Socket {
         let saw = Arc::new(Fake::default());
-        Socket { hub: self.hub.connect(saw.clone()), saw }
+        Socket { hub: HubConnection::new(&self.hub, saw.clone()), saw }
     }
 
     /// Takes what is to be told of services, and has told it.
     pub fn told(&self) -> Vec<ServiceChange> {
         self.hub.take_changes().into_iter().map(|telling| telling.change).collect()
+    }
+
+    pub fn sweep(&self) {
+        self.hub.sweep();
+        self.remote.send_heartbeats();
     }
 
     /// Moves the clock and sweeps.
@@ -149,7 +156,7 @@ impl World {
             self.net.beat();
             left -= step;
         }
-        self.hub.sweep();
+        self.sweep();
     }
 
     /// A socket that provides `service`, shared.
@@ -164,7 +171,7 @@ impl World {
         self.pass(Duration::from_secs(61));
         self.pass(Duration::from_secs(1));
         assert_eq!(self.hub.counts(), HubCounts::default());
-        assert_eq!((self.node.leases(), self.hub.tenured.lock().len()), (0, 0));
+        assert_eq!((self.node.leases(), self.hub.registry.leased()), (0, 0));
     }
 }
 

@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use super::{
-    super::*,
     SECOND,
     fake::{Socket, World, raw},
+    *,
 };
 use crate::cluster::test_network::{TTL, TestNetwork};
 
@@ -37,7 +37,7 @@ impl Cluster {
         loop {
             let mut some = self.net.carry();
             for node in self.nodes.iter().filter(|node| !node.node.is_stopped()) {
-                some |= node.hub.exchange();
+                some |= node.remote.process_events();
             }
             if !some {
                 return;
@@ -52,7 +52,7 @@ impl Cluster {
             self.clock.fetch_add(step, SeqCst);
             self.net.beat();
             for node in self.nodes.iter().filter(|node| !node.node.is_stopped()) {
-                node.hub.sweep();
+                node.sweep();
             }
             self.settle();
             left -= step;
@@ -111,8 +111,8 @@ impl Cluster {
         self.pass(Duration::from_secs(62));
         for node in &self.nodes {
             assert_eq!(node.hub.counts(), HubCounts::default());
-            assert_eq!((node.node.leases(), node.hub.tenured.lock().len(), node.hub.asks.lock().len()), (0, 0, 0));
-            assert_eq!(node.hub.nodes.links(), self.nodes.len() - 1);
+            assert_eq!((node.node.leases(), node.hub.registry.leased(), node.hub.name_queries.len()), (0, 0, 0));
+            assert_eq!(node.remote.links(), self.nodes.len() - 1);
         }
         assert_eq!(self.net.names(), 0);
     }
@@ -537,7 +537,7 @@ fn a_node_that_stood_still_runs_nothing_for_a_name_that_it_lost() {
     // It wakes, and before it has heard of anything it is called, by one of its own and by mail of long ago.
     cluster.nodes[0].node.stop(false);
     callers[0].call("2", "own/x");
-    cluster.nodes[0].hub.exchange();
+    cluster.nodes[0].remote.process_events();
     assert_eq!(own.got(), ["0"]);
     cluster.pass(SECOND);
     assert_eq!(*own.saw.withdrawn.lock(), ["own lost"]);

@@ -1,9 +1,9 @@
 //! Who provides: choice, exclusiveness, waiting, leaving, discovery.
 
 use super::{
-    super::*,
     SECOND,
     fake::{Socket, World},
+    *,
 };
 
 fn codes(result: &Result<(usize, Option<u64>)>) -> Code {
@@ -365,7 +365,7 @@ fn names_that_came_and_went_cost_nothing() {
     for _ in 0..1_000 {
         drop(world.provider("flapping"));
     }
-    assert!(world.hub.remembered.lock().len() <= 101);
+    assert!(world.hub.registry.remembered() <= 101);
     world.is_empty_after_a_minute();
 }
 

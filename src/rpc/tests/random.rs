@@ -5,8 +5,8 @@ use std::{collections::HashMap, sync::atomic::AtomicBool};
 use proptest::prelude::*;
 
 use super::{
-    super::*,
     fake::{Socket, World, raw},
+    *,
 };
 
 const SERVICES: [&str; 3] = ["a", "b", "c"];
@@ -173,8 +173,8 @@ impl Run {
                 self.drop(at);
             }
         }
-        for shard in &self.world.hub.names {
-            shard.lock().values().for_each(|service| service.state.lock().check());
+        for service in self.world.hub.registry.list("") {
+            service.state.lock().check();
         }
     }
 

@@ -238,7 +238,7 @@ fn json(value: &impl serde::Serialize) -> Outcome {
 
 impl Session {
     fn link(&mut self) -> &HubConnection {
-        self.link.get_or_insert_with(|| self.node.hub.connect(self.outbox.clone()))
+        self.link.get_or_insert_with(|| HubConnection::new(&self.node.hub, self.outbox.clone()))
     }
 
     /// `service/method`.
@@ -247,7 +247,7 @@ impl Session {
             let permit = self.identity.may_call(service)?;
             Ok(Call { caller: permit.subject(), ..Call::new(service, method, params) })
         });
-        let link = self.link.get_or_insert_with(|| self.node.hub.connect(self.outbox.clone()));
+        let link = self.link.get_or_insert_with(|| HubConnection::new(&self.node.hub, self.outbox.clone()));
         match (permitted, to) {
             (Ok(call), Some(to)) => link.call(to, &call),
             (Ok(call), None) => link.notify(&call),
@@ -267,7 +267,7 @@ impl Session {
             late: asked.late,
             ..Call::new(&asked.service, &asked.method, asked.params)
         };
-        let link = self.link.get_or_insert_with(|| self.node.hub.connect(self.outbox.clone()));
+        let link = self.link.get_or_insert_with(|| HubConnection::new(&self.node.hub, self.outbox.clone()));
         match to {
             Some(to) => link.call(to.clone(), &call),
             None => link.notify(&call),

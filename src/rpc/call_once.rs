@@ -1,4 +1,4 @@
-//! A call without a connection, as a held HTTP request makes it.
+//! A call without a connection, as an HTTP request makes it.
 
 use std::{
     pin::Pin,
@@ -11,42 +11,45 @@ use serde_json::value::RawValue;
 use tokio::sync::oneshot;
 
 use super::{
-    Call, CallAnswer, CallerId, ForwardedCall, Hub, HubConnection, Peer, ProviderError, WriteOutcome, pending::CallId,
+    call::Call,
+    call_id::{CallId, CallerId},
+    connection::HubConnection,
+    hub::Hub,
+    peer::{CallAnswer, ForwardedCall, Peer, ProviderError, WriteOutcome},
 };
 use crate::error::Error;
 
-/// The answer to come. Dropping it cancels the call.
+/// The answer, in the future. Dropping it cancels the call.
 #[must_use = "dropping it cancels the call"]
-pub struct CallFuture {
-    answer: oneshot::Receiver<Outcome>,
+pub(crate) struct CallFuture {
+    answer: oneshot::Receiver<CallResult>,
     _connection: HubConnection,
 }
 
-/// Why there is no result.
+/// Why a call has no result.
 #[derive(Clone, Debug)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// The provider answered with an error.
     Provider(ProviderError<'static>),
-    /// weir could not get an answer.
+    /// The hub could not get an answer.
     Weir(Error),
 }
 
-type Outcome = Result<Box<RawValue>, CallError>;
+type CallResult = Result<Box<RawValue>, CallError>;
 
-struct Waiter(Mutex<Option<oneshot::Sender<Outcome>>>);
+/// A peer that makes one call.
+struct OneCall(Mutex<Option<oneshot::Sender<CallResult>>>);
 
-impl Hub {
-    /// Makes a call and waits for its answer. The call is made at once, not when the future is first polled.
-    pub fn call_once(self: &Arc<Self>, call: &Call<'_>) -> CallFuture {
-        let (answered, answer) = oneshot::channel();
-        let connection = self.connect(Arc::new(Waiter(Mutex::new(Some(answered)))));
-        connection.call(CallerId::new(b""), call);
-        CallFuture { answer, _connection: connection }
-    }
+/// Makes a call and waits for its answer. The call is made at once, not when the future is first polled.
+pub(crate) fn call_once(hub: &Arc<Hub>, call: &Call<'_>) -> CallFuture {
+    let (sender, answer) = oneshot::channel();
+    let connection = HubConnection::new(hub, Arc::new(OneCall(Mutex::new(Some(sender)))));
+    connection.call(CallerId::new(b""), call);
+    CallFuture { answer, _connection: connection }
 }
 
 impl Future for CallFuture {
-    type Output = Outcome;
+    type Output = CallResult;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.answer).poll(cx).map(|answer| {
@@ -55,7 +58,7 @@ impl Future for CallFuture {
     }
 }
 
-impl Peer for Waiter {
+impl Peer for OneCall {
     fn call(&self, _: &ForwardedCall<'_>) -> WriteOutcome {
         // It provides nothing.
         WriteOutcome::Gone
@@ -69,9 +72,9 @@ impl Peer for Waiter {
             CallAnswer::Error(error) => Err(CallError::Provider(error.into_owned())),
             CallAnswer::Failed(error) => Err(CallError::Weir(error)),
         };
-        if let Some(answered) = self.0.lock().take() {
-            // Nobody there: the request was given up at the same moment.
-            let _ = answered.send(answer);
+        if let Some(sender) = self.0.lock().take() {
+            // The future may have been dropped.
+            let _ = sender.send(answer);
         }
     }
 

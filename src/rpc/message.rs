@@ -1,78 +1,86 @@
-//! What nodes write to each other about calls. Numbers are varints, ids eight bytes, texts have their length before them.
+//! The messages that nodes send each other about calls. Numbers are varints, ids take eight bytes (little-endian), texts are
+//! preceded by their length.
 //!
-//! What is not understood is left out: a node of a later version does not say it to one of this.
+//! A message of an unknown kind is ignored: a newer node must not depend on an older one to understand it.
 
 use std::borrow::Cow;
 
 use serde_json::value::RawValue;
 
-use super::{CallAnswer, CallId, CallerId, ProviderError, services::Request};
+use super::{
+    call::CallRequest,
+    call_id::{CallId, CallerId},
+    peer::{CallAnswer, ProviderError},
+};
 use crate::{
     cluster::NodeId,
     error::{Code, Error, Executed},
 };
 
-/// A mail as it is read.
+/// A message as the receiver reads it.
 #[derive(Debug)]
-pub(super) enum Mail<'a> {
+pub(super) enum HubMessage<'a> {
     /// For one provider of the receiver.
-    Call(Called<'a>),
-    /// The answer, in time or not; the load of the service where it was made.
-    Reply { tag: &'a [u8], load: u64, answer: CallAnswer<'a> },
-    /// Nobody has got this call, nor will: the mail in which it came, and why.
-    Return { why: Why, mail: &'a [u8] },
-    /// The caller gave up.
+    Call(RemoteCall<'a>),
+    /// The answer, in time or late, and the load of the service on the sender.
+    Reply { caller_id: &'a [u8], load: u64, answer: CallAnswer<'a> },
+    /// No provider has received this call, nor will: the original message, and the reason.
+    Reject { reason: RejectReason, message: &'a [u8] },
+    /// The caller no longer waits for this call.
     Cancel { id: u64 },
-    /// Shows that nothing was lost, or that something was. `back`: it answers one.
-    Beat { back: bool },
-    /// May the sender have this service?
-    Ask(Ask<'a>),
-    /// The answer to that: it may not, if it is `held`.
-    Told { ask: u64, held: bool },
+    /// Makes the receiver notice lost messages. `ack`: it answers a heartbeat.
+    Heartbeat { ack: bool },
+    /// Asks whether the receiver still holds the name of a service.
+    NameQuery(NameQuery<'a>),
+    /// The answer to the query of that number.
+    NameReply { number: u64, held: bool },
 }
 
-/// A call or notification of another node.
+/// A call or notification from another node.
 #[derive(Debug)]
-pub(super) struct Called<'a> {
+pub(super) struct RemoteCall<'a> {
     /// None: a notification.
     pub id: Option<u64>,
     pub service: &'a str,
-    pub request: Request<'a>,
-    /// Milliseconds that are left.
-    pub left: u64,
-    /// What the sender knew of the receiver as a holder of the service.
+    pub request: CallRequest<'a>,
+    /// Milliseconds until the deadline.
+    pub time_left: u64,
+    /// Revision of the advertisement by which the sender chose the receiver.
     pub rev: u64,
-    /// Nodes that returned it.
+    /// Nodes that rejected it.
     pub tried: Vec<NodeId>,
 }
 
+/// Whether a name can be taken over from the node that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ask<'a> {
-    pub ask: u64,
+pub(super) struct NameQuery<'a> {
+    pub number: u64,
     pub service: &'a str,
     pub subject: &'a str,
+    /// An exclusive provider of the same subject yields.
     pub takeover: bool,
-    /// A provider that is dead holds nothing.
+    /// An exclusive provider is probed, and holds nothing if it is dead.
     pub probe: bool,
 }
 
+/// Why a node rejects a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Why {
-    /// All providers there have as many calls as they take.
+pub(super) enum RejectReason {
+    /// All providers of the node are at their concurrency.
     Busy = 0,
-    /// There is none.
-    NotHere = 1,
+    /// The node has no provider.
+    NoProvider = 1,
 }
 
 const CALL: u8 = 1;
 const REPLY: u8 = 2;
-const RETURN: u8 = 3;
+const REJECT: u8 = 3;
 const CANCEL: u8 = 4;
-const BEAT: u8 = 5;
-const ASK: u8 = 6;
-const TOLD: u8 = 7;
-const BEAT_BACK: u8 = 8;
+const HEARTBEAT: u8 = 5;
+const NAME_QUERY: u8 = 6;
+const NAME_REPLY: u8 = 7;
+const HEARTBEAT_ACK: u8 = 8;
 
 const HAS_ID: u8 = 1;
 const LATE: u8 = 2;
@@ -81,14 +89,14 @@ const AS_SENT: u8 = 8;
 const TRACEPARENT: u8 = 16;
 const WAIT: u8 = 32;
 
-pub(super) const BEAT_MAIL: &[u8] = &[BEAT];
-pub(super) const BEAT_BACK_MAIL: &[u8] = &[BEAT_BACK];
+pub(super) const HEARTBEAT_MESSAGE: &[u8] = &[HEARTBEAT];
+pub(super) const HEARTBEAT_ACK_MESSAGE: &[u8] = &[HEARTBEAT_ACK];
 
 // === writing ===
 
-impl Called<'_> {
-    pub fn write(&self) -> Vec<u8> {
-        let Request { method, params, as_sent, caller, traceparent, wait, late } = self.request;
+impl RemoteCall<'_> {
+    pub fn encode(&self) -> Vec<u8> {
+        let CallRequest { method, params, as_sent, caller, traceparent, wait, late } = self.request;
         let mut out = Vec::with_capacity(64 + self.service.len() + self.request.bytes());
         let flags = [
             (self.id.is_some(), HAS_ID),
@@ -103,7 +111,7 @@ impl Called<'_> {
         if let Some(id) = self.id {
             out.extend_from_slice(&id.to_le_bytes());
         }
-        number(&mut out, self.left);
+        number(&mut out, self.time_left);
         number(&mut out, self.rev);
         number(&mut out, self.tried.len() as u64);
         for node in &self.tried {
@@ -125,9 +133,9 @@ impl Called<'_> {
     }
 }
 
-pub(super) fn reply(tag: &[u8], load: u64, answer: &CallAnswer<'_>) -> Vec<u8> {
+pub(super) fn encode_reply(caller_id: &[u8], load: u64, answer: &CallAnswer<'_>) -> Vec<u8> {
     let mut out = vec![REPLY];
-    bytes(&mut out, tag);
+    bytes(&mut out, caller_id);
     number(&mut out, load);
     match answer {
         CallAnswer::Result(result) => {
@@ -156,22 +164,23 @@ pub(super) fn reply(tag: &[u8], load: u64, answer: &CallAnswer<'_>) -> Vec<u8> {
     out
 }
 
-pub(super) fn give_back(why: Why, mail: &[u8]) -> Vec<u8> {
-    let mut out = vec![RETURN, why as u8];
-    out.extend_from_slice(mail);
+/// Rejects the call that came in `message`.
+pub(super) fn encode_reject(reason: RejectReason, message: &[u8]) -> Vec<u8> {
+    let mut out = vec![REJECT, reason as u8];
+    out.extend_from_slice(message);
     out
 }
 
-pub(super) fn cancel(id: u64) -> Vec<u8> {
+pub(super) fn encode_cancel(id: u64) -> Vec<u8> {
     let mut out = vec![CANCEL];
     out.extend_from_slice(&id.to_le_bytes());
     out
 }
 
-impl Ask<'_> {
-    pub fn write(&self) -> Vec<u8> {
-        let mut out = vec![ASK];
-        number(&mut out, self.ask);
+impl NameQuery<'_> {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = vec![NAME_QUERY];
+        number(&mut out, self.number);
         out.push(u8::from(self.takeover) | u8::from(self.probe) << 1);
         text(&mut out, self.service);
         text(&mut out, self.subject);
@@ -179,9 +188,9 @@ impl Ask<'_> {
     }
 }
 
-pub(super) fn told(ask: u64, held: bool) -> Vec<u8> {
-    let mut out = vec![TOLD];
-    number(&mut out, ask);
+pub(super) fn encode_name_reply(query: u64, held: bool) -> Vec<u8> {
+    let mut out = vec![NAME_REPLY];
+    number(&mut out, query);
     out.push(u8::from(held));
     out
 }
@@ -205,37 +214,43 @@ fn text(out: &mut Vec<u8>, text: &str) {
 
 // === reading ===
 
-impl<'a> Mail<'a> {
-    /// None: it is of a kind, or in a form, that this version does not know.
-    pub fn read(mail: &'a [u8]) -> Option<Self> {
-        let mut from = Reader(mail);
+impl<'a> HubMessage<'a> {
+    /// None: this version does not know the kind, or the message is malformed.
+    pub fn decode(message: &'a [u8]) -> Option<Self> {
+        let mut from = MessageReader(message);
         Some(match from.byte()? {
-            CALL => Mail::Call(from.called()?),
-            REPLY => Mail::Reply { tag: from.bytes()?, load: from.number()?, answer: from.answer()? },
-            RETURN => {
-                let why = match from.byte()? {
-                    0 => Why::Busy,
-                    _ => Why::NotHere,
+            CALL => HubMessage::Call(from.call()?),
+            REPLY => HubMessage::Reply { caller_id: from.bytes()?, load: from.number()?, answer: from.answer()? },
+            REJECT => {
+                let reason = match from.byte()? {
+                    0 => RejectReason::Busy,
+                    _ => RejectReason::NoProvider,
                 };
-                Mail::Return { why, mail: from.0 }
+                HubMessage::Reject { reason, message: from.0 }
             }
-            CANCEL => Mail::Cancel { id: from.id()? },
-            BEAT => Mail::Beat { back: false },
-            BEAT_BACK => Mail::Beat { back: true },
-            ASK => {
-                let (ask, flags) = (from.number()?, from.byte()?);
+            CANCEL => HubMessage::Cancel { id: from.id()? },
+            HEARTBEAT => HubMessage::Heartbeat { ack: false },
+            HEARTBEAT_ACK => HubMessage::Heartbeat { ack: true },
+            NAME_QUERY => {
+                let (number, flags) = (from.number()?, from.byte()?);
                 let (takeover, probe) = (flags & 1 != 0, flags & 2 != 0);
-                Mail::Ask(Ask { ask, takeover, probe, service: from.text()?, subject: from.text()? })
+                HubMessage::NameQuery(NameQuery {
+                    number,
+                    takeover,
+                    probe,
+                    service: from.text()?,
+                    subject: from.text()?,
+                })
             }
-            TOLD => Mail::Told { ask: from.number()?, held: from.byte()? != 0 },
+            NAME_REPLY => HubMessage::NameReply { number: from.number()?, held: from.byte()? != 0 },
             _ => return None,
         })
     }
 }
 
-struct Reader<'a>(&'a [u8]);
+struct MessageReader<'a>(&'a [u8]);
 
-impl<'a> Reader<'a> {
+impl<'a> MessageReader<'a> {
     fn byte(&mut self) -> Option<u8> {
         let (first, rest) = self.0.split_first()?;
         self.0 = rest;
@@ -277,11 +292,11 @@ impl<'a> Reader<'a> {
         serde_json::from_str(self.text()?).ok()
     }
 
-    fn called(&mut self) -> Option<Called<'a>> {
+    fn call(&mut self) -> Option<RemoteCall<'a>> {
         let flags = self.byte()?;
         let has = |flag| flags & flag != 0;
         let id = if has(HAS_ID) { Some(self.id()?) } else { None };
-        let (left, rev, tried) = (self.number()?, self.number()?, self.number()?);
+        let (time_left, rev, tried) = (self.number()?, self.number()?, self.number()?);
         let mut nodes = Vec::new();
         for _ in 0..tried {
             nodes.push(NodeId(self.id()?));
@@ -291,8 +306,8 @@ impl<'a> Reader<'a> {
         let as_sent = if has(AS_SENT) { Some(self.json()?) } else { None };
         let traceparent = if has(TRACEPARENT) { Some(self.text()?) } else { None };
         let wait = if has(WAIT) { Some(self.number()?) } else { None };
-        let request = Request { method, params, as_sent, caller, traceparent, wait, late: has(LATE) };
-        Some(Called { id, service, request, left, rev, tried: nodes })
+        let request = CallRequest { method, params, as_sent, caller, traceparent, wait, late: has(LATE) };
+        Some(RemoteCall { id, service, request, time_left, rev, tried: nodes })
     }
 
     fn answer(&mut self) -> Option<CallAnswer<'a>> {
@@ -306,7 +321,7 @@ impl<'a> Reader<'a> {
             }
             3 => {
                 let name = self.text()?;
-                // A code of a later version: what is sure is that it was not answered.
+                // A code of a newer version. Only one thing is certain: the call was not answered.
                 let code = Code::ALL.into_iter().find(|code| code.as_str() == name).unwrap_or(Code::ProviderGone);
                 let error = Error::new(code, self.text()?.to_owned());
                 CallAnswer::Failed(match self.byte()? {
@@ -320,19 +335,20 @@ impl<'a> Reader<'a> {
     }
 }
 
-// === tags ===
+// === caller ids of calls from other nodes ===
 
-/// Under what the receiver knows the call `id` of another node.
-pub(super) fn tag(id: u64, service: &str) -> CallerId {
-    let mut tag = Vec::with_capacity(8 + service.len());
-    tag.extend_from_slice(&id.to_le_bytes());
-    tag.extend_from_slice(service.as_bytes());
-    CallerId::new(&tag)
+/// The [`CallerId`] of the call that another node knows as `id`.
+pub(super) fn remote_caller_id(id: u64, service: &str) -> CallerId {
+    let mut bytes = Vec::with_capacity(8 + service.len());
+    bytes.extend_from_slice(&id.to_le_bytes());
+    bytes.extend_from_slice(service.as_bytes());
+    CallerId::new(&bytes)
 }
 
-pub(super) fn read_tag(tag: &[u8]) -> Option<(CallId, &str)> {
-    let (id, service) = tag.split_first_chunk::<8>()?;
-    Some((CallId::from_number(u64::from_le_bytes(*id)), str::from_utf8(service).ok()?))
+/// Reverses [`remote_caller_id`].
+pub(super) fn parse_remote_caller_id(caller_id: &[u8]) -> Option<(CallId, &str)> {
+    let (id, service) = caller_id.split_first_chunk::<8>()?;
+    Some((CallId::from_u64(u64::from_le_bytes(*id)), str::from_utf8(service).ok()?))
 }
 
 #[cfg(test)]
@@ -343,48 +359,50 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_call_is_read_as_it_was_written(
-            (id, left, rev, tried) in (any::<Option<u64>>(), any::<u64>(), any::<u64>(), prop::collection::vec(any::<u64>(), 0..4)),
+        fn a_call_survives_a_round_trip(
+            (id, time_left, rev, tried) in (any::<Option<u64>>(), any::<u64>(), any::<u64>(), prop::collection::vec(any::<u64>(), 0..4)),
             (service, method, caller) in (".{0,300}", ".*", ".*"),
             (params, traceparent, wait, late) in (any::<Option<Vec<String>>>(), any::<Option<String>>(), any::<Option<u64>>(), any::<bool>()),
         ) {
             let json = params.map(|params| serde_json::value::to_raw_value(&params).unwrap());
             let (params, as_sent) = (json.as_deref(), json.as_deref().filter(|_| late));
-            let request = Request {
+            let request = CallRequest {
                 method: &method, params, as_sent, caller: &caller, traceparent: traceparent.as_deref(), wait, late,
             };
             let tried: Vec<_> = tried.into_iter().map(NodeId).collect();
-            let called = Called { id, service: &service, request, left, rev, tried };
-            let bytes = called.write();
-            let Some(Mail::Call(read)) = Mail::read(&bytes) else { panic!("it is a call") };
-            prop_assert_eq!(format!("{called:?}"), format!("{read:?}"));
-            let back = give_back(Why::Busy, &bytes);
-            let Some(Mail::Return { why: Why::Busy, mail }) = Mail::read(&back) else { panic!("it is a return") };
-            prop_assert_eq!(mail, &bytes);
+            let call = RemoteCall { id, service: &service, request, time_left, rev, tried };
+            let bytes = call.encode();
+            let Some(HubMessage::Call(read)) = HubMessage::decode(&bytes) else { panic!("it is a call") };
+            prop_assert_eq!(format!("{call:?}"), format!("{read:?}"));
+            let rejected = encode_reject(RejectReason::Busy, &bytes);
+            let Some(HubMessage::Reject { reason: RejectReason::Busy, message }) = HubMessage::decode(&rejected) else {
+                panic!("it is a rejection")
+            };
+            prop_assert_eq!(message, &bytes);
             for end in 0..bytes.len() {
-                // Cut short it is none, and nothing panics.
-                let whole = matches!(Mail::read(&bytes[..end]), Some(Mail::Call(_)));
+                // A truncated message is no call, and nothing panics.
+                let whole = matches!(HubMessage::decode(&bytes[..end]), Some(HubMessage::Call(_)));
                 prop_assert!(!whole);
             }
         }
 
         #[test]
-        fn whatever_comes_is_read_or_left(bytes: Vec<u8>) {
-            let _ = Mail::read(&bytes);
+        fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>) {
+            let _ = HubMessage::decode(&bytes);
         }
 
         #[test]
-        fn answers(tag: Vec<u8>, load: u64, code: i64, message: String, data: Option<String>) {
+        fn answers_survive_a_round_trip(caller_id: Vec<u8>, load: u64, code: i64, message: String, data: Option<String>) {
             let data = data.map(|data| serde_json::value::to_raw_value(&data).unwrap());
             let result = serde_json::value::to_raw_value(&message).unwrap();
             let error = ProviderError { code, message: message.as_str().into(), data: data.map(Cow::Owned) };
             let failed = Error::new(Code::BadReply, message.clone()).executed(Executed::No);
             for answer in [CallAnswer::Result(&result), CallAnswer::Error(error), CallAnswer::Failed(failed)] {
-                let bytes = reply(&tag, load, &answer);
-                let Some(Mail::Reply { tag: read_tag, load: read_load, answer: read }) = Mail::read(&bytes) else {
+                let bytes = encode_reply(&caller_id, load, &answer);
+                let Some(HubMessage::Reply { caller_id: read_id, load: read_load, answer: read }) = HubMessage::decode(&bytes) else {
                     panic!("it is a reply")
                 };
-                prop_assert_eq!((read_tag, read_load), (&tag[..], load));
+                prop_assert_eq!((read_id, read_load), (&caller_id[..], load));
                 let text = |answer: &CallAnswer<'_>| match answer {
                     CallAnswer::Result(result) => result.get().to_owned(),
                     CallAnswer::Error(error) => error.to_raw().get().to_owned(),
@@ -396,17 +414,20 @@ mod tests {
     }
 
     #[test]
-    fn small_mails() {
+    fn small_messages() {
         for (takeover, probe) in [(true, false), (false, true), (true, true)] {
-            let ask = Ask { ask: 7, service: "s", subject: "u", takeover, probe };
-            assert!(matches!(Mail::read(&ask.write()), Some(Mail::Ask(read)) if read == ask));
+            let query = NameQuery { number: 7, service: "s", subject: "u", takeover, probe };
+            assert!(matches!(HubMessage::decode(&query.encode()), Some(HubMessage::NameQuery(read)) if read == query));
         }
-        assert!(matches!(Mail::read(&told(300, true)), Some(Mail::Told { ask: 300, held: true })));
-        assert!(matches!(Mail::read(&cancel(9)), Some(Mail::Cancel { id: 9 })));
-        assert!(matches!(Mail::read(BEAT_MAIL), Some(Mail::Beat { back: false })));
-        assert!(matches!(Mail::read(BEAT_BACK_MAIL), Some(Mail::Beat { back: true })));
-        assert!(Mail::read(&[200, 1, 2]).is_none());
-        let tag = tag(42, "jwt");
-        assert_eq!(read_tag(tag.id()), Some((CallId::from_number(42), "jwt")));
+        assert!(matches!(
+            HubMessage::decode(&encode_name_reply(300, true)),
+            Some(HubMessage::NameReply { number: 300, held: true })
+        ));
+        assert!(matches!(HubMessage::decode(&encode_cancel(9)), Some(HubMessage::Cancel { id: 9 })));
+        assert!(matches!(HubMessage::decode(HEARTBEAT_MESSAGE), Some(HubMessage::Heartbeat { ack: false })));
+        assert!(matches!(HubMessage::decode(HEARTBEAT_ACK_MESSAGE), Some(HubMessage::Heartbeat { ack: true })));
+        assert!(HubMessage::decode(&[200, 1, 2]).is_none());
+        let caller_id = remote_caller_id(42, "jwt");
+        assert_eq!(parse_remote_caller_id(caller_id.id()), Some((CallId::from_u64(42), "jwt")));
     }
 }
