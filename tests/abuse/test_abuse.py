@@ -1,4 +1,4 @@
-"""Clients that stall, lie, shout and vanish. Each test ends with weir as it was before."""
+"""Slow, invalid, oversized and disconnecting clients. After each test weir has the state from before."""
 
 import base64
 import concurrent.futures
@@ -15,12 +15,12 @@ import pytest
 
 from weir import PATIENCE, Weir, http, until
 
-# Gauges that say nothing about clients.
+# Gauges that do not depend on clients.
 LASTING = re.compile(r"process_|weir_build_info|weir_start_time_seconds|weir_ready")
 
 
 def gauges(weir):
-    """Every gauge of /metrics but the lasting ones."""
+    """Every gauge of /metrics that depends on clients."""
     text = http.get(f"{weir.url}/metrics").text
     names = set(re.findall(r"^# TYPE (\S+) gauge$", text, re.M))
     samples = {}
@@ -32,7 +32,7 @@ def gauges(weir):
 
 
 class Unchanged:
-    """Gauges and file descriptors of a weir are the same before and after the block, and it still answers."""
+    """Asserts that gauges and file descriptors are the same before and after the block, and that weir still answers."""
 
     def __init__(self, weir):
         self.weir = weir
@@ -45,8 +45,8 @@ class Unchanged:
     def __exit__(self, kind, *_):
         if kind:
             return
-        # What was stored is given back on demand; that there was something is remembered for a minute.
-        # What weir itself wrote ($services) stays, within the retention of any channel.
+        # Stored events are deleted; the names of their channels are remembered for a minute.
+        # Events of weir itself ($services) stay, within their retention.
         stored = self.weir.json("GET", "/v1/channels?prefix=&limit=1000")["channels"]
         kept = sum(channel["bytes"] for channel in stored if channel["channel"].startswith("$"))
         for channel in stored:
@@ -59,26 +59,26 @@ class Unchanged:
             left.clear()
             now = gauges(self.weir)
             left.update({name: value for name, value in now.items() if value > self.gauges.get(name, 0.0) + allowed.get(name, 0)})
-            if self.weir.files() > self.files + 2:  # a request that is just ending
+            if self.weir.files() > self.files + 2:  # a request that is about to end
                 left["file descriptors"] = (self.files, self.weir.files())
             return not left
 
         try:
-            until("every gauge to be back", settled)
+            until("every gauge to have its earlier value", settled)
         except AssertionError:
-            raise AssertionError(f"not given back: {left}") from None
+            raise AssertionError(f"not released: {left}") from None
         assert self.weir.json("POST", "/v1/services/weir/echo", {"n": 1}) == {"n": 1}
         assert self.weir.process.poll() is None and "panicked" not in self.weir.log, self.weir.log
 
 
 def reset(connection):
-    """Ends a connection with RST, as a machine that lost its power seems to."""
+    """Ends a connection with RST, as after a crash of the machine."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def everything(connection):
-    """What comes until the other end hangs up."""
+    """Everything received until the other end closes."""
     data = b""
     try:
         while piece := connection.recv(65536):
@@ -89,7 +89,7 @@ def everything(connection):
 
 
 def ending(connection):
-    """What comes on a WebSocket until it is closed, which is answered with an end of our own."""
+    """Everything received on a WebSocket until it is closed. A close frame is answered by closing the write side."""
     data = b""
     try:
         while piece := connection.recv(65536):
@@ -111,7 +111,7 @@ UPGRADE = head(
 
 
 def frame(payload, opcode=1, fin=True, mask=True, length=None):
-    """A WebSocket frame, as wrong as asked for."""
+    """A WebSocket frame, valid or not."""
     payload = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     size = len(payload) if length is None else length
     first = (0x80 if fin else 0) | opcode
@@ -122,7 +122,7 @@ def frame(payload, opcode=1, fin=True, mask=True, length=None):
         start = struct.pack("!BBH", first, bit | 126, size)
     else:
         start = struct.pack("!BBQ", first, bit | 127, size)
-    return start + (b"\0\0\0\0" if mask else b"") + payload  # a mask of zeros changes nothing
+    return start + (b"\0\0\0\0" if mask else b"") + payload  # a mask of zeros leaves the payload as it is
 
 
 def upgraded(weir):
@@ -143,31 +143,31 @@ def status(answer):
 
 
 @pytest.fixture(scope="module")
-def hasty():
-    """A weir with little patience, so that tests need none."""
+def impatient():
+    """A weir with short timeouts."""
     with Weir(WEIR__LIMITS__HEADER_TIME="700ms", WEIR__LIMITS__BODY_TIME="700ms", WEIR__LIMITS__IDLE="1s", WEIR__LIMITS__STALLED="1s", WEIR__SSE__HEARTBEAT="1s") as weir:
         yield weir
 
 
-# --- those who stall ---
+# --- slow clients ---
 
 
-def test_slowloris(hasty):
-    with Unchanged(hasty):
-        slow = [hasty.connect() for _ in range(200)]
+def test_incomplete_heads_time_out_slowloris(impatient):
+    with Unchanged(impatient):
+        slow = [impatient.connect() for _ in range(200)]
         for n, connection in enumerate(slow):
             connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: "[: n % 40])
-        # While they hold on, others are served.
-        assert hasty.publish("busy", 1)["offset"] == 1
+        # Meanwhile other clients are served.
+        assert impatient.publish("busy", 1)["offset"] == 1
         for connection in slow:
             answer = everything(connection)
             assert status(answer) in (None, 408), answer
             connection.close()
 
 
-def test_a_byte_at_a_time_is_no_way_round(hasty):
-    with Unchanged(hasty):
-        connection = hasty.connect()
+def test_a_head_sent_byte_by_byte_times_out(impatient):
+    with Unchanged(impatient):
+        connection = impatient.connect()
         stop = threading.Event()
 
         def drip():
@@ -186,83 +186,83 @@ def test_a_byte_at_a_time_is_no_way_round(hasty):
         connection.close()
 
 
-def test_a_body_that_never_ends(hasty):
-    with Unchanged(hasty):
+def test_an_incomplete_body_times_out(impatient):
+    with Unchanged(impatient):
         for more in ["Content-Length: 100", "Transfer-Encoding: chunked"]:
-            connection = hasty.connect()
+            connection = impatient.connect()
             connection.sendall(head("POST /v1/events?channel=slow", more) + (b"5\r\nhello\r\n" if "chunked" in more else b"hello"))
             answer = everything(connection)
             assert status(answer) in (None, 400, 408), answer
             connection.close()
-        assert hasty.json("GET", "/v1/events?channel=slow")["events"] == []
+        assert impatient.json("GET", "/v1/events?channel=slow")["events"] == []
 
 
-def test_half_open_and_half_closed(hasty):
-    with Unchanged(hasty):
-        silent = [hasty.connect() for _ in range(50)]
+def test_half_open_and_half_closed_connections_are_closed(impatient):
+    with Unchanged(impatient):
+        silent = [impatient.connect() for _ in range(50)]
         for connection in silent:
             everything(connection)
             connection.close()
-        # Says all it has to say and closes its half: like most servers weir takes that for a hang-up, if it sees it in time.
-        connection = hasty.connect()
+        # A client that closes its write side after the request: weir may treat that as a disconnect, as most servers do.
+        connection = impatient.connect()
         connection.sendall(head("GET /health/live"))
         connection.shutdown(socket.SHUT_WR)
         assert status(everything(connection)) in (None, 200)
         connection.close()
-        # A stream whose reader closed its half is over.
-        connection = hasty.connect()
+        # A half-closed stream ends.
+        connection = impatient.connect()
         connection.sendall(head("GET /v1/sse?channel=half", "Accept: text/event-stream"))
         connection.recv(1)
         connection.shutdown(socket.SHUT_WR)
         everything(connection)
         connection.close()
-        connection = upgraded(hasty)
+        connection = upgraded(impatient)
         connection.shutdown(socket.SHUT_WR)
         everything(connection)
         connection.close()
 
 
-def test_readers_that_do_not_read(hasty):
-    """They are cut off; others hear everything; memory does not grow with what they missed."""
-    with Unchanged(hasty):
-        stuck_sse = hasty.connect()
+def test_readers_that_do_not_read_are_closed(impatient):
+    """They are closed, other readers receive everything, and memory does not grow with the unread events."""
+    with Unchanged(impatient):
+        stuck_sse = impatient.connect()
         stuck_sse.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck_sse.sendall(head("GET /v1/sse?channel=flood", "Accept: text/event-stream"))
-        stuck_ws = upgraded(hasty)
+        stuck_ws = upgraded(impatient)
         stuck_ws.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck_ws.sendall(frame({"jsonrpc": "2.0", "id": 1, "method": "weir.subscribe", "params": {"channels": ["flood"]}}))
-        with httpx.Client(timeout=PATIENCE) as client, client.stream("GET", f"{hasty.url}/v1/sse?channel=flood") as attentive:
+        with httpx.Client(timeout=PATIENCE) as client, client.stream("GET", f"{impatient.url}/v1/sse?channel=flood") as attentive:
             lines = attentive.iter_lines()
             assert any("data:" in line for line in lines)  # of weir.open
-            until("three readers", lambda: hasty.json("GET", "/v1/channels?channel=flood")["readers"] == 3)
+            until("three readers", lambda: impatient.json("GET", "/v1/channels?channel=flood")["readers"] == 3)
             for n in range(60):
-                hasty.publish("flood", f"{n} " + "x" * 400_000)
+                impatient.publish("flood", f"{n} " + "x" * 400_000)
                 wanted = next(line for line in lines if line.startswith("data:"))
                 assert f'"data":"{n} xxx' in wanted, wanted[:200]
-            until("both to be cut off", lambda: hasty.json("GET", "/v1/channels?channel=flood")["readers"] == 1)
-        assert hasty.resident() < 300 << 20
+            until("both to be closed", lambda: impatient.json("GET", "/v1/channels?channel=flood")["readers"] == 1)
+        assert impatient.resident() < 300 << 20
         stuck_sse.close()
         stuck_ws.close()
 
 
-def test_callers_that_do_not_read(hasty):
-    with Unchanged(hasty):
-        connection = upgraded(hasty)
+def test_callers_that_do_not_read_are_closed(impatient):
+    with Unchanged(impatient):
+        connection = upgraded(impatient)
         connection.settimeout(PATIENCE)
         call = frame({"jsonrpc": "2.0", "id": 1, "method": "weir/echo", "params": ["x" * 50_000]})
         try:
-            for _ in range(2_000):  # 100 MB of answers nobody fetches
+            for _ in range(2_000):  # 100 MB of unread responses
                 connection.sendall(call)
         except OSError:
-            pass  # cut off, as it should be
-        assert hasty.resident() < 300 << 20
+            pass  # closed, as expected
+        assert impatient.resident() < 300 << 20
         connection.close()
 
 
-# --- those who shout ---
+# --- oversized input ---
 
 
-def test_a_head_that_is_too_large(weir):
+def test_an_oversized_head_is_rejected(weir):
     with Unchanged(weir):
         for request in [
             head("GET /health/live", "X-Long: " + "x" * 20_000),
@@ -278,13 +278,13 @@ def test_a_head_that_is_too_large(weir):
             connection.close()
 
 
-def test_a_body_that_is_too_large(weir):
+def test_an_oversized_body_is_rejected(weir):
     with Unchanged(weir):
         answer = http.post(f"{weir.url}/v1/events?channel=big", content=b'"' + b"x" * 9_000_000 + b'"')
         assert answer.status_code == 413 and answer.json()["code"] == "too_large"
         answer = http.post(f"{weir.url}/v1/events?channel=big", content=b'"' + b"x" * 1_000_001 + b'"')
         assert answer.status_code == 413 and answer.json()["code"] == "too_large"
-        # Announced, or not announced: refused either way, without waiting for all of it.
+        # Rejected with or without a Content-Length, before the whole body is sent.
         connection = weir.connect()
         connection.sendall(head("POST /v1/events?channel=big", "Content-Length: 999999999999"))
         assert status(everything(connection)) == 413
@@ -301,7 +301,7 @@ def test_a_body_that_is_too_large(weir):
         assert weir.json("GET", "/v1/events?channel=big")["events"] == []
 
 
-def test_frames_that_are_too_large(weir):
+def test_oversized_frames_are_closed(weir):
     with Unchanged(weir):
         before = weir.resident()
         for length in [2 << 20, 1 << 31, 1 << 40, (1 << 63) - 1]:
@@ -309,7 +309,7 @@ def test_frames_that_are_too_large(weir):
             connection.sendall(frame(b"x" * 1000, length=length))
             assert b"\x03\xf1" in ending(connection)  # 1009
             connection.close()
-        # In pieces that are each small enough.
+        # Fragments each of which is within the limit.
         connection = upgraded(weir)
         try:
             connection.sendall(frame(b"x" * 60_000, fin=False))
@@ -322,7 +322,7 @@ def test_frames_that_are_too_large(weir):
         assert weir.resident() < before + (100 << 20)
 
 
-def test_too_much_of_everything_else(weir):
+def test_other_limits_are_enforced(weir):
     with Unchanged(weir):
         many = [{"channel": "many", "data": n} for n in range(1001)]
         answer = http.post(f"{weir.url}/v1/events", json=many)
@@ -338,8 +338,8 @@ def test_too_much_of_everything_else(weir):
         assert http.get(f"{weir.url}/v1/events", params={"channel": "x" * 256}).status_code == 400
 
 
-def test_depth(weir):
-    """A megabyte of brackets overflows the stack of a parser that recurses."""
+def test_deeply_nested_json_is_parsed_or_rejected(weir):
+    """A megabyte of brackets would overflow the stack of a recursive parser."""
     with Unchanged(weir):
         for opening, closing in ["[]", ("{\"a\":", "}")]:
             deep = opening * 150_000 + "1" + closing * 150_000
@@ -356,10 +356,10 @@ def test_depth(weir):
         assert http.get(f"{weir.url}/v1/events?channel=deep").status_code == 200
 
 
-# --- those who lie ---
+# --- invalid input ---
 
 
-def test_malformed_json_and_text(weir):
+def test_malformed_json_and_text_is_rejected(weir):
     with Unchanged(weir):
         for body in [b"{", b"", b"\xff\xfe", b'{"channel":"\xff","data":1}', b'{"channel":"a","data":\xc3}', b"nul", b"[1", b'{"channel":"a"}{', b"\0" * 100]:
             answer = http.post(f"{weir.url}/v1/events", content=body)
@@ -375,8 +375,8 @@ def test_malformed_json_and_text(weir):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_junk(weir, seed):
-    """Bytes that are no protocol at all, and beginnings of several."""
+def test_random_bytes_are_rejected(weir, seed):
+    """Random bytes, and beginnings of several protocols."""
     dice = random.Random(seed)
     with Unchanged(weir):
         starts = [
@@ -395,24 +395,24 @@ def test_junk(weir, seed):
             except OSError:
                 pass
             connection.close()
-        # Nothing smuggled in was placed.
+        # No smuggled event was published.
         assert weir.json("GET", "/v1/events?channel=j")["events"] == []
 
 
-def test_frames_against_the_rules(weir):
+def test_invalid_frames_are_closed(weir):
     with Unchanged(weir):
         wrong = {
-            "not masked": frame(b"{}", mask=False),
+            "unmasked": frame(b"{}", mask=False),
             "a reserved opcode": frame(b"x", opcode=3),
             "a reserved bit": bytes([0xC1, 0x80, 0, 0, 0, 0]),
             "a ping of 200 bytes": frame(b"x" * 200, opcode=9),
-            "a ping in pieces": frame(b"x", opcode=9, fin=False),
-            "a continuation of nothing": frame(b"x", opcode=0),
-            "text inside of text": frame(b"x", fin=False) + frame(b"y"),
-            "text that is none": frame(b"\xff\xfe"),
+            "a fragmented ping": frame(b"x", opcode=9, fin=False),
+            "a continuation without a first frame": frame(b"x", opcode=0),
+            "a text frame within a fragmented message": frame(b"x", fin=False) + frame(b"y"),
+            "text that is not UTF-8": frame(b"\xff\xfe"),
             "a close of one byte": frame(b"x", opcode=8),
-            "a close code that may not be sent": frame(struct.pack("!H", 1005), opcode=8),
-            "a close reason that is no text": frame(struct.pack("!H", 1000) + b"\xff", opcode=8),
+            "a reserved close code": frame(struct.pack("!H", 1005), opcode=8),
+            "a close reason that is not UTF-8": frame(struct.pack("!H", 1000) + b"\xff", opcode=8),
         }
         for what, bytes_ in wrong.items():
             connection = upgraded(weir)
@@ -421,16 +421,16 @@ def test_frames_against_the_rules(weir):
             except ConnectionError:
                 pass
             answer = ending(connection)
-            assert answer[:1] in (b"", b"\x88"), (what, answer[:100])  # hung up, as a rule with a close frame
+            assert answer[:1] in (b"", b"\x88"), (what, answer[:100])  # closed, usually with a close frame
             connection.close()
-        # A proper close is echoed.
+        # A valid close is echoed.
         connection = upgraded(weir)
         connection.sendall(frame(struct.pack("!H", 1000), opcode=8))
         assert ending(connection).startswith(b"\x88")
         connection.close()
 
 
-def test_json_rpc_that_is_none(weir):
+def test_invalid_json_rpc_is_answered_with_an_error(weir):
     with Unchanged(weir):
         connection = upgraded(weir)
         nonsense = [1, "x", None, True, [], {}, {"jsonrpc": "1.0", "id": 1, "method": "x"}, {"jsonrpc": "2.0", "id": {}, "method": "a/b"}, {"jsonrpc": "2.0", "id": 1, "method": 5},
@@ -446,7 +446,7 @@ def test_json_rpc_that_is_none(weir):
         connection.close()
 
 
-# --- those who vanish ---
+# --- disconnects ---
 
 KINDS = {
     "sse": head("GET /v1/sse?channel=gone", "Accept: text/event-stream"),
@@ -462,12 +462,12 @@ KINDS = {
     "caller by HTTP": head("POST /v1/services/silent/never", "Content-Length: 2") + b"{}",
     "half a frame": UPGRADE + frame(b"{" * 100, length=1000),
 }
-SILENT = {"half a request", "half a head", "long poll", "caller by HTTP"}  # these are answered by nothing before they go
+SILENT = {"half a request", "half a head", "long poll", "caller by HTTP"}  # these receive nothing before they disconnect
 
 
-def test_ten_thousand_abrupt_disconnects(weir):
+def test_ten_thousand_abrupt_disconnects_leave_nothing(weir):
     with Unchanged(weir):
-        # A provider that never answers holds calls in flight; it stays, and ends with the rest.
+        # A provider that never answers keeps calls in flight until the end of the test.
         provider = upgraded(weir)
         provider.sendall(frame({"jsonrpc": "2.0", "id": 1, "method": "weir.provide", "params": {"service": "silent", "concurrency": 10_000}}))
         assert provider.recv(65536)
@@ -480,7 +480,7 @@ def test_ten_thousand_abrupt_disconnects(weir):
             def vanish(kind):
                 connection = weir.connect()
                 connection.sendall(KINDS[kind])
-                # Half of them are gone before weir has answered anything.
+                # Half of them disconnect before they receive anything.
                 if kind not in SILENT and dice.random() < 0.5:
                     connection.recv(1)
                 return connection
@@ -489,7 +489,7 @@ def test_ten_thousand_abrupt_disconnects(weir):
             while total < 10_000:
                 batch = list(pool.map(vanish, [dice.choice(list(KINDS)) for _ in range(500)]))
                 if total % 1000 == 0:
-                    weir.publish("gone", total)  # some are written to while they go
+                    weir.publish("gone", total)  # some are written to during the disconnect
                 for connection in batch:
                     if dice.random() < 0.9:
                         reset(connection)
@@ -504,8 +504,8 @@ def test_ten_thousand_abrupt_disconnects(weir):
     assert weir.json("GET", "/v1/services?prefix=gone")["services"] == []
 
 
-def test_h2_streams_reset_in_a_burst(weir):
-    """Rapid reset (CVE-2023-44487): a stream opened and cancelled costs the attacker nothing, and must cost weir little."""
+def test_a_burst_of_reset_http_2_streams_leaves_nothing(weir):
+    """Rapid reset (CVE-2023-44487): opening and cancelling a stream costs the attacker little, and must cost weir little."""
     import h2.config
     import h2.connection
     import h2.events
@@ -524,12 +524,12 @@ def test_h2_streams_reset_in_a_burst(weir):
                     peer.reset_stream(stream)
                     connection.sendall(peer.data_to_send())
             except OSError:
-                pass  # told to go away
+                pass  # GOAWAY
             reset(connection)
         until("no reader left", lambda: weir.json("GET", "/v1/channels?channel=rapid")["readers"] == 0)
 
 
-def test_the_cap_on_connections():
+def test_connections_over_the_limit_are_rejected():
     with Weir(WEIR__LIMITS__CONNECTIONS="8") as weir:
         held = []
         for _ in range(8):
@@ -538,7 +538,7 @@ def test_the_cap_on_connections():
             held.append(connection)
             if b"overloaded" in connection.recv(4096):
                 break
-        # A stream is refused in its own way: any other status than 200 would end an EventSource for good.
+        # A stream over the limit is answered with 200 and a retry event: any other status would end an EventSource.
         connection = weir.connect()
         connection.sendall(head("GET /v1/sse?channel=cap", "Accept: text/event-stream"))
         answer = everything(connection)
@@ -556,8 +556,8 @@ def test_the_cap_on_connections():
         until("room again", lambda: http.get(f"{weir.url}/v1/events?channel=cap").status_code == 200)
 
 
-def test_kill_while_busy_then_start_again(weir):
-    """Nothing on disk, nothing to repair: a killed weir starts again on the same address at once."""
+def test_a_killed_weir_restarts_at_once(weir):
+    """Without state on disk, a killed weir can restart on the same address at once."""
     first = Weir()
     connections = [upgraded(first) for _ in range(20)]
     os.kill(first.process.pid, 9)

@@ -1,4 +1,4 @@
-// Runs the examples of README.md and proto-docs/*.md against a real weir and compares what comes with what the page says.
+// Runs the examples of README.md and proto-docs/*.md against a real weir and compares the results with the pages.
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
@@ -21,14 +21,14 @@ class Page {
     Object.assign(this, { t, weir, epochs: new Epochs(), sockets: new Map(), streams: [], output: "" });
   }
 
-  /** The page's addresses and epochs, as they are in this run. */
+  /** Replaces the addresses and epochs of the page with those of this run. */
   real(text) {
     return this.epochs.fill(text).replaceAll(/(localhost|127\.0\.0\.1):8000/g, this.weir.host);
   }
 
   spawn(command, args, options = {}) {
     const child = spawn(command, args, {
-      cwd: path.join(ROOT, "tests"), // where packages of the page's JavaScript are found
+      cwd: path.join(ROOT, "tests"), // the packages of the page's JavaScript are installed there
       detached: true, // a group of its own, so that a pipeline ends as a whole
       env: { ...process.env, PATH: `${path.dirname(BIN)}:${process.env.PATH}`, WEIR_URL: this.weir.url },
       stdio: ["ignore", "pipe", "pipe"],
@@ -49,7 +49,7 @@ class Page {
     return child;
   }
 
-  /** A block of commands, one after the other. `curl -N` and `weir tail` go on in the background, as in another terminal. */
+  /** A block of commands in order. `curl -N` and `weir tail` continue in the background, as in another terminal. */
   async sh(text) {
     this.output = "";
     const commands = text.replaceAll("\\\n", " ").split("\n").filter(line => line.trim() && !line.trim().startsWith("#"));
@@ -62,7 +62,7 @@ class Page {
         const stream = this.spawn("bash", ["-c", command]);
         stream.read = 0;
         this.streams.push(stream);
-        // It is there when it has said something, or weir knows of it.
+        // It has started when it has printed something or weir counts it.
         await until(`${line} to begin`, async () => stream.text || (await this.parties()) > before);
       } else {
         const child = this.spawn("bash", ["-c", command.replace(/^curl /, "curl -sS ").replace(/\| *curl /, "| curl -sS ")]);
@@ -70,7 +70,7 @@ class Page {
         assert.equal(code, 0, `${line}\n${child.faults}${child.text}`);
         this.output += child.text;
         if (!this.output.endsWith("\n")) this.output += "\n";
-        // A comment that is JSON says what the command prints.
+        // A comment that is JSON is the expected output.
         const shown = comment && parse(comment);
         if (shown && !shown[1].trim()) assert.equal(differs(shown[0], JSON.parse(child.text), this.epochs), undefined, line);
       }
@@ -82,7 +82,7 @@ class Page {
     return [...metrics].filter(([name]) => /^weir_(rpc_providers|subscriptions)/.test(name)).reduce((sum, [, value]) => sum + value, 0);
   }
 
-  /** Requests and answers: `METHOD path  body`, header lines, then `STATUS body`. */
+  /** Requests and responses: `METHOD path  body`, header lines, then `STATUS body`. */
   async http(text) {
     const lines = text.split("\n").filter(line => line.trim());
     while (lines.length) {
@@ -98,7 +98,7 @@ class Page {
       }
       const answer = await fetch(this.weir.url + this.real(request[2]), { method: request[1], headers, body: body ? this.real(body) : undefined });
       const real = await answer.text();
-      if (!lines.length) continue; // the page does not say
+      if (!lines.length) continue; // the page does not show it
       const [, status, rest] = /^(\d{3})\s*(.*)$/.exec(lines.shift());
       assert.equal(answer.status, Number(status), `${request[0]}\n${real}`);
       let expected = rest;
@@ -110,12 +110,12 @@ class Page {
       }
       const wanted = parse(expected);
       if (wanted) {
-        assert.equal(differs(wanted[0], JSON.parse(real), this.epochs), undefined, request[0]); // what follows the JSON is a remark
+        assert.equal(differs(wanted[0], JSON.parse(real), this.epochs), undefined, request[0]); // text after the JSON is a remark
       } else if (expected.trim() && expected.trim() !== "…") assert.equal(differsText(expected.trim(), real, this.epochs), undefined, request[0]);
     }
   }
 
-  /** A conversation: `→` is sent, `←` must come. A line without an arrow that is one word names whose socket it is from here on. */
+  /** Messages: `→` is sent, `←` must be received. A line of one word names the socket of the following lines. */
   async jsonrpc(text) {
     let name = "client";
     for (const line of text.split("\n")) {
@@ -132,7 +132,7 @@ class Page {
       const length = arrow[2].length - message[1].length;
       const remark = message[1];
       if (arrow[1] === "→") {
-        // The hub's own ids are the page's too: `"w:1a"` is whatever came.
+        // Hub ids of the page are bound to real ones: `"w:1a"` is the id that was received.
         socket.send(this.hub(this.real(arrow[2].slice(0, length))));
       } else {
         const seen = [];
@@ -152,7 +152,7 @@ class Page {
     }
   }
 
-  /** Binds a hub id of the page to the real one: in `id` of a forwarded request, and in what names it later. */
+  /** Binds a hub id of the page to the real one: in `id` of a forwarded request and in later references. */
   named(expected, real) {
     this.ids ??= new Map();
     const swap = (one, two) => {
@@ -170,17 +170,17 @@ class Page {
     return text.replace(/"w:[^"]*"/g, id => JSON.stringify(this.ids?.get(JSON.parse(id)) ?? JSON.parse(id)));
   }
 
-  /** A program, running until the page ends. */
+  /** A program that runs to the end of the page. */
   async js(text) {
     const before = await this.parties();
     const child = this.spawn(process.execPath, ["--input-type=module", "-e", this.real(text)]);
-    await until("the program to be there", async () => {
+    await until("the program to be connected", async () => {
       assert.equal(child.exitCode, null, child.faults);
       return (await this.parties()) > before;
     });
   }
 
-  /** A page with a script, in Chromium, with a weir of its own: what it is shown must not disturb the rest of the page. */
+  /** A page with a script, in Chromium, with a separate weir, so that its events do not affect the rest of the page. */
   async html(text) {
     const weir = await Weir.start(this.t);
     const { chromium } = await import("playwright-core");
@@ -191,7 +191,7 @@ class Page {
     page.on("console", async message => {
       for (const value of message.args()) logged.push(JSON.stringify(await value.jsonValue().catch(() => message.text())));
     });
-    // Served from another port of this machine, as by a developer's own server.
+    // Served from another port of this machine, as by a development server.
     const html = text.replaceAll(/(localhost|127\.0\.0\.1):8000/g, weir.host);
     const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end(html));
     server.listen(0, "127.0.0.1");
@@ -233,7 +233,7 @@ class Page {
   }
 }
 
-/** The file of settings that a page shows is the one its weir has. */
+/** The first configuration that a page shows is that of its weir. */
 function configured(t, found) {
   const settings = found.find(block => block.lang === "toml" && block.skip === undefined);
   if (!settings) return [];
@@ -260,7 +260,7 @@ for (const name of pages) {
         await t.test(where, () => page[block.lang](block.text));
         previous = block.lang;
       } else if (block.lang === "sse" || (EXPECTED.has(block.lang) && previous === "sh")) {
-        await t.test(`${where} (what it prints)`, () => page.expect(block));
+        await t.test(`${where} (output)`, () => page.expect(block));
       } else if (block.lang === "json") {
         await t.test(where, () => assert.ok(parse(block.text), "not JSON"));
       }
@@ -268,7 +268,7 @@ for (const name of pages) {
   });
 }
 
-test("the convention itself", async t => {
+test("the comparison of values", async t => {
   await t.test("parse", () => {
     assert.deepEqual(parse('{"a":1} remark'), [{ a: 1 }, " remark"]);
     assert.equal(parse("a browser's stream"), undefined);

@@ -1,4 +1,4 @@
-// Reads a page as its reader does: blocks in order, and what each is expected to show. The convention is in ../README.md.
+// Reads the blocks of a page in order and compares results with them. The conventions are in ../README.md.
 
 import { readFileSync } from "node:fs";
 
@@ -25,13 +25,13 @@ export function blocks(file) {
   return found;
 }
 
-// What stands for "anything" in an expected value.
+// Wildcards of expected values.
 const ANY = "\uE000any";
 const REST = "\uE000rest";
 
 /**
  * Parses JSON in which `…` may stand for a value (`"time":…`), for the rest of an object or array (`{…}`, `[1,…]`),
- * or for a part of a string (`"00-…"`). Returns [value, what follows it], or undefined when the text is no JSON.
+ * or for a part of a string (`"00-…"`). Returns [value, rest of the text], or undefined if the text is not JSON.
  */
 export function parse(text) {
   let at = 0;
@@ -86,7 +86,7 @@ export function parse(text) {
   }
 }
 
-/** Epochs differ from run to run: what a page calls `k3Vq` is bound to the first real one that stands in its place. */
+/** Epochs differ from run to run: an epoch of the page such as `k3Vq` is bound to the first real one in its place. */
 export class Epochs {
   constructor() {
     this.real = new Map();
@@ -97,7 +97,7 @@ export class Epochs {
     return this.real.get(written) === real;
   }
 
-  /** Puts the real epochs into a command that was written with the page's. */
+  /** Replaces the epochs of the page in a command with the real ones. */
   fill(text) {
     return text.replace(/(?<![\w-])([\w]{1,6})(?=-\d+(?![\w-]))/g, written => this.real.get(written) ?? written).replace(/("epoch":\s*")([\w]{1,6})(")/g, (_, a, written, b) => a + (this.real.get(written) ?? written) + b);
   }
@@ -105,7 +105,7 @@ export class Epochs {
 
 const POSITION = /^([\w-]{1,6})-(\d+)$/;
 
-/** Why `real` is not what the page says, or undefined. Equal values, but for times, epochs and what `…` stands for. */
+/** How `real` differs from the page, or undefined. Times, epochs and `…` need not be equal. */
 export function differs(expected, real, epochs, path = "$") {
   const no = () => `${path}: expected ${JSON.stringify(expected)}, got ${JSON.stringify(real)}`;
   if (expected === ANY) return undefined;
@@ -148,11 +148,11 @@ export function differsText(expected, real, epochs) {
   const wanted = trim(expected);
   const lines = trim(real);
   for (const [index, line] of wanted.entries()) {
-    if (line === "…") return undefined; // and so on
+    if (line === "…") return undefined; // the rest is not compared
     const why = lines[index] === undefined ? `expected ${JSON.stringify(line)}, got the end` : differsLine(line, lines[index], epochs);
     if (why) return `line ${index + 1}: ${why}`;
   }
-  if (lines.length > wanted.length) return `more than the page says: ${JSON.stringify(lines[wanted.length])}`;
+  if (lines.length > wanted.length) return `output that is not on the page: ${JSON.stringify(lines[wanted.length])}`;
   return undefined;
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env node
-// Three nodes on one Redis, clients on each, and a hand that breaks something every few seconds; then the judge.
+// Three nodes on one Redis, clients on each, and a failure every few seconds; then the judge.
 //
-//   node tests/history/chaos.mjs --for 60 --seed 7                     every fault that one Redis can have
-//   node tests/history/chaos.mjs --redis sentinel --faults failover    only these
+//   node tests/history/chaos.mjs --for 60 --seed 7                     every fault of one Redis
+//   node tests/history/chaos.mjs --redis sentinel --faults failover    only this fault
 //
-// The same seed breaks the same things in the same order. Ends with 0 if nothing happened that must not.
+// The same seed causes the same faults in the same order. Exits with 0 if no guarantee was violated.
 
 import { writeFile } from "node:fs/promises";
 import { setTimeout as pause } from "node:timers/promises";
@@ -14,7 +14,7 @@ import { freePort, Redis, Sentinels } from "../support/redis.mjs";
 import { Relay, until, Weir } from "../support/weir.mjs";
 import { finish, start, summary } from "./check.mjs";
 
-/** What can be broken. `lossy`: afterwards readers may hear of a gap; after the others none may. */
+/** The faults. After a `lossy` one readers may receive gaps, after the others they must not. */
 export const FAULTS = {
   "kill-node": { async do(world) {
     const node = world.pick(world.nodes);
@@ -49,7 +49,7 @@ export const FAULTS = {
   "pause-redis": { async do(world) {
     const master = await world.master();
     master.pause();
-    // Shorter than what makes sentinels act.
+    // Shorter than the time after which sentinels start a failover.
     await pause(world.redis === "sentinel" ? 400 : world.ms(500, 6_000));
     master.resume();
   } },
@@ -70,17 +70,17 @@ export const FAULTS = {
     if (sleeping) master.pause();
     else await master.kill();
     await until("another master", async () => (await world.master()) !== master);
-    // The old one comes back, believes itself master for a moment, and is told better.
+    // The old master returns, acts as master for a moment and is reconfigured.
     if (sleeping) master.resume();
     else await master.restart();
     await until("the old master to follow", async () => (await master.cli("INFO", "replication")).includes("master_link_status:up"));
   } },
 };
 
-/** How long a node believes in a lease that it cannot renew, in ms. */
+/** How long a lease lasts that cannot be renewed, in ms. */
 const LEASE = 10_000;
 
-/** One deployment, and the means to break it. */
+/** One deployment that can be disturbed. */
 class World {
   static async start(t, { redis = "standalone", nodes = 3, seed = 1, env = {} }) {
     const world = new World();
@@ -117,7 +117,7 @@ class World {
     return list[Math.floor(this.random() * list.length)];
   }
 
-  /** Milliseconds between the two, mostly few. */
+  /** Random milliseconds between the two, more often small. */
   ms(least, most) {
     return least + this.random() ** 2 * (most - least);
   }
@@ -136,7 +136,7 @@ function seeded(seed) {
   };
 }
 
-/** Breaks things for `seconds` and judges. Gaps count as violations if nothing lossy was done. */
+/** Causes faults for `seconds` and judges. Gaps count as violations if no fault was lossy. */
 export async function chaos(t, { redis = "standalone", seed = 1, seconds = 30, faults, nodes = 3, say = () => {}, load = {} }) {
   const names = faults ?? Object.keys(FAULTS).filter(name => (FAULTS[name].only ?? redis) === redis);
   const world = await World.start(t, { redis, seed, nodes });
@@ -155,8 +155,8 @@ export async function chaos(t, { redis = "standalone", seed = 1, seconds = 30, f
   await pause(Math.max(0, deadline - Date.now()));
   const lossy = [...done.keys()].some(name => FAULTS[name].lossy);
   const verdict = await finish(run, 40_000, { lease: lossy ? LEASE : 0 });
-  if (!lossy && verdict.moves) verdict.violations.push(`nothing was lost, but a consumer's place moved ${verdict.moves} times`);
-  if (!lossy && Object.keys(verdict.gaps).length) verdict.violations.push(`nothing was lost, but gaps were announced: ${JSON.stringify(verdict.gaps)}`);
+  if (!lossy && verdict.moves) verdict.violations.push(`no fault was lossy, but a consumer position moved ${verdict.moves} times`);
+  if (!lossy && Object.keys(verdict.gaps).length) verdict.violations.push(`no fault was lossy, but gaps were announced: ${JSON.stringify(verdict.gaps)}`);
   return { run, verdict, done, world };
 }
 
@@ -169,7 +169,7 @@ if (import.meta.url === pathToFileURL(process.argv[1]).href) {
       nodes: { type: "string", default: "3" },
       faults: { type: "string" },
       every: { type: "string", default: "40" },
-      keep: { type: "string" }, // a file for the whole history
+      keep: { type: "string" }, // a file for the history
     },
   });
   const cleanups = [];

@@ -1,10 +1,10 @@
 #!/usr/bin/env node
-// Writes to a deployment of weir, reads from it by every transport, calls through it, and judges what came of it.
+// Publishes to a deployment of weir, reads by every transport, calls services, and judges the history.
 //
 //   node tests/history/check.mjs --url http://a:8000 --url http://b:8000 --for 60
 //
-// Each client moves between the nodes; break what you like meanwhile (tests/history/chaos.mjs does). Channels, services
-// and consumers have names of their own, so any deployment will do. Ends with 0 if nothing happened that must not.
+// Each client moves between the nodes; cause any failure meanwhile (tests/history/chaos.mjs does). Channels, services
+// and consumers have unique names, so any deployment can be used. Exits with 0 if no guarantee was violated.
 
 import { writeFile } from "node:fs/promises";
 import { setTimeout as pause } from "node:timers/promises";
@@ -13,7 +13,7 @@ import { parseArgs } from "node:util";
 import * as clients from "./clients.mjs";
 import { judge } from "./judge.mjs";
 
-/** Everybody at work, until `stop`. */
+/** Starts all clients. They run until `stop`. */
 export function start({ urls, patience, channels = 4, every = 40 }) {
   const run = new clients.Run({ urls, patience });
   run.channels = Array.from({ length: channels }, (_, n) => `history-${run.name}-{${n}}`);
@@ -36,7 +36,7 @@ export function start({ urls, patience, channels = 4, every = 40 }) {
   return run;
 }
 
-/** Lets everybody come to the end, and judges. Whoever is not there after `patience` ms never will be. */
+/** Publishes the last events, waits up to `patience` ms until every reader has received them, and judges. */
 export async function finish(run, patience = 30_000, rules = {}) {
   const deadline = Date.now() + patience;
   run.writing = false;
@@ -44,7 +44,7 @@ export async function finish(run, patience = 30_000, rules = {}) {
   await Promise.all(run.channels.map(async channel => {
     const id = run.id();
     last.set(channel, id);
-    // Given up with the run: then its readers are told to be too late.
+    // If this does not succeed before the run ends, its readers count as late.
     await clients.publish(run, channel, id, true);
   }));
   for (const reader of run.history.readers) reader.until = last.get(reader.channel);
@@ -54,7 +54,7 @@ export async function finish(run, patience = 30_000, rules = {}) {
   return judge(run.history, rules);
 }
 
-/** What happened, in a few lines. */
+/** A summary of the run in a few lines. */
 export function summary(run, verdict) {
   const { writes, readers, calls, grants } = run.history;
   const count = (list, what) => list.filter(what).length;
@@ -65,7 +65,7 @@ export function summary(run, verdict) {
     `${count(calls, call => call.outcome === "result")} calls answered, ${count(calls, call => call.executed === "no")} surely not run, ${count(calls, call => call.outcome === "error" && call.executed !== "no")} perhaps; ${grants.length} exclusive grants`,
     `gaps announced: ${Object.entries(verdict.gaps).map(([reason, n]) => `${n} × ${reason}`).join(", ") || "none"}`,
     `troubles: ${troubles.join(", ") || "none"}`,
-    verdict.violations.length ? `VIOLATIONS (${verdict.violations.length}):\n  ${verdict.violations.slice(0, 50).join("\n  ")}` : "nothing that must not happen",
+    verdict.violations.length ? `VIOLATIONS (${verdict.violations.length}):\n  ${verdict.violations.slice(0, 50).join("\n  ")}` : "no violations",
   ].join("\n");
 }
 
@@ -76,7 +76,7 @@ if (import.meta.url === pathToFileURL(process.argv[1]).href) {
       for: { type: "string", default: "30" },
       channels: { type: "string", default: "4" },
       every: { type: "string", default: "40" },
-      keep: { type: "string" }, // a file for the whole history
+      keep: { type: "string" }, // a file for the history
       patience: { type: "string", default: "30" },
     },
   });

@@ -1,5 +1,5 @@
-// Clients that write down what they were told and what they saw. Each goes to another node after every trouble, and
-// never gives up: what it writes down is all that the judge has.
+// Clients that record results and events for the judge. Each one reconnects to another node after every error and
+// retries until the end of the run.
 
 import { setMaxListeners } from "node:events";
 import { setTimeout as pause } from "node:timers/promises";
@@ -8,7 +8,7 @@ import WebSocket from "ws";
 const next = list => list[Math.floor(Math.random() * list.length)];
 const at = event => ({ epoch: event.epoch, offset: event.offset });
 
-/** What all clients of one run share: where to go, how patient to be, and the histories. */
+/** The state that all clients of one run share: addresses, timeouts and histories. */
 export class Run {
   constructor({ urls, patience = 8_000, name = Math.random().toString(36).slice(2, 8) }) {
     Object.assign(this, { urls, patience, name });
@@ -33,12 +33,12 @@ export class Run {
     return `${this.name}-${(this.ids += 1)}`;
   }
 
-  /** Counted by kind: a run in which nothing ever failed has not tested much. */
+  /** Counts errors by kind: a run without errors has not tested much. */
   trouble(kind) {
     this.troubles.set(kind, (this.troubles.get(kind) ?? 0) + 1);
   }
 
-  /** Runs `work` again and again until the run is over; what it throws is trouble. */
+  /** Repeats `work` until the run is over; exceptions count as errors. */
   keep(kind, work, going = () => !this.isOver) {
     this.tasks.push((async () => {
       while (going()) {
@@ -73,7 +73,7 @@ const reason = error => error.code ?? error.cause?.code ?? (error.name === "Erro
 
 // --- writers ---
 
-/** Publishes over HTTP, one after the other; with a key it repeats what is not certain until it is. */
+/** Publishes over HTTP, one event after the other; with a key it retries unconfirmed ones. */
 export function writer(run, { channel, keyed, every }) {
   const by = keyed ? undefined : run.id();
   run.keep("publish", async () => {
@@ -82,7 +82,7 @@ export function writer(run, { channel, keyed, every }) {
   }, () => run.writing);
 }
 
-/** One event, until it is placed if there is a key. Resolves with whether it is. */
+/** Publishes one event, and with a key retries until it is published. Resolves with whether it is. */
 export async function publish(run, channel, id, keyed, by) {
   const query = `channel=${encodeURIComponent(channel)}${keyed ? `&key=${id}` : ""}`;
   for (;;) {
@@ -120,7 +120,7 @@ export function batcher(run, { channels, every }) {
   }, () => run.writing);
 }
 
-/** Publishes over a WebSocket, several under way: they are placed in the order in which they were sent. */
+/** Publishes over a WebSocket with several in flight; they are appended in the order in which they were sent. */
 export function pipeliner(run, { channel, every, depth = 8 }) {
   run.keep("ws publish", () => conversation(run, async socket => {
     const by = run.id();
@@ -154,7 +154,7 @@ function log(run, name, channel, exact, consumer = false) {
 
 const seen = event => ({ event: { epoch: event.epoch, offset: event.offset, id: event.data?.id, time: event.time } });
 
-/** A stream (SSE) of one channel, which is exact, or of several, which may repeat a little after a reconnect. */
+/** A stream (SSE) of one channel, which is exact, or of several, which may repeat events after a reconnect. */
 export function streamer(run, { name, channels }) {
   const logs = new Map(channels.map(channel => [channel, log(run, name, channel, channels.length === 1)]));
   const query = channels.map(channel => `channel=${encodeURIComponent(channel)}`).join("&");
@@ -184,7 +184,7 @@ export function streamer(run, { name, channels }) {
             if (colon > 0) block[line.slice(0, colon)] = line.slice(colon + 1).trimStart();
             continue;
           }
-          // As an EventSource does: the id counts once its block is complete.
+          // As in an EventSource, the id applies when its block is complete.
           if (block.id !== undefined) last = block.id;
           if (block.data !== undefined && block.event === undefined) {
             const event = JSON.parse(block.data);
@@ -207,7 +207,7 @@ export function streamer(run, { name, channels }) {
   });
 }
 
-/** Subscriptions of one WebSocket, resumed by the position of each channel. */
+/** Subscriptions of one WebSocket, resumed at the position of each channel. */
 export function subscriber(run, { name, channels }) {
   const logs = new Map(channels.map(channel => [channel, log(run, name, channel, true)]));
   const positions = new Map();
@@ -236,14 +236,14 @@ export function subscriber(run, { name, channels }) {
   }));
 }
 
-/** A position from which `next` is what comes. */
+/** The position before `next`. */
 function before(next) {
   const dash = next.lastIndexOf("-");
   const epoch = next.slice(0, dash);
   return epoch === "0" ? next : `${epoch}-${Number(next.slice(dash + 1)) - 1}`;
 }
 
-/** Long polls with a token, or with a consumer whose place the server keeps. */
+/** Long-polls with a token, or with a consumer whose position the server stores. */
 export function poller(run, { name, channels, consumer }) {
   const logs = new Map(channels.map(channel => [channel, log(run, name, channel, false, consumer !== undefined)]));
   const query = channels.map(channel => `channel=${encodeURIComponent(channel)}`).join("&");
@@ -259,7 +259,7 @@ export function poller(run, { name, channels, consumer }) {
       for (const event of body.events) logs.get(event.channel).seen.push(seen(event));
       after = body.next;
     } catch (error) {
-      // The next answer may be the lost one once more; and a consumer begins where the server says.
+      // The next response may repeat the lost one; a consumer starts at the position of the server.
       if (consumer) after = undefined;
       for (const reader of logs.values()) reader.seen.push({ connected: true });
       throw error;
@@ -269,7 +269,7 @@ export function poller(run, { name, channels, consumer }) {
 
 // --- callers and providers ---
 
-/** Provides `service` somewhere; `exclusive` asks until it gets it, and notes the fence. */
+/** Provides `service` on any node; with `exclusive` it retries until granted, and records the fence. */
 export function provider(run, { name, service, exclusive }) {
   run.keep(`provider`, () => conversation(run, async socket => {
     let fence;
@@ -291,7 +291,7 @@ export function provider(run, { name, service, exclusive }) {
         await pause(200 + Math.random() * 300);
         continue;
       }
-      // Kept until the socket goes or the name is lost; now and then given up, so that others have a turn.
+      // Held until the socket closes or the name is lost, and withdrawn from time to time, so that others get it.
       const lost = new Promise(resolve => (socket.notified = method => method === "weir.withdrawn" && resolve()));
       const turn = exclusive ? pause(3_000 + Math.random() * 3_000) : new Promise(() => {});
       const why = await Promise.race([lost.then(() => "lost"), socket.closed, turn.then(() => "turn")]);
@@ -338,7 +338,7 @@ export function caller(run, { service, every, ws }) {
 
 // --- a JSON-RPC socket ---
 
-/** Opens a socket to some node and does `work` with it; ends with it, or with the socket. */
+/** Opens a socket to any node and runs `work` with it. Ends when either ends. */
 async function conversation(run, work) {
   const ws = new WebSocket(`${run.url().replace(/^http/, "ws")}/v1/ws`, { handshakeTimeout: run.patience });
   const waiting = new Map();
@@ -357,7 +357,7 @@ async function conversation(run, work) {
   ws.on("close", (code, text) => end(Object.assign(new Error(`closed ${code} ${text}`), { code: `close ${code}` })));
   const ended = () => end(new Error("the run is over"));
   run.over.signal.addEventListener("abort", ended);
-  // A node that is stopped answers nothing and closes nothing.
+  // A paused node neither answers nor closes connections.
   const watch = setInterval(() => {
     if (Date.now() - heard > run.patience) end(Object.assign(new Error("silence"), { code: "silence" }));
     else if (ws.readyState === WebSocket.OPEN) ws.ping();

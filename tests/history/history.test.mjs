@@ -1,4 +1,4 @@
-// Every transport at once against real nodes, with a hand that breaks things, and the judge.
+// Clients of every transport during failures of real nodes and Redis, and the judge.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
@@ -15,7 +15,7 @@ function acquitted(run, verdict) {
   assert.ok(readers.every(reader => reader.seen.length > 10), "a reader saw little");
 }
 
-test("one node in memory, whose clients' cable is cut again and again", async t => {
+test("one node in memory whose clients are disconnected repeatedly", async t => {
   const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "1s" } });
   const relay = await Relay.start(t, weir.port);
   const run = start({ urls: [relay.url], patience: 5_000 });
@@ -29,7 +29,7 @@ test("one node in memory, whose clients' cable is cut again and again", async t 
   assert.ok(run.troubles.size > 0, "the cuts hurt nobody");
 });
 
-// The same faults for each seed, in the same order: what fails here can be done again by
+// The same seed causes the same faults in the same order. A failure can be reproduced with
 // node tests/history/chaos.mjs --seed … --faults …
 for (const { what, ...how } of [
   { what: "nodes killed, stopped and cut off, connections and scripts lost", seed: 6, seconds: 15, faults: ["kill-node", "cut-network", "flush-scripts", "kill-connections"] },

@@ -1,27 +1,27 @@
-// The judge: from what writers were told and what readers saw, everything that must not have happened.
+// The judge: finds every violation in the results of writers and the events of readers.
 //
-// It knows nothing of how weir works; it holds the histories against what weir promises (proto-docs/guarantees.md):
-//   * a position holds one event, the same for everybody, and the one whose writer was told so;
-//   * a reader sees the events of a channel in order and without a hole, or a gap is announced where one is;
-//   * nothing comes twice, but where a transport says it may after a reconnect;
-//   * what was refused never appears, what was unconfirmed at most once, a key places one event per life of the log;
-//   * time does not go back;
-//   * who still reads at the end has read to the end;
-//   * a call runs at most once; its result means that it ran, and `executed: "no"` that it did not;
-//   * fences grow, and who was replaced runs nothing that was asked for afterwards.
+// It is independent of the implementation and compares histories with the guarantees (proto-docs/guarantees.md):
+//   * a position has one event, the same for all readers and for its writer;
+//   * a reader receives the events of a channel in order and completely, or a gap is announced in place of missing ones;
+//   * no event is repeated, except after a reconnect where the transport allows it;
+//   * a rejected event never appears, an unconfirmed one at most once, and a key publishes one event per log;
+//   * times do not decrease;
+//   * a reader that is connected at the end has read to the end;
+//   * a call is executed at most once; a result means that it was, and `executed: "no"` that it was not;
+//   * fencing tokens increase, and a replaced holder executes no later call.
 
 const key = at => `${at.epoch}-${at.offset}`;
 
 /**
  * @param writes  [{channel, id, outcome: "placed"|"no"|"maybe", at?: {epoch, offset}, keyed, by?}]: one entry per attempt, those
  *                of one connection (`by`) in the order in which they were sent
- * @param readers [{name, channel, exact, consumer, seen: [{event} | {gap} | {connected: true}], until?}]: `until` is the id it must have seen at last
- * @param calls   [{id, asked, outcome: "result"|"error", by?, executed?}] with `asked` a time
- * @param runs    [{id, by, fence?}]: executions as providers noted them
- * @param grants  [{by, fence, asked, granted}] of one exclusive name
- * @param lease ms that a holder may go on after the Redis that knew of it is gone: a failover that loses the grant lets another in
- * @returns {violations: [string], gaps: {reason: count}, missed: number, moves: number}: moves are places of consumers that the server
- *          lost, which only a lossy failover may do
+ * @param readers [{name, channel, exact, consumer, seen: [{event} | {gap} | {connected: true}], until?}]: `until` is the id that it must have received at the end
+ * @param calls   [{id, asked, outcome: "result"|"error", by?, executed?}] with `asked` as the time of the request
+ * @param runs    [{id, by, fence?}]: executions as recorded by providers
+ * @param grants  [{by, fence, asked, granted}] of one exclusive service
+ * @param lease ms that a holder may continue after a failover that loses its grant
+ * @returns {violations: [string], gaps: {reason: count}, missed: number, moves: number}: moves are consumer positions that the server
+ *          lost, which happens only with a lossy failover
  */
 export function judge({ writes = [], readers = [], calls = [], runs = [], grants = [] }, { lease = 0 } = {}) {
   const verdict = { violations: [], gaps: {}, missed: 0, moves: 0 };
@@ -35,7 +35,7 @@ export function judge({ writes = [], readers = [], calls = [], runs = [], grants
   return verdict;
 }
 
-/** What lies where, as far as writers were told: channel → position → id. */
+/** The events according to writers: channel → position → id. */
 function positions(writes, wrong) {
   const placed = new Map();
   for (const { channel, id, outcome, at } of writes) {
@@ -53,12 +53,12 @@ function lay(placed, channel, at, id, who, wrong) {
   else if (before !== id) wrong(`${channel} ${key(at)} is ${before}, and to ${who} it is ${id}`);
 }
 
-/** One reader of one channel, from its first sight to its last. */
+/** One reader of one channel, from its first event to its last. */
 function timeline(reader, placed, verdict) {
   const { name, channel, exact, seen } = reader;
   const wrong = text => verdict.violations.push(`${name} of ${channel}: ${text}`);
   let last; // position of the newest event or gap
-  let expected; // after a gap: the position that must come
+  let expected; // after a gap: the position that must follow
   let time = 0;
   let reconnected = false; // since the last new event
   const had = new Set();
@@ -77,8 +77,7 @@ function timeline(reader, placed, verdict) {
         if (next.offset <= after.offset) wrong(`a gap leads back from ${gap.after} to ${gap.next}`);
       }
       if (gap.reason === "reset") {
-        // "Nobody here knows where you were": what is read again from its beginning is announced with it, and so are the
-        // times that it had.
+        // The position is unknown: the log is read from its beginning, and events and times of before may be repeated.
         had.clear();
         time = 0;
       } else if (!reader.consumer && last && next && last.epoch === next.epoch && next.offset <= last.offset && gap.reason !== "bad_position") {
@@ -90,7 +89,7 @@ function timeline(reader, placed, verdict) {
     const { event } = entry;
     lay(placed, channel, event, event.id, name, wrong);
     if (reader.consumer && (last || expected)) {
-      // Its place is the server's: a failover that loses the last commits moves it.
+      // The server stores the position: a failover that loses the last commits moves it.
       const follows = expected ? leads(expected, event) : last.epoch === event.epoch && event.offset === last.offset + 1;
       if (!follows && !reconnected) verdict.moves += 1;
       [last, expected, time, reconnected] = [event, undefined, event.time, false];
@@ -102,7 +101,7 @@ function timeline(reader, placed, verdict) {
     }
     had.add(key(event));
     if (expected) {
-      // A gap's `next` is where it goes on; an offset beyond it is a hole that was not told.
+      // `next` of a gap is the following position; a later offset is an unannounced loss.
       if (!leads(expected, event)) wrong(`after a gap to ${key(expected)} came ${key(event)}`);
     } else if (last && last.epoch !== event.epoch) {
       wrong(`from ${key(last)} to ${key(event)} without a gap`);
@@ -116,12 +115,12 @@ function timeline(reader, placed, verdict) {
   if (reader.until !== undefined && !seen.some(entry => entry.event?.id === reader.until)) wrong(`never came to the end (${reader.until}); its last is ${last ? key(last) : "nothing"}`);
 }
 
-/** Whether a gap that ends at `next` is followed by `event`. Where a channel had no log, any is the first. */
+/** Whether a gap that ends at `next` may be followed by `event`. In a channel without a log any event may be the first. */
 function leads(next, event) {
   return next.epoch === event.epoch ? next.offset === event.offset : next.epoch === "0";
 }
 
-/** How often each write appears, whoever saw it. */
+/** How often each write appears, over all readers. */
 function appearances(writes, readers, wrong) {
   const attempts = new Map();
   for (const write of writes) {
@@ -129,7 +128,7 @@ function appearances(writes, readers, wrong) {
     known.outcomes.push(write.outcome);
     attempts.set(write.id, known);
   }
-  const at = new Map(); // id → the positions where somebody saw it
+  const at = new Map(); // id → the positions at which any reader received it
   for (const { seen } of readers) {
     for (const { event } of seen) {
       if (!event) continue;
@@ -148,13 +147,13 @@ function appearances(writes, readers, wrong) {
       continue;
     }
     const epochs = [...places.values()].map(place => place.epoch);
-    // A key dies with the writes that a failover loses: then its event may be placed once more, in another term.
+    // A failover that loses writes loses their keys, too: then the event may be published once more in another term.
     const allowed = write.keyed ? new Set(epochs).size : write.outcomes.filter(outcome => outcome !== "no").length;
     if (places.size > allowed) wrong(`${id} is at ${[...places.keys()]} after ${write.outcomes}${write.keyed ? " with one key" : ""}`);
   }
 }
 
-/** Publishes of one connection are placed in the order in which they were sent. */
+/** Publishes of one connection are appended in the order in which they were sent. */
 function order(writes, wrong) {
   const last = new Map();
   for (const { channel, by, outcome, at, duplicate } of writes) {

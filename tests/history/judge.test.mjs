@@ -1,4 +1,4 @@
-// The judge is judged first: a history that is right passes, and each thing that must not happen is found.
+// Tests of the judge: a correct history passes, and each kind of violation is found.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
@@ -16,12 +16,12 @@ function finds(what, history) {
   assert.match(violations[0], what);
 }
 
-test("what is right passes", () => {
+test("a correct history passes", () => {
   const seen = [event(1), event(2), { connected: true }, event(3), event(4)];
   assert.deepEqual(judge({ writes, readers: [reader(seen, { until: "w4" })] }), { violations: [], gaps: {}, missed: 0, moves: 0 });
 });
 
-test("an announced loss passes, and is counted", () => {
+test("an announced loss passes and is counted", () => {
   const failover = [...writes, placed(3, "x3", "e2")];
   const seen = [event(1), event(2), gap("failover", "e1-2", "e2-3"), event(3, "x3", "e2")];
   assert.deepEqual(judge({ writes: failover, readers: [reader(seen, { until: "x3" })] }), { violations: [], gaps: { failover: 1 }, missed: 0, moves: 0 });
@@ -29,25 +29,25 @@ test("an announced loss passes, and is counted", () => {
   assert.deepEqual(judge({ writes, readers: [reader(trimmed)] }), { violations: [], gaps: { trimmed: 1 }, missed: 2, moves: 0 });
 });
 
-test("a reset may lead back to the beginning, another gap may not", () => {
+test("a reset may lead back to the beginning, other gaps may not", () => {
   const again = reason => [event(1), event(2), gap(reason, "e1-2", "e1-1"), event(1, "w1", "e1", 2)];
   assert.deepEqual(judge({ writes, readers: [reader([event(1), event(2), gap("reset", "e9-2", "e1-1"), event(1)])] }).violations, []);
   assert.match(judge({ writes, readers: [reader(again("failover"))] }).violations.join(), /leads back/);
 });
 
-test("a consumer's place that moved is counted", () => {
+test("a consumer position that moved is counted", () => {
   const moved = reader([event(1), event(2), event(1), event(2)], { exact: false, consumer: true });
   assert.deepEqual(judge({ writes, readers: [moved] }), { violations: [], gaps: {}, missed: 0, moves: 1 });
 });
 
-test("a repeat after a reconnect passes where it may", () => {
+test("a repeat after a reconnect passes where it is allowed", () => {
   const seen = [event(1), event(2), { connected: true }, event(2), event(3)];
   assert.deepEqual(judge({ writes, readers: [reader(seen, { exact: false })] }).violations, []);
   finds(/came twice/, { writes, readers: [reader(seen)] });
   finds(/came twice without a reconnect/, { writes, readers: [reader([event(1), event(1)], { exact: false })] });
 });
 
-test("holes, disorder and lies are found", () => {
+test("missing, misordered and wrong events are found", () => {
   finds(/after e1-1 came e1-3, and no gap/, { writes, readers: [reader([event(1), event(3)])] });
   finds(/after e1-2 came e1-1, and no gap/, { writes, readers: [reader([event(2, "w2", "e1", 1), event(1)])] });
   finds(/without a gap/, { writes: [...writes, placed(2, "x2", "e2")], readers: [reader([event(1), event(2, "x2", "e2")])] });
@@ -72,7 +72,7 @@ test("writes that must not appear are found", () => {
   assert.deepEqual(judge({ writes: again, readers: [reader([event(1, "m"), gap("failover", "e1-0", "e2-1"), event(1, "m", "e2")])] }).violations, []);
 });
 
-test("calls that ran twice, or not, are found", () => {
+test("calls executed twice or not at all are found", () => {
   const result = { id: 1, asked: 1, outcome: "result", by: "p" };
   assert.deepEqual(judge({ calls: [result], runs: [{ id: 1, by: "p" }] }).violations, []);
   finds(/ran 2 times/, { calls: [result], runs: [{ id: 1, by: "p" }, { id: 1, by: "q" }] });
@@ -80,7 +80,7 @@ test("calls that ran twice, or not, are found", () => {
   finds(/said not to have run/, { calls: [{ id: 1, asked: 1, outcome: "error", executed: "no", code: "busy" }], runs: [{ id: 1, by: "p" }] });
 });
 
-test("fences that do not fence are found", () => {
+test("fencing tokens that do not protect are found", () => {
   const first = { by: "p", fence: 5, asked: 0, granted: 1 };
   const second = { by: "q", fence: 6, asked: 2, granted: 3 };
   assert.deepEqual(judge({ grants: [first, second] }).violations, []);

@@ -1,6 +1,6 @@
-"""The OpenAPI document that weir serves, held against the running weir: requests made from it, right and wrong, and what comes back.
+"""The served OpenAPI document compared with the running weir: valid and invalid requests generated from it, and their responses.
 
-Streams and sockets are left out (they never end), and `wait` is cut short.
+Streams and sockets are excluded, because they do not end, and `wait` is shortened.
 """
 
 import re
@@ -33,7 +33,7 @@ schema = schemathesis.pytest.from_fixture("api").exclude(path_regex=r"^/v1/(sse|
 
 @schemathesis.hook
 def map_query(context, query):
-    """A wait that is one is made a short one; what is none stays as wrong as it was made."""
+    """Shortens valid waits; invalid ones stay invalid."""
     for name in ("wait", "timeout"):
         if query and re.fullmatch(r"\d+(ms|s|m|h|d)", str(query.get(name, ""))):
             query[name] = "20ms"
@@ -42,25 +42,25 @@ def map_query(context, query):
 
 @schema.parametrize()
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
-def test_the_server_is_as_documented(case):
-    # "No provider" and the like are 503 and 504 by design, and documented so: the other checks see that they conform.
+def test_responses_conform_to_the_document(case):
+    # 503 and 504, as for a missing provider, are documented responses, which the other checks compare with the document.
     excluded = [not_a_server_error] if case.path.startswith(("/v1/services/", "/v1/rpc")) else []
     if case.path == "/v1/events" and case.method != "DELETE":
-        # OpenAPI has no words for parameters that exclude or need each other, nor for a body that may be anything if a parameter is given.
+        # OpenAPI cannot describe parameters that exclude or require each other, nor a body that may be anything with a parameter.
         excluded.append(positive_data_acceptance)
-        # And what a reader resumes with wins over `after`, which is not looked at then.
+        # A resume position takes precedence over `after`, which is not validated then.
         wins = {"POST": {"channel"}, "GET": {"last_event_id", "lastEventId", "Last-Event-ID"}}.get(case.method, set())
         if wins & {*(case.query or {}), *(case.headers or {})}:
             excluded.append(negative_data_rejection)
     if case.path == "/v1/connections" and case.method == "DELETE":
-        excluded.append(positive_data_acceptance)  # one of two parameters is needed
+        excluded.append(positive_data_acceptance)  # one of two parameters is required
     if case.path == "/v1/rpc":
-        excluded.append(negative_data_rejection)  # JSON-RPC refuses in its own words, with 200
+        excluded.append(negative_data_rejection)  # JSON-RPC errors have status 200
     case.call_and_validate(timeout=30, excluded_checks=excluded)
 
 
 def test_every_route_is_documented(api):
-    """What protocol.md lists of this release is in the document, with its errors as problem documents."""
+    """The routes of protocol.md are in the document."""
     documented = {(path, method) for path, item in api.raw_schema["paths"].items() for method in item}
     for path, methods in {
         "/v1/events": {"get", "post", "delete"}, "/v1/sse": {"get"}, "/v1/channels": {"get"}, "/v1/consumers": {"get"}, "/v1/consumers/{name}": {"get", "delete"},
@@ -74,5 +74,5 @@ def test_every_route_is_documented(api):
         for method, operation in item.items():
             if method not in ("get", "post", "put", "delete"):
                 continue
-            assert operation.get("summary") or operation.get("description"), f"{method} {path} says nothing"
+            assert operation.get("summary") or operation.get("description"), f"{method} {path} has no description"
             assert operation["responses"], f"{method} {path}"

@@ -1,4 +1,4 @@
-// MicroStream's client, as its library behaves on the wire, over the real socket.io-client: requests, responses, heartbeats.
+// A MicroStream client over the real socket.io-client, with the wire behaviour of the library: requests, responses, heartbeats.
 
 import { randomBytes } from "node:crypto";
 import { io } from "socket.io-client";
@@ -7,7 +7,7 @@ import { until } from "./weir.mjs";
 const QUICK = { reconnectionDelay: 20, reconnectionDelayMax: 100 };
 
 export class MicroStream {
-  /** Handlers by event; what a handler returns is the response. `options` are socket.io-client's. */
+  /** `handlers` by event; the return value is the response. `options` are those of socket.io-client. */
   constructor(t, url, serviceName, handlers = {}, { heartbeat = 1_000, timeout = 15_000, ...options } = {}) {
     this.name = serviceName;
     this.timeout = timeout;
@@ -63,7 +63,7 @@ export class MicroStream {
     return this.socket.io.engine.transport.name;
   }
 
-  /** As `client.sendRequest`. Rejects with the error object, or after its own timeout. */
+  /** As `client.sendRequest` of the library. Rejects with the error object, or after the timeout of the client. */
   request(targetService, event, data, id = randomBytes(16).toString("base64url").slice(0, 21)) {
     const answer = new Promise((resolve, reject) => this.pending.set(id, { resolve, reject }));
     const payload = data === undefined ? { id, event } : { id, event, data };
@@ -75,13 +75,13 @@ export class MicroStream {
     });
   }
 
-  /** The next `count` requests that this one gets. */
+  /** Resolves with the received requests when there are `count`. */
   got(count = 1) {
     return until(`${count} requests to ${this.name}`, () => this.requests.length >= count && this.requests);
   }
 
   refused() {
-    return until(`${this.name} to be refused`, () => this.errors[0]);
+    return until(`${this.name} to be rejected`, () => this.errors[0]);
   }
 
   close() {
@@ -90,5 +90,5 @@ export class MicroStream {
   }
 }
 
-/** What a handler returns so that nothing is answered. */
+/** A handler returns this to send no response. */
 MicroStream.SILENCE = Symbol("silence");

@@ -1,4 +1,4 @@
-// Real Redis servers for a test: started on free ports, broken as asked, gone with the test.
+// Real Redis servers for a test: started on free ports, killed and paused by the test, removed after it.
 
 import { execFile, spawn } from "node:child_process";
 import { once } from "node:events";
@@ -20,7 +20,7 @@ export async function freePort() {
   return port;
 }
 
-/** One redis-server, or one sentinel. */
+/** One redis-server or redis-sentinel. */
 export class Redis {
   static async start(t, args = [], { binary = "redis-server", config } = {}) {
     const redis = new Redis();
@@ -36,12 +36,12 @@ export class Redis {
     return `redis://127.0.0.1:${this.port}`;
   }
 
-  /** Starts it with the data that it left, if it was told to keep any. */
+  /** Starts the server with the data on its disk, if it is configured to store any. */
   async restart() {
     const own = ["--port", this.port, "--bind", "127.0.0.1", "--dir", this.dir, "--loglevel", "warning"];
     let args = [...own, "--save", "", ...this.args];
     if (this.config) {
-      // A sentinel writes to its file.
+      // A sentinel rewrites its configuration file.
       const file = path.join(this.dir, "sentinel.conf");
       await fs.writeFile(file, `${this.config}\nport ${this.port}\nbind 127.0.0.1\ndir ${this.dir}\n`, { flag: "wx" }).catch(() => {});
       args = [file];
@@ -76,7 +76,7 @@ export class Redis {
   }
 }
 
-/** A master, replicas and three sentinels that agree within a second or two. */
+/** A master, replicas and three sentinels with short failover timeouts. */
 export class Sentinels {
   static async start(t, { replicas = 2 } = {}) {
     const group = new Sentinels();
@@ -93,8 +93,8 @@ export class Sentinels {
     ].join("\n");
     group.sentinels = [];
     for (let n = 0; n < 3; n += 1) group.sentinels.push(await Redis.start(t, [], { binary: "redis-sentinel", config }));
-    await until("replicas in sync", async () => (await master.cli("INFO", "replication")).includes(`connected_slaves:${replicas}`));
-    await until("sentinels that know each other", async () => {
+    await until("the replicas to be in sync", async () => (await master.cli("INFO", "replication")).includes(`connected_slaves:${replicas}`));
+    await until("the sentinels to know each other", async () => {
       const views = await Promise.all(group.sentinels.map(sentinel => sentinel.cli("SENTINEL", "CKQUORUM", "weir")));
       const known = await Promise.all(group.sentinels.map(sentinel => sentinel.cli("SENTINEL", "REPLICAS", "weir")));
       return views.every(view => view.startsWith("OK 3")) && known.every(list => list.split("\n").filter(line => line === "name").length === replicas);
@@ -102,7 +102,7 @@ export class Sentinels {
     return group;
   }
 
-  /** The server that is master now. */
+  /** The current master. */
   async master() {
     const [, port] = (await this.sentinels[0].cli("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "weir")).split("\n");
     return this.servers.find(server => server.port === Number(port));

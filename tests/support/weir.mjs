@@ -1,4 +1,4 @@
-// A real weir for a test: started on a free port, talked to over sockets, stopped with the test.
+// A real weir for a test: started on a free port and stopped with the test.
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -10,16 +10,16 @@ import WebSocket from "ws";
 export const ROOT = path.resolve(path.dirname(fileURLToPath(import.meta.url)), "../..");
 export const BIN = process.env.WEIR_BIN ?? path.join(process.env.CARGO_TARGET_DIR ?? path.join(ROOT, "target"), "debug/weir");
 
-/** How long a test waits for something that must happen. Generous: CI has two busy cores. */
+/** How long a test waits for a condition, in ms. CI has two busy cores. */
 export const PATIENCE = 20_000;
 
-/** Chromium as root, without a screen, and without asking its maker's servers for anything. */
+/** Chromium as root, without a screen and without requests to the servers of its vendor. */
 export const CHROMIUM_ARGS = [
   "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
   "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ];
 
-/** Resolves with the first truthy value of `probe`; fails loudly, with `what`, when it never comes. */
+/** Resolves with the first truthy value of `probe`. Rejects with `what` if there is none in time. */
 export async function until(what, probe, patience = PATIENCE) {
   const deadline = Date.now() + patience;
   let last;
@@ -31,16 +31,16 @@ export async function until(what, probe, patience = PATIENCE) {
     } catch (error) {
       last = error;
     }
-    if (Date.now() > deadline) throw new Error(`waited ${patience} ms in vain for ${what}`, { cause: last });
+    if (Date.now() > deadline) throw new Error(`waited ${patience} ms for ${what}`, { cause: last });
     await new Promise(resolve => setTimeout(resolve, 10));
   }
 }
 
-/** `promise`, or a failure that names what was waited for. */
+/** `promise`, or a rejection with `what` if it does not settle in time. */
 export function within(what, promise, patience = PATIENCE) {
   let timer;
   const late = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`waited ${patience} ms in vain for ${what}`)), patience);
+    timer = setTimeout(() => reject(new Error(`waited ${patience} ms for ${what}`)), patience);
   });
   return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
@@ -53,10 +53,10 @@ export class Weir {
   static async start(t, { port = 0, env = {}, args = [] } = {}) {
     const weir = new Weir();
     weir.log = "";
-    // Nothing of the developer's own settings reaches the test.
+    // Settings of the developer's environment are not inherited.
     const inherited = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("WEIR_")));
     weir.process = spawn(BIN, ["serve", "--listen", `127.0.0.1:${port}`, ...args], {
-      cwd: path.join(ROOT, "tests"), // no config.toml here
+      cwd: path.join(ROOT, "tests"), // there is no config.toml
       env: { ...inherited, ...env },
       stdio: ["ignore", "pipe", "pipe"],
     });
@@ -80,7 +80,7 @@ export class Weir {
     return weir;
   }
 
-  /** Where it listens, in the order of the configuration: the main listeners, then those of adapters. */
+  /** URLs of its listeners in the order of the configuration: the main ones, then those of adapters. */
   addresses() {
     return this.log.split("\n").filter(line => line.includes("listening")).map(line => /http:\/\/[^\s"\\]+/.exec(line)[0]);
   }
@@ -90,7 +90,7 @@ export class Weir {
     return this.exited;
   }
 
-  /** A request with a JSON body or none; the answer's JSON. Fails unless the status is 2xx. */
+  /** Sends a request with an optional JSON body and returns the JSON of the response. Fails unless the status is 2xx. */
   async json(method, path, body, headers = {}) {
     const response = await fetch(this.url + path, {
       method,
@@ -110,7 +110,7 @@ export class Weir {
     return (await this.json("GET", `/v1/channels?channel=${encodeURIComponent(channel)}`)).readers;
   }
 
-  /** Resolves when so many readers follow the channel: what is published now, they get. */
+  /** Resolves when the channel has `count` readers, which receive every event published afterwards. */
   watched(channel, count = 1) {
     return until(`${count} readers of ${channel}`, async () => (await this.readers(channel)) === count);
   }
@@ -126,13 +126,13 @@ export class Weir {
     return samples;
   }
 
-  /** A bare JSON-RPC socket, for what no library would send. */
+  /** A JSON-RPC socket without a client library. */
   socket(t, protocols = [], query = "") {
     return Socket.open(t, this.ws + query, protocols);
   }
 }
 
-/** A WebSocket whose messages are kept, and can be waited for one at a time. */
+/** A WebSocket that queues its messages, which a test can wait for one at a time. */
 export class Socket {
   static async open(t, url, protocols = [], options = {}) {
     const socket = new Socket();
@@ -156,7 +156,7 @@ export class Socket {
     this.ws.send(typeof message === "string" || Buffer.isBuffer(message) ? message : JSON.stringify(message));
   }
 
-  /** The next message for which `wanted` is true; others stay for later. */
+  /** The first message for which `wanted` is true. Others stay in the queue. */
   async text(wanted = () => true, what = "a message") {
     const index = this.messages.findIndex(wanted);
     if (index >= 0) return this.messages.splice(index, 1)[0].text;
@@ -180,7 +180,7 @@ export class Socket {
   }
 }
 
-/** A TCP relay in front of weir: the cable that a test can cut. */
+/** A TCP proxy before weir that a test can interrupt. */
 export class Relay {
   static async start(t, port) {
     const relay = new Relay();
@@ -213,12 +213,12 @@ export class Relay {
     return relay;
   }
 
-  /** Ends every connection the hard way, in both directions. */
+  /** Resets every connection in both directions. */
   cut() {
     for (const pair of this.pairs) for (const end of pair) end.resetAndDestroy();
   }
 
-  /** While refusing, new connections are ended at once, as if nobody listened. */
+  /** While refusing, new connections are closed at once, as if no server listened. */
   refuse(refusing) {
     this.refusing = refusing;
   }

@@ -1,4 +1,4 @@
-"""A real weir for a test: started on a free port, talked to over sockets, ended with the test."""
+"""A real weir for a test: started on a free port and stopped with the test."""
 
 import contextlib
 import os
@@ -15,21 +15,21 @@ import httpx
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = os.environ.get("WEIR_BIN") or str(pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "debug/weir")
 
-# How long a test waits for something that must happen. Generous: CI has two busy cores.
+# How long a test waits for a condition, in seconds. CI has two busy cores.
 PATIENCE = 20.0
 
-# One client for all plain requests (making one takes longer than any of them), which keeps no connection open behind a test's back.
+# One client for all simple requests, because creating one is slow. It keeps no connection open.
 http = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def until(what, probe, patience=PATIENCE):
-    """The first truthy value of `probe`; fails loudly, with `what`, when it never comes."""
+    """The first truthy value of `probe`. Fails with `what` if there is none in time."""
     deadline = time.monotonic() + patience
     while True:
         value = probe()
         if value:
             return value
-        assert time.monotonic() < deadline, f"waited {patience} s in vain for {what}"
+        assert time.monotonic() < deadline, f"waited {patience} s for {what}"
         time.sleep(0.01)
 
 
@@ -40,7 +40,7 @@ class Weir:
         self.lines = []
         self.process = subprocess.Popen(
             [BIN, "serve", "--listen", f"127.0.0.1:{port}"],
-            cwd=ROOT / "tests",  # no config.toml here
+            cwd=ROOT / "tests",  # there is no config.toml
             env=inherited | env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -106,11 +106,11 @@ class Weir:
         return samples
 
     def connect(self, timeout=PATIENCE):
-        """A bare TCP connection."""
+        """A TCP connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
 
     def files(self):
-        """How many file descriptors the process has open."""
+        """The number of open file descriptors of the process."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def resident(self):

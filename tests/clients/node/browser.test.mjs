@@ -1,4 +1,4 @@
-// Chromium: its EventSource, WebSocket and fetch, its CORS, and weir's own page.
+// Chromium: EventSource, WebSocket, fetch, CORS, and the page at `/`.
 
 import assert from "node:assert/strict";
 import { once } from "node:events";
@@ -14,14 +14,14 @@ before(async () => {
     executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
     args: [
       ...CHROMIUM_ARGS,
-      // Names of strangers that lead here: what a foreign page and a rebound name look like to weir.
+      // Foreign host names that resolve to this machine: one for a foreign page and one for DNS rebinding.
       "--host-resolver-rules=MAP *.example 127.0.0.1",
     ],
   });
 });
 after(() => browser?.close());
 
-/** A page of its own context; whatever it logs or throws is kept. */
+/** A page in a context of its own, whose console messages and errors are recorded. */
 async function open(t, url) {
   const context = await browser.newContext();
   t.after(() => context.close());
@@ -34,7 +34,7 @@ async function open(t, url) {
   return page;
 }
 
-/** An empty page on an origin that is not weir's. */
+/** An empty page on an origin other than that of weir. */
 async function elsewhere(t, html = "<!doctype html><title>elsewhere</title>") {
   const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end(html));
   server.listen(0, "127.0.0.1");
@@ -44,7 +44,7 @@ async function elsewhere(t, html = "<!doctype html><title>elsewhere</title>") {
   return server.address().port;
 }
 
-/** In the page: a stream that writes down all it hears in `window.heard`. */
+/** In the page: a stream that records its events in `window.heard`. */
 const listen = (page, url) =>
   page.evaluate(url => {
     const heard = (window.heard = { data: [], opens: 0, named: [], states: [] });
@@ -57,7 +57,7 @@ const listen = (page, url) =>
 const heard = page => page.evaluate(() => window.heard);
 const hears = (page, what, probe) => until(what, async () => probe(await heard(page)));
 
-test("GET / is a page to try it: it watches, publishes and calls", async t => {
+test("the page at / subscribes, publishes and calls", async t => {
   const weir = await Weir.start(t);
   const page = await open(t, `${weir.url}/`);
   assert.match(await page.title(), /weir/);
@@ -83,7 +83,7 @@ test("GET / is a page to try it: it watches, publishes and calls", async t => {
 test("EventSource", async t => {
   const weir = await Weir.start(t);
 
-  await t.test("cut, cut before the first event, and cut again: nothing lost, nothing twice", async t => {
+  await t.test("after repeated disconnects, one before the first event, nothing is lost or repeated", async t => {
     const relay = await Relay.start(t, weir.port);
     const page = await open(t, `${relay.url}/health/live`);
     await listen(page, "/v1/sse?channel=orders");
@@ -103,7 +103,7 @@ test("EventSource", async t => {
     assert.deepEqual(named, []);
   });
 
-  await t.test("a drain and a restart: it comes back by itself and is told of the new life", async t => {
+  await t.test("it reconnects after a drain and a restart and receives a reset", async t => {
     const first = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
     const page = await open(t, `${first.url}/health/live`);
     await listen(page, "/v1/sse?channel=life");
@@ -122,7 +122,7 @@ test("EventSource", async t => {
     assert.ok(!states.includes(2), "the browser gave up");
   });
 
-  await t.test("killed without a word: the same", async t => {
+  await t.test("it reconnects after a kill and receives a reset", async t => {
     const first = await Weir.start(t);
     const page = await open(t, `${first.url}/health/live`);
     await listen(page, "/v1/sse?channel=killed");
@@ -139,7 +139,7 @@ test("from another origin", async t => {
   const port = await elsewhere(t);
 
   for (const host of ["127.0.0.1", "localhost"]) {
-    await t.test(`on ${host}, another port: streams, publishes, calls, opens sockets`, async t => {
+    await t.test(`on another port of ${host} a page can stream, publish, call and open sockets`, async t => {
       const page = await open(t, `http://${host}:${port}/`);
       await listen(page, `${weir.url}/v1/sse?channel=cors-${host}`);
       await hears(page, "the opening", ({ opens }) => opens === 1);
@@ -178,7 +178,7 @@ test("from another origin", async t => {
     });
   }
 
-  await t.test("a stranger's page can neither read, publish, nor talk", async t => {
+  await t.test("a foreign page can neither read, publish nor open sockets", async t => {
     const page = await open(t, `http://shop.example:${port}/`);
     const top = async () => (await weir.json("GET", "/v1/channels?channel=private")).top ?? 0;
     await weir.publish("private", "secret");
@@ -210,13 +210,13 @@ test("from another origin", async t => {
     }, [weir.url, weir.ws]);
     assert.equal(outcome.read, "TypeError");
     assert.equal(outcome.publish, "TypeError");
-    assert.equal(outcome.simple, "opaque"); // sent without asking, and refused: nothing was placed
+    assert.equal(outcome.simple, "opaque"); // sent without a preflight and rejected: nothing is published
     assert.equal(outcome.stream, "closed");
-    assert.deepEqual(outcome.socket, [4501, "forbidden"]); // not 1006, which says nothing
+    assert.deepEqual(outcome.socket, [4501, "forbidden"]); // not 1006, which has no reason
     assert.equal(await top(), before);
   });
 
-  await t.test("a name that was bound to this machine afterwards (DNS rebinding) gets nothing", async t => {
+  await t.test("a foreign name that resolves to this machine (DNS rebinding) is rejected", async t => {
     await weir.publish("rebound", "secret");
     const page = await open(t, `http://rebind.example:${weir.port}/v1/events?channel=rebound`);
     assert.ok(!(await page.content()).includes("secret"));
@@ -225,7 +225,7 @@ test("from another origin", async t => {
   });
 });
 
-test("a WebSocket is told of the drain and closed with a code, never 1006", async t => {
+test("a drain notifies a WebSocket and closes it with a code other than 1006", async t => {
   const weir = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "1s" } });
   const page = await open(t, `${weir.url}/health/live`);
   await page.evaluate(url => new Promise((resolve, reject) => {

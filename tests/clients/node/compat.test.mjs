@@ -1,4 +1,4 @@
-// Clients of ganomede-events, node-sse-server and @fanoutio/eventstream, as they are: npm ganomede-events, npm eventsource
+// Clients of ganomede-events, node-sse-server and @fanoutio/eventstream, unmodified: npm ganomede-events, npm eventsource
 // and Chromium's EventSource.
 
 import assert from "node:assert/strict";
@@ -12,14 +12,14 @@ import { EventSource } from "eventsource";
 import { chromium } from "playwright-core";
 import { CHROMIUM_ARGS, PATIENCE, Relay, Weir, until, within } from "../../support/weir.mjs";
 
-// It refuses to be loaded without one.
+// The library cannot be loaded without it.
 process.env.API_SECRET ??= "s3cret";
-// Loaded by `import` it would take itself for the program, and start a server.
+// Loaded by `import` it would treat itself as the main program and start a server.
 const { Client, IndexerClient } = createRequire(import.meta.url)("ganomede-events");
 
 const SECRET = "s3cret";
 
-/** A ganomede client that writes down all it hears. */
+/** A ganomede client that records its events. */
 function ganomede(t, weir, clientId, { secret = SECRET, channels = [] } = {}) {
   const agent = new http.Agent({ keepAlive: true });
   const client = new Client(clientId, { secret, hostname: "127.0.0.1", port: weir.port, agent });
@@ -47,7 +47,7 @@ const serve = (t, options = {}) =>
 test("npm ganomede-events", async t => {
   const weir = await serve(t);
 
-  await t.test("what is sent is heard, once and in order", async t => {
+  await t.test("events are received once and in order", async t => {
     const one = ganomede(t, weir, "one", { channels: ["users/v1"] });
     const two = ganomede(t, weir, "two", { channels: ["users/v1"] });
     const sent = await one.send("users/v1", { from: "test", type: "add", data: { name: "é" } });
@@ -61,18 +61,18 @@ test("npm ganomede-events", async t => {
       assert.ok(!("data" in heard.events[1]));
       assert.deepEqual([heard.events[2].type, heard.events[2].from, heard.events[2].data], ["message", "", { value: "native" }]);
     }
-    // Empty polls are held, and nothing comes twice.
+    // Empty polls wait, and nothing is repeated.
     const before = one.cycles;
     await until("an empty cycle", () => one.cycles > before);
     assert.deepEqual(one.ids(), [1, 2, 3]);
     assert.deepEqual(one.errors, []);
   });
 
-  await t.test("a clientId resumes where it was, whatever connection it has", async t => {
+  await t.test("a clientId resumes at its position on any connection", async t => {
     const first = ganomede(t, weir, "batch/7", { channels: ["jobs"] });
     for (let n = 1; n <= 3; n += 1) await first.send("jobs", { from: "test", type: "job", data: { n } });
     await until("three jobs", () => first.events.length === 3);
-    // Its next poll is what acknowledges them.
+    // The next poll acknowledges the events.
     await until("the acknowledgement", async () =>
       (await weir.json("GET", "/v1/consumers/batch..2f7")).channels[0].lag === 0);
     first.stop();
@@ -98,7 +98,7 @@ test("npm ganomede-events", async t => {
     assert.deepEqual([unknown.statusCode, unknown.restCode], [404, "NotFound"]);
   });
 
-  await t.test("errors reach it as errors, and it is slowed down", async t => {
+  await t.test("errors are reported as errors, and retries are delayed", async t => {
     const stranger = ganomede(t, weir, "stranger", { secret: "wrong", channels: ["users/v1"] });
     const start = Date.now();
     await until("four errors", () => stranger.errors.length >= 4);
@@ -117,16 +117,16 @@ test("npm ganomede-events over a restart of the memory bus", async t => {
   await until("three events", () => heard.events.length === 3);
   await weir.kill();
   const again = await serve(t, { port: weir.port });
-  // Ids begin again; the client still asks for what comes after the third.
+  // Ids restart; the client still requests events after the third.
   await again.publish("orders", { n: 4 });
-  await until("the event of the new life", () => heard.events.length === 4, 2 * PATIENCE);
+  await until("the event of the new log", () => heard.events.length === 4, 2 * PATIENCE);
   assert.deepEqual([heard.events[3].id, heard.events[3].data], [1, { n: 4 }]);
   await again.publish("orders", { n: 5 });
   await until("the next", () => heard.events.length === 5);
   assert.deepEqual(heard.events[4].data, { n: 5 });
 });
 
-/** An EventSource that writes down all it hears under these names. */
+/** An EventSource that records events of these types. */
 function listen(t, url, names, Source = EventSource) {
   const source = new Source(url);
   t.after(() => source.close());
@@ -145,7 +145,7 @@ test("node-sse-server's browsers", async t => {
   const weir = await Weir.start(t, { args });
   const names = ["registered", "lastEvent", "online-presence", "greeting"];
 
-  await t.test("npm eventsource registers, hears, and comes back", async t => {
+  await t.test("npm eventsource registers, receives events and reconnects", async t => {
     const relay = await Relay.start(t, weir.port);
     const heard = listen(t, `${relay.url}/subscribe?channels=a,b&clientId=me`, names);
     await until("presence", () => heard.of("online-presence").length === 1);
@@ -163,7 +163,7 @@ test("node-sse-server's browsers", async t => {
     assert.deepEqual(JSON.parse(last.payload), { type: "greeting", payload: '{"text":"hi"}' });
   });
 
-  await t.test("Chromium, on a page from elsewhere", async t => {
+  await t.test("Chromium, on a page of another origin", async t => {
     const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: CHROMIUM_ARGS });
     t.after(() => browser.close());
     const server = http.createServer((_, response) => response.setHeader("content-type", "text/html").end("<!doctype html>"));
@@ -181,7 +181,7 @@ test("node-sse-server's browsers", async t => {
     }, weir.url);
     const names = () => page.evaluate(() => window.heard.map(([name]) => name));
     await until("presence in the page", async () => (await names()).includes("online-presence"));
-    // A page publishes too: the preflight allows whatever it wants to send.
+    // A page can publish, too: the preflight allows its headers.
     const status = await page.evaluate(async url => {
       const body = JSON.stringify({ events: [{ channelName: "page", type: "greeting", payload: "from the page" }] });
       return (await fetch(`${url}/publish`, { method: "POST", headers: { "content-type": "application/json", "x-a": "b" }, body })).status;
@@ -193,7 +193,7 @@ test("node-sse-server's browsers", async t => {
   });
 });
 
-test("EventStream from configuration alone", async t => {
+test("EventStream clients with configured routes", async t => {
   const routes = '[{ path = "/api/events/{id}", channels = ["events-{id}", "all"] }]';
   const weir = await Weir.start(t, { env: { WEIR__COMPAT__SSE__ROUTES: routes } });
   const heard = listen(t, `${weir.url}/api/events/7`, ["stream-open", "created"]);
@@ -206,7 +206,7 @@ test("EventStream from configuration alone", async t => {
   assert.equal((await fetch(`${weir.url}/api/events/7`, { headers: { accept: "application/json" } })).status, 406);
 });
 
-/** A Redis of its own that forgets everything with the test, and the settings of a weir that keeps its events there. */
+/** A Redis for one test, and the settings of a weir that uses it. */
 async function redis(t) {
   const server = net.createServer().listen(0, "127.0.0.1");
   await once(server, "listening");
@@ -221,9 +221,9 @@ async function redis(t) {
   return { REDIS_EVENTS_PORT_6379_TCP_ADDR: "127.0.0.1", REDIS_EVENTS_PORT_6379_TCP_PORT: String(port), url: `redis://127.0.0.1:${port}` };
 }
 
-test("on Redis, over a restart and between nodes", async t => {
+test("on Redis, after a restart and between nodes", async t => {
   const { url, ...env } = await redis(t);
-  // The variables of the original lead there by themselves.
+  // The environment variables of the original select the Redis.
   const weir = await serve(t, { env });
   const browsers = await Weir.start(t, {
     args: ["--compat", "node-sse"],
@@ -238,7 +238,7 @@ test("on Redis, over a restart and between nodes", async t => {
   await weir.kill();
   await publish(browsers, [{ channelName: "orders", type: "t", payload: "meanwhile" }]);
   await serve(t, { port: weir.port, env });
-  await until("what came meanwhile", () => heard.events.length === 4, 2 * PATIENCE);
+  await until("the missed events", () => heard.events.length === 4, 2 * PATIENCE);
   assert.deepEqual([heard.events[3].id, heard.events[3].data], [4, { value: "meanwhile" }]);
   const last = await browsers.json("GET", "/lastEvent?channel=orders");
   assert.deepEqual(JSON.parse(last.response), { type: "t", payload: "meanwhile" });

@@ -1,4 +1,4 @@
-// npm eventsource (the browser's EventSource, by the specification) and @microsoft/fetch-event-source.
+// npm eventsource (an EventSource as specified) and @microsoft/fetch-event-source.
 
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
@@ -6,12 +6,12 @@ import { test } from "node:test";
 import { EventSource } from "eventsource";
 import { Relay, Weir, until, within } from "../../support/weir.mjs";
 
-// Made for browsers; it asks for these two and nothing else.
+// The library is made for browsers and needs only these two globals.
 globalThis.window ??= globalThis;
 globalThis.document ??= { hidden: false, addEventListener() {}, removeEventListener() {} };
 const { fetchEventSource } = createRequire(import.meta.url)("@microsoft/fetch-event-source");
 
-/** Opens a stream that writes down all it hears. */
+/** Opens a stream that records its events. */
 function listen(t, url, names = ["weir.gap", "weir.retry", "weir.position"]) {
   const sent = []; // the Last-Event-ID of every request
   const source = new EventSource(url, {
@@ -38,7 +38,7 @@ function listen(t, url, names = ["weir.gap", "weir.retry", "weir.position"]) {
 test("npm eventsource", async t => {
   const weir = await Weir.start(t, { env: { WEIR__SSE__HEARTBEAT: "1s" } });
 
-  await t.test("onmessage sees every event, typed or not; weir.open comes first and has an id", async t => {
+  await t.test("onmessage receives every event, typed or not, after a weir.open with an id", async t => {
     const stream = listen(t, `${weir.url}/v1/sse?channel=orders`);
     await stream.opened(1);
     assert.deepEqual(JSON.parse(stream.opens[0].data).channels[0].channel, "orders");
@@ -54,7 +54,7 @@ test("npm eventsource", async t => {
     }
   });
 
-  await t.test("a stream cut before its first event loses nothing", async t => {
+  await t.test("a stream that is disconnected before its first event loses nothing", async t => {
     const relay = await Relay.start(t, weir.port);
     const stream = listen(t, `${relay.url}/v1/sse?channel=early`);
     await stream.opened(1);
@@ -69,9 +69,9 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.named, []);
   });
 
-  await t.test("cut again and again: every event once, in order", async t => {
+  await t.test("after repeated disconnects every event is received once and in order", async t => {
     const relay = await Relay.start(t, weir.port);
-    // The URL's own `after` is sent again with each reconnect; Last-Event-ID wins over it.
+    // `after` of the URL is sent again with each reconnect; Last-Event-ID takes precedence.
     const stream = listen(t, `${relay.url}/v1/sse?channel=cut&after=earliest`);
     await stream.opened(1);
     for (let n = 0; n < 30; n += 1) {
@@ -83,7 +83,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.named, []);
   });
 
-  await t.test("several channels resume by their token", async t => {
+  await t.test("several channels resume with their token", async t => {
     const relay = await Relay.start(t, weir.port);
     const channels = Array.from({ length: 20 }, (_, n) => `many-${n}`);
     const stream = listen(t, `${relay.url}/v1/sse?ids=all&${channels.map(name => `channel=${name}`).join("&")}`);
@@ -100,7 +100,7 @@ test("npm eventsource", async t => {
   await t.test("heartbeats are never events", async t => {
     const stream = listen(t, `${weir.url}/v1/sse?channel=still`);
     await stream.opened(1);
-    // A second stream that counts bytes knows when heartbeats have passed.
+    // A second stream counts bytes to notice heartbeats.
     const beats = await fetch(`${weir.url}/v1/sse?channel=still`);
     const reader = beats.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
@@ -112,7 +112,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.values(), ["real"]);
   });
 
-  await t.test("filtered events move the position: weir.position", async t => {
+  await t.test("filtered events advance the position with weir.position", async t => {
     const stream = listen(t, `${weir.url}/v1/sse?channel=filtered&type=wanted`);
     await stream.opened(1);
     await weir.publish("filtered", 1, "&type=other");
@@ -122,7 +122,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.values(), [2]);
   });
 
-  await t.test("history that is gone is a gap, before anything newer", async t => {
+  await t.test("trimmed events are a gap before newer events", async t => {
     const relay = await Relay.start(t, weir.port);
     const stream = listen(t, `${relay.url}/v1/sse?channel=trim`);
     await stream.opened(1);
@@ -143,7 +143,7 @@ test("npm eventsource", async t => {
     assert.equal(gap.next, `${placed[2].epoch}-${placed[2].offset}`);
   });
 
-  await t.test("format=data: named events, data as it is, a text line by line", async t => {
+  await t.test("format=data sends named events with bare data, and text line by line", async t => {
     const stream = listen(t, `${weir.url}/v1/sse?channel=html&format=data`);
     const rows = [];
     stream.source.addEventListener("row", event => rows.push(event.data));
@@ -156,7 +156,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.data, ['{"a":1}']);
   });
 
-  await t.test("a restarted server: the stream goes on, and says that it is another life", async t => {
+  await t.test("after a restart of the server the stream continues and receives a reset", async t => {
     const first = await Weir.start(t);
     const stream = listen(t, `${first.url}/v1/sse?channel=life`);
     await stream.opened(1);
@@ -170,7 +170,7 @@ test("npm eventsource", async t => {
     assert.equal(stream.named.find(([name]) => name === "weir.gap")?.[1].reason, "reset");
   });
 
-  await t.test("a drain announces itself and the stream comes back by itself, with nothing lost", async t => {
+  await t.test("a drain is announced, and the stream reconnects without loss", async t => {
     const first = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
     const stream = listen(t, `${first.url}/v1/sse?channel=drain`);
     await stream.opened(1);
@@ -187,7 +187,7 @@ test("npm eventsource", async t => {
     assert.deepEqual(stream.values(), ["hello again"]);
   });
 
-  await t.test("permanent refusals are a status, which ends it for good", async t => {
+  await t.test("permanent errors are a status, which ends an EventSource", async t => {
     for (const query of ["", "?channel=a&chanel=b", "?channels=a"]) {
       const stream = listen(t, `${weir.url}/v1/sse${query}`);
       await until("the end", () => stream.source.readyState === EventSource.CLOSED);
@@ -195,7 +195,7 @@ test("npm eventsource", async t => {
     }
   });
 
-  await t.test("an unreadable Last-Event-ID is a gap, not a refusal", async () => {
+  await t.test("an invalid Last-Event-ID is a gap and not an error", async () => {
     const answer = await fetch(`${weir.url}/v1/sse?channel=odd`, { headers: { accept: "text/event-stream", "last-event-id": "nonsense!" } });
     assert.equal(answer.status, 200);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -256,7 +256,7 @@ test("fetch-event-source", async t => {
     const recipe = follow(t, `${first.url}/v1/sse?channel=c`);
     await until("both openings", () => without.opens === 1 && recipe.opens === 1);
     first.kill("SIGTERM");
-    await within("the end of the one without the recipe", without.done);
+    await within("the stream without the recipe to end", without.done);
     assert.equal(without.messages.at(-1).event, "weir.retry");
     await within("the exit", first.exited);
     const second = await Weir.start(t, { port: first.port });

@@ -1,4 +1,4 @@
-// @fanoutio/eventstream, @fanoutio/serve-grip and @fanoutio/grip in an Express app behind weir, unchanged.
+// @fanoutio/eventstream, @fanoutio/serve-grip and @fanoutio/grip, unmodified, in an Express app behind weir.
 
 import assert from "node:assert/strict";
 import { once } from "node:events";
@@ -20,9 +20,9 @@ async function serve(t, app) {
   return `http://127.0.0.1:${server.address().port}`;
 }
 
-/** weir before an app, which is made when it is known where to publish. */
+/** weir before an app. The app is created when the publishing address is known. */
 async function behind(t, { route = {}, env = {} } = {}, make) {
-  // The app's port has to be known first, and weir's too.
+  // The ports of the app and of weir must be known first.
   const app = express();
   const origin = await serve(t, app);
   const fields = Object.entries({ origin, ...route }).map(([key, value]) => `${key} = ${JSON.stringify(value)}`);
@@ -40,7 +40,7 @@ async function behind(t, { route = {}, env = {} } = {}, make) {
   return { weir, proxy, publish, origin };
 }
 
-/** A stream that writes down what it hears of `names`. */
+/** A stream that records events of the types `names`. */
 async function listen(t, url, names = ["message"]) {
   const source = new EventSource(url);
   t.after(() => source.close());
@@ -67,23 +67,23 @@ for (const [how, grip, route] of [
     });
     const one = await listen(t, `${proxy}/api/a`);
     const two = await listen(t, `${proxy}/api/a/and/b`);
-    // Published at once after the opening, and never lost.
+    // Events published right after the opening are not lost.
     await stream.publishEvent("a", { event: "message", data: { n: 1, text: "ü\n" } });
     await stream.publishEvent("b", { event: "message", data: "only b" });
     await stream.publishEvent("a", { event: "message", data: null });
     const a1 = ["message", JSON.stringify({ n: 1, text: "ü\n" })];
     assert.deepEqual(await one.hears(2), [a1, ["message", "null"]]);
     const heard = await two.hears(3);
-    // Order holds within a channel.
+    // Order is guaranteed within a channel.
     assert.deepEqual(heard.filter(([, data]) => data !== '"only b"'), [a1, ["message", "null"]]);
     assert.ok(heard.some(([, data]) => data === '"only b"'));
-    // The same events for everybody else.
+    // The native API reads the same events.
     const { events } = await weir.json("GET", "/v1/events?channel=events-a");
     assert.deepEqual(events.map(({ type, data, meta }) => [type, data, meta]), [
       ["message", { n: 1, text: "ü\n" }, undefined],
       ["message", null, undefined],
     ]);
-    // And theirs for the stream.
+    // The stream receives events of the native API.
     await weir.publish("events-a", { from: "elsewhere" }, "&type=message");
     assert.deepEqual((await one.hears(3))[2], ["message", '{"from":"elsewhere"}']);
     one.source.close();
@@ -106,7 +106,7 @@ test("an event published right after the opening is never lost", async t => {
   }
 });
 
-test("what EventStream refuses is refused, and its own bytes come first", async t => {
+test("errors of EventStream are forwarded, and its own bytes come first", async t => {
   const { proxy } = await behind(t, {}, (app, { publish }) => {
     const stream = new EventStream({ grip: { control_uri: publish } });
     app.get("/api/none", stream(" "));
@@ -119,7 +119,7 @@ test("what EventStream refuses is refused, and its own bytes come first", async 
   assert.deepEqual([error.status, await error.text()], [400, "last-event-id header may not be 'error'.\n"]);
   const none = await ask("/api/none", {});
   assert.deepEqual([none.status, await none.text()], [400, "No specified channels.\n"]);
-  // A forged signature is not the client's to give: the app is asked through the proxy, and told so.
+  // A forged signature of the client is replaced by that of the proxy.
   const answer = await ask("/api/a", { "grip-sig": "forged" });
   assert.equal(answer.headers.get("content-type"), "text/event-stream");
   assert.deepEqual([...answer.headers.keys()].filter(name => name.startsWith("grip-")), []);
@@ -129,7 +129,7 @@ test("what EventStream refuses is refused, and its own bytes come first", async 
   await reader.cancel();
 });
 
-test("publishing with a wrong key fails as it says", async t => {
+test("publishing with a wrong key fails with the documented error", async t => {
   const route = { key: "secret", iss: "realm" };
   const { publish } = await behind(t, { route }, () => {});
   const item = new Item(new HttpStreamFormat("x"));
@@ -142,7 +142,7 @@ test("publishing with a wrong key fails as it says", async t => {
   await new Publisher(`${publish}/?iss=realm&key=secret`).publish("a", item);
 });
 
-test("serve-grip: held responses are answered by items, or by their time", async t => {
+test("serve-grip: items answer held responses, or they time out", async t => {
   let serveGrip;
   const { weir, proxy } = await behind(t, { route: { key: "secret" } }, (app, { publish }) => {
     serveGrip = new ServeGrip({ grip: `${publish}/?iss=realm&key=secret`, gripProxyRequired: true });
@@ -175,7 +175,7 @@ test("serve-grip: held responses are answered by items, or by their time", async
   await weir.watched("answers", 0);
 });
 
-test("a published item is the same whatever it is called", async t => {
+test("all forms of a published item are equivalent", async t => {
   const { weir, proxy, publish } = await behind(t, {}, app => {
     app.get("/raw", (_, response) => response.set({ "grip-hold": "stream", "grip-channel": "raw" }).end("open\n"));
   });
@@ -200,7 +200,7 @@ test("a published item is the same whatever it is called", async t => {
   assert.equal(events[1].data_base64, binary.toString("base64"));
 });
 
-test("a page in Chromium, served and streamed by the same proxy", async t => {
+test("a page in Chromium is served and streamed through the same proxy", async t => {
   let stream;
   const { weir, proxy } = await behind(t, { route: { key: "secret" } }, (app, { publish }) => {
     stream = new EventStream({ grip: `${publish}/?iss=realm&key=secret` });

@@ -33,7 +33,7 @@ test("json-rpc-2.0", async t => {
     assert.equal(await provider.request("math/add", [4, 5]), 9);
   });
 
-  await t.test("its errors reach the caller as they were given", async t => {
+  await t.test("its errors reach the caller unmodified", async t => {
     const provider = await connect(t, weir);
     provider.addMethod("find", () => {
       throw new JSONRPCErrorException("no such user", 42, { id: 7 });
@@ -55,14 +55,14 @@ test("json-rpc-2.0", async t => {
     assert.deepEqual(problem.error, { code: 42, message: "no such user", data: { id: 7 } });
   });
 
-  await t.test("void is null, both ways", async t => {
+  await t.test("undefined results are null in both directions", async t => {
     const provider = await connect(t, weir);
     provider.addMethod("nothing", () => undefined);
     await provider.request("weir.provide", { service: "void" });
     const caller = await connect(t, weir);
     assert.equal(await caller.request("void/nothing"), null);
     assert.equal(await weir.json("POST", "/v1/services/void/nothing"), null);
-    // An answer with neither result nor error makes this library throw and its call hang.
+    // A response with neither result nor error makes this library throw and leaves its call pending.
     await caller.request("weir.publish", { channel: "void", data: 1 });
     const { next } = await caller.request("weir.read", { channels: ["void"], consumer: "void" });
     assert.equal(await caller.request("weir.commit", { consumer: "void", after: next }), null);
@@ -92,7 +92,7 @@ test("json-rpc-2.0", async t => {
     assert.match(seen[1].id, /^w:/);
   });
 
-  await t.test("subscribes: weir.event is a method like any other", async t => {
+  await t.test("it subscribes with a handler of the method weir.event", async t => {
     const rpc = await connect(t, weir);
     const events = [];
     const third = new Promise(resolve => {
@@ -110,7 +110,7 @@ test("json-rpc-2.0", async t => {
     assert.equal(events[1].type, "created");
   });
 
-  await t.test("1,000 calls in flight on one socket all find their answer", async t => {
+  await t.test("1,000 calls in flight on one socket are answered", async t => {
     const provider = await connect(t, weir);
     provider.addMethod("double", ({ n }) => n * 2);
     await provider.request("weir.provide", { service: "twice" });
@@ -119,7 +119,7 @@ test("json-rpc-2.0", async t => {
     assert.deepEqual(results, Array.from({ length: 1000 }, (_, n) => n * 2));
   });
 
-  await t.test("a provider that dies fails its calls at once", async t => {
+  await t.test("calls to a provider that disconnects fail at once", async t => {
     const provider = await connect(t, weir);
     provider.addMethod("hang", () => {
       provider.ws.terminate();
@@ -133,7 +133,7 @@ test("json-rpc-2.0", async t => {
     });
   });
 
-  await t.test("a call that takes too long says so, and its late answer is not an answer", async t => {
+  await t.test("a call times out with an error, and its late reply is dropped", async t => {
     const provider = await connect(t, weir);
     let answer;
     provider.addMethod("slow", () => new Promise(resolve => (answer = () => resolve("late"))));

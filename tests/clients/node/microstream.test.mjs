@@ -1,4 +1,4 @@
-// MicroStream's clients, unchanged: their events over the real socket.io-client, against the adapter.
+// MicroStream clients: the events of the library over the real socket.io-client.
 
 import assert from "node:assert/strict";
 import { once } from "node:events";
@@ -20,7 +20,7 @@ const handlers = {
   double: ({ bytes }) => ({ twice: { bytes: Buffer.concat([bytes, bytes]) }, list: [bytes] }),
 };
 
-/** Everything that clients hold is given back. */
+/** Asserts that everything clients held is released. */
 const empty = weir => until("every gauge to be zero", async () => {
   const metrics = await weir.metrics();
   return ['weir_connections{transport="socketio"}', "weir_rpc_services", "weir_rpc_providers", "weir_rpc_in_flight"].every(name => metrics.get(name) === 0);
@@ -45,14 +45,14 @@ for (const [how, options] of Object.entries({
     assert.deepEqual(await b.request("A", "echo"), {});
     assert.deepEqual(await b.request("A", "nothing"), {}, "a response that is nothing does not kill its requester");
 
-    await t.test("the payload arrives as it was sent, unknown keys and all", async () => {
+    await t.test("the payload is forwarded unmodified with unknown members", async () => {
       a.requests.length = 0;
       b.socket.emit("request", { targetService: "A", sibling: 1, payload: { id: "r1", event: "echo", data: null, extra: [1] } });
       assert.deepEqual(await a.got(), [{ id: "r1", event: "echo", data: null, extra: [1] }]);
       await until("the response", () => b.late.find(({ id }) => id === "r1"));
     });
 
-    await t.test("buffers come out as buffers, nested ones too", async () => {
+    await t.test("buffers are received as buffers, also nested ones", async () => {
       const bytes = Buffer.from([0, 1, 255]);
       const { twice, list } = await b.request("A", "double", { bytes });
       assert.ok(Buffer.isBuffer(twice.bytes) && Buffer.isBuffer(list[0]));
@@ -87,7 +87,7 @@ for (const [how, options] of Object.entries({
       assert.deepEqual(answers.map(({ n }) => n), Array.from({ length: 1_000 }, (_, n) => n));
     });
 
-    await t.test("a name is free at once when its client goes", async () => {
+    await t.test("a name is free as soon as its client disconnects", async () => {
       a.close();
       const again = await MicroStream.connect(t, weir.url, "A", handlers, options);
       assert.deepEqual(await b.request("A", "add", { a: 1, b: 2 }), { sum: 3 });
@@ -99,7 +99,7 @@ for (const [how, options] of Object.entries({
   });
 }
 
-test("any event name between two clients; any that is a method from elsewhere", async t => {
+test("MicroStream clients may use any event name, other clients any method name", async t => {
   const weir = await started(t);
   const names = ["user/get", "", "a\nb", "x".repeat(300), "toString", "é", "weir.publish", "/"];
   const a = await MicroStream.connect(t, weir.url, "shop/v1", Object.fromEntries(names.map(name => [name, () => ({ name })])));
@@ -111,7 +111,7 @@ test("any event name between two clients; any that is a method from elsewhere", 
   assert.equal(a.requests.length, names.length + 2);
 });
 
-test("calls from other worlds", async t => {
+test("calls from JSON-RPC and HTTP", async t => {
   const weir = await started(t);
   await MicroStream.connect(t, weir.url, "A", {
     ...handlers,
@@ -136,7 +136,7 @@ test("calls from other worlds", async t => {
   assert.equal((await error("weir.provide", { service: "A" })).data.code, "service_taken");
 });
 
-test("calls to other worlds", async t => {
+test("calls to JSON-RPC providers", async t => {
   const weir = await started(t);
   const b = await MicroStream.connect(t, weir.url, "B");
   assert.deepEqual(await b.request("weir", "echo", { x: [1] }), { x: [1] });
@@ -169,7 +169,7 @@ test("calls to other worlds", async t => {
   assert.equal((await taken.refused()).data.code, "DUPLICATE_SERVICE_REGISTRATION", "also by what is no client of MicroStream");
 });
 
-test("a duplicate is refused in the original's words", async t => {
+test("a duplicate is rejected with the error of the original", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const refusal = {
@@ -186,19 +186,19 @@ test("a duplicate is refused in the original's words", async t => {
   const b = await MicroStream.connect(t, weir.url, "B");
   assert.deepEqual(await b.request("A", "add", { a: 1, b: 2 }), { sum: 3 });
 
-  await t.test("clients without a name: one", async () => {
+  await t.test("only one client without a name is accepted", async () => {
     await MicroStream.connect(t, weir.url, undefined);
     const second = await new MicroStream(t, weir.url, undefined).refused();
     assert.deepEqual(second.data, { ...refusal, errorData: {} });
   });
 
-  await t.test("names that are weir's own", async () => {
+  await t.test("reserved names are rejected", async () => {
     const error = await new MicroStream(t, weir.url, "$x").refused();
     assert.deepEqual([error.message, error.data.code, error.data.errorData.serviceName], ["INVALID_PARAMS", "INVALID_PARAMS", "$x"]);
   });
 });
 
-test("without heartbeats a client is disconnected, and its name is free", async t => {
+test("a client without heartbeats is disconnected, and its name is free", async t => {
   const weir = await started(t, { WEIR__COMPAT__MICROSTREAM__HEARTBEAT_TIMEOUT: "1500ms", WEIR__COMPAT__MICROSTREAM__SWEEP: "500ms" });
   for (const transports of [["polling"], ["websocket"]]) {
     const mute = await MicroStream.connect(t, weir.url, "mute", handlers, { transports, heartbeat: 0 });
@@ -216,7 +216,7 @@ test("without heartbeats a client is disconnected, and its name is free", async 
   await empty(weir);
 });
 
-test("who is kicked by an operator stays away", async t => {
+test("a kicked client does not reconnect", async t => {
   const weir = await started(t);
   for (const transports of [["polling"], ["websocket"]]) {
     const a = await MicroStream.connect(t, weir.url, "A", handlers, { transports });
@@ -229,7 +229,7 @@ test("who is kicked by an operator stays away", async t => {
   }
 });
 
-test("a provider that goes: nothing is sent; its requesters' own timeouts end their requests", async t => {
+test("requests to a provider that disconnects end with the timeout of the requester", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const b = await MicroStream.connect(t, weir.url, "B", handlers, { timeout: 1_000 });
@@ -244,7 +244,7 @@ test("a provider that goes: nothing is sent; its requesters' own timeouts end th
   assert.equal(error.code, "TARGET_SERVICE_NOT_FOUND");
 });
 
-test("a late response is delivered; answers of others, to nobody or twice, are not", async t => {
+test("a late response is delivered; forged, unknown and repeated ones are dropped", async t => {
   const weir = await started(t, { WEIR__RPC__TIMEOUT: "200ms" });
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const b = await MicroStream.connect(t, weir.url, "B", handlers, { timeout: 600 });
@@ -262,7 +262,7 @@ test("a late response is delivered; answers of others, to nobody or twice, are n
   assert.deepEqual(b.late, [{ id: "late", response: { at: "last" } }]);
 });
 
-test("equal ids of two requesters do not meet", async t => {
+test("equal ids of two requesters are kept apart", async t => {
   const weir = await started(t);
   const asked = [];
   const a = await MicroStream.connect(t, weir.url, "A", { hold: (data, { id }) => (asked.push([id, data]), MicroStream.SILENCE) });
@@ -273,7 +273,7 @@ test("equal ids of two requesters do not meet", async t => {
   assert.deepEqual(await Promise.all(answers), [{ of: "b" }, { of: "c" }]);
 });
 
-test("what killed the original does nothing here", async t => {
+test("input that crashed the original is ignored", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   for (const event of ["request", "response", "heartbeat", "unknown"]) {
@@ -287,7 +287,7 @@ test("what killed the original does nothing here", async t => {
   assert.deepEqual(a.disconnects, []);
 });
 
-test("a message over maxPayload ends its client, and nobody else's", async t => {
+test("a message over maxPayload disconnects only its sender", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   for (const transports of [["polling"], ["websocket"]]) {
@@ -301,15 +301,15 @@ test("a message over maxPayload ends its client, and nobody else's", async t => 
   await empty(weir);
 });
 
-test("clients come back after a restart, and find their names free", async t => {
+test("clients reconnect after a restart and get their names", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const b = await MicroStream.connect(t, weir.url, "B", handlers);
-  // In the middle of an upgrade the library would notice only when a ping fails to come.
+  // During an upgrade the library would notice a disconnect only by a missing ping.
   await until("both upgrades", () => a.transport === "websocket" && b.transport === "websocket");
   await weir.kill();
   await until("both to have noticed", () => a.disconnects.length && b.disconnects.length);
-  const kept = b.request("A", "add", { a: 1, b: 2 }).catch(error => error); // kept by the client until it is back
+  const kept = b.request("A", "add", { a: 1, b: 2 }).catch(error => error); // the client queues it until it is connected
   await Weir.start(t, { ...ON, port: weir.port });
   await a.connected();
   const answer = await kept;
@@ -317,7 +317,7 @@ test("clients come back after a restart, and find their names free", async t => 
   assert.deepEqual(await until("an answer", () => b.request("A", "add", { a: 1, b: 2 })), { sum: 3 });
 });
 
-test("a drain ends clients so that they come back by themselves, after what is in flight", async t => {
+test("a drain waits for requests in flight and closes clients so that they reconnect", async t => {
   const weir = await started(t, { WEIR__DRAIN__WINDOW: "0s" });
   const once = { reconnection: false };
   const a = await MicroStream.connect(t, weir.url, "A", handlers, { transports: ["websocket"], ...once });
@@ -326,7 +326,7 @@ test("a drain ends clients so that they come back by themselves, after what is i
   const answer = b.request("A", "silent", {}, "r1");
   await a.got();
   weir.process.kill("SIGTERM");
-  await until("those who wait for nothing to be ended", () => polls.disconnects.length);
+  await until("unused sessions to be closed", () => polls.disconnects.length);
   assert.deepEqual([a.disconnects, b.disconnects], [[], []]);
   a.socket.emit("response", { id: "r1", response: { done: true } });
   assert.deepEqual(await answer, { done: true });
@@ -335,7 +335,7 @@ test("a drain ends clients so that they come back by themselves, after what is i
   assert.equal((await within("the process to end", weir.exited)).code, 0);
 });
 
-// --- Engine.IO by hand ---
+// --- Engine.IO without the library ---
 
 const get = async (weir, query, options = {}) => {
   const answer = await fetch(`${weir.url}/socket.io/${query}`, options);
@@ -344,7 +344,7 @@ const get = async (weir, query, options = {}) => {
 const POLL = "?EIO=4&transport=polling";
 const open = async (weir, more = "") => JSON.parse((await get(weir, POLL + more)).text.slice(1)).sid;
 
-test("a client that died without a word is replaced by its successor", async t => {
+test("an unresponsive client is replaced by its successor", async t => {
   const weir = await started(t, { WEIR__COMPAT__MICROSTREAM__PROBE: "500ms" });
   const b = await MicroStream.connect(t, weir.url, "B");
   const replaced = async name => {
@@ -352,7 +352,7 @@ test("a client that died without a word is replaced by its successor", async t =
     assert.deepEqual(await b.request(name, "add", { a: 1, b: 2 }), { sum: 3 });
     heir.close();
   };
-  // Both are connected, and say nothing to a ping.
+  // Both are connected and do not answer pings.
   const socket = await Socket.open(t, `${weir.url.replace("http", "ws")}/socket.io/?EIO=4&transport=websocket&serviceName=A`);
   socket.send("40");
   await socket.text(({ text }) => text.startsWith("40"), "to be connected");
@@ -365,7 +365,7 @@ test("a client that died without a word is replaced by its successor", async t =
   await empty(weir);
 });
 
-test("the handshake, headers and errors of Engine.IO, to the byte", async t => {
+test("the handshake, headers and errors of Engine.IO, byte for byte", async t => {
   const weir = await started(t);
   const { status, text, headers } = await get(weir, `${POLL}&serviceName=A`);
   assert.equal(status, 200);
@@ -399,7 +399,7 @@ test("the handshake, headers and errors of Engine.IO, to the byte", async t => {
   assert.equal((await fetch(`${weir.url}/socket.io`)).status, 404);
 });
 
-test("frames, to the byte, and a poll that is held", async t => {
+test("frames, byte for byte, and a pending poll", async t => {
   const weir = await started(t);
   const sid = await open(weir, "&serviceName=A");
   const say = body => get(weir, `${POLL}&sid=${sid}`, { method: "POST", body });
@@ -419,9 +419,9 @@ test("frames, to the byte, and a poll that is held", async t => {
   await say('42["response",{"id":"r3"}]');
   assert.equal(await poll(), '42["response",{"id":"r3","response":{}}]');
 
-  await t.test("two polls at a time end the session, as with the original", async () => {
+  await t.test("two concurrent polls end the session, as in the original", async () => {
     const one = poll();
-    await until("the first to be held", async () => (await weir.metrics()).get('weir_connections{transport="socketio"}') === 1);
+    await until("the first poll to wait", async () => (await weir.metrics()).get('weir_connections{transport="socketio"}') === 1);
     const two = await get(weir, `${POLL}&sid=${sid}`);
     const texts = [await one, two.text];
     assert.ok(texts.includes('{"code":3,"message":"Bad request"}') && texts.includes("6"), texts.join());
@@ -430,7 +430,7 @@ test("frames, to the byte, and a poll that is held", async t => {
   });
 });
 
-test("a client that hangs up on its poll is gone at once", async t => {
+test("a client that disconnects during a poll is gone at once", async t => {
   const weir = await started(t);
   const sid = await open(weir, "&serviceName=A");
   await get(weir, `${POLL}&sid=${sid}`, { method: "POST", body: "40" });
@@ -438,14 +438,14 @@ test("a client that hangs up on its poll is gone at once", async t => {
   const poll = net.connect(weir.port, "127.0.0.1");
   await within("the connection", once(poll, "connect"));
   await new Promise(resolve => poll.write(`GET /socket.io/${POLL}&sid=${sid} HTTP/1.1\r\nHost: ${weir.host}\r\n\r\n`, resolve));
-  // It is held by the time that this has gone there and back.
+  // The poll is pending when this request has been answered.
   for (let n = 0; n < 5; n += 1) assert.equal((await get(weir, `${POLL}&sid=${sid}`, { method: "POST", body: "6" })).text, "ok");
   assert.equal((await weir.metrics()).get("weir_rpc_providers"), 1);
   poll.destroy();
   await empty(weir);
 });
 
-test("garbage ends its session, and nothing else", async t => {
+test("invalid packets end only their session", async t => {
   const weir = await started(t);
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const texts = [
@@ -476,7 +476,7 @@ test("garbage ends its session, and nothing else", async t => {
   await empty(weir);
 });
 
-test("other namespaces do not exist", async t => {
+test("other namespaces are rejected", async t => {
   const weir = await started(t);
   const socket = io(`${weir.url}/admin`, { forceNew: true, reconnection: false });
   t.after(() => socket.disconnect());
@@ -484,7 +484,7 @@ test("other namespaces do not exist", async t => {
   assert.equal(error.message, "Invalid namespace");
 });
 
-test("pings, and the end of who does not answer them", async t => {
+test("clients that do not answer pings are disconnected", async t => {
   const weir = await started(t, { WEIR__COMPAT__MICROSTREAM__PING: "500ms", WEIR__COMPAT__MICROSTREAM__PING_TIMEOUT: "500ms" });
   const a = await MicroStream.connect(t, weir.url, "A", handlers);
   const mute = new WebSocket(`${weir.url.replace("http", "ws")}/socket.io/?EIO=4&transport=websocket&serviceName=M`);
@@ -496,13 +496,13 @@ test("pings, and the end of who does not answer them", async t => {
   await within("the end", once(mute, "close"));
   assert.equal(messages.at(-1), "2");
   assert.match(messages[0], /"upgrades":\[\],"pingInterval":500,"pingTimeout":500/);
-  await open(weir, "&serviceName=P"); // and never polls
-  await until("the end of who does not poll", async () => (await weir.metrics()).get('weir_connections{transport="socketio"}') === 1);
+  await open(weir, "&serviceName=P"); // a session that never polls
+  await until("the session that does not poll to be closed", async () => (await weir.metrics()).get('weir_connections{transport="socketio"}') === 1);
   assert.deepEqual(a.disconnects, []);
   assert.deepEqual(await a.request("A", "add", { a: 1, b: 2 }), { sum: 3 });
 });
 
-test("an upgrade that comes to nothing leaves the polls as they are", async t => {
+test("a failed upgrade does not affect the polls", async t => {
   const weir = await started(t);
   const sid = await open(weir, "&serviceName=A");
   const say = body => get(weir, `${POLL}&sid=${sid}`, { method: "POST", body });
@@ -518,7 +518,7 @@ test("an upgrade that comes to nothing leaves the polls as they are", async t =>
   assert.equal(probe.toString(), "3probe");
   assert.equal(await held, "6", "the held poll is let go");
   socket.terminate();
-  await until("polls to be held again", async () => {
+  await until("polls to wait again", async () => {
     const waiting = poll();
     await say('42["request",{"targetService":"A","payload":{"id":"r1","event":"e"}}]');
     return (await waiting).includes("r1");
@@ -533,6 +533,6 @@ test("an upgrade that comes to nothing leaves the polls as they are", async t =>
   const messages = [];
   second.on("message", data => messages.push(data.toString()));
   second.send("5");
-  await until("what no poll fetched", () => messages.some(text => text.includes("r2")));
+  await until("the limit of unread packets", () => messages.some(text => text.includes("r2")));
   assert.equal((await get(weir, `${POLL}&sid=${sid}`)).text, '{"code":3,"message":"Bad request"}');
 });

@@ -1,4 +1,4 @@
-// npm simple-jsonrpc-js and vscode-jsonrpc: callers and providers with habits of their own.
+// npm simple-jsonrpc-js and vscode-jsonrpc: callers and providers.
 
 import assert from "node:assert/strict";
 import { once } from "node:events";
@@ -46,17 +46,17 @@ test("simple-jsonrpc-js", async t => {
     assert.equal((await within("the event", event)).data, "hello");
   });
 
-  await t.test("breaks: it answers notifications it does not know, and weir takes no offence", async t => {
+  await t.test("breaks: its responses to unknown notifications are ignored", async t => {
     const rpc = await simple(t, weir); // no weir.event handler
     await rpc.call("weir.subscribe", { channels: ["noise"] });
-    for (let n = 0; n < 30; n += 1) await weir.publish("noise", n); // more than twenty a minute would be, if they were garbage
+    for (let n = 0; n < 30; n += 1) await weir.publish("noise", n); // more than the limit of invalid messages in a minute
     const ignored = async () => [...(await weir.metrics())].find(([name]) => name.startsWith("weir_ws_ignored_total"))?.[1] ?? 0;
     await until("thirty answers to be ignored", async () => (await ignored()) >= 30);
     assert.deepEqual(await rpc.call("weir/echo", [1]), [1]);
   });
 });
 
-/** What vscode-ws-jsonrpc does: one message per frame, no Content-Length. */
+/** The transport of vscode-ws-jsonrpc: one message per frame, without Content-Length. */
 class Reader extends AbstractMessageReader {
   constructor(ws) {
     super();
@@ -90,7 +90,7 @@ async function vscode(t, weir) {
 test("vscode-jsonrpc", async t => {
   const weir = await Weir.start(t);
 
-  await t.test("its first id is 0, and the call is answered", async t => {
+  await t.test("a call with id 0 is answered", async t => {
     const connection = await vscode(t, weir);
     assert.deepEqual(await within("the answer to id 0", connection.sendRequest("weir/echo", { n: 1 })), { n: 1 });
   });
@@ -106,7 +106,7 @@ test("vscode-jsonrpc", async t => {
     assert.equal((await within("the event", event)).data, 1);
   });
 
-  await t.test("breaks: its $/cancelRequest cancels", async t => {
+  await t.test("breaks: its $/cancelRequest cancels a call", async t => {
     const provider = await vscode(t, weir);
     const asked = new Promise(resolve => provider.onRequest("wait", () => new Promise(() => resolve())));
     const cancelled = new Promise(resolve => provider.onNotification("weir.cancel", resolve));

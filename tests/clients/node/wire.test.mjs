@@ -1,4 +1,4 @@
-// What no library would send, and what breaks libraries if weir sent it: one bare socket, byte for byte.
+// The wire format, byte for byte: input that no library sends, and output that would break libraries.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
@@ -19,7 +19,7 @@ test("the wire", async t => {
     }
   });
 
-  await t.test("the ids of a provider's callers come back byte for byte, however alike", async t => {
+  await t.test("similar ids of several callers of a provider come back byte for byte", async t => {
     const provider = await weir.socket(t);
     await provider.call("weir.provide", { service: "same" });
     const callers = await Promise.all(Array.from({ length: 5 }, () => weir.socket(t)));
@@ -40,7 +40,7 @@ test("the wire", async t => {
     }
   });
 
-  await t.test("an array only answers an array", async t => {
+  await t.test("only a batch is answered with an array", async t => {
     const socket = await weir.socket(t);
     socket.send([
       { jsonrpc: "2.0", id: 1, method: "weir/echo", params: [1] },
@@ -53,20 +53,20 @@ test("the wire", async t => {
     assert.deepEqual(answers.find(answer => answer.id === 1).result, [1]);
     assert.equal(answers.find(answer => answer.id === 3).error.code, -32601);
     assert.equal(answers.find(answer => answer.id === null).error.code, -32600);
-    // Only notifications: no answer at all, not even an empty array.
+    // A batch of notifications has no response, not even an empty array.
     socket.send([{ jsonrpc: "2.0", method: "weir/echo", params: [2] }]);
     socket.send([]);
     const empty = await socket.next();
     assert.ok(!Array.isArray(empty));
     assert.equal(empty.error.code, -32600);
     assert.equal(empty.id, null);
-    // A burst of events is many frames, never an array.
+    // Events are always single messages, never an array.
     await socket.call("weir.subscribe", { channels: ["burst"] });
     await weir.json("POST", "/v1/events", Array.from({ length: 50 }, (_, n) => ({ channel: "burst", data: n })));
     for (let n = 0; n < 50; n += 1) assert.equal((await socket.next(m => m.method === "weir.event")).params.data, n);
   });
 
-  await t.test("errors have code, message, data and no more, whatever the provider sent", async t => {
+  await t.test("errors have only code, message and data, whatever the provider sends", async t => {
     const provider = await weir.socket(t);
     await provider.call("weir.provide", { service: "odd" });
     const caller = await weir.socket(t);
@@ -87,7 +87,7 @@ test("the wire", async t => {
     assert.ok("result" in nul && nul.result === null && !("error" in nul));
   });
 
-  await t.test("nobody is answered who did not ask", async t => {
+  await t.test("unexpected messages are not answered", async t => {
     const socket = await weir.socket(t);
     for (const stray of [
       { jsonrpc: "2.0", id: "w:999", result: 1 },
@@ -102,7 +102,7 @@ test("the wire", async t => {
     assert.deepEqual(socket.messages, []);
   });
 
-  await t.test("binary JSON is read, text is written", async t => {
+  await t.test("JSON in binary frames is accepted and answered as text", async t => {
     const socket = await weir.socket(t);
     socket.send(Buffer.from('{"jsonrpc":"2.0","id":1,"method":"weir/echo","params":["ä"]}'));
     const index = await within("an answer", new Promise(resolve => socket.waiting.push({ wanted: () => true, resolve })));
@@ -110,7 +110,7 @@ test("the wire", async t => {
     assert.deepEqual(JSON.parse(index.text).result, ["ä"]);
   });
 
-  await t.test("subprotocols: the first it knows, and a refusal that names them", async t => {
+  await t.test("the first known subprotocol is chosen, and unknown ones are rejected", async t => {
     for (const [offered, chosen] of [[["weir.v1"], "weir.v1"], [["mqtt", "weir.jsonrpc"], "weir.jsonrpc"], [["jsonrpc", "weir.v1"], "jsonrpc"], [[], ""]]) {
       const socket = await weir.socket(t, offered);
       assert.equal(socket.ws.protocol, chosen, `of ${offered}`);
@@ -122,7 +122,7 @@ test("the wire", async t => {
     ws.terminate();
   });
 
-  await t.test("garbage is answered, and the twentieth in a minute ends the connection", async t => {
+  await t.test("invalid JSON is answered, and more than twenty in a minute end the connection", async t => {
     const socket = await weir.socket(t);
     socket.send("{nonsense");
     const answer = await socket.next();
@@ -139,7 +139,7 @@ test("the wire", async t => {
     assert.equal((await within("the close", socket.closed)).code, 1009);
   });
 
-  await t.test("only what was asked for: a silent connection hears nothing, and is not told of the drain", async t => {
+  await t.test("a connection that uses no weir.* method receives nothing unsolicited, not even the drain", async t => {
     const leaving = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "1s" } });
     const silent = await leaving.socket(t);
     assert.deepEqual(await silent.call("weir/echo", [1]), [1]); // calls a service, never a weir.*
@@ -152,7 +152,7 @@ test("the wire", async t => {
     assert.deepEqual(knowing.messages.map(message => JSON.parse(message.text).method), ["weir.drain"]);
   });
 
-  await t.test("a socket by URL is subscribed at once", async t => {
+  await t.test("query parameters subscribe a socket at once", async t => {
     await weir.publish("log", 1);
     await weir.publish("log", 2);
     const socket = await Socket.open(t, `${weir.ws}?channel=log&last=1`);
@@ -161,7 +161,7 @@ test("the wire", async t => {
     assert.equal((await socket.next(m => m.method === "weir.event")).params.data, 3);
   });
 
-  await t.test("1,000 publishes of one connection are placed as sent, requests and notifications alike", async t => {
+  await t.test("1,000 publishes of one connection are appended in order, requests and notifications alike", async t => {
     const socket = await weir.socket(t);
     for (let n = 0; n < 1000; n += 1) socket.send({ jsonrpc: "2.0", ...(n % 2 ? { id: n } : {}), method: "weir.publish", params: { channel: "order", data: n } });
     await socket.next(message => message.id === 999, "the last answer");
@@ -176,7 +176,7 @@ test("the wire", async t => {
     assert.deepEqual(seen, Array.from({ length: 1000 }, (_, n) => n));
   });
 
-  await t.test("calls of one connection to one provider are written as sent", async t => {
+  await t.test("calls of one connection to one provider keep their order", async t => {
     const provider = await weir.socket(t);
     await provider.call("weir.provide", { service: "ordered" });
     const caller = await weir.socket(t);
@@ -184,8 +184,8 @@ test("the wire", async t => {
     for (let n = 0; n < 900; n += 1) assert.deepEqual((await provider.next(m => m.method === "m")).params, [n]);
   });
 
-  await t.test("over the limit of calls in flight: limit_reached, and the socket is read on", async t => {
-    const both = await weir.socket(t); // caller and provider on one socket: the deadlock if weir stopped reading
+  await t.test("calls over the limit are answered limit_reached, and the socket is still read", async t => {
+    const both = await weir.socket(t); // caller and provider on one socket would deadlock if weir stopped reading
     await both.call("weir.provide", { service: "self", concurrency: 2000 });
     for (let n = 0; n < 1100; n += 1) both.send({ jsonrpc: "2.0", id: `c${n}`, method: "self/m", params: [n] });
     const refused = await both.next(message => message.error !== undefined, "a refusal");

@@ -22,12 +22,12 @@ async def connect(weir):
     yield connect
     for server in servers:
         await server.close()
-        # Its loop ends by itself and without a fault: nothing weir sent had broken it.
+        # The receive loop ends without an exception: nothing that weir sent has broken it.
         await asyncio.wait_for(server._task, PATIENCE)
 
 
 def method(server, name):
-    """A method by its name, with the slash in it."""
+    """A method by its name, which contains a slash."""
     return getattr(server, name)
 
 
@@ -70,7 +70,7 @@ async def test_provides(connect, weir):
     with pytest.raises(jsonrpc_base.ProtocolError) as caught:
         await method(caller, "math/absent")()
     assert caught.value.args[0] == -32601
-    # Many at once, on one socket, and its own calls among them.
+    # Many concurrent calls on one socket, and calls of the provider to itself among them.
     answers = await asyncio.gather(*[method(caller, "math/add")(n, 1) for n in range(200)], *[method(provider, "math/add")(n, 2) for n in range(50)])
     assert answers == [n + 1 for n in range(200)] + [n + 2 for n in range(50)]
 
@@ -78,17 +78,17 @@ async def test_provides(connect, weir):
 async def test_subscribes(connect, weir):
     server = await connect()
     events = asyncio.Queue()
-    # weir sends the event itself as params: its members arrive by name.
+    # The event itself is params, so its members are named arguments.
     setattr(server, "weir.event", lambda **event: events.put_nowait(event))
     await method(server, "weir.subscribe")(channels=["feed"])
     for n in range(100):
         await asyncio.to_thread(weir.publish, "feed", n) if n < 3 else await method(server, "weir.publish")(channel="feed", data=n)
     seen = [await asyncio.wait_for(events.get(), PATIENCE) for _ in range(100)]
-    assert sorted(event["data"] for event in seen) == list(range(100))  # it runs each handler as a task of its own
+    assert sorted(event["data"] for event in seen) == list(range(100))  # each handler is a separate task
 
 
-async def test_breaks_no_array_is_sent_unasked(connect, weir):
-    """Any array ends its loop with a TypeError: a burst of events must not become one."""
+async def test_breaks_events_are_not_sent_as_an_array(connect, weir):
+    """Any array ends its receive loop with a TypeError: events must not be sent as an array."""
     server = await connect()
     seen = asyncio.Queue()
     setattr(server, "weir.event", lambda **event: seen.put_nowait(event))
@@ -101,7 +101,7 @@ async def test_breaks_no_array_is_sent_unasked(connect, weir):
 
 
 async def test_breaks_an_error_always_has_an_id(connect):
-    """An error without `id` is a KeyError in its loop. Unparsable text must be answered with `id: null`."""
+    """An error without `id` is a KeyError in its receive loop. Invalid JSON must be answered with `id: null`."""
     server = await connect()
     await server._client.send_str("{nonsense")
     assert await method(server, "weir/echo")(1) == [1]

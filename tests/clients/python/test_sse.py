@@ -1,4 +1,4 @@
-"""Python httpx-sse and sseclient-py: streams as programs read them."""
+"""Python httpx-sse and sseclient-py: streams in programs."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def test_resumes_by_header_and_by_query(weir):
     placed = [weir.publish("resume", n) for n in range(5)]
     position = f"{placed[1]['epoch']}-{placed[1]['offset']}"
     for query, headers in [("", {"Last-Event-ID": position}), (f"&last_event_id={position}", {}), (f"&lastEventId={position}", {}), (f"&after={position}", {}), ("&last=3", {}), ("&after=2", {})]:
-        # Whatever the URL asks for, what the client has seen wins.
+        # The position of the client takes precedence over `after` of the URL.
         extra = "&after=earliest" if "Event-ID" in str(headers) or "vent" in query else ""
         with stream(weir, "channel=resume" + query + extra, headers) as events:
             assert next(events).event == "weir.open"
@@ -46,7 +46,7 @@ def test_resumes_by_header_and_by_query(weir):
 
 
 def test_breaks_heartbeats_make_no_empty_events(weir):
-    """httpx-sse makes an event of every blank line once an id was seen. The heartbeat comes each second here."""
+    """After an id httpx-sse dispatches an event for every blank line. The heartbeat is sent every second."""
     with httpx.Client(timeout=PATIENCE) as client, client.stream("GET", f"{weir.url}/v1/sse?channel=beat") as raw, stream(weir, "channel=beat") as events:
         assert next(events).event == "weir.open"
         lines = raw.iter_lines()
@@ -74,7 +74,7 @@ def test_headers(weir):
         assert answer.headers["x-accel-buffering"] == "no"
         assert "content-encoding" not in answer.headers
     for path in ["/v1/sse?channel=x", "/v1/events?channel=x&wait=50s"]:
-        head = http.head(weir.url + path, timeout=5)  # answers at once and opens nothing
+        head = http.head(weir.url + path, timeout=5)  # answered at once, starts no stream
         assert head.status_code == 200 and not head.content
 
 
@@ -109,7 +109,7 @@ def test_long_poll_wakes_every_waiter(weir):
     waiters = [threading.Thread(target=poll) for _ in range(30)]
     for waiter in waiters:
         waiter.start()
-    until("thirty waiters", lambda: weir.json("GET", "/v1/channels?channel=wake")["readers"] == 30)
+    until("thirty waiting readers", lambda: weir.json("GET", "/v1/channels?channel=wake")["readers"] == 30)
     weir.publish("wake", 1)
     for waiter in waiters:
         waiter.join(PATIENCE)
@@ -117,7 +117,7 @@ def test_long_poll_wakes_every_waiter(weir):
 
 
 def test_no_event_is_lost_between_read_and_wait(weir):
-    """A poller that always asks `after` its last position sees each of 500 events once, however it interleaves."""
+    """A poller that always continues `after` its last position receives each of 500 events once."""
     publisher = threading.Thread(target=lambda: [weir.publish("race", n) for n in range(500)])
     publisher.start()
     seen, after = [], "earliest"
@@ -133,7 +133,7 @@ def test_no_event_is_lost_between_read_and_wait(weir):
 
 @pytest.mark.parametrize("transport", ["sse", "poll", "ws"])
 def test_one_position_on_every_transport(weir, transport):
-    """A client changes transport in mid-stream and misses nothing."""
+    """A client changes the transport and misses nothing."""
     import websockets.sync.client
 
     channel = f"switch-{transport}"

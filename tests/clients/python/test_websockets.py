@@ -1,4 +1,4 @@
-"""Python websockets with jsonrpcclient (caller) and jsonrpcserver (the strictest provider there is)."""
+"""Python websockets with jsonrpcclient (caller) and jsonrpcserver (the strictest provider)."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ async def test_calls_and_subscribes(weir):
 
 
 async def test_the_largest_event_fits_its_default_frame(weir):
-    """`websockets` closes at 1 MiB, envelope included: an event of 1,000,000 bytes must arrive."""
+    """`websockets` closes at 1 MiB, envelope included: an event of 1,000,000 bytes must fit."""
     async with websockets.connect(weir.ws) as socket:
         await ask(socket, "weir.subscribe", {"channels": ["large"]})
         await asyncio.to_thread(weir.publish, "large", "x" * 999_000)
@@ -41,7 +41,7 @@ async def test_the_largest_event_fits_its_default_frame(weir):
         assert isinstance(refused, jsonrpcclient.Error) and refused.data["code"] == "too_large"
 
 
-async def test_bytes_are_read(weir):
+async def test_binary_frames_are_read(weir):
     """`send(orjson.dumps(…))` sends a binary frame."""
     async with websockets.connect(weir.ws) as socket:
         await socket.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "weir/echo", "params": [1]}).encode())
@@ -49,7 +49,7 @@ async def test_bytes_are_read(weir):
         assert isinstance(answer, str) and json.loads(answer)["result"] == [1]
 
 
-async def test_breaks_jsonrpcserver_refuses_any_extra_member(weir):
+async def test_breaks_requests_have_no_extra_member(weir):
     async def add(a, b):
         return Success(a + b)
 
@@ -70,7 +70,7 @@ async def test_breaks_jsonrpcserver_refuses_any_extra_member(weir):
         assert (await ask(caller, "strict/add", {"a": 1, "b": 2})).result == 3
         refused = await ask(caller, "strict/refuse")
         assert (refused.code, refused.message, refused.data) == (42, "no such user", {"id": 7})
-        # A caller's params that are no structure never reach it.
+        # Params that are neither an array nor an object are not forwarded.
         await caller.send('{"jsonrpc":"2.0","id":"scalar","method":"strict/add","params":5}')
         answer = json.loads(await asyncio.wait_for(caller.recv(), PATIENCE))
         assert answer["id"] in ("scalar", None) and answer["error"]["code"] in (-32600, -32602)
@@ -83,11 +83,11 @@ async def test_pings_are_answered_both_ways(weir):
         assert latency >= 0
 
 
-async def test_a_peer_that_stays_silent_is_evicted():
+async def test_a_peer_that_does_not_answer_pings_is_closed():
     from weir import Weir
 
     with Weir(WEIR__WS__PING="1s") as weir:
-        # A peer that reads nothing never pongs: the socket is open, the program is not there.
+        # A peer that does not read never answers pings: the socket is open, but the program hangs.
         reader, writer = await asyncio.open_connection("127.0.0.1", weir.port)
         writer.write(
             b"GET /v1/ws HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -95,17 +95,17 @@ async def test_a_peer_that_stays_silent_is_evicted():
         )
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
         assert b" 101 " in head.splitlines()[0]
-        rest = await asyncio.wait_for(reader.read(), PATIENCE)  # until it hangs up
-        assert b"\x89" in rest  # it had asked
+        rest = await asyncio.wait_for(reader.read(), PATIENCE)  # until weir closes
+        assert b"\x89" in rest  # weir has sent a ping
         assert (4000).to_bytes(2, "big") + b"dead_peer" in rest
         writer.close()
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 500_000])
-async def test_frames_of_every_length_form(weir, size):
+async def test_frames_with_every_length_encoding(weir, size):
     async with websockets.connect(weir.ws) as socket:
         assert (await ask(socket, "weir/echo", ["x" * size])).result == ["x" * size]
-        # And cut into fragments by the sender.
+        # The same, fragmented by the sender.
         text = json.dumps({"jsonrpc": "2.0", "id": "f", "method": "weir/echo", "params": ["y" * size]})
         third = max(1, len(text) // 3)
         await socket.send([text[:third], text[third : 2 * third], text[2 * third :]])
