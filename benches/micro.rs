@@ -1,6 +1,6 @@
-//! Micro-benchmarks of what happens to every event and every call: `cargo bench --bench micro`.
+//! Micro-benchmarks of the code that runs for every event and every call: `cargo bench --bench micro`.
 //!
-//! For comparing two builds on one machine. What a delivery costs in all is a matter of system calls: see `load`.
+//! They compare two builds on one machine. The total cost of a delivery depends on system calls: see `load`.
 
 use std::{
     hint::black_box,
@@ -112,8 +112,8 @@ fn token_read(bencher: Bencher, channels: usize) {
 
 // === a step of a subscription ===
 
-/// What the bus does for one delivery: an event is appended, and each of so many readers wakes, gets the shared frame
-/// and is parked again.
+/// The work of the bus for one delivery: an event is appended, and each reader wakes, gets the shared frame and is
+/// parked again.
 #[divan::bench(args = [1, 100, 10_000])]
 fn subscription_step(bencher: Bencher, readers: usize) {
     let (bus, channel, data) = (bus(), channel(), data());
@@ -139,7 +139,7 @@ fn subscription_step(bencher: Bencher, readers: usize) {
 
 // === calls ===
 
-/// Remembers the last call written to it.
+/// A provider that stores the last call written to it.
 #[derive(Default)]
 struct Quiet(Mutex<Option<CallId>>);
 
@@ -160,7 +160,7 @@ impl Peer for Quiet {
     fn withdrawn(&self, _: &str, _: &str) {}
 }
 
-/// A call routed to its provider, and its reply to the caller; among so many providers.
+/// A call that is routed to its provider and its reply to the caller, with a number of registered providers.
 #[divan::bench(args = [1, 8])]
 fn call_routing(bencher: Bencher, providers: usize) {
     let hub = Hub::new(

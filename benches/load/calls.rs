@@ -20,26 +20,26 @@ use crate::{
     wire,
 };
 
-/// What is spoken.
+/// The protocol of callers and providers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
     JsonRpc,
-    /// One client of a name, so each provider is a service of its own.
+    /// Service names are unique, so each provider is a service of its own.
     MicroStream,
 }
 
-/// Who calls whom.
+/// Numbers of callers, providers and calls.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
     pub callers: usize,
     pub providers: usize,
-    /// Calls under way, of each caller.
+    /// Calls in flight of each caller.
     pub in_flight: usize,
-    /// Bytes of `params`, and of the result, which is the same.
+    /// Bytes of `params` and of the equal result.
     pub size: usize,
 }
 
-/// One server with callers and providers connected, all driven by this thread.
+/// One server with connected callers and providers, all driven by this thread.
 pub struct Rig {
     who: &'static str,
     pid: u32,
@@ -61,19 +61,19 @@ struct Peer {
 
 struct Caller {
     wire: Wire,
-    /// The service that it calls, as a caller of MicroStream.
+    /// The service that a MicroStream caller calls.
     target: usize,
     number: u32,
     next: u64,
-    under_way: Vec<Stamp>,
+    pending: Vec<Stamp>,
 }
 
 #[derive(Default)]
-struct Book {
+struct Tally {
     latency: Histogram,
     faults: Faults,
     done: u64,
-    /// No new calls.
+    /// No new calls are started.
     closing: bool,
 }
 
@@ -82,7 +82,7 @@ impl Rig {
         Self::nodes(server, server, layout, busy_poll)
     }
 
-    /// Provided on one node, called on another.
+    /// Providers on one node, callers on another.
     pub fn nodes(provided: &Process, server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
@@ -104,7 +104,7 @@ impl Rig {
         Self::new("weir", server.pid(), peers, Wire::JsonRpc, layout, busy_poll)
     }
 
-    /// The same calls by clients of MicroStream, at weir or at another hub.
+    /// The same calls by MicroStream clients, of weir or of another hub.
     pub fn microstream(who: &'static str, addr: SocketAddr, pid: u32, layout: Layout, busy_poll: bool) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
@@ -122,7 +122,7 @@ impl Rig {
         Self::new(who, pid, peers, Wire::MicroStream, layout, busy_poll)
     }
 
-    /// The same at a floor, which relays the same frames.
+    /// The same with a floor, which relays the same frames.
     pub fn floor(who: &'static str, server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
@@ -131,10 +131,10 @@ impl Rig {
             stream.write_all(&[if number < layout.providers { PROVIDER } else { CALLER }])?;
             let mut hello = [0];
             stream.read_exact(&mut hello)?;
-            ensure!(hello == [HELLO], "a floor that does not greet");
+            ensure!(hello == [HELLO], "a floor without a greeting");
             peers.push(stream);
         }
-        drop(link::connect(server.addr(), &[PUBLISHER])?); // all are here
+        drop(link::connect(server.addr(), &[PUBLISHER])?); // all peers are connected
         Self::new(who, server.pid(), peers, Wire::JsonRpc, layout, busy_poll)
     }
 
@@ -157,17 +157,17 @@ impl Rig {
                 target: number % layout.providers,
                 number: number as u32,
                 next: 0,
-                under_way: Vec::new(),
+                pending: Vec::new(),
             });
             peers.push(Peer { stream, out: Vec::new(), rest: wire::Rest::default(), caller });
         }
         Ok(Rig { who, pid, poll, peers, wire, layout, scratch: vec![0; 64 * 1024], busy_poll })
     }
 
-    /// Calls for so long, waits for the last answer, and says what it cost.
+    /// Calls for `time`, waits for the last response and returns the figures.
     pub fn run(&mut self, time: Duration) -> Result<Measure> {
         let layout = self.layout;
-        let mut book = Book::default();
+        let mut tally = Tally::default();
         let mut events = Events::with_capacity(256);
         let (cpu, load, begin) = (sys::cpu(self.pid), sys::cpu(std::process::id()), sys::now());
         let end = begin + time.as_nanos() as u64;
@@ -188,41 +188,38 @@ impl Rig {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 result => result?,
             }
-            let before = book.done;
+            let before = tally.done;
             for event in events.iter() {
                 let peer = &mut self.peers[event.token().0];
-                peer.read(layout.size, &mut self.scratch, &mut book)
+                peer.read(layout.size, &mut self.scratch, &mut tally)
                     .with_context(|| format!("peer {} of {}", event.token().0, self.who))?;
                 flush(&mut peer.stream, &mut peer.out)?;
             }
             let now = sys::now();
-            if book.done > before {
+            if tally.done > before {
                 last = now;
             }
-            book.closing = now >= end;
-            let under_way: usize =
-                self.peers.iter().filter_map(|peer| peer.caller.as_ref()).map(|caller| caller.under_way.len()).sum();
-            if book.closing && under_way == 0 {
+            tally.closing = now >= end;
+            let pending: usize =
+                self.peers.iter().filter_map(|peer| peer.caller.as_ref()).map(|caller| caller.pending.len()).sum();
+            if tally.closing && pending == 0 {
                 break;
             }
             if now > last.max(end) + 5_000_000_000 {
-                book.faults.lost += under_way as u64;
-                self.peers
-                    .iter_mut()
-                    .filter_map(|peer| peer.caller.as_mut())
-                    .for_each(|caller| caller.under_way.clear());
+                tally.faults.lost += pending as u64;
+                self.peers.iter_mut().filter_map(|peer| peer.caller.as_mut()).for_each(|caller| caller.pending.clear());
                 break;
             }
         }
         std::thread::sleep(Duration::from_millis(5));
         let cpu = sys::cpu(self.pid) - cpu;
         let load = sys::cpu(std::process::id()) - load;
-        Ok(Measure::of(self.who, book.done, last - begin, cpu, load, &book.latency, book.faults))
+        Ok(Measure::of(self.who, tally.done, last - begin, cpu, load, &tally.latency, tally.faults))
     }
 }
 
 impl Peer {
-    fn read(&mut self, size: usize, scratch: &mut [u8], book: &mut Book) -> Result<()> {
+    fn read(&mut self, size: usize, scratch: &mut [u8], tally: &mut Tally) -> Result<()> {
         loop {
             let length = match self.stream.read(scratch) {
                 Ok(0) => bail!("the connection ended"),
@@ -238,7 +235,7 @@ impl Peer {
                     match (opcode, &mut *caller) {
                         // Engine.IO's own ping.
                         (wire::TEXT, _) if text == b"2" => wire::put_frame(wire::TEXT, b"3", out),
-                        (wire::TEXT, Some(caller)) => caller.answered(text, size, out, book),
+                        (wire::TEXT, Some(caller)) => caller.answered(text, size, out, tally),
                         (wire::TEXT, None) => reply(text, out)?,
                         (wire::PING, _) => wire::put_frame(wire::PONG, text, out),
                         (wire::CLOSE, _) => bail!("closed: {}", String::from_utf8_lossy(text)),
@@ -278,43 +275,43 @@ impl Caller {
             Wire::MicroStream => b"}}]",
         });
         wire::put_frame(wire::TEXT, &text, out);
-        self.under_way.push(stamp);
+        self.pending.push(stamp);
     }
 
-    fn answered(&mut self, text: &[u8], size: usize, out: &mut Vec<u8>, book: &mut Book) {
-        // The result is the last member: our params, untouched.
+    fn answered(&mut self, text: &[u8], size: usize, out: &mut Vec<u8>, tally: &mut Tally) {
+        // The result is the last member and equals the params.
         let (at, tail) = match self.wire {
             Wire::JsonRpc => (CALLER_AT, 1),
             Wire::MicroStream => (br#"42["response",{"id":""#.len(), 2),
         };
         let id = text.get(at..at + 16).and_then(|id| Some((stamp::hex(&id[..4])?, stamp::hex(&id[4..])?)));
-        let at = id.and_then(|(_, sequence)| self.under_way.iter().position(|call| call.sequence == sequence));
+        let at = id.and_then(|(_, sequence)| self.pending.iter().position(|call| call.sequence == sequence));
         match (id, at, Stamp::at_end(text, size, tail)) {
             (Some((number, _)), Some(at), Some(echoed))
-                if number == u64::from(self.number) && echoed == self.under_way[at] =>
+                if number == u64::from(self.number) && echoed == self.pending[at] =>
             {
-                self.under_way.swap_remove(at);
-                book.done += 1;
-                book.latency.add(sys::now().saturating_sub(echoed.sent));
+                self.pending.swap_remove(at);
+                tally.done += 1;
+                tally.latency.add(sys::now().saturating_sub(echoed.sent));
             }
-            (Some(_), None, _) => book.faults.duplicated += 1,
+            (Some(_), None, _) => tally.faults.duplicated += 1,
             _ => {
-                if book.faults.failed == 0 {
+                if tally.faults.failed == 0 {
                     eprintln!("load: not an answer: {}", String::from_utf8_lossy(text));
                 }
-                book.faults.failed += 1;
+                tally.faults.failed += 1;
                 if let Some(at) = at {
-                    self.under_way.swap_remove(at);
+                    self.pending.swap_remove(at);
                 }
             }
         }
-        if !book.closing {
+        if !tally.closing {
             self.call(size, out);
         }
     }
 }
 
-/// Echoes `params` (or `data`) of a forwarded call, which are its last member.
+/// Echoes `params` (or `data`) of a forwarded call, its last member.
 fn reply(text: &[u8], out: &mut Vec<u8>) -> Result<()> {
     if let Some(rest) = text.strip_prefix(br#"42["request",{"id":"#) {
         let garbled = || format!("not a request: {}", String::from_utf8_lossy(text));
@@ -352,7 +349,7 @@ fn flush(stream: &mut TcpStream, out: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a WebSocket and reads the answer's head, to the byte.
+/// Opens a WebSocket and reads exactly the head of the response.
 fn blocking_upgrade(addr: SocketAddr, path: &str) -> Result<std::net::TcpStream> {
     let mut stream = std::net::TcpStream::connect(addr)?;
     stream.set_nodelay(true)?;

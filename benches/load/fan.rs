@@ -1,4 +1,4 @@
-//! Fan-out: one publisher, many readers; paced, or saturated with so many messages under way.
+//! Fan-out: one publisher and many readers, at a given rate or saturated with a number of messages in flight.
 
 use std::{
     collections::VecDeque,
@@ -11,39 +11,39 @@ use anyhow::{Context, Result, bail, ensure};
 use mio::{Events, Poll, net::TcpStream};
 
 use crate::{
-    link::{self, Book, Link, PUBLISHER, Transport},
+    link::{self, Link, PUBLISHER, Tally, Transport},
     report::Measure,
     stamp::Stamp,
     sys::{self, Server},
     wire,
 };
 
-/// Who reads what.
+/// Readers and their channels.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
     pub transport: Transport,
-    /// Streams, over HTTP/2; else connections.
+    /// The number of streams with HTTP/2, otherwise of connections.
     pub readers: usize,
     pub channels: usize,
-    /// Channels of each reader: the next ones after those of the reader before, round and round.
+    /// Channels of each reader: those after the channels of the previous reader, wrapping around.
     pub per_reader: usize,
     /// Bytes of `data`.
     pub size: usize,
 }
 
-/// When the next message is published.
+/// The pace of the publisher.
 #[derive(Clone, Copy, Debug)]
 pub enum Pace {
-    /// So many a second, over all channels in turn.
+    /// Messages per second, over all channels in turn.
     Rate(f64),
-    /// As soon as all readers have all but the last so many.
+    /// The next message is published as soon as fewer than this number are in flight.
     Window(usize),
 }
 
-/// Published to every reader of a floor.
+/// The address of all readers of a floor.
 pub const ALL: u32 = u32::MAX;
 
-/// One server with its readers connected, driven by this thread.
+/// One server with its connected readers, driven by this thread.
 pub struct Rig {
     pub who: &'static str,
     pid: u32,
@@ -54,7 +54,7 @@ pub struct Rig {
     out: Vec<u8>,
     to: To,
     layout: Layout,
-    /// Per channel: the next sequence.
+    /// The next sequence of each channel.
     next: Vec<u64>,
     turn: usize,
     scratch: Vec<u8>,
@@ -63,7 +63,7 @@ pub struct Rig {
 
 enum To {
     Weir,
-    /// A frame as weir wrote it, to be stamped anew.
+    /// A frame as weir writes it, whose stamp is replaced for each message.
     Floor(Vec<u8>),
 }
 
@@ -72,7 +72,7 @@ impl Rig {
         Self::nodes(server.addr(), server, layout, busy_poll)
     }
 
-    /// Published to one node, read from another.
+    /// The publisher is connected to one node, the readers to another.
     pub fn nodes(publish: SocketAddr, server: &dyn Server, layout: Layout, busy_poll: bool) -> Result<Self> {
         let (connections, per_link) = match layout.transport {
             Transport::H2(streams) => (layout.readers / streams, streams * layout.per_reader),
@@ -90,7 +90,7 @@ impl Rig {
         Ok(rig)
     }
 
-    /// The same readers at a floor, which writes `frame` with ever new stamps.
+    /// The same readers with a floor, which writes `frame` with a new stamp for each message.
     pub fn floor(
         who: &'static str,
         server: &dyn Server,
@@ -98,7 +98,7 @@ impl Rig {
         frame: Vec<u8>,
         busy_poll: bool,
     ) -> Result<Self> {
-        // The publisher comes last: a floor that has one accepts no more readers.
+        // The publisher connects last: a floor accepts no readers after it.
         let mut links = Vec::new();
         let connections =
             if let Transport::H2(streams) = layout.transport { layout.readers / streams } else { layout.readers };
@@ -141,8 +141,8 @@ impl Rig {
         link.register(self.poll.registry(), self.links.len())?;
         self.links.push(link);
         if self.links.len().is_multiple_of(64) {
-            // Reads what has been answered, lest the server wait for us.
-            self.turn(&mut Events::with_capacity(1024), &mut Book::default(), Some(Duration::ZERO))?;
+            // Responses are read, so that the server is not blocked by a full socket.
+            self.turn(&mut Events::with_capacity(1024), &mut Tally::default(), Some(Duration::ZERO))?;
         }
         Ok(())
     }
@@ -152,7 +152,7 @@ impl Rig {
         let started = sys::now();
         let mut events = Events::with_capacity(1024);
         loop {
-            self.turn(&mut events, &mut Book::default(), Some(Duration::from_millis(50)))?;
+            self.turn(&mut events, &mut Tally::default(), Some(Duration::from_millis(50)))?;
             if self.links.iter().all(|link| link.opening == 0) {
                 return Ok(());
             }
@@ -166,8 +166,8 @@ impl Rig {
         }
     }
 
-    /// Reads whatever comes within `wait`.
-    pub fn turn(&mut self, events: &mut Events, book: &mut Book, wait: Option<Duration>) -> Result<()> {
+    /// Handles the input that arrives within `wait`.
+    pub fn turn(&mut self, events: &mut Events, tally: &mut Tally, wait: Option<Duration>) -> Result<()> {
         let wait = if self.busy_poll { Some(Duration::ZERO) } else { wait };
         match self.poll.poll(events, wait) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
@@ -179,9 +179,9 @@ impl Rig {
             if link.closed {
                 continue;
             }
-            link.read(&mut self.scratch, book).with_context(|| format!("reader {at} of {}", self.who))?;
+            link.read(&mut self.scratch, tally).with_context(|| format!("reader {at} of {}", self.who))?;
             if link.closed {
-                book.faults.failed += 1;
+                tally.faults.failed += 1;
             }
         }
         Ok(())
@@ -205,7 +205,7 @@ impl Rig {
             }
             To::Floor(frame) => {
                 stamp.patch(frame);
-                // Where every channel has its own readers, theirs are the connections of the same number.
+                // If every channel has one reader, it is the connection with the same number.
                 let Layout { channels, per_reader, .. } = self.layout;
                 let to =
                     if channels > per_reader || self.links.len() == 1 { (channel / per_reader) as u32 } else { ALL };
@@ -227,17 +227,17 @@ impl Rig {
         Ok(())
     }
 
-    /// Publishes for so long, waits for the last event, and says what it cost.
+    /// Publishes for `time`, waits for the last event and returns the figures.
     pub fn run(&mut self, pace: Pace, time: Duration) -> Result<(Measure, Option<Vec<u8>>)> {
         let readers_of_a_channel = (self.layout.readers * self.layout.per_reader / self.layout.channels) as u64;
         let mut events = Events::with_capacity(1024);
-        let mut book = Book { arrived: matches!(pace, Pace::Window(_)).then(Vec::new), ..Book::default() };
-        ensure!(self.layout.channels == 1 || book.arrived.is_none(), "windows are for one channel");
+        let mut tally = Tally { arrived: matches!(pace, Pace::Window(_)).then(Vec::new), ..Tally::default() };
+        ensure!(self.layout.channels == 1 || tally.arrived.is_none(), "windows are for one channel");
         let first = self.next.clone();
         let skipped: u64 = first.iter().sum();
         self.links.iter_mut().for_each(|link| link.skip_to(|channel| first[channel as usize]));
-        // Window: of each message under way, how many readers lack it.
-        let mut under_way: VecDeque<u64> = VecDeque::new();
+        // For a window: the number of readers that have not received each message in flight.
+        let mut pending: VecDeque<u64> = VecDeque::new();
         let mut oldest = first[0];
 
         let (cpu, load, begin) = (sys::cpu(self.pid), sys::cpu(std::process::id()), sys::now());
@@ -252,21 +252,21 @@ impl Rig {
                 match pace {
                     Pace::Rate(rate) => {
                         let due = ((now - begin) as f64 / 1e9 * rate) as u64 + 1;
-                        // Not more than a burst at once, should we have been away.
+                        // The burst is limited, in case this thread was not scheduled.
                         (published..due.min(published + 10_000)).for_each(|_| self.publish());
                         published = published.max(due.min(published + 10_000));
                         let next = begin + (published as f64 / rate * 1e9) as u64;
                         wait = wait.min(Duration::from_nanos(next.saturating_sub(sys::now())));
                     }
                     Pace::Window(window) => {
-                        while under_way.len() < window {
-                            under_way.push_back(readers_of_a_channel);
+                        while pending.len() < window {
+                            pending.push_back(readers_of_a_channel);
                             self.publish();
                             published += 1;
                         }
                     }
                 }
-            } else if book.delivered >= published * readers_of_a_channel {
+            } else if tally.delivered >= published * readers_of_a_channel {
                 break;
             } else if now - progress > 5_000_000_000 {
                 break; // the rest is lost
@@ -275,20 +275,20 @@ impl Rig {
             if !self.out.is_empty() {
                 wait = wait.min(Duration::from_millis(1));
             }
-            let before = book.delivered;
-            self.turn(&mut events, &mut book, Some(wait))?;
-            if book.delivered > before {
+            let before = tally.delivered;
+            self.turn(&mut events, &mut tally, Some(wait))?;
+            if tally.delivered > before {
                 last = sys::now();
                 progress = last;
             }
-            if let Some(arrived) = &mut book.arrived {
+            if let Some(arrived) = &mut tally.arrived {
                 for sequence in arrived.drain(..) {
-                    if let Some(left) = under_way.get_mut((sequence - oldest) as usize) {
+                    if let Some(left) = pending.get_mut((sequence - oldest) as usize) {
                         *left -= 1;
                     }
                 }
-                while under_way.front() == Some(&0) {
-                    under_way.pop_front();
+                while pending.front() == Some(&0) {
+                    pending.pop_front();
                     oldest += 1;
                 }
             }
@@ -296,13 +296,14 @@ impl Rig {
                 break;
             }
         }
-        // A step into sleep, so that the server's own books are up to date.
+        // The server goes to sleep, which makes its CPU time exact.
         std::thread::sleep(Duration::from_millis(5));
         let cpu = sys::cpu(self.pid) - cpu;
         let load = sys::cpu(std::process::id()) - load;
-        book.faults.lost += self.links.iter().map(|link| link.lost(|channel| self.next[channel as usize])).sum::<u64>();
+        tally.faults.lost +=
+            self.links.iter().map(|link| link.lost(|channel| self.next[channel as usize])).sum::<u64>();
         debug_assert_eq!(self.next.iter().sum::<u64>() - skipped, published);
-        let measure = Measure::of(self.who, book.delivered, last - begin, cpu, load, &book.latency, book.faults);
-        Ok((measure, book.sample))
+        let measure = Measure::of(self.who, tally.delivered, last - begin, cpu, load, &tally.latency, tally.faults);
+        Ok((measure, tally.sample))
     }
 }

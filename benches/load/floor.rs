@@ -1,7 +1,7 @@
-//! The floors: what a server would cost that only moved the bytes. Each is a process of its own.
+//! The floors: servers that only move the bytes, as the lower bound of the cost. Each is a process of its own.
 //!
-//! They trust their peers, parse nothing that they need not, and stop at the first error: our own load is all that
-//! ever connects.
+//! They trust their peers, parse as little as possible and stop at the first error: only the load program connects to
+//! them.
 
 use std::{
     collections::VecDeque,
@@ -18,10 +18,10 @@ use crate::{
     wire,
 };
 
-/// Where in a call's text its caller's number stands: four hex digits.
+/// The offset of the caller's number in the text of a call: four hex digits.
 pub const CALLER_AT: usize = br#"{"jsonrpc":"2.0","id":""#.len();
 
-/// Runs the floor `role` until its peers are gone. Prints its address first.
+/// Runs the floor `role` until its peers have disconnected. Prints its address first.
 pub fn run(role: &str) -> Result<()> {
     let mut answer = Vec::new();
     io::stdin().read_to_end(&mut answer)?;
@@ -38,7 +38,7 @@ pub fn run(role: &str) -> Result<()> {
     }
 }
 
-/// Accepts until a peer says that it is `last`.
+/// Accepts connections until one with the role `last`.
 fn accept(listener: &TcpListener, last: u8) -> Result<(Vec<(u8, StdStream)>, StdStream)> {
     let mut peers = Vec::new();
     loop {
@@ -67,7 +67,7 @@ fn frames(input: &[u8], mut got: impl FnMut(u32, &[u8])) -> usize {
     at
 }
 
-/// Writes what the publisher sends to every reader, or to one: a write for each frame, or one for all that is there.
+/// Forwards frames of the publisher to every reader or to one: with one write for each frame, or one for all received.
 fn fan(listener: &TcpListener, batched: bool) -> Result<()> {
     let (readers, mut publisher) = accept(listener, PUBLISHER)?;
     let mut readers: Vec<_> = readers.into_iter().map(|(role, stream)| (role == READER).then_some(stream)).collect();
@@ -108,7 +108,7 @@ fn fan(listener: &TcpListener, batched: bool) -> Result<()> {
     }
 }
 
-/// Blocks until all is written; a reader that is gone is forgotten.
+/// Blocks until everything is written. A reader that has disconnected is dropped.
 fn put(reader: &mut Option<StdStream>, bytes: &[u8]) {
     if let Some(stream) = reader
         && stream.write_all(bytes).is_err()
@@ -135,7 +135,7 @@ impl Peer {
         Ok(Peer { stream, rest: Vec::new(), out: Vec::new(), provider, gone: false })
     }
 
-    /// Appends what is there to `rest`.
+    /// Reads the available input into `rest`.
     fn fill(&mut self, scratch: &mut [u8]) -> Result<()> {
         loop {
             match self.stream.read(scratch) {
@@ -168,10 +168,10 @@ impl Peer {
     }
 }
 
-/// Calls to the provider whose turn it is, replies to the caller named in them; text untouched.
+/// Relays calls to the providers in turn, and replies to the caller whose number they contain.
 fn relay(listener: &TcpListener, batched: bool) -> Result<()> {
     let (mut streams, last) = accept(listener, PUBLISHER)?;
-    drop(last); // only said that all are here
+    drop(last); // marks that all peers are connected
     streams.retain(|(role, _)| matches!(*role, CALLER | PROVIDER));
     let mut poll = Poll::new()?;
     let mut peers = Vec::new();
@@ -259,7 +259,7 @@ fn request(input: &[u8]) -> Result<Option<(usize, usize)>> {
     Ok((input.len() >= end + 4 + length).then_some((end + 4, length)))
 }
 
-/// Holds every request until the publisher sends the answer.
+/// Holds every request until the publisher sends the response.
 fn hold(listener: &TcpListener) -> Result<()> {
     let (streams, publisher) = accept(listener, PUBLISHER)?;
     let mut poll = Poll::new()?;

@@ -1,4 +1,4 @@
-//! Connections that only exist: what each takes of the server's memory, and what is left when they are gone.
+//! Idle connections: the memory of the server for each, and what remains after they are closed.
 
 use std::{
     io::{Read, Write},
@@ -15,7 +15,7 @@ use crate::{
     sys::{self, Process, Server},
 };
 
-/// Opens `layout.readers` streams on a fresh server, leaves them, uses them, closes them.
+/// Opens `layout.readers` streams on a new server, leaves them idle, uses them and closes them.
 pub fn idle(server: &Process, layout: Layout, units: usize) -> Result<Measure> {
     let pid = server.pid();
     let per = |bytes: u64| bytes as f64 / units as f64;
@@ -28,13 +28,13 @@ pub fn idle(server: &Process, layout: Layout, units: usize) -> Result<Measure> {
     let connected = sys::cpu(pid) - cpu;
     let idle = sys::memory(pid)?;
 
-    // Still there a while later, and each reads one event of each of its channels.
+    // They stay idle for a while, and then each reads one event of each of its channels.
     let mut events = mio::Events::with_capacity(1024);
-    let mut book = link::Book::default();
+    let mut tally = link::Tally::default();
     let quiet = Instant::now();
     let cpu = sys::cpu(pid);
     while quiet.elapsed() < Duration::from_secs(5) {
-        rig.turn(&mut events, &mut book, Some(Duration::from_millis(100)))?;
+        rig.turn(&mut events, &mut tally, Some(Duration::from_millis(100)))?;
     }
     let quiet_cpu = (sys::cpu(pid) - cpu) as f64 / 5e7;
     let messages = layout.channels.max(10);
@@ -49,12 +49,12 @@ pub fn idle(server: &Process, layout: Layout, units: usize) -> Result<Measure> {
         std::thread::sleep(Duration::from_millis(50));
     }
     let mut faults = used.faults;
-    faults.add(book.faults);
+    faults.add(tally.faults);
     faults.failed += sys::descriptors(pid).saturating_sub(descriptors) as u64;
     let gone = sys::memory(pid)?;
     std::thread::sleep(Duration::from_secs(5));
     let later = sys::memory(pid)?;
-    // An allocator that gives memory back only in passing needs somebody to pass.
+    // An allocator may return memory only during later allocations, so some requests are made.
     some_requests(server, 2000)?;
     std::thread::sleep(Duration::from_secs(2));
     some_requests(server, 2000)?;
@@ -75,7 +75,7 @@ pub fn idle(server: &Process, layout: Layout, units: usize) -> Result<Measure> {
     Ok(Measure { who: "weir", figures, done: 0, faults })
 }
 
-/// Publishes one after the other to one channel.
+/// Publishes `count` events to one channel, one after the other.
 fn some_requests(server: &Process, count: usize) -> Result<()> {
     let mut stream = std::net::TcpStream::connect(server.addr())?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -90,7 +90,7 @@ fn some_requests(server: &Process, count: usize) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the server has nothing to do.
+/// Waits until the server is idle.
 fn settle(pid: u32) {
     for _ in 0..50 {
         let before = sys::cpu(pid);
@@ -101,7 +101,7 @@ fn settle(pid: u32) {
     }
 }
 
-/// Connects, opens a stream and resets the connection, so many times, `at_once` open at a time.
+/// Opens a stream and resets its connection `connections` times, with `at_once` open at a time.
 pub fn churn(server: &Process, connections: usize, at_once: usize) -> Result<Measure> {
     let pid = server.pid();
     settle(pid);
@@ -128,7 +128,7 @@ pub fn churn(server: &Process, connections: usize, at_once: usize) -> Result<Mea
             input.extend_from_slice(&piece[..length]);
         }
         latency.add(sys::now() - started);
-        // A reset, as when a machine dies; and no port is left waiting.
+        // A reset, as after a crash of the machine. It leaves no port in TIME_WAIT.
         rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
         Ok(())
     };

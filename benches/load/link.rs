@@ -1,4 +1,4 @@
-//! One connection of a reader, from connecting to the last event.
+//! One connection of a reader.
 
 use std::{
     io::{self, Read, Write},
@@ -13,42 +13,42 @@ use crate::{
     wire::{self, Chunked, H2, Lines, Rest},
 };
 
-/// How readers are connected.
+/// The transport of readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     Sse,
-    /// As browsers of node-sse-server.
+    /// The streams of node-sse-server.
     NodeSse,
     Ws,
-    /// Streams of SSE over HTTP/2, so many to a connection.
+    /// SSE over HTTP/2, with this number of streams per connection.
     H2(usize),
 }
 
-/// What is written to a floor's connection first: who we are.
+/// The first byte on a connection to a floor: the role of the peer.
 pub const READER: u8 = b'R';
 pub const PUBLISHER: u8 = b'P';
 pub const CALLER: u8 = b'C';
 pub const PROVIDER: u8 = b'V';
-/// What a floor answers.
+/// The response of a floor.
 pub const HELLO: u8 = b'k';
 
-/// One reader's connection.
+/// The connection of one reader.
 pub struct Link {
     stream: TcpStream,
     state: State,
     rest: Rest,
-    /// One per stream: one, but over HTTP/2.
+    /// One per stream; several only with HTTP/2.
     seen: Vec<Seen>,
-    /// Streams (SSE) or subscriptions (WebSocket) that are not open yet.
+    /// Streams (SSE) or subscriptions (WebSocket) that are still opening.
     pub opening: usize,
-    /// To be written once the connection is upgraded.
+    /// Written when the connection is upgraded.
     subscribe: Vec<u8>,
     pub closed: bool,
     size: usize,
 }
 
 enum State {
-    /// Of a floor: it greets, then sends bodies.
+    /// A floor sends a greeting and then bodies.
     Greeting(Transport),
     Head(Transport),
     Sse(Chunked, Lines),
@@ -56,26 +56,26 @@ enum State {
     H2(Vec<Lines>),
 }
 
-/// What the events of a slice are entered in.
+/// Records of the events of a slice.
 #[derive(Default)]
-pub struct Book {
+pub struct Tally {
     pub latency: Histogram,
     pub faults: Faults,
-    /// Events that came for the first time.
+    /// Events received for the first time.
     pub delivered: u64,
-    /// Sequences of those, where somebody waits for a window.
+    /// Their sequences, if the publisher uses a window.
     pub arrived: Option<Vec<u64>>,
-    /// The bytes of the first event as they came, framing included.
+    /// The bytes of the first event as received, with framing.
     pub sample: Option<Vec<u8>>,
 }
 
-impl Book {
-    fn enter(&mut self, seen: &mut Seen, stamp: Option<Stamp>, now: u64) {
+impl Tally {
+    fn record(&mut self, seen: &mut Seen, stamp: Option<Stamp>, now: u64) {
         let Some(stamp) = stamp else {
-            self.faults.failed += 1; // an event that we did not send
+            self.faults.failed += 1; // an event without a stamp
             return;
         };
-        if seen.enter(stamp, &mut self.faults) {
+        if seen.record(stamp, &mut self.faults) {
             self.delivered += 1;
             self.latency.add(now.saturating_sub(stamp.sent));
             if let Some(arrived) = &mut self.arrived {
@@ -90,7 +90,7 @@ pub fn channel(number: u32) -> String {
     format!("bench-{number:06}")
 }
 
-/// Opens a connection, writes `first`, and goes on without blocking.
+/// Opens a connection, writes `first` and makes it non-blocking.
 pub fn connect(addr: SocketAddr, first: &[u8]) -> Result<TcpStream> {
     let mut stream = StdStream::connect(addr).with_context(|| format!("connecting to {addr}"))?;
     stream.set_nodelay(true)?;
@@ -100,8 +100,8 @@ pub fn connect(addr: SocketAddr, first: &[u8]) -> Result<TcpStream> {
 }
 
 impl Link {
-    /// A reader of `per_stream` channels from number `first` on (each further stream: of the next ones, wrapping
-    /// at `channels`). `size` is that of the payloads.
+    /// A reader of `per_stream` channels from number `first` on. Each further stream reads the following channels,
+    /// wrapping at `channels`. `size` is that of the payloads.
     pub fn weir(
         addr: SocketAddr,
         transport: Transport,
@@ -158,7 +158,7 @@ impl Link {
         Ok(Link { stream, state, rest: Rest::default(), seen, opening, subscribe, closed: false, size })
     }
 
-    /// A reader of a floor that writes bodies as `transport` would.
+    /// A reader of a floor that writes the bodies of `transport`.
     pub fn floor(addr: SocketAddr, transport: Transport, first: u32, channels: usize, size: usize) -> Result<Self> {
         Ok(Link {
             stream: connect(addr, &[READER])?,
@@ -176,8 +176,8 @@ impl Link {
         registry.register(&mut self.stream, Token(token), Interest::READABLE)
     }
 
-    /// Reads all that is there. `scratch` is lent; `now` is read once for each piece.
-    pub fn read(&mut self, scratch: &mut [u8], book: &mut Book) -> Result<()> {
+    /// Reads all available input with the buffer `scratch`. The time is taken once for each read.
+    pub fn read(&mut self, scratch: &mut [u8], tally: &mut Tally) -> Result<()> {
         loop {
             match self.stream.read(scratch) {
                 Ok(0) => {
@@ -185,7 +185,7 @@ impl Link {
                     return Ok(());
                 }
                 Ok(length) => {
-                    self.feed(&scratch[..length], book)?;
+                    self.feed(&scratch[..length], tally)?;
                     if length < scratch.len() {
                         return Ok(());
                     }
@@ -200,11 +200,11 @@ impl Link {
         }
     }
 
-    fn feed(&mut self, input: &[u8], book: &mut Book) -> Result<()> {
+    fn feed(&mut self, input: &[u8], tally: &mut Tally) -> Result<()> {
         let now = crate::sys::now();
         match &mut self.state {
             State::Greeting(transport) => {
-                ensure!(input == [HELLO], "a floor that does not greet");
+                ensure!(input == [HELLO], "a floor without a greeting");
                 self.opening = 0;
                 self.state = match transport {
                     Transport::Ws => State::Ws,
@@ -228,21 +228,24 @@ impl Link {
                     };
                     if !self.subscribe.is_empty() {
                         let subscribe = std::mem::take(&mut self.subscribe);
-                        ensure!(self.stream.write(&subscribe)? == subscribe.len(), "no room for a subscription");
+                        ensure!(
+                            self.stream.write(&subscribe)? == subscribe.len(),
+                            "the socket has no room for a subscription"
+                        );
                     }
                     if !body.is_empty() {
-                        self.feed(&body, book)?;
+                        self.feed(&body, tally)?;
                     }
                 }
             }
             State::Sse(chunked, lines) => {
-                let before = book.delivered;
+                let before = tally.delivered;
                 let (seen, opening, size) = (&mut self.seen[0], &mut self.opening, self.size);
                 chunked.feed(input, |text| {
-                    lines.feed(text, &mut |name, data| sse(name, data, size, seen, opening, book, now));
+                    lines.feed(text, &mut |name, data| sse(name, data, size, seen, opening, tally, now));
                 })?;
-                if book.sample.is_none() && book.delivered == before + 1 {
-                    book.sample = Some(input.to_vec());
+                if tally.sample.is_none() && tally.delivered == before + 1 {
+                    tally.sample = Some(input.to_vec());
                 }
                 self.closed |= chunked.ended;
             }
@@ -256,17 +259,17 @@ impl Link {
                             let at = number as usize / 2;
                             if let Some(lines) = streams.get_mut(at) {
                                 let seen = &mut seen[at];
-                                lines.feed(text, &mut |name, data| sse(name, data, size, seen, opening, book, now));
+                                lines.feed(text, &mut |name, data| sse(name, data, size, seen, opening, tally, now));
                             }
                         }
                         H2::Write(bytes) => unwritten |= !matches!(stream.write(&bytes), Ok(n) if n == bytes.len()),
                         H2::Ended => *closed = true,
                     })
                 })?;
-                ensure!(!unwritten, "no room for a frame of flow control");
+                ensure!(!unwritten, "the socket has no room for a flow control frame");
             }
             State::Ws => {
-                let before = book.delivered;
+                let before = tally.delivered;
                 let (seen, opening, size) = (&mut self.seen[0], &mut self.opening, self.size);
                 let (stream, closed) = (&mut self.stream, &mut self.closed);
                 self.rest.with(input, |input| {
@@ -274,11 +277,11 @@ impl Link {
                     while let Some((opcode, from, to)) = wire::frame(&input[at..])? {
                         let payload = &input[at + from..at + to];
                         match opcode {
-                            wire::TEXT => message(payload, size, seen, opening, book, now),
+                            wire::TEXT => message(payload, size, seen, opening, tally, now),
                             wire::PING => {
                                 let mut pong = Vec::new();
                                 wire::put_frame(wire::PONG, payload, &mut pong);
-                                // Lost only if the server reads nothing at all, which shows elsewhere.
+                                // The write fails only if the server does not read at all, which other checks notice.
                                 let _ = stream.write(&pong);
                             }
                             wire::CLOSE => *closed = true,
@@ -288,15 +291,15 @@ impl Link {
                     }
                     Ok(at)
                 })?;
-                if book.sample.is_none() && book.delivered == before + 1 {
-                    book.sample = Some(input.to_vec());
+                if tally.sample.is_none() && tally.delivered == before + 1 {
+                    tally.sample = Some(input.to_vec());
                 }
             }
         }
         Ok(())
     }
 
-    /// Forgets what was published so far.
+    /// Expects only events published from now on.
     pub fn skip_to(&mut self, next: impl Fn(u32) -> u64) {
         self.seen.iter_mut().for_each(|seen| seen.skip_to(&next));
     }
@@ -306,33 +309,41 @@ impl Link {
     }
 }
 
-fn sse(name: Option<&str>, data: &[u8], size: usize, seen: &mut Seen, opening: &mut usize, book: &mut Book, now: u64) {
+fn sse(
+    name: Option<&str>,
+    data: &[u8],
+    size: usize,
+    seen: &mut Seen,
+    opening: &mut usize,
+    tally: &mut Tally,
+    now: u64,
+) {
     match name {
-        None => book.enter(seen, Stamp::at_end(data, size, 1), now),
+        None => tally.record(seen, Stamp::at_end(data, size, 1), now),
         Some("weir.open") => *opening = opening.saturating_sub(1),
-        Some("weir.gap") => book.faults.gaps += 1,
+        Some("weir.gap") => tally.faults.gaps += 1,
         Some("weir.position") => {}
-        // What node-sse-server says: the stamp is JSON in a text in JSON.
+        // A frame of node-sse-server: the stamp is JSON within a string within JSON.
         Some("message") => {
             let plain: Vec<u8> = data.iter().copied().filter(|byte| *byte != b'\\').collect();
-            book.enter(seen, Stamp::find(&plain), now);
+            tally.record(seen, Stamp::find(&plain), now);
         }
         Some("registered") => *opening = opening.saturating_sub(1),
         Some("lastEvent" | "online-presence") => {}
-        Some(_) => book.faults.failed += 1,
+        Some(_) => tally.faults.failed += 1,
     }
 }
 
-fn message(text: &[u8], size: usize, seen: &mut Seen, opening: &mut usize, book: &mut Book, now: u64) {
+fn message(text: &[u8], size: usize, seen: &mut Seen, opening: &mut usize, tally: &mut Tally, now: u64) {
     const EVENT: &[u8] = br#"{"jsonrpc":"2.0","method":"weir.event","params":"#;
     if text.starts_with(EVENT) {
-        book.enter(seen, Stamp::at_end(text, size, 2), now);
+        tally.record(seen, Stamp::at_end(text, size, 2), now);
     } else if memchr::memmem::find(text, br#""result":"#).is_some() {
         *opening = opening.saturating_sub(1);
     } else if memchr::memmem::find(text, br#""method":"weir.gap""#).is_some() {
-        book.faults.gaps += 1;
+        tally.faults.gaps += 1;
     } else {
-        book.faults.failed += 1;
+        tally.faults.failed += 1;
         eprintln!("load: {}", String::from_utf8_lossy(text));
     }
 }

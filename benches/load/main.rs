@@ -1,7 +1,7 @@
-//! The end-to-end load program: starts weir on one core, loads it from another, and measures a floor in the same run.
+//! The end-to-end load program: starts weir on one core, loads it from another and measures a floor in the same run.
 //!
-//! `cargo bench --bench load -- --list` names the scenarios; `benches/README.md` says how to read the figures.
-//! It fails when an event, answer or connection was lost, repeated or out of order, and never because of speed.
+//! `cargo bench --bench load -- --list` lists the scenarios; `benches/README.md` explains the figures.
+//! It fails if an event, response or connection was lost, repeated or out of order, and never because of speed.
 
 mod calls;
 mod fan;
@@ -21,19 +21,19 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 
-/// Loads weir and counts what comes out.
+/// Loads weir and measures latency, throughput, CPU time and memory.
 #[derive(Parser)]
 #[command(name = "load")]
 struct Args {
     /// Scenarios by name or beginning of a name (`fan`, `idle-ws`), or `all`.
     scenarios: Vec<String>,
-    /// Names the scenarios.
+    /// Lists the scenarios.
     #[arg(long)]
     list: bool,
-    /// How often each slice is repeated; medians are reported.
+    /// Number of repeats of each slice; medians are reported.
     #[arg(long, default_value_t = 3)]
     repeat: usize,
-    /// Seconds of one slice of weir; the floor runs as long, half before and half after.
+    /// Seconds of one slice of weir. The floor runs as long, half of it before and half after.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
     /// Bytes of `data`.
@@ -45,13 +45,13 @@ struct Args {
     /// Writes the figures as JSON to a file, or to stdout (`-`) instead of the table.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Another weir than the one just built.
+    /// The weir binary, if not the one just built.
     #[arg(long, default_value = env!("CARGO_BIN_EXE_weir"))]
     weir: PathBuf,
     /// An environment variable of weir, `KEY=VALUE`.
     #[arg(long)]
     env: Vec<String>,
-    /// A hub of MicroStream that runs already, on the core of weir, to be measured beside: `PID@ADDRESS:PORT`.
+    /// A running MicroStream hub on the core of weir to compare with: `PID@ADDRESS:PORT`.
     #[arg(long)]
     hub: Option<String>,
     /// The core of weir and of the floors.
@@ -60,14 +60,14 @@ struct Args {
     /// The core of the load.
     #[arg(long, default_value_t = 1)]
     load_core: usize,
-    /// Lets the load sleep when nothing is there. Every answer then wakes it, at the server's cost: several µs on a
-    /// virtual machine.
+    /// Lets the load program sleep without input. Every response then wakes it at the cost of the server: several µs on
+    /// a virtual machine.
     #[arg(long)]
     sleep: bool,
-    /// Seconds after which a scenario is given up.
+    /// Seconds after which a scenario is aborted.
     #[arg(long, default_value_t = 300)]
     timeout: u64,
-    /// What `cargo bench` adds.
+    /// Added by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -88,7 +88,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// This program in another role: `--child ROLE CORE …`.
+/// Runs this program in another role: `--child ROLE CORE …`.
 fn child(args: &[String]) -> Result<()> {
     sys::follow_parent();
     let [role, core, rest @ ..] = args else { bail!("a child needs a role and a core") };
@@ -185,7 +185,7 @@ fn load(args: &Args) -> Result<bool> {
     Ok(clean)
 }
 
-/// Ends the whole run, and with it every child, when the scenario takes too long.
+/// Ends the whole run with all children if the scenario takes too long.
 fn watch(name: &'static str, limit: Duration) -> std::sync::mpsc::Sender<()> {
     let (tx, rx) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -197,7 +197,7 @@ fn watch(name: &'static str, limit: Duration) -> std::sync::mpsc::Sender<()> {
     tx
 }
 
-/// What the figures were taken on.
+/// The machine of the measurement.
 fn machine() -> serde_json::Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let model = read("/proc/cpuinfo");

@@ -1,4 +1,4 @@
-//! Through Redis: appends, and what goes from node to node. The floors are a bare client of the same Redis.
+//! Scenarios with Redis: appends and messages between nodes. The floors are a minimal client of the same Redis.
 
 use std::{
     collections::VecDeque,
@@ -20,19 +20,19 @@ use crate::{
     wire,
 };
 
-/// The channel that weir publishes to, and that of the floor: names of one length, so that one may be written over the other.
+/// The channel of weir and that of the floor. Names of equal length can be replaced within a command.
 const CHANNEL: &str = "bench-redis";
 const FLOOR: &str = "bench-floor";
-/// Digits of an idempotency key, so that one can be written over another.
+/// The number of digits of an idempotency key. Keys of equal length can be replaced within a command.
 const KEY: usize = 16;
 
-/// The state of an append and nothing more: a counter, a log, word to who listens.
+/// The minimum of an append: a counter, a log and a message to subscribers.
 const BARE: &str = "local top = redis.call('HINCRBY', KEYS[1], 'top', 1)
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, top .. '-0', 'e', ARGV[1])
 redis.call('PUBLISH', KEYS[3], ARGV[1])
 return top";
 
-/// How weir is told to use a Redis.
+/// The settings of a weir on Redis.
 pub fn node(how: &Weir, redis: SocketAddr) -> Weir {
     let mut how = how.clone();
     how.env.push(("WEIR__BUS__BACKEND".into(), "redis".into()));
@@ -40,7 +40,7 @@ pub fn node(how: &Weir, redis: SocketAddr) -> Weir {
     how
 }
 
-/// Adds what the Redis did meanwhile to the figures of somebody who used it.
+/// Adds the CPU time and commands of Redis during `work` to its figures.
 pub fn beside(redis: &Process, work: impl FnOnce() -> Result<Measure>) -> Result<Measure> {
     let (cpu, publishes) = (sys::cpu(redis.pid()), publishes(redis)?);
     let mut measure = work()?;
@@ -52,7 +52,7 @@ pub fn beside(redis: &Process, work: impl FnOnce() -> Result<Measure>) -> Result
     Ok(measure)
 }
 
-/// How many commands of the kind Redis has run.
+/// The number of PUBLISH commands that Redis has executed.
 fn publishes(redis: &Process) -> Result<u64> {
     let mut stream = StdStream::connect(redis.addr())?;
     stream.write_all(&command(&[b"INFO", b"commandstats"]))?;
@@ -71,7 +71,7 @@ fn publishes(redis: &Process) -> Result<u64> {
     Ok(calls.filter_map(|rest| rest.split(',').next()?.parse::<u64>().ok()).sum())
 }
 
-// === the protocol of Redis, as much as is needed ===
+// === a subset of the Redis protocol ===
 
 fn command(args: &[&[u8]]) -> Vec<u8> {
     let mut out = format!("*{}\r\n", args.len()).into_bytes();
@@ -83,15 +83,15 @@ fn command(args: &[&[u8]]) -> Vec<u8> {
     out
 }
 
-/// Length of the whole reply, or command, at the start of `input`. An error of Redis is ours.
+/// Length of the whole reply or command at the start of `input`. Fails on an error of Redis.
 fn reply(input: &[u8]) -> Result<Option<usize>> {
     let Some(end) = memmem::find(input, b"\r\n") else { return Ok(None) };
     let line = std::str::from_utf8(&input[..end])?;
-    let number = || line[1..].parse::<i64>().with_context(|| format!("Redis says {line}"));
+    let number = || line[1..].parse::<i64>().with_context(|| format!("Redis replies {line}"));
     let mut at = end + 2;
     match input[0] {
         b'+' | b':' | b'_' => {}
-        b'-' => bail!("Redis says {line}"),
+        b'-' => bail!("Redis replies {line}"),
         b'$' => {
             if let Ok(length) = usize::try_from(number()?) {
                 at += length + 2;
@@ -105,50 +105,51 @@ fn reply(input: &[u8]) -> Result<Option<usize>> {
                 }
             }
         }
-        _ => bail!("Redis says {line}"),
+        _ => bail!("Redis replies {line}"),
     }
     Ok((at <= input.len()).then_some(at))
 }
 
-// === what weir sends ===
+// === the commands of weir ===
 
-/// A way to Redis that remembers what weir said to it, a text for each connection.
+/// A proxy before Redis that records the commands of weir, one text for each connection.
 struct Recorder {
     addr: SocketAddr,
-    said: Arc<Mutex<Vec<Vec<u8>>>>,
+    commands: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl Recorder {
     fn start(redis: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let addr = listener.local_addr()?;
-        let said: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
-        let kept = said.clone();
-        // Ends with the process: it is for the warm-up only, and idle afterwards.
+        let commands: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+        let recorded = commands.clone();
+        // The thread ends with the process. It is used for the warm-up only and is idle afterwards.
         std::thread::spawn(move || {
-            for near in listener.incoming().flatten() {
-                let Ok(far) = StdStream::connect(redis) else { return };
-                let (Ok(back), Ok(from)) = (near.try_clone(), far.try_clone()) else { return };
-                let mut all = kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            for client in listener.incoming().flatten() {
+                let Ok(server) = StdStream::connect(redis) else { return };
+                let (Ok(back), Ok(from)) = (client.try_clone(), server.try_clone()) else { return };
+                let mut all = recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 all.push(Vec::new());
                 let index = all.len() - 1;
                 drop(all);
-                let kept = kept.clone();
+                let recorded = recorded.clone();
                 std::thread::spawn(move || {
-                    carry(near, far, |bytes| {
-                        kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner())[index].extend_from_slice(bytes);
+                    forward(client, server, |bytes| {
+                        recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())[index]
+                            .extend_from_slice(bytes);
                     });
                 });
-                std::thread::spawn(move || carry(from, back, |_| {}));
+                std::thread::spawn(move || forward(from, back, |_| {}));
             }
         });
-        Ok(Recorder { addr, said })
+        Ok(Recorder { addr, commands })
     }
 
-    /// The command with these bytes in it.
+    /// The first command that contains `needle`.
     fn find(&self, needle: &[u8]) -> Result<Option<Vec<u8>>> {
-        let said = self.said.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        for text in said.iter() {
+        let commands = self.commands.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for text in commands.iter() {
             let mut at = 0;
             while let Some(length) = text.get(at..).filter(|rest| !rest.is_empty()).map(reply).transpose()?.flatten() {
                 let one = &text[at..at + length];
@@ -162,7 +163,7 @@ impl Recorder {
     }
 }
 
-fn carry(mut from: StdStream, mut to: StdStream, mut seen: impl FnMut(&[u8])) {
+fn forward(mut from: StdStream, mut to: StdStream, mut seen: impl FnMut(&[u8])) {
     let mut buffer = [0; 16 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
         seen(&buffer[..length]);
@@ -173,33 +174,33 @@ fn carry(mut from: StdStream, mut to: StdStream, mut seen: impl FnMut(&[u8])) {
     let _ = to.shutdown(Shutdown::Both);
 }
 
-/// What weir says to Redis to place one event: the floor says it again and again.
+/// The command with which weir appends one event. The floor repeats it.
 pub fn recorded(how: &Weir, redis: &Process, size: usize, keyed: bool) -> Result<Vec<u8>> {
     let recorder = Recorder::start(redis.addr())?;
     let weir = Process::weir(&node(how, recorder.addr))?;
     let mut publishers = Publishers::new(&weir, 1, 1, size, keyed, false)?;
-    // The second: a channel has begun by then, and nothing is placed that is placed but once.
+    // The second publish is recorded: the first one also creates the channel.
     while publishers.next < 3 {
         publishers.run(Duration::from_millis(50)).with_context(|| format!("weir's log: {}", weir.log()))?;
     }
     let mut needle = Vec::new();
     Stamp { sequence: 1, sent: 0, channel: 0 }.put(size, &mut needle);
-    let mut found = recorder.find(&needle)?.context("weir said nothing to Redis that has the event in it")?;
+    let mut found = recorder.find(&needle)?.context("weir sent no command with the event to Redis")?;
     for at in memmem::find_iter(&found.clone(), CHANNEL) {
         found[at..at + FLOOR.len()].copy_from_slice(FLOOR.as_bytes());
     }
     Ok(found)
 }
 
-// === a bare client ===
+// === a minimal client ===
 
-/// One connection with so many commands under way.
+/// One connection with a number of commands in flight.
 pub struct Pipe {
     who: &'static str,
     poll: Poll,
     stream: TcpStream,
     command: Vec<u8>,
-    /// Where the idempotency key stands, which must be another each time.
+    /// The offsets of the idempotency key, which must be unique for each command.
     keys: Vec<usize>,
     next: u64,
     in_flight: usize,
@@ -207,7 +208,7 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    /// Says `command` again and again. With `keyed`, each with a key of its own.
+    /// Repeats `command`. With `keyed` each one has a new key.
     pub fn new(
         who: &'static str,
         redis: &Process,
@@ -217,15 +218,15 @@ impl Pipe {
         busy: bool,
     ) -> Result<Self> {
         let keys = if keyed { memmem::find_iter(&command, &key(1)).collect() } else { Vec::new() };
-        ensure!(keyed != keys.is_empty(), "no key in what weir says");
+        ensure!(keyed != keys.is_empty(), "no key in the command of weir");
         let poll = Poll::new()?;
         let mut stream = link::connect(redis.addr(), b"")?;
         poll.registry().register(&mut stream, Token(0), Interest::READABLE | Interest::WRITABLE)?;
-        // Not one of weir's keys.
+        // Differs from the keys of weir.
         Ok(Pipe { who, poll, stream, command, keys, next: 1 << 40, in_flight, busy_poll: busy })
     }
 
-    /// The three commands that an append cannot do without.
+    /// The three commands that any append needs.
     pub fn bare(redis: &Process, size: usize, in_flight: usize, busy: bool) -> Result<Self> {
         let mut stream = StdStream::connect(redis.addr())?;
         stream.write_all(&command(&[b"SCRIPT", b"LOAD", BARE.as_bytes()]))?;
@@ -265,7 +266,7 @@ impl Pipe {
             read(&mut self.stream, &mut rest, &mut scratch, |_| {
                 last = sys::now();
                 done += 1;
-                latency.add(last - sent.pop_front().context("an answer too many")?);
+                latency.add(last - sent.pop_front().context("an unexpected response")?);
                 Ok(())
             })?;
             ensure!(sys::now() < last.max(end) + 5_000_000_000, "Redis does not answer");
@@ -316,7 +317,7 @@ fn read(
 
 // === hops ===
 
-/// Published by one connection, heard by another: once, or there and back.
+/// Messages published by one connection and received by another: one way, or both ways.
 pub struct Hops {
     poll: Poll,
     publisher: TcpStream,
@@ -372,7 +373,7 @@ impl Hops {
             read(&mut self.publisher, &mut answers, &mut scratch, |_| Ok(()))?;
             let back = self.back;
             read(&mut self.listener, &mut messages, &mut scratch, |message| {
-                let stamp = Stamp::find(message).context("a message that is not ours")?;
+                let stamp = Stamp::find(message).context("a foreign message")?;
                 if back && memmem::find(message, b"hop-there").is_some() {
                     let mut data = Vec::new();
                     stamp.put(self.size, &mut data);
@@ -385,7 +386,7 @@ impl Hops {
                 latency.add(last - stamp.sent);
                 Ok(())
             })?;
-            ensure!(sys::now() < last.max(end) + 5_000_000_000, "a message does not come");
+            ensure!(sys::now() < last.max(end) + 5_000_000_000, "a message is not received");
         }
         let load = sys::cpu(std::process::id()) - load;
         Ok(Measure::of("floor", done, last - begin, 0, load, &latency, faults))
@@ -394,7 +395,7 @@ impl Hops {
 
 // === publishers ===
 
-/// WebSockets with so many publishes under way each.
+/// WebSockets with a number of publishes in flight each.
 pub struct Publishers {
     pid: u32,
     poll: Poll,
@@ -403,7 +404,7 @@ pub struct Publishers {
     size: usize,
     keyed: bool,
     next: u64,
-    /// The last offset that weir gave.
+    /// The last offset that weir returned.
     top: Option<u64>,
     pub busy_poll: bool,
 }
@@ -412,8 +413,8 @@ struct Publisher {
     stream: TcpStream,
     out: Vec<u8>,
     rest: wire::Rest,
-    /// Sequence, and when it was sent.
-    under_way: VecDeque<(u64, u64)>,
+    /// The sequences in flight and the times at which they were sent.
+    pending: VecDeque<(u64, u64)>,
     open: bool,
 }
 
@@ -431,8 +432,8 @@ impl Publishers {
         for token in 0..sockets {
             let mut stream = link::connect(weir.addr(), wire::upgrade(&weir.addr().to_string(), "/v1/ws").as_bytes())?;
             poll.registry().register(&mut stream, Token(token), Interest::READABLE | Interest::WRITABLE)?;
-            let (out, rest, under_way) = (Vec::new(), wire::Rest::default(), VecDeque::new());
-            peers.push(Publisher { stream, out, rest, under_way, open: false });
+            let (out, rest, pending) = (Vec::new(), wire::Rest::default(), VecDeque::new());
+            peers.push(Publisher { stream, out, rest, pending, open: false });
         }
         Ok(Publishers { pid: weir.pid(), poll, peers, in_flight, size, keyed, next: 0, top: None, busy_poll })
     }
@@ -448,16 +449,16 @@ impl Publishers {
         let mut last = begin;
         loop {
             let closing = sys::now() >= end;
-            let mut under_way = 0;
+            let mut pending = 0;
             for peer in &mut self.peers {
-                while !closing && peer.under_way.len() < self.in_flight {
+                while !closing && peer.pending.len() < self.in_flight {
                     peer.publish(self.next, self.size, self.keyed);
                     self.next += 1;
                 }
                 flush(&mut peer.stream, &mut peer.out)?;
-                under_way += peer.under_way.len();
+                pending += peer.pending.len();
             }
-            if closing && under_way == 0 {
+            if closing && pending == 0 {
                 break;
             }
             self.poll.poll(&mut events, Some(Duration::from_millis(if self.busy_poll { 0 } else { 20 })))?;
@@ -472,11 +473,11 @@ impl Publishers {
                 })?;
             }
             if sys::now() > last.max(end) + 5_000_000_000 {
-                faults.lost += under_way as u64;
+                faults.lost += pending as u64;
                 break;
             }
         }
-        // Offsets are dense, and nobody else writes to this channel.
+        // Offsets have no holes, and no other client writes to this channel.
         let done = offsets.len() as u64;
         offsets.sort_unstable();
         let distinct = offsets.chunk_by(|a, b| a == b).count() as u64;
@@ -500,11 +501,11 @@ impl Publisher {
             r#"{{"jsonrpc":"2.0","id":{sequence},"method":"weir.publish","params":{{"channel":"{CHANNEL}",{key}"data":"#
         )
         .into_bytes();
-        // The moment stands in our books, not in the event: the floor repeats one that we can find.
+        // The time is recorded here and not in the event, so that the command of an event can be found and repeated.
         Stamp { sequence, sent: 0, channel: 0 }.put(size, &mut text);
         text.extend_from_slice(b"}}");
         wire::put_frame(wire::TEXT, &text, &mut self.out);
-        self.under_way.push_back((sequence, sys::now()));
+        self.pending.push_back((sequence, sys::now()));
     }
 
     fn read(&mut self, scratch: &mut [u8], mut answered: impl FnMut(u64, Option<u64>)) -> Result<()> {
@@ -515,7 +516,7 @@ impl Publisher {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
-            let (open, out, under_way) = (&mut self.open, &mut self.out, &mut self.under_way);
+            let (open, out, pending) = (&mut self.open, &mut self.out, &mut self.pending);
             self.rest.with(&scratch[..length], |input| {
                 let mut at = 0;
                 if !*open {
@@ -527,12 +528,13 @@ impl Publisher {
                     let text = &input[at + from..at + to];
                     match opcode {
                         wire::TEXT => {
-                            let id = number(text, br#""id":"#).context("an answer without an id")?;
-                            let place = under_way.iter().position(|(sequence, _)| *sequence == id);
-                            let (_, sent) = place.and_then(|at| under_way.remove(at)).context("an answer too many")?;
+                            let id = number(text, br#""id":"#).context("a response without an id")?;
+                            let place = pending.iter().position(|(sequence, _)| *sequence == id);
+                            let (_, sent) =
+                                place.and_then(|at| pending.remove(at)).context("an unexpected response")?;
                             let offset = number(text, br#""offset":"#);
                             if offset.is_none() {
-                                eprintln!("load: not placed: {}", String::from_utf8_lossy(text));
+                                eprintln!("load: not published: {}", String::from_utf8_lossy(text));
                             }
                             answered(sent, offset);
                         }
@@ -554,7 +556,7 @@ fn number(text: &[u8], member: &[u8]) -> Option<u64> {
     std::str::from_utf8(&text[at..at + digits]).ok()?.parse().ok()
 }
 
-/// Waits until a node can call `service`, which is provided on another.
+/// Waits until a node lists `service`, which is provided on another node.
 pub fn known(weir: &Process, service: &str) -> Result<()> {
     let began = Instant::now();
     loop {
@@ -567,7 +569,7 @@ pub fn known(weir: &Process, service: &str) -> Result<()> {
         if answer.contains(&format!(r#""service":"{service}""#)) {
             return Ok(());
         }
-        ensure!(began.elapsed() < Duration::from_secs(20), "{service} is not known on another node: {answer}");
+        ensure!(began.elapsed() < Duration::from_secs(20), "{service} is not listed on another node: {answer}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

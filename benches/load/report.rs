@@ -1,4 +1,4 @@
-//! What was measured: medians over the repeats, ratios to the floor of the same repeat, a table and JSON.
+//! Results: medians over the repeats, ratios to the floor of the same repeat, a table and JSON.
 
 use std::{collections::BTreeMap, fmt::Write};
 
@@ -10,7 +10,7 @@ use crate::stamp::{Faults, Histogram};
 #[derive(Clone, Debug)]
 pub struct Measure {
     pub who: &'static str,
-    /// Name and value; the name says the unit.
+    /// Names and values; a name includes the unit.
     pub figures: Vec<(&'static str, f64)>,
     /// Operations.
     pub done: u64,
@@ -20,16 +20,16 @@ pub struct Measure {
 /// All slices of one scenario.
 pub struct Report {
     pub scenario: String,
-    /// What it did, in a line.
+    /// A description of the scenario.
     pub what: String,
-    /// The figure that is compared with the floor's.
+    /// The figure that is compared with that of the floor.
     pub ratio_of: &'static str,
-    /// Repeat by repeat: the slices of each.
+    /// The slices of each repeat.
     pub repeats: Vec<Vec<Measure>>,
 }
 
 impl Measure {
-    /// The usual figures of `done` operations in `wall` ns that cost the server `cpu` ns.
+    /// The common figures of `done` operations in `wall` ns with `cpu` ns of CPU time of the server.
     pub fn of(
         who: &'static str,
         done: u64,
@@ -58,7 +58,7 @@ impl Measure {
     }
 }
 
-/// Least, median and greatest.
+/// Minimum, median and maximum.
 fn spread(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);
     Some([*values.first()?, values[values.len() / 2], *values.last()?])
@@ -75,7 +75,7 @@ impl Report {
         self.repeats.iter().flatten()
     }
 
-    /// Servers in the order in which they first ran.
+    /// The servers in the order of their first slices.
     fn servers(&self) -> Vec<&'static str> {
         let mut servers = Vec::new();
         for measure in self.slices() {
@@ -100,7 +100,7 @@ impl Report {
         spread(self.slices().filter(|measure| measure.who == who).filter_map(|measure| measure.get(name)).collect())
     }
 
-    /// Of `who` to the floor: within each repeat the mean of its slices over the mean of the floor's slices.
+    /// The ratios of `who` to the floor: for each repeat the mean of its slices divided by that of the floor's slices.
     fn ratio(&self, who: &str) -> Option<[f64; 3]> {
         let mean = |repeat: &[Measure], who: &str| {
             let values: Vec<_> = repeat

@@ -1,4 +1,4 @@
-//! Plain HTTP/1.1 on kept-alive connections: durable long-poll, and publishing.
+//! HTTP/1.1 requests on persistent connections: durable long-polls and publishing.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -19,7 +19,7 @@ use crate::{
     wire,
 };
 
-/// A kept-alive connection with one request under way.
+/// A persistent connection with one request in flight.
 struct Requester {
     stream: TcpStream,
     rest: wire::Rest,
@@ -29,12 +29,12 @@ struct Requester {
 impl Requester {
     fn ask(&mut self, request: &[u8]) -> Result<()> {
         self.sent = sys::now();
-        // Requests are small and one at a time: they always fit.
+        // Requests are small and sent one at a time, so the socket always has room.
         ensure!(self.stream.write(request)? == request.len(), "no room for a request");
         Ok(())
     }
 
-    /// Reads what is there; `got` gets each whole answer: status, body, and all its bytes.
+    /// Reads the available input and calls `got` with each whole response: status, body and all bytes.
     fn read(&mut self, scratch: &mut [u8], mut got: impl FnMut(u16, &[u8], &[u8]) -> Result<()>) -> Result<()> {
         loop {
             let length = match self.stream.read(scratch) {
@@ -58,7 +58,7 @@ impl Requester {
     }
 }
 
-/// Connections to weir or to a floor, registered in their order.
+/// Connections to weir or to a floor, registered in order.
 fn requesters(addr: SocketAddr, floor: bool, count: usize, poll: &Poll) -> Result<Vec<Requester>> {
     (0..count)
         .map(|token| {
@@ -68,7 +68,7 @@ fn requesters(addr: SocketAddr, floor: bool, count: usize, poll: &Poll) -> Resul
                 stream.write_all(&[READER])?;
                 let mut hello = [0];
                 stream.read_exact(&mut hello)?;
-                ensure!(hello == [HELLO], "a floor that does not greet");
+                ensure!(hello == [HELLO], "a floor without a greeting");
             }
             stream.set_nonblocking(true)?;
             let mut stream = TcpStream::from_std(stream);
@@ -80,7 +80,7 @@ fn requesters(addr: SocketAddr, floor: bool, count: usize, poll: &Poll) -> Resul
 
 // === long-poll ===
 
-/// Many consumers of one channel, each polling again as soon as it is answered.
+/// Many consumers of one channel, each of which polls again as soon as it has a response.
 pub struct Polls {
     who: &'static str,
     pid: u32,
@@ -88,7 +88,7 @@ pub struct Polls {
     poll: Poll,
     pollers: Vec<(Requester, Seen, String)>,
     publisher: TcpStream,
-    /// A floor's answer, to be stamped anew.
+    /// The response of a floor, whose stamp is replaced for each message.
     answer: Option<Vec<u8>>,
     dialect: Dialect,
     size: usize,
@@ -96,18 +96,18 @@ pub struct Polls {
     pub busy_poll: bool,
 }
 
-/// How a consumer says where it is.
+/// How a consumer sends its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
-    /// By the token of the last page.
+    /// With the token of the last page.
     Tokens,
-    /// The same, and weir keeps its cursor.
+    /// The same, with a cursor stored by weir.
     Named,
-    /// As a client of ganomede-events: by the last id, and weir keeps its position.
+    /// As a client of ganomede-events: with the last id, and weir stores the position.
     Ganomede,
 }
 
-/// What ganomede's clients prove themselves by.
+/// Shared secret of ganomede clients.
 pub const SECRET: &str = "s3cret";
 
 const POLLED: u32 = 900_000;
@@ -118,7 +118,7 @@ impl Polls {
         Self::new("weir", server, consumers, size, dialect, publisher, None)
     }
 
-    /// A floor gives `answer`, which is one in that dialect, with ever new stamps.
+    /// A floor returns `answer`, a response in that format, with a new stamp for each message.
     pub fn floor(server: &Process, consumers: usize, size: usize, dialect: Dialect, answer: Vec<u8>) -> Result<Self> {
         let poll = Poll::new()?;
         let requesters = requesters(server.addr(), true, consumers, &poll)?;
@@ -142,12 +142,12 @@ impl Polls {
         let poll = Poll::new()?;
         let requesters = requesters(server.addr(), false, consumers, &poll)?;
         let mut polls = Self::with(who, server, poll, requesters, size, dialect, publisher, answer);
-        // Where we are; from then on nothing may be missed.
+        // The current position, from which nothing may be missed.
         for at in 0..polls.pollers.len() {
             let start = match dialect {
                 Dialect::Tokens => "after=now".to_owned(),
                 Dialect::Named => format!("consumer=load-{at}&start=now"),
-                // The channel is new: before its first event.
+                // A new channel: the position before its first event.
                 Dialect::Ganomede => {
                     polls.pollers[at].2 = "0".to_owned();
                     continue;
@@ -250,7 +250,7 @@ impl Polls {
         Ok(())
     }
 
-    /// Publishes `rate` a second for so long; also returns an answer with one event as it came.
+    /// Publishes `rate` events per second for `time`. Also returns a response with one event as received.
     pub fn run(&mut self, rate: f64, time: Duration) -> Result<(Measure, Option<Vec<u8>>)> {
         let mut scratch = vec![0; 64 * 1024];
         let mut events = Events::with_capacity(256);
@@ -287,7 +287,7 @@ impl Polls {
                     ensure!(status == 200, "status {status}: {}", String::from_utf8_lossy(body));
                     let before = delivered;
                     for stamp in Stamp::all(body) {
-                        if seen.enter(stamp, &mut faults) {
+                        if seen.record(stamp, &mut faults) {
                             delivered += 1;
                             latency.add(now.saturating_sub(stamp.sent));
                         }
@@ -296,7 +296,7 @@ impl Polls {
                         sample = Some(whole.to_vec());
                     }
                     match dialect {
-                        // An empty page says nothing new.
+                        // An empty page does not move the position.
                         Dialect::Ganomede => *next = last_id(body).unwrap_or_else(|| std::mem::take(next)),
                         _ => {
                             faults.gaps += u64::from(memmem::find(body, br#""gaps":[]"#).is_none());
@@ -316,7 +316,7 @@ impl Polls {
         let cpu = sys::cpu(self.pid) - cpu;
         let load = sys::cpu(std::process::id()) - load;
         faults.lost += self.pollers.iter().map(|(_, seen, _)| seen.lost(|_| self.next)).sum::<u64>();
-        // What is lost is reported once.
+        // Lost events are counted once.
         self.pollers.iter_mut().for_each(|(_, seen, _)| seen.skip_to(|_| self.next));
         let measure = Measure::of(self.who, delivered, last.saturating_sub(begin), cpu, load, &latency, faults);
         Ok((measure, sample))
@@ -340,7 +340,7 @@ fn position(body: &[u8]) -> Result<String> {
 
 // === publish ===
 
-/// Publishers with one request under way each.
+/// Publishers with one request in flight each.
 pub struct Posts {
     who: &'static str,
     pid: u32,
@@ -349,7 +349,7 @@ pub struct Posts {
     request: Vec<u8>,
     floor: bool,
     next: u64,
-    /// The last offset that weir gave.
+    /// The last offset that weir returned.
     top: Option<u64>,
     pub busy_poll: bool,
 }
@@ -367,7 +367,7 @@ impl Posts {
         let poll = Poll::new()?;
         let posters = requesters(server.addr(), floor, connections, &poll)?;
         if floor {
-            drop(link::connect(server.addr(), &[PUBLISHER])?); // all are here
+            drop(link::connect(server.addr(), &[PUBLISHER])?); // all peers are connected
         }
         let mut request = format!(
             "POST /v1/events?channel=bench-posts HTTP/1.1\r\nHost: {}\r\nContent-Length: {size}\r\n\r\n",
@@ -385,7 +385,7 @@ impl Posts {
         self.posters[at].ask(&self.request)
     }
 
-    /// Publishes for so long; also returns one answer as it came.
+    /// Publishes for `time`. Also returns one response as received.
     pub fn run(&mut self, time: Duration) -> Result<(Measure, Option<Vec<u8>>)> {
         let mut scratch = vec![0; 64 * 1024];
         let mut events = Events::with_capacity(256);
@@ -400,8 +400,8 @@ impl Posts {
         for at in 0..self.posters.len() {
             self.ask(at)?;
         }
-        let mut under_way = self.posters.len();
-        while under_way > 0 {
+        let mut pending = self.posters.len();
+        while pending > 0 {
             self.poll.poll(&mut events, Some(Duration::from_millis(if self.busy_poll { 0 } else { 100 })))?;
             for event in events.iter() {
                 let at = event.token().0;
@@ -430,16 +430,16 @@ impl Posts {
                 if last < end {
                     self.ask(at)?;
                 } else {
-                    under_way -= 1;
+                    pending -= 1;
                 }
             }
             if sys::now() > last.max(end) + 5_000_000_000 {
-                faults.lost += under_way as u64;
+                faults.lost += pending as u64;
                 break;
             }
         }
         if !self.floor {
-            // Offsets are dense, and nobody else writes to this channel.
+            // Offsets have no holes, and no other client writes to this channel.
             offsets.sort_unstable();
             let distinct = offsets.windows(2).filter(|pair| pair[0] != pair[1]).count() + offsets.len().min(1);
             faults.duplicated += (offsets.len() - distinct) as u64;

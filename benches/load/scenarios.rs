@@ -1,4 +1,4 @@
-//! What is measured, by name.
+//! The scenarios by name.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -22,19 +22,19 @@ use crate::{
     wire,
 };
 
-/// How everything is run.
+/// The options of all scenarios.
 pub struct Options {
     pub weir: Weir,
     pub floor_core: usize,
     pub load_core: usize,
     pub repeat: usize,
-    /// Of one slice of weir; a floor runs for half of it before and half after.
+    /// The duration of a slice of weir. A floor runs for half of it before and half after.
     pub slice: Duration,
     pub size: usize,
     pub busy_poll: bool,
-    /// Another hub of MicroStream, to be measured beside: its process and address.
+    /// Another MicroStream hub to compare with: its process and address.
     pub hub: Option<(u32, SocketAddr)>,
-    /// Smaller or larger numbers of readers, connections and channels than the scenario's own.
+    /// The factor for the numbers of readers, connections and channels of a scenario.
     pub scale: f64,
 }
 
@@ -57,12 +57,12 @@ enum Kind {
         providers: usize,
         in_flight: usize,
     },
-    /// The same by clients of MicroStream.
+    /// The same with MicroStream clients.
     MicroStream {
         callers: usize,
         in_flight: usize,
     },
-    /// Calls 1 × 1 without and with a channel with so many readers, published to so often a second.
+    /// Calls 1 × 1 without and with a channel with a number of readers and a publishing rate.
     Beside {
         readers: usize,
         rate: f64,
@@ -72,7 +72,7 @@ enum Kind {
         rate: f64,
         dialect: Dialect,
     },
-    /// Readers of an adapter, and as many of weir's own streams at another weir.
+    /// Readers of an adapter, and as many native streams of another weir.
     Adapter {
         transport: Transport,
         name: &'static str,
@@ -91,30 +91,30 @@ enum Kind {
     Churn {
         connections: usize,
     },
-    /// 64 publishes in flight, through Redis.
+    /// 64 publishes in flight, with Redis.
     Append {
         over: Over,
         keyed: bool,
     },
-    /// Published on one node, read on another.
+    /// Published on one node and read on another.
     Deliver,
-    /// Called on one node, provided on another.
+    /// Called on one node and provided on another.
     CallNode {
         callers: usize,
         in_flight: usize,
     },
-    /// No weir at all.
+    /// Only the floor.
     Floors,
 }
 
-/// How publishes come.
+/// The pace of publishes.
 #[derive(Clone, Copy, PartialEq)]
 enum Over {
     WebSocket,
     Http,
 }
 
-/// Publishes in flight through Redis.
+/// The number of publishes in flight with Redis.
 const UNDER_WAY: usize = 64;
 
 const fn fan(name: &'static str, what: &'static str, transport: Transport, pace: Pace) -> Scenario {
@@ -337,24 +337,24 @@ impl Scenario {
     }
 }
 
-/// Adds what weir logged to an error.
+/// Adds the log of weir to an error.
 fn logged<T>(result: Result<T>, weir: &Process) -> Result<T> {
     result.with_context(|| format!("weir's log: {}", weir.log()))
 }
 
-/// The floor's half before, weir, the floor's half after; again and again on the same connections.
+/// Repeats on the same connections: the first half of the floor, weir, the second half of the floor.
 fn fan_out(report: &mut Report, layout: fan::Layout, pace: Pace, options: &Options) -> Result<()> {
     let warm = Duration::from_millis(300);
     let server = Process::weir(&options.weir)?;
     let mut weir = logged(fan::Rig::weir(&server, layout, options.busy_poll), &server)?;
-    // The frame that the floors repeat is weir's own: the slowest pace shows it alone.
+    // The floors repeat a frame of weir, which the slowest pace shows alone.
     let (_, sample) = logged(weir.run(Pace::Rate(20.0), warm), &server)?;
     let sample = sample.context("no event came alone in the warm-up")?;
     let each = Process::floor("fan", options.floor_core, &[])?;
     let batched = Process::floor("fan-batched", options.floor_core, &[])?;
     let mut each_rig = fan::Rig::floor("floor", &each, layout, sample.clone(), options.busy_poll)?;
     let mut batched_rig = fan::Rig::floor("floor, batched", &batched, layout, sample, options.busy_poll)?;
-    // Where messages come one at a time both floors are the same.
+    // With one message at a time both floors are equal.
     let alone = matches!(pace, Pace::Window(1)) || matches!(pace, Pace::Rate(rate) if rate < 1000.0);
     logged(weir.run(pace, warm), &server)?;
     each_rig.run(pace, warm)?;
@@ -441,7 +441,7 @@ fn microstream(report: &mut Report, layout: calls::Layout, options: &Options) ->
     let batched = Process::floor("relay-batched", options.floor_core, &[])?;
     let poll = options.busy_poll;
     let mut weir = logged(calls::Rig::microstream("weir", server.addr(), server.pid(), layout, poll), &server)?;
-    // The same server and calls, in weir's own words.
+    // The same server and calls over JSON-RPC.
     let mut native = logged(calls::Rig::weir(&server, layout, poll), &server)?;
     let mut floor = calls::Rig::floor("floor", &batched, layout, poll)?;
     let mut hub = match options.hub {
@@ -475,7 +475,7 @@ fn beside(report: &mut Report, readers: usize, rate: f64, options: &Options) -> 
     let slice = options.slice.max(Duration::from_secs(4));
     for _ in 0..options.repeat {
         let before = floor.run(slice / 2)?;
-        // What the ratio is to: the same calls with nobody else on the server.
+        // The baseline: the same calls without other clients on the server.
         let alone = Measure { who: "floor", ..logged(weir.run(slice), &server)? };
         let (crowded, crowd) = logged(with_crowd(&mut weir, &server, readers, rate, slice, options), &server)?;
         report.repeats.push(vec![before, alone, Measure { who: "weir", ..crowded }, crowd]);
@@ -484,8 +484,8 @@ fn beside(report: &mut Report, readers: usize, rate: f64, options: &Options) -> 
     Ok(())
 }
 
-/// Calls while a process of its own reads with so many readers. It gives way to us wherever it can: how long *it*
-/// takes is not what is measured.
+/// Calls while another process reads with a number of readers. That process has a low priority, because its own speed
+/// is not measured.
 fn with_crowd(
     weir: &mut calls::Rig,
     server: &Process,
@@ -505,12 +505,12 @@ fn with_crowd(
     stdin.write_all(b"go\n")?;
     std::thread::sleep(Duration::from_millis(500));
     let calls = weir.run(slice)?;
-    let line = lines.next().transpose()?.context("the crowd said nothing")?;
+    let line = lines.next().transpose()?.context("the crowd printed nothing")?;
     let (figures, faults): (Vec<f64>, Vec<u64>) = serde_json::from_str(&line)?;
     let names = ["per_s", "p50_us", "p99_us", "max_us"];
     let faults = match faults[..] {
         [lost, duplicated, misordered, gaps, failed] => Faults { lost, duplicated, misordered, gaps, failed },
-        _ => bail!("the crowd said {line}"),
+        _ => bail!("unexpected output of the crowd: {line}"),
     };
     Ok((calls, Measure { who: "(its readers)", figures: names.into_iter().zip(figures).collect(), done: 0, faults }))
 }
@@ -528,7 +528,7 @@ impl Drop for Guard {
 pub fn crowd(args: &[String]) -> Result<()> {
     let [addr, pid, readers, rate, size, ms] = args else { bail!("six arguments") };
     let _ = rustix::process::nice(19);
-    let server = sys::Known { addr: addr.parse()?, pid: pid.parse()? };
+    let server = sys::ExternalServer { addr: addr.parse()?, pid: pid.parse()? };
     let layout =
         fan::Layout { transport: Sse, readers: readers.parse()?, channels: 1, per_reader: 1, size: size.parse()? };
     let mut rig = fan::Rig::weir(&server, layout, false)?;
@@ -545,7 +545,7 @@ pub fn crowd(args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// With an adapter on.
+/// A weir with an adapter.
 fn compat(weir: &Weir, name: &str) -> Weir {
     let mut weir = weir.clone();
     weir.args.extend(["--compat".to_owned(), name.to_owned()]);
@@ -553,7 +553,7 @@ fn compat(weir: &Weir, name: &str) -> Weir {
     weir
 }
 
-/// The same work by weir's own streams, then by the adapter's: the ratio is what the adapter costs.
+/// The same work with native streams and with those of the adapter: the ratio is the cost of the adapter.
 fn adapter(report: &mut Report, layout: fan::Layout, name: &str, pace: Pace, options: &Options) -> Result<()> {
     let warm = Duration::from_millis(500);
     let own = Process::weir(&options.weir)?;
@@ -611,13 +611,14 @@ fn posts(report: &mut Report, connections: usize, options: &Options) -> Result<(
     Ok(())
 }
 
-/// Redis has a core for itself, weir and the load share the other: with Redis it would only show how they share.
+/// Redis has a core of its own, and weir and the load share the other: on the core of Redis, weir would measure how the
+/// two share it.
 fn append(report: &mut Report, over: Over, keyed: bool, options: &Options) -> Result<()> {
     let how = Weir { core: options.load_core, ..options.weir.clone() };
     let redis = Process::redis(options.floor_core)?;
-    let said = redis::recorded(&how, &redis, options.size, keyed)?;
+    let command = redis::recorded(&how, &redis, options.size, keyed)?;
     let server = Process::weir(&redis::node(&how, redis.addr()))?;
-    let mut floor = Pipe::new("floor", &redis, said, keyed, UNDER_WAY, options.busy_poll)?;
+    let mut floor = Pipe::new("floor", &redis, command, keyed, UNDER_WAY, options.busy_poll)?;
     let mut bare = Pipe::bare(&redis, options.size, UNDER_WAY, options.busy_poll)?;
     let mut posts = Posts::weir(&server, UNDER_WAY, options.size)?;
     let mut sockets = Publishers::new(&server, 4, UNDER_WAY / 4, options.size, keyed, false)?;
@@ -666,8 +667,8 @@ fn call_node(report: &mut Report, layout: calls::Layout, options: &Options) -> R
     let how = redis::node(&options.weir, redis.addr());
     let (near, far) = (Process::weir(&how)?, Process::weir(&how)?);
     let mut weir = logged(calls::Rig::nodes(&far, &near, layout, options.busy_poll), &near)?;
-    let under_way = layout.callers * layout.in_flight;
-    let mut floor = Hops::new(&redis, true, under_way, options.size, options.busy_poll)?;
+    let pending = layout.callers * layout.in_flight;
+    let mut floor = Hops::new(&redis, true, pending, options.size, options.busy_poll)?;
     logged(weir.run(Duration::from_millis(300)), &near)?;
     floor.run(Duration::from_millis(300))?;
     for _ in 0..options.repeat {

@@ -1,4 +1,4 @@
-//! What our payloads carry, so that every event can be counted and timed, and the books that are kept of it.
+//! Stamps in payloads, with which every event is counted and timed, and the records of them.
 
 use std::collections::BTreeSet;
 
@@ -33,7 +33,7 @@ impl Stamp {
         out.extend_from_slice(CLOSE);
     }
 
-    /// Writes this stamp over the one in `bytes`; says whether there was one.
+    /// Replaces the stamp in `bytes`. Returns whether there was one.
     pub fn patch(self, bytes: &mut [u8]) -> bool {
         let Some(at) = memchr::memmem::find(bytes, OPEN) else { return false };
         let mut fresh = Vec::new();
@@ -43,7 +43,7 @@ impl Stamp {
         true
     }
 
-    /// The stamp in an event whose `data` of `size` bytes is followed by `tail` bytes: no search is needed.
+    /// The stamp in an event whose `data` of `size` bytes is followed by `tail` bytes, without a search.
     pub fn at_end(event: &[u8], size: usize, tail: usize) -> Option<Stamp> {
         let at = event.len().checked_sub(size + tail)?;
         Self::read(event.get(at..)?).or_else(|| Self::find(event))
@@ -86,17 +86,17 @@ pub fn hex(digits: &[u8]) -> Option<u64> {
     Some(value)
 }
 
-/// What went wrong. Anything but zeros fails the run.
+/// Counts of errors. The run fails unless all are zero.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Faults {
-    /// Never came, and was not announced by a gap either.
+    /// Not received, and not announced by a gap.
     pub lost: u64,
     pub duplicated: u64,
-    /// Came after something newer of its channel.
+    /// Received after a newer event of its channel.
     pub misordered: u64,
     /// Announced losses (`weir.gap`).
     pub gaps: u64,
-    /// Connections that ended, answers that were errors.
+    /// Connections that ended, and error responses.
     pub failed: u64,
 }
 
@@ -114,7 +114,7 @@ impl Faults {
     }
 }
 
-/// What one reader has seen of the channels it reads, each numbered from 0.
+/// The events that one reader has received of each of its channels.
 pub struct Seen {
     first: u32,
     next: Box<[u64]>,
@@ -122,15 +122,15 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Of `channels` channels numbered from `first`.
+    /// For `channels` channels numbered from `first`.
     pub fn new(first: u32, channels: usize) -> Self {
         Seen { first, next: vec![0; channels].into(), missing: BTreeSet::new() }
     }
 
-    /// Enters an event; true if it is the first time that it came.
-    pub fn enter(&mut self, stamp: Stamp, faults: &mut Faults) -> bool {
+    /// Records an event. Returns true if it is received for the first time.
+    pub fn record(&mut self, stamp: Stamp, faults: &mut Faults) -> bool {
         let Some(next) = stamp.channel.checked_sub(self.first).and_then(|at| self.next.get_mut(at as usize)) else {
-            faults.failed += 1; // an event of a channel that it does not read
+            faults.failed += 1; // an event of another channel
             return false;
         };
         let expected = *next;
@@ -149,7 +149,7 @@ impl Seen {
         true
     }
 
-    /// Expects nothing of what was published up to now: the sequences start again from `next(channel)`.
+    /// Expects no event published so far: the sequences continue at `next(channel)`.
     pub fn skip_to(&mut self, next: impl Fn(u32) -> u64) {
         for (at, value) in self.next.iter_mut().enumerate() {
             *value = next(self.first + at as u32);
@@ -157,7 +157,7 @@ impl Seen {
         self.missing.clear();
     }
 
-    /// What never came, if `published(channel)` events were published.
+    /// The number of events not received if `published(channel)` were published.
     pub fn lost(&self, published: impl Fn(u32) -> u64) -> u64 {
         let tail: u64 = self.next.iter().zip(self.first..).map(|(next, channel)| published(channel) - next).sum();
         tail + self.missing.len() as u64
@@ -193,7 +193,7 @@ impl Histogram {
         (power - 5) * 64 + (ns >> (power - 6)) as usize % 64
     }
 
-    /// In nanoseconds; 0 when nothing was added.
+    /// In nanoseconds; 0 without values.
     pub fn quantile(&self, of: f64) -> u64 {
         let rank = (self.total as f64 * of).ceil().max(1.0) as u64;
         let mut below = 0;

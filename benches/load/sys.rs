@@ -1,4 +1,4 @@
-//! What the kernel knows: clocks, cores, processor time and memory of a process, children that never outlive us.
+//! The operating system: clocks, cores, CPU time and memory of processes, and children that end with this process.
 
 use std::{
     fs, io,
@@ -16,13 +16,13 @@ use rustix::{
     thread::CpuSet,
 };
 
-/// Nanoseconds of a clock that all processes of the machine share.
+/// Nanoseconds of the monotonic clock, which all processes of the machine share.
 pub fn now() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Ties this process to one core. On a machine without that core it stays where it is.
+/// Pins this process to one core, if the machine has it.
 pub fn pin(core: usize) {
     let mut set = CpuSet::new();
     set.set(core);
@@ -31,7 +31,7 @@ pub fn pin(core: usize) {
     }
 }
 
-/// Takes all the descriptors that we may have; returns how many.
+/// Raises the limit of file descriptors to the maximum and returns it.
 pub fn raise_descriptors() -> u64 {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let all = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -39,8 +39,8 @@ pub fn raise_descriptors() -> u64 {
     limit.unwrap_or(u64::MAX)
 }
 
-/// Processor time of all threads of a process, in nanoseconds. Exact while the process sleeps; a thread that runs
-/// just now is behind by up to a tick.
+/// CPU time of all threads of a process, in nanoseconds. It is exact while the process sleeps; for a running thread it
+/// lags by up to a tick.
 pub fn cpu(pid: u32) -> u64 {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return 0 };
     threads
@@ -62,26 +62,26 @@ pub fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// A child that is killed when it is dropped, and by the kernel should we die first.
+/// A child process that is killed on drop, and by the kernel if this process dies first.
 pub struct Process {
     child: Child,
     addr: SocketAddr,
     log: Option<PathBuf>,
 }
 
-/// A server that listens: ours to stop or not.
+/// A listening server, started by this program or not.
 pub trait Server {
     fn addr(&self) -> SocketAddr;
     fn pid(&self) -> u32;
 }
 
-/// One that somebody else started.
-pub struct Known {
+/// A server that is already running.
+pub struct ExternalServer {
     pub addr: SocketAddr,
     pub pid: u32,
 }
 
-impl Server for Known {
+impl Server for ExternalServer {
     fn addr(&self) -> SocketAddr {
         self.addr
     }
@@ -101,7 +101,7 @@ impl Server for Process {
     }
 }
 
-/// How weir is started.
+/// The command line and environment of weir.
 #[derive(Clone, Debug)]
 pub struct Weir {
     pub program: PathBuf,
@@ -111,54 +111,48 @@ pub struct Weir {
 }
 
 impl Process {
-    /// Starts weir on a free port and waits until it answers.
-    pub fn weir(how: &Weir) -> Result<Self> {
-        let addr = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-        // An empty directory of its own: no configuration lies about.
-        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("weir-{}", addr.port()));
+    /// Starts weir on a free port and waits until it listens.
+    pub fn weir(weir: &Weir) -> Result<Self> {
+        let addr = free_address()?;
+        let mut command = Command::new(&weir.program);
+        command.args(["serve", "--listen", &addr.to_string()]).args(&weir.args);
+        command.env("TOKIO_WORKER_THREADS", "1").envs(weir.env.iter().map(|(key, value)| (key, value)));
+        Self::listening("weir", weir.core, addr, &command)
+    }
+
+    /// Starts a Redis without persistence on a free port and waits until it listens.
+    pub fn redis(core: usize) -> Result<Self> {
+        let addr = free_address()?;
+        let mut command = Command::new("redis-server");
+        command.args(["--bind", "127.0.0.1", "--port", &addr.port().to_string(), "--save", "", "--appendonly", "no"]);
+        Self::listening("redis-server", core, addr, &command)
+    }
+
+    /// Starts a server, pinned to a core, in an empty directory, which has no configuration file.
+    fn listening(name: &str, core: usize, addr: SocketAddr, server: &Command) -> Result<Self> {
+        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", addr.port()));
         fs::create_dir_all(&home)?;
         let log = home.join("log");
+        let output = fs::File::create(&log)?;
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["--child", "exec", &how.core.to_string()]).arg(&how.program);
-        command.args(["serve", "--listen", &addr.to_string()]).args(&how.args);
-        command.env("TOKIO_WORKER_THREADS", "1").envs(how.env.iter().map(|(key, value)| (key, value)));
-        command.current_dir(&home).stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&log)?);
+        command.args(["--child", "exec", &core.to_string()]).arg(server.get_program()).args(server.get_args());
+        command.envs(server.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        command.current_dir(&home).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let mut process = Process { child: command.spawn()?, addr, log: Some(log) };
         let started = Instant::now();
         while TcpStream::connect(addr).is_err() {
             if let Some(status) = process.child.try_wait()? {
-                bail!("weir ended with {status}: {}", process.log());
+                bail!("{name} ended with {status}, or is not installed: {}", process.log());
             }
             if started.elapsed() > Duration::from_secs(10) {
-                bail!("weir does not listen on {addr}: {}", process.log());
+                bail!("{name} does not listen on {addr}: {}", process.log());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(process)
     }
 
-    /// Starts a Redis that keeps nothing, on a free port, and waits until it answers.
-    pub fn redis(core: usize) -> Result<Self> {
-        let addr = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("redis-{}", addr.port()));
-        fs::create_dir_all(&home)?;
-        let log = home.join("log");
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["--child", "exec", &core.to_string(), "redis-server", "--bind", "127.0.0.1"]);
-        command.args(["--port", &addr.port().to_string(), "--save", "", "--appendonly", "no"]);
-        command.current_dir(&home).stdin(Stdio::null()).stdout(fs::File::create(&log)?).stderr(Stdio::null());
-        let mut process = Process { child: command.spawn()?, addr, log: Some(log) };
-        let started = Instant::now();
-        while TcpStream::connect(addr).is_err() {
-            if process.child.try_wait()?.is_some() || started.elapsed() > Duration::from_secs(10) {
-                bail!("no redis-server: is it installed? {}", process.log());
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(process)
-    }
-
-    /// Starts a floor: this program again, in another role. `bytes` is what it is to answer, if anything.
+    /// Starts a floor, which is this program in another role. `bytes` is its response, if it has one.
     pub fn floor(role: &str, core: usize, bytes: &[u8]) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["--child", role, &core.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -172,7 +166,7 @@ impl Process {
         Ok(process)
     }
 
-    /// The last lines that it logged.
+    /// The last lines of the log.
     pub fn log(&self) -> String {
         let text = self.log.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();
@@ -190,12 +184,16 @@ impl Drop for Process {
     }
 }
 
-/// Dies with the parent, however it dies. To be called first in a child.
+fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+/// Lets this process end with its parent, however that ends. Called first in a child.
 pub fn follow_parent() {
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
 }
 
-/// The child `exec CORE PROGRAM ARGS…`: pins itself and becomes the program.
+/// The child `exec CORE PROGRAM ARGS…`: pins itself and executes the program.
 pub fn become_program(args: &[String]) -> io::Error {
     raise_descriptors();
     match args.split_first() {

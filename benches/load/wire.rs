@@ -1,15 +1,15 @@
-//! The client's side of every wire format, as cheap as can be without trusting the server's framing: HTTP answers,
-//! chunked SSE, WebSocket frames, and enough of HTTP/2 to hold streams open.
+//! The client side of every wire format, as cheap as possible without trusting the framing of the server: HTTP
+//! responses, chunked SSE, WebSocket frames, and enough of HTTP/2 to hold streams open.
 
 use anyhow::{Context, Result, bail, ensure};
 use memchr::{memchr, memmem};
 
-/// Bytes that came in and are not yet a whole message.
+/// Received bytes that are not yet a whole message.
 #[derive(Default)]
 pub struct Rest(Vec<u8>);
 
 impl Rest {
-    /// Calls `parse` with all that is there; it says how much it used.
+    /// Calls `parse` with all bytes; it returns how many it has consumed.
     pub fn with(&mut self, input: &[u8], mut parse: impl FnMut(&[u8]) -> Result<usize>) -> Result<()> {
         if self.0.is_empty() {
             let used = parse(input)?;
@@ -28,10 +28,10 @@ impl Rest {
 
 // === HTTP/1.1 ===
 
-/// A whole answer at the start of `input`: status, body, and its length in bytes.
+/// A whole response at the start of `input`: status, body and length in bytes.
 pub fn response(input: &[u8]) -> Result<Option<(u16, &[u8], usize)>> {
     let Some((status, head, length)) = head(input)? else { return Ok(None) };
-    let length = if status == 204 { 0 } else { length.context("an answer without content-length")? };
+    let length = if status == 204 { 0 } else { length.context("a response without content-length")? };
     Ok(input.get(head..head + length).map(|body| (status, body, head + length)))
 }
 
@@ -54,7 +54,7 @@ pub fn head(input: &[u8]) -> Result<Option<(u16, usize, Option<usize>)>> {
 
 // === SSE ===
 
-/// The text of a stream: calls `got(event name, data)` for each `data:` line. (weir writes one per event.)
+/// A parser of streams that calls `got(event name, data)` for each `data:` line. (weir writes one per event.)
 #[derive(Default)]
 pub struct Lines {
     rest: Vec<u8>,
@@ -88,7 +88,7 @@ impl Lines {
     }
 }
 
-/// `Transfer-Encoding: chunked`, taken off.
+/// A decoder of `Transfer-Encoding: chunked`.
 #[derive(Default)]
 pub struct Chunked {
     size: Vec<u8>,
@@ -137,7 +137,7 @@ pub const CLOSE: u8 = 8;
 pub const PING: u8 = 9;
 pub const PONG: u8 = 10;
 
-/// One frame at the start of `input`: opcode, where its payload begins, and where it ends.
+/// One frame at the start of `input`: opcode, start and end of its payload.
 pub fn frame(input: &[u8]) -> Result<Option<(u8, usize, usize)>> {
     let [first, second, ..] = input else { return Ok(None) };
     ensure!(first & 0x80 != 0, "a fragment");
@@ -153,13 +153,13 @@ pub fn frame(input: &[u8]) -> Result<Option<(u8, usize, usize)>> {
         length => (2, usize::from(length)),
     };
     if second & 0x80 != 0 {
-        // The mask of our own clients is zero: nothing to undo.
+        // Clients of this program use a mask of zeros, which need not be undone.
         at += 4;
     }
     Ok((input.len() >= at + length).then_some((first & 0x0f, at, at + length)))
 }
 
-/// Appends a frame of a client. Its mask is zero, which is legal and free.
+/// Appends a frame of a client with a mask of zeros, which is valid and costs nothing.
 pub fn put_frame(opcode: u8, payload: &[u8], out: &mut Vec<u8>) {
     put_header(opcode, payload.len(), 0x80, out);
     out.extend_from_slice(&[0; 4]);
@@ -200,15 +200,15 @@ const H2_PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 
-/// A frame of HTTP/2 that a reader must know of.
+/// A frame of HTTP/2 that a reader has to handle.
 pub enum H2<'a> {
     Data(u32, &'a [u8]),
-    /// Acknowledge settings, answer a ping: write this.
+    /// Bytes to write: an acknowledgement of settings or a response to a ping.
     Write(Vec<u8>),
     Ended,
 }
 
-/// The preface: the largest windows there are, so that flow control never stops a stream.
+/// The preface, with the largest windows, so that flow control does not stop a stream.
 pub fn h2_preface() -> Vec<u8> {
     let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     put_h2(SETTINGS, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff], &mut out);
@@ -216,7 +216,7 @@ pub fn h2_preface() -> Vec<u8> {
     out
 }
 
-/// A GET on a new stream; every header a literal without an index.
+/// A GET on a new stream, with headers as literals without indexing.
 pub fn h2_get(stream: u32, host: &str, path: &str, out: &mut Vec<u8>) {
     let mut block = vec![0x82, 0x86]; // :method GET, :scheme http, of the static table
     for (name, value) in [(":path", path), (":authority", host), ("accept", "text/event-stream")] {
@@ -237,7 +237,7 @@ fn put_h2(kind: u8, flags: u8, stream: u32, payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(payload);
 }
 
-/// Reads the frames at the start of `input`; returns how much they were.
+/// Reads the frames at the start of `input` and returns their length.
 pub fn h2_frames(input: &[u8], mut got: impl FnMut(H2<'_>)) -> Result<usize> {
     let mut at = 0;
     while let Some(header) = input.get(at..at + 9) {
@@ -258,7 +258,7 @@ pub fn h2_frames(input: &[u8], mut got: impl FnMut(H2<'_>)) -> Result<usize> {
                 }
             }
             // 0x88 is `:status: 200` of the static table.
-            HEADERS => ensure!(payload.first() == Some(&0x88), "stream {stream} was refused"),
+            HEADERS => ensure!(payload.first() == Some(&0x88), "stream {stream} was rejected"),
             RST_STREAM => got(H2::Ended),
             SETTINGS if flags & 1 == 0 => {
                 let mut ack = Vec::new();
@@ -270,7 +270,7 @@ pub fn h2_frames(input: &[u8], mut got: impl FnMut(H2<'_>)) -> Result<usize> {
                 put_h2(H2_PING, 1, 0, payload, &mut pong);
                 got(H2::Write(pong));
             }
-            GOAWAY => bail!("the server went away: {:?}", String::from_utf8_lossy(payload)),
+            GOAWAY => bail!("the server sent GOAWAY: {:?}", String::from_utf8_lossy(payload)),
             _ => {}
         }
         at += 9 + length;
