@@ -123,7 +123,7 @@ impl Bus {
             // Joined before the await: if that fails or is dropped, the watch leaves again.
             let mut watch = Watch { topic, tail: Tail::default() };
             watch.tail = self.log.tail(&watch.topic).await?;
-            Ok(watch)
+            Ok::<_, Error>(watch)
         };
         let mut watches = Vec::with_capacity(channels.len());
         for some in channels.chunks(TAILS) {

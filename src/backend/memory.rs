@@ -42,7 +42,7 @@ impl Memory {
             let now = self.topics.now();
             let placed = ring.append(channel, subject, drafts, topic.retention(), &self.topics.config().keys, now)?;
             self.topics.account(before, ring.memory());
-            Ok((placed, ring.take_parked()))
+            Ok::<_, Error>((placed, ring.take_parked()))
         })?;
         parked.wake();
         Ok(placed)

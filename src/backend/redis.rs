@@ -1,11 +1,10 @@
-//! Redis: one bus for many nodes. Its Lua scripts append, store and read in one atomic step; the messages that they publish
-//! fill the rings of every node with readers; a node that may have missed some reads the log once, for all of its readers.
+//! Redis: one bus for many nodes. Its Lua scripts append, store and read in one atomic step; the messages that they
+//! publish fill the rings of every node with readers; a node that may have missed some reads the log once, for all of
+//! its readers.
 
 pub mod client;
-pub mod cluster;
+mod cluster;
 mod store;
 
-pub use self::{
-    cluster::RedisCluster,
-    store::{Ack, Redis, RedisSettings},
-};
+pub(crate) use self::cluster::RedisCluster;
+pub use self::store::{Ack, Redis, RedisSettings};

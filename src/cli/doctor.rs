@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::{Failure, output::Output};
 
-pub use self::{
+pub(super) use self::{
     node::examine as node,
     redis::{client as redis_client, examine as redis},
 };

@@ -1,102 +1,37 @@
 //! `weir import ganomede`: from the Redis of ganomede-events into that of weir.
 //!
-//! The source is only read. An event keeps its id, which becomes its offset, and its time; where the original had none of an
-//! id, an event of type `weir.void` stands, which ganomede's clients do not see. Nothing is kept of how far an import got:
-//! what weir has of a channel says so itself, and whether that is an import of ours says its newest event.
+//! The source is only read. An event keeps its time and its id, which becomes its offset; an id without an event
+//! becomes an event of type `weir.void`, which clients of ganomede do not see. No progress is stored: the newest event
+//! of a channel in weir shows how far it was imported, and whether the channel is an import of this source.
 
 mod channel;
+mod progress;
 mod source;
+mod target;
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use self::{
-    channel::{Course, Stand},
-    source::{Source, Survey},
+    channel::ImportedLog,
+    progress::{ImportProgress, ImportedCursors},
+    source::{ImportSource, SourceSurvey},
+    target::{ImportTarget, failed},
 };
 use super::{Failure, args::ImportGanomede, note, output::Output};
 use crate::{
-    app,
-    bus::{Bus, Retention, WallClock},
     channel::Channel,
     compat::ganomede::{Indices, consumer},
-    config::{Adapter, Backend, Config},
-    error::{Code, Error},
-    metrics::Metrics,
+    config::Config,
+    error::Code,
     position::Position,
 };
 
-/// What no channel has: the past is imported as it is, whatever is kept of it then.
-const EVERYTHING: Retention =
-    Retention { count: 1 << 40, age: Duration::from_secs(200 * 365 * 24 * 60 * 60), bytes: 1 << 46 };
-
-/// How often progress is told.
-const TELL: Duration = Duration::from_secs(2);
-
-/// Where to.
-struct Target {
-    /// The bus as nodes use it.
-    bus: Arc<Bus>,
-    /// The same, where it is as late as `clock` says, and where nothing is let go.
-    past: Bus,
-    clock: Arc<AtomicU64>,
-    /// The largest event, in bytes.
-    event_limit: usize,
-}
-
-/// What became of a channel.
-#[derive(Debug, Default, Serialize)]
-struct Carried {
-    pub channel: String,
-    /// Placed by this run, or by one that is only thought of.
-    pub events: u64,
-    /// Ids that the original had no event of, and those below.
-    pub void: u64,
-    /// Events that weir cannot hold, and why not.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub unfit: Vec<String>,
-    /// The newest offset now.
-    pub top: u64,
-    /// Left for the next run: an event that is being written may be missing between these.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub held_back: u64,
-}
-
-/// The rest.
-#[derive(Debug, Default, Serialize)]
-struct Rest {
-    cursors: u64,
-    indices: u64,
-    /// Of channels that there are no events of.
-    cursors_without_channel: u64,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    unfit: Vec<String>,
-}
-
-/// Tells somebody who waits.
-struct Progress {
-    told: Instant,
-    pub placed: u64,
-    began: Instant,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
-fn is_zero(n: &u64) -> bool {
-    *n == 0
-}
-
-/// Imports everything into the bus of `config`, or refuses before anything is written.
-pub async fn ganomede(given: &ImportGanomede, config: Config, out: &mut Output) -> Result<(), Failure> {
-    let target = Target::open(config).await?;
-    let mut source = Source::open(&given.from).await?;
+/// Imports everything into the bus of `config`, or fails before anything is written.
+pub(super) async fn ganomede(args: &ImportGanomede, config: Config, out: &mut Output) -> Result<(), Failure> {
+    let target = ImportTarget::open(config).await?;
+    let mut source = ImportSource::open(&args.from).await?;
     let survey = source.survey().await?;
     note(format_args!(
         "found {} channels, {} cursors, {} indices",
@@ -104,23 +39,23 @@ pub async fn ganomede(given: &ImportGanomede, config: Config, out: &mut Output) 
         survey.cursors.len(),
         survey.indices.len()
     ));
-    import(given, &mut source, &survey, &target, out).await
+    import(args, &mut source, &survey, &target, out).await
 }
 
 async fn import(
-    given: &ImportGanomede,
-    source: &mut Source,
-    survey: &Survey,
-    target: &Target,
+    args: &ImportGanomede,
+    source: &mut ImportSource,
+    survey: &SourceSurvey,
+    target: &ImportTarget,
     out: &mut Output,
 ) -> Result<(), Failure> {
-    let mut courses = Vec::new();
+    let mut imports = Vec::new();
     let mut refused = Vec::new();
     let mut unfit = Vec::new();
     for (name, counter) in &survey.channels {
         match Channel::parse(name).and_then(|channel| channel.writable().map(|()| channel)) {
-            Ok(channel) => match channel::look(source, target, channel, *counter, given.allow_trim).await? {
-                Ok(course) => courses.push(course),
+            Ok(channel) => match channel::examine(source, target, channel, *counter, args.allow_trim).await? {
+                Ok(one) => imports.push(one),
                 Err(reason) => refused.push(reason),
             },
             Err(error) => unfit.push(format!("channel {name:?}: {}", error.detail())),
@@ -129,27 +64,27 @@ async fn import(
     if !refused.is_empty() {
         return Err(Failure::Refused(format!("nothing was written:\n  {}", refused.join("\n  "))));
     }
-    if given.dry_run {
-        for course in &courses {
-            let plan = course.plan(source, target.event_limit).await?;
+    if args.dry_run {
+        for one in &imports {
+            let plan = one.plan(source, target.event_limit).await?;
             unfit.extend(plan.unfit.iter().map(|reason| format!("channel {}: {reason}", plan.channel)));
             out.line(&json(&plan)?)?;
             out.flush()?;
         }
         return all_fits(&unfit);
     }
-    let mut progress = Progress { told: Instant::now(), placed: 0, began: Instant::now() };
-    let mut stands: BTreeMap<String, Stand> = BTreeMap::new();
+    let mut progress = ImportProgress::start();
+    let mut logs: BTreeMap<String, ImportedLog> = BTreeMap::new();
     let mut held_back = 0;
-    for course in courses {
-        let (carried, stand) = channel::carry(source, target, course, &mut progress).await?;
-        unfit.extend(carried.unfit.iter().map(|reason| format!("channel {}: {reason}", carried.channel)));
-        held_back += carried.held_back;
-        out.line(&json(&carried)?)?;
+    for one in imports {
+        let (imported, log) = channel::run(source, target, one, &mut progress).await?;
+        unfit.extend(imported.unfit.iter().map(|reason| format!("channel {}: {reason}", imported.channel)));
+        held_back += imported.held_back;
+        out.line(&json(&imported)?)?;
         out.flush()?;
-        stands.extend(stand.map(|stand| (carried.channel, stand)));
+        logs.extend(log.map(|log| (imported.channel, log)));
     }
-    let rest = rest(survey, target, &stands).await?;
+    let rest = import_cursors(survey, target, &logs).await?;
     unfit.append(&mut rest.unfit.clone());
     out.line(&json(&rest)?)?;
     out.flush()?;
@@ -169,29 +104,33 @@ async fn import(
 fn all_fits(unfit: &[String]) -> Result<(), Failure> {
     match unfit {
         [] => Ok(()),
-        unfit => Err(Failure::Failed(format!("weir cannot hold all of it:\n  {}", unfit.join("\n  ")))),
+        unfit => Err(Failure::Failed(format!("weir cannot store all of it:\n  {}", unfit.join("\n  ")))),
     }
 }
 
-/// Cursors and definitions of indices. Both may be there already: a cursor only moves forward, a definition stays.
-async fn rest(survey: &Survey, target: &Target, stands: &BTreeMap<String, Stand>) -> Result<Rest, Failure> {
-    let mut rest = Rest::default();
+/// Imports cursors and definitions of indices. Both may exist already: a cursor only moves forward, a definition stays.
+async fn import_cursors(
+    survey: &SourceSurvey,
+    target: &ImportTarget,
+    logs: &BTreeMap<String, ImportedLog>,
+) -> Result<ImportedCursors, Failure> {
+    let mut rest = ImportedCursors::default();
     for (key, id) in &survey.cursors {
         let mut found = false;
-        // The original does not tell client a:b of channel c from client a of channel b:c either.
+        // In ganomede-events client a:b of channel c and client a of channel b:c share one key.
         for (client, channel) in key.match_indices(':').map(|(at, _)| (&key[..at], &key[at + 1..])) {
-            let Some(stand) = stands.get(channel) else { continue };
+            let Some(log) = logs.get(channel) else { continue };
             found = true;
             let Some(consumer) = consumer(client) else {
                 rest.unfit.push(format!("client {client:?}: its name is too long for a consumer"));
                 continue;
             };
-            let position = Position { epoch: stand.epoch, offset: (*id).min(stand.top) };
+            let position = Position { epoch: log.epoch, offset: (*id).min(log.top) };
             if position.offset == 0 {
-                // Where everybody begins.
+                // The default.
                 continue;
             }
-            match target.bus.commit(&consumer, &stand.channel, position).await {
+            match target.bus.commit(&consumer, &log.channel, position).await {
                 Ok(()) => rest.cursors += 1,
                 Err(error) if error.code() == Code::LimitReached => {
                     rest.unfit.push(format!("client {client:?}: {}", error.detail()));
@@ -214,54 +153,6 @@ async fn rest(survey: &Survey, target: &Target, stands: &BTreeMap<String, Stand>
     Ok(rest)
 }
 
-/// What the bus says, as commands say it.
-fn failed(error: &Error) -> Failure {
-    let reason = format!("{}; run it again: it goes on where it was", error.detail());
-    match error.code() {
-        Code::BusUnavailable | Code::Unconfirmed | Code::Overloaded => Failure::Unavailable(reason),
-        _ => Failure::Failed(reason),
-    }
-}
-
 fn json(value: &impl Serialize) -> Result<String, Failure> {
     serde_json::to_string(value).map_err(|error| Failure::Failed(error.to_string()))
-}
-
-impl Target {
-    async fn open(mut config: Config) -> Result<Self, Failure> {
-        if config.bus.backend == Backend::Memory {
-            let reason = "bus.backend is memory, and what is imported there is gone with this process: the settings of the \
-                          nodes are needed, with bus.backend = \"redis\" and bus.redis.url";
-            return Err(Failure::Usage(reason.into()));
-        }
-        if !config.compat.enable.contains(&Adapter::Ganomede) {
-            // Its definitions of indices are kept as they will be when it is.
-            config.compat.enable.push(Adapter::Ganomede);
-        }
-        let away = |error: anyhow::Error| Failure::Unavailable(format!("{error:#}"));
-        let metrics = Arc::new(Metrics::new());
-        let topics = app::bus_config(&config);
-        let clock = Arc::new(AtomicU64::new(0));
-        let mut past = topics.clone();
-        past.rules.clear();
-        past.retention = EVERYTHING;
-        let past = app::bus(&config, past, WallClock::Manual(clock.clone()), metrics.clone()).await.map_err(away)?;
-        let bus = Arc::new(app::bus(&config, topics, WallClock::System, metrics).await.map_err(away)?);
-        Ok(Target { bus, past, clock, event_limit: config.limits.event })
-    }
-
-    /// From here on it is so late in the past.
-    fn set_time(&self, ms: u64) {
-        self.clock.store(ms, Ordering::Relaxed);
-    }
-}
-
-impl Progress {
-    fn tell(&mut self, course: &Course, at: u64) {
-        if self.told.elapsed() > TELL {
-            self.told = Instant::now();
-            let rate = self.placed as f64 / self.began.elapsed().as_secs_f64();
-            note(format_args!("{}: {at} of {} ({rate:.0} events/s)", course.channel, course.end));
-        }
-    }
 }

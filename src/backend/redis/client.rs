@@ -1,28 +1,35 @@
-//! The client: commands, scripts and subscriptions on one server, on the master that Sentinel names, or on a Redis Cluster.
+//! The client: commands, scripts and subscriptions on one server, on the master that Sentinel names, or on a Redis
+//! Cluster.
 //!
-//! It promises what the `redis` crate does not: whether a lost command ever left this process, bounded queues, and
-//! connections and subscriptions that are made again for as long as they are wanted.
+//! Commands, values and the parser of replies come from the `redis` crate. What is here is what its connections do not
+//! promise: whether a lost command ever left this process, bounded queues, the order of commands of many callers, and
+//! connections and subscriptions that are opened again for as long as they are wanted.
 
 mod connection;
+mod error_reply;
+mod majority;
+mod pipeline;
 mod pubsub;
 mod reconnect;
-mod resp;
 mod script;
+mod sentinel;
+mod slots;
+mod tls;
 mod topology;
 mod url;
 
 #[cfg(test)]
-pub(crate) use self::topology::slot;
+pub(crate) use self::slots::slot;
 pub use self::{
-    connection::CommandError,
+    connection::RedisConnection,
+    pipeline::CommandError,
     pubsub::{PubSub, PubSubHandler},
-    resp::{Command, Value},
     script::Script,
-    topology::{OnLostReply, Topology},
+    topology::{CommandResult, OnLostReply, Topology},
     url::RedisUrl,
 };
 pub(crate) use self::{
-    connection::{NoPush, RedisConnection},
+    pipeline::NoPush,
     reconnect::ReconnectingConnection,
     url::{Address, TopologyKind},
 };

@@ -1,113 +1,203 @@
-//! The log of a bus on Redis: [`Redis`] implements [`Log`](crate::bus::Log).
+//! [`Redis`], the log of a bus on Redis.
 
 mod acks;
 mod append;
 mod consumers;
+mod context;
 pub(super) mod keys;
 mod probe;
 mod read;
 mod retention;
 mod tail;
 mod wire;
+mod write;
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::MissedTickBehavior};
 
-pub use self::acks::Ack;
 use self::{
-    acks::Acks, append::Appends, consumers::Sweeps, keys::Keys, probe::Probes, retention::RetentionRules, tail::Tails,
+    acks::ReplicaAcks, append::Appender, consumers::ConsumerStore, context::LogContext, keys::KeyNames, probe::Probes,
+    read::LogReader, retention::RetentionRules, tail::Tails, write::LogWriter,
 };
-use super::client::{PubSub, Topology};
-use crate::{bus::Topics, metrics::RedisConnectionKind};
+use super::client::Topology;
+use crate::{
+    bus::{ChannelInfo, ConsumerInfo, CursorOp, Log, LogPage, Placed, ReadLimit, Tail, Topic, Topics},
+    channel::Channel,
+    error::{Code, Error, Result},
+    event::Draft,
+    position::{Position, Start},
+};
 
-/// How often tails and probes are looked after.
-const BEAT: Duration = Duration::from_secs(1);
+/// How often probes, tails and retention rules are maintained.
+const TICK: Duration = Duration::from_secs(1);
 
-/// The log of many nodes. Dropped, it ends its subscriptions.
-pub struct Redis(Arc<Inner>);
+/// The log of a bus that many nodes share. Dropped, it ends its subscriptions.
+pub struct Redis {
+    context: Arc<LogContext>,
+    reader: Arc<LogReader>,
+    writer: Arc<LogWriter>,
+    retention: Arc<RetentionRules>,
+    appender: Arc<Appender>,
+    tails: Arc<Tails>,
+    probes: Arc<Probes>,
+    consumers: ConsumerStore,
+    maintenance: JoinHandle<()>,
+}
 
-/// How it is used.
 #[derive(Clone, Debug)]
 pub struct RedisSettings {
-    /// Before every key and every pub/sub channel.
+    /// Of every key and every pub/sub channel.
     pub prefix: String,
-    /// When a publish is answered.
     pub ack: Ack,
 }
 
-struct Inner {
-    topology: Arc<Topology>,
-    topics: Arc<Topics>,
-    keys: Keys,
-    tails: Arc<Tails>,
-    pubsub: Arc<PubSub>,
-    probes: Probes,
-    acks: Option<Acks>,
-    sweeps: Sweeps,
-    appends: Appends,
-    keeps: RetentionRules,
-    /// A test owns the time.
-    clock_is_ours: bool,
-    /// The first second after this was made, by that time.
-    began: u64,
-    beat: Mutex<Option<JoinHandle<()>>>,
+/// When a publish is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ack {
+    /// When the master has stored it.
+    Stored,
+    /// When a replica has received it as well.
+    Replicated,
 }
 
 impl Redis {
-    /// Needs a tokio runtime. Whether Redis can be reached shows later.
+    /// Needs a tokio runtime. Does not wait for a connection.
     pub fn start(topology: Arc<Topology>, topics: Arc<Topics>, settings: RedisSettings) -> Self {
-        let tails = Arc::new(Tails::default());
-        let inner = Arc::new_cyclic(|inner| {
-            tails.belong_to(inner.clone());
-            Inner {
-                pubsub: PubSub::start(topology.clone(), RedisConnectionKind::Events, tails.clone()),
-                keys: Keys::new(&settings.prefix),
-                tails: tails.clone(),
-                probes: Probes::default(),
-                acks: match settings.ack {
-                    Ack::Stored => None,
-                    Ack::Replicated => Some(Acks::default()),
-                },
-                sweeps: Sweeps::default(),
-                appends: Appends::default(),
-                keeps: RetentionRules::new(&topics.config().rules, topics.config().retention),
-                clock_is_ours: topics.is_manual(),
-                began: topics.now() / 1000 + 1,
-                topology,
-                topics,
-                beat: Mutex::default(),
-            }
+        let context = Arc::new(LogContext { topology, topics, keys: KeyNames::new(&settings.prefix) });
+        let retention = Arc::new(RetentionRules::new(context.clone()));
+        let reader = LogReader::new(context.clone(), retention.clone());
+        let writer = Arc::new(LogWriter::new(context.clone()));
+        let probes = Probes::new(context.clone(), writer.clone());
+        let tails = Tails::start(context.clone(), reader.clone(), retention.clone(), probes.clone());
+        let appender = Arc::new(Appender {
+            context: context.clone(),
+            writer: writer.clone(),
+            retention: retention.clone(),
+            tails: tails.clone(),
+            acks: (settings.ack == Ack::Replicated).then(|| ReplicaAcks::new(context.clone())),
+            queues: Mutex::default(),
         });
-        let beat = tokio::spawn({
-            let inner = Arc::downgrade(&inner);
+        let consumers = ConsumerStore::new(context.clone(), reader.clone(), retention.clone());
+        let maintenance = tokio::spawn({
+            let (probes, tails, retention) = (probes.clone(), tails.clone(), retention.clone());
             async move {
-                let mut ticks = tokio::time::interval(BEAT);
-                ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                let mut ticks = tokio::time::interval(TICK);
+                ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
                 loop {
                     ticks.tick().await;
-                    let Some(inner) = inner.upgrade() else { return };
-                    inner.probe();
-                    inner.audit();
-                    tokio::spawn(async move { inner.agree().await });
+                    probes.tick(&tails.pubsub);
+                    tails.audit();
+                    let retention = retention.clone();
+                    tokio::spawn(async move { retention.exchange().await });
                 }
             }
         });
-        *inner.beat.lock() = Some(beat);
-        Redis(inner)
+        Redis { context, reader, writer, retention, appender, tails, probes, consumers, maintenance }
     }
 
-    /// Looks after channels that have been quiet, as it is done all the time. For tests that own the time.
+    /// Audits all channels now, for tests whose clock stands still.
     pub async fn audit(&self) {
-        self.0.audit_all().await;
+        self.tails.audit_all().await;
+    }
+
+    /// The number of servers whose replicas are waited for, for tests that look for leaks.
+    pub fn waits(&self) -> usize {
+        self.appender.acks.as_ref().map_or(0, |acks| acks.len())
     }
 }
 
 impl Drop for Redis {
     fn drop(&mut self) {
-        if let Some(beat) = self.0.beat.lock().take() {
-            beat.abort();
+        self.maintenance.abort();
+    }
+}
+
+impl Log for Redis {
+    fn ready(&self) -> Result<()> {
+        match self.probes.is_ready() {
+            true => Ok(()),
+            false => Err(Error::new(Code::BusUnavailable, "no probe has come back through Redis lately")),
         }
+    }
+
+    fn sweep(&self) {
+        self.context.topics.sweep();
+    }
+
+    fn append<'a>(
+        &'a self,
+        channel: &'a Channel,
+        subject: &'a str,
+        drafts: Vec<Draft>,
+    ) -> BoxFuture<'a, Result<Vec<Placed>>> {
+        self.appender.append(channel, subject, drafts).boxed()
+    }
+
+    fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: ReadLimit) -> BoxFuture<'a, Result<LogPage>> {
+        async move {
+            let limit = if start == Start::Now { ReadLimit { events: 0, bytes: 0 } } else { limit };
+            let page = self.reader.page(channel, start, limit).await?;
+            // A client that reads and then waits must not find a ring that is older than the page.
+            self.tails.catch_up_with(channel, page.next).await;
+            Ok(page)
+        }
+        .boxed()
+    }
+
+    fn tail<'a>(&'a self, topic: &'a Arc<Topic>) -> BoxFuture<'a, Result<Tail>> {
+        self.tails.tail(topic).boxed()
+    }
+
+    fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<ChannelInfo>> {
+        self.reader.describe(channel).boxed()
+    }
+
+    fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ChannelInfo>>> {
+        self.reader.list(prefix, after, limit).boxed()
+    }
+
+    fn remove<'a>(&'a self, channel: &'a Channel, before: Option<Position>) -> BoxFuture<'a, Result<()>> {
+        async move {
+            let keep = self.retention.of(channel).await?;
+            self.writer.remove(&self.context.keys.channel(channel), &keep, before).await?;
+            // A caller that reads on this node sees the removal.
+            self.tails.refresh(channel).await;
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn cursor<'a>(
+        &'a self,
+        consumer: &'a str,
+        channel: &'a Channel,
+        act: CursorOp,
+    ) -> BoxFuture<'a, Result<Option<Position>>> {
+        self.consumers.act(consumer, channel, act).boxed()
+    }
+
+    fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<ConsumerInfo>>> {
+        self.consumers.describe(consumer).boxed()
+    }
+
+    fn consumers<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ConsumerInfo>>> {
+        self.consumers.list(prefix, after, limit).boxed()
+    }
+
+    fn forget<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<bool>> {
+        self.consumers.forget(consumer).boxed()
     }
 }

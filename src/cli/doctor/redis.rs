@@ -1,7 +1,9 @@
-//! A Redis, as weir would use it: one server, a master that Sentinel names, or every master of a cluster.
+//! Examines a Redis as weir uses it: one server, the master that Sentinel names, or every master of a cluster.
 
+mod client;
+mod cluster_nodes;
 mod commands;
-mod deployment;
+mod error;
 mod server;
 
 use std::{collections::HashMap, time::Duration};
@@ -13,37 +15,41 @@ use tokio::{
     time::timeout,
 };
 
-pub use self::deployment::client;
-use self::server::{Part, Server};
+pub(crate) use self::client::client;
+use self::{
+    cluster_nodes::parse_nodes,
+    error::{is_rejected, reason, remedy},
+    server::{ExaminedServer, ServerRole},
+};
 use super::{super::Failure, Report};
 use crate::backend::redis::client::{Address, RedisUrl, TopologyKind};
 
-/// How long a server may take to show that it speaks no TLS.
+/// How long a server without TLS may take to reply.
 const PLAIN: Duration = Duration::from_secs(2);
 
-/// Looks at what `url` names. `prefix` is `bus.redis.prefix`.
-pub async fn examine(url: &str, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+/// Examines the servers of `url`. `prefix` is `bus.redis.prefix`.
+pub(crate) async fn examine(url: &str, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
     let url = RedisUrl::parse(url).map_err(Failure::Usage)?;
     match &url.kind {
         TopologyKind::Standalone(address) => {
             let mut server = reach(&url, address, report).await?;
-            server.examine(Part::Alone, prefix, report).await
+            server.examine(ServerRole::Alone, prefix, report).await
         }
         TopologyKind::Sentinel { sentinels, master } => sentinel(&url, sentinels, master, prefix, report).await,
         TopologyKind::Cluster(seeds) => cluster(&url, seeds, prefix, report).await,
     }
 }
 
-/// Connects to a server on which all depends.
-async fn reach(url: &RedisUrl, address: &Address, report: &mut Report<'_>) -> Result<Server, Failure> {
+/// Connects to a server without which nothing can be examined.
+async fn reach(url: &RedisUrl, address: &Address, report: &mut Report<'_>) -> Result<ExaminedServer, Failure> {
     report.of(address.to_string());
-    match Server::connect(url, address, true).await {
+    match ExaminedServer::connect(url, address, true).await {
         Ok(server) => Ok(server),
         Err(error) => {
             unreachable(url, address, &error, "reach", remedy(&error), report).await?;
-            Err(match is_refused(&error) {
-                true => Failure::Refused("Redis does not let us in".into()),
-                false => Failure::Unavailable("there is nothing to look at".into()),
+            Err(match is_rejected(&error) {
+                true => Failure::Refused("Redis rejects the credentials".into()),
+                false => Failure::Unavailable("there is no server to examine".into()),
             })
         }
     }
@@ -59,10 +65,10 @@ async fn sentinel(
     let mut masters: Vec<String> = Vec::new();
     for address in sentinels {
         report.of(format!("sentinel {address}"));
-        let mut server = match Server::connect(url, address, false).await {
+        let mut server = match ExaminedServer::connect(url, address, false).await {
             Ok(server) => server,
             Err(error) => {
-                unreachable(url, address, &error, "sentinel", AWAY, report).await?;
+                unreachable(url, address, &error, "sentinel", UNREACHABLE, report).await?;
                 continue;
             }
         };
@@ -112,32 +118,32 @@ async fn sentinel(
         return Err(Failure::Unavailable("no sentinel names a master".into()));
     };
     if masters.len() > 1 {
-        let found = format!("they name different masters: {}", masters.join(", "));
-        report.problem("sentinel", found, "a failover is under way, or they cannot hear each other")?;
+        let found = format!("the sentinels name different masters: {}", masters.join(", "));
+        report.problem("sentinel", found, "a failover is under way, or the sentinels cannot reach each other")?;
     }
     let address = Address::parse(master, 6379).map_err(Failure::Failed)?;
     let mut server = reach(url, &address, report).await?;
-    server.examine(Part::Replicated, prefix, report).await
+    server.examine(ServerRole::Replicated, prefix, report).await
 }
 
 async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
     let mut first = None;
     for address in seeds {
         report.of(address.to_string());
-        match Server::connect(url, address, true).await {
+        match ExaminedServer::connect(url, address, true).await {
             Ok(server) => {
                 first = Some(server);
                 break;
             }
-            Err(error) if is_refused(&error) => {
+            Err(error) if is_rejected(&error) => {
                 report.problem("reach", reason(&error), remedy(&error))?;
-                return Err(Failure::Refused("Redis does not let us in".into()));
+                return Err(Failure::Refused("Redis rejects the credentials".into()));
             }
-            Err(error) => unreachable(url, address, &error, "reach", AWAY, report).await?,
+            Err(error) => unreachable(url, address, &error, "reach", UNREACHABLE, report).await?,
         }
     }
     let Some(mut server) = first else {
-        return Err(Failure::Unavailable("there is nothing to look at".into()));
+        return Err(Failure::Unavailable("there is no server to examine".into()));
     };
     let known: String = match server.ask(cmd("CLUSTER").arg("INFO")).await {
         Ok(known) => known,
@@ -149,12 +155,12 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
     let fields = server::fields(&known);
     let number = |field: &str| fields.get(field).and_then(|value| value.parse::<u64>().ok()).unwrap_or(0);
     let nodes: String = server.ask(cmd("CLUSTER").arg("NODES")).await.unwrap_or_default();
-    let nodes = deployment::nodes(&nodes);
+    let nodes = parse_nodes(&nodes);
     let masters: Vec<_> = nodes.iter().filter(|node| node.master && node.slots > 0).collect();
     let (covered, failing) = (number("cluster_slots_ok"), nodes.iter().filter(|node| node.failing).count());
     let found = format!("{} masters, {} servers, {covered} of 16384 slots served", masters.len(), nodes.len());
     if fields.get("cluster_state").map(String::as_str) != Some("ok") || covered < 16384 {
-        let change = "channels in slots that nobody serves are away: see `redis-cli --cluster check`";
+        let change = "channels in slots without a server are unavailable: see `redis-cli --cluster check`";
         report.problem("cluster", found, change)?;
     } else if failing > 0 {
         report.problem("cluster", format!("{found}; {failing} failing"), "start what has failed, or forget it")?;
@@ -168,22 +174,26 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
         .collect();
     if !bare.is_empty() {
         let found = format!("no replica of {}", bare.join(", "));
-        report.advice("cluster", found, "without one, the channels of a lost master are away until it is back")?;
+        report.advice(
+            "cluster",
+            found,
+            "without one, the channels of a lost master are unavailable until it is back",
+        )?;
     }
     for master in masters.iter().filter(|master| !master.failing) {
         let address = Address::parse(&master.address, 6379).map_err(Failure::Failed)?;
         report.of(address.to_string());
-        match Server::connect(url, &address, true).await {
-            Ok(mut server) => server.examine(Part::Shard, prefix, report).await?,
+        match ExaminedServer::connect(url, &address, true).await {
+            Ok(mut server) => server.examine(ServerRole::Shard, prefix, report).await?,
             Err(error) => unreachable(url, &address, &error, "reach", remedy(&error), report).await?,
         }
     }
     Ok(())
 }
 
-const AWAY: &str = "start it, or take it out of the URL";
+const UNREACHABLE: &str = "start it, or take it out of the URL";
 
-/// Says why there is no connection, as far as it can be known.
+/// Reports why there is no connection, as far as that can be known.
 async fn unreachable(
     url: &RedisUrl,
     address: &Address,
@@ -192,15 +202,15 @@ async fn unreachable(
     change: &str,
     report: &mut Report<'_>,
 ) -> Result<(), Failure> {
-    // One that speaks no TLS waits for the end of what it takes for a command: all that shows is that nothing comes.
-    if url.tls && !is_refused(error) && is_plain(address).await {
+    // A server without TLS takes the handshake for an incomplete command, so the connection only times out.
+    if url.tls && !is_rejected(error) && is_plain(address).await {
         let change = "leave out the s of rediss, or name the port where it speaks TLS (tls-port)";
-        return report.problem(check, "it answers, but does not speak TLS", change);
+        return report.problem(check, "it replies, but does not speak TLS", change);
     }
     report.problem(check, reason(error), change)
 }
 
-/// Whether a server answers without TLS. It is told nothing that is secret.
+/// Whether a server replies without TLS. No secret is sent.
 async fn is_plain(address: &Address) -> bool {
     let ask = async {
         let mut socket = TcpStream::connect((&*address.host, address.port)).await?;
@@ -209,27 +219,4 @@ async fn is_plain(address: &Address) -> bool {
     };
     // +PONG, or an error that it wants a password.
     matches!(timeout(PLAIN, ask).await, Ok(Ok(b'+' | b'-')))
-}
-
-/// What Redis said, or what happened to the connection.
-fn reason(error: &RedisError) -> String {
-    match (error.code(), error.detail()) {
-        (Some(code), Some(detail)) => format!("{code} {detail}"),
-        _ => error.to_string(),
-    }
-}
-
-fn is_refused(error: &RedisError) -> bool {
-    matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM"))
-        || error.kind() == redis::ErrorKind::AuthenticationFailed
-}
-
-fn remedy(error: &RedisError) -> &'static str {
-    if is_refused(error) {
-        "name user and password in the URL: redis://user:password@host"
-    } else if error.is_timeout() {
-        "is the address right, and does a firewall let us through?"
-    } else {
-        "start it, or name where it is; with TLS the URL begins with rediss://"
-    }
 }

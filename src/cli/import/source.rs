@@ -1,4 +1,4 @@
-//! The Redis of ganomede-events, which is only read.
+//! [`ImportSource`]: the Redis of ganomede-events, which is only read.
 //!
 //! ```text
 //! indices:<channel>                    the newest id, as text
@@ -23,60 +23,60 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Keys of one SCAN, and of one MGET.
 const MANY: usize = 1000;
 
-pub struct Source {
+pub(super) struct ImportSource {
     connection: MultiplexedConnection,
 }
 
-/// Everything there is but the events.
+/// The content of the source except the events.
 #[derive(Debug, Default)]
-pub struct Survey {
-    /// With the newest id that was given, which may be of no event.
+pub(super) struct SourceSurvey {
+    /// With the newest id that was assigned, which may have no event.
     pub channels: BTreeMap<String, u64>,
-    /// What follows `last-fetched:`, and the id.
+    /// The key without `last-fetched:`, and the id.
     pub cursors: Vec<(String, u64)>,
-    pub indices: Vec<Index>,
+    pub indices: Vec<SourceIndex>,
 }
 
 #[derive(Debug, Deserialize)]
-pub struct Index {
+pub(super) struct SourceIndex {
     pub id: String,
     pub channel: String,
     pub field: String,
 }
 
-/// Ids of the events that there are.
+/// The range of the ids that have events.
 #[derive(Clone, Copy, Debug)]
-pub struct Bounds {
+pub(super) struct EventIds {
     pub first: u64,
     pub last: u64,
     pub count: u64,
 }
 
-impl Source {
-    pub async fn open(url: &str) -> Result<Self, Failure> {
+impl ImportSource {
+    pub(super) async fn open(url: &str) -> Result<Self, Failure> {
         let url = RedisUrl::parse(url).map_err(Failure::Usage)?;
         let TopologyKind::Standalone(address) = &url.kind else {
             return Err(Failure::Usage("ganomede-events uses one Redis: write redis://host:6379".into()));
         };
-        // Its servers may be older than RESP3.
-        let client = redis_client(&url, address, true, ProtocolVersion::RESP2).map_err(|error| away(&error))?;
+        // Its server may be too old for RESP3.
+        let client = redis_client(&url, address, true, ProtocolVersion::RESP2).map_err(|error| unavailable(&error))?;
         let config = AsyncConnectionConfig::new();
         let config = config.set_connection_timeout(Some(PATIENCE)).set_response_timeout(Some(PATIENCE));
         let connection =
-            client.get_multiplexed_async_connection_with_config(&config).await.map_err(|error| away(&error))?;
-        Ok(Source { connection })
+            client.get_multiplexed_async_connection_with_config(&config).await.map_err(|error| unavailable(&error))?;
+        Ok(ImportSource { connection })
     }
 
     async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, Failure> {
-        command.query_async(&mut self.connection).await.map_err(|error| away(&error))
+        command.query_async(&mut self.connection).await.map_err(|error| unavailable(&error))
     }
 
-    /// Looks through all keys but those of events.
-    pub async fn survey(&mut self) -> Result<Survey, Failure> {
-        let mut survey = Survey::default();
+    /// Reads all keys except those of events.
+    pub(super) async fn survey(&mut self) -> Result<SourceSurvey, Failure> {
+        let mut survey = SourceSurvey::default();
         for key in self.scan("*:keys", "zset").await? {
             let channel = key.strip_suffix(":keys").unwrap_or_default().to_owned();
-            // Somebody else's set may end so, too.
+            // A set of another program may have such a name, too.
             let members: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
             if !channel.is_empty() && members.iter().all(|member| id_of(member, &channel).is_some()) {
                 survey.channels.insert(channel, 0);
@@ -86,7 +86,7 @@ impl Source {
             let name = &key["indices:".len()..];
             if let Ok(counter) = value.parse() {
                 survey.channels.insert(name.to_owned(), counter);
-            } else if let Ok(index) = serde_json::from_str::<Index>(&value) {
+            } else if let Ok(index) = serde_json::from_str::<SourceIndex>(&value) {
                 survey.indices.push(index);
             }
         }
@@ -107,16 +107,16 @@ impl Source {
             let mut scan = cmd("SCAN");
             scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(MANY);
             let (next, keys): (u64, Vec<Vec<u8>>) = self.ask(&scan).await?;
-            // What is no text is not of the original.
+            // A key that is not UTF-8 is of another program.
             let keys: Vec<String> = keys.into_iter().filter_map(|key| String::from_utf8(key).ok()).collect();
-            // TYPE is an argument of SCAN only since Redis 6.
+            // SCAN has the argument TYPE only since Redis 6.
             let mut types = pipe();
             for key in &keys {
                 types.cmd("TYPE").arg(key);
             }
             let types: Vec<String> = match keys.is_empty() {
                 true => Vec::new(),
-                false => types.query_async(&mut self.connection).await.map_err(|error| away(&error))?,
+                false => types.query_async(&mut self.connection).await.map_err(|error| unavailable(&error))?,
             };
             found.extend(keys.into_iter().zip(types).filter(|(_, is)| is == kind).map(|(key, _)| key));
             cursor = next;
@@ -138,17 +138,17 @@ impl Source {
     }
 
     /// None if there are no events.
-    pub async fn bounds(&mut self, channel: &str) -> Result<Option<Bounds>, Failure> {
+    pub(super) async fn event_ids(&mut self, channel: &str) -> Result<Option<EventIds>, Failure> {
         let key = format!("{channel}:keys");
         let first: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
         let last: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(-1).arg(-1)).await?;
         let count: u64 = self.ask(cmd("ZCARD").arg(&key)).await?;
         let id = |members: &[String]| members.first().and_then(|member| id_of(member, channel));
-        Ok(id(&first).zip(id(&last)).map(|(first, last)| Bounds { first, last, count }))
+        Ok(id(&first).zip(id(&last)).map(|(first, last)| EventIds { first, last, count }))
     }
 
-    /// Events after an id in their order, at most `limit`; without one, what is listed is not there.
-    pub async fn page(
+    /// Up to `limit` events after an id, in their order; None for an id that is listed and has no event.
+    pub(super) async fn page(
         &mut self,
         channel: &str,
         after: u64,
@@ -166,8 +166,7 @@ impl Source {
         Ok(page.collect())
     }
 
-    /// One event.
-    pub async fn event(&mut self, channel: &str, id: u64) -> Result<Option<String>, Failure> {
+    pub(super) async fn event(&mut self, channel: &str, id: u64) -> Result<Option<String>, Failure> {
         self.ask(cmd("GET").arg(format!("{channel}:{id}"))).await
     }
 }
@@ -177,7 +176,7 @@ fn id_of(member: &str, channel: &str) -> Option<u64> {
     id.parse().ok().filter(|id: &u64| *id > 0)
 }
 
-fn away(error: &redis::RedisError) -> Failure {
+fn unavailable(error: &redis::RedisError) -> Failure {
     let reason = format!("the source: {error}");
     match error.code() {
         Some("NOAUTH" | "WRONGPASS" | "NOPERM") => Failure::Refused(reason),

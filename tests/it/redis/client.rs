@@ -1,11 +1,8 @@
 //! The Redis client: commands find their server and subscriptions are restored after any failure.
 
-use std::{
-    net::Ipv4Addr,
-    sync::{Arc, LazyLock},
-    time::Duration,
-};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
+use ::redis::{Cmd, Value, cmd};
 use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -13,9 +10,7 @@ use tokio::{
     sync::mpsc,
 };
 use weir::{
-    backend::redis::client::{
-        Command, CommandError, OnLostReply, PubSub, PubSubHandler, RedisUrl, Script, Topology, Value,
-    },
+    backend::redis::client::{CommandError, OnLostReply, PubSub, PubSubHandler, RedisUrl, Script, Topology},
     metrics::{Metrics, RedisConnectionKind},
 };
 
@@ -28,12 +23,12 @@ use crate::support::{
 struct ChannelHandler(mpsc::UnboundedSender<String>);
 
 impl PubSubHandler for ChannelHandler {
-    fn heard(&self, channel: &Bytes, message: Bytes) {
-        let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
+    fn on_message(&self, channel: &[u8], message: Bytes) {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let _ = self.0.send(format!("{} {}", text(channel), text(&message)));
     }
 
-    fn subscribed(&self, channel: &Bytes) {
+    fn on_subscribed(&self, channel: &[u8]) {
         let _ = self.0.send(format!("+{}", String::from_utf8_lossy(channel)));
     }
 }
@@ -54,10 +49,8 @@ async fn next(messages: &mut mpsc::UnboundedReceiver<String>) -> String {
 }
 
 async fn call(topology: &Topology, args: &[&str]) -> Result<Value, CommandError> {
-    let done = topology.call(args[1].as_bytes(), OnLostReply::Retry, |_| {
-        args[1..].iter().fold(Command::new(args[0]), |command, arg| command.arg(arg))
-    });
-    done.await.map(|(value, _)| value)
+    let command = cmd(args[0]).arg(&args[1..]).take();
+    topology.call(args[1].as_bytes(), OnLostReply::Retry, &command).await.map(|(value, _)| value)
 }
 
 /// Retries until Redis has executed the command: it may be down.
@@ -70,7 +63,7 @@ async fn call_until_done(topology: &Topology, args: &[&str]) -> Value {
     panic!("{args:?} never succeeds");
 }
 
-static ECHO: LazyLock<Script> = LazyLock::new(|| Script::new("return {KEYS[1], ARGV[1]}"));
+static ECHO: Script = Script::new("return {KEYS[1], ARGV[1]}");
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_and_subscriptions_recover_after_a_restart() {
@@ -101,7 +94,7 @@ async fn commands_and_subscriptions_recover_after_a_restart() {
     for kind in ["normal", "pubsub"] {
         redis.cli(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"]).await;
     }
-    assert_eq!(call_until_done(&topology, &["GET", "a"]).await.int(), Some(1));
+    assert_eq!(call_until_done(&topology, &["GET", "a"]).await, Value::BulkString(b"1".to_vec()));
     eventually_within(MINUTE, "the subscription is restored", async || pubsub.is_subscribed(b"c8")).await;
 }
 
@@ -110,7 +103,8 @@ async fn a_lost_reply_is_unconfirmed_and_an_unsent_command_is_not_executed() {
     let redis = RedisServer::start(&[]).await;
     let proxy = TcpProxy::start(redis.port).await;
     let topology = topology(&proxy.redis_url()).await;
-    let add = |lost| topology.call(b"n", lost, |_| Command::new("INCR").arg("n"));
+    let incr: Cmd = cmd("INCR").arg("n").take();
+    let add = |lost| topology.call::<i64>(b"n", lost, &incr);
     assert!(add(OnLostReply::Report).await.is_ok());
     proxy.set(ProxyMode::HoldReplies);
     let (one, two) = tokio::join!(add(OnLostReply::Report), async {
@@ -131,8 +125,11 @@ async fn scripts_are_loaded_on_demand() {
     let redis = RedisServer::start(&[]).await;
     let topology = topology(&redis.url()).await;
     for _ in 0..3 {
-        let done = topology.run(&ECHO, &[b"{k}"], OnLostReply::Report, |_, command| command.push("v")).await;
-        assert_eq!(done.unwrap().0.list().unwrap()[1].text(), Some("v"));
+        let fill = |_: &_, command: &mut Cmd| {
+            command.arg("v");
+        };
+        let done = topology.run::<(String, String)>(&ECHO, &[b"{k}"], OnLostReply::Report, fill).await;
+        assert_eq!(done.unwrap().0.1, "v");
         redis.cli(&["SCRIPT", "FLUSH"]).await;
     }
 }
@@ -174,7 +171,7 @@ async fn commands_and_subscriptions_follow_slot_moves_and_failovers() {
     let slot = cluster.slot(&keys[0]).await;
     let from = cluster.owner(slot).await;
     cluster.move_slot(slot, (from + 1) % 3).await;
-    assert_eq!(call_until_done(&topology, &["GET", &keys[0]]).await.int(), Some(1));
+    assert_eq!(call_until_done(&topology, &["GET", &keys[0]]).await, Value::BulkString(b"1".to_vec()));
     assert_eq!(next(&mut messages).await, format!("+{}", keys[0]));
     call_until_done(&topology, &["SPUBLISH", &keys[0], "moved"]).await;
     assert_eq!(next(&mut messages).await, format!("{} moved", keys[0]));

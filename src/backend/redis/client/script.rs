@@ -1,17 +1,16 @@
-//! [`Script`]: what happens in one step inside Redis. Sent by its hash, loaded where a server does not know it.
+//! [`Script`]: a Lua script, which Redis runs in one atomic step. Sent by its hash, and loaded where a server does not
+//! know it.
 
 use std::sync::OnceLock;
 
-use super::{
-    connection::{CommandError, RedisConnection},
-    resp::{Command, Value},
-};
+use redis::{Cmd, cmd};
 
-/// A `.lua` file.
+use super::{connection::RedisConnection, pipeline::CommandError};
+
 pub struct Script {
     source: &'static str,
-    /// Redis names it when it is first loaded; the same everywhere.
-    hash: OnceLock<Box<str>>,
+    /// Redis returns it when the script is first loaded; it is the same on all servers.
+    hash: OnceLock<String>,
 }
 
 impl Script {
@@ -19,23 +18,21 @@ impl Script {
         Script { source, hash: OnceLock::new() }
     }
 
-    /// Begins a call; the keys come next, then the arguments. Loads the script if no server has seen it yet.
-    pub async fn call(&self, connection: &RedisConnection, keys: u64) -> Result<Command, CommandError> {
+    /// Begins a call; the caller appends the arguments. Loads the script if no server has seen it yet.
+    pub(super) async fn call(&self, connection: &RedisConnection, keys: &[&[u8]]) -> Result<Cmd, CommandError> {
         let hash = match self.hash.get() {
-            Some(hash) => &**hash,
+            Some(hash) => hash,
             None => self.load(connection).await?,
         };
-        Ok(Command::new("EVALSHA").arg(hash).int(keys))
+        let mut call = cmd("EVALSHA");
+        call.arg(hash).arg(keys.len()).arg(keys);
+        Ok(call)
     }
 
-    /// For a server that has not seen it, or was told to forget it.
-    pub async fn load(&self, connection: &RedisConnection) -> Result<&str, CommandError> {
-        match connection.ask(&Command::new("SCRIPT").arg("LOAD").arg(self.source)).await {
-            Ok(Value::Bytes(hash)) => Ok(self.hash.get_or_init(|| String::from_utf8_lossy(&hash).into())),
-            Ok(_) => Err(CommandError::Rejected("ERR SCRIPT LOAD answers nonsense".into())),
-            // A script that was not loaded has not run.
-            Err(CommandError::Unconfirmed) => Err(CommandError::NotExecuted("the connection to Redis broke".into())),
-            Err(fault) => Err(fault),
-        }
+    /// For a server that does not know the script, or has flushed it.
+    pub(super) async fn load(&self, connection: &RedisConnection) -> Result<&str, CommandError> {
+        let load = connection.ask(cmd("SCRIPT").arg("LOAD").arg(self.source));
+        let hash = load.parse().await.map_err(CommandError::of_read)?;
+        Ok(self.hash.get_or_init(|| hash))
     }
 }

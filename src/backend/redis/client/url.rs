@@ -1,108 +1,95 @@
-//! Where Redis is: the URL of `bus.redis.url`.
+//! [`RedisUrl`]: how to reach Redis, the value of `bus.redis.url`.
+//!
+//! The `redis` crate parses URLs of one host only, ignores malformed escapes, and knows no default port of Sentinel; so
+//! all of it is parsed here.
 
 use std::fmt;
 
+const FORMS: &str =
+    "write redis://HOST:6379, rediss:// for TLS, redis+sentinel://HOST,HOST/MASTER or redis-cluster://HOST,HOST";
+
 /// One server.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Address {
+pub(crate) struct Address {
     pub host: Box<str>,
     pub port: u16,
 }
 
-/// What a URL says.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisUrl {
-    pub kind: TopologyKind,
-    pub tls: bool,
-    pub user: Option<String>,
-    pub password: Option<String>,
-    /// Of a single server or what Sentinel watches; a Cluster has only 0.
-    pub database: u32,
+    pub(crate) kind: TopologyKind,
+    pub(crate) tls: bool,
+    pub(crate) user: Option<String>,
+    pub(crate) password: Option<String>,
+    /// Always 0 in a Cluster.
+    pub(crate) database: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TopologyKind {
+pub(crate) enum TopologyKind {
     /// `redis://[user:password@]host[:6379][/database]`, or `rediss://` over TLS.
     Standalone(Address),
     /// `redis+sentinel://[user:password@]host[:26379],host,…/master[/database]`.
     Sentinel { sentinels: Vec<Address>, master: String },
-    /// `redis-cluster://[user:password@]host[:6379],host,…`: some of its servers, the others are found.
+    /// `redis-cluster://[user:password@]host[:6379],host,…`: some of its servers, from which the others are found.
     Cluster(Vec<Address>),
 }
 
 impl RedisUrl {
     /// The error is a sentence without the password.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let forms = "write redis://HOST:6379, rediss:// for TLS, redis+sentinel://HOST,HOST/MASTER or redis-cluster://HOST,HOST";
-        let (scheme, rest) = text.split_once("://").ok_or(forms)?;
-        let (scheme, tls) = match scheme {
-            "redis" | "redis+sentinel" | "redis-cluster" => (scheme, false),
-            "rediss" => ("redis", true),
-            "rediss+sentinel" => ("redis+sentinel", true),
-            "rediss-cluster" => ("redis-cluster", true),
-            _ => return Err(forms.into()),
+        let (scheme, rest) = text.split_once("://").ok_or(FORMS)?;
+        let (form, tls) = match scheme.strip_prefix("rediss") {
+            Some(form) => (form, true),
+            None => (scheme.strip_prefix("redis").ok_or(FORMS)?, false),
         };
         if rest.contains(['?', '#']) {
-            return Err("a Redis URL has no query here: what else there is to set are settings of their own".into());
+            return Err("a Redis URL has no query: other options have settings of their own".into());
         }
-        let (place, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         if path.contains('@') {
             return Err("in a password / is written %2F, and @ is written %40".into());
         }
-        let (login, hosts) = match place.rsplit_once('@') {
-            Some((login, hosts)) => (Some(login), hosts),
-            None => (None, place),
-        };
-        let (user, password) = match login.map(|login| login.split_once(':').unwrap_or((login, ""))) {
-            None => (None, None),
-            Some((user, password)) => {
-                let some = |text: &str| Ok::<_, String>(Some(unescape(text)?).filter(|text| !text.is_empty()));
-                (some(user)?, some(password)?)
-            }
-        };
-        if user.is_some() && password.is_none() {
+        let (login, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+        let (user, password) = login.split_once(':').unwrap_or((login, ""));
+        let (user, password) = (unescape(user)?, unescape(password)?);
+        if !user.is_empty() && password.is_empty() {
             return Err("a user without a password: write redis://user:password@host".into());
         }
-        let default = if scheme == "redis+sentinel" { 26379 } else { 6379 };
+        let default = if form == "+sentinel" { 26379 } else { 6379 };
         let mut hosts =
             hosts.split(',').map(|host| Address::parse(host, default)).collect::<Result<Vec<_>, String>>()?;
-        let mut path = path.trim_end_matches('/').splitn(2, '/');
-        let mut next = || path.next().filter(|part| !part.is_empty());
-        let number = |text: Option<&str>| match text {
-            None => Ok(0),
-            Some(text) => text.parse().map_err(|_| format!("{text:?} is not the number of a database")),
-        };
-        let (kind, database) = match scheme {
-            "redis+sentinel" => {
-                let master = next().ok_or("the name of the master is missing: redis+sentinel://HOST,HOST/MASTER")?;
-                (TopologyKind::Sentinel { sentinels: hosts, master: unescape(master)? }, number(next())?)
-            }
-            "redis-cluster" => {
-                if next().is_some() {
-                    return Err("a Redis Cluster has no databases: leave out what follows the hosts".into());
+        let path = path.trim_end_matches('/');
+        let (kind, database) = match form {
+            "+sentinel" => {
+                let (master, database) = path.split_once('/').unwrap_or((path, ""));
+                if master.is_empty() {
+                    return Err("the name of the master is missing: redis+sentinel://HOST,HOST/MASTER".into());
                 }
-                (TopologyKind::Cluster(hosts), 0)
+                (TopologyKind::Sentinel { sentinels: hosts, master: unescape(master)? }, database)
             }
-            _ => {
-                let database = number(next())?;
-                match (hosts.pop(), hosts.is_empty()) {
-                    (Some(one), true) => (TopologyKind::Standalone(one), database),
-                    _ => return Err("several hosts: write redis+sentinel:// or redis-cluster://".into()),
-                }
+            "-cluster" if path.is_empty() => (TopologyKind::Cluster(hosts), path),
+            "-cluster" => {
+                return Err("a Redis Cluster has no databases: leave out the path after the hosts".into());
             }
+            "" if hosts.len() == 1 => (TopologyKind::Standalone(hosts.remove(0)), path),
+            "" => return Err("several hosts: write redis+sentinel:// or redis-cluster://".into()),
+            _ => return Err(FORMS.into()),
         };
-        if next().is_some() {
-            return Err(forms.into());
-        }
-        Ok(RedisUrl { kind, tls, user, password, database })
+        let database = match database {
+            "" => 0,
+            number => number.parse().map_err(|_| format!("{number:?} is not the number of a database"))?,
+        };
+        let some = |text: String| Some(text).filter(|text| !text.is_empty());
+        Ok(RedisUrl { kind, tls, user: some(user), password: some(password), database })
     }
 
-    pub fn is_cluster(&self) -> bool {
+    pub(crate) fn is_cluster(&self) -> bool {
         matches!(self.kind, TopologyKind::Cluster(_))
     }
 }
 
-/// Without the password: it is for logs.
+/// For logs: without user and password.
 impl fmt::Display for RedisUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |list: &[Address]| list.iter().map(Address::to_string).collect::<Vec<_>>().join(",");
@@ -125,23 +112,23 @@ impl fmt::Debug for RedisUrl {
 
 impl Address {
     /// `host`, `host:port` or `[::1]:port`.
-    pub fn parse(text: &str, default: u16) -> Result<Self, String> {
-        let bad = || format!("{text:?} is not a host and a port");
+    pub(crate) fn parse(text: &str, default: u16) -> Result<Self, String> {
+        let invalid = || format!("{text:?} is not a host and a port");
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => {
-                let (host, port) = rest.split_once(']').ok_or_else(bad)?;
+                let (host, port) = rest.split_once(']').ok_or_else(invalid)?;
                 (host, port.strip_prefix(':'))
             }
             None => match text.rsplit_once(':') {
-                // An address of IPv6 as CLUSTER SLOTS and MOVED write it.
+                // CLUSTER SLOTS and MOVED write IPv6 addresses without brackets.
                 Some((host, port)) => (host, Some(port)),
                 None => (text, None),
             },
         };
-        let port = port.map_or(Ok(default), |port| port.parse().map_err(|_| bad()))?;
-        let odd = |letter: char| letter.is_whitespace() || letter.is_control();
-        if host.is_empty() || host.contains(odd) || port == 0 {
-            return Err(bad());
+        let port = port.map_or(Ok(default), |port| port.parse().map_err(|_| invalid()))?;
+        let forbidden = |letter: char| letter.is_whitespace() || letter.is_control();
+        if host.is_empty() || host.contains(forbidden) || port == 0 {
+            return Err(invalid());
         }
         Ok(Address { host: host.into(), port })
     }
@@ -156,9 +143,9 @@ impl fmt::Display for Address {
     }
 }
 
-/// Percent-encoding, as passwords need it.
+/// Decodes percent-encoding, strictly: a mistyped password is an error here and not at the server.
 fn unescape(text: &str) -> Result<String, String> {
-    let bad = || "a percent sign in a Redis URL is written %25".to_owned();
+    let invalid = || "a percent sign in a Redis URL is written %25".to_owned();
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((byte, after)) = rest.split_first() {
@@ -167,12 +154,12 @@ fn unescape(text: &str) -> Result<String, String> {
             bytes.push(*byte);
             continue;
         }
-        let (digits, after) = rest.split_at_checked(2).ok_or_else(bad)?;
-        let digits = std::str::from_utf8(digits).map_err(|_| bad())?;
-        bytes.push(u8::from_str_radix(digits, 16).map_err(|_| bad())?);
+        let (digits, after) = rest.split_at_checked(2).ok_or_else(invalid)?;
+        let digits = std::str::from_utf8(digits).map_err(|_| invalid())?;
+        bytes.push(u8::from_str_radix(digits, 16).map_err(|_| invalid())?);
         rest = after;
     }
-    String::from_utf8(bytes).map_err(|_| bad())
+    String::from_utf8(bytes).map_err(|_| invalid())
 }
 
 #[cfg(test)]
@@ -180,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_url_may_be() {
+    fn urls_are_parsed() {
         let shown = |text: &str| RedisUrl::parse(text).map(|url| url.to_string());
         assert_eq!(shown("redis://localhost"), Ok("redis://localhost:6379/0".into()));
         assert_eq!(shown("rediss://u:p@[::1]:1/2"), Ok("rediss://[::1]:1/2".into()));
@@ -208,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_is_not_shown() {
+    fn the_password_is_never_displayed() {
         let url = RedisUrl::parse("redis://u:secret@h").unwrap();
         assert!(!format!("{url} {url:?}").contains("secret"));
         assert!(!RedisUrl::parse("redis://u:secret@h:x").unwrap_err().contains("secret"));

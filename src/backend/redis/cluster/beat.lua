@@ -1,10 +1,10 @@
--- Says that a node is up.
+-- Renews the session of a node.
 --
 -- KEYS  session
--- ARGV  milliseconds that it lasts
--- Answers its revision if Redis knows all that was told, else nil; and the time, Unix microseconds.
+-- ARGV  milliseconds after which it expires
+-- Returns the revision of the session, or nil if it is not complete; and the time, Unix microseconds.
 local time = redis.call('TIME')
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
--- What has changed is written by itself, also to a Redis that has forgotten the rest: the whole has a header.
+-- Changes are written even to a Redis that has lost the session: only a whole session has the header 'v'.
 local known = redis.call('HMGET', KEYS[1], 'v', 'r')
 return {known[1] and known[2], string.format('%d', time[1] * 1000000 + time[2])}

@@ -1,8 +1,9 @@
--- Takes a name, or says who has it.
+-- Claims a name, or returns its holders.
 --
 -- KEYS  holders · exclusive holder
--- ARGV  node · 1 for exclusive · milliseconds that an exclusive name is held · milliseconds that the fence is remembered
--- Answers 1 and the fence (0 for shared names), or 0 and the nodes that hold it.
+-- ARGV  node · 1 for exclusive · milliseconds after which an exclusive claim expires · milliseconds that the fencing
+--       token is remembered
+-- Returns 1 and the fencing token (0 for shared names), or 0 and the nodes that hold the name.
 local holders, owner, me, exclusive = KEYS[1], KEYS[2], ARGV[1], ARGV[2] == '1'
 local has = redis.call('GET', owner)
 local others = {}

@@ -1,7 +1,7 @@
--- Gives a name back. What was taken since, by the same node too, stays.
+-- Releases a name. A newer claim, also of the same node, stays.
 --
 -- KEYS  holders · exclusive holder
--- ARGV  node · fence, 0 of shared names
+-- ARGV  node · fencing token, 0 for shared names
 local holders, owner, me = KEYS[1], KEYS[2], ARGV[1]
 if ARGV[2] == '0' then
   redis.call('HDEL', holders, me)

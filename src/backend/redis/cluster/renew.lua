@@ -1,9 +1,9 @@
--- Goes on holding a name, also one that Redis has forgotten if nobody had it since.
+-- Renews a claim, also one that Redis has lost, unless another node has claimed the name since.
 --
 -- KEYS  holders · exclusive holder
--- ARGV  node · who the node was before, or itself · fence, 0 of shared names · milliseconds that an exclusive name is held
---       · milliseconds that the fence is remembered
--- Answers 1, or 0 if somebody else has it, or had it.
+-- ARGV  node · its previous id, or the same · fencing token, 0 for shared names · milliseconds after which an
+--       exclusive claim expires · milliseconds that the fencing token is remembered
+-- Returns 1, or 0 if another node holds the name, or held it since.
 local holders, owner, me, before, fence = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local has = redis.call('GET', owner)
 local mine = has == '\1' .. me or has == '\1' .. before

@@ -1,307 +1,295 @@
-//! The session of this node: it beats, tells, and ends.
+//! [`OwnSession`]: the session of this node, which it renews with each heartbeat, keeps up to date, and ends.
 
 use std::{
-    sync::{Arc, Weak, atomic::Ordering::SeqCst},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::future::join_all;
+use redis::cmd;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    BEAT, Inner, LOOK, State, TTL,
-    news::{News, Told},
+    announcement::{Announcement, SessionChange, VERSION},
+    context::{ClusterContext, ClusterState, TTL},
+    leases::LeaseManager,
+    messages::MessageCarrier,
+    peers::PeerSessions,
 };
 use crate::{
-    backend::redis::client::{Command, OnLostReply, Script, Value},
+    backend::redis::client::{CommandResult, OnLostReply, PubSub, Script},
     cluster::{Claim, NodeId},
 };
 
-static BEAT_SCRIPT: Script = Script::new(include_str!("beat.lua"));
-static TELL: Script = Script::new(include_str!("announce.lua"));
+static BEAT: Script = Script::new(include_str!("beat.lua"));
+static WRITE: Script = Script::new(include_str!("write_session.lua"));
 
-/// Of what is stored and sent.
-pub(super) const VERSION: u8 = 1;
-/// Shared names renewed with a beat: all of them well within the time that Redis remembers them.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// Between two attempts.
+const RETRY: Duration = Duration::from_millis(250);
+/// Shared names renewed with a heartbeat: every name well within the time that Redis remembers it.
 const SHARED: usize = 50;
-/// How long the parts of a beat may take that are not the session's own.
+/// How long the parts of a heartbeat may take that are not the session's own.
 const PART: Duration = Duration::from_secs(1);
-/// So many notes to itself may be on their way, or lost with a connection that is being made again.
-const UNHEARD: u32 = 2;
-/// How long goodbye may take.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// Notes to itself that may be under way, or lost with a connection that is being replaced.
+const MAX_UNRECEIVED: u32 = 2;
+/// How long leaving may take.
+const LEAVE: Duration = Duration::from_secs(2);
 
-/// Beats for as long as the node lives.
-pub(super) async fn keep(inner: Weak<Inner>) {
-    let mut turn = 0;
-    loop {
-        let Some(this) = inner.upgrade() else { return };
-        let beat = match this.beat(&mut turn).await {
-            true => BEAT,
-            false => LOOK / 4,
-        };
-        let _ = timeout(beat.mul_f64(0.9 + 0.2 * fastrand::f64()), this.beat.notified()).await;
-    }
+pub(super) struct OwnSession {
+    pub(super) context: Arc<ClusterContext>,
+    pub(super) leases: Arc<LeaseManager>,
+    pub(super) messages: Arc<MessageCarrier>,
+    pub(super) peers: Arc<PeerSessions>,
+    pub(super) pubsub: Arc<PubSub>,
+    /// Notes to itself that this node has not received.
+    pub(super) unreceived: AtomicU32,
 }
 
-/// Tells what changes.
-pub(super) async fn tell(inner: Weak<Inner>) {
-    loop {
-        let Some(this) = inner.upgrade() else { return };
-        if !this.tell_changes().await {
-            sleep(LOOK / 4).await;
-            this.changed.notify_one();
+impl OwnSession {
+    /// Sends heartbeats for as long as the node lives.
+    pub(super) async fn run_heartbeat(self: Arc<Self>) {
+        let mut turn = 0;
+        loop {
+            let pause = if self.heartbeat(&mut turn).await { HEARTBEAT } else { RETRY };
+            let _ = timeout(pause.mul_f64(0.9 + 0.2 * fastrand::f64()), self.context.beat.notified()).await;
         }
-        this.changed.notified().await;
     }
-}
 
-/// Says goodbye.
-pub(super) async fn leave(inner: Arc<Inner>) {
-    let (id, leases) = {
-        let mut state = inner.state.lock();
-        state.left = true;
-        (state.id, std::mem::take(&mut state.leases))
-    };
-    let goodbye = async {
-        let free = leases.values().map(|lease| inner.insist(&lease.name, lease.fence));
-        futures_util::future::join_all(free).await;
-        let session = inner.session_key(id);
-        let delete = Command::new("DEL").arg(&session);
-        let _ = inner.topology.call(session.as_bytes(), OnLostReply::Retry, |_| delete.clone()).await;
-        let index = inner.index_key();
-        let remove = Command::new("ZREM").arg(&index).arg(id.to_string());
-        let _ = inner.topology.call(index.as_bytes(), OnLostReply::Retry, |_| remove.clone()).await;
-        inner.say(&News::Bye { from: id }).await;
-    };
-    // What is not said is known when the session is over.
-    let _ = timeout(GOODBYE, goodbye).await;
-}
+    /// Writes and announces what changes.
+    pub(super) async fn run_changes(self: Arc<Self>) {
+        loop {
+            if !self.write_changes().await {
+                sleep(RETRY).await;
+                self.context.changed.notify_one();
+            }
+            self.context.changed.notified().await;
+        }
+    }
 
-impl Inner {
-    /// True: Redis has heard it.
-    async fn beat(&self, turn: &mut usize) -> bool {
-        if self.state.lock().left {
+    /// Releases all names, deletes the session, and announces it.
+    pub(super) async fn leave(self: Arc<Self>) {
+        let context = &self.context;
+        let (id, leases) = {
+            let mut state = context.state.lock();
+            state.left = true;
+            (state.id, std::mem::take(&mut state.leases))
+        };
+        let leave = async {
+            join_all(leases.values().map(|lease| self.leases.release_name(&lease.name, lease.fence))).await;
+            let (session, index) = (context.session_key(id), context.index_key());
+            let _ = context.call::<u64>(&session, cmd("DEL").arg(&session)).await;
+            let _ = context.call::<u64>(&index, cmd("ZREM").arg(&index).arg(id.to_string())).await;
+            context.announce(&Announcement::Goodbye { from: id }).await;
+        };
+        // What is not done in time happens when the session expires.
+        let _ = timeout(LEAVE, leave).await;
+    }
+
+    /// True if Redis has this node's session.
+    async fn heartbeat(&self, turn: &mut usize) -> bool {
+        let context = &self.context;
+        if context.state.lock().left {
             return true;
         }
-        let before = self.state.lock().id;
-        let asked = self.clock.now();
-        let session = self.session_key(before);
-        let answer = self
-            .topology
-            .run(&BEAT_SCRIPT, &[session.as_bytes()], OnLostReply::Retry, |_, command| {
-                command.push_int(TTL.as_millis() as u64);
-            })
-            .await;
-        let Ok((value, _)) = answer else {
-            if !self.is_heard() {
-                self.cut_off();
+        let before = context.id();
+        let asked = context.clock.now();
+        let session = context.session_key(before);
+        let keys = [session.as_bytes()];
+        let beat = context.topology.run(&BEAT, &keys, OnLostReply::Retry, |_, command| {
+            command.arg(TTL.as_millis() as u64);
+        });
+        let Ok(((rev, time), _)): CommandResult<(Option<u64>, u64)> = beat.await else {
+            if !context.is_alive() {
+                self.peers.disconnect();
             }
             return false;
         };
-        let parts = value.list().unwrap_or_default();
-        let rev = parts.first().and_then(Value::int);
-        let time = parts.get(1).and_then(Value::int).unwrap_or_default();
-        let reborn = {
-            let mut state = self.state.lock();
+        let renamed = {
+            let mut state = context.state.lock();
             if state.left {
                 return true;
             }
             let late = state.joined != 0 && asked >= state.until;
             if late {
-                // Others took this node for dead, and what it held for free: it comes back as another.
-                tracing::warn!("this node was not heard for {}s: its calls across nodes have failed", TTL.as_secs());
+                // Other nodes took this one for dead, and its names for free: it comes back under another id.
+                tracing::warn!(
+                    "this node had no heartbeat for {}s: its calls to and from other nodes have failed",
+                    TTL.as_secs()
+                );
                 state.id = NodeId::random();
-                self.links.reset(state.id);
-                let nodes: Vec<NodeId> = state.others.keys().copied().collect();
+                context.links.reset(state.id);
+                let nodes: Vec<NodeId> = state.peers.keys().copied().collect();
                 for node in nodes {
-                    // Links begin anew; who is up is up.
+                    // The links begin again; the peers are up.
                     state.watchers.member_changed(node, false);
-                    self.admit(&mut state, node);
+                    self.messages.add_peer(&mut state, node);
                 }
             }
             if late || state.joined == 0 {
                 state.joined = time.max(1);
             }
-            if late || rev.is_none() || rev.is_some_and(|rev| rev > state.rev) {
+            if late || rev.is_none_or(|rev| rev > state.rev) {
                 state.unknown = true;
             }
             state.until = asked + TTL.as_millis() as u64;
             late.then_some(state.id)
         };
-        if let Some(id) = reborn {
-            if let Some(pubsub) = &*self.pubsub.lock() {
-                pubsub.unsubscribe(self.mail_channel(before).as_bytes());
-                pubsub.subscribe(self.mail_channel(id).into());
-            }
-            let gone = Command::new("DEL").arg(&session);
-            let _ = self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| gone.clone()).await;
+        if let Some(id) = renamed {
+            self.pubsub.unsubscribe(context.mail_channel(before).as_bytes());
+            self.pubsub.subscribe(context.mail_channel(id).into());
+            let _ = context.call::<u64>(&session, cmd("DEL").arg(&session)).await;
         }
-        let unknown = self.state.lock().unknown;
-        // Each on its own server of a Cluster: one that hangs must not cost this node its session on another.
-        let told = match unknown {
-            true => self.tell_all().await,
-            false => timeout(PART, self.list(before)).await.unwrap_or(false),
+        let unknown = context.state.lock().unknown;
+        // Each key is on its own server of a Cluster: one that hangs must not cost this node its session on another.
+        let written = match unknown {
+            true => self.write_all().await,
+            false => timeout(PART, self.add_to_index(before)).await.unwrap_or(false),
         };
-        let _ = timeout(PART, self.renew_names(before, reborn.is_some(), turn)).await;
-        let _ = timeout(PART, self.note_to_itself()).await;
-        self.choose_leader();
-        told
+        let _ = timeout(PART, self.renew_leases(before, renamed.is_some(), turn)).await;
+        let _ = timeout(PART, self.send_note()).await;
+        context.choose_leader();
+        written
     }
 
-    /// The connection for mail may lead to a server that nobody writes to any more, though it lives: what this node says to
-    /// itself must come back.
-    async fn note_to_itself(&self) {
-        let channel = self.mail_channel(self.state.lock().id);
-        if self.unheard.fetch_add(1, SeqCst) >= UNHEARD {
-            tracing::warn!("Redis took mail for this node and did not send it: connecting again");
-            self.unheard.store(0, SeqCst);
-            if let Some(pubsub) = &*self.pubsub.lock() {
-                pubsub.replace(channel.as_bytes());
-            }
+    /// Sends a note to this node itself. The connection for messages may lead to a server that no other node writes to
+    /// any more, though it is alive: if notes do not come back, it is replaced.
+    async fn send_note(&self) {
+        let channel = self.context.mail_channel(self.context.id());
+        if self.unreceived.fetch_add(1, SeqCst) >= MAX_UNRECEIVED {
+            tracing::warn!("Redis took messages for this node and did not send them: reconnecting");
+            self.unreceived.store(0, SeqCst);
+            self.pubsub.reconnect(channel.as_bytes());
         }
-        let note = self.publish(&channel, b"");
-        let _ = self.topology.call(channel.as_bytes(), OnLostReply::Retry, |_| note.clone()).await;
+        let _ = self.context.call::<u64>(&channel, &self.context.publish(&channel, b"")).await;
     }
 
-    /// All exclusive names, and some of the shared ones; all of them after this node has become another, or was forgotten.
-    async fn renew_names(&self, before: NodeId, all: bool, turn: &mut usize) {
-        let leases: Vec<_> = self.state.lock().leases.values().cloned().collect();
+    /// Renews all exclusive names, and some of the shared ones; all of them after this node got another id.
+    async fn renew_leases(&self, before: NodeId, all: bool, turn: &mut usize) {
+        let leases: Vec<_> = self.context.state.lock().leases.values().cloned().collect();
         let (exclusive, shared): (Vec<_>, Vec<_>) =
             leases.into_iter().partition(|lease| lease.claim == Claim::Exclusive);
         let some = if all { shared.len() } else { SHARED.min(shared.len()) };
         let from = if shared.is_empty() { 0 } else { *turn % shared.len() };
         *turn += some;
         let due = exclusive.iter().chain(shared.iter().cycle().skip(from).take(some));
-        futures_util::future::join_all(due.map(|lease| self.renew(lease, before))).await;
+        join_all(due.map(|lease| self.leases.renew(lease, before))).await;
     }
 
-    /// The whole session, for a Redis that knows nothing of it.
-    async fn tell_all(&self) -> bool {
-        let (id, header, rev, told) = {
-            let mut state = self.state.lock();
+    /// Writes the whole session, for a Redis that does not have it, and announces this node.
+    async fn write_all(&self) -> bool {
+        let context = &self.context;
+        let (id, header, rev, infos) = {
+            let mut state = context.state.lock();
             state.dirty.clear();
-            state.shown = state.rev;
-            let told: Vec<_> = state.told.iter().map(|(name, told)| (name.clone(), told.clone())).collect();
-            (state.id, header(state.joined), state.rev, told)
+            state.written = state.rev;
+            let infos: Vec<_> = state.infos.iter().map(|(name, info)| (name.clone(), info.clone())).collect();
+            (state.id, encode_header(state.joined), state.rev, infos)
         };
-        let session = self.session_key(id);
-        let written = self
-            .topology
-            .run(&TELL, &[session.as_bytes()], OnLostReply::Retry, |_, command| {
-                command.push_int(TTL.as_millis() as u64);
-                for (what, value) in [("v", &header[..]), ("r", rev.to_string().as_bytes())] {
-                    command.push(what);
-                    command.push(value);
-                }
-                for (name, (rev, info)) in &told {
-                    command.push(field(name));
-                    command.push(stored(*rev, info));
-                }
-            })
-            .await;
-        if written.is_err() || !self.list(id).await {
+        let session = context.session_key(id);
+        let keys = [session.as_bytes()];
+        let write = context.topology.run::<u64>(&WRITE, &keys, OnLostReply::Retry, |_, command| {
+            command.arg(TTL.as_millis() as u64).arg("v").arg(&*header).arg("r").arg(rev);
+            for (name, (rev, info)) in &infos {
+                command.arg(field(name)).arg(&*encode_info(*rev, info));
+            }
+        });
+        if write.await.is_err() || !self.add_to_index(id).await {
             return false;
         }
         let joined = {
-            let mut state = self.state.lock();
+            let mut state = context.state.lock();
             state.unknown = false;
             state.joined
         };
-        // What has changed meanwhile.
-        self.changed.notify_one();
-        self.say(&News::Hello { from: id, joined, rev }).await
+        // There may be changes since.
+        context.changed.notify_one();
+        context.announce(&Announcement::Hello { from: id, joined, rev }).await
     }
 
-    /// Where others look for nodes; one that was taken for dead comes back with this.
-    async fn list(&self, id: NodeId) -> bool {
-        let (index, joined) = (self.index_key(), self.state.lock().joined);
-        let add = Command::new("ZADD").arg(&index).int(joined).arg(id.to_string());
-        self.topology.call(index.as_bytes(), OnLostReply::Retry, |_| add.clone()).await.is_ok()
+    /// Adds this node to the index in which others find it; the leader may have removed it.
+    async fn add_to_index(&self, id: NodeId) -> bool {
+        let (index, joined) = (self.context.index_key(), self.context.state.lock().joined);
+        self.context.call::<u64>(&index, cmd("ZADD").arg(&index).arg(joined).arg(id.to_string())).await.is_ok()
     }
 
-    /// What has changed. False: Redis did not take it.
-    async fn tell_changes(&self) -> bool {
-        let (id, from, rev, told) = {
-            let mut state = self.state.lock();
-            // A session that Redis does not know is told as a whole, by the beat.
+    /// Writes and announces the changes. False if Redis did not confirm it.
+    async fn write_changes(&self) -> bool {
+        let context = &self.context;
+        let (id, after, rev, changes) = {
+            let mut state = context.state.lock();
+            // A session that Redis does not have is written as a whole, by the heartbeat.
             if state.dirty.is_empty() || state.unknown || state.left {
                 return true;
             }
-            let State { dirty, told, rev, .. } = &mut *state;
-            let told: Vec<Told> = dirty
+            let ClusterState { dirty, infos, rev, .. } = &mut *state;
+            let changes: Vec<SessionChange> = dirty
                 .drain()
-                .map(|name| match told.get(&name) {
-                    Some((rev, info)) => Told { name, rev: *rev, info: Some(info.clone()) },
-                    None => Told { name, rev: *rev, info: None },
+                .map(|name| match infos.get(&name) {
+                    Some((rev, info)) => SessionChange { name, rev: *rev, info: Some(info.clone()) },
+                    None => SessionChange { name, rev: *rev, info: None },
                 })
                 .collect();
-            let from = state.shown;
-            state.shown = state.rev;
-            (state.id, from, state.rev, told)
+            let after = state.written;
+            state.written = state.rev;
+            (state.id, after, state.rev, changes)
         };
-        let session = self.session_key(id);
-        let mut set = Command::new("HSET").arg(&session).arg("r").int(rev);
-        let mut remove = Command::new("HDEL").arg(&session).arg("-");
-        for told in &told {
-            match &told.info {
-                Some(info) => {
-                    set.push(field(&told.name));
-                    set.push(stored(told.rev, info));
-                }
-                None => remove.push(field(&told.name)),
-            }
+        let session = context.session_key(id);
+        let (mut set, mut remove) = (cmd("HSET"), cmd("HDEL"));
+        set.arg(&session).arg("r").arg(rev);
+        remove.arg(&session).arg("-");
+        for change in &changes {
+            match &change.info {
+                Some(info) => set.arg(field(&change.name)).arg(&*encode_info(change.rev, info)),
+                None => remove.arg(field(&change.name)),
+            };
         }
         for command in [remove, set] {
-            if self.topology.call(session.as_bytes(), OnLostReply::Retry, |_| command.clone()).await.is_err() {
-                self.state.lock().unknown = true;
-                self.beat.notify_one();
+            if context.call::<u64>(&session, &command).await.is_err() {
+                context.state.lock().unknown = true;
+                context.beat.notify_one();
                 return false;
             }
         }
-        self.say(&News::Told { from: id, after: from, rev, told }).await
+        context.announce(&Announcement::Changes { from: id, after, rev, changes }).await
     }
 
-    pub(super) fn say_hello(&self) {
+    /// The channel of this node is subscribed to, perhaps again.
+    pub(super) fn on_subscribed(self: &Arc<Self>) {
+        self.unreceived.store(0, SeqCst);
         let (id, joined, rev) = {
-            let state = self.state.lock();
-            (state.id, state.joined, state.shown)
+            let state = self.context.state.lock();
+            (state.id, state.joined, state.written)
         };
-        if let Some(this) = self.me.upgrade().filter(|_| joined != 0) {
-            tokio::spawn(async move { this.say(&News::Hello { from: id, joined, rev }).await });
+        // Other nodes may have found no subscriber.
+        if joined != 0 {
+            let this = self.clone();
+            tokio::spawn(async move { this.context.announce(&Announcement::Hello { from: id, joined, rev }).await });
         }
-    }
-
-    pub(super) async fn say(&self, news: &News) -> bool {
-        let channel = self.news_channel();
-        let publish = self.publish(&channel, &news.write());
-        self.topology.call(channel.as_bytes(), OnLostReply::Retry, |_| publish.clone()).await.is_ok()
-    }
-
-    /// Who has been here longest speaks for all.
-    pub(super) fn choose_leader(&self) {
-        let state = self.state.lock();
-        let mine = (state.joined, state.id);
-        let first = state.others.iter().all(|(node, other)| mine < (other.joined, *node));
-        self.leads.store(state.joined != 0 && first && self.clock.now() < state.until, SeqCst);
+        // A Redis that was away may have lost the session.
+        self.context.beat.notify_one();
     }
 }
 
+/// The field of a name in the session.
 fn field(name: &str) -> String {
     format!("n:{name}")
 }
 
-/// What a session says of its node.
-fn header(joined: u64) -> Bytes {
+fn encode_header(joined: u64) -> Bytes {
     let mut header = BytesMut::new();
     header.put_u8(VERSION);
     header.put_u64_le(joined);
     header.freeze()
 }
 
-fn stored(rev: u64, info: &Bytes) -> Bytes {
-    let mut stored = BytesMut::with_capacity(8 + info.len());
-    stored.put_u64_le(rev);
-    stored.put_slice(info);
-    stored.freeze()
+fn encode_info(rev: u64, info: &Bytes) -> Bytes {
+    let mut encoded = BytesMut::with_capacity(8 + info.len());
+    encoded.put_u64_le(rev);
+    encoded.put_slice(info);
+    encoded.freeze()
 }

@@ -1,5 +1,5 @@
-//! Waiting for replicas: `bus.redis.ack = "replicated"`. One WAIT for all publishes of a server that were answered since
-//! the last one, on a lane of its own, for WAIT holds up whatever comes behind it.
+//! [`ReplicaAcks`]: waiting for replicas, for `bus.redis.ack = "replicated"`. One WAIT serves all publishes of a server
+//! that were placed since the last one, on a connection of its own, for WAIT blocks the commands behind it.
 
 use std::{
     collections::BTreeMap,
@@ -8,142 +8,144 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use redis::cmd;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, timeout},
 };
 
-use super::{Inner, Redis, append::Failed};
-use crate::backend::redis::client::{Address, Command, CommandError, NoPush, ReconnectingConnection, RedisConnection};
-use crate::metrics::RedisConnectionKind;
+use super::context::LogContext;
+use crate::{
+    backend::redis::client::{Address, CommandError, NoPush, ReconnectingConnection, RedisConnection},
+    metrics::RedisConnectionKind,
+};
 
 /// How long replicas may take.
 const WAIT: Duration = Duration::from_secs(2);
 const CONNECT: Duration = Duration::from_secs(2);
-/// How long Redis keeps the key that is written so that there is something to wait for.
+/// How long Redis keeps the key that is written so that WAIT has a write to wait for.
 const MARK: Duration = Duration::from_secs(10);
 
-/// When a publish is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ack {
-    /// When the master has it.
-    Stored,
-    /// When a replica has it as well.
-    Replicated,
+/// A publish that waits: the generation of the server that placed it, and where the result goes.
+type WaitingAck = (Box<str>, oneshot::Sender<bool>);
+
+pub(super) struct ReplicaAcks {
+    context: Arc<LogContext>,
+    waiters: Mutex<BTreeMap<Address, mpsc::UnboundedSender<WaitingAck>>>,
 }
 
-/// A publish that waits: which server placed it, and whom to tell.
-type Waiting = (Box<str>, oneshot::Sender<bool>);
-
-#[derive(Default)]
-pub(super) struct Acks(Mutex<BTreeMap<Address, mpsc::UnboundedSender<Waiting>>>);
-
-/// What waits on one server.
-struct Waits {
-    inner: Weak<Inner>,
+/// Waits for the replicas of one server.
+struct ReplicaWaiter {
+    acks: Weak<ReplicaAcks>,
     place: Address,
-    lane: ReconnectingConnection,
-    /// A key in a slot of this server, under the prefix.
+    reconnecting: ReconnectingConnection,
+    /// A key in a slot of this server.
     mark: String,
 }
 
-impl Inner {
-    /// Returns when a replica has what was placed over `connection`. If that cannot be known, the publish is unconfirmed.
-    pub(super) async fn replicated(self: &Arc<Self>, key: &[u8], connection: &RedisConnection) -> Result<(), Failed> {
-        let (Some(acks), Some((place, target))) = (&self.acks, self.topology.place_of(key)) else {
-            return Err(Failed::CommandError(CommandError::Unconfirmed));
-        };
+impl ReplicaAcks {
+    pub(super) fn new(context: Arc<LogContext>) -> Arc<Self> {
+        Arc::new(ReplicaAcks { context, waiters: Mutex::default() })
+    }
+
+    /// Completes when a replica has what was placed over `connection`. If that cannot be known, the error is
+    /// [`CommandError::Unconfirmed`].
+    pub(super) async fn replicated(
+        self: &Arc<Self>,
+        key: &[u8],
+        connection: &RedisConnection,
+    ) -> Result<(), CommandError> {
+        let topology = &self.context.topology;
+        let (place, connect_to) = topology.place_of(key).ok_or(CommandError::Unconfirmed)?;
         let (tx, rx) = oneshot::channel();
-        let waiting = (connection.server.generation.clone(), tx);
         {
-            let mut lanes = acks.0.lock();
-            // No bound is needed: each of them is a publish in flight, and those have one.
-            let lane = lanes.entry(place).or_insert_with_key(|place| {
+            let mut waiters = self.waiters.lock();
+            // Without a bound: each message is a publish in flight, and those are bounded.
+            let waiter = waiters.entry(place).or_insert_with_key(|place| {
                 let (tx, rx) = mpsc::unbounded_channel();
-                let lane = self.topology.lane(&target, RedisConnectionKind::Acks, Arc::new(|_| Arc::new(NoPush)));
-                let mark = self.mark_at(place);
-                let waits = Waits { inner: Arc::downgrade(self), place: place.clone(), lane, mark };
-                tokio::spawn(waits.run(rx, self.topology.changes()));
+                let reconnecting =
+                    topology.connect(&connect_to, RedisConnectionKind::Acks, Arc::new(|_| Arc::new(NoPush)));
+                let (place, mark) = (place.clone(), self.mark_at(place));
+                let waiter = ReplicaWaiter { acks: Arc::downgrade(self), place, reconnecting, mark };
+                tokio::spawn(waiter.run(rx, topology.changes()));
                 tx
             });
-            if lane.send(waiting).is_err() {
-                return Err(Failed::CommandError(CommandError::Unconfirmed));
-            }
+            let waiting = (connection.server.generation.clone(), tx);
+            waiter.send(waiting).map_err(|_| CommandError::Unconfirmed)?;
         }
         match rx.await {
             Ok(true) => Ok(()),
-            _ => Err(Failed::CommandError(CommandError::Unconfirmed)),
+            _ => Err(CommandError::Unconfirmed),
         }
     }
 
-    /// A key that the server at `place` has the slot of, if it has any.
+    /// A key whose slot the server at `place` owns, if it owns any.
     fn mark_at(&self, place: &Address) -> String {
-        let here = |mark: &String| self.topology.place_of(mark.as_bytes()).is_some_and(|(at, _)| at == *place);
-        (0..1 << 16).map(|n| self.keys.mark(n)).find(here).unwrap_or_else(|| self.keys.mark(0))
+        let LogContext { topology, keys, .. } = &*self.context;
+        let owned = |mark: &String| topology.place_of(mark.as_bytes()).is_some_and(|(at, _)| at == *place);
+        (0..1 << 16).map(|n| keys.mark(n)).find(owned).unwrap_or_else(|| keys.mark(0))
+    }
+
+    /// The number of servers whose replicas are waited for.
+    pub(super) fn len(&self) -> usize {
+        self.waiters.lock().len()
     }
 }
 
-impl Redis {
-    /// Servers whose replicas are waited for: for tests that count what is left.
-    pub fn waits(&self) -> usize {
-        self.0.acks.as_ref().map_or(0, |acks| acks.0.lock().len())
-    }
-}
-
-impl Waits {
-    async fn run(mut self, mut waiting: mpsc::UnboundedReceiver<Waiting>, mut changes: watch::Receiver<u64>) {
-        let (mut batch, mut stays) = (Vec::new(), true);
-        // They may have changed since somebody was sent here.
+impl ReplicaWaiter {
+    async fn run(mut self, mut waiting: mpsc::UnboundedReceiver<WaitingAck>, mut changes: watch::Receiver<u64>) {
+        let (mut batch, mut owns_slots) = (Vec::new(), true);
+        // Slots may have moved since the first publish was sent here.
         changes.mark_changed();
         loop {
             tokio::select! {
                 count = waiting.recv_many(&mut batch, 10_000) => match count {
                     0 => return,
-                    _ => self.answer(&mut batch).await,
+                    _ => self.acknowledge(&mut batch).await,
                 },
-                Ok(()) = changes.changed(), if stays => stays = self.stays(),
+                Ok(()) = changes.changed(), if owns_slots => owns_slots = self.on_moved(),
             }
         }
     }
 
-    /// Slots have moved. A server that has none is given up: this ends with the last that waits.
-    fn stays(&mut self) -> bool {
-        let Some(inner) = self.inner.upgrade() else { return false };
-        let stays = inner.topology.places().contains(&self.place);
-        if !stays && let Some(acks) = &inner.acks {
-            acks.0.lock().remove(&self.place);
-        } else if inner.topology.place_of(self.mark.as_bytes()).is_none_or(|(at, _)| at != self.place) {
-            self.mark = inner.mark_at(&self.place);
+    /// Slots have moved. False if the server owns none any more: then this ends with the last publish that waits.
+    fn on_moved(&mut self) -> bool {
+        let Some(acks) = self.acks.upgrade() else { return false };
+        let topology = &acks.context.topology;
+        let owns_slots = topology.places().contains(&self.place);
+        if !owns_slots {
+            acks.waiters.lock().remove(&self.place);
+        } else if topology.place_of(self.mark.as_bytes()).is_none_or(|(at, _)| at != self.place) {
+            self.mark = acks.mark_at(&self.place);
         }
-        stays
+        owns_slots
     }
 
-    async fn answer(&self, batch: &mut Vec<Waiting>) {
-        let connection = self.lane.ready(Instant::now() + CONNECT).await.ok();
-        let done = match &connection {
-            Some(connection) => self.all_have_it(connection).await,
+    async fn acknowledge(&self, batch: &mut Vec<WaitingAck>) {
+        let connection = self.reconnecting.ready(Instant::now() + CONNECT).await.ok();
+        let replicated = match &connection {
+            Some(connection) => self.wait(connection).await,
             None => false,
         };
         let mut elsewhere = false;
-        for (server, tell) in batch.drain(..) {
-            // What the replicas of another have does not matter.
-            let same = connection.as_ref().is_some_and(|connection| connection.server.generation == server);
+        for (generation, result) in batch.drain(..) {
+            // The replicas of another server prove nothing.
+            let same = connection.as_ref().is_some_and(|connection| connection.server.generation == generation);
             elsewhere |= !same;
-            let _ = tell.send(done && same);
+            let _ = result.send(replicated && same);
         }
         if elsewhere {
-            self.lane.replace();
+            self.reconnecting.replace();
         }
     }
 
     /// Whether a replica has everything that was written before.
-    async fn all_have_it(&self, connection: &RedisConnection) -> bool {
-        // WAIT waits for what its own connection wrote last, and for nothing if it wrote nothing. PUBLISH would not do: in
-        // a Cluster it goes to every server, and past the replicas.
-        let mark = connection.ask(&Command::new("SET").arg(&self.mark).arg("").arg("PX").int(MARK.as_millis() as u64));
-        let ms = WAIT.as_millis() as u64;
-        let wait = connection.ask(&Command::new("WAIT").int(1).int(ms));
-        let answers = async { (mark.await.is_ok(), wait.await.ok().and_then(|count| count.int())) };
-        matches!(timeout(WAIT * 2, answers).await, Ok((true, Some(1..))))
+    async fn wait(&self, connection: &RedisConnection) -> bool {
+        // WAIT waits for the last write of its own connection, and returns at once without one. PUBLISH would not do:
+        // in a Cluster it is sent to every server, and not to the replicas.
+        let mark = connection.ask(cmd("SET").arg(&self.mark).arg("").arg("PX").arg(MARK.as_millis() as u64));
+        let wait = connection.ask(cmd("WAIT").arg(1).arg(WAIT.as_millis() as u64));
+        let replies = async { (mark.await.is_ok(), wait.parse::<u64>().await) };
+        matches!(timeout(WAIT * 2, replies).await, Ok((true, Ok(1..))))
     }
 }

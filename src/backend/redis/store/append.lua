@@ -1,11 +1,12 @@
--- Places events in one channel: all of them or none. Every check comes before the first write, for what was written
--- before an error stays written.
+-- Appends events to one channel: all of them or none. Every check comes before the first write, since an error does not
+-- undo earlier writes.
 --
 -- KEYS  meta · stream · one for each idempotency key
--- ARGV  now (0: the clock of Redis) · generation · a fresh epoch · how to publish · where · keep: count, age, bytes ·
---       memory of keys · then for each event: 0 or which of the keys is its · fingerprint · body
--- Answers {epoch, time, offset…} in the order of the events; of one placed before under its key "epoch offset time";
--- {false, n} if the n-th event used a key that was used for another.
+-- ARGV  now (0: the clock of Redis) · generation of the connection · a new epoch · PUBLISH or SPUBLISH · its channel ·
+--       retention: count, age, bytes · milliseconds that idempotency keys are remembered · then for each event:
+--       the number of its idempotency key among KEYS, or 0 · fingerprint · body
+-- Returns {epoch, time, offset…} in the order of the events, for a duplicate with "epoch offset time" as its offset;
+-- {false, n} if the key of the n-th event was used for another event.
 local meta, stream = KEYS[1], KEYS[2]
 local found = redis.call('HMGET', meta, 'h', 'e', 'g')
 local hot, epoch = found[1], found[2]
@@ -23,7 +24,7 @@ if hot then
   end
 end
 
--- The usual: one event without a key, in as few steps as can be.
+-- The fast path: one event without a key.
 if hot and #ARGV == 12 and #KEYS == 2 and found[3] == ARGV[2] and now < check_time and total < check_total then
   local time = now > last and now or last
   top = top + 1
@@ -35,20 +36,20 @@ if hot and #ARGV == 12 and #KEYS == 2 and found[3] == ARGV[2] and now < check_ti
   return {epoch, time, top}
 end
 
--- Seldom: a life or term begins, or it is time to look what retention lets go.
+-- Seldom: a life or a term begins, or it is time to apply retention.
 local server = ARGV[2]
 if hot and found[3] ~= server then server = generation(server) end
 local seldom, cold = not hot or found[3] ~= server or now >= check_time, nil
 local age = tonumber(ARGV[7])
 if seldom then
-  -- terms, past, absent, born, life, marks, watched, time of the life before
+  -- terms, previous life, absent since, born, life, marks, last read, time of the previous life's last event
   cold = redis.call('HMGET', meta, 't', 'p', 'a', 'b', 'l', 'r', 'w', 'z')
 end
 local watched = cold and tonumber(cold[7] or 0) or 0
 local idle = hot and seldom and now > math.max(last, watched) + age + LINGER
 local born = not hot or idle
 
--- Keys: of this life only, for key and event live and die together.
+-- Idempotency keys count only in the life of their events: both expire together.
 local known, life = nil, nil
 if #KEYS > 2 then
   known = {}
@@ -89,8 +90,8 @@ if born then
     last = tonumber(cold[8] or 0)
   end
   epoch, life, top, total = ARGV[3], ARGV[3], 0, 0
-  -- First what needs memory: it is refused if there is none left, and only as the first write. The second that begins
-  -- now counts as before: who asked a moment ago may have been told it.
+  -- The first write is one that needs memory: without memory Redis rejects only the first write of a script. The log
+  -- counts as born with the next full second: a reader may have been given that second a moment ago.
   redis.call('HSET', meta, 'e', epoch, 'l', life, 'g', server,
     'b', string.format('%d', math.max(tonumber(absent or 0), math.floor(now / 1000) + 1)))
   redis.call('HDEL', meta, 't', 'r', 'd', 'w', 'z')
@@ -98,7 +99,8 @@ if born then
   if absent then redis.call('HSET', meta, 'a', string.format('%d', absent)) end
   cold[6] = false
 elseif found[3] ~= server then
-  -- Another server than the last time: what it does not know of was lost. That is announced, and offsets go on.
+  -- Another server than at the last write: events that it never received are lost. A new term tells readers, and
+  -- offsets go on.
   local terms = (cold[1] or '') .. epoch .. ':' .. string.format('%d', top) .. ','
   local _, count = string.gsub(terms, ',', '')
   for _ = 1, count - TERMS do terms = string.gsub(terms, '^[^,]*,', '') end
@@ -113,7 +115,7 @@ for n = 1, (#ARGV - 9) / 3 do
   local at = 7 + 3 * n
   local before = known and known[n]
   if before then
-    -- A number: the event of this very batch that has the same key.
+    -- A number: the event of this batch that has the same key.
     answer[n + 2] = type(before) == 'number' and epoch .. ' ' .. string.format('%d', answer[before + 2]) .. ' ' .. string.format('%d', time) or before
   else
     top = top + 1
@@ -132,7 +134,7 @@ end
 
 if #shown > 0 or seldom then
   if seldom or total >= check_total then
-    -- Marks say where the log could be cut: from this offset on, events of this time or later, so many bytes before.
+    -- Marks are where the log may be trimmed: {first offset, time of that event or earlier, bytes before it}.
     local marks = {}
     local packed = cold and cold[6]
     if not cold then packed = redis.call('HGET', meta, 'r') end
@@ -161,14 +163,14 @@ if #shown > 0 or seldom then
     check_time = now + math.max(math.floor(age / 16), 1000)
     if marks[2] then check_time = math.min(check_time, marks[2][2] + age + 1) end
     check_time = math.max(check_time, now + 1)
-    -- Longer than anybody may read: what is left of a channel tells readers what they had.
+    -- The metadata lasts longer than the events: it tells readers that come back what they missed.
     redis.call('PEXPIRE', meta, string.format('%d', 2 * age + GRACE))
     redis.call('PEXPIRE', stream, string.format('%d', age + math.floor(age / 8) + GRACE))
   end
   redis.call('HSET', meta, 'h', struct.pack('>I1I6I6I6I6I6', 1, top, #shown > 0 and time or last, total, check_total, check_time))
 end
 
--- Last, so that nobody sees an event before it can be read.
+-- Last, so that no node receives an event before it can be read.
 if #shown == 1 then
   redis.call(ARGV[4], ARGV[5], shown[1])
 elseif #shown > 1 then

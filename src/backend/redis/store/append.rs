@@ -1,324 +1,230 @@
-//! Placing events. What is published to a channel while an append of this node is under way there goes together with
-//! the next one: one script for all of them, one message to whoever reads. Who publishes alone does not wait.
+//! [`Appender`]: the publishes of this node. Publishes to a channel that arrive while an append to it is under way go
+//! together with the next one: one script for all of them, and one message to the readers. A single publish does not
+//! wait.
 //!
-//! Of one channel, one append at a time: so its events are placed in the order in which they were handed in here, even if
-//! an append must be tried again.
+//! There is one append to a channel at a time: so its events are placed in the order in which they arrived at this
+//! node, even if an append must be retried.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},
-    sync::{Arc, LazyLock},
+    sync::Arc,
     time::Instant,
 };
 
-use indexmap::IndexSet;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::{
-    Inner,
+    acks::ReplicaAcks,
+    context::LogContext,
     keys::ChannelKeys,
-    read::{FOR_EVER, failed, millis, nonsense},
+    retention::RetentionRules,
+    tail::Tails,
+    write::{AppendError, AppendResult, LogWriter, PublishBatch},
 };
-use crate::backend::redis::client::{Command, CommandError, OnLostReply, RedisConnection, Script, Value};
 use crate::{
-    bus::{Placed, Retention},
+    backend::redis::client::{CommandError, RedisConnection},
+    bus::Placed,
     channel::Channel,
     error::{Code, Error, Result},
     event::Draft,
-    position::{Epoch, Position},
 };
 
-static APPEND: LazyLock<Script> =
-    LazyLock::new(|| Script::new(concat!(include_str!("limits.lua"), include_str!("append.lua"))));
-
-/// What one script places at most, unless one publish has more: Redis does nothing else meanwhile.
-const MOST_EVENTS: usize = 128;
-const MOST_BYTES: usize = 256 << 10;
-/// What may wait for its turn in this node.
+/// The most that one script places, unless one publish has more: Redis does nothing else meanwhile.
+const MAX_EVENTS: usize = 128;
+const MAX_BYTES: usize = 256 << 10;
+/// Bytes that may wait for their turn on this node.
 const MAX_WAITING: usize = 64 << 20;
 
-/// What waits for its turn. A channel is in it as long as a task places its events.
-#[derive(Default)]
-pub(super) struct Appends(Mutex<State>);
+pub(super) struct Appender {
+    pub(super) context: Arc<LogContext>,
+    pub(super) writer: Arc<LogWriter>,
+    pub(super) retention: Arc<RetentionRules>,
+    pub(super) tails: Arc<Tails>,
+    /// If publishes are acknowledged by replicas.
+    pub(super) acks: Option<Arc<ReplicaAcks>>,
+    pub(super) queues: Mutex<AppendQueues>,
+}
 
+/// The publishes that wait, by channel. A channel has a queue as long as a task places its events.
 #[derive(Default)]
-struct State {
-    waiting: HashMap<Channel, VecDeque<Waiting>>,
+pub(super) struct AppendQueues {
+    waiting: HashMap<Channel, VecDeque<WaitingPublish>>,
     bytes: usize,
 }
 
-/// A publish: all of it or nothing.
-pub(super) struct Publish {
-    /// Who publishes, the scope of keys.
-    pub subject: Box<str>,
-    pub drafts: Vec<Draft>,
-}
-
-struct Waiting {
-    publish: Publish,
+struct WaitingPublish {
+    batch: PublishBatch,
     since: Instant,
-    tell: oneshot::Sender<Outcome>,
+    result: oneshot::Sender<AppendResult>,
 }
 
-/// What was placed, and over which connection.
-type Outcome = Result<(Vec<Placed>, Arc<RedisConnection>), Failed>;
-
-/// Why nothing was placed, or nobody knows.
-#[derive(Clone, Debug)]
-pub(super) enum Failed {
-    CommandError(CommandError),
-    /// This draft's key was used for another event.
-    Reused {
-        at: usize,
-        key: Box<str>,
-    },
-    Nonsense,
-}
-
-/// The one task that places the events of a channel, until nothing waits.
-struct Writer {
-    inner: Arc<Inner>,
+/// The only task that places the events of a channel; it ends when its queue is empty.
+struct ChannelAppender {
+    appender: Arc<Appender>,
     channel: Channel,
-    /// Another may have begun.
-    over: bool,
+    /// The queue was removed: another task may have begun.
+    done: bool,
 }
 
-// === impl Inner ===
+// === impl Appender ===
 
-impl Inner {
+impl Appender {
     pub(super) async fn append(
         self: &Arc<Self>,
         channel: &Channel,
         subject: &str,
         drafts: Vec<Draft>,
     ) -> Result<Vec<Placed>> {
-        let outcome = match self.submit(channel, Publish { subject: subject.into(), drafts }) {
-            Ok(outcome) => outcome.await.unwrap_or(Err(Failed::CommandError(CommandError::Unconfirmed))),
-            Err(fault) => Err(Failed::CommandError(fault)),
-        };
-        let placed = match outcome {
-            // One that was placed before may have been placed a moment ago.
-            Ok((placed, connection)) if self.acks.is_some() => {
-                let meta = self.keys.channel(channel).meta();
-                self.replicated(meta.as_bytes(), &connection).await.map(|()| placed)
+        let result = self.submit(channel, PublishBatch { subject: subject.into(), drafts })?;
+        let (placed, connection) = match result.await.unwrap_or(Err(CommandError::Unconfirmed.into())) {
+            Ok(placed) => placed,
+            Err(AppendError::Command(error)) => return Err(error.into()),
+            Err(AppendError::KeyReused { key, .. }) => {
+                let reason = format!("the key {key:?} was used for another event of channel {channel}");
+                return Err(Error::new(Code::KeyReused, reason));
             }
-            Ok((placed, _)) => Ok(placed),
-            Err(failed) => Err(failed),
         };
-        placed.map_err(|why| match why {
-            Failed::CommandError(fault) => failed(fault),
-            Failed::Nonsense => nonsense(),
-            Failed::Reused { key, .. } => {
-                Error::new(Code::KeyReused, format!("the key {key:?} was used for another event of channel {channel}"))
-            }
-        })
+        if let Some(acks) = &self.acks {
+            // Duplicates wait as well: the first publish may have been placed a moment ago.
+            acks.replicated(self.context.keys.channel(channel).meta().as_bytes(), &connection).await?;
+        }
+        Ok(placed)
     }
 
-    /// Queues a publish, and sees to it that somebody places it.
+    /// Queues a publish, and starts a task if the channel has none.
     fn submit(
         self: &Arc<Self>,
         channel: &Channel,
-        publish: Publish,
-    ) -> Result<oneshot::Receiver<Outcome>, CommandError> {
-        let (tell, outcome) = oneshot::channel();
-        let size = publish.size();
-        let mut state = self.appends.0.lock();
-        if state.bytes + size > MAX_WAITING.max(size) {
-            return Err(CommandError::NotExecuted("too much waits for Redis".into()));
+        batch: PublishBatch,
+    ) -> Result<oneshot::Receiver<AppendResult>, CommandError> {
+        let (tx, result) = oneshot::channel();
+        let size = batch.size();
+        let mut queues = self.queues.lock();
+        if queues.bytes + size > MAX_WAITING.max(size) {
+            return Err(CommandError::NotExecuted("too many events wait for Redis".into()));
         }
-        state.bytes += size;
-        let waiting = Waiting { publish, since: Instant::now(), tell };
-        match state.waiting.entry(channel.clone()) {
+        queues.bytes += size;
+        let waiting = WaitingPublish { batch, since: Instant::now(), result: tx };
+        match queues.waiting.entry(channel.clone()) {
             hash_map::Entry::Occupied(mut queue) => queue.get_mut().push_back(waiting),
             hash_map::Entry::Vacant(free) => {
                 free.insert(VecDeque::from([waiting]));
-                let writer = Writer { inner: self.clone(), channel: channel.clone(), over: false };
-                tokio::spawn(writer.run());
+                let task = ChannelAppender { appender: self.clone(), channel: channel.clone(), done: false };
+                tokio::spawn(task.run());
             }
         }
-        Ok(outcome)
-    }
-
-    /// Places publishes of one channel in one step, all or none, and says over which connection.
-    pub(super) async fn store(&self, keys: &ChannelKeys, keep: &Retention, publishes: &[&Publish]) -> Outcome {
-        let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
-        let mut once: IndexSet<String> = IndexSet::new();
-        let mut drafts = Vec::new();
-        for publish in publishes {
-            for draft in &publish.drafts {
-                let name = draft.parts().1.map(|key| keys.once(&publish.subject, key));
-                let number = name.map_or(0, |name| once.insert_full(name).0 as u64 + 1);
-                drafts.push((draft, number));
-            }
-        }
-        let mut all: Vec<&[u8]> = vec![meta.as_bytes(), stream.as_bytes()];
-        all.extend(once.iter().map(String::as_bytes));
-        let (now, window) = (self.script_now(), millis(self.topics.config().keys.window));
-        let fill = |connection: &RedisConnection, command: &mut Command| {
-            command.push_int(now);
-            command.push(&*connection.server.generation);
-            command.push(&*Epoch::random().text());
-            command.push(self.topology.publish_verb());
-            command.push(&events);
-            command.push_int(keep.count as u64);
-            command.push_int(millis(keep.age));
-            command.push_int((keep.bytes as u64).min(FOR_EVER));
-            command.push_int(window.max(1));
-            let mut stored = Vec::new();
-            for (draft, number) in &drafts {
-                let (body, _) = draft.parts();
-                command.push_int(*number);
-                if *number > 0 {
-                    command.push(format!("{:016x}", body.fingerprint()));
-                } else {
-                    command.push("");
-                }
-                stored.clear();
-                body.store(&mut stored);
-                command.push(&stored);
-            }
-        };
-        let (answer, connection) =
-            self.topology.run(&APPEND, &all, OnLostReply::Report, fill).await.map_err(Failed::CommandError)?;
-        let [epoch, time, rest @ ..] = answer.list().ok_or(Failed::Nonsense)? else { return Err(Failed::Nonsense) };
-        if epoch.is_nil() {
-            let at = time.int().and_then(|n| usize::try_from(n).ok()?.checked_sub(1)).ok_or(Failed::Nonsense)?;
-            let key = drafts.get(at).and_then(|(draft, _)| draft.parts().1).ok_or(Failed::Nonsense)?;
-            return Err(Failed::Reused { at, key: key.into() });
-        }
-        let epoch = epoch.text().and_then(|text| text.parse().ok()).ok_or(Failed::Nonsense)?;
-        let time = time.int().ok_or(Failed::Nonsense)?;
-        let placed = rest
-            .iter()
-            .map(|placed| match placed {
-                Value::Int(offset) => Some(Placed {
-                    position: Position { epoch, offset: u64::try_from(*offset).ok()? },
-                    time,
-                    duplicate: false,
-                }),
-                placed => {
-                    let mut parts = placed.text()?.split(' ');
-                    let (epoch, offset) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-                    let position = Position { epoch, offset };
-                    Some(Placed { position, time: parts.next()?.parse().ok()?, duplicate: true })
-                }
-            })
-            .collect::<Option<Vec<_>>>()
-            .filter(|placed| placed.len() == drafts.len())
-            .ok_or(Failed::Nonsense)?;
-        Ok((placed, connection))
+        Ok(result)
     }
 }
 
-impl State {
-    /// Takes up to so many of those that wait for a channel.
-    fn take(&mut self, channel: &Channel, most: usize) -> Vec<Waiting> {
+impl AppendQueues {
+    /// Takes the first `count` publishes of a channel.
+    fn take(&mut self, channel: &Channel, count: usize) -> Vec<WaitingPublish> {
         let Some(queue) = self.waiting.get_mut(channel) else { return Vec::new() };
-        let taken: Vec<Waiting> = queue.drain(..most.min(queue.len())).collect();
-        self.bytes -= taken.iter().map(|waiting| waiting.publish.size()).sum::<usize>();
+        let taken: Vec<_> = queue.drain(..count.min(queue.len())).collect();
+        self.bytes -= taken.iter().map(|waiting| waiting.batch.size()).sum::<usize>();
         taken
     }
 }
 
-impl Publish {
-    fn size(&self) -> usize {
-        self.drafts.iter().map(|draft| draft.size() + size_of::<Draft>()).sum()
-    }
-}
+// === impl ChannelAppender ===
 
-// === impl Writer ===
-
-impl Writer {
+impl ChannelAppender {
     async fn run(mut self) {
-        let keys = self.inner.keys.channel(&self.channel);
-        while let Some(batch) = self.next() {
-            self.place(&keys, batch).await;
+        let keys = self.appender.context.keys.channel(&self.channel);
+        while let Some(publishes) = self.next() {
+            self.append(&keys, publishes).await;
         }
     }
 
-    /// What goes next. None: nothing waits, and the next publish begins another writer.
-    fn next(&mut self) -> Option<Vec<Waiting>> {
-        let mut state = self.inner.appends.0.lock();
-        let queue = state.waiting.get_mut(&self.channel)?;
+    /// The publishes of the next script. None: the queue is empty, and the next publish starts another task.
+    fn next(&mut self) -> Option<Vec<WaitingPublish>> {
+        let mut queues = self.appender.queues.lock();
+        let queue = queues.waiting.get_mut(&self.channel)?;
         let (mut count, mut bytes) = (0, 0);
         let fits = queue.iter().take_while(|waiting| {
-            count += waiting.publish.drafts.len();
-            bytes += waiting.publish.size();
-            count <= MOST_EVENTS && bytes <= MOST_BYTES
+            count += waiting.batch.drafts.len();
+            bytes += waiting.batch.size();
+            count <= MAX_EVENTS && bytes <= MAX_BYTES
         });
         let fits = fits.count().max(1);
-        let batch = state.take(&self.channel, fits);
-        if batch.is_empty() {
-            state.waiting.remove(&self.channel);
-            self.over = true;
+        let publishes = queues.take(&self.channel, fits);
+        if publishes.is_empty() {
+            queues.waiting.remove(&self.channel);
+            self.done = true;
             return None;
         }
-        Some(batch)
+        Some(publishes)
     }
 
-    async fn place(&self, keys: &ChannelKeys, mut batch: Vec<Waiting>) {
-        while !batch.is_empty() {
-            let publishes: Vec<&Publish> = batch.iter().map(|waiting| &waiting.publish).collect();
-            let stored = match self.inner.keep_of(&self.channel).await {
-                Ok(keep) => self.inner.store(keys, &keep, &publishes).await,
-                Err(fault) => Err(Failed::CommandError(fault)),
+    async fn append(&self, keys: &ChannelKeys, mut publishes: Vec<WaitingPublish>) {
+        let appender = &self.appender;
+        while !publishes.is_empty() {
+            let batches: Vec<&PublishBatch> = publishes.iter().map(|waiting| &waiting.batch).collect();
+            let result = match appender.retention.of(&self.channel).await {
+                Ok(keep) => appender.writer.append(keys, &keep, &batches).await,
+                Err(error) => Err(error.into()),
             };
-            match stored {
-                Ok((placed, connection)) => return self.placed(keys, batch, placed, &connection),
-                Err(Failed::Reused { at, key }) => {
-                    // Nothing was placed, and the fault is one publish's: the others go without it.
+            match result {
+                Ok((placed, connection)) => return self.placed(keys, publishes, placed, &connection),
+                Err(AppendError::KeyReused { at, key }) => {
+                    // Nothing was placed, and one publish is at fault: the others are retried without it.
                     let mut before = 0;
-                    let guilty = batch.iter().position(|waiting| {
-                        before += waiting.publish.drafts.len();
+                    let rejected = publishes.iter().position(|waiting| {
+                        before += waiting.batch.drafts.len();
                         at < before
                     });
-                    let Some(guilty) = guilty.and_then(|index| batch.drain(index..=index).next()) else {
-                        return refuse(batch, &Failed::Nonsense);
-                    };
-                    let _ = guilty.tell.send(Err(Failed::Reused { at, key }));
+                    // The index is of a draft of these publishes.
+                    let rejected = publishes.remove(rejected.unwrap_or_default());
+                    let _ = rejected.result.send(Err(AppendError::KeyReused { at, key }));
                 }
-                Err(failed) => {
-                    if let Failed::CommandError(CommandError::NotExecuted(_)) = failed {
-                        // Who came meanwhile has waited for the same.
-                        batch.extend(self.inner.appends.0.lock().take(&self.channel, usize::MAX));
+                Err(error) => {
+                    if let AppendError::Command(CommandError::NotExecuted(_)) = error {
+                        // The publishes that came meanwhile have waited for the same.
+                        publishes.extend(appender.queues.lock().take(&self.channel, usize::MAX));
                     }
-                    return refuse(batch, &failed);
+                    for waiting in publishes {
+                        let _ = waiting.result.send(Err(error.clone()));
+                    }
+                    return;
                 }
             }
         }
     }
 
-    fn placed(&self, keys: &ChannelKeys, batch: Vec<Waiting>, placed: Vec<Placed>, connection: &Arc<RedisConnection>) {
+    fn placed(
+        &self,
+        keys: &ChannelKeys,
+        publishes: Vec<WaitingPublish>,
+        placed: Vec<Placed>,
+        connection: &Arc<RedisConnection>,
+    ) {
         let mut rest = placed.iter().copied();
-        let mut tell = Vec::with_capacity(batch.len());
-        let mut ours = Vec::with_capacity(placed.len());
-        for waiting in batch {
-            self.inner.topology.metrics.redis_append_seconds.record(waiting.since.elapsed());
-            let mine: Vec<Placed> = rest.by_ref().take(waiting.publish.drafts.len()).collect();
-            ours.extend(waiting.publish.drafts.into_iter().zip(mine.iter().copied()));
-            tell.push((waiting.tell, mine));
+        let mut results = Vec::with_capacity(publishes.len());
+        let mut events = Vec::with_capacity(placed.len());
+        for waiting in publishes {
+            self.appender.context.topology.metrics.redis_append_seconds.record(waiting.since.elapsed());
+            let placed: Vec<Placed> = rest.by_ref().take(waiting.batch.drafts.len()).collect();
+            events.extend(waiting.batch.drafts.into_iter().zip(placed.iter().copied()));
+            results.push((waiting.result, placed));
         }
-        // Who publishes here and reads here need not wait for Redis to say it again.
-        self.inner.hear_own(&keys.events(), ours);
-        for (tell, mine) in tell {
-            let _ = tell.send(Ok((mine, connection.clone())));
+        // Readers on this node need not wait for the message from Redis.
+        self.appender.tails.apply_own(&keys.events(), events);
+        for (result, placed) in results {
+            let _ = result.send(Ok((placed, connection.clone())));
         }
     }
 }
 
-impl Drop for Writer {
+impl Drop for ChannelAppender {
     fn drop(&mut self) {
-        // Ended by force: nobody knows what became of what was under way, and the next publish begins another writer.
-        if !self.over {
-            let mut state = self.inner.appends.0.lock();
-            state.take(&self.channel, usize::MAX);
-            state.waiting.remove(&self.channel);
+        // The task was aborted: dropping the senders reports these publishes as unconfirmed, and the next one starts
+        // another task.
+        if !self.done {
+            let mut queues = self.appender.queues.lock();
+            queues.take(&self.channel, usize::MAX);
+            queues.waiting.remove(&self.channel);
         }
-    }
-}
-
-fn refuse(batch: Vec<Waiting>, failed: &Failed) {
-    for waiting in batch {
-        let _ = waiting.tell.send(Err(failed.clone()));
     }
 }

@@ -1,9 +1,9 @@
--- The cursors of one consumer, in one hash: 's' when it was last heard of, 'c:' and a channel where it is.
+-- The cursors of one consumer, in one hash: field 's' is when it was last used, 'c:' and a channel its position there.
 --
 -- KEYS  consumer
--- ARGV  now (0: the clock of Redis) · memory of idle consumers · what to do: seen; show; get, channel; or
---       set, channel, where it must be, where it is then, most channels, whether it may be new
--- Answers {now, 'ok', …}: when it was seen, all fields, or where it is; or {now, why not, where it is}.
+-- ARGV  now (0: the clock of Redis) · milliseconds after which it expires · the operation: seen; show; get, channel; or
+--       set, channel, expected position, new position, maximum of channels, whether the consumer may be new
+-- Returns {now, 'ok', …} with the time of the last use, all fields, or the position; or {now, reason, position}.
 local key, idle = KEYS[1], tonumber(ARGV[2])
 local now = tonumber(ARGV[1])
 if now == 0 then

@@ -1,95 +1,104 @@
-//! Consumers: each has all its cursors in one key, which dies when nobody uses it for long. The set of their names is
-//! only for counting and listing; names of dead ones are taken out when there is no room, and when a list meets them.
+//! [`ConsumerStore`]: each consumer has all its cursors in one key, which expires when it is not used for long. The set
+//! of all names is only for counting and listing; names of expired consumers are removed when there is no room, and by
+//! listings that find them.
 
-use std::sync::LazyLock;
+use std::sync::Arc;
 
 use futures_util::future::try_join_all;
+use redis::{Cmd, FromRedisValue, cmd};
 use tokio::sync::Mutex;
 
 use super::{
-    Inner,
-    read::{failed, millis, nonsense, read_failed},
+    context::{LogContext, millis, unexpected_reply},
+    read::LogReader,
+    retention::RetentionRules,
 };
-use crate::backend::redis::client::{Command, OnLostReply, RedisConnection, Script, Value};
 use crate::{
+    backend::redis::client::{CommandError, OnLostReply, RedisConnection, Script},
     bus::{ConsumerInfo, CursorOp, ReadLimit},
     channel::Channel,
     error::{Code, Error, Result},
     position::{Position, Start},
 };
 
-static CONSUMER: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("consumer.lua")));
-static ADMIT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("admit.lua")));
+static CONSUMER: Script = Script::new(include_str!("consumer.lua"));
+static ADMIT: Script = Script::new(include_str!("admit.lua"));
 
-/// Names listed together...
+/// Names that are listed together...
 const PAGE: usize = 1000;
-/// ...and consumers asked for together.
-const AT_ONCE: usize = 100;
-/// Between two looks for names of the dead because there is no room, milliseconds: nobody pays for it in each request.
+/// ...and consumers that are read together.
+const CONCURRENT: usize = 100;
+/// Between two sweeps for lack of room, milliseconds: not every request pays for one.
 const SWEEP: u64 = 60_000;
-/// Somebody else may move the same cursor at the same time, not for ever.
-const TRIES: usize = 20;
+/// Attempts to move a cursor that others move at the same time.
+const ATTEMPTS: usize = 20;
 
-/// What `consumer.lua` found.
-struct Found {
-    status: Box<str>,
+pub(super) struct ConsumerStore {
+    context: Arc<LogContext>,
+    reader: Arc<LogReader>,
+    retention: Arc<RetentionRules>,
+    /// When names of expired consumers were last swept, Unix milliseconds; the lock makes it one sweep at a time.
+    swept: Mutex<Option<u64>>,
+}
+
+/// The reply of `consumer.lua` about one cursor.
+struct CursorReply {
+    status: String,
     at: Option<Position>,
 }
 
-/// When the names of the dead were last looked for. One at a time does it.
-#[derive(Default)]
-pub(super) struct Sweeps(Mutex<Option<u64>>);
+impl ConsumerStore {
+    pub(super) fn new(context: Arc<LogContext>, reader: Arc<LogReader>, retention: Arc<RetentionRules>) -> Self {
+        ConsumerStore { context, reader, retention, swept: Mutex::default() }
+    }
 
-impl Inner {
+    /// Reads or moves a cursor.
     pub(super) async fn act(&self, consumer: &str, channel: &Channel, act: CursorOp) -> Result<Option<Position>> {
-        let mut known = self.cursor_at(consumer, channel).await?;
-        for _ in 0..TRIES {
+        let mut known = self.cursor(consumer, channel).await?;
+        for _ in 0..ATTEMPTS {
             let to = match act {
                 CursorOp::Get => return Ok(known),
                 CursorOp::Seek(to) => to,
-                CursorOp::Commit(to) => self.forward(channel, known, to).await?,
+                CursorOp::Commit(to) => self.later(channel, known, to).await?,
             };
             if known == Some(to) {
                 return Ok(known);
             }
-            let mut found = self.set_cursor(consumer, channel, known, to, false).await?;
-            if &*found.status == "new" {
+            let mut reply = self.set_cursor(consumer, channel, known, to, false).await?;
+            if reply.status == "new" {
                 self.admit(consumer).await?;
-                found = self.set_cursor(consumer, channel, known, to, true).await?;
-                // Who saw no consumer behind the name may have taken it out meanwhile.
-                self.enlist(consumer).await?;
+                reply = self.set_cursor(consumer, channel, known, to, true).await?;
+                // A sweep that found no consumer of this name may have removed it meanwhile.
+                self.add_name(consumer).await?;
             }
-            match &*found.status {
-                "ok" => return Ok(found.at),
-                "full" => return Err(limit_reached("limits.consumer_channels", self.topics.config().max_cursors)),
-                // Somebody else moved it since we looked.
-                _ => known = found.at,
+            match reply.status.as_str() {
+                "ok" => return Ok(reply.at),
+                "full" => {
+                    return Err(limit_reached("limits.consumer_channels", self.context.topics.config().max_cursors));
+                }
+                // Another node moved the cursor since it was read.
+                _ => known = reply.at,
             }
         }
         Err(Error::new(Code::Conflict, "others move this cursor all the time"))
     }
 
     /// The later of two positions.
-    async fn forward(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
-        let (keys, keep) = (self.keys.channel(channel), self.keep_of(channel).await.map_err(failed)?);
-        let bounds = self.look(&keys, &keep, Start::Now, ReadLimit { events: 0, bytes: 0 }).await?.bounds;
+    async fn later(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
+        let (keys, keep) = (self.context.keys.channel(channel), self.retention.of(channel).await?);
+        let limit = ReadLimit { events: 0, bytes: 0 };
+        let bounds = self.reader.snapshot(&keys, &keep, Start::Now, limit).await?.bounds;
         if !to.epoch.is_absent() && to.epoch == bounds.epoch && to.offset > bounds.top {
             return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));
         }
         Ok(known.filter(|known| bounds.rank(*known) >= bounds.rank(to)).unwrap_or(to))
     }
 
-    async fn cursor_at(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
-        let key = self.keys.consumer(consumer);
-        let fill = |_: &RedisConnection, command: &mut Command| {
-            command.push_int(self.script_now());
-            command.push_int(self.idle());
-            command.push("get");
-            command.push(channel.as_str());
-        };
-        let keys = [key.as_bytes()];
-        let run = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill);
-        Ok(found(&run.await.map_err(read_failed)?.0)?.at)
+    async fn cursor(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
+        let reply = self.run(consumer, |command| {
+            command.arg("get").arg(channel.as_str());
+        });
+        Ok(CursorReply::parse(reply.await.map_err(CommandError::of_read)?)?.at)
     }
 
     async fn set_cursor(
@@ -99,141 +108,129 @@ impl Inner {
         from: Option<Position>,
         to: Position,
         new: bool,
-    ) -> Result<Found> {
-        let key = self.keys.consumer(consumer);
-        let fill = |_: &RedisConnection, command: &mut Command| {
-            command.push_int(self.script_now());
-            command.push_int(self.idle());
-            command.push("set");
-            command.push(channel.as_str());
-            command.push(from.map_or(String::new(), |from| from.to_string()));
-            command.push(to.to_string());
-            command.push_int(self.topics.config().max_cursors as u64);
-            command.push_int(new.into());
+    ) -> Result<CursorReply> {
+        let max = self.context.topics.config().max_cursors;
+        // Idempotent: a second run finds the cursor where the first left it, and says so.
+        let reply = self.run(consumer, |command| {
+            command.arg("set").arg(channel.as_str()).arg(from.map_or(String::new(), |from| from.to_string()));
+            command.arg(to.to_string()).arg(max).arg(u8::from(new));
+        });
+        CursorReply::parse(reply.await?)
+    }
+
+    /// Runs `consumer.lua`; `fill` adds what to do.
+    async fn run<T: FromRedisValue>(&self, consumer: &str, fill: impl Fn(&mut Cmd)) -> Result<T, CommandError> {
+        let key = self.context.keys.consumer(consumer);
+        let fill = |_: &RedisConnection, command: &mut Cmd| {
+            command.arg(self.context.script_now()).arg(self.idle());
+            fill(command);
         };
-        // Done twice, it finds the cursor where the first left it, which is told.
-        let keys = [key.as_bytes()];
-        let run = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill);
-        found(&run.await.map_err(failed)?.0)
+        let (reply, _) = self.context.topology.run(&CONSUMER, &[key.as_bytes()], OnLostReply::Retry, fill).await?;
+        Ok(reply)
     }
 
+    /// Runs a command about the set of all names.
+    async fn call<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, CommandError> {
+        let names = self.context.keys.consumers();
+        Ok(self.context.topology.call(names.as_bytes(), OnLostReply::Retry, command).await?.0)
+    }
+
+    /// Milliseconds after which a consumer that is not used expires.
     fn idle(&self) -> u64 {
-        millis(self.topics.config().consumer_idle).max(1)
+        millis(self.context.topics.config().consumer_idle).max(1)
     }
 
+    /// Adds a new name if there is room, perhaps after a sweep.
     async fn admit(&self, consumer: &str) -> Result<()> {
-        let most = self.topics.config().max_consumers;
+        let max = self.context.topics.config().max_consumers;
+        let names = self.context.keys.consumers();
         for swept in [false, true] {
-            let names = self.keys.consumers();
-            let fill = |_: &RedisConnection, command: &mut Command| {
-                command.push(consumer);
-                command.push_int(most as u64);
+            let fill = |_: &RedisConnection, command: &mut Cmd| {
+                command.arg(consumer).arg(max);
             };
             let keys = [names.as_bytes()];
-            let run = self.topology.run(&ADMIT, &keys, OnLostReply::Retry, fill);
-            if run.await.map_err(failed)?.0.int() == Some(1) {
+            let run = self.context.topology.run::<u64>(&ADMIT, &keys, OnLostReply::Retry, fill);
+            if run.await?.0 == 1 {
                 return Ok(());
             }
             if !swept {
-                self.sweep_consumers().await?;
+                self.sweep().await?;
             }
         }
-        Err(limit_reached("limits.consumers", most))
+        Err(limit_reached("limits.consumers", max))
     }
 
-    /// Takes the names of consumers that are forgotten out of the set of all, if that was not done a moment ago.
-    async fn sweep_consumers(&self) -> Result<()> {
-        // Who waits here for another finds it done.
-        let mut last = self.sweeps.0.lock().await;
-        if last.is_some_and(|last| last.abs_diff(self.topics.now()) < SWEEP) {
+    /// Removes the names of expired consumers, unless that was just done.
+    async fn sweep(&self) -> Result<()> {
+        let mut last = self.swept.lock().await;
+        if last.is_some_and(|last| last.abs_diff(self.context.topics.now()) < SWEEP) {
             return Ok(());
         }
         let mut after: Option<String> = None;
         loop {
-            let names = self.names_of_consumers("", after.as_deref(), PAGE).await?;
+            let names = self.names("", after.as_deref(), PAGE).await?;
             let Some(end) = names.last().cloned() else { break };
-            self.strike(self.forgotten(names).await?).await?;
+            self.remove_names(self.expired(names).await?).await?;
             after = Some(end);
         }
-        *last = Some(self.topics.now());
+        *last = Some(self.context.topics.now());
         Ok(())
     }
 
-    /// Those of the names, in their order, behind which there is no consumer.
-    async fn forgotten(&self, names: Vec<String>) -> Result<Vec<String>> {
-        let mut forgotten = Vec::new();
-        for names in names.chunks(AT_ONCE) {
-            let found = try_join_all(names.iter().map(|name| self.is_forgotten(name))).await?;
-            forgotten.extend(names.iter().zip(found).filter(|(_, forgotten)| *forgotten).map(|(name, _)| name.clone()));
+    /// Those of the names whose consumer has expired, in their order.
+    async fn expired(&self, names: Vec<String>) -> Result<Vec<String>> {
+        let mut expired = Vec::new();
+        for names in names.chunks(CONCURRENT) {
+            let found = try_join_all(names.iter().map(|name| self.is_expired(name))).await?;
+            expired.extend(names.iter().zip(found).filter(|(_, expired)| *expired).map(|(name, _)| name.clone()));
         }
-        Ok(forgotten)
+        Ok(expired)
     }
 
-    async fn is_forgotten(&self, name: &str) -> Result<bool> {
-        let key = self.keys.consumer(name);
-        let fill = |_: &RedisConnection, command: &mut Command| {
-            command.push_int(self.script_now());
-            command.push_int(self.idle());
-            command.push("seen");
-        };
-        let keys = [key.as_bytes()];
-        let answer = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill).await.map_err(read_failed)?.0;
-        let Some([_, _, seen]) = answer.list() else { return Err(nonsense()) };
-        Ok(seen.text().unwrap_or_default().is_empty())
+    async fn is_expired(&self, name: &str) -> Result<bool> {
+        let reply = self.run(name, |command| {
+            command.arg("seen");
+        });
+        let (_, _, seen): (String, String, String) = reply.await.map_err(CommandError::of_read)?;
+        Ok(seen.is_empty())
     }
 
-    /// Takes sorted names out. One whose consumer has come back since gets its place again.
-    async fn strike(&self, names: Vec<String>) -> Result<()> {
+    /// Removes sorted names; one whose consumer has come back since is added again.
+    async fn remove_names(&self, names: Vec<String>) -> Result<()> {
         if names.is_empty() {
             return Ok(());
         }
-        let key = self.keys.consumers();
-        let strike =
-            |_: &RedisConnection| names.iter().fold(Command::new("ZREM").arg(&key), |command, name| command.arg(name));
-        self.topology.call(key.as_bytes(), OnLostReply::Retry, strike).await.map_err(failed)?;
-        let gone = self.forgotten(names.clone()).await?;
+        self.call::<u64>(cmd("ZREM").arg(self.context.keys.consumers()).arg(&names)).await?;
+        let gone = self.expired(names.clone()).await?;
         for name in names.iter().filter(|name| gone.binary_search(name).is_err()) {
-            self.enlist(name).await?;
+            self.add_name(name).await?;
         }
         Ok(())
     }
 
-    async fn enlist(&self, name: &str) -> Result<()> {
-        let key = self.keys.consumers();
-        let add = |_: &RedisConnection| Command::new("ZADD").arg(&key).int(0).arg(name);
-        self.topology.call(key.as_bytes(), OnLostReply::Retry, add).await.map_err(failed)?;
+    async fn add_name(&self, name: &str) -> Result<()> {
+        self.call::<u64>(cmd("ZADD").arg(self.context.keys.consumers()).arg(0).arg(name)).await?;
         Ok(())
     }
 
-    async fn names_of_consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<String>> {
-        let names = self.keys.consumers();
+    async fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<String>> {
         let from = match after {
             Some(after) if after >= prefix => format!("({after}"),
             _ => format!("[{prefix}"),
         };
-        let make = |_: &RedisConnection| {
-            let command = Command::new("ZRANGEBYLEX").arg(&names).arg(&from).arg("+").arg("LIMIT");
-            command.int(0).int(limit as u64)
-        };
-        let (answer, _) = self.topology.call(names.as_bytes(), OnLostReply::Retry, make).await.map_err(read_failed)?;
-        let names = answer.list().ok_or_else(nonsense)?.iter().filter_map(Value::text);
-        Ok(names.take_while(|name| name.starts_with(prefix)).map(str::to_owned).collect())
+        let mut range = cmd("ZRANGEBYLEX");
+        range.arg(self.context.keys.consumers()).arg(from).arg("+").arg("LIMIT").arg(0).arg(limit);
+        let names: Vec<String> = self.call(&range).await.map_err(CommandError::of_read)?;
+        Ok(names.into_iter().take_while(|name| name.starts_with(prefix)).collect())
     }
 
-    pub(super) async fn describe_consumer(&self, name: &str) -> Result<Option<ConsumerInfo>> {
-        let key = self.keys.consumer(name);
-        let fill = |_: &RedisConnection, command: &mut Command| {
-            command.push_int(self.script_now());
-            command.push_int(self.idle());
-            command.push("show");
-        };
-        let keys = [key.as_bytes()];
-        let run = self.topology.run(&CONSUMER, &keys, OnLostReply::Retry, fill);
-        let answer = run.await.map_err(read_failed)?.0;
-        let Some([_, _, fields]) = answer.list() else { return Err(nonsense()) };
+    pub(super) async fn describe(&self, name: &str) -> Result<Option<ConsumerInfo>> {
+        let reply = self.run(name, |command| {
+            command.arg("show");
+        });
+        let (_, _, fields): (String, String, Vec<(String, String)>) = reply.await.map_err(CommandError::of_read)?;
         let (mut cursors, mut seen) = (Vec::new(), None);
-        for pair in fields.list().unwrap_or_default().chunks_exact(2) {
-            let (Some(field), Some(value)) = (pair[0].text(), pair[1].text()) else { continue };
+        for (field, value) in fields {
             if field == "s" {
                 seen = value.parse().ok();
             } else if let Some(Ok(channel)) = field.strip_prefix("c:").map(Channel::parse)
@@ -248,53 +245,48 @@ impl Inner {
         Ok(Some(ConsumerInfo { name: name.into(), cursors, seen, expires }))
     }
 
-    pub(super) async fn list_consumers(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-        limit: usize,
-    ) -> Result<Vec<ConsumerInfo>> {
+    pub(super) async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ConsumerInfo>> {
         let mut after = after.map(str::to_owned);
         let mut consumers = Vec::new();
         while consumers.len() < limit {
-            let names = self.names_of_consumers(prefix, after.as_deref(), limit - consumers.len()).await?;
+            let names = self.names(prefix, after.as_deref(), limit - consumers.len()).await?;
             let Some(last) = names.last() else { break };
             after = Some(last.clone());
-            let mut dead = Vec::new();
-            for names in names.chunks(AT_ONCE) {
-                let found = try_join_all(names.iter().map(|name| self.describe_consumer(name))).await?;
+            let mut expired = Vec::new();
+            for names in names.chunks(CONCURRENT) {
+                let found = try_join_all(names.iter().map(|name| self.describe(name))).await?;
                 for (name, found) in names.iter().zip(found) {
                     match found {
                         Some(consumer) => consumers.push(consumer),
-                        None => dead.push(name.clone()),
+                        None => expired.push(name.clone()),
                     }
                 }
             }
-            // Or the next listing would ask for them again. If they cannot be taken out now, it will.
-            let _ = self.strike(dead).await;
+            // If they cannot be removed now, the next listing will.
+            let _ = self.remove_names(expired).await;
         }
         Ok(consumers)
     }
 
-    pub(super) async fn forget_consumer(&self, name: &str) -> Result<bool> {
-        let existed = self.describe_consumer(name).await?.is_some();
-        let (key, names) = (self.keys.consumer(name), self.keys.consumers());
-        let delete = |_: &RedisConnection| Command::new("DEL").arg(&key);
-        self.topology.call(key.as_bytes(), OnLostReply::Retry, delete).await.map_err(failed)?;
-        let remove = |_: &RedisConnection| Command::new("ZREM").arg(&names).arg(name);
-        self.topology.call(names.as_bytes(), OnLostReply::Retry, remove).await.map_err(failed)?;
+    /// True if the consumer existed.
+    pub(super) async fn forget(&self, name: &str) -> Result<bool> {
+        let existed = self.describe(name).await?.is_some();
+        let key = self.context.keys.consumer(name);
+        let delete = cmd("DEL").arg(&key).take();
+        self.context.topology.call::<u64>(key.as_bytes(), OnLostReply::Retry, &delete).await?;
+        self.call::<u64>(cmd("ZREM").arg(self.context.keys.consumers()).arg(name)).await?;
         Ok(existed)
     }
 }
 
-fn found(answer: &Value) -> Result<Found> {
-    let Some([_, status, at]) = answer.list() else { return Err(nonsense()) };
-    let (Some(status), Some(at)) = (status.text(), at.text()) else { return Err(nonsense()) };
-    let at = match at {
-        "" => None,
-        at => Some(at.parse().map_err(|_| nonsense())?),
-    };
-    Ok(Found { status: status.into(), at })
+impl CursorReply {
+    fn parse((_, status, at): (String, String, String)) -> Result<Self> {
+        let at = match at.as_str() {
+            "" => None,
+            at => Some(at.parse().map_err(|_| unexpected_reply())?),
+        };
+        Ok(CursorReply { status, at })
+    }
 }
 
 fn limit_reached(limit: &'static str, number: usize) -> Error {

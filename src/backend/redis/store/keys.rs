@@ -1,5 +1,5 @@
-//! What lies where in Redis. A channel's keys have its name in braces, so that in a Cluster they share a slot; what would
-//! end the braces early is escaped.
+//! [`KeyNames`]: the names of keys and pub/sub channels. The keys of a channel have its name in braces, so that they share
+//! a slot in a Cluster; braces in the name are escaped.
 
 use std::fmt::Write as _;
 
@@ -7,28 +7,28 @@ use bytes::Bytes;
 
 use crate::channel::Channel;
 
-/// Before every key and every pub/sub channel: `bus.redis.prefix`.
 #[derive(Clone, Debug)]
-pub struct Keys {
+pub(super) struct KeyNames {
+    /// Of every key and every pub/sub channel: `bus.redis.prefix`.
     prefix: Box<str>,
 }
 
 /// The keys of one channel.
-pub struct ChannelKeys {
+pub(super) struct ChannelKeys {
     tag: String,
 }
 
-impl Keys {
-    pub fn new(prefix: &str) -> Self {
-        Keys { prefix: prefix.into() }
+impl KeyNames {
+    pub(super) fn new(prefix: &str) -> Self {
+        KeyNames { prefix: prefix.into() }
     }
 
-    pub fn channel(&self, channel: &Channel) -> ChannelKeys {
+    pub(super) fn channel(&self, channel: &Channel) -> ChannelKeys {
         self.tagged(channel.as_str())
     }
 
-    /// As a channel of that name, which may be one that no client can have.
-    pub fn tagged(&self, name: &str) -> ChannelKeys {
+    /// As [`channel`](Self::channel), with a name that need not be valid for clients.
+    pub(super) fn tagged(&self, name: &str) -> ChannelKeys {
         let mut tag = String::with_capacity(self.prefix.len() + name.len() + 4);
         tag.push_str(&self.prefix);
         tag.push('{');
@@ -37,8 +37,8 @@ impl Keys {
         ChannelKeys { tag }
     }
 
-    /// What SCAN is to look for: keys of the logs of channels whose names begin so.
-    pub fn logs(&self, name: &str) -> String {
+    /// The pattern of SCAN for the logs of channels whose names begin with `name`.
+    pub(super) fn logs(&self, name: &str) -> String {
         let mut pattern = String::new();
         glob(&self.prefix, &mut pattern);
         pattern.push('{');
@@ -49,58 +49,58 @@ impl Keys {
         pattern
     }
 
-    /// The channel whose log has this key.
-    pub fn channel_of(&self, key: &[u8]) -> Option<Channel> {
+    /// The channel whose log has the key `key`.
+    pub(super) fn channel_of(&self, key: &[u8]) -> Option<Channel> {
         let tag = std::str::from_utf8(key).ok()?.strip_prefix(&*self.prefix)?.strip_prefix('{')?.strip_suffix("}:m")?;
         Channel::parse(&unescape(tag)?).ok()
     }
 
-    /// A consumer's list of channels.
-    pub fn consumer(&self, name: &str) -> String {
+    /// The cursors of a consumer.
+    pub(super) fn consumer(&self, name: &str) -> String {
         let mut key = format!("{}{{consumer:", self.prefix);
         escape(name, &mut key);
         key.push('}');
         key
     }
 
-    /// What each node keeps.
-    pub fn keep(&self) -> String {
+    /// The retention rules of each node.
+    pub(super) fn retention(&self) -> String {
         format!("{}{{keep}}", self.prefix)
     }
 
     /// The names of all consumers.
-    pub fn consumers(&self) -> String {
+    pub(super) fn consumers(&self) -> String {
         format!("{}{{consumers}}", self.prefix)
     }
 
-    /// Written so that replicas can be waited for; each number may be of another slot.
-    pub fn mark(&self, number: u32) -> String {
+    /// Written so that WAIT has a write to wait for; each number may be in another slot.
+    pub(super) fn mark(&self, number: u32) -> String {
         format!("{}{{acks:{number}}}", self.prefix)
     }
 }
 
 impl ChannelKeys {
-    /// Where the log begins and ends.
-    pub fn meta(&self) -> String {
+    /// The hash that says where the log begins and ends.
+    pub(super) fn meta(&self) -> String {
         format!("{}:m", self.tag)
     }
 
-    pub fn stream(&self) -> String {
+    pub(super) fn stream(&self) -> String {
         format!("{}:s", self.tag)
     }
 
-    /// Where its events are published.
-    pub fn events(&self) -> Bytes {
+    /// The pub/sub channel of its events.
+    pub(super) fn events(&self) -> Bytes {
         format!("{}:e", self.tag).into()
     }
 
-    /// An idempotency key of somebody. The length keeps two that look alike apart.
-    pub fn once(&self, subject: &str, key: &str) -> String {
+    /// An idempotency key of `subject`. The length keeps `a:b` with key `c` apart from `a` with key `b:c`.
+    pub(super) fn idempotency(&self, subject: &str, key: &str) -> String {
         format!("{}:k:{}:{subject}:{key}", self.tag, subject.len())
     }
 }
 
-/// As a part of a key that stands in braces.
+/// Appends a name as part of a key in braces.
 pub(crate) fn escape(name: &str, out: &mut String) {
     for letter in name.chars() {
         match letter {
@@ -123,7 +123,7 @@ fn unescape(text: &str) -> Option<String> {
     Some(out)
 }
 
-/// As a pattern that only fits itself.
+/// Appends text as a pattern that matches only itself.
 fn glob(text: &str, out: &mut String) {
     for letter in text.chars() {
         if matches!(letter, '*' | '?' | '[' | ']' | '\\' | '^') {
@@ -139,17 +139,17 @@ mod tests {
     use crate::backend::redis::client::slot;
 
     #[test]
-    fn any_name_keeps_one_slot_and_comes_back() {
-        let keys = Keys::new("weir:");
+    fn keys_of_any_name_share_a_slot_and_can_be_parsed() {
+        let keys = KeyNames::new("weir:");
         for name in ["a", "{a}", "}", "{}", "%7b", "ä/ö", "a}:m", "*"] {
             let channel = Channel::parse(name).unwrap();
             let of = keys.channel(&channel);
-            let slots = [of.meta(), of.stream(), of.once("s", "k")].map(|key| slot(key.as_bytes()));
+            let slots = [of.meta(), of.stream(), of.idempotency("s", "k")].map(|key| slot(key.as_bytes()));
             assert!(slots.iter().all(|other| *other == slots[0] && *other == slot(&of.events())), "{name}");
             assert_eq!(keys.channel_of(of.meta().as_bytes()), Some(channel));
             assert_eq!(keys.channel_of(of.stream().as_bytes()), None);
         }
         assert_eq!(keys.logs("a*"), "weir:{a\\**}:m");
-        assert_ne!(keys.tagged("a").once("b:c", "d"), keys.tagged("a").once("b", "c:d"));
+        assert_ne!(keys.tagged("a").idempotency("b:c", "d"), keys.tagged("a").idempotency("b", "c:d"));
     }
 }

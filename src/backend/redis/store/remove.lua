@@ -1,8 +1,8 @@
--- Lets go of the events before a position, or of the log.
+-- Removes the events before a position, or the log.
 --
 -- KEYS  meta · stream
--- ARGV  now (0: the clock of Redis) · how to publish · where · epoch · offset (0: the log) · age
--- Answers 1, or 0 if that is no position of the log as it is.
+-- ARGV  now (0: the clock of Redis) · PUBLISH or SPUBLISH · its channel · epoch · offset (0: the log) · retention: age
+-- Returns 1, or 0 if that is no position of the log as it is.
 local meta = KEYS[1]
 local found = redis.call('HMGET', meta, 'h', 'e', 't', 'r', 'a', 'b', 'w')
 local now = tonumber(ARGV[1])
@@ -43,7 +43,7 @@ else
       marks[#marks + 1] = struct.pack('>I6I6I6', at, since, before)
     end
   end
-  -- Where it was cut before is later still.
+  -- Without a mark the log was trimmed beyond that position before.
   if mark then
     table.insert(marks, 1, struct.pack('>I6I6I6', mark[1], mark[2], mark[3]))
     redis.call('XTRIM', KEYS[2], 'MINID', string.format('%d', offset))

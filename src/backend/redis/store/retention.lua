@@ -1,11 +1,11 @@
--- Says what a node keeps, and hears what the others do.
+-- Stores the retention rules of a node, and returns those of the others.
 --
--- KEYS  what nodes keep
--- ARGV  which node · its rules · milliseconds that they count
--- Answers the rules of all others.
+-- KEYS  rules of all nodes
+-- ARGV  node · its rules · milliseconds that they count
+-- Returns the rules of all others.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
--- Where no memory is left the others can be heard all the same.
+-- Without memory the write fails, and the others can be read all the same.
 redis.pcall('HSET', KEYS[1], ARGV[1], string.format('1 %d ', now + ARGV[3]) .. ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 local all, others = redis.call('HGETALL', KEYS[1]), {}

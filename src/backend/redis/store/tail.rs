@@ -1,12 +1,13 @@
-//! Filling rings: what is heard goes straight in; what may have been missed is looked up, once per channel.
+//! [`Tails`]: the channels that are read on this node. A message goes straight into the ring of its channel; what may
+//! have been missed is read from the log, once for all readers.
 //!
-//! Looks at a channel are taken one at a time and shown in that order. Whoever needs the ring to be as the log was at some
-//! moment shares the first look that begins after it.
+//! Snapshots of a channel are taken one at a time and applied in that order. Tasks that need the ring to be as the log
+//! was at some moment share the first snapshot that begins after it.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, OnceLock, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -20,138 +21,130 @@ use tokio::{
 };
 
 use super::{
-    Inner,
+    context::LogContext,
     keys::ChannelKeys,
-    read::failed,
+    probe::Probes,
+    read::LogReader,
+    retention::RetentionRules,
     wire::{EventMessage, LogSnapshot, position},
 };
-use crate::backend::redis::client::PubSubHandler;
 use crate::{
+    backend::redis::client::{PubSub, PubSubHandler},
     bus::{Backfill, LiveOutcome, Placed, ReadLimit, Tail, Topic},
     channel::Channel,
     error::{Code, Error, Result},
-    event::Draft,
+    event::{Draft, Event},
+    metrics::RedisConnectionKind,
     position::{Position, Start},
 };
 
 /// How long a reader waits for its subscription.
 const SUBSCRIBE: Duration = Duration::from_secs(4);
-/// Looks that repair rings, at a time: after a break all of them need one.
-const REPAIRS: usize = 64;
-/// Between two tries of what readers wait for.
+/// Rings that are resynchronised at a time: after a break all of them need it.
+const RESYNCS: usize = 64;
+/// The back-off between attempts, at first and at most.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// A channel that is silent for so long is looked at.
+/// A channel without messages for this long is compared with its log.
 const AUDIT: Duration = Duration::from_secs(30);
-/// A channel without readers stays subscribed for so long: they come back.
+/// A channel without readers stays subscribed for this long: readers come back.
 const LINGER: Duration = Duration::from_secs(10);
-/// What is looked up for a ring, and for those behind it.
+/// What is read for a ring, and for readers behind it.
 const WINDOW: ReadLimit = ReadLimit { events: 256, bytes: 64 << 10 };
 const PAGE: ReadLimit = ReadLimit { events: 1024, bytes: 256 << 10 };
 
-/// The channels that are read on this node.
 pub(super) struct Tails {
-    owner: OnceLock<Weak<Inner>>,
-    entries: Mutex<HashMap<Bytes, Arc<Entry>>>,
-    repairs: Arc<Semaphore>,
+    me: Weak<Tails>,
+    context: Arc<LogContext>,
+    reader: Arc<LogReader>,
+    retention: Arc<RetentionRules>,
+    pub(super) pubsub: Arc<PubSub>,
+    channels: Mutex<HashMap<Bytes, Arc<TailedChannel>>>,
+    resyncs: Arc<Semaphore>,
 }
 
-/// A channel that is read here, or was a moment ago.
-pub(super) struct Entry {
+/// A channel that has readers on this node, or had a moment ago.
+struct TailedChannel {
     channel: Channel,
     keys: ChannelKeys,
     events: Bytes,
-    /// Of those who read it now.
+    /// The topic of the present readers.
     topic: Mutex<Arc<Topic>>,
-    guard: Mutex<Weak<Guard>>,
-    /// Since when nobody reads it.
+    guard: Mutex<Weak<TailGuard>>,
+    /// Since when it has no readers.
     left: Mutex<Option<Instant>>,
     subscribed: Notify,
-    /// Looks begun.
+    /// The number of snapshots begun.
     begun: AtomicU64,
-    /// One at a time.
-    turn: tokio::sync::Mutex<Turn>,
-    /// Somebody repairs the ring...
-    repairing: AtomicBool,
-    /// ...and something came up since that look began.
+    /// Held while a snapshot is taken and applied.
+    last: tokio::sync::Mutex<LastSync>,
+    /// A task resynchronises the ring...
+    resyncing: AtomicBool,
+    /// ...and there was another reason since its snapshot began.
     again: AtomicBool,
-    heard: Mutex<Instant>,
-    /// When it was said that the log has readers, Unix milliseconds.
+    last_message: Mutex<Instant>,
+    /// When the log was last marked as read, Unix milliseconds.
     touched: AtomicU64,
 }
 
-/// How the last look ended.
+/// How the last snapshot ended.
 #[derive(Default)]
-struct Turn {
+struct LastSync {
     number: u64,
-    failed: Option<Error>,
+    error: Option<Error>,
 }
 
-/// What readers of a channel hold.
-struct Guard {
-    owner: Weak<Inner>,
-    entry: Arc<Entry>,
+/// Held by the readers of a channel.
+struct TailGuard {
+    tails: Weak<Tails>,
+    channel: Arc<TailedChannel>,
 }
 
-impl Default for Tails {
-    fn default() -> Self {
-        Tails { owner: OnceLock::new(), entries: Mutex::default(), repairs: Arc::new(Semaphore::new(REPAIRS)) }
-    }
+struct EventHandler {
+    tails: Weak<Tails>,
+    probes: Arc<Probes>,
 }
 
 impl Tails {
-    pub fn belong_to(&self, owner: Weak<Inner>) {
-        let _ = self.owner.set(owner);
+    pub(super) fn start(
+        context: Arc<LogContext>,
+        reader: Arc<LogReader>,
+        retention: Arc<RetentionRules>,
+        probes: Arc<Probes>,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|me| {
+            let handler = Arc::new(EventHandler { tails: me.clone(), probes });
+            let pubsub = PubSub::start(context.topology.clone(), RedisConnectionKind::Events, handler);
+            let resyncs = Arc::new(Semaphore::new(RESYNCS));
+            Tails { me: me.clone(), context, reader, retention, pubsub, channels: Mutex::default(), resyncs }
+        })
     }
 
-    fn entry(&self, events: &[u8]) -> Option<Arc<Entry>> {
-        self.entries.lock().get(events).cloned()
-    }
-
-    fn owner(&self) -> Option<Arc<Inner>> {
-        self.owner.get()?.upgrade()
-    }
-}
-
-impl Inner {
-    pub(super) async fn tail(self: &Arc<Self>, topic: &Arc<Topic>) -> Result<Tail> {
-        let keys = self.keys.channel(topic.channel());
+    /// Subscribes to the channel of a topic, and fills its ring.
+    pub(super) async fn tail(&self, topic: &Arc<Topic>) -> Result<Tail> {
+        let keys = self.context.keys.channel(topic.channel());
         let events = keys.events();
         let guard = {
-            let mut entries = self.tails.entries.lock();
-            let entry = entries.entry(events.clone()).or_insert_with(|| {
-                Arc::new(Entry {
-                    channel: topic.channel().clone(),
-                    keys,
-                    events: events.clone(),
-                    topic: Mutex::new(topic.clone()),
-                    guard: Mutex::default(),
-                    left: Mutex::default(),
-                    subscribed: Notify::new(),
-                    begun: AtomicU64::new(0),
-                    turn: tokio::sync::Mutex::default(),
-                    repairing: AtomicBool::new(false),
-                    again: AtomicBool::new(false),
-                    heard: Mutex::new(Instant::now()),
-                    touched: AtomicU64::new(0),
-                })
-            });
-            *entry.topic.lock() = topic.clone();
+            let mut channels = self.channels.lock();
+            let channel = channels
+                .entry(events.clone())
+                .or_insert_with(|| Arc::new(TailedChannel::new(topic, keys, events.clone())));
+            *channel.topic.lock() = topic.clone();
             topic.lock().set_tailed(true);
-            *entry.left.lock() = None;
-            let mut guard = entry.guard.lock();
+            *channel.left.lock() = None;
+            let mut guard = channel.guard.lock();
             guard.upgrade().unwrap_or_else(|| {
-                let made = Arc::new(Guard { owner: Arc::downgrade(self), entry: entry.clone() });
-                *guard = Arc::downgrade(&made);
-                made
+                let new = Arc::new(TailGuard { tails: self.me.clone(), channel: channel.clone() });
+                *guard = Arc::downgrade(&new);
+                new
             })
         };
         self.pubsub.subscribe(events.clone());
         let deadline = Instant::now() + SUBSCRIBE;
         loop {
-            let subscribed = guard.entry.subscribed.notified();
+            let subscribed = guard.channel.subscribed.notified();
             tokio::pin!(subscribed);
-            // Listens from here on: what comes between the look and the wait is not slept through.
+            // Registered before the check, so that a confirmation between the two is not missed.
             subscribed.as_mut().enable();
             if self.pubsub.is_subscribed(&events) {
                 break;
@@ -160,96 +153,94 @@ impl Inner {
                 return Err(Error::new(Code::BusUnavailable, "Redis cannot be reached now"));
             }
         }
-        self.sync(&guard.entry).await?;
+        self.sync(&guard.channel).await?;
         Ok(Tail(Some(guard)))
     }
 
-    /// Returns when the ring is as the log was at some moment after the call, or later.
-    async fn sync(&self, entry: &Entry) -> Result<()> {
-        let before = entry.begun.load(SeqCst);
-        let mut turn = entry.turn.lock().await;
-        if turn.number > before {
-            return turn.failed.clone().map_or(Ok(()), Err);
+    /// Completes when the ring is as the log was at some moment after the call, or later.
+    async fn sync(&self, channel: &TailedChannel) -> Result<()> {
+        let before = channel.begun.load(SeqCst);
+        let mut last = channel.last.lock().await;
+        if last.number > before {
+            return last.error.clone().map_or(Ok(()), Err);
         }
-        turn.number = entry.begun.fetch_add(1, SeqCst) + 1;
-        let done = self.show(entry).await;
-        turn.failed = done.as_ref().err().cloned();
-        done.map(drop)
+        self.sync_now(channel, &mut last).await.map(drop)
     }
 
-    /// Looks at the log and sets the ring right. Whether something had been missed. Only in one's turn.
-    async fn show(&self, entry: &Entry) -> Result<bool> {
-        let topic = entry.topic.lock().clone();
+    /// Takes a snapshot and applies it. True if messages had been missed.
+    async fn sync_now(&self, channel: &TailedChannel, last: &mut LastSync) -> Result<bool> {
+        last.number = channel.begun.fetch_add(1, SeqCst) + 1;
+        let result = self.apply_snapshot(channel).await;
+        last.error = result.as_ref().err().cloned();
+        result
+    }
+
+    /// Only while `last` of the channel is locked.
+    async fn apply_snapshot(&self, channel: &TailedChannel) -> Result<bool> {
+        let topic = channel.topic.lock().clone();
         let (epoch, top) = {
             let ring = topic.lock();
             (ring.epoch(), ring.top())
         };
-        let keep = self.keep_of(&entry.channel).await.map_err(failed)?;
+        let keep = self.retention.of(&channel.channel).await?;
         let newest = Start::Last(WINDOW.events as u64);
         let start = if epoch.is_absent() { newest } else { Start::After(Position { epoch, offset: top }) };
-        let mut look = self.look(&entry.keys, &keep, start, WINDOW).await?;
-        if look.bounds.top > top
-            && look.events.last().is_none_or(|event| event.offset < look.bounds.top)
+        let mut snapshot = self.reader.snapshot(&channel.keys, &keep, start, WINDOW).await?;
+        if snapshot.bounds.top > top
+            && snapshot.events.last().is_none_or(|event| event.offset < snapshot.bounds.top)
             && start != newest
         {
-            // Too many to be heard of one by one.
-            look = self.look(&entry.keys, &keep, newest, WINDOW).await?;
+            // The ring is too far behind: it begins again with the newest events.
+            snapshot = self.reader.snapshot(&channel.keys, &keep, newest, WINDOW).await?;
         }
-        let LogSnapshot { bounds, mut events, .. } = look;
+        let LogSnapshot { bounds, mut events, .. } = snapshot;
         events.retain(|event| event.epoch == bounds.epoch);
         let missed = !bounds.is_absent() && (bounds.epoch, bounds.top) != (epoch, top);
-        let parked = {
+        let (parked, missed) = {
             let mut ring = topic.lock();
             let (memory, before) = (ring.memory(), (ring.epoch(), ring.top()));
-            let parked = ring.apply_snapshot(&entry.channel, &keep, bounds, events);
-            self.topics.account(memory, ring.memory());
+            let parked = ring.apply_snapshot(&channel.channel, &keep, bounds, events);
+            self.context.topics.account(memory, ring.memory());
             (parked, missed && (ring.epoch(), ring.top()) != before)
         };
-        parked.0.wake();
-        Ok(parked.1)
+        parked.wake();
+        Ok(missed)
     }
 
-    /// Has the ring set right soon, by whoever is at it already or by a task.
-    fn repair(self: &Arc<Self>, entry: &Arc<Entry>) {
-        entry.again.store(true, SeqCst);
-        if entry.repairing.swap(true, SeqCst) {
+    /// Has the ring synchronised soon, by the task that does so already or by a new one.
+    fn resync(&self, channel: &Arc<TailedChannel>) {
+        channel.again.store(true, SeqCst);
+        if channel.resyncing.swap(true, SeqCst) {
             return;
         }
-        let (owner, entry, permits) = (Arc::downgrade(self), entry.clone(), self.tails.repairs.clone());
+        let (tails, channel, permits) = (self.me.clone(), channel.clone(), self.resyncs.clone());
         tokio::spawn(async move {
             let mut pause = PAUSE;
             loop {
-                // Not while it waits for others: what comes up until then is seen by the look that follows.
+                // Reset only after the wait for a permit: the snapshot that follows covers the reasons until then.
                 let Ok(permit) = permits.acquire().await else { return };
-                entry.again.store(false, SeqCst);
-                let Some(owner) = owner.upgrade() else { return };
-                let done = {
-                    let mut turn = entry.turn.lock().await;
-                    turn.number = entry.begun.fetch_add(1, SeqCst) + 1;
-                    let done = owner.show(&entry).await;
-                    turn.failed = done.as_ref().err().cloned();
-                    done
-                };
+                channel.again.store(false, SeqCst);
+                let Some(tails) = tails.upgrade() else { return };
+                let result = tails.sync_now(&channel, &mut *channel.last.lock().await).await;
                 drop(permit);
-                let gone = entry.is_left() || !owner.tails.entries.lock().contains_key(&entry.events);
-                match done {
+                let gone = channel.is_left() || !tails.channels.lock().contains_key(&channel.events);
+                match result {
                     Ok(missed) => {
-                        owner.topology.metrics.redis_repairs.add(missed.into());
+                        tails.context.topology.metrics.redis_repairs.add(missed.into());
                         pause = PAUSE;
                     }
-                    Err(_) if gone => entry.again.store(false, SeqCst),
+                    Err(_) if gone => channel.again.store(false, SeqCst),
                     Err(error) => {
-                        tracing::debug!(channel = %entry.channel, %error, "cannot look at a log yet");
-                        entry.again.store(true, SeqCst);
-                        drop(owner);
-                        sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
-                        pause = (pause * 2).min(LONGEST_PAUSE);
+                        tracing::debug!(channel = %channel.channel, %error, "cannot read a log yet");
+                        channel.again.store(true, SeqCst);
+                        drop(tails);
+                        back_off(&mut pause).await;
                     }
                 }
-                if !entry.again.load(SeqCst) {
-                    entry.repairing.store(false, SeqCst);
-                    // Somebody may have come between the two.
-                    if !entry.again.load(SeqCst) || entry.repairing.swap(true, SeqCst) {
+                if !channel.again.load(SeqCst) {
+                    channel.resyncing.store(false, SeqCst);
+                    // Another reason may have come between the two.
+                    if !channel.again.load(SeqCst) || channel.resyncing.swap(true, SeqCst) {
                         return;
                     }
                 }
@@ -257,56 +248,49 @@ impl Inner {
         });
     }
 
-    /// Fetches what is older than the ring, for all who wait for it, until nobody does.
-    async fn fetch(self: Arc<Self>, entry: Arc<Entry>) {
-        let topic = entry.topic.lock().clone();
+    /// Reads events that are older than the ring, for all readers that wait for them, until none does.
+    async fn fetch(self: Arc<Self>, channel: Arc<TailedChannel>) {
+        let topic = channel.topic.lock().clone();
         let mut pause = PAUSE;
         loop {
             let Some(position) = topic.lock().next_wanted() else { return };
-            let done = {
-                let _turn = entry.turn.lock().await;
-                self.fetch_after(&entry, &topic, position).await
+            let result = {
+                let _last = channel.last.lock().await;
+                self.fetch_after(&channel, &topic, position).await
             };
-            match done {
+            match result {
                 Ok(true) => {
                     pause = PAUSE;
                     continue;
                 }
                 Ok(false) => {}
-                Err(error) => tracing::debug!(channel = %entry.channel, %error, "cannot read what is older yet"),
+                Err(error) => tracing::debug!(channel = %channel.channel, %error, "cannot read older events yet"),
             }
-            sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            back_off(&mut pause).await;
         }
     }
 
-    /// Whether somebody was served.
-    async fn fetch_after(&self, entry: &Entry, topic: &Topic, position: Position) -> Result<bool> {
-        let keep = self.keep_of(&entry.channel).await.map_err(failed)?;
-        let mut look = self.look(&entry.keys, &keep, Start::After(position), PAGE).await?;
-        let (next, gap) = look.bounds.resolve(&entry.channel, Start::After(position), look.now);
-        let mut events = std::mem::take(&mut look.events);
-        if gap.is_none() && !look.bounds.is_absent() {
+    /// True if a reader has received events.
+    async fn fetch_after(&self, channel: &TailedChannel, topic: &Topic, position: Position) -> Result<bool> {
+        let keep = self.retention.of(&channel.channel).await?;
+        let mut snapshot = self.reader.snapshot(&channel.keys, &keep, Start::After(position), PAGE).await?;
+        let (next, gap) = snapshot.bounds.resolve(&channel.channel, Start::After(position), snapshot.now);
+        let mut events = std::mem::take(&mut snapshot.events);
+        if gap.is_none() && !snapshot.bounds.is_absent() {
             match events.first() {
                 Some(first) if first.offset == next.offset + 1 => {}
-                // What should be there is not: the stream was deleted, or cut, by somebody else.
-                Some(first) => look.bounds.first = first.offset,
-                None => look.bounds.first = look.bounds.top + 1,
+                // The event that must follow is missing: something else deleted or trimmed the stream.
+                Some(first) => snapshot.bounds.first = first.offset,
+                None => snapshot.bounds.first = snapshot.bounds.top + 1,
             }
         }
-        let mut at = events.first().map_or(0, |event| event.offset);
-        let epoch = events.first().map(|event| event.epoch);
-        let whole = events.iter().take_while(|event| {
-            at += 1;
-            event.offset == at - 1 && Some(event.epoch) == epoch
-        });
-        let whole = whole.count();
-        events.truncate(whole);
+        let contiguous = events.chunk_by(|one, next| next.offset == one.offset + 1 && next.epoch == one.epoch).next();
+        events.truncate(contiguous.map_or(0, <[_]>::len));
         let fetched = {
             let mut ring = topic.lock();
             let memory = ring.memory();
-            let fetched = ring.add_older(&entry.channel, &look.bounds, events);
-            self.topics.account(memory, ring.memory());
+            let fetched = ring.add_older(&channel.channel, &snapshot.bounds, events);
+            self.context.topics.account(memory, ring.memory());
             fetched
         };
         match fetched {
@@ -315,159 +299,23 @@ impl Inner {
                 parked.wake();
                 Ok(served)
             }
-            // The log is another than the ring knows.
-            None => self.show(entry).await.map(|_| true),
+            // The log differs from what the ring knows.
+            None => self.apply_snapshot(channel).await.map(|_| true),
         }
     }
 
-    /// What was placed from here, if it is read here and is the next.
-    pub(super) fn hear_own(&self, events: &[u8], placed: Vec<(Draft, Placed)>) {
-        let Some(entry) = self.tails.entry(events) else { return };
-        let topic = entry.topic.lock().clone();
-        let keep = self.keeps.max_with(*topic.retention(), &entry.channel);
-        let parked = {
-            let mut ring = topic.lock();
-            let memory = ring.memory();
-            let mut next = false;
-            for (draft, placed) in placed.into_iter().filter(|(_, placed)| !placed.duplicate) {
-                // If others come before it, it is heard of after them.
-                next |= ring.apply_live(draft.place(placed.position, placed.time), &keep) == LiveOutcome::Next;
-            }
-            self.topics.account(memory, ring.memory());
-            next.then(|| ring.take_parked())
-        };
-        if let Some(parked) = parked {
-            parked.wake();
-        }
+    /// Applies events that this node has placed, if the channel has readers here.
+    pub(super) fn apply_own(&self, events: &[u8], placed: Vec<(Draft, Placed)>) {
+        let Some(channel) = self.get(events) else { return };
+        let placed = placed.into_iter().filter(|(_, placed)| !placed.duplicate);
+        // Events that others have placed before come as messages, and these again behind them.
+        let _ = self.apply_live(&channel, placed.map(|(draft, placed)| draft.place(placed.position, placed.time)));
     }
 
-    /// If the channel is read here: returns when its ring knows of `position`.
-    pub(super) async fn catch_up_with(&self, channel: &Channel, position: Position) {
-        let Some(topic) = self.topics.get(channel) else { return };
-        if topic.lock().bounds().knows(position) {
-            return;
-        }
-        if let Some(entry) = self.tails.entry(&self.keys.channel(channel).events()) {
-            // If this fails, the next to ask for it is told.
-            let _ = self.sync(&entry).await;
-        }
-    }
-
-    /// If the channel is read here: returns when its ring has been set right.
-    pub(super) async fn refresh(&self, channel: &Channel) {
-        if let Some(entry) = self.tails.entry(&self.keys.channel(channel).events()) {
-            let _ = self.sync(&entry).await;
-        }
-    }
-
-    // === looking after ===
-
-    /// Looks at channels that have been silent, and lets go of those that nobody reads.
-    pub(super) fn audit(self: &Arc<Self>) {
-        let entries: Vec<Arc<Entry>> = self.tails.entries.lock().values().cloned().collect();
-        for entry in entries {
-            if entry.is_left() {
-                self.let_go(&entry);
-            } else if entry.heard.lock().elapsed() > AUDIT {
-                // Not all of them at once the next time.
-                *entry.heard.lock() = Instant::now() - AUDIT.mul_f64(fastrand::f64() / 4.0);
-                self.repair(&entry);
-                let (owner, entry) = (self.clone(), entry.clone());
-                tokio::spawn(async move { owner.keep_alive(&entry).await });
-            }
-        }
-    }
-
-    pub(super) async fn audit_all(self: &Arc<Self>) {
-        let entries: Vec<Arc<Entry>> = self.tails.entries.lock().values().cloned().collect();
-        for entry in entries {
-            self.keep_alive(&entry).await;
-            let _ = self.sync(&entry).await;
-        }
-    }
-
-    /// A log with readers is not idle, however long nobody writes.
-    async fn keep_alive(&self, entry: &Entry) {
-        let topic = entry.topic.lock().clone();
-        let now = self.topics.now();
-        // Well before it would be taken for idle, and not much more often.
-        let Ok(keep) = self.keep_of(&entry.channel).await else { return };
-        let often = (keep.age.as_millis() as u64 / 4).clamp(AUDIT.as_millis() as u64 / 2, 3_600_000);
-        let absent = topic.lock().epoch().is_absent();
-        if absent || now.saturating_sub(entry.touched.load(SeqCst)) < often {
-            return;
-        }
-        if self.touch(&entry.keys, &keep).await.is_ok() {
-            entry.touched.store(now, SeqCst);
-        }
-    }
-
-    fn let_go(&self, entry: &Arc<Entry>) {
-        let mut entries = self.tails.entries.lock();
-        let left = entry.left.lock().is_some_and(|left| left.elapsed() > LINGER);
-        if left && entry.guard.lock().strong_count() == 0 && self.pubsub.unsubscribe(&entry.events) {
-            entries.remove(&entry.events);
-            let topic = entry.topic.lock().clone();
-            topic.lock().set_tailed(false);
-        }
-    }
-}
-
-impl Entry {
-    fn is_left(&self) -> bool {
-        self.left.lock().is_some() && self.guard.lock().strong_count() == 0
-    }
-}
-
-// === impl Guard ===
-
-impl Backfill for Guard {
-    fn fetch(&self) {
-        if let Some(owner) = self.owner.upgrade() {
-            tokio::spawn(owner.fetch(self.entry.clone()));
-        }
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        *self.entry.left.lock() = Some(Instant::now());
-    }
-}
-
-// === impl Tails ===
-
-impl PubSubHandler for Tails {
-    fn heard(&self, channel: &Bytes, message: Bytes) {
-        let Some(owner) = self.owner() else { return };
-        let Some(entry) = self.entry(channel) else {
-            owner.echo(channel);
-            return;
-        };
-        *entry.heard.lock() = Instant::now();
-        if let Some(at) = position(&message) {
-            // Most of what is published here has been heard of by then.
-            let topic = entry.topic.lock().clone();
-            let ring = topic.lock();
-            if ring.epoch() == at.epoch && at.offset <= ring.top() {
-                return;
-            }
-        }
-        let events = match EventMessage::read(&message) {
-            EventMessage::Events(events) => events,
-            EventMessage::Changed => return owner.repair(&entry),
-            EventMessage::Unknown => {
-                owner.topology.metrics.redis_unreadable.add(1);
-                // Whatever it says, the log knows better.
-                return owner.repair(&entry);
-            }
-        };
-        if let Some(newest) = events.last() {
-            let lag = owner.topics.now().saturating_sub(newest.time);
-            owner.topology.metrics.redis_lag_seconds.record(Duration::from_millis(lag));
-        }
-        let topic = entry.topic.lock().clone();
-        let keep = owner.keeps.max_with(*topic.retention(), &entry.channel);
+    /// Applies new events in their order. False if there is a gap before one of them.
+    fn apply_live(&self, channel: &TailedChannel, events: impl Iterator<Item = Event>) -> bool {
+        let topic = channel.topic.lock().clone();
+        let keep = self.retention.max_with(*topic.retention(), &channel.channel);
         let (parked, beyond) = {
             let mut ring = topic.lock();
             let memory = ring.memory();
@@ -479,23 +327,180 @@ impl PubSubHandler for Tails {
                     LiveOutcome::Beyond => beyond = true,
                 }
             }
-            owner.topics.account(memory, ring.memory());
+            self.context.topics.account(memory, ring.memory());
             (next.then(|| ring.take_parked()), beyond)
         };
         if let Some(parked) = parked {
             parked.wake();
         }
-        if beyond {
-            owner.repair(&entry);
+        !beyond
+    }
+
+    fn on_message(&self, channel: &Arc<TailedChannel>, message: &[u8]) {
+        *channel.last_message.lock() = Instant::now();
+        if let Some(at) = position(message) {
+            // Most events of this node have been applied by now.
+            let topic = channel.topic.lock().clone();
+            let ring = topic.lock();
+            if ring.epoch() == at.epoch && at.offset <= ring.top() {
+                return;
+            }
+        }
+        let events = match EventMessage::parse(message) {
+            EventMessage::Events(events) => events,
+            EventMessage::Changed => return self.resync(channel),
+            EventMessage::Unknown => {
+                self.context.topology.metrics.redis_unreadable.add(1);
+                return self.resync(channel);
+            }
+        };
+        if let Some(newest) = events.last() {
+            let lag = self.context.topics.now().saturating_sub(newest.time);
+            self.context.topology.metrics.redis_lag_seconds.record(Duration::from_millis(lag));
+        }
+        if !self.apply_live(channel, events.into_iter()) {
+            self.resync(channel);
         }
     }
 
-    fn subscribed(&self, channel: &Bytes) {
-        let (Some(owner), Some(entry)) = (self.owner(), self.entry(channel)) else { return };
-        // What was published before this is not going to be heard.
-        if entry.begun.load(SeqCst) > 0 {
-            owner.repair(&entry);
+    /// If the channel has readers here: completes when its ring knows of `position`.
+    pub(super) async fn catch_up_with(&self, channel: &Channel, position: Position) {
+        let Some(topic) = self.context.topics.get(channel) else { return };
+        if topic.lock().bounds().knows(position) {
+            return;
         }
-        entry.subscribed.notify_waiters();
+        self.refresh(channel).await;
+    }
+
+    /// If the channel has readers here: completes when its ring has been synchronised. An error is ignored: the next
+    /// task that needs the ring gets it.
+    pub(super) async fn refresh(&self, channel: &Channel) {
+        if let Some(channel) = self.get(&self.context.keys.channel(channel).events()) {
+            let _ = self.sync(&channel).await;
+        }
+    }
+
+    fn get(&self, events: &[u8]) -> Option<Arc<TailedChannel>> {
+        self.channels.lock().get(events).cloned()
+    }
+
+    // === maintenance ===
+
+    /// Compares channels without messages with their logs, and unsubscribes from channels without readers.
+    pub(super) fn audit(&self) {
+        let channels: Vec<_> = self.channels.lock().values().cloned().collect();
+        for channel in channels {
+            if channel.is_left() {
+                self.unsubscribe(&channel);
+            } else if channel.last_message.lock().elapsed() > AUDIT {
+                // Spread, so that the next audits are not all at the same time.
+                *channel.last_message.lock() = Instant::now() - AUDIT.mul_f64(fastrand::f64() / 4.0);
+                self.resync(&channel);
+                let Some(tails) = self.me.upgrade() else { return };
+                tokio::spawn(async move { tails.keep_alive(&channel).await });
+            }
+        }
+    }
+
+    /// Audits every channel now, and waits for it.
+    pub(super) async fn audit_all(&self) {
+        let channels: Vec<_> = self.channels.lock().values().cloned().collect();
+        for channel in channels {
+            self.keep_alive(&channel).await;
+            let _ = self.sync(&channel).await;
+        }
+    }
+
+    /// Marks a log as read, so that it does not expire, however long nothing is published.
+    async fn keep_alive(&self, channel: &TailedChannel) {
+        let topic = channel.topic.lock().clone();
+        let now = self.context.topics.now();
+        let Ok(keep) = self.retention.of(&channel.channel).await else { return };
+        // Well before the log would expire, and not much more often.
+        let often = (keep.age.as_millis() as u64 / 4).clamp(AUDIT.as_millis() as u64 / 2, 3_600_000);
+        let absent = topic.lock().epoch().is_absent();
+        if absent || now.saturating_sub(channel.touched.load(SeqCst)) < often {
+            return;
+        }
+        if self.reader.touch(&channel.keys, &keep).await.is_ok() {
+            channel.touched.store(now, SeqCst);
+        }
+    }
+
+    fn unsubscribe(&self, channel: &TailedChannel) {
+        let mut channels = self.channels.lock();
+        let left = channel.left.lock().is_some_and(|left| left.elapsed() > LINGER);
+        if left && channel.guard.lock().strong_count() == 0 && self.pubsub.unsubscribe(&channel.events) {
+            channels.remove(&channel.events);
+            let topic = channel.topic.lock().clone();
+            topic.lock().set_tailed(false);
+        }
+    }
+}
+
+async fn back_off(pause: &mut Duration) {
+    sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
+    *pause = (*pause * 2).min(LONGEST_PAUSE);
+}
+
+impl TailedChannel {
+    fn new(topic: &Arc<Topic>, keys: ChannelKeys, events: Bytes) -> Self {
+        TailedChannel {
+            channel: topic.channel().clone(),
+            keys,
+            events,
+            topic: Mutex::new(topic.clone()),
+            guard: Mutex::default(),
+            left: Mutex::default(),
+            subscribed: Notify::new(),
+            begun: AtomicU64::new(0),
+            last: tokio::sync::Mutex::default(),
+            resyncing: AtomicBool::new(false),
+            again: AtomicBool::new(false),
+            last_message: Mutex::new(Instant::now()),
+            touched: AtomicU64::new(0),
+        }
+    }
+
+    fn is_left(&self) -> bool {
+        self.left.lock().is_some() && self.guard.lock().strong_count() == 0
+    }
+}
+
+// === impl TailGuard ===
+
+impl Backfill for TailGuard {
+    fn fetch(&self) {
+        if let Some(tails) = self.tails.upgrade() {
+            tokio::spawn(tails.fetch(self.channel.clone()));
+        }
+    }
+}
+
+impl Drop for TailGuard {
+    fn drop(&mut self) {
+        *self.channel.left.lock() = Some(Instant::now());
+    }
+}
+
+// === impl EventHandler ===
+
+impl PubSubHandler for EventHandler {
+    fn on_message(&self, channel: &[u8], message: Bytes) {
+        let Some(tails) = self.tails.upgrade() else { return };
+        match tails.get(channel) {
+            Some(channel) => tails.on_message(&channel, &message),
+            None => self.probes.on_message(channel),
+        }
+    }
+
+    fn on_subscribed(&self, channel: &[u8]) {
+        let Some(tails) = self.tails.upgrade() else { return };
+        let Some(channel) = tails.get(channel) else { return };
+        // Messages from before the subscription do not come.
+        if channel.begun.load(SeqCst) > 0 {
+            tails.resync(&channel);
+        }
+        channel.subscribed.notify_waiters();
     }
 }

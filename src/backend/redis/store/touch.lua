@@ -1,9 +1,10 @@
--- Says that a log has readers, so that it is not taken for idle; and begins a new term where writes may have been lost and
--- nobody has written since, so that those who read hear of it.
+-- Marks a log as read, so that it does not expire; and begins a new term if the server is another one than at the last
+-- write: writes may be lost, and readers must learn of it even if nothing else is published.
 --
 -- KEYS  meta
--- ARGV  now (0: the clock of Redis) · generation · a fresh epoch · how to publish · where · age
--- Answers the generation of the log, or 0 if there is none.
+-- ARGV  now (0: the clock of Redis) · generation of the connection · a new epoch · PUBLISH or SPUBLISH · its channel ·
+--       retention: age
+-- Returns the generation of the log, or 0 if there is no log.
 local meta = KEYS[1]
 local found = redis.call('HMGET', meta, 'h', 'e', 'g', 't', 'w')
 local now = tonumber(ARGV[1])

@@ -1,17 +1,18 @@
-//! What is stored in Redis and sent through it, as the scripts write it. Everything begins with the version 1.
+//! What is stored in Redis and published through it, in the format of the scripts. Everything begins with the version,
+//! 1.
 //!
 //! ```text
 //! event    1 'e' epoch[6] time[6] offset[6] body        an entry of the stream, and a message
 //! batch    1 'b' (length[4] event)…                     a message
-//! notice   1 'x'                                        a message: look at the log, it is another than it was
+//! changed  1 'x'                                        a message: the log was changed other than by an append
 //! ```
-//! Numbers have their big end first.
+//! Numbers are big-endian.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use redis::{Value, from_redis_value};
 
-use crate::backend::redis::client::Value;
 use crate::{
     bus::{GapReason, LogBounds, PreviousLife, Term},
     event::Event,
@@ -22,57 +23,69 @@ const VERSION: u8 = 1;
 /// As in `limits.lua`, milliseconds.
 const LINGER: u64 = 60_000;
 
-/// What a message says.
-pub enum EventMessage {
-    /// One after the other.
+/// A message on the channel of events.
+pub(super) enum EventMessage {
+    /// In their order.
     Events(Vec<Event>),
-    /// The log is another than it was.
+    /// The log was changed other than by an append.
     Changed,
-    /// Of a newer weir, or of nobody we know.
+    /// Of a newer weir, or of another program.
     Unknown,
 }
 
-/// What one look at a log finds.
+/// The state of a log at one moment, and some of its events.
 #[derive(Debug)]
-pub struct LogSnapshot {
+pub(super) struct LogSnapshot {
     /// The clock of Redis, Unix milliseconds.
     pub now: u64,
     pub bounds: LogBounds,
-    /// One after the other, of one term.
+    /// In their order, of one term.
     pub events: Vec<Arc<Event>>,
     /// Memory of the events kept.
     pub bytes: u64,
-    /// Which server wrote last.
+    /// The generation of the server that wrote last.
     pub generation: Bytes,
     /// A newer weir wrote it.
     pub newer: bool,
 }
 
-/// How a look is to be read.
 #[derive(Clone, Copy, Debug)]
-pub struct SnapshotParams {
-    /// From this second on, what is not in Redis is known never to have been there. Nothing: from the look on.
+pub(super) struct SnapshotParams {
+    /// The Unix second from which on a log that is absent is known never to have existed. None: the next second.
     pub horizon: Option<u64>,
+    /// Retention: a number of events.
     pub count: u64,
-    /// Milliseconds.
+    /// Retention: milliseconds.
     pub age: u64,
 }
+
+/// The first elements of the reply of `snapshot.lua`; the events follow.
+type SnapshotHead = (
+    u64,
+    Option<Bytes>,
+    Option<String>,
+    Option<Bytes>,
+    Option<String>,
+    Option<String>,
+    Option<u64>,
+    Option<u64>,
+    Option<u64>,
+    Option<Bytes>,
+    Option<u64>,
+    u64,
+);
 
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
-fn event(stored: &[u8]) -> Option<Event> {
-    let (head, body) = stored.split_at_checked(20)?;
-    if head[..2] != [VERSION, b'e'] {
-        return None;
-    }
-    let epoch = std::str::from_utf8(&head[2..8]).ok()?.parse().ok()?;
-    Event::restore(Position { epoch, offset: number(&head[14..20]) }, number(&head[8..14]), body)
+fn parse_event(stored: &[u8]) -> Option<Event> {
+    let (_, body) = stored.split_at_checked(20)?;
+    Event::restore(position(stored)?, number(&stored[8..14]), body)
 }
 
-/// Where the event of a message is, if it is one event; without a look at the rest.
-pub fn position(message: &[u8]) -> Option<Position> {
+/// The position of a message that is one event, without parsing the rest.
+pub(super) fn position(message: &[u8]) -> Option<Position> {
     match message {
         [VERSION, b'e', head @ ..] if head.len() >= 18 => {
             let epoch = std::str::from_utf8(&head[..6]).ok()?.parse().ok()?;
@@ -83,40 +96,37 @@ pub fn position(message: &[u8]) -> Option<Position> {
 }
 
 impl EventMessage {
-    pub fn read(message: &[u8]) -> Self {
+    pub(super) fn parse(message: &[u8]) -> Self {
         let events = match message {
             [VERSION, b'x', ..] => return EventMessage::Changed,
-            [VERSION, b'e', ..] => event(message).map(|event| vec![event]),
-            [VERSION, b'b', rest @ ..] => batch(rest),
+            [VERSION, b'e', ..] => parse_event(message).map(|event| vec![event]),
+            [VERSION, b'b', rest @ ..] => parse_batch(rest),
             _ => None,
         };
         events.map_or(EventMessage::Unknown, EventMessage::Events)
     }
 }
 
-fn batch(mut rest: &[u8]) -> Option<Vec<Event>> {
+fn parse_batch(mut rest: &[u8]) -> Option<Vec<Event>> {
     let mut events = Vec::new();
     while !rest.is_empty() {
         let (length, after) = rest.split_at_checked(4)?;
         let (one, after) = after.split_at_checked(number(length) as usize)?;
-        events.push(event(one)?);
+        events.push(parse_event(one)?);
         rest = after;
     }
     Some(events)
 }
 
 impl LogSnapshot {
-    /// Reads what `look.lua` answers.
-    pub fn read(answer: &Value, reading: SnapshotParams) -> Option<Self> {
-        let [now, hot, epoch, generation, terms, past, absent, born, cut, marks, watched, old, events @ ..] =
-            answer.list()?
-        else {
-            return None;
-        };
-        let now = now.int()?;
-        let past = past.text().and_then(read_past);
-        let horizon = reading.horizon.unwrap_or(now / 1000 + 1);
-        let known_absent = absent.int().unwrap_or(0).max(horizon);
+    /// Parses the reply of `snapshot.lua`.
+    pub(super) fn parse(mut reply: Vec<Value>, params: SnapshotParams) -> Option<Self> {
+        let events = reply.split_off(reply.len().min(12));
+        let head: SnapshotHead = from_redis_value(Value::Array(reply)).ok()?;
+        let (now, hot, epoch, generation, terms, past, absent, born, removed, marks, watched, old) = head;
+        let past = past.as_deref().and_then(parse_past);
+        let horizon = params.horizon.unwrap_or(now / 1000 + 1);
+        let known_absent = absent.unwrap_or(0).max(horizon);
         let none = |absent, past, generation| LogSnapshot {
             now,
             bounds: LogBounds { time: now, ..LogBounds::absent(absent, past) },
@@ -125,50 +135,49 @@ impl LogSnapshot {
             generation,
             newer: false,
         };
-        let generation = generation.bytes().cloned().unwrap_or_default();
-        let Some(hot) = hot.bytes() else { return Some(none(known_absent, past, generation)) };
+        let generation = generation.unwrap_or_default();
+        let Some(hot) = hot else { return Some(none(known_absent, past, generation)) };
         if hot.first() != Some(&VERSION) {
             return Some(LogSnapshot { newer: true, ..none(known_absent, past, generation) });
         }
         let part = |at: usize| hot.get(1 + 6 * at..7 + 6 * at).map(number);
         let (top, time, total) = (part(0)?, part(1)?, part(2)?);
-        let epoch: Epoch = epoch.text()?.parse().ok()?;
-        let born = born.int()?;
-        let idle_from = time.max(watched.int().unwrap_or(0)) + reading.age + LINGER;
+        let epoch: Epoch = epoch?.parse().ok()?;
+        let born = born?;
+        let idle_from = time.max(watched.unwrap_or(0)) + params.age + LINGER;
         if now > idle_from {
-            // Nobody is there any more: the next event begins another life, exactly as it will be told here.
-            let absent = absent.int().unwrap_or(0).max(born).max(idle_from / 1000 + 1) + 1;
+            // The log has expired: the next event begins another life, exactly as it is described here.
+            let absent = absent.unwrap_or(0).max(born).max(idle_from / 1000 + 1) + 1;
             let past = PreviousLife { epoch, top, reason: GapReason::Reset };
             return Some(none(absent.max(horizon), Some(past), generation));
         }
-        let oldest = now.saturating_sub(reading.age);
-        let marks = marks.bytes().map_or(&[][..], |marks| marks);
-        let mut first = (top + 1).saturating_sub(reading.count).max(1);
+        let oldest = now.saturating_sub(params.age);
+        let mut first = (top + 1).saturating_sub(params.count).max(1);
         let mut before = 0;
-        for (n, mark) in marks.chunks_exact(18).enumerate() {
+        for (n, mark) in marks.unwrap_or_default().chunks_exact(18).enumerate() {
             let (offset, since, sum) = (number(&mark[..6]), number(&mark[6..12]), number(&mark[12..]));
             if n == 0 || since < oldest {
                 first = first.max(offset);
                 before = sum;
             }
         }
-        let removed = cut.int();
         let mut bounds = LogBounds {
             epoch,
             first,
             top,
             time,
             absent_since: known_absent,
-            // Whoever asked before may have been told the horizon, which lies a second ahead.
+            // An earlier reader may have been given the horizon, which lies a second ahead.
             born: born.max(horizon),
-            terms: read_terms(terms.text().unwrap_or_default())?,
+            terms: parse_terms(terms.as_deref().unwrap_or_default())?,
             previous: past,
             trim_reason: GapReason::Trimmed,
         };
         let one = |stored: &Value| {
-            let mut event = event(stored.bytes()?)?;
+            let Value::BulkString(stored) = stored else { return None };
+            let mut event = parse_event(stored)?;
             if !bounds.remembers(event.epoch) {
-                // Of a term that is forgotten: those who were in it are told `reset`, and read it as part of the oldest.
+                // Of a term that is forgotten: its readers get `reset`, and read the event as part of the oldest term.
                 event.epoch = bounds.epoch_of(event.offset);
             }
             Some(Arc::new(event))
@@ -178,8 +187,8 @@ impl LogSnapshot {
             bounds.first = top + 1;
             events.clear();
         }
-        // Too old, and not let go of yet.
-        if let Some(old @ 1..) = old.int() {
+        // Events that are too old, and not yet trimmed.
+        if old > 0 {
             bounds.first = bounds.first.max(old + 1);
         }
         if removed == Some(bounds.first) {
@@ -189,14 +198,14 @@ impl LogSnapshot {
     }
 }
 
-fn read_past(text: &str) -> Option<PreviousLife> {
+fn parse_past(text: &str) -> Option<PreviousLife> {
     let mut parts = text.split(':');
     let (epoch, top) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     let reason = if parts.next()? == "deleted" { GapReason::Deleted } else { GapReason::Reset };
     Some(PreviousLife { epoch, top, reason })
 }
 
-fn read_terms(text: &str) -> Option<Vec<Term>> {
+fn parse_terms(text: &str) -> Option<Vec<Term>> {
     let term = |text: &str| {
         let (epoch, end) = text.split_once(':')?;
         Some(Term { epoch: epoch.parse().ok()?, end: end.parse().ok()? })
@@ -209,10 +218,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_nobody_wrote_is_unknown() {
+    fn malformed_messages_are_unknown() {
         for message in [&b""[..], b"\x01", b"\x02e", b"\x01exxx", b"\x01b\0\0\0\x09e", b"hello"] {
-            assert!(matches!(EventMessage::read(message), EventMessage::Unknown), "{message:?}");
+            assert!(matches!(EventMessage::parse(message), EventMessage::Unknown), "{message:?}");
         }
-        assert!(matches!(EventMessage::read(b"\x01x"), EventMessage::Changed));
+        assert!(matches!(EventMessage::parse(b"\x01x"), EventMessage::Changed));
     }
 }

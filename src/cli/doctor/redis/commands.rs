@@ -1,8 +1,9 @@
-//! Everything that weir asks of a Redis, each once, on keys of our own. A test compares it with the backend's source.
+//! Every command that weir sends to Redis, once each, on keys of its own. A test compares the list with the source of
+//! the backend.
 
 use redis::{Cmd, cmd};
 
-/// The state of an append, as the backend keeps it, without its checks.
+/// Writes what an append writes, without its checks.
 const APPEND: &str = "local top = tonumber(redis.call('HGET', KEYS[1], 'top') or 0) + 1
 redis.call('XADD', KEYS[2], 'MAXLEN', 100, top .. '-0', 'e', ARGV[1])
 redis.call('HSET', KEYS[1], 'top', top)
@@ -11,21 +12,21 @@ redis.call('PEXPIRE', KEYS[1], 60000)
 redis.call('PEXPIRE', KEYS[2], 60000)
 return top";
 
-/// Keys that are all gone a minute later, whatever happens to us. In one slot.
-pub fn keys(scratch: &str) -> [String; 4] {
+/// Keys in one slot; all of them expire within a minute.
+pub(super) fn keys(scratch: &str) -> [String; 4] {
     ["m", "s", "k", "z"].map(|kind| format!("{scratch}:{kind}"))
 }
 
-/// A script that does what an append does.
-pub fn append(scratch: &str) -> Cmd {
+/// A script that writes what an append writes.
+pub(super) fn append(scratch: &str) -> Cmd {
     let [m, s, ..] = keys(scratch);
     let mut command = cmd("EVAL");
     command.arg(APPEND).arg(2).arg(m).arg(s).arg("0123456789".repeat(10));
     command
 }
 
-/// Every command, with its name. `sharded` is how a cluster carries events.
-pub fn all(scratch: &str, sharded: bool) -> Vec<(&'static str, Cmd)> {
+/// Every command, with its name. `sharded`: with the pub/sub of a cluster.
+pub(super) fn all(scratch: &str, sharded: bool) -> Vec<(&'static str, Cmd)> {
     let [m, s, k, z] = keys(scratch);
     let (m, s, k, z) = (m.as_str(), s.as_str(), k.as_str(), z.as_str());
     let minute = "60000";
@@ -93,11 +94,11 @@ mod tests {
 
     use super::*;
 
-    /// Seen at every connection, or only where there is a cluster or a sentinel.
+    /// Sent with every connection, or only to a cluster or a sentinel.
     const ELSEWHERE: &[&str] =
         &["HELLO", "AUTH", "SELECT", "PING", "INFO", "ASKING", "CLUSTER", "SENTINEL", "READONLY"];
 
-    /// What the backend is told to send, in its scripts and outside.
+    /// The commands in the source of the backend, in scripts and outside.
     fn used(folder: &Path, found: &mut Vec<(String, String)>) {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -106,9 +107,7 @@ mod tests {
                 continue;
             }
             let text = fs::read_to_string(&path).unwrap();
-            for opening in
-                ["redis.call('", "redis.pcall('", "redis.call(\"", "redis.pcall(\"", "cmd(\"", "Command::new(\""]
-            {
+            for opening in ["redis.call('", "redis.pcall('", "redis.call(\"", "redis.pcall(\"", "cmd(\""] {
                 for part in text.split(opening).skip(1) {
                     let name: String = part.chars().take_while(char::is_ascii_alphabetic).collect();
                     found.push((name.to_uppercase(), path.display().to_string()));
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_the_backend_uses_is_tried() {
+    fn every_command_of_the_backend_is_tried() {
         let mut found = Vec::new();
         used(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/redis"), &mut found);
         assert!(!found.is_empty());

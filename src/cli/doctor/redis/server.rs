@@ -1,4 +1,4 @@
-//! One Redis server: what it says of itself, and what it does when it is asked.
+//! [`ExaminedServer`]: one Redis server, what it reports about itself, and whether commands work.
 
 use std::{
     collections::HashMap,
@@ -15,21 +15,22 @@ use super::{
         latency::{Latency, Span},
         node::unix,
     },
-    commands, deployment, reason,
+    client::client,
+    commands,
+    error::{is_rejected, reason},
 };
 use crate::backend::redis::client::{Address, RedisUrl};
 
 const CONNECT: Duration = Duration::from_secs(5);
-const ANSWER: Duration = Duration::from_secs(10);
+const REPLY: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
-/// A delay that every publish would have.
-const FAR: Duration = Duration::from_millis(2);
-/// Longer than an answer takes of a Redis that does nothing else.
+/// A round trip that slows every publish down.
+const SLOW: Duration = Duration::from_millis(2);
+/// Longer than a reply of an otherwise idle Redis takes.
 const STALLED: Duration = Duration::from_millis(50);
 
-/// What part a server plays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub(super) enum ServerRole {
     Alone,
     /// The master that Sentinel names.
     Replicated,
@@ -37,38 +38,38 @@ pub enum Part {
     Shard,
 }
 
-pub struct Server {
+pub(super) struct ExaminedServer {
     connection: MultiplexedConnection,
     database: u32,
-    /// Of INFO.
+    /// The reply to INFO.
     info: HashMap<String, String>,
-    /// Of CONFIG, unless it is kept from us.
+    /// The reply to CONFIG GET; empty if that is not permitted.
     settings: HashMap<String, String>,
     resp3: Result<(), String>,
-    /// It refuses what takes memory.
+    /// It rejects commands that need memory.
     full: bool,
 }
 
-impl Server {
-    /// `login`: as weir does. Sentinels are asked without.
-    pub async fn connect(url: &RedisUrl, address: &Address, login: bool) -> Result<Self, RedisError> {
+impl ExaminedServer {
+    /// `login`: with the credentials of the URL, which sentinels do not have.
+    pub(super) async fn connect(url: &RedisUrl, address: &Address, login: bool) -> Result<Self, RedisError> {
         let config =
-            || AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(ANSWER));
+            || AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(REPLY));
         let mut resp3 = Ok(());
-        let connection = match deployment::client(url, address, login, ProtocolVersion::RESP3)?
+        let connection = match client(url, address, login, ProtocolVersion::RESP3)?
             .get_multiplexed_async_connection_with_config(&config())
             .await
         {
             Ok(connection) => connection,
-            Err(error) if error.is_io_error() || super::is_refused(&error) => return Err(error),
+            Err(error) if error.is_io_error() || is_rejected(&error) => return Err(error),
             Err(error) => {
                 resp3 = Err(reason(&error));
-                deployment::client(url, address, login, ProtocolVersion::RESP2)?
+                client(url, address, login, ProtocolVersion::RESP2)?
                     .get_multiplexed_async_connection_with_config(&config())
                     .await?
             }
         };
-        let mut server = Server {
+        let mut server = ExaminedServer {
             connection,
             database: url.database,
             info: HashMap::new(),
@@ -76,56 +77,61 @@ impl Server {
             resp3,
             full: false,
         };
-        // The first command shows whether we are let in.
+        // The first command shows whether the credentials are accepted.
         let _: String = server.ask(&cmd("PING")).await?;
         Ok(server)
     }
 
-    pub async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
+    pub(super) async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
         command.query_async(&mut self.connection).await
     }
 
-    pub async fn examine(&mut self, part: Part, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+    pub(super) async fn examine(
+        &mut self,
+        role: ServerRole,
+        prefix: &str,
+        report: &mut Report<'_>,
+    ) -> Result<(), Failure> {
         let info = self.ask::<String>(&cmd("INFO")).await;
         self.settings = self.ask(cmd("CONFIG").arg("GET").arg("*")).await.unwrap_or_default();
         match &info {
             Ok(info) => {
                 self.info = fields(info);
-                self.version(part, report)?;
+                self.version(role, report)?;
                 self.role(report)?;
             }
             Err(error) => report.problem("info", reason(error), "weir asks INFO: let its user (ACL: +info)")?,
         }
-        self.commands(part, prefix, report).await?;
+        self.commands(role, prefix, report).await?;
         self.latency(prefix, report).await?;
         self.clock(report).await?;
         if info.is_err() {
-            // The rest is in there.
+            // The remaining checks need INFO.
             return Ok(());
         }
-        self.persistence(part, report)?;
+        self.persistence(role, report)?;
         self.memory(report)?;
         self.buffers(report)?;
         self.connections(report)?;
-        self.replicas(part, report)
+        self.replicas(role, report)
     }
 
-    fn said(&self, field: &str) -> &str {
+    fn field(&self, field: &str) -> &str {
         self.info.get(field).map_or("", String::as_str)
     }
 
     fn number(&self, field: &str) -> u64 {
-        self.said(field).parse().unwrap_or(0)
+        self.field(field).parse().unwrap_or(0)
     }
 
-    /// None if we may not know.
-    fn set(&self, name: &str) -> Option<&str> {
+    /// None if CONFIG GET is not permitted.
+    fn setting(&self, name: &str) -> Option<&str> {
         self.settings.get(name).map(String::as_str)
     }
 
-    fn version(&self, part: Part, report: &mut Report<'_>) -> Result<(), Failure> {
-        let speaks = self.said("redis_version");
-        let (name, version) = match (self.said("valkey_version"), self.said("dragonfly_version")) {
+    fn version(&self, role: ServerRole, report: &mut Report<'_>) -> Result<(), Failure> {
+        let speaks = self.field("redis_version");
+        let (name, version) = match (self.field("valkey_version"), self.field("dragonfly_version")) {
             ("", "") => ("Redis", speaks),
             ("", dragonfly) => ("Dragonfly", dragonfly),
             (valkey, _) => ("Valkey", valkey),
@@ -136,13 +142,13 @@ impl Server {
         };
         let mut parts = speaks.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
         let speaks = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-        match (&self.resp3, part) {
+        match (&self.resp3, role) {
             _ if speaks < (6, 2) => report.problem("version", found, "weir needs Redis 6.2 or later, or Valkey")?,
             (Err(reason), _) => {
                 let change = "events are pushed by RESP3: is there a proxy before it that does not speak it?";
                 report.problem("version", format!("{found}; no RESP3: {reason}"), change)?;
             }
-            (_, Part::Shard) if speaks < (7, 0) => {
+            (_, ServerRole::Shard) if speaks < (7, 0) => {
                 report.problem("version", found, "in a cluster weir needs the sharded pub/sub of Redis 7.0")?;
             }
             _ if name == "Dragonfly" => report.advice("version", found, "weir is tested with Redis and Valkey")?,
@@ -157,26 +163,26 @@ impl Server {
     }
 
     fn role(&self, report: &mut Report<'_>) -> Result<(), Failure> {
-        if self.said("role") == "slave" {
-            let found = format!("a replica of {}:{}", self.said("master_host"), self.said("master_port"));
+        if self.field("role") == "slave" {
+            let found = format!("a replica of {}:{}", self.field("master_host"), self.field("master_port"));
             report.problem("role", found, "weir writes: name its master, or the sentinels that know it")?;
         }
-        if self.said("loading") == "1" {
+        if self.field("loading") == "1" {
             report.problem("role", "still loads its data", "wait until it is done")?;
         }
         Ok(())
     }
 
-    /// Runs all that weir runs, on keys that go away by themselves.
-    async fn commands(&mut self, part: Part, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+    /// Runs every command that weir runs, on keys that expire.
+    async fn commands(&mut self, role: ServerRole, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
         let scratch = format!("{prefix}{{$doctor-{:08x}}}", fastrand::u32(..));
-        // What is refused for one reason is one thing to change.
+        // Grouped by reason: each is one thing to change.
         let mut refused: Vec<(String, Vec<&str>)> = Vec::new();
         let (mut full, mut denied, mut follows) = (Vec::new(), false, Vec::new());
-        let all = commands::all(&scratch, part == Part::Shard);
+        let all = commands::all(&scratch, role == ServerRole::Shard);
         for (name, command) in &all {
             let Err(error) = self.ask::<redis::Value>(command).await else { continue };
-            // Another master of the cluster has our slot.
+            // Another master of the cluster owns the slot of the keys.
             if matches!(error.code(), Some("MOVED" | "ASK")) {
                 continue;
             }
@@ -185,7 +191,7 @@ impl Server {
                 continue;
             }
             let why = reason(&error);
-            // What an earlier command should have put there is missing.
+            // A consequence: an earlier command that should have written the key failed.
             if error.code() == Some("NOSCRIPT") || why.contains("no such key") {
                 follows.push((why, vec![*name]));
                 continue;
@@ -215,10 +221,10 @@ impl Server {
                 0 => String::new(),
                 _ => format!(", with {} used and a maxmemory of {}", Size(used), Size(most)),
             };
-            let found = format!("full: {} are refused (OOM){known}", full.join(" "));
+            let found = format!("full: {} are rejected (OOM){known}", full.join(" "));
             report.problem("memory", found, "publishes fail now: raise maxmemory, or keep less in the channels")?;
         } else if refused.is_empty() {
-            // And nobody is to blame for it.
+            // Their cause is in none of the other findings.
             refused = follows;
         }
         if refused.is_empty() {
@@ -252,13 +258,13 @@ impl Server {
                             "see the log of Redis, and the network",
                         );
                     }
-                    // Another master has the slot. To be told so takes as long as a script that does little.
+                    // MOVED and ASK count: such a reply takes as long as a small script.
                     Err(error) if !matches!(error.code(), Some("MOVED" | "ASK")) => break,
                     _ => taken.push(began.elapsed()),
                 }
             }
             if taken.is_empty() {
-                // Refused, and said so above.
+                // Rejected, and reported above.
                 continue;
             }
             let latency = Latency::of(taken);
@@ -268,7 +274,7 @@ impl Server {
                 Span(latency.p99()),
                 Span(latency.longest())
             );
-            if latency.median() > FAR {
+            if latency.median() > SLOW {
                 report.advice(check, found, "every publish waits for it: put Redis near weir, in the same zone")?;
             } else if latency.p99() > STALLED {
                 report.advice(check, found, "something stalls it: see SLOWLOG and LATENCY DOCTOR")?;
@@ -292,26 +298,23 @@ impl Server {
         }
     }
 
-    fn persistence(&self, part: Part, report: &mut Report<'_>) -> Result<(), Failure> {
+    fn persistence(&self, role: ServerRole, report: &mut Report<'_>) -> Result<(), Failure> {
         for (field, what) in
             [("rdb_last_bgsave_status", "the last snapshot"), ("aof_last_write_status", "the last write to the AOF")]
         {
-            if self.said(field) == "err" {
+            if self.field(field) == "err" {
                 report.problem("persistence", format!("{what} failed"), "is the disk full? see the log of Redis")?;
             }
         }
-        let snapshots = self.set("save").filter(|save| !save.is_empty());
-        if self.said("aof_enabled") == "1" {
-            let (found, change) = match self.set("appendfsync") {
+        let snapshots = self.setting("save").filter(|save| !save.is_empty());
+        if self.field("aof_enabled") == "1" {
+            let (found, change) = match self.setting("appendfsync") {
                 Some("always") => ("AOF, written at each command: a crash loses nothing that was answered", None),
                 Some("no") => (
                     "AOF, written when the system likes: a crash of the machine may lose half a minute",
                     Some("appendfsync everysec loses a second at most, and costs little"),
                 ),
-                _ => (
-                    "AOF, written each second: a crash of the machine may lose the last; readers are told by a gap",
-                    None,
-                ),
+                _ => ("AOF, written each second: a crash of the machine may lose the last; readers get a gap", None),
             };
             return match change {
                 Some(change) => report.advice("persistence", found, change),
@@ -320,16 +323,19 @@ impl Server {
         }
         let change = "appendonly yes, appendfsync everysec: then a restart loses a second at most";
         if let Some(snapshots) = snapshots {
-            let found = format!(
-                "snapshots only ({snapshots}): a crash loses what came after the last; readers are told by a gap"
-            );
+            let found =
+                format!("snapshots only ({snapshots}): a crash loses what came after the last; readers get a gap");
             return report.advice("persistence", found, change);
         }
         if self.settings.is_empty() {
-            return report.advice("persistence", "no AOF; whether there are snapshots is kept from us", change);
+            return report.advice(
+                "persistence",
+                "no AOF; whether there are snapshots is not known (CONFIG GET is not permitted)",
+                change,
+            );
         }
-        let found = match part {
-            Part::Alone => "none: a restart loses every event and cursor; readers are told by a gap",
+        let found = match role {
+            ServerRole::Alone => "none: a restart loses every event and cursor; readers get a gap",
             _ => "none: a master that is restarted before the failover comes back empty, and empties its replicas",
         };
         report.advice("persistence", found, change)
@@ -337,13 +343,13 @@ impl Server {
 
     fn memory(&self, report: &mut Report<'_>) -> Result<(), Failure> {
         let (used, most) = (self.number("used_memory"), self.number("maxmemory"));
-        let policy = self.said("maxmemory_policy");
+        let policy = self.field("maxmemory_policy");
         let full = used * 100 / most.max(1);
         if self.full {
-            // Said where it was seen.
+            // Reported by the commands.
         } else if most == 0 {
             let found = format!("{} used, no maxmemory", Size(used));
-            let change = "set maxmemory to about two thirds of the machine's: publishes are refused then, where else \
+            let change = "set maxmemory to about two thirds of the machine's: publishes are rejected then, where otherwise \
                           the system would kill Redis";
             report.advice("memory", found, change)?;
         } else {
@@ -358,7 +364,7 @@ impl Server {
                 _ => report.ok("memory", found)?,
             }
         }
-        let keep = "maxmemory-policy noeviction: a channel that is full refuses, one that is evicted forgets";
+        let keep = "maxmemory-policy noeviction: a full channel rejects publishes, an evicted one loses events";
         match (policy, most) {
             ("noeviction", _) => report.ok("eviction", "noeviction")?,
             ("", _) => {}
@@ -371,12 +377,12 @@ impl Server {
         }
     }
 
-    /// What a node may be behind before Redis closes its events connection.
+    /// How far a node may be behind before Redis closes its connection for events.
     fn buffers(&self, report: &mut Report<'_>) -> Result<(), Failure> {
-        let Some(limits) = self.set("client-output-buffer-limit").and_then(pubsub_limit) else {
+        let Some(limits) = self.setting("client-output-buffer-limit").and_then(pubsub_limit) else {
             return report.advice(
                 "buffers",
-                "kept from us",
+                "not known (CONFIG GET is not permitted)",
                 "client-output-buffer-limit pubsub should be 32mb 8mb 60 or more",
             );
         };
@@ -398,17 +404,17 @@ impl Server {
     }
 
     fn connections(&self, report: &mut Report<'_>) -> Result<(), Failure> {
-        let timeout: u64 = self.set("timeout").and_then(|timeout| timeout.parse().ok()).unwrap_or(0);
+        let timeout: u64 = self.setting("timeout").and_then(|timeout| timeout.parse().ok()).unwrap_or(0);
         if (1..10).contains(&timeout) {
             let found = format!("timeout {timeout}: closes connections that say nothing for so many seconds");
             report.problem("connections", found, "timeout 0: a node that is busy for a moment would lose its own")?;
         }
-        if self.set("tcp-keepalive") == Some("0") {
+        if self.setting("tcp-keepalive") == Some("0") {
             let change = "tcp-keepalive 60: else connections of machines that are gone stay for ever";
             report.advice("connections", "tcp-keepalive 0", change)?;
         }
         let open = self.number("connected_clients");
-        let most = self.set("maxclients").unwrap_or_else(|| self.said("maxclients")).parse().unwrap_or(0);
+        let most = self.setting("maxclients").unwrap_or_else(|| self.field("maxclients")).parse().unwrap_or(0);
         let found = format!("{open} of {most} clients");
         if most > 0 && open * 10 >= most * 8 {
             report.problem(
@@ -417,7 +423,7 @@ impl Server {
                 "raise maxclients: a node takes three, and comes back after every loss",
             )
         } else if self.number("rejected_connections") > 0 {
-            let found = format!("{found}; {} were turned away since it started", self.said("rejected_connections"));
+            let found = format!("{found}; {} were turned away since it started", self.field("rejected_connections"));
             report.advice("connections", found, "raise maxclients")
         } else if most > 0 {
             report.ok("connections", found)
@@ -426,17 +432,17 @@ impl Server {
         }
     }
 
-    fn replicas(&self, part: Part, report: &mut Report<'_>) -> Result<(), Failure> {
+    fn replicas(&self, role: ServerRole, report: &mut Report<'_>) -> Result<(), Failure> {
         let count = self.number("connected_slaves");
         if count == 0 {
-            return match part {
-                Part::Alone => report.advice(
+            return match role {
+                ServerRole::Alone => report.advice(
                     "replicas",
                     "none: when this server is away, so is weir's bus",
                     "Sentinel or a cluster takes over within seconds",
                 ),
-                // Said of the deployment.
-                Part::Replicated | Part::Shard => Ok(()),
+                // Reported for all servers together.
+                ServerRole::Replicated | ServerRole::Shard => Ok(()),
             };
         }
         let behind: Vec<String> = (0..count)
@@ -453,7 +459,7 @@ impl Server {
             return report.problem("replicas", behind.join("; "), "a failover to it loses events: see its log");
         }
         let found = format!("{count} in step");
-        match self.set("min-replicas-to-write") {
+        match self.setting("min-replicas-to-write") {
             Some("0") => report.advice(
                 "replicas",
                 format!("{found}; min-replicas-to-write 0"),
@@ -481,12 +487,12 @@ impl fmt::Display for Size {
 }
 
 /// Lines of `name:value`, as INFO and CLUSTER INFO have them.
-pub fn fields(text: &str) -> HashMap<String, String> {
+pub(super) fn fields(text: &str) -> HashMap<String, String> {
     let fields = text.lines().filter_map(|line| line.trim_end().split_once(':'));
     fields.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
-/// Of `normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60`.
+/// The limits in `normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60`.
 fn pubsub_limit(limits: &str) -> Option<(u64, u64, u64)> {
     let mut words = limits.split_ascii_whitespace().skip_while(|word| *word != "pubsub").skip(1);
     let mut next = || words.next()?.parse().ok();
@@ -498,7 +504,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_as_redis_writes_them() {
+    fn pubsub_limits_are_parsed() {
         let limits = "normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60";
         assert_eq!(pubsub_limit(limits), Some((32 * MIB, 8 * MIB, 60)));
         assert_eq!(pubsub_limit("normal 0 0 0"), None);

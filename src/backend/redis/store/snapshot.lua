@@ -1,9 +1,10 @@
--- What is known of a channel, and events of it. Writes nothing.
+-- Returns the state of a log, and events of it. Writes nothing.
 --
 -- KEYS  meta · stream
--- ARGV  now (0: the clock of Redis) · keep: count, age · where to begin (after, earliest, last, none) · epoch · offset, or
---       how many · most events · most bytes
--- Answers {now, hot, epoch, generation, terms, past, absent, born, cut, marks, watched, newest that is too old, event…}.
+-- ARGV  now (0: the clock of Redis) · retention: count, age · where to begin (after, earliest, last, none) · epoch ·
+--       offset, or the number of events for last · maximum of events · maximum of bytes
+-- Returns {now, hot, epoch, generation, terms, previous life, absent since, born, trimmed to, marks, last read,
+--          newest offset that is too old, event…}.
 local now = tonumber(ARGV[1])
 if now == 0 then
   local time = redis.call('TIME')
@@ -18,7 +19,7 @@ if not hot or ARGV[4] == 'none' then return answer end
 local version, top, last, total = struct.unpack('>I1I6I6I6', hot)
 if version ~= 1 then return answer end
 
--- What retention has let go, whether or not it is gone already.
+-- What retention excludes, whether or not it is trimmed already.
 local oldest, marked, size = now - tonumber(ARGV[3]), math.max(1, top - tonumber(ARGV[2]) + 1), 0
 if last < oldest then return answer end
 local marks, place, before = found[9] or '', 1, nil
@@ -35,7 +36,7 @@ elseif ARGV[4] == 'after' and (ARGV[5] == found[2] or ARGV[5] == '*' or string.f
   from = math.max(from, tonumber(ARGV[6]) + 1)
 end
 
--- What is too old, and not yet gone: events are in the order of their times.
+-- Events that are too old, and not yet trimmed. Events are in the order of their times.
 local function old(offset)
   local event = redis.call('XRANGE', KEYS[2], string.format('%d', offset), '+', 'COUNT', 1)[1]
   return event and struct.unpack('>I6', event[2][2], 9) < oldest
@@ -51,8 +52,8 @@ if from <= top and old(from) then
 end
 
 local most, room = tonumber(ARGV[7]), tonumber(ARGV[8])
--- The mean of all says nothing of those that come now: few at first, and more as long as what comes is small, for what
--- one XRANGE brings is in memory as a whole.
+-- The mean size of all events says nothing about the next ones: a few at first, and more as long as they are small,
+-- since the whole result of an XRANGE is in memory.
 local mean, most_at_once = before and (total - before[2]) / math.max(1, top - before[1] + 1) or 1024, 8
 while from <= top and most > 0 and room >= 0 do
   local count = math.max(1, math.min(most, most_at_once, math.ceil(room / math.max(1, mean))))
