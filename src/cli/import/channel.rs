@@ -29,20 +29,20 @@ const ONE: ReadLimit = ReadLimit { events: 1, bytes: 1 };
 
 /// A channel of the source that is being imported.
 pub(super) struct ChannelImport {
-    pub channel: Channel,
+    pub(super) channel: Channel,
     /// None if there are no events, only a counter.
     ids: Option<EventIds>,
     /// The newest id to import.
-    pub end: u64,
+    pub(super) end: u64,
     /// The newest offset in weir.
     at: u64,
 }
 
 /// The log of an imported channel, which cursors refer to.
 pub(super) struct ImportedLog {
-    pub channel: Channel,
-    pub epoch: Epoch,
-    pub top: u64,
+    pub(super) channel: Channel,
+    pub(super) epoch: Epoch,
+    pub(super) top: u64,
 }
 
 /// An event as ganomede-events stores it.

@@ -13,36 +13,36 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// The result for one channel.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct ImportedChannel {
-    pub channel: String,
+    pub(super) channel: String,
     /// Placed by this run, or by the run that a dry run predicts.
-    pub events: u64,
+    pub(super) events: u64,
     /// Ids without an event, and ids of unfit events.
-    pub void: u64,
+    pub(super) void: u64,
     /// Events that weir cannot store, with the reason.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub unfit: Vec<String>,
+    pub(super) unfit: Vec<String>,
     /// The newest offset after the run.
-    pub top: u64,
+    pub(super) top: u64,
     /// Left for the next run: among them an event may be missing that is still being written.
     #[serde(skip_serializing_if = "is_zero")]
-    pub held_back: u64,
+    pub(super) held_back: u64,
 }
 
 /// The result for cursors and indices.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct ImportedCursors {
-    pub cursors: u64,
-    pub indices: u64,
+    pub(super) cursors: u64,
+    pub(super) indices: u64,
     /// Cursors of channels that were not imported.
-    pub cursors_without_channel: u64,
+    pub(super) cursors_without_channel: u64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub unfit: Vec<String>,
+    pub(super) unfit: Vec<String>,
 }
 
 pub(super) struct ImportProgress {
     reported: Instant,
-    pub placed: u64,
-    pub began: Instant,
+    pub(super) placed: u64,
+    pub(super) began: Instant,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]

@@ -31,25 +31,25 @@ pub(super) struct ImportSource {
 #[derive(Debug, Default)]
 pub(super) struct SourceSurvey {
     /// With the newest id that was assigned, which may have no event.
-    pub channels: BTreeMap<String, u64>,
+    pub(super) channels: BTreeMap<String, u64>,
     /// The key without `last-fetched:`, and the id.
-    pub cursors: Vec<(String, u64)>,
-    pub indices: Vec<SourceIndex>,
+    pub(super) cursors: Vec<(String, u64)>,
+    pub(super) indices: Vec<SourceIndex>,
 }
 
 #[derive(Debug, Deserialize)]
 pub(super) struct SourceIndex {
-    pub id: String,
-    pub channel: String,
-    pub field: String,
+    pub(super) id: String,
+    pub(super) channel: String,
+    pub(super) field: String,
 }
 
 /// The range of the ids that have events.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EventIds {
-    pub first: u64,
-    pub last: u64,
-    pub count: u64,
+    pub(super) first: u64,
+    pub(super) last: u64,
+    pub(super) count: u64,
 }
 
 impl ImportSource {

@@ -23,12 +23,12 @@ const EVERYTHING: Retention =
 
 pub(super) struct ImportTarget {
     /// The bus as nodes use it.
-    pub bus: Arc<Bus>,
+    pub(super) bus: Arc<Bus>,
     /// The same, with the time of `clock` and without retention.
-    pub past: Bus,
+    pub(super) past: Bus,
     clock: Arc<AtomicU64>,
     /// The largest event, in bytes.
-    pub event_limit: usize,
+    pub(super) event_limit: usize,
 }
 
 impl ImportTarget {

@@ -23,13 +23,13 @@ const CONNECT: Duration = Duration::from_secs(4);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServerIdentity {
     /// Changes whenever the process is started or promoted to master: writes from before may be lost since.
-    pub generation: Box<str>,
+    pub(crate) generation: Box<str>,
     /// It may evict any key when its memory is full.
-    pub evicts: bool,
+    pub(crate) evicts: bool,
     /// Its clock when the connection was opened, Unix milliseconds.
-    pub time: u64,
+    pub(crate) time: u64,
     /// The Unix second since which it has been the master, as far as can be known.
-    pub since: u64,
+    pub(crate) since: u64,
 }
 
 pub struct RedisConnection {

@@ -57,7 +57,7 @@ struct PubSubState {
 #[derive(Clone)]
 struct RedisSubscription {
     /// The server to subscribe on; none while no server owns the slot.
-    place: Option<Address>,
+    server: Option<Address>,
     stage: SubscribeStage,
 }
 
@@ -85,7 +85,7 @@ struct PubSubRoute {
 /// Handles the pushes of one connection.
 struct RoutePushHandler {
     pubsub: Weak<PubSub>,
-    place: Address,
+    server: Address,
     number: u64,
 }
 
@@ -100,9 +100,9 @@ impl PubSub {
     pub fn subscribe(self: &Arc<Self>, channel: Bytes) {
         let mut state = self.state.lock();
         if !state.subscriptions.contains_key(&channel) {
-            let subscription = RedisSubscription { place: None, stage: SubscribeStage::Queued };
+            let subscription = RedisSubscription { server: None, stage: SubscribeStage::Queued };
             state.subscriptions.insert(channel.clone(), subscription);
-            self.place(&mut state, channel);
+            self.enqueue(&mut state, channel);
         }
     }
 
@@ -125,39 +125,39 @@ impl PubSub {
     /// Whether the channel is subscribed to on a connection that is up.
     pub fn is_subscribed(&self, channel: &[u8]) -> bool {
         let state = self.state.lock();
-        let Some(RedisSubscription { place: Some(place), stage: SubscribeStage::Confirmed(on) }) =
+        let Some(RedisSubscription { server: Some(server), stage: SubscribeStage::Confirmed(on) }) =
             state.subscriptions.get(channel)
         else {
             return false;
         };
-        let connection = state.routes.get(place).and_then(|route| route.connection.as_ref());
+        let connection = state.routes.get(server).and_then(|route| route.connection.as_ref());
         connection.is_some_and(|connection| connection.number == *on && !connection.is_closed())
     }
 
     /// Replaces the connection that a channel is subscribed on.
     pub(crate) fn reconnect(&self, channel: &[u8]) {
         let state = self.state.lock();
-        let place = state.subscriptions.get(channel).and_then(|subscription| subscription.place.as_ref());
-        if let Some(route) = place.and_then(|place| state.routes.get(place)) {
+        let server = state.subscriptions.get(channel).and_then(|subscription| subscription.server.as_ref());
+        if let Some(route) = server.and_then(|server| state.routes.get(server)) {
             route.reconnecting.replace();
         }
     }
 
     /// Queues a channel at the server that owns its slot.
-    fn place(self: &Arc<Self>, state: &mut PubSubState, channel: Bytes) {
-        let place = self.topology.place_of(&channel);
+    fn enqueue(self: &Arc<Self>, state: &mut PubSubState, channel: Bytes) {
+        let server = self.topology.owner_address(&channel);
         let Some(subscription) = state.subscriptions.get_mut(&channel) else { return };
         subscription.stage = SubscribeStage::Queued;
-        subscription.place = place.as_ref().map(|(place, _)| place.clone());
-        let Some((place, connect_to)) = place else { return };
-        let route = state.routes.entry(place.clone()).or_insert_with(|| PubSubRoute::start(self, place, &connect_to));
+        subscription.server = server.as_ref().map(|(server, _)| server.clone());
+        let Some((server, connect_to)) = server else { return };
+        let route = state.routes.entry(server.clone()).or_insert_with(|| PubSubRoute::start(self, server, &connect_to));
         // Ahead of those that come back after a break: a reader waits for this one now.
         route.queue.push_front(channel);
         route.wake.notify_one();
     }
 
     fn send_unsubscribe(&self, state: &mut PubSubState, channel: &Bytes, subscription: &RedisSubscription) {
-        let route = subscription.place.as_ref().and_then(|place| state.routes.get_mut(place));
+        let route = subscription.server.as_ref().and_then(|server| state.routes.get_mut(server));
         let (Some(route), SubscribeStage::Sent(on, _) | SubscribeStage::Confirmed(on)) = (route, subscription.stage)
         else {
             return;
@@ -180,28 +180,28 @@ impl PubSub {
             return;
         }
         let moved = state.subscriptions.iter().filter(|(channel, subscription)| {
-            self.topology.place_of(channel).map(|(place, _)| place) != subscription.place
+            self.topology.owner_address(channel).map(|(server, _)| server) != subscription.server
         });
         let moved: Vec<_> = moved.map(|(channel, subscription)| (channel.clone(), subscription.clone())).collect();
         for (channel, subscription) in moved {
             self.send_unsubscribe(&mut state, &channel, &subscription);
-            self.place(&mut state, channel);
+            self.enqueue(&mut state, channel);
         }
         let PubSubState { subscriptions, routes } = &mut *state;
-        let used: HashSet<&Address> = subscriptions.values().filter_map(|of| of.place.as_ref()).collect();
-        routes.retain(|place, _| used.contains(place));
+        let used: HashSet<&Address> = subscriptions.values().filter_map(|of| of.server.as_ref()).collect();
+        routes.retain(|server, _| used.contains(server));
     }
 
     /// A route has a new connection, on which nothing is subscribed yet.
-    fn on_connected(&self, place: &Address, connection: Arc<RedisConnection>) {
+    fn on_connected(&self, server: &Address, connection: Arc<RedisConnection>) {
         let mut state = self.state.lock();
         let PubSubState { subscriptions, routes } = &mut *state;
-        let Some(route) = routes.get_mut(place) else { return };
+        let Some(route) = routes.get_mut(server) else { return };
         route.connection = Some(connection);
         route.unconfirmed = 0;
         route.queue.clear();
         for (channel, subscription) in subscriptions {
-            if subscription.place.as_ref() == Some(place) {
+            if subscription.server.as_ref() == Some(server) {
                 subscription.stage = SubscribeStage::Queued;
                 route.queue.push_back(channel.clone());
             }
@@ -209,16 +209,16 @@ impl PubSub {
     }
 
     /// Sends as many subscriptions as there is room for. True if some are unconfirmed.
-    fn send_subscribes(&self, place: &Address) -> bool {
+    fn send_subscribes(&self, server: &Address) -> bool {
         let mut state = self.state.lock();
         let PubSubState { subscriptions, routes } = &mut *state;
-        let Some(route) = routes.get_mut(place) else { return false };
+        let Some(route) = routes.get_mut(server) else { return false };
         let Some(connection) = route.connection.clone() else { return false };
         let (mut subscribe, mut any, now) = (cmd("SUBSCRIBE"), false, Instant::now());
         while route.unconfirmed < BATCH {
             let Some(channel) = route.queue.pop_front() else { break };
             let Some(subscription) = subscriptions.get_mut(&channel) else { continue };
-            if subscription.place.as_ref() != Some(place) || subscription.stage != SubscribeStage::Queued {
+            if subscription.server.as_ref() != Some(server) || subscription.stage != SubscribeStage::Queued {
                 continue;
             }
             subscription.stage = SubscribeStage::Sent(connection.number, now);
@@ -238,14 +238,14 @@ impl PubSub {
     }
 
     /// Queues again the subscriptions that were not confirmed in time. Returns when the next one is due.
-    fn retry_unconfirmed(&self, place: &Address) -> Option<Instant> {
+    fn retry_unconfirmed(&self, server: &Address) -> Option<Instant> {
         let mut state = self.state.lock();
         let PubSubState { subscriptions, routes } = &mut *state;
-        let route = routes.get_mut(place)?;
+        let route = routes.get_mut(server)?;
         let (now, mut next) = (Instant::now(), None);
         for (channel, subscription) in subscriptions {
             let SubscribeStage::Sent(_, at) = subscription.stage else { continue };
-            if subscription.place.as_ref() != Some(place) {
+            if subscription.server.as_ref() != Some(server) {
                 continue;
             }
             let due = at + CONFIRM;
@@ -260,17 +260,17 @@ impl PubSub {
         next
     }
 
-    fn on_confirmed(&self, place: &Address, number: u64, channel: &[u8]) {
+    fn on_confirmed(&self, server: &Address, number: u64, channel: &[u8]) {
         let mut state = self.state.lock();
         let PubSubState { subscriptions, routes } = &mut *state;
-        let Some(subscription) = subscriptions.get_mut(channel).filter(|of| of.place.as_ref() == Some(place)) else {
+        let Some(subscription) = subscriptions.get_mut(channel).filter(|of| of.server.as_ref() == Some(server)) else {
             return;
         };
         if !matches!(subscription.stage, SubscribeStage::Sent(on, _) if on == number) {
             return;
         }
         subscription.stage = SubscribeStage::Confirmed(number);
-        if let Some(route) = routes.get_mut(place) {
+        if let Some(route) = routes.get_mut(server) {
             route.unconfirmed -= 1.min(route.unconfirmed);
             if route.unconfirmed == 0 || !route.queue.is_empty() {
                 route.wake.notify_one();
@@ -281,12 +281,12 @@ impl PubSub {
     }
 
     /// The server ended a subscription, because its slot has moved.
-    fn on_unsubscribed(self: &Arc<Self>, place: &Address, number: u64, channel: &[u8]) {
+    fn on_unsubscribed(self: &Arc<Self>, server: &Address, number: u64, channel: &[u8]) {
         let mut state = self.state.lock();
         let Some((channel, subscription)) = state.subscriptions.get_key_value(channel) else { return };
-        if subscription.place.as_ref() == Some(place) && subscription.stage == SubscribeStage::Confirmed(number) {
+        if subscription.server.as_ref() == Some(server) && subscription.stage == SubscribeStage::Confirmed(number) {
             let channel = channel.clone();
-            self.place(&mut state, channel);
+            self.enqueue(&mut state, channel);
             self.topology.doubt();
         }
     }
@@ -301,16 +301,16 @@ impl Drop for PubSub {
 }
 
 impl PubSubRoute {
-    fn start(pubsub: &Arc<PubSub>, place: Address, connect_to: &ConnectTo) -> Self {
+    fn start(pubsub: &Arc<PubSub>, server: Address, connect_to: &ConnectTo) -> Self {
         let wake = Arc::new(Notify::new());
         let handlers = {
-            let (pubsub, place) = (Arc::downgrade(pubsub), place.clone());
+            let (pubsub, server) = (Arc::downgrade(pubsub), server.clone());
             Arc::new(move |number| -> Arc<dyn PushHandler> {
-                Arc::new(RoutePushHandler { pubsub: pubsub.clone(), place: place.clone(), number })
+                Arc::new(RoutePushHandler { pubsub: pubsub.clone(), server: server.clone(), number })
             })
         };
         let reconnecting = Arc::new(pubsub.topology.connect(connect_to, pubsub.kind, handlers));
-        let worker = tokio::spawn(subscribe(Arc::downgrade(pubsub), place, reconnecting.changes(), wake.clone()));
+        let worker = tokio::spawn(subscribe(Arc::downgrade(pubsub), server, reconnecting.changes(), wake.clone()));
         PubSubRoute { reconnecting, connection: None, queue: VecDeque::new(), unconfirmed: 0, wake, worker }
     }
 }
@@ -332,7 +332,7 @@ async fn follow(pubsub: Weak<PubSub>, mut changes: watch::Receiver<u64>) {
 /// Subscribes on one server, as there is room, and again on each new connection.
 async fn subscribe(
     pubsub: Weak<PubSub>,
-    place: Address,
+    server: Address,
     mut changes: watch::Receiver<ReconnectState>,
     wake: Arc<Notify>,
 ) {
@@ -349,9 +349,9 @@ async fn subscribe(
             if let Some(connection) = up {
                 number = connection.number;
                 due = None;
-                pubsub.on_connected(&place, connection);
+                pubsub.on_connected(&server, connection);
             }
-            pubsub.send_subscribes(&place)
+            pubsub.send_subscribes(&server)
         };
         if !unconfirmed {
             due = None;
@@ -362,7 +362,7 @@ async fn subscribe(
             () = wake.notified() => {}
             () = sleep_until(at), if unconfirmed => {
                 let Some(pubsub) = pubsub.upgrade() else { return };
-                due = pubsub.retry_unconfirmed(&place);
+                due = pubsub.retry_unconfirmed(&server);
             }
         }
     }
@@ -381,8 +381,8 @@ impl PushHandler for RoutePushHandler {
                     pubsub.handler.on_message(&channel, message.into());
                 }
             }
-            PushKind::Subscribe | PushKind::SSubscribe => pubsub.on_confirmed(&self.place, self.number, &channel),
-            PushKind::SUnsubscribe => pubsub.on_unsubscribed(&self.place, self.number, &channel),
+            PushKind::Subscribe | PushKind::SSubscribe => pubsub.on_confirmed(&self.server, self.number, &channel),
+            PushKind::SUnsubscribe => pubsub.on_unsubscribed(&self.server, self.number, &channel),
             _ => {}
         }
     }

@@ -168,17 +168,17 @@ impl Topology {
     }
 
     /// The servers that own slots.
-    pub(crate) fn places(&self) -> Vec<Address> {
+    pub(crate) fn slot_owners(&self) -> Vec<Address> {
         let map = self.map.read();
         let owns = |server: &Arc<RedisServer>| {
             map.slots.iter().any(|slot| slot.server.as_ref().is_some_and(|owner| Arc::ptr_eq(owner, server)))
         };
-        let places = map.servers.iter().filter(|(_, server)| !self.is_cluster() || owns(server));
-        places.map(|(address, _)| address.clone()).collect()
+        let owners = map.servers.iter().filter(|(_, server)| !self.is_cluster() || owns(server));
+        owners.map(|(address, _)| address.clone()).collect()
     }
 
     /// The name of the server that owns the slot of `key`, and how to connect to it.
-    pub(crate) fn place_of(&self, key: &[u8]) -> Option<(Address, ConnectTo)> {
+    pub(crate) fn owner_address(&self, key: &[u8]) -> Option<(Address, ConnectTo)> {
         let connect_to = self.owner_of(key)?.0.connect_to.clone();
         match &connect_to {
             ConnectTo::Address(address) => Some((address.clone(), connect_to)),

@@ -11,8 +11,8 @@ const FORMS: &str =
 /// One server.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Address {
-    pub host: Box<str>,
-    pub port: u16,
+    pub(crate) host: Box<str>,
+    pub(crate) port: u16,
 }
 
 #[derive(Clone, PartialEq, Eq)]

@@ -30,10 +30,10 @@ pub(super) enum Announcement {
 }
 
 pub(super) struct SessionChange {
-    pub name: Arc<str>,
-    pub rev: u64,
+    pub(super) name: Arc<str>,
+    pub(super) rev: u64,
     /// None: the node no longer publishes anything about the name.
-    pub info: Option<Bytes>,
+    pub(super) info: Option<Bytes>,
 }
 
 const HELLO: u8 = 1;

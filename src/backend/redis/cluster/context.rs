@@ -29,53 +29,53 @@ pub(super) const TTL: Duration = Duration::from_secs(10);
 pub(super) const REFRESH: Duration = Duration::from_secs(1);
 
 pub(super) struct ClusterContext {
-    pub topology: Arc<Topology>,
-    pub clock: MonotonicClock,
-    pub links: PeerLinks,
-    pub state: Mutex<ClusterState>,
-    pub leads: AtomicBool,
+    pub(super) topology: Arc<Topology>,
+    pub(super) clock: MonotonicClock,
+    pub(super) links: PeerLinks,
+    pub(super) state: Mutex<ClusterState>,
+    pub(super) leads: AtomicBool,
     /// The session of this node has changed.
-    pub changed: Notify,
+    pub(super) changed: Notify,
     /// The sessions of other nodes have to be read.
-    pub refresh: Notify,
+    pub(super) refresh: Notify,
     /// Redis may not know this node: a heartbeat is due.
-    pub beat: Notify,
+    pub(super) beat: Notify,
     prefix: Box<str>,
 }
 
 pub(super) struct ClusterState {
-    pub id: NodeId,
+    pub(super) id: NodeId,
     /// Microseconds of the clock of Redis; 0 before the first heartbeat.
-    pub joined: u64,
+    pub(super) joined: u64,
     /// Milliseconds of the node's clock: until then no other node can take this one for dead.
-    pub until: u64,
-    pub left: bool,
-    pub leases: HashMap<Arc<str>, Arc<LeaseState>>,
+    pub(super) until: u64,
+    pub(super) left: bool,
+    pub(super) leases: HashMap<Arc<str>, Arc<LeaseState>>,
     /// Names that are being released, and how often.
-    pub releasing: HashMap<Arc<str>, usize>,
+    pub(super) releasing: HashMap<Arc<str>, usize>,
     /// What this node publishes about its names, each with its revision.
-    pub infos: HashMap<Arc<str>, (u64, Bytes)>,
-    pub rev: u64,
+    pub(super) infos: HashMap<Arc<str>, (u64, Bytes)>,
+    pub(super) rev: u64,
     /// The revision that was last written to Redis.
-    pub written: u64,
+    pub(super) written: u64,
     /// Names whose info is not yet written to Redis.
-    pub dirty: HashSet<Arc<str>>,
+    pub(super) dirty: HashSet<Arc<str>>,
     /// Redis has no session of this node, and gets the whole with the next heartbeat.
-    pub unknown: bool,
-    pub peers: BTreeMap<NodeId, PeerSession>,
+    pub(super) unknown: bool,
+    pub(super) peers: BTreeMap<NodeId, PeerSession>,
     /// Batches of nodes that are not known yet.
-    pub early: HashMap<NodeId, Vec<Bytes>>,
-    pub watchers: Watchers,
+    pub(super) early: HashMap<NodeId, Vec<Bytes>>,
+    pub(super) watchers: Watchers,
 }
 
 /// The session of another node.
 #[derive(Default)]
 pub(super) struct PeerSession {
-    pub joined: u64,
-    pub rev: u64,
-    pub infos: HashMap<Arc<str>, (u64, Bytes)>,
+    pub(super) joined: u64,
+    pub(super) rev: u64,
+    pub(super) infos: HashMap<Arc<str>, (u64, Bytes)>,
     /// An announcement is missing: the session has to be read.
-    pub stale: bool,
+    pub(super) stale: bool,
 }
 
 impl ClusterContext {

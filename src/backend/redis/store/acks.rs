@@ -37,7 +37,7 @@ pub(super) struct ReplicaAcks {
 /// Waits for the replicas of one server.
 struct ReplicaWaiter {
     acks: Weak<ReplicaAcks>,
-    place: Address,
+    server: Address,
     reconnecting: ReconnectingConnection,
     /// A key in a slot of this server.
     mark: String,
@@ -56,17 +56,17 @@ impl ReplicaAcks {
         connection: &RedisConnection,
     ) -> Result<(), CommandError> {
         let topology = &self.context.topology;
-        let (place, connect_to) = topology.place_of(key).ok_or(CommandError::Unconfirmed)?;
+        let (server, connect_to) = topology.owner_address(key).ok_or(CommandError::Unconfirmed)?;
         let (tx, rx) = oneshot::channel();
         {
             let mut waiters = self.waiters.lock();
             // Without a bound: each message is a publish in flight, and those are bounded.
-            let waiter = waiters.entry(place).or_insert_with_key(|place| {
+            let waiter = waiters.entry(server).or_insert_with_key(|server| {
                 let (tx, rx) = mpsc::unbounded_channel();
                 let reconnecting =
                     topology.connect(&connect_to, RedisConnectionKind::Acks, Arc::new(|_| Arc::new(NoPush)));
-                let (place, mark) = (place.clone(), self.mark_at(place));
-                let waiter = ReplicaWaiter { acks: Arc::downgrade(self), place, reconnecting, mark };
+                let (server, mark) = (server.clone(), self.mark_at(server));
+                let waiter = ReplicaWaiter { acks: Arc::downgrade(self), server, reconnecting, mark };
                 tokio::spawn(waiter.run(rx, topology.changes()));
                 tx
             });
@@ -79,10 +79,10 @@ impl ReplicaAcks {
         }
     }
 
-    /// A key whose slot the server at `place` owns, if it owns any.
-    fn mark_at(&self, place: &Address) -> String {
+    /// A key in a slot that `server` owns, if it owns any.
+    fn mark_at(&self, server: &Address) -> String {
         let LogContext { topology, keys, .. } = &*self.context;
-        let owned = |mark: &String| topology.place_of(mark.as_bytes()).is_some_and(|(at, _)| at == *place);
+        let owned = |mark: &String| topology.owner_address(mark.as_bytes()).is_some_and(|(at, _)| at == *server);
         (0..1 << 16).map(|n| keys.mark(n)).find(owned).unwrap_or_else(|| keys.mark(0))
     }
 
@@ -112,11 +112,11 @@ impl ReplicaWaiter {
     fn on_moved(&mut self) -> bool {
         let Some(acks) = self.acks.upgrade() else { return false };
         let topology = &acks.context.topology;
-        let owns_slots = topology.places().contains(&self.place);
+        let owns_slots = topology.slot_owners().contains(&self.server);
         if !owns_slots {
-            acks.waiters.lock().remove(&self.place);
-        } else if topology.place_of(self.mark.as_bytes()).is_none_or(|(at, _)| at != self.place) {
-            self.mark = acks.mark_at(&self.place);
+            acks.waiters.lock().remove(&self.server);
+        } else if topology.owner_address(self.mark.as_bytes()).is_none_or(|(at, _)| at != self.server) {
+            self.mark = acks.mark_at(&self.server);
         }
         owns_slots
     }

@@ -13,9 +13,9 @@ use crate::{
 pub(super) const MAX_NUMBER: u64 = 1 << 48;
 
 pub(super) struct LogContext {
-    pub topology: Arc<Topology>,
-    pub topics: Arc<Topics>,
-    pub keys: KeyNames,
+    pub(super) topology: Arc<Topology>,
+    pub(super) topics: Arc<Topics>,
+    pub(super) keys: KeyNames,
 }
 
 impl LogContext {

@@ -54,34 +54,34 @@ impl Probes {
         Arc::new(Probes { context, writer, probes: Mutex::default(), node })
     }
 
-    /// Checks the last probe of each server, and places another.
+    /// Checks the last probe of each server, and publishes another.
     pub(super) fn tick(self: &Arc<Self>, pubsub: &Arc<PubSub>) {
         let topology = &self.context.topology;
-        let places = topology.places();
+        let servers = topology.slot_owners();
         let mut probes = self.probes.lock();
-        probes.retain(|place, probe| {
-            let stays = places.contains(place);
+        probes.retain(|server, probe| {
+            let stays = servers.contains(server);
             if !stays {
                 pubsub.unsubscribe(&probe.events);
             }
             stays
         });
-        for place in &places {
-            let probe = probes.entry(place.clone()).or_insert_with(|| self.probe_of(place));
-            if topology.place_of(&probe.events).is_none_or(|(at, _)| at != *place) {
+        for server in &servers {
+            let probe = probes.entry(server.clone()).or_insert_with(|| self.probe_of(server));
+            if topology.owner_address(&probe.events).is_none_or(|(at, _)| at != *server) {
                 pubsub.unsubscribe(&probe.events);
-                *probe = self.probe_of(place);
+                *probe = self.probe_of(server);
             }
             pubsub.subscribe(probe.events.clone());
             if probe.placed.is_some_and(|placed| placed.elapsed() > ECHO) {
-                tracing::warn!(server = %place, "Redis took a probe and did not send it back: reconnecting");
+                tracing::warn!(%server, "Redis took a probe and did not send it back: reconnecting");
                 pubsub.reconnect(&probe.events);
                 probe.placed = None;
             }
             if probe.placed.is_none() && pubsub.is_subscribed(&probe.events) && !probe.busy.swap(true, SeqCst) {
-                let (this, place, name, busy) = (self.clone(), place.clone(), probe.name.clone(), probe.busy.clone());
+                let (this, server, name, busy) = (self.clone(), server.clone(), probe.name.clone(), probe.busy.clone());
                 tokio::spawn(async move {
-                    this.place(&place, &name).await;
+                    this.publish(&server, &name).await;
                     busy.store(false, SeqCst);
                 });
             }
@@ -90,13 +90,13 @@ impl Probes {
         topology.metrics.redis_echoing.set(working as i64);
     }
 
-    async fn place(&self, place: &Address, name: &str) {
+    async fn publish(&self, server: &Address, name: &str) {
         let begun = Instant::now();
         let Ok(draft) = Draft::new(DraftParts::default(), 1000) else { return };
         let batch = PublishBatch { subject: "".into(), drafts: vec![draft] };
         let placed = self.writer.append(&self.context.keys.tagged(name), &KEEP, &[&batch]).await.is_ok();
         let mut probes = self.probes.lock();
-        let Some(probe) = probes.get_mut(place) else { return };
+        let Some(probe) = probes.get_mut(server) else { return };
         // A probe that was not placed proves nothing about the subscription; and it may have come back already.
         if placed && probe.echo.is_none_or(|echo| echo < begun) {
             probe.placed = Some(begun);
@@ -120,15 +120,15 @@ impl Probes {
     }
 
     /// A probe whose name is in a slot that the server owns, and that no client can use.
-    fn probe_of(&self, place: &Address) -> ServerProbe {
+    fn probe_of(&self, server: &Address) -> ServerProbe {
         let LogContext { topology, keys, .. } = &*self.context;
         let mut n = 0;
         loop {
             let name = format!("\u{1}probe:{}:{n}", self.node);
             let events = keys.tagged(&name).events();
             n += 1;
-            // A server that loses its slots at this very moment leaves the list of places as well.
-            if topology.place_of(&events).is_some_and(|(at, _)| at == *place) || n > 1 << 16 {
+            // A server that loses its slots at this very moment leaves the list of servers as well.
+            if topology.owner_address(&events).is_some_and(|(at, _)| at == *server) || n > 1 << 16 {
                 return ServerProbe { name, events, echo: None, placed: None, busy: Arc::default() };
             }
         }

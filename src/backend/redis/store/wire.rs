@@ -37,26 +37,26 @@ pub(super) enum EventMessage {
 #[derive(Debug)]
 pub(super) struct LogSnapshot {
     /// The clock of Redis, Unix milliseconds.
-    pub now: u64,
-    pub bounds: LogBounds,
+    pub(super) now: u64,
+    pub(super) bounds: LogBounds,
     /// In their order, of one term.
-    pub events: Vec<Arc<Event>>,
+    pub(super) events: Vec<Arc<Event>>,
     /// Memory of the events kept.
-    pub bytes: u64,
+    pub(super) bytes: u64,
     /// The generation of the server that wrote last.
-    pub generation: Bytes,
+    pub(super) generation: Bytes,
     /// A newer weir wrote it.
-    pub newer: bool,
+    pub(super) newer: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SnapshotParams {
     /// The Unix second from which on a log that is absent is known never to have existed. None: the next second.
-    pub horizon: Option<u64>,
+    pub(super) horizon: Option<u64>,
     /// Retention: a number of events.
-    pub count: u64,
+    pub(super) count: u64,
     /// Retention: milliseconds.
-    pub age: u64,
+    pub(super) age: u64,
 }
 
 /// The first elements of the reply of `snapshot.lua`; the events follow.

@@ -25,8 +25,8 @@ pub(super) struct LogWriter(Arc<LogContext>);
 /// The events of one publish, which are placed together or not at all.
 pub(super) struct PublishBatch {
     /// The scope of idempotency keys.
-    pub subject: Box<str>,
-    pub drafts: Vec<Draft>,
+    pub(super) subject: Box<str>,
+    pub(super) drafts: Vec<Draft>,
 }
 
 /// What was placed, and the connection over which it was.

@@ -2,12 +2,12 @@
 
 #[derive(Debug)]
 pub(super) struct ClusterNode {
-    pub id: String,
-    pub address: String,
-    pub master: bool,
-    pub failing: bool,
-    pub replica_of: String,
-    pub slots: u32,
+    pub(super) id: String,
+    pub(super) address: String,
+    pub(super) master: bool,
+    pub(super) failing: bool,
+    pub(super) replica_of: String,
+    pub(super) slots: u32,
 }
 
 /// Parses the reply to `CLUSTER NODES`.

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, RedisError, aio::MultiplexedConnection, cmd};
@@ -13,7 +13,6 @@ use super::{
         super::Failure,
         Report,
         latency::{Latency, Span},
-        node::unix,
     },
     client::client,
     commands,
@@ -287,7 +286,8 @@ impl ExaminedServer {
     }
 
     async fn clock(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
-        let (began, before) = (Instant::now(), unix());
+        let (began, before) =
+            (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
         match self.ask::<(u64, u32)>(&cmd("TIME")).await {
             Ok((seconds, micros)) => {
                 let taken = began.elapsed();
