@@ -41,7 +41,7 @@ pub struct Layout {
 
 /// One server with connected callers and providers, all driven by this thread.
 pub struct Rig {
-    who: &'static str,
+    server_name: &'static str,
     pid: u32,
     poll: Poll,
     /// Providers first.
@@ -105,7 +105,13 @@ impl Rig {
     }
 
     /// The same calls by MicroStream clients, of weir or of another hub.
-    pub fn microstream(who: &'static str, addr: SocketAddr, pid: u32, layout: Layout, busy_poll: bool) -> Result<Self> {
+    pub fn microstream(
+        server_name: &'static str,
+        addr: SocketAddr,
+        pid: u32,
+        layout: Layout,
+        busy_poll: bool,
+    ) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
             let path = format!("/socket.io/?EIO=4&transport=websocket&serviceName=bench{number}");
@@ -119,11 +125,11 @@ impl Rig {
             ensure!(connected.starts_with(b"40{"), "{}", String::from_utf8_lossy(&connected));
             peers.push(stream);
         }
-        Self::new(who, pid, peers, Wire::MicroStream, layout, busy_poll)
+        Self::new(server_name, pid, peers, Wire::MicroStream, layout, busy_poll)
     }
 
     /// The same with a floor, which relays the same frames.
-    pub fn floor(who: &'static str, server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
+    pub fn floor(server_name: &'static str, server: &Process, layout: Layout, busy_poll: bool) -> Result<Self> {
         let mut peers = Vec::new();
         for number in 0..layout.providers + layout.callers {
             let mut stream = std::net::TcpStream::connect(server.addr())?;
@@ -135,11 +141,11 @@ impl Rig {
             peers.push(stream);
         }
         drop(link::connect(server.addr(), &[PUBLISHER])?); // all peers are connected
-        Self::new(who, server.pid(), peers, Wire::JsonRpc, layout, busy_poll)
+        Self::new(server_name, server.pid(), peers, Wire::JsonRpc, layout, busy_poll)
     }
 
     fn new(
-        who: &'static str,
+        server_name: &'static str,
         pid: u32,
         streams: Vec<std::net::TcpStream>,
         wire: Wire,
@@ -161,7 +167,7 @@ impl Rig {
             });
             peers.push(Peer { stream, out: Vec::new(), rest: wire::Rest::default(), caller });
         }
-        Ok(Rig { who, pid, poll, peers, wire, layout, scratch: vec![0; 64 * 1024], busy_poll })
+        Ok(Rig { server_name, pid, poll, peers, wire, layout, scratch: vec![0; 64 * 1024], busy_poll })
     }
 
     /// Calls for `time`, waits for the last response and returns the figures.
@@ -192,7 +198,7 @@ impl Rig {
             for event in events.iter() {
                 let peer = &mut self.peers[event.token().0];
                 peer.read(layout.size, &mut self.scratch, &mut tally)
-                    .with_context(|| format!("peer {} of {}", event.token().0, self.who))?;
+                    .with_context(|| format!("peer {} of {}", event.token().0, self.server_name))?;
                 flush(&mut peer.stream, &mut peer.out)?;
             }
             let now = sys::now();
@@ -214,7 +220,7 @@ impl Rig {
         std::thread::sleep(Duration::from_millis(5));
         let cpu = sys::cpu(self.pid) - cpu;
         let load = sys::cpu(std::process::id()) - load;
-        Ok(Measure::of(self.who, tally.done, last - begin, cpu, load, &tally.latency, tally.faults))
+        Ok(Measure::of(self.server_name, tally.done, last - begin, cpu, load, &tally.latency, tally.faults))
     }
 }
 

@@ -45,7 +45,7 @@ pub const ALL: u32 = u32::MAX;
 
 /// One server with its connected readers, driven by this thread.
 pub struct Rig {
-    pub who: &'static str,
+    pub server_name: &'static str,
     pid: u32,
     poll: Poll,
     pub links: Vec<Link>,
@@ -92,7 +92,7 @@ impl Rig {
 
     /// The same readers with a floor, which writes `frame` with a new stamp for each message.
     pub fn floor(
-        who: &'static str,
+        server_name: &'static str,
         server: &dyn Server,
         layout: Layout,
         frame: Vec<u8>,
@@ -107,14 +107,14 @@ impl Rig {
             links.push(Link::floor(server.addr(), layout.transport, first, layout.per_reader, layout.size)?);
         }
         let publisher = link::connect(server.addr(), &[PUBLISHER])?;
-        let mut rig = Self::new(who, server, publisher, To::Floor(frame), layout, busy_poll)?;
+        let mut rig = Self::new(server_name, server, publisher, To::Floor(frame), layout, busy_poll)?;
         links.into_iter().try_for_each(|link| rig.add(link))?;
         rig.open()?;
         Ok(rig)
     }
 
     fn new(
-        who: &'static str,
+        server_name: &'static str,
         server: &dyn Server,
         publisher: TcpStream,
         to: To,
@@ -122,7 +122,7 @@ impl Rig {
         busy_poll: bool,
     ) -> Result<Self> {
         Ok(Rig {
-            who,
+            server_name,
             pid: server.pid(),
             poll: Poll::new()?,
             links: Vec::new(),
@@ -157,11 +157,11 @@ impl Rig {
                 return Ok(());
             }
             if let Some(at) = self.links.iter().position(|link| link.closed) {
-                bail!("reader {at} of {}: the connection ended while it opened", self.who);
+                bail!("reader {at} of {}: the connection ended while it opened", self.server_name);
             }
             if sys::now() - started > 30_000_000_000 {
                 let left = self.links.iter().filter(|link| link.opening > 0).count();
-                bail!("{left} of {} readers of {} did not open within 30 s", self.links.len(), self.who);
+                bail!("{left} of {} readers of {} did not open within 30 s", self.links.len(), self.server_name);
             }
         }
     }
@@ -179,7 +179,7 @@ impl Rig {
             if link.closed {
                 continue;
             }
-            link.read(&mut self.scratch, tally).with_context(|| format!("reader {at} of {}", self.who))?;
+            link.read(&mut self.scratch, tally).with_context(|| format!("reader {at} of {}", self.server_name))?;
             if link.closed {
                 tally.faults.failed += 1;
             }
@@ -221,7 +221,7 @@ impl Rig {
             match self.publisher.write(&self.out) {
                 Ok(written) => drop(self.out.drain(..written)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error).with_context(|| format!("publishing to {}", self.who)),
+                Err(error) => return Err(error).with_context(|| format!("publishing to {}", self.server_name)),
             }
         }
         Ok(())
@@ -303,7 +303,8 @@ impl Rig {
         tally.faults.lost +=
             self.links.iter().map(|link| link.lost(|channel| self.next[channel as usize])).sum::<u64>();
         debug_assert_eq!(self.next.iter().sum::<u64>() - skipped, published);
-        let measure = Measure::of(self.who, tally.delivered, last - begin, cpu, load, &tally.latency, tally.faults);
+        let measure =
+            Measure::of(self.server_name, tally.delivered, last - begin, cpu, load, &tally.latency, tally.faults);
         Ok((measure, tally.sample))
     }
 }

@@ -72,7 +72,7 @@ pub fn idle(server: &Process, layout: Layout, units: usize) -> Result<Measure> {
         ("gone_5s_MB", mega(later)),
         ("gone_stirred_MB", mega(stirred)),
     ];
-    Ok(Measure { who: "weir", figures, done: 0, faults })
+    Ok(Measure { server_name: "weir", figures, done: 0, faults })
 }
 
 /// Publishes `count` events to one channel, one after the other.

@@ -196,7 +196,7 @@ pub fn recorded(how: &Weir, redis: &Process, size: usize, keyed: bool) -> Result
 
 /// One connection with a number of commands in flight.
 pub struct Pipe {
-    who: &'static str,
+    server_name: &'static str,
     poll: Poll,
     stream: TcpStream,
     command: Vec<u8>,
@@ -210,7 +210,7 @@ pub struct Pipe {
 impl Pipe {
     /// Repeats `command`. With `keyed` each one has a new key.
     pub fn new(
-        who: &'static str,
+        server_name: &'static str,
         redis: &Process,
         command: Vec<u8>,
         keyed: bool,
@@ -223,7 +223,7 @@ impl Pipe {
         let mut stream = link::connect(redis.addr(), b"")?;
         poll.registry().register(&mut stream, Token(0), Interest::READABLE | Interest::WRITABLE)?;
         // Differs from the keys of weir.
-        Ok(Pipe { who, poll, stream, command, keys, next: 1 << 40, in_flight, busy_poll: busy })
+        Ok(Pipe { server_name, poll, stream, command, keys, next: 1 << 40, in_flight, busy_poll: busy })
     }
 
     /// The three commands that any append needs.
@@ -272,7 +272,7 @@ impl Pipe {
             ensure!(sys::now() < last.max(end) + 5_000_000_000, "Redis does not answer");
         }
         let load = sys::cpu(std::process::id()) - load;
-        Ok(Measure::of(self.who, done, last - begin, 0, load, &latency, Faults::default()))
+        Ok(Measure::of(self.server_name, done, last - begin, 0, load, &latency, Faults::default()))
     }
 }
 

@@ -9,7 +9,7 @@ use crate::stamp::{Faults, Histogram};
 /// The figures of one server in one slice of a run.
 #[derive(Clone, Debug)]
 pub struct Measure {
-    pub who: &'static str,
+    pub server_name: &'static str,
     /// Names and values; a name includes the unit.
     pub figures: Vec<(&'static str, f64)>,
     /// Operations.
@@ -31,7 +31,7 @@ pub struct Report {
 impl Measure {
     /// The common figures of `done` operations in `wall` ns with `cpu` ns of CPU time of the server.
     pub fn of(
-        who: &'static str,
+        server_name: &'static str,
         done: u64,
         wall: u64,
         cpu: u64,
@@ -50,7 +50,7 @@ impl Measure {
             ("server_busy_%", cpu as f64 * 100.0 / wall.max(1) as f64),
             ("load_busy_%", load as f64 * 100.0 / wall.max(1) as f64),
         ];
-        Measure { who, figures, done, faults }
+        Measure { server_name, figures, done, faults }
     }
 
     fn get(&self, name: &str) -> Option<f64> {
@@ -79,8 +79,8 @@ impl Report {
     fn servers(&self) -> Vec<&'static str> {
         let mut servers = Vec::new();
         for measure in self.slices() {
-            if !servers.contains(&measure.who) {
-                servers.push(measure.who);
+            if !servers.contains(&measure.server_name) {
+                servers.push(measure.server_name);
             }
         }
         servers
@@ -96,37 +96,48 @@ impl Report {
         names
     }
 
-    fn spread_of(&self, who: &str, name: &str) -> Option<[f64; 3]> {
-        spread(self.slices().filter(|measure| measure.who == who).filter_map(|measure| measure.get(name)).collect())
+    fn spread_of(&self, server_name: &str, name: &str) -> Option<[f64; 3]> {
+        spread(
+            self.slices()
+                .filter(|measure| measure.server_name == server_name)
+                .filter_map(|measure| measure.get(name))
+                .collect(),
+        )
     }
 
-    /// The ratios of `who` to the floor: for each repeat the mean of its slices divided by that of the floor's slices.
-    fn ratio(&self, who: &str) -> Option<[f64; 3]> {
-        let mean = |repeat: &[Measure], who: &str| {
+    /// The ratios of `server_name` to the floor: for each repeat the mean of its slices divided by that of the floor's
+    /// slices.
+    fn ratio(&self, server_name: &str) -> Option<[f64; 3]> {
+        let mean = |repeat: &[Measure], server_name: &str| {
             let values: Vec<_> = repeat
                 .iter()
-                .filter(|measure| measure.who == who)
+                .filter(|measure| measure.server_name == server_name)
                 .filter_map(|measure| measure.get(self.ratio_of))
                 .collect();
             (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
         };
-        spread(self.repeats.iter().filter_map(|repeat| Some(mean(repeat, who)? / mean(repeat, "floor")?)).collect())
+        spread(
+            self.repeats
+                .iter()
+                .filter_map(|repeat| Some(mean(repeat, server_name)? / mean(repeat, "floor")?))
+                .collect(),
+        )
     }
 
     pub fn table(&self) -> String {
         let names = self.names();
         let mut rows = vec![vec!["server".to_owned(), "× floor".to_owned()]];
         rows[0].extend(names.iter().map(|name| (*name).to_owned()));
-        for who in self.servers() {
-            let mut row = vec![who.to_owned()];
-            row.push(self.ratio(who).map_or("–".into(), |[least, median, most]| {
+        for server_name in self.servers() {
+            let mut row = vec![server_name.to_owned()];
+            row.push(self.ratio(server_name).map_or("–".into(), |[least, median, most]| {
                 if self.repeats.len() > 1 {
                     format!("{median:.2} ({least:.2}–{most:.2})")
                 } else {
                     format!("{median:.2}")
                 }
             }));
-            row.extend(names.iter().map(|name| match self.spread_of(who, name) {
+            row.extend(names.iter().map(|name| match self.spread_of(server_name, name) {
                 Some([least, median, most]) if *name == self.ratio_of && self.repeats.len() > 1 => {
                     format!("{} ({}–{})", number(median), number(least), number(most))
                 }
@@ -158,18 +169,19 @@ impl Report {
         let servers: BTreeMap<_, _> = self
             .servers()
             .into_iter()
-            .map(|who| {
+            .map(|server_name| {
                 let figures: BTreeMap<_, _> = self
                     .names()
                     .into_iter()
                     .filter_map(|name| {
-                        let [least, median, most] = self.spread_of(who, name)?;
+                        let [least, median, most] = self.spread_of(server_name, name)?;
                         Some((name, json!({"min": least, "median": median, "max": most})))
                     })
                     .collect();
-                let ratio =
-                    self.ratio(who).map(|[least, median, most]| json!({"min": least, "median": median, "max": most}));
-                (who, json!({"figures": figures, "ratio_to_floor": ratio}))
+                let ratio = self
+                    .ratio(server_name)
+                    .map(|[least, median, most]| json!({"min": least, "median": median, "max": most}));
+                (server_name, json!({"figures": figures, "ratio_to_floor": ratio}))
             })
             .collect();
         json!({"scenario": self.scenario, "what": self.what, "ratio_of": self.ratio_of, "repeats": self.repeats.len(),

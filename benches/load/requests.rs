@@ -82,7 +82,7 @@ fn requesters(addr: SocketAddr, floor: bool, count: usize, poll: &Poll) -> Resul
 
 /// Many consumers of one channel, each of which polls again as soon as it has a response.
 pub struct Polls {
-    who: &'static str,
+    server_name: &'static str,
     pid: u32,
     host: String,
     poll: Poll,
@@ -131,7 +131,7 @@ impl Polls {
     }
 
     fn new(
-        who: &'static str,
+        server_name: &'static str,
         server: &Process,
         consumers: usize,
         size: usize,
@@ -141,7 +141,7 @@ impl Polls {
     ) -> Result<Self> {
         let poll = Poll::new()?;
         let requesters = requesters(server.addr(), false, consumers, &poll)?;
-        let mut polls = Self::with(who, server, poll, requesters, size, dialect, publisher, answer);
+        let mut polls = Self::with(server_name, server, poll, requesters, size, dialect, publisher, answer);
         // The current position, from which nothing may be missed.
         for at in 0..polls.pollers.len() {
             let start = match dialect {
@@ -183,7 +183,7 @@ impl Polls {
 
     #[expect(clippy::too_many_arguments, reason = "a constructor, called twice")]
     fn with(
-        who: &'static str,
+        server_name: &'static str,
         server: &Process,
         poll: Poll,
         requesters: Vec<Requester>,
@@ -196,7 +196,7 @@ impl Polls {
             requesters.into_iter().map(|requester| (requester, Seen::new(POLLED, 1), String::new())).collect();
         let host = server.addr().to_string();
         Polls {
-            who,
+            server_name,
             pid: server.pid(),
             host,
             poll,
@@ -318,7 +318,7 @@ impl Polls {
         faults.lost += self.pollers.iter().map(|(_, seen, _)| seen.lost(|_| self.next)).sum::<u64>();
         // Lost events are counted once.
         self.pollers.iter_mut().for_each(|(_, seen, _)| seen.skip_to(|_| self.next));
-        let measure = Measure::of(self.who, delivered, last.saturating_sub(begin), cpu, load, &latency, faults);
+        let measure = Measure::of(self.server_name, delivered, last.saturating_sub(begin), cpu, load, &latency, faults);
         Ok((measure, sample))
     }
 }
@@ -342,7 +342,7 @@ fn position(body: &[u8]) -> Result<String> {
 
 /// Publishers with one request in flight each.
 pub struct Posts {
-    who: &'static str,
+    server_name: &'static str,
     pid: u32,
     poll: Poll,
     posters: Vec<Requester>,
@@ -363,7 +363,7 @@ impl Posts {
         Self::new("floor", server, connections, size, true)
     }
 
-    fn new(who: &'static str, server: &Process, connections: usize, size: usize, floor: bool) -> Result<Self> {
+    fn new(server_name: &'static str, server: &Process, connections: usize, size: usize, floor: bool) -> Result<Self> {
         let poll = Poll::new()?;
         let posters = requesters(server.addr(), floor, connections, &poll)?;
         if floor {
@@ -376,7 +376,7 @@ impl Posts {
         .into_bytes();
         Stamp { sequence: 0, sent: 0, channel: 0 }.put(size, &mut request);
         let pid = server.pid();
-        Ok(Posts { who, pid, poll, posters, request, floor, next: 0, top: None, busy_poll: false })
+        Ok(Posts { server_name, pid, poll, posters, request, floor, next: 0, top: None, busy_poll: false })
     }
 
     fn ask(&mut self, at: usize) -> Result<()> {
@@ -450,7 +450,7 @@ impl Posts {
         std::thread::sleep(Duration::from_millis(5));
         let cpu = sys::cpu(self.pid) - cpu;
         let load = sys::cpu(std::process::id()) - load;
-        Ok((Measure::of(self.who, done, last - begin, cpu, load, &latency, faults), sample))
+        Ok((Measure::of(self.server_name, done, last - begin, cpu, load, &latency, faults), sample))
     }
 }
 

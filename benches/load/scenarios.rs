@@ -390,28 +390,28 @@ fn floors(report: &mut Report, options: &Options) -> Result<()> {
         ("WebSocket, window 256, batched", "fan-batched", Ws, &ws, Pace::Window(256)),
     ];
     let mut all = Vec::new();
-    for (who, role, transport, frame, pace) in fans {
+    for (server_name, role, transport, frame, pace) in fans {
         let process = Process::floor(role, options.floor_core, &[])?;
-        let mut rig = fan::Rig::floor(who, &process, layout(transport), frame.clone(), options.busy_poll)?;
+        let mut rig = fan::Rig::floor(server_name, &process, layout(transport), frame.clone(), options.busy_poll)?;
         all.push(rig.run(pace, options.slice)?.0);
     }
     let many = calls::Layout { callers: 16, providers: 1, in_flight: 8, size: options.size };
     let one = calls::Layout { callers: 1, providers: 1, in_flight: 1, size: options.size };
     let relays =
         [("calls", "relay", many), ("calls, batched", "relay-batched", many), ("call 1 × 1", "relay-batched", one)];
-    for (who, role, layout) in relays {
+    for (server_name, role, layout) in relays {
         let process = Process::floor(role, options.floor_core, &[])?;
-        all.push(calls::Rig::floor(who, &process, layout, options.busy_poll)?.run(options.slice)?);
+        all.push(calls::Rig::floor(server_name, &process, layout, options.busy_poll)?.run(options.slice)?);
     }
     let body = [br#"{"events":["#.as_slice(), &event, br#"],"next":"AAAAAA-1","more":false,"gaps":[]}"#].concat();
     let answer = [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).as_bytes(), &body].concat();
     let process = Process::floor("hold", options.floor_core, &[])?;
     all.push(Measure {
-        who: "long-poll",
+        server_name: "long-poll",
         ..Polls::floor(&process, 100, options.size, Dialect::Tokens, answer)?.run(20.0, options.slice)?.0
     });
     let process = Process::floor("answer", options.floor_core, b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\n{}")?;
-    all.push(Measure { who: "publish", ..Posts::floor(&process, 16, options.size)?.run(options.slice)?.0 });
+    all.push(Measure { server_name: "publish", ..Posts::floor(&process, 16, options.size)?.run(options.slice)?.0 });
     report.repeats.push(all);
     Ok(())
 }
@@ -454,7 +454,7 @@ fn microstream(report: &mut Report, layout: calls::Layout, options: &Options) ->
         let mut repeat = vec![
             floor.run(half)?,
             logged(weir.run(options.slice), &server)?,
-            Measure { who: "weir, JSON-RPC", ..logged(native.run(half), &server)? },
+            Measure { server_name: "weir, JSON-RPC", ..logged(native.run(half), &server)? },
             floor.run(half)?,
         ];
         if let Some(hub) = &mut hub {
@@ -476,9 +476,9 @@ fn beside(report: &mut Report, readers: usize, rate: f64, options: &Options) -> 
     for _ in 0..options.repeat {
         let before = floor.run(slice / 2)?;
         // The baseline: the same calls without other clients on the server.
-        let alone = Measure { who: "floor", ..logged(weir.run(slice), &server)? };
+        let alone = Measure { server_name: "floor", ..logged(weir.run(slice), &server)? };
         let (crowded, crowd) = logged(with_crowd(&mut weir, &server, readers, rate, slice, options), &server)?;
-        report.repeats.push(vec![before, alone, Measure { who: "weir", ..crowded }, crowd]);
+        report.repeats.push(vec![before, alone, Measure { server_name: "weir", ..crowded }, crowd]);
     }
     report.what.push_str("; here the floor is weir without other clients");
     Ok(())
@@ -512,7 +512,10 @@ fn with_crowd(
         [lost, duplicated, misordered, gaps, failed] => Faults { lost, duplicated, misordered, gaps, failed },
         _ => bail!("unexpected output of the crowd: {line}"),
     };
-    Ok((calls, Measure { who: "(its readers)", figures: names.into_iter().zip(figures).collect(), done: 0, faults }))
+    Ok((
+        calls,
+        Measure { server_name: "(its readers)", figures: names.into_iter().zip(figures).collect(), done: 0, faults },
+    ))
 }
 
 struct Guard(std::process::Child);
@@ -564,7 +567,7 @@ fn adapter(report: &mut Report, layout: fan::Layout, name: &str, pace: Pace, opt
     logged(weir.run(pace, warm), &server)?;
     for _ in 0..options.repeat {
         let half = options.slice / 2;
-        let floor = |(measure, _): (Measure, _)| Measure { who: "floor", ..measure };
+        let floor = |(measure, _): (Measure, _)| Measure { server_name: "floor", ..measure };
         report.repeats.push(vec![
             floor(logged(native.run(pace, half), &own)?),
             logged(weir.run(pace, options.slice), &server)?.0,

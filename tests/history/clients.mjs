@@ -343,7 +343,7 @@ async function conversation(run, work) {
   const ws = new WebSocket(`${run.url().replace(/^http/, "ws")}/v1/ws`, { handshakeTimeout: run.patience });
   const waiting = new Map();
   const socket = { notified: () => {}, requested: () => null };
-  let heard = Date.now();
+  let lastInput = Date.now();
   let failed;
   socket.closed = new Promise((_, reject) => (failed = reject));
   socket.closed.catch(() => {});
@@ -359,12 +359,12 @@ async function conversation(run, work) {
   run.over.signal.addEventListener("abort", ended);
   // A paused node neither answers nor closes connections.
   const watch = setInterval(() => {
-    if (Date.now() - heard > run.patience) end(Object.assign(new Error("silence"), { code: "silence" }));
+    if (Date.now() - lastInput > run.patience) end(Object.assign(new Error("silence"), { code: "silence" }));
     else if (ws.readyState === WebSocket.OPEN) ws.ping();
   }, run.patience / 4);
-  ws.on("pong", () => (heard = Date.now()));
+  ws.on("pong", () => (lastInput = Date.now()));
   ws.on("message", text => {
-    heard = Date.now();
+    lastInput = Date.now();
     const message = JSON.parse(text);
     if (message.method === undefined) {
       const { resolve, reject } = waiting.get(message.id) ?? {};

@@ -40,17 +40,17 @@ function positions(writes, wrong) {
   const placed = new Map();
   for (const { channel, id, outcome, at } of writes) {
     if (outcome !== "placed") continue;
-    lay(placed, channel, at, id, "its writer", wrong);
+    record(placed, channel, at, id, "its writer", wrong);
   }
   return placed;
 }
 
-function lay(placed, channel, at, id, who, wrong) {
+function record(placed, channel, at, id, observer, wrong) {
   let log = placed.get(channel);
   if (!log) placed.set(channel, (log = new Map()));
   const before = log.get(key(at));
   if (before === undefined) log.set(key(at), id);
-  else if (before !== id) wrong(`${channel} ${key(at)} is ${before}, and to ${who} it is ${id}`);
+  else if (before !== id) wrong(`${channel} ${key(at)} is ${before}, and according to ${observer} ${id}`);
 }
 
 /** One reader of one channel, from its first event to its last. */
@@ -73,7 +73,7 @@ function timeline(reader, placed, verdict) {
       verdict.missed += gap.missed ?? 0;
       const [after, next] = [gap.after && parse(gap.after), parse(gap.next)];
       if (after && next && after.epoch === next.epoch) {
-        if (gap.missed !== null && gap.missed !== next.offset - after.offset - 1) wrong(`a gap from ${gap.after} to ${gap.next} says that ${gap.missed} are missing`);
+        if (gap.missed !== null && gap.missed !== next.offset - after.offset - 1) wrong(`a gap from ${gap.after} to ${gap.next} counts ${gap.missed} missing events`);
         if (next.offset <= after.offset) wrong(`a gap leads back from ${gap.after} to ${gap.next}`);
       }
       if (gap.reason === "reset") {
@@ -87,7 +87,7 @@ function timeline(reader, placed, verdict) {
       continue;
     }
     const { event } = entry;
-    lay(placed, channel, event, event.id, name, wrong);
+    record(placed, channel, event, event.id, name, wrong);
     if (reader.consumer && (last || expected)) {
       // The server stores the position: a failover that loses the last commits moves it.
       const follows = expected ? leads(expected, event) : last.epoch === event.epoch && event.offset === last.offset + 1;
@@ -112,7 +112,7 @@ function timeline(reader, placed, verdict) {
     time = event.time;
     [last, expected, reconnected] = [event, undefined, false];
   }
-  if (reader.until !== undefined && !seen.some(entry => entry.event?.id === reader.until)) wrong(`never came to the end (${reader.until}); its last is ${last ? key(last) : "nothing"}`);
+  if (reader.until !== undefined && !seen.some(entry => entry.event?.id === reader.until)) wrong(`did not read to the end (${reader.until}); its last is ${last ? key(last) : "nothing"}`);
 }
 
 /** Whether a gap that ends at `next` may be followed by `event`. In a channel without a log any event may be the first. */
@@ -170,8 +170,8 @@ function judgeCalls(calls, runs, wrong) {
   for (const [id, times] of ran) if (times.length > 1) wrong(`call ${id} ran ${times.length} times, by ${times.map(run => run.by)}`);
   for (const call of calls) {
     const times = ran.get(call.id) ?? [];
-    if (call.outcome === "result" && !times.some(run => run.by === call.by)) wrong(`call ${call.id} has a result of ${call.by}, who did not run it`);
-    if (call.outcome === "error" && call.executed === "no" && times.length) wrong(`call ${call.id} was said not to have run (${call.code}), and ran by ${times[0].by}`);
+    if (call.outcome === "result" && !times.some(run => run.by === call.by)) wrong(`call ${call.id} has a result of ${call.by}, which did not execute it`);
+    if (call.outcome === "error" && call.executed === "no" && times.length) wrong(`call ${call.id} was reported as not executed (${call.code}), and was executed by ${times[0].by}`);
   }
 }
 

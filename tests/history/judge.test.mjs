@@ -52,11 +52,11 @@ test("missing, misordered and wrong events are found", () => {
   finds(/after e1-2 came e1-1, and no gap/, { writes, readers: [reader([event(2, "w2", "e1", 1), event(1)])] });
   finds(/without a gap/, { writes: [...writes, placed(2, "x2", "e2")], readers: [reader([event(1), event(2, "x2", "e2")])] });
   finds(/after a gap to e1-3 came e1-4/, { writes, readers: [reader([event(1), gap("trimmed", "e1-1", "e1-3", 1), event(4)])] });
-  finds(/says that 7 are missing/, { writes, readers: [reader([event(1), gap("trimmed", "e1-1", "e1-3", 7), event(3)])] });
+  finds(/counts 7 missing events/, { writes, readers: [reader([event(1), gap("trimmed", "e1-1", "e1-3", 7), event(3)])] });
   finds(/time goes back/, { writes, readers: [reader([event(1), event(2, "w2", "e1", 0)])] });
-  finds(/never came to the end/, { writes, readers: [reader([event(1)], { until: "w4" })] });
-  finds(/is w2, and to r it is w9/, { writes: [...writes, { channel: "c", id: "w9", outcome: "maybe" }], readers: [reader([event(1), event(2, "w9")])] });
-  finds(/is a, and to its writer it is b/, { writes: [placed(1, "a"), placed(1, "b")] });
+  finds(/did not read to the end/, { writes, readers: [reader([event(1)], { until: "w4" })] });
+  finds(/is w2, and according to r w9/, { writes: [...writes, { channel: "c", id: "w9", outcome: "maybe" }], readers: [reader([event(1), event(2, "w9")])] });
+  finds(/is a, and according to its writer b/, { writes: [placed(1, "a"), placed(1, "b")] });
 });
 
 test("writes that must not appear are found", () => {
@@ -76,8 +76,8 @@ test("calls executed twice or not at all are found", () => {
   const result = { id: 1, asked: 1, outcome: "result", by: "p" };
   assert.deepEqual(judge({ calls: [result], runs: [{ id: 1, by: "p" }] }).violations, []);
   finds(/ran 2 times/, { calls: [result], runs: [{ id: 1, by: "p" }, { id: 1, by: "q" }] });
-  finds(/who did not run it/, { calls: [result] });
-  finds(/said not to have run/, { calls: [{ id: 1, asked: 1, outcome: "error", executed: "no", code: "busy" }], runs: [{ id: 1, by: "p" }] });
+  finds(/which did not execute it/, { calls: [result] });
+  finds(/reported as not executed/, { calls: [{ id: 1, asked: 1, outcome: "error", executed: "no", code: "busy" }], runs: [{ id: 1, by: "p" }] });
 });
 
 test("fencing tokens that do not protect are found", () => {

@@ -44,18 +44,18 @@ async function elsewhere(t, html = "<!doctype html><title>elsewhere</title>") {
   return server.address().port;
 }
 
-/** In the page: a stream that records its events in `window.heard`. */
+/** In the page: a stream that records its events in `window.received`. */
 const listen = (page, url) =>
   page.evaluate(url => {
-    const heard = (window.heard = { data: [], opens: 0, named: [], states: [] });
+    const received = (window.received = { data: [], opens: 0, named: [], states: [] });
     const source = (window.source = new EventSource(url));
-    source.onmessage = event => heard.data.push(JSON.parse(event.data).data);
-    source.addEventListener("weir.open", () => (heard.opens += 1));
-    for (const name of ["weir.gap", "weir.retry"]) source.addEventListener(name, event => heard.named.push([name, JSON.parse(event.data)]));
-    source.onerror = () => heard.states.push(source.readyState);
+    source.onmessage = event => received.data.push(JSON.parse(event.data).data);
+    source.addEventListener("weir.open", () => (received.opens += 1));
+    for (const name of ["weir.gap", "weir.retry"]) source.addEventListener(name, event => received.named.push([name, JSON.parse(event.data)]));
+    source.onerror = () => received.states.push(source.readyState);
   }, url);
-const heard = page => page.evaluate(() => window.heard);
-const hears = (page, what, probe) => until(what, async () => probe(await heard(page)));
+const received = page => page.evaluate(() => window.received);
+const receives = (page, what, probe) => until(what, async () => probe(await received(page)));
 
 test("the page at / subscribes, publishes and calls", async t => {
   const weir = await Weir.start(t);
@@ -87,18 +87,18 @@ test("EventSource", async t => {
     const relay = await Relay.start(t, weir.port);
     const page = await open(t, `${relay.url}/health/live`);
     await listen(page, "/v1/sse?channel=orders");
-    await hears(page, "the opening", ({ opens }) => opens === 1);
+    await receives(page, "the opening", ({ opens }) => opens === 1);
     relay.refuse(true);
     relay.cut();
     await weir.publish("orders", 0);
     relay.refuse(false);
-    await hears(page, "the event that was missed", ({ data }) => data.length === 1);
+    await receives(page, "the event that was missed", ({ data }) => data.length === 1);
     for (let n = 1; n < 20; n += 1) {
       if (n === 10) relay.cut();
       await weir.publish("orders", n);
     }
-    await hears(page, "all events", ({ data }) => data.length >= 20);
-    const { data, named } = await heard(page);
+    await receives(page, "all events", ({ data }) => data.length >= 20);
+    const { data, named } = await received(page);
     assert.deepEqual(data, Array.from({ length: 20 }, (_, n) => n));
     assert.deepEqual(named, []);
   });
@@ -107,16 +107,16 @@ test("EventSource", async t => {
     const first = await Weir.start(t, { env: { WEIR__DRAIN__WINDOW: "100ms", WEIR__DRAIN__GRACE: "2s" } });
     const page = await open(t, `${first.url}/health/live`);
     await listen(page, "/v1/sse?channel=life");
-    await hears(page, "the opening", ({ opens }) => opens === 1);
+    await receives(page, "the opening", ({ opens }) => opens === 1);
     await first.publish("life", "first");
-    await hears(page, "the first event", ({ data }) => data.length === 1);
+    await receives(page, "the first event", ({ data }) => data.length === 1);
     first.kill("SIGTERM");
-    await hears(page, "weir.retry", ({ named }) => named.some(([name, data]) => name === "weir.retry" && data.code === "draining"));
+    await receives(page, "weir.retry", ({ named }) => named.some(([name, data]) => name === "weir.retry" && data.code === "draining"));
     assert.equal((await within("the exit", first.exited)).code, 0);
     const second = await Weir.start(t, { port: first.port });
     await second.publish("life", "second");
-    await hears(page, "the second event", ({ data }) => data.length === 2);
-    const { data, named, states } = await heard(page);
+    await receives(page, "the second event", ({ data }) => data.length === 2);
+    const { data, named, states } = await received(page);
     assert.deepEqual(data, ["first", "second"]);
     assert.equal(named.find(([name]) => name === "weir.gap")?.[1].reason, "reset");
     assert.ok(!states.includes(2), "the browser gave up");
@@ -126,11 +126,11 @@ test("EventSource", async t => {
     const first = await Weir.start(t);
     const page = await open(t, `${first.url}/health/live`);
     await listen(page, "/v1/sse?channel=killed");
-    await hears(page, "the opening", ({ opens }) => opens === 1);
+    await receives(page, "the opening", ({ opens }) => opens === 1);
     await first.kill();
     const second = await Weir.start(t, { port: first.port });
     await second.publish("killed", "back");
-    await hears(page, "the event", ({ data }) => data.includes("back"));
+    await receives(page, "the event", ({ data }) => data.includes("back"));
   });
 });
 
@@ -142,7 +142,7 @@ test("from another origin", async t => {
     await t.test(`on another port of ${host} a page can stream, publish, call and open sockets`, async t => {
       const page = await open(t, `http://${host}:${port}/`);
       await listen(page, `${weir.url}/v1/sse?channel=cors-${host}`);
-      await hears(page, "the opening", ({ opens }) => opens === 1);
+      await receives(page, "the opening", ({ opens }) => opens === 1);
       const placed = await page.evaluate(async url => {
         const answer = await fetch(url, {
           method: "POST",
@@ -152,7 +152,7 @@ test("from another origin", async t => {
         return { status: answer.status, body: await answer.json() };
       }, `${weir.url}/v1/events?channel=cors-${host}`);
       assert.equal(placed.status, 201);
-      await hears(page, "the event", ({ data }) => data.length === 1);
+      await receives(page, "the event", ({ data }) => data.length === 1);
       const resumed = await page.evaluate(async ([url, id]) => {
         const answer = await fetch(url, { headers: { accept: "text/event-stream", "last-event-id": id } });
         const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

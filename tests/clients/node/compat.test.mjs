@@ -23,22 +23,22 @@ const SECRET = "s3cret";
 function ganomede(t, weir, clientId, { secret = SECRET, channels = [] } = {}) {
   const agent = new http.Agent({ keepAlive: true });
   const client = new Client(clientId, { secret, hostname: "127.0.0.1", port: weir.port, agent });
-  const heard = { client, events: [], errors: [], cycles: 0 };
-  client.on("error", error => heard.errors.push(error));
-  client.on("cycle", () => (heard.cycles += 1));
-  const listener = event => heard.events.push(event);
+  const received = { client, events: [], errors: [], cycles: 0 };
+  client.on("error", error => received.errors.push(error));
+  client.on("cycle", () => (received.cycles += 1));
+  const listener = event => received.events.push(event);
   for (const channel of channels) client.on(channel, listener);
-  heard.stop = () => {
+  received.stop = () => {
     for (const channel of channels) client.removeListener(channel, listener);
     agent.destroy();
   };
-  t.after(heard.stop);
-  heard.send = (channel, event) =>
+  t.after(received.stop);
+  received.send = (channel, event) =>
     within("the answer to send", new Promise((resolve, reject) => {
       client.send(channel, event, (error, sent) => (error ? reject(error) : resolve(sent)));
     }));
-  heard.ids = () => heard.events.map(event => event.id);
-  return heard;
+  received.ids = () => received.events.map(event => event.id);
+  return received;
 }
 
 const serve = (t, options = {}) =>
@@ -54,12 +54,12 @@ test("npm ganomede-events", async t => {
     assert.deepEqual({ ...sent, timestamp: 0 }, { id: 1, timestamp: 0, type: "add", from: "test", data: { name: "é" } });
     await one.send("users/v1", { from: "test", type: "bare" });
     await weir.publish("users/v1", "native");
-    for (const heard of [one, two]) {
-      await until("three events", () => heard.events.length >= 3);
-      assert.deepEqual(heard.ids(), [1, 2, 3]);
-      assert.deepEqual(heard.events[0], sent);
-      assert.ok(!("data" in heard.events[1]));
-      assert.deepEqual([heard.events[2].type, heard.events[2].from, heard.events[2].data], ["message", "", { value: "native" }]);
+    for (const received of [one, two]) {
+      await until("three events", () => received.events.length >= 3);
+      assert.deepEqual(received.ids(), [1, 2, 3]);
+      assert.deepEqual(received.events[0], sent);
+      assert.ok(!("data" in received.events[1]));
+      assert.deepEqual([received.events[2].type, received.events[2].from, received.events[2].data], ["message", "", { value: "native" }]);
     }
     // Empty polls wait, and nothing is repeated.
     const before = one.cycles;
@@ -83,10 +83,10 @@ test("npm ganomede-events", async t => {
   });
 
   await t.test("latest and indices", async t => {
-    const heard = ganomede(t, weir, "reader");
-    for (const user of ["ann", "bob", "ann"]) await heard.send("bans", { from: "test", type: "ban", data: { user } });
+    const received = ganomede(t, weir, "reader");
+    for (const user of ["ann", "bob", "ann"]) await received.send("bans", { from: "test", type: "ban", data: { user } });
     const latest = await within("latest", new Promise((resolve, reject) =>
-      heard.client.getLatestEvents("bans", 2, (error, events) => (error ? reject(error) : resolve(events)))));
+      received.client.getLatestEvents("bans", 2, (error, events) => (error ? reject(error) : resolve(events)))));
     assert.deepEqual(latest.map(event => event.id), [2, 3]);
     const indexer = new IndexerClient({ protocol: "http", hostname: "127.0.0.1", port: weir.port, secret: SECRET });
     const ask = (method, ...args) =>
@@ -112,30 +112,30 @@ test("npm ganomede-events", async t => {
 
 test("npm ganomede-events over a restart of the memory bus", async t => {
   const weir = await serve(t);
-  const heard = ganomede(t, weir, "survivor", { channels: ["orders"] });
-  for (let n = 1; n <= 3; n += 1) await heard.send("orders", { from: "test", type: "t", data: { n } });
-  await until("three events", () => heard.events.length === 3);
+  const received = ganomede(t, weir, "survivor", { channels: ["orders"] });
+  for (let n = 1; n <= 3; n += 1) await received.send("orders", { from: "test", type: "t", data: { n } });
+  await until("three events", () => received.events.length === 3);
   await weir.kill();
   const again = await serve(t, { port: weir.port });
   // Ids restart; the client still requests events after the third.
   await again.publish("orders", { n: 4 });
-  await until("the event of the new log", () => heard.events.length === 4, 2 * PATIENCE);
-  assert.deepEqual([heard.events[3].id, heard.events[3].data], [1, { n: 4 }]);
+  await until("the event of the new log", () => received.events.length === 4, 2 * PATIENCE);
+  assert.deepEqual([received.events[3].id, received.events[3].data], [1, { n: 4 }]);
   await again.publish("orders", { n: 5 });
-  await until("the next", () => heard.events.length === 5);
-  assert.deepEqual(heard.events[4].data, { n: 5 });
+  await until("the next", () => received.events.length === 5);
+  assert.deepEqual(received.events[4].data, { n: 5 });
 });
 
 /** An EventSource that records events of these types. */
 function listen(t, url, names, Source = EventSource) {
   const source = new Source(url);
   t.after(() => source.close());
-  const heard = { source, events: [], opens: 0, errors: 0 };
-  for (const name of ["message", ...names]) source.addEventListener(name, event => heard.events.push([name, JSON.parse(event.data || "null")]));
-  source.onopen = () => (heard.opens += 1);
-  source.onerror = () => (heard.errors += 1);
-  heard.of = name => heard.events.filter(([given]) => given === name).map(([, data]) => data);
-  return heard;
+  const received = { source, events: [], opens: 0, errors: 0 };
+  for (const name of ["message", ...names]) source.addEventListener(name, event => received.events.push([name, JSON.parse(event.data || "null")]));
+  source.onopen = () => (received.opens += 1);
+  source.onerror = () => (received.errors += 1);
+  received.of = name => received.events.filter(([given]) => given === name).map(([, data]) => data);
+  return received;
 }
 
 const publish = (weir, events) => weir.json("POST", "/publish", { events }, { "content-type": "application/json" });
@@ -147,19 +147,19 @@ test("node-sse-server's browsers", async t => {
 
   await t.test("npm eventsource registers, receives events and reconnects", async t => {
     const relay = await Relay.start(t, weir.port);
-    const heard = listen(t, `${relay.url}/subscribe?channels=a,b&clientId=me`, names);
-    await until("presence", () => heard.of("online-presence").length === 1);
-    assert.deepEqual(heard.events.map(([name]) => name), ["registered", "lastEvent", "lastEvent", "online-presence"]);
-    assert.deepEqual(JSON.parse(heard.of("registered")[0].payload), { clientId: "me" });
+    const received = listen(t, `${relay.url}/subscribe?channels=a,b&clientId=me`, names);
+    await until("presence", () => received.of("online-presence").length === 1);
+    assert.deepEqual(received.events.map(([name]) => name), ["registered", "lastEvent", "lastEvent", "online-presence"]);
+    assert.deepEqual(JSON.parse(received.of("registered")[0].payload), { clientId: "me" });
     await publish(weir, [
       { channelName: "a", type: "greeting", payload: JSON.stringify({ text: "hi" }) },
       { channelName: "b", type: "message", payload: "x" },
     ]);
-    await until("two events", () => heard.of("greeting").length === 1 && heard.of("message").length === 1);
-    assert.deepEqual(heard.of("greeting")[0], { channelName: "a", type: "greeting", payload: '{"text":"hi"}' });
+    await until("two events", () => received.of("greeting").length === 1 && received.of("message").length === 1);
+    assert.deepEqual(received.of("greeting")[0], { channelName: "a", type: "greeting", payload: '{"text":"hi"}' });
     relay.cut();
-    await until("the second registration", () => heard.of("registered").length === 2);
-    const last = heard.of("lastEvent").slice(2).find(event => event.channelName === "a");
+    await until("the second registration", () => received.of("registered").length === 2);
+    const last = received.of("lastEvent").slice(2).find(event => event.channelName === "a");
     assert.deepEqual(JSON.parse(last.payload), { type: "greeting", payload: '{"text":"hi"}' });
   });
 
@@ -174,12 +174,12 @@ test("node-sse-server's browsers", async t => {
     const page = await browser.newPage();
     await page.goto(`http://127.0.0.1:${server.address().port}/`);
     await page.evaluate(url => {
-      window.heard = [];
+      window.received = [];
       const source = new EventSource(`${url}/subscribe?channels=page&clientId=browser`);
       for (const name of ["registered", "lastEvent", "online-presence", "greeting"])
-        source.addEventListener(name, event => window.heard.push([name, JSON.parse(event.data)]));
+        source.addEventListener(name, event => window.received.push([name, JSON.parse(event.data)]));
     }, weir.url);
-    const names = () => page.evaluate(() => window.heard.map(([name]) => name));
+    const names = () => page.evaluate(() => window.received.map(([name]) => name));
     await until("presence in the page", async () => (await names()).includes("online-presence"));
     // A page can publish, too: the preflight allows its headers.
     const status = await page.evaluate(async url => {
@@ -188,7 +188,7 @@ test("node-sse-server's browsers", async t => {
     }, weir.url);
     assert.equal(status, 200);
     await until("the greeting", async () => (await names()).includes("greeting"));
-    const [, greeting] = await page.evaluate(() => window.heard.find(([name]) => name === "greeting"));
+    const [, greeting] = await page.evaluate(() => window.received.find(([name]) => name === "greeting"));
     assert.deepEqual(greeting, { channelName: "page", type: "greeting", payload: "from the page" });
   });
 });
@@ -196,13 +196,13 @@ test("node-sse-server's browsers", async t => {
 test("EventStream clients with configured routes", async t => {
   const routes = '[{ path = "/api/events/{id}", channels = ["events-{id}", "all"] }]';
   const weir = await Weir.start(t, { env: { WEIR__COMPAT__SSE__ROUTES: routes } });
-  const heard = listen(t, `${weir.url}/api/events/7`, ["stream-open", "created"]);
-  await until("stream-open", () => heard.opens === 1);
+  const received = listen(t, `${weir.url}/api/events/7`, ["stream-open", "created"]);
+  await until("stream-open", () => received.opens === 1);
   await weir.watched("events-7");
   await weir.publish("events-7", { n: 1 }, "&type=created");
   await weir.publish("all", { n: 2 });
-  await until("both", () => heard.of("created").length === 1 && heard.of("message").length === 1);
-  assert.deepEqual([heard.of("created")[0], heard.of("message")[0]], [{ n: 1 }, { n: 2 }]);
+  await until("both", () => received.of("created").length === 1 && received.of("message").length === 1);
+  assert.deepEqual([received.of("created")[0], received.of("message")[0]], [{ n: 1 }, { n: 2 }]);
   assert.equal((await fetch(`${weir.url}/api/events/7`, { headers: { accept: "application/json" } })).status, 406);
 });
 
@@ -231,15 +231,15 @@ test("on Redis, after a restart and between nodes", async t => {
   });
   const page = listen(t, `${browsers.url}/subscribe?channels=orders`, ["registered", "lastEvent", "t"]);
   await until("the page", () => page.of("lastEvent").length === 1);
-  const heard = ganomede(t, weir, "survivor", { channels: ["orders"] });
-  for (let n = 1; n <= 3; n += 1) await heard.send("orders", { from: "test", type: "t", data: { n } });
-  await until("three events", () => heard.events.length === 3 && page.of("t").length === 3);
+  const received = ganomede(t, weir, "survivor", { channels: ["orders"] });
+  for (let n = 1; n <= 3; n += 1) await received.send("orders", { from: "test", type: "t", data: { n } });
+  await until("three events", () => received.events.length === 3 && page.of("t").length === 3);
   assert.deepEqual(page.of("t").map(event => event.payload), ['{"n":1}', '{"n":2}', '{"n":3}']);
   await weir.kill();
   await publish(browsers, [{ channelName: "orders", type: "t", payload: "meanwhile" }]);
   await serve(t, { port: weir.port, env });
-  await until("the missed events", () => heard.events.length === 4, 2 * PATIENCE);
-  assert.deepEqual([heard.events[3].id, heard.events[3].data], [4, { value: "meanwhile" }]);
+  await until("the missed events", () => received.events.length === 4, 2 * PATIENCE);
+  assert.deepEqual([received.events[3].id, received.events[3].data], [4, { value: "meanwhile" }]);
   const last = await browsers.json("GET", "/lastEvent?channel=orders");
   assert.deepEqual(JSON.parse(last.response), { type: "t", payload: "meanwhile" });
 });

@@ -31,7 +31,7 @@ function listen(t, url, names = ["weir.gap", "weir.retry", "weir.position"]) {
   source.onerror = event => stream.errors.push(event);
   stream.values = () => stream.data.map(text => JSON.parse(text).data);
   stream.opened = count => until(`opening ${count}`, () => stream.opens.length >= count);
-  stream.heard = count => until(`${count} events`, () => stream.data.length >= count);
+  stream.receives = count => until(`${count} events`, () => stream.data.length >= count);
   return stream;
 }
 
@@ -45,7 +45,7 @@ test("npm eventsource", async t => {
     assert.notEqual(stream.opens[0].lastEventId, "");
     await weir.publish("orders", { id: 7 }, "&type=created");
     await weir.publish("orders", { id: 8 });
-    await stream.heard(2);
+    await stream.receives(2);
     assert.deepEqual(stream.values(), [{ id: 7 }, { id: 8 }]);
     assert.equal(JSON.parse(stream.data[0]).type, "created");
     for (const [index, id] of stream.ids.entries()) {
@@ -62,7 +62,7 @@ test("npm eventsource", async t => {
     relay.cut();
     await weir.publish("early", "while away");
     relay.refuse(false);
-    await stream.heard(1);
+    await stream.receives(1);
     assert.deepEqual(stream.values(), ["while away"]);
     assert.equal(stream.sent[0], null);
     assert.equal(stream.sent.at(-1), stream.opens[0].lastEventId);
@@ -78,7 +78,7 @@ test("npm eventsource", async t => {
       if (n % 10 === 5) relay.cut();
       await weir.publish("cut", n);
     }
-    await stream.heard(30);
+    await stream.receives(30);
     assert.deepEqual(stream.values(), Array.from({ length: 30 }, (_, n) => n));
     assert.deepEqual(stream.named, []);
   });
@@ -92,7 +92,7 @@ test("npm eventsource", async t => {
       if (n === 10) relay.cut();
       await weir.publish(channel, n);
     }
-    await stream.heard(20);
+    await stream.receives(20);
     assert.deepEqual(new Set(stream.values()), new Set(channels.keys()));
     assert.deepEqual(stream.named, []);
   });
@@ -108,7 +108,7 @@ test("npm eventsource", async t => {
     await reader.cancel();
     assert.doesNotMatch(text, /^:\n\n/m);
     await weir.publish("still", "real");
-    await stream.heard(1);
+    await stream.receives(1);
     assert.deepEqual(stream.values(), ["real"]);
   });
 
@@ -118,7 +118,7 @@ test("npm eventsource", async t => {
     await weir.publish("filtered", 1, "&type=other");
     await until("weir.position", () => stream.named.some(([name]) => name === "weir.position"));
     await weir.publish("filtered", 2, "&type=wanted");
-    await stream.heard(1);
+    await stream.receives(1);
     assert.deepEqual(stream.values(), [2]);
   });
 
@@ -127,14 +127,14 @@ test("npm eventsource", async t => {
     const stream = listen(t, `${relay.url}/v1/sse?channel=trim`);
     await stream.opened(1);
     await weir.publish("trim", 1);
-    await stream.heard(1);
+    await stream.receives(1);
     relay.refuse(true);
     relay.cut();
     const placed = [];
     for (const n of [2, 3, 4]) placed.push(await weir.publish("trim", n));
     await weir.json("DELETE", `/v1/events?channel=trim&before=${placed[2].epoch}-${placed[2].offset}`);
     relay.refuse(false);
-    await stream.heard(2);
+    await stream.receives(2);
     assert.deepEqual(stream.values(), [1, 4]);
     const [[name, gap]] = stream.named;
     assert.equal(name, "weir.gap");
@@ -150,7 +150,7 @@ test("npm eventsource", async t => {
     await stream.opened(1);
     await weir.publish("html", "<li>\n one\n</li>", "&type=row");
     await weir.publish("html", { a: 1 });
-    await stream.heard(1);
+    await stream.receives(1);
     await until("the row", () => rows.length === 1);
     assert.deepEqual(rows, ["<li>\n one\n</li>"]);
     assert.deepEqual(stream.data, ['{"a":1}']);
@@ -161,11 +161,11 @@ test("npm eventsource", async t => {
     const stream = listen(t, `${first.url}/v1/sse?channel=life`);
     await stream.opened(1);
     await first.publish("life", 1);
-    await stream.heard(1);
+    await stream.receives(1);
     await first.kill();
     const second = await Weir.start(t, { port: first.port });
     await second.publish("life", 2);
-    await stream.heard(2);
+    await stream.receives(2);
     assert.deepEqual(stream.values(), [1, 2]);
     assert.equal(stream.named.find(([name]) => name === "weir.gap")?.[1].reason, "reset");
   });
@@ -183,7 +183,7 @@ test("npm eventsource", async t => {
     const second = await Weir.start(t, { port: first.port });
     await stream.opened(2);
     await second.publish("drain", "hello again");
-    await stream.heard(1);
+    await stream.receives(1);
     assert.deepEqual(stream.values(), ["hello again"]);
   });
 

@@ -44,9 +44,9 @@ async function behind(t, { route = {}, env = {} } = {}, make) {
 async function listen(t, url, names = ["message"]) {
   const source = new EventSource(url);
   t.after(() => source.close());
-  const stream = { source, heard: [] };
-  for (const name of names) source.addEventListener(name, event => stream.heard.push([name, event.data]));
-  stream.hears = count => until(`${count} events at ${url}`, () => stream.heard.length >= count && stream.heard);
+  const stream = { source, received: [] };
+  for (const name of names) source.addEventListener(name, event => stream.received.push([name, event.data]));
+  stream.receives = count => until(`${count} events at ${url}`, () => stream.received.length >= count && stream.received);
   await within(`${url} to open`, once(source, "stream-open"));
   return stream;
 }
@@ -72,11 +72,11 @@ for (const [how, grip, route] of [
     await stream.publishEvent("b", { event: "message", data: "only b" });
     await stream.publishEvent("a", { event: "message", data: null });
     const a1 = ["message", JSON.stringify({ n: 1, text: "ü\n" })];
-    assert.deepEqual(await one.hears(2), [a1, ["message", "null"]]);
-    const heard = await two.hears(3);
+    assert.deepEqual(await one.receives(2), [a1, ["message", "null"]]);
+    const received = await two.receives(3);
     // Order is guaranteed within a channel.
-    assert.deepEqual(heard.filter(([, data]) => data !== '"only b"'), [a1, ["message", "null"]]);
-    assert.ok(heard.some(([, data]) => data === '"only b"'));
+    assert.deepEqual(received.filter(([, data]) => data !== '"only b"'), [a1, ["message", "null"]]);
+    assert.ok(received.some(([, data]) => data === '"only b"'));
     // The native API reads the same events.
     const { events } = await weir.json("GET", "/v1/events?channel=events-a");
     assert.deepEqual(events.map(({ type, data, meta }) => [type, data, meta]), [
@@ -85,7 +85,7 @@ for (const [how, grip, route] of [
     ]);
     // The stream receives events of the native API.
     await weir.publish("events-a", { from: "elsewhere" }, "&type=message");
-    assert.deepEqual((await one.hears(3))[2], ["message", '{"from":"elsewhere"}']);
+    assert.deepEqual((await one.receives(3))[2], ["message", '{"from":"elsewhere"}']);
     one.source.close();
     two.source.close();
     await weir.watched("events-a", 0);
@@ -101,7 +101,7 @@ test("an event published right after the opening is never lost", async t => {
   for (let round = 0; round < 25; round += 1) {
     const one = await listen(t, `${proxy}/api/room${round}`);
     await stream.publishEvent(`room${round}`, { event: "message", data: round });
-    assert.deepEqual(await one.hears(1), [["message", String(round)]]);
+    assert.deepEqual(await one.receives(1), [["message", String(round)]]);
     one.source.close();
   }
 });
@@ -212,16 +212,16 @@ test("a page in Chromium is served and streamed through the same proxy", async t
   const page = await browser.newPage();
   await page.goto(proxy);
   const opened = page.evaluate(() => {
-    window.heard = [];
+    window.received = [];
     window.source = new EventSource("/api/a");
-    window.source.onmessage = event => window.heard.push(event.data);
+    window.source.onmessage = event => window.received.push(event.data);
     return new Promise(resolve => window.source.addEventListener("stream-open", () => resolve(true)));
   });
   assert.ok(await within("the stream to open", opened));
   await stream.publishEvent("a", { event: "message", data: { text: "hello" } });
   await weir.publish("events-a", "from a service", "&type=message");
-  await until("two events in the page", () => page.evaluate(() => window.heard.length >= 2));
-  assert.deepEqual(await page.evaluate(() => window.heard), ['{"text":"hello"}', '"from a service"']);
+  await until("two events in the page", () => page.evaluate(() => window.received.length >= 2));
+  assert.deepEqual(await page.evaluate(() => window.received), ['{"text":"hello"}', '"from a service"']);
   await page.evaluate(() => window.source.close());
   await weir.watched("events-a", 0);
 });

@@ -182,7 +182,7 @@ test("a duplicate is rejected with the error of the original", async t => {
     assert.equal(error.message, "DUPLICATE_SERVICE_REGISTRATION");
     assert.deepEqual(error.data, refusal);
   }
-  assert.deepEqual(a.disconnects, [], "who has the name keeps it");
+  assert.deepEqual(a.disconnects, [], "the first client keeps its name");
   const b = await MicroStream.connect(t, weir.url, "B");
   assert.deepEqual(await b.request("A", "add", { a: 1, b: 2 }), { sum: 3 });
 
@@ -257,7 +257,7 @@ test("a late response is delivered; forged, unknown and repeated ones are droppe
   a.socket.emit("response", { id: "late", response: { at: "last" }, extra: 1 });
   await until("the late response", () => b.late.length);
   a.socket.emit("response", { id: "late", response: { twice: true } });
-  a.socket.emit("response", { id: "nobody's", response: {} });
+  a.socket.emit("response", { id: "unknown", response: {} });
   assert.deepEqual(await a.request("B", "echo", { still: "here" }), { still: "here" });
   assert.deepEqual(b.late, [{ id: "late", response: { at: "last" } }]);
 });
@@ -374,8 +374,8 @@ test("the handshake, headers and errors of Engine.IO, byte for byte", async t =>
   assert.equal(headers.get("cache-control"), "no-store");
   assert.equal(headers.get("access-control-allow-origin"), "*");
   const sid = JSON.parse(text.slice(1)).sid;
-  const said = await get(weir, `${POLL}&sid=${sid}`, { method: "POST", body: "40" });
-  assert.deepEqual([said.status, said.text, said.headers.get("content-type")], [200, "ok", "text/html"]);
+  const posted = await get(weir, `${POLL}&sid=${sid}`, { method: "POST", body: "40" });
+  assert.deepEqual([posted.status, posted.text, posted.headers.get("content-type")], [200, "ok", "text/html"]);
   assert.match((await get(weir, `${POLL}&sid=${sid}`)).text, /^40\{"sid":"[\w-]{20}"\}$/);
   for (const [query, code, message, options] of [
     ["?EIO=3&transport=polling", 5, "Unsupported protocol version"],
