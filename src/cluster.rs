@@ -1,6 +1,6 @@
 //! What the nodes of one weir know of each other: the members, the holders of names, and messages between nodes.
 //!
-//! [`Members`], [`Lease`], [`Roster`] and [`Inbox`] are handles; dropping one ends what it stands for. Each is read with a
+//! [`ClusterMembers`], [`Lease`], [`Roster`] and [`Inbox`] are handles; dropping one ends what it stands for. Each is read with a
 //! non-blocking `take`, and `ready` waits until there is something to take, so that readers can be tested under a
 //! stopped clock. A node is not among its own members.
 
@@ -22,18 +22,18 @@ pub use self::{
     lease::{Claim, ClaimError, Lease},
     message::{MessageKind, Priority, SendOutcome},
     node_id::NodeId,
-    watchers::{Member, Members, Roster, RosterEntry},
+    watchers::{ClusterMember, ClusterMembers, Roster, RosterEntry},
 };
 pub(crate) use self::{
     lease::{LeaseBackend, LeaseState},
-    peer_links::{Batch, BatchOutcome, PeerLinks, ReceiveOutcome},
+    peer_links::{BatchOutcome, MessageBatch, PeerLinks, ReceiveOutcome},
     watchers::Watchers,
 };
 
 /// The contract of a cluster backend. No method blocks: what is impossible at the moment fails at once.
 pub trait Cluster: Send + Sync {
     /// The members at present, then every change.
-    fn members(&self) -> Members;
+    fn members(&self) -> ClusterMembers;
 
     /// Claims a name. A shared name has any number of holders, at most one per node, as long as no node holds it
     /// exclusively. Claiming a name that this node holds already replaces the lease by one with a higher fencing token.

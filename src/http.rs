@@ -27,7 +27,7 @@ use crate::{
     auth::Identity,
     compat::{Adapter, Compat},
     error::{Code, Error, Retry},
-    metrics::Status,
+    metrics::StatusClass,
     net::server::{HttpService, ListenerOptions, Rejected},
     node::Node,
     pattern::Pattern,
@@ -207,7 +207,7 @@ impl Endpoint {
 
     /// What holds for every answer, an adapter's too.
     fn finish(&self, version: Version, mut answer: Response) -> Response {
-        self.node.metrics.requests[Status::of(answer.status().as_u16())].add(1);
+        self.node.metrics.requests[StatusClass::new(answer.status().as_u16())].add(1);
         let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
         // Whoever comes back, comes back to a node that stays. (HTTP/2 has a frame for it, not a header.)
         if self.node.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {

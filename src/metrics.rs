@@ -1,11 +1,11 @@
-//! Every metric, with its name and help text, in this one file. Counters end in `_total`, times in `_seconds`, sizes
-//! in `_bytes`. Labels come from closed sets: never the name of a channel, a service, a consumer or a subject.
+//! All metrics of weir, with names and help texts. Counters end in `_total`, times in `_seconds`, sizes in `_bytes`. Labels
+//! have closed sets of values: never the name of a channel, service, consumer or subject.
 //!
-//! One [`Metrics`] per `App`, so that two of them in one test process do not add up. Parts keep clones of the handles
-//! they use; adding to one is an atomic addition, and what happens per delivery is added up by its transport first.
+//! Each `App` has its own [`Metrics`], so that several in one test process do not add up. Parts keep clones of the handles
+//! that they use. Updating one is an atomic operation; transports accumulate what happens per delivery.
 
 mod registry;
-mod repeats;
+mod repeat_detector;
 
 use std::{
     hash::Hash,
@@ -13,10 +13,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+pub(crate) use self::registry::{Counter, Gauge, Histogram, MetricLabel};
+use self::{
+    registry::{MetricRegistry, PerLabel, RareCounter},
+    repeat_detector::RepeatDetector,
+};
 use crate::error::Code;
-use registry::Registry;
-pub use registry::{By, Counter, Gauge, Histogram, Label, Rare};
-use repeats::Repeats;
 
 macro_rules! label {
     ($(#[doc = $about:literal])+ $label:ident as $name:literal { $($(#[doc = $doc:literal])* $value:ident = $text:literal,)+ }) => {
@@ -24,7 +26,7 @@ macro_rules! label {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $label { $($(#[doc = $doc])* $value,)+ }
 
-        impl Label for $label {
+        impl MetricLabel for $label {
             const NAME: &'static str = $name;
             const ALL: &'static [Self] = &[$($label::$value,)+];
 
@@ -40,22 +42,22 @@ macro_rules! label {
 }
 
 label! {
-    /// How a client is connected, or how something came in or went out.
+    /// The transport of a connection, an event or a request.
     Transport as "transport" {
-        /// Requests and answers; what became a stream or a socket is counted there instead.
+        /// Plain requests. A request that becomes a stream or a socket counts as that.
         Http = "http",
         Sse = "sse",
         Ws = "ws",
-        /// Reads over HTTP, waiting or not.
+        /// Reads over HTTP, with or without waiting.
         Poll = "poll",
-        /// Clients of Socket.IO, by whatever they are connected.
+        /// Socket.IO clients, over any transport of Engine.IO.
         SocketIo = "socketio",
     }
 }
 
 label! {
-    /// How a call ended.
-    Outcome as "result" {
+    /// The result of a call.
+    CallOutcome as "result" {
         Ok = "ok",
         ServiceError = "service_error",
         NoProvider = "no_provider",
@@ -64,14 +66,14 @@ label! {
         ProviderGone = "provider_gone",
         BadReply = "bad_reply",
         Cancelled = "cancelled",
-        /// Refused before anybody was asked: a limit, a permission, a drain.
+        /// Rejected before it reached a provider, by a limit, a permission or a drain.
         Refused = "refused",
     }
 }
 
 label! {
-    /// The class of an HTTP status.
-    Status as "status" {
+    /// The class of an HTTP status code.
+    StatusClass as "status" {
         Informational = "1xx",
         Success = "2xx",
         Redirection = "3xx",
@@ -81,12 +83,12 @@ label! {
 }
 
 label! {
-    /// What a connection to Redis is for.
+    /// The purpose of a connection to Redis.
     RedisConnectionKind as "lane" {
         Commands = "commands",
         Events = "events",
         Mail = "mail",
-        /// Where it is waited for replicas.
+        /// Waits for the acknowledgement of replicas.
         Acks = "acks",
     }
 }
@@ -94,205 +96,205 @@ label! {
 /// Handles to every metric.
 #[derive(Debug)]
 pub struct Metrics {
-    /// Connections by what they are now. See [`Metrics::connected`].
-    pub connections: By<Transport, Gauge>,
-    pub connections_accepted: By<Transport, Counter>,
-    /// By transport and reason: a [`Code`] that ends connections, `peer`, `done` or `error`.
-    pub connections_closed: Rare<2>,
-    /// Not even read: over the cap of connections.
-    pub connections_refused: Counter,
-    pub requests: By<Status, Counter>,
+    /// See [`Metrics::connected`].
+    pub(crate) connections: PerLabel<Transport, Gauge>,
+    pub(crate) connections_accepted: PerLabel<Transport, Counter>,
+    /// By transport and reason: an error code, `peer`, `done` or `error`.
+    pub(crate) connections_closed: RareCounter<2>,
+    /// Closed without reading a request, because of `limits.connections`.
+    pub(crate) connections_refused: Counter,
+    pub(crate) requests: PerLabel<StatusClass, Counter>,
 
-    pub subscriptions: By<Transport, Gauge>,
-    /// Channels that have a log or a reader on this node.
-    pub channels: Gauge,
-    pub published: By<Transport, Counter>,
-    pub published_bytes: By<Transport, Counter>,
-    pub duplicates: Counter,
+    pub(crate) subscriptions: PerLabel<Transport, Gauge>,
+    /// Channels with a log or a reader on this node.
+    pub(crate) channels: Gauge,
+    pub(crate) published: PerLabel<Transport, Counter>,
+    pub(crate) published_bytes: PerLabel<Transport, Counter>,
+    pub(crate) duplicates: Counter,
     /// By [`Code`]. See [`Metrics::publish_failed`].
-    pub publish_failures: Rare<1>,
-    pub delivered: By<Transport, Counter>,
-    /// As written, framing included.
-    pub delivered_bytes: By<Transport, Counter>,
-    /// By the reason of the gap.
-    pub gaps: Rare<1>,
-    pub bus_memory_bytes: Gauge,
+    pub(crate) publish_failures: RareCounter<1>,
+    pub(crate) delivered: PerLabel<Transport, Counter>,
+    /// Framing included.
+    pub(crate) delivered_bytes: PerLabel<Transport, Counter>,
+    /// By reason.
+    pub(crate) gaps: RareCounter<1>,
+    pub(crate) bus_memory_bytes: Gauge,
 
-    /// See [`Metrics::page_of_consumer`].
-    pub consumer_repeats: Counter,
+    /// See [`Metrics::consumer_page_read`].
+    pub(crate) consumer_repeats: Counter,
 
-    pub calls: By<Outcome, Counter>,
-    pub call_seconds: By<Outcome, Histogram>,
-    pub calls_in_flight: Gauge,
-    pub calls_late: Counter,
-    pub services: Gauge,
-    pub providers: Gauge,
+    pub(crate) calls: PerLabel<CallOutcome, Counter>,
+    pub(crate) call_seconds: PerLabel<CallOutcome, Histogram>,
+    pub(crate) calls_in_flight: Gauge,
+    pub(crate) calls_late: Counter,
+    pub(crate) services: Gauge,
+    pub(crate) providers: Gauge,
 
-    /// Connections to Redis made again after they had broken.
-    pub redis_reconnects: By<RedisConnectionKind, Counter>,
-    /// From a publish to its answer by Redis.
-    pub redis_append_seconds: Histogram,
-    /// From the time of an event to when this node hears of it.
-    pub redis_lag_seconds: Histogram,
-    /// Looks at a log that found what had not been heard of.
-    pub redis_repairs: Counter,
+    /// Connections to Redis that were re-established.
+    pub(crate) redis_reconnects: PerLabel<RedisConnectionKind, Counter>,
+    /// From a publish to the reply of Redis.
+    pub(crate) redis_append_seconds: Histogram,
+    /// From the time of an event to its arrival on this node.
+    pub(crate) redis_lag_seconds: Histogram,
+    /// Log reads that found events of which no notification had arrived.
+    pub(crate) redis_repairs: Counter,
     /// Messages that could not be read.
-    pub redis_unreadable: Counter,
-    /// Servers whose probe comes back.
-    pub redis_echoing: Gauge,
+    pub(crate) redis_unreadable: Counter,
+    /// Servers through which probes return.
+    pub(crate) redis_echoing: Gauge,
 
-    pub presence_leases: Gauge,
-    pub presence_members: Gauge,
-    pub presence_announced: Counter,
+    pub(crate) presence_leases: Gauge,
+    pub(crate) presence_members: Gauge,
+    pub(crate) presence_announced: Counter,
 
-    /// Mail about calls.
-    pub mail_sent: Counter,
-    pub mail_received: Counter,
+    /// Messages about calls, between nodes.
+    pub(crate) mail_sent: Counter,
+    pub(crate) mail_received: Counter,
     /// Other nodes that can be reached.
-    pub links: Gauge,
-    pub links_lost: Counter,
+    pub(crate) links: Gauge,
+    pub(crate) links_lost: Counter,
 
-    pub ws_ignored: Counter,
-    pub ws_unreadable: Counter,
+    pub(crate) ws_ignored: Counter,
+    pub(crate) ws_unreadable: Counter,
 
-    /// 1 while clients are welcome.
-    pub ready: Gauge,
+    /// 1 while the node accepts clients.
+    pub(crate) ready: Gauge,
 
-    repeats: Repeats,
-    registry: Registry,
+    repeats: RepeatDetector,
+    registry: MetricRegistry,
 }
 
 impl Metrics {
     pub fn new() -> Self {
-        let it = Registry::new();
-        it.info("weir_build_info", "Always 1; the version is the label.", "version", env!("CARGO_PKG_VERSION"));
-        let started = it.gauge("weir_start_time_seconds", "When this node started, in Unix seconds.");
+        let it = MetricRegistry::new();
+        it.info("weir_build_info", "Always 1. The label is the version.", "version", env!("CARGO_PKG_VERSION"));
+        let started = it.gauge("weir_start_time_seconds", "Unix time at which this node started, in seconds.");
         started.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64));
         Metrics {
-            ready: it.gauge("weir_ready", "1 while clients are welcome, 0 while starting or draining."),
+            ready: it.gauge("weir_ready", "1 while this node accepts clients, 0 while it starts or drains."),
 
-            connections: it.gauges("weir_connections", "Connections now, by what they are used for."),
-            connections_accepted: it.counters("weir_connections_accepted_total", "Connections begun."),
+            connections: it.gauges("weir_connections", "Open connections, by transport."),
+            connections_accepted: it.counters("weir_connections_accepted_total", "Connections accepted."),
             connections_closed: it.rare_pairs(
                 "weir_connections_closed_total",
-                "Connections ended; the reason is an error code, peer (the client left), done (as agreed) or error.",
+                "Connections closed. The reason is an error code, peer (closed by the client), done (completed) or error.",
                 ["transport", "reason"],
             ),
             connections_refused: it.counter(
                 "weir_connections_refused_total",
-                "Connections turned away because limits.connections was reached.",
+                "Connections rejected because of limits.connections.",
             ),
-            requests: it.counters("weir_http_requests_total", "HTTP requests answered, by class of status."),
+            requests: it.counters("weir_http_requests_total", "HTTP requests answered, by class of the status code."),
 
-            subscriptions: it.gauges("weir_subscriptions", "Channels being read now, one per reader and channel."),
-            channels: it.gauge("weir_channels", "Channels that hold events or have a reader on this node."),
-            published: it.counters("weir_events_published_total", "Events placed."),
-            published_bytes: it.counters("weir_events_published_bytes_total", "Encoded bytes of the events placed."),
+            subscriptions: it.gauges("weir_subscriptions", "Active subscriptions, one per reader and channel."),
+            channels: it.gauge("weir_channels", "Channels with events or a reader on this node."),
+            published: it.counters("weir_events_published_total", "Events appended to a log."),
+            published_bytes: it.counters("weir_events_published_bytes_total", "Encoded bytes of the events appended to a log."),
             duplicates: it
-                .counter("weir_publish_duplicates_total", "Publishes that repeated a key and were not placed."),
-            publish_failures: it.rare("weir_publish_failures_total", "Publishes refused, by error code.", "code"),
-            delivered: it.counters("weir_events_delivered_total", "Events handed to readers."),
-            delivered_bytes: it.counters("weir_events_delivered_bytes_total", "Bytes of the events handed to readers."),
-            gaps: it.rare("weir_gaps_total", "Gaps announced to readers: history they asked for is gone.", "reason"),
-            bus_memory_bytes: it.gauge("weir_bus_memory_bytes", "Bytes of all events held by the memory backend."),
+                .counter("weir_publish_duplicates_total", "Publishes not appended because their idempotency key was a repetition."),
+            publish_failures: it.rare("weir_publish_failures_total", "Publishes rejected, by error code.", "code"),
+            delivered: it.counters("weir_events_delivered_total", "Events delivered to readers."),
+            delivered_bytes: it.counters("weir_events_delivered_bytes_total", "Bytes of the events delivered to readers."),
+            gaps: it.rare("weir_gaps_total", "Gaps reported to readers: requested history is no longer available.", "reason"),
+            bus_memory_bytes: it.gauge("weir_bus_memory_bytes", "Bytes of all events in the memory backend."),
 
             consumer_repeats: it.counter(
                 "weir_consumer_repeats_total",
-                "Pages handed to a consumer for the third time or more within a second: it does not commit.",
+                "Pages that a consumer read for at least the third time within a second, because it does not commit.",
             ),
 
-            calls: it.counters("weir_rpc_calls_total", "Calls ended."),
+            calls: it.counters("weir_rpc_calls_total", "Calls completed."),
             call_seconds: it.histograms(
                 "weir_rpc_duration_seconds",
-                "How long calls took, from request to answer; a sample when there are many.",
+                "Duration of calls, from request to reply. Sampled at high rates.",
             ),
-            calls_in_flight: it.gauge("weir_rpc_in_flight", "Calls awaiting their answer."),
-            calls_late: it.counter("weir_rpc_late_total", "Replies that came after the deadline of their call."),
-            services: it.gauge("weir_rpc_services", "Services that have a provider on this node."),
+            calls_in_flight: it.gauge("weir_rpc_in_flight", "Calls in flight."),
+            calls_late: it.counter("weir_rpc_late_total", "Replies received after the deadline of their call."),
+            services: it.gauge("weir_rpc_services", "Services with a provider on this node."),
             providers: it.gauge("weir_rpc_providers", "Providers on this node, one per connection and service."),
 
             mail_sent: it.counter("weir_node_mail_sent_total", "Messages about calls sent to other nodes."),
-            mail_received: it.counter("weir_node_mail_received_total", "Messages about calls from other nodes."),
-            links: it.gauge("weir_node_links", "Other nodes that can be reached."),
+            mail_received: it.counter("weir_node_mail_received_total", "Messages about calls received from other nodes."),
+            links: it.gauge("weir_node_links", "Reachable other nodes."),
             links_lost: it.counter(
                 "weir_node_links_lost_total",
-                "Links to other nodes that broke, by lost mail or because the node went: open calls over them failed.",
+                "Links to other nodes that broke, because a message was lost or the node left. Calls in flight over them failed.",
             ),
 
             redis_reconnects: it
-                .counters("weir_redis_reconnects_total", "Connections to Redis that broke and were made again."),
+                .counters("weir_redis_reconnects_total", "Connections to Redis that were re-established."),
             redis_append_seconds: it
-                .histogram("weir_redis_append_seconds", "From a publish to the answer of Redis that it is placed."),
+                .histogram("weir_redis_append_seconds", "Time from a publish to its confirmation by Redis."),
             redis_lag_seconds: it.histogram(
                 "weir_redis_lag_seconds",
-                "From the time of an event, by the clock of Redis, to when this node heard of it.",
+                "Time from an event, by the clock of Redis, to its arrival on this node.",
             ),
             redis_repairs: it.counter(
                 "weir_redis_repairs_total",
-                "Looks at a log that found events which had not been heard of when they were published.",
+                "Log reads that found events of which no notification had arrived.",
             ),
             redis_unreadable: it
-                .counter("weir_redis_unreadable_total", "Messages from Redis that this weir could not read."),
+                .counter("weir_redis_unreadable_total", "Messages from Redis that this version cannot read."),
             redis_echoing: it
-                .gauge("weir_redis_echoing", "Redis servers through which a probe of this node comes back."),
+                .gauge("weir_redis_echoing", "Redis servers through which the probes of this node return."),
 
-            presence_leases: it.gauge("weir_presence_leases", "Subscriptions on this node that hold a member present."),
-            presence_members: it.gauge("weir_presence_members", "Members of all channels, on all nodes, as announced."),
+            presence_leases: it.gauge("weir_presence_leases", "Subscriptions on this node that hold a presence member."),
+            presence_members: it.gauge("weir_presence_members", "Announced presence members of all channels, on all nodes."),
             presence_announced: it
-                .counter("weir_presence_announced_total", "Joins and leaves that this node has announced."),
+                .counter("weir_presence_announced_total", "Joins and leaves announced by this node."),
 
-            ws_ignored: it.counter("weir_ws_ignored_total", "Answers on WebSockets that nobody waited for."),
-            ws_unreadable: it.counter("weir_ws_unreadable_total", "Messages on WebSockets that were not JSON."),
+            ws_ignored: it.counter("weir_ws_ignored_total", "Replies on WebSockets that match no call."),
+            ws_unreadable: it.counter("weir_ws_unreadable_total", "Messages on WebSockets that are not valid JSON."),
 
-            repeats: Repeats::default(),
+            repeats: RepeatDetector::default(),
             registry: it,
         }
     }
 
-    /// The text that Prometheus scrapes (format 0.0.4), this process's own figures included.
+    /// The Prometheus text format 0.0.4, with the standard `process_` metrics.
     pub fn render(&self) -> String {
         let mut out = self.registry.render();
-        process(&mut out);
+        render_process(&mut out);
         out
     }
 
-    /// Adds new samples to the buckets of histograms, which hold them until then; call it every second.
-    pub fn upkeep(&self) {
+    /// Moves pending samples into the buckets of histograms. To be called every second.
+    pub(crate) fn upkeep(&self) {
         self.registry.upkeep();
     }
 
-    /// The value of a series, as the rendered text names it; 0 if there is none. For tests.
+    /// The value of a series as it is rendered, or 0 if there is none. For tests.
     pub fn value(&self, series: &str) -> f64 {
         let text = self.render();
         let line = text.lines().filter_map(|line| line.strip_prefix(series)?.strip_prefix(' ')).next();
         line.and_then(|value| value.parse().ok()).unwrap_or_default()
     }
 
-    /// A connection that counts as open until what is returned is dropped.
-    pub fn connected(self: &Arc<Self>, transport: Transport) -> Connected {
+    /// Counts a connection as open until the returned guard is dropped.
+    pub(crate) fn connected(self: &Arc<Self>, transport: Transport) -> OpenConnection {
         self.connections_accepted[transport].add(1);
         self.connections[transport].add(1);
-        Connected { metrics: self.clone(), transport, end: End::Error }
+        OpenConnection { metrics: self.clone(), transport, reason: CloseReason::Error }
     }
 
-    pub fn publish_failed(&self, code: Code) {
+    pub(crate) fn publish_failed(&self, code: Code) {
         self.publish_failures.of([code.as_str()]).add(1);
     }
 
-    /// `reason` as it is on the wire.
-    pub fn gap(&self, reason: &'static str) {
+    /// `reason`: as in the protocol.
+    pub(crate) fn gap(&self, reason: &'static str) {
         self.gaps.of([reason]).add(1);
     }
 
-    /// A page with events was handed to a consumer; `page` is the same for the same page of the same consumer.
-    pub fn page_of_consumer(&self, page: impl Hash) {
-        if self.repeats.served(page) {
+    /// A consumer has read a page with events. `page` identifies the consumer and the page.
+    pub(crate) fn consumer_page_read(&self, page: impl Hash) {
+        if self.repeats.is_repeated(page) {
             self.consumer_repeats.add(1);
         }
     }
 
-    /// `took` may be left out: with very many calls the time of a sample is enough.
-    pub fn call_ended(&self, outcome: Outcome, took: Option<Duration>) {
+    /// `took` is `None` for calls whose duration is not sampled.
+    pub(crate) fn call_ended(&self, outcome: CallOutcome, took: Option<Duration>) {
         self.calls[outcome].add(1);
         if let Some(took) = took {
             self.call_seconds[outcome].record(took);
@@ -306,86 +308,86 @@ impl Default for Metrics {
     }
 }
 
-/// One connection in the gauges. Dropped, it counts as closed for the reason last given, or else `error`.
+/// Counts one open connection. Dropping it counts the connection as closed, for the reason last set or else `error`.
 ///
-/// Small: an idle stream is a few hundred bytes in all.
+/// Kept small: an idle stream takes a few hundred bytes in all.
 #[derive(Debug)]
-#[must_use = "dropped, the connection counts as closed"]
-pub struct Connected {
+#[must_use = "dropping the guard counts the connection as closed"]
+pub struct OpenConnection {
     metrics: Arc<Metrics>,
     transport: Transport,
-    end: End,
+    reason: CloseReason,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum End {
+enum CloseReason {
     Error,
     Peer,
     Done,
-    Because(Code),
+    Code(Code),
 }
 
-impl Connected {
-    /// The client left.
-    pub fn peer(&mut self) {
-        self.end = End::Peer;
+impl OpenConnection {
+    /// The client closed the connection.
+    pub(crate) fn closed_by_peer(&mut self) {
+        self.reason = CloseReason::Peer;
     }
 
-    /// It ended as agreed: an answer complete, a connection that became something else.
-    pub fn done(&mut self) {
-        self.end = End::Done;
+    /// The response is complete, or the connection has become a stream or a socket.
+    pub(crate) fn completed(&mut self) {
+        self.reason = CloseReason::Done;
     }
 
-    /// weir ended it.
-    pub fn because(&mut self, code: Code) {
-        self.end = End::Because(code);
+    /// weir closes the connection.
+    pub(crate) fn closed_with(&mut self, code: Code) {
+        self.reason = CloseReason::Code(code);
     }
 }
 
-impl Drop for Connected {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
-        let reason = match self.end {
-            End::Error => "error",
-            End::Peer => "peer",
-            End::Done => "done",
-            End::Because(code) => code.as_str(),
+        let reason = match self.reason {
+            CloseReason::Error => "error",
+            CloseReason::Peer => "peer",
+            CloseReason::Done => "done",
+            CloseReason::Code(code) => code.as_str(),
         };
         self.metrics.connections[self.transport].add(-1);
         self.metrics.connections_closed.of([self.transport.value(), reason]).add(1);
     }
 }
 
-impl From<Code> for Outcome {
+impl From<Code> for CallOutcome {
     fn from(code: Code) -> Self {
         match code {
-            Code::ServiceError => Outcome::ServiceError,
-            Code::NoProvider => Outcome::NoProvider,
-            Code::Busy => Outcome::Busy,
-            Code::Timeout => Outcome::Timeout,
-            Code::ProviderGone => Outcome::ProviderGone,
-            Code::BadReply => Outcome::BadReply,
-            Code::Cancelled => Outcome::Cancelled,
-            _ => Outcome::Refused,
+            Code::ServiceError => CallOutcome::ServiceError,
+            Code::NoProvider => CallOutcome::NoProvider,
+            Code::Busy => CallOutcome::Busy,
+            Code::Timeout => CallOutcome::Timeout,
+            Code::ProviderGone => CallOutcome::ProviderGone,
+            Code::BadReply => CallOutcome::BadReply,
+            Code::Cancelled => CallOutcome::Cancelled,
+            _ => CallOutcome::Refused,
         }
     }
 }
 
-impl Status {
-    pub fn of(status: u16) -> Self {
+impl StatusClass {
+    pub(crate) fn new(status: u16) -> Self {
         match status {
-            ..200 => Status::Informational,
-            200..300 => Status::Success,
-            300..400 => Status::Redirection,
-            400..500 => Status::Client,
-            500.. => Status::Server,
+            ..200 => StatusClass::Informational,
+            200..300 => StatusClass::Success,
+            300..400 => StatusClass::Redirection,
+            400..500 => StatusClass::Client,
+            500.. => StatusClass::Server,
         }
     }
 }
 
-/// Memory, file descriptors and CPU, as every exporter names them. Where there is no /proc they are left out.
-fn process(out: &mut String) {
+/// Memory, file descriptors and CPU time under the standard names. Omitted on systems without `/proc`.
+fn render_process(out: &mut String) {
     use std::fmt::Write as _;
-    // Pages of 4 KiB and 100 ticks a second hold wherever weir is built for.
+    // 4 KiB pages and 100 ticks a second on all platforms that weir supports.
     const PAGE: u64 = 4096;
     const TICKS: f64 = 100.0;
     let nth = |text: &str, n: usize| text.split_ascii_whitespace().nth(n).and_then(|field| field.parse::<u64>().ok());
@@ -395,7 +397,7 @@ fn process(out: &mut String) {
     if let Some(pages) = std::fs::read_to_string("/proc/self/statm").ok().and_then(|text| nth(&text, 1)) {
         gauge("process_resident_memory_bytes", "gauge", "Resident memory.", (pages * PAGE) as f64);
     }
-    // The second field is the name in brackets and may hold spaces: count from behind it.
+    // The second field is the name in parentheses, which may contain spaces: count from behind it.
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
     if let (Some(user), Some(system)) = (nth(fields, 11), nth(fields, 12)) {
@@ -411,14 +413,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_prometheus_reads() {
+    fn the_rendered_text() {
         let metrics = Metrics::new();
         metrics.delivered[Transport::Sse].add(7);
         metrics.gap("trimmed");
         metrics.publish_failed(Code::TooLarge);
-        metrics.call_ended(Outcome::Ok, Some(Duration::from_micros(70)));
-        metrics.call_ended(Outcome::Ok, Some(Duration::from_micros(50)));
-        metrics.call_ended(Outcome::Ok, Some(Duration::from_secs(600)));
+        metrics.call_ended(CallOutcome::Ok, Some(Duration::from_micros(70)));
+        metrics.call_ended(CallOutcome::Ok, Some(Duration::from_micros(50)));
+        metrics.call_ended(CallOutcome::Ok, Some(Duration::from_secs(600)));
         let text = metrics.render();
         for line in [
             "# TYPE weir_events_delivered_total counter",
@@ -438,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn names_say_what_they_measure() {
+    fn names_follow_the_conventions() {
         let text = Metrics::new().render();
         for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
             let (name, kind) = line.split_once(' ').unwrap();
@@ -449,12 +451,12 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_given_back() {
+    fn dropping_the_guard_closes_the_connection() {
         let metrics = Arc::new(Metrics::new());
         let mut one = metrics.connected(Transport::Ws);
         let other = metrics.connected(Transport::Ws);
         assert_eq!(metrics.value("weir_connections{transport=\"ws\"}") as u64, 2);
-        one.because(Code::Slow);
+        one.closed_with(Code::Slow);
         drop((one, other));
         assert_eq!(metrics.value("weir_connections{transport=\"ws\"}") as u64, 0);
         assert_eq!(metrics.value("weir_connections_accepted_total{transport=\"ws\"}") as u64, 2);

@@ -22,7 +22,7 @@ use slab::Slab;
 use crate::{
     auth::Identity,
     channel::Channel,
-    metrics::{Label as _, Transport},
+    metrics::{MetricLabel as _, Transport},
     net::timer::{Due, Timer, TimerWheel},
     rpc::ProvidedServices,
 };

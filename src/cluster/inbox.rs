@@ -24,7 +24,7 @@ pub enum InboxEvent {
     },
     /// The link is broken, like a broken connection: messages in either direction that have not arrived by now never will,
     /// and the peer, if it lives and knew the link, gets the same event. Later messages use a new link. If `gone`, there
-    /// is none until [`Members`](super::Members) reports the node as up again.
+    /// is none until [`ClusterMembers`](super::ClusterMembers) reports the node as up again.
     LinkLost {
         peer: NodeId,
         gone: bool,

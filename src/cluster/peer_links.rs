@@ -79,7 +79,7 @@ struct PeerLink {
 
 /// A batch to be sent. There is one per peer at a time: the next one follows once [`PeerLinks::complete`] was called.
 #[derive(Clone, Debug)]
-pub(crate) struct Batch {
+pub(crate) struct MessageBatch {
     pub(crate) to: NodeId,
     pub(crate) bytes: Bytes,
 }
@@ -187,7 +187,7 @@ impl PeerLinks {
     }
 
     /// The next batch to send, if there is one.
-    pub(crate) fn next_batch(&self) -> Option<Batch> {
+    pub(crate) fn next_batch(&self) -> Option<MessageBatch> {
         self.state.lock().next_batch()
     }
 
@@ -198,21 +198,21 @@ impl PeerLinks {
 
     /// To be called right before a batch is written. From then on it may have reached the other end. False: it must not be
     /// sent any more, because its link has ended and its messages were returned.
-    pub(crate) fn begin_send(&self, batch: &Batch) -> bool {
+    pub(crate) fn begin_send(&self, batch: &MessageBatch) -> bool {
         let mut state = self.state.lock();
         let link = state.links.get_mut(&batch.to).filter(|link| link.carries(batch));
         link.map(|link| link.maybe_sent = true).is_some()
     }
 
     /// States that a batch has certainly not been sent yet, so that its messages are returned if the link ends now.
-    pub(crate) fn not_sent(&self, batch: &Batch) {
+    pub(crate) fn not_sent(&self, batch: &MessageBatch) {
         if let Some(link) = self.state.lock().links.get_mut(&batch.to).filter(|link| link.carries(batch)) {
             link.maybe_sent = false;
         }
     }
 
     /// Ends the sending of a batch.
-    pub(crate) fn complete(&self, batch: &Batch, outcome: BatchOutcome) {
+    pub(crate) fn complete(&self, batch: &MessageBatch, outcome: BatchOutcome) {
         let mut state = self.state.lock();
         let Some(link) = state.links.get_mut(&batch.to).filter(|link| link.carries(batch)) else { return };
         link.maybe_sent = outcome != BatchOutcome::Undelivered;
@@ -256,7 +256,7 @@ impl PeerLink {
     }
 
     /// Whether `batch` is the batch under way: the link may have been replaced by one with a batch of its own.
-    fn carries(&self, batch: &Batch) -> bool {
+    fn carries(&self, batch: &MessageBatch) -> bool {
         self.in_flight.as_ref().is_some_and(|in_flight| in_flight.as_ptr() == batch.bytes.as_ptr())
     }
 
@@ -272,7 +272,7 @@ impl PeerLinksState {
         PeerLink::new(self.lives)
     }
 
-    fn next_batch(&mut self) -> Option<Batch> {
+    fn next_batch(&mut self) -> Option<MessageBatch> {
         loop {
             let to = self.due.pop_front()?;
             let me = self.me;
@@ -294,7 +294,7 @@ impl PeerLinksState {
             link.announce = false;
             let bytes = bytes.freeze();
             (link.in_flight, link.maybe_sent) = (Some(bytes.clone()), true);
-            return Some(Batch { to, bytes });
+            return Some(MessageBatch { to, bytes });
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 use futures_util::future::{BoxFuture, ready};
 
 use super::{
-    Claim, ClaimError, Cluster, Inbox, Lease, Members, MessageKind, MonotonicClock, NodeId, Priority, Roster,
+    Claim, ClaimError, Cluster, ClusterMembers, Inbox, Lease, MessageKind, MonotonicClock, NodeId, Priority, Roster,
     SendOutcome,
     change_queue::ChangeQueue,
     lease::{LeaseBackend, LeaseState},
@@ -32,7 +32,7 @@ struct SingleNode {
 struct UnsharedLeases;
 
 impl Cluster for SingleNode {
-    fn members(&self) -> Members {
+    fn members(&self) -> ClusterMembers {
         ChangeQueue::new().0
     }
 

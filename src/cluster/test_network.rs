@@ -10,10 +10,10 @@ use futures_util::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 
 use super::{
-    Claim, ClaimError, Cluster, Inbox, Lease, Members, MessageKind, MonotonicClock, NodeId, Priority, Roster,
+    Claim, ClaimError, Cluster, ClusterMembers, Inbox, Lease, MessageKind, MonotonicClock, NodeId, Priority, Roster,
     RosterEntry, SendOutcome,
     lease::{LeaseBackend, LeaseState},
-    peer_links::{Batch, BatchOutcome, PeerLinks, ReceiveOutcome},
+    peer_links::{BatchOutcome, MessageBatch, PeerLinks, ReceiveOutcome},
     watchers::Watchers,
 };
 
@@ -137,7 +137,7 @@ impl TestNetwork {
         }
     }
 
-    fn deliver(&self, from: &TestNode, batch: &Batch) -> BatchOutcome {
+    fn deliver(&self, from: &TestNode, batch: &MessageBatch) -> BatchOutcome {
         let (sender, cut) = {
             let own = from.own.lock();
             (own.id, own.cut)
@@ -423,7 +423,7 @@ impl TestNode {
 }
 
 impl Cluster for TestNode {
-    fn members(&self) -> Members {
+    fn members(&self) -> ClusterMembers {
         let TestNodeState { watchers, up, .. } = &mut *self.own.lock();
         watchers.members(up.iter().copied())
     }

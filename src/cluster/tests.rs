@@ -17,7 +17,7 @@ use super::{
 const KIND: MessageKind = MessageKind::Calls;
 
 /// One end of a link. Every message is a call that is never answered: it is open at one end and held at the other.
-struct End {
+struct LinkEnd {
     id: NodeId,
     links: PeerLinks,
     inbox: Inbox,
@@ -26,12 +26,12 @@ struct End {
     held: BTreeSet<u64>,
 }
 
-impl End {
+impl LinkEnd {
     fn new(id: u64) -> Self {
         let links = PeerLinks::new(NodeId(id));
         let inbox = links.inbox(KIND);
         let (got, open, held) = Default::default();
-        End { id: NodeId(id), links, inbox, got, open, held }
+        LinkEnd { id: NodeId(id), links, inbox, got, open, held }
     }
 
     fn read(&mut self) {
@@ -72,7 +72,7 @@ fn step() -> impl Strategy<Value = LinkStep> {
     ]
 }
 
-fn carry(ends: &mut [End; 2], from: usize, how: u8) -> bool {
+fn carry(ends: &mut [LinkEnd; 2], from: usize, how: u8) -> bool {
     let Some(batch) = ends[from].links.next_batch() else { return false };
     assert_eq!(batch.to, ends[1 - from].id);
     let (sender, receiver) = (&ends[from].links, &ends[1 - from].links);
@@ -96,7 +96,7 @@ fn carry(ends: &mut [End; 2], from: usize, how: u8) -> bool {
             sender.complete(&batch, BatchOutcome::Delivered);
         }
     }
-    ends.iter_mut().for_each(End::read);
+    ends.iter_mut().for_each(LinkEnd::read);
     true
 }
 
@@ -105,7 +105,7 @@ proptest! {
     /// And in the end, each end holds exactly the calls that are open at the other.
     #[test]
     fn messages_arrive_in_order_and_at_most_once(steps in prop::collection::vec(step(), 1..80)) {
-        let mut ends = [End::new(1), End::new(2)];
+        let mut ends = [LinkEnd::new(1), LinkEnd::new(2)];
         ends[0].links.add_peer(NodeId(2));
         ends[1].links.add_peer(NodeId(1));
         let mut calls = 0;
@@ -361,7 +361,7 @@ fn members_and_rosters_reach_all_nodes() {
     let a = cluster.net.join();
     let (members, roster) = (a.members(), a.roster("s:"));
     let b = cluster.net.join();
-    assert_eq!(members.take(), [Member { node: b.id(), up: true }]);
+    assert_eq!(members.take(), [ClusterMember { node: b.id(), up: true }]);
     let lease = claim(&b, "s:x", Claim::Shared).unwrap();
     let hidden = claim(&b, "other", Claim::Shared).unwrap();
     hidden.set_info(Some("no".into()));
@@ -377,5 +377,5 @@ fn members_and_rosters_reach_all_nodes() {
     cluster.advance(TTL - 1);
     assert_eq!(members.take(), []);
     cluster.advance(1);
-    assert_eq!(members.take(), [Member { node: b.id(), up: false }]);
+    assert_eq!(members.take(), [ClusterMember { node: b.id(), up: false }]);
 }

@@ -10,13 +10,13 @@ use super::{
 };
 
 /// Changes of membership, at most one per node.
-pub type Members = ChangeQueue<NodeId, Member>;
+pub type ClusterMembers = ChangeQueue<NodeId, ClusterMember>;
 
 /// Changes of rosters, at most one per name and node.
 pub type Roster = ChangeQueue<(Arc<str>, NodeId), RosterEntry>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Member {
+pub struct ClusterMember {
     pub(crate) node: NodeId,
     pub(crate) up: bool,
 }
@@ -34,7 +34,7 @@ pub struct RosterEntry {
 
 #[derive(Default)]
 pub(crate) struct Watchers {
-    members: Vec<ChangeSender<NodeId, Member>>,
+    members: Vec<ChangeSender<NodeId, ClusterMember>>,
     /// Each with the prefix of the names that it watches.
     rosters: Vec<(String, RosterSender)>,
 }
@@ -43,10 +43,10 @@ type RosterSender = ChangeSender<(Arc<str>, NodeId), RosterEntry>;
 
 impl Watchers {
     /// A new subscription to members, which starts with the nodes in `up`.
-    pub(crate) fn members(&mut self, up: impl IntoIterator<Item = NodeId>) -> Members {
+    pub(crate) fn members(&mut self, up: impl IntoIterator<Item = NodeId>) -> ClusterMembers {
         let (queue, sender) = ChangeQueue::new();
         for node in up {
-            sender.send(node, Member { node, up: true });
+            sender.send(node, ClusterMember { node, up: true });
         }
         self.members.push(sender);
         queue
@@ -63,7 +63,7 @@ impl Watchers {
     }
 
     pub(crate) fn member_changed(&mut self, node: NodeId, up: bool) {
-        self.members.retain(|sender| sender.send(node, Member { node, up }));
+        self.members.retain(|sender| sender.send(node, ClusterMember { node, up }));
     }
 
     pub(crate) fn roster_changed(&mut self, entry: &RosterEntry) {

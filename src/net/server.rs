@@ -38,7 +38,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     error::{Code, Error},
-    metrics::{Connected, Metrics, Transport},
+    metrics::{Metrics, OpenConnection, Transport},
     net::{
         hijack::{BodyFraming, Conn, ConnectionPermit, Hijack, HijackedConn},
         timer::{Due, Timer, TimerWheel},
@@ -344,7 +344,7 @@ impl<S> Clone for Client<S> {
     }
 }
 
-async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: ConnectionPermit, mut connected: Connected) {
+async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: ConnectionPermit, mut connected: OpenConnection) {
     let inner = &client.inner;
     let state = Arc::new(ConnectionState::new(&inner.wheel));
     let mut timer = inner.wheel.timer(inner.look);
@@ -364,7 +364,7 @@ async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: Connection
             }
             if due == Due::Time {
                 if let Some(fault) = state.fault(&inner.limits) {
-                    connected.because(fault);
+                    connected.closed_with(fault);
                     return Poll::Ready(false);
                 }
                 timer.reset(inner.look);
@@ -374,7 +374,7 @@ async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: Connection
             Poll::Pending if state.is(FLUSHED) => Poll::Ready(true),
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(())) => {
-                connected.done();
+                connected.completed();
                 // A 101 ends the connection without closing it; everything else has closed it.
                 Poll::Ready(state.is(HTTP))
             }
@@ -387,7 +387,7 @@ async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: Connection
     .await;
     let taken = if left { state.take.lock().take() } else { None };
     let Some((takeover, framing)) = taken else { return };
-    connected.done();
+    connected.completed();
     let parts = connection.into_parts();
     if let Some(take) = takeover.claim() {
         // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
@@ -401,7 +401,7 @@ async fn drive_h2<S: HttpService>(
     client: Client<S>,
     io: TokioIo<ObservedConn>,
     _seat: ConnectionPermit,
-    mut connected: Connected,
+    mut connected: OpenConnection,
     state: Arc<ConnectionState>,
     mut timer: Timer,
 ) {
@@ -425,14 +425,14 @@ async fn drive_h2<S: HttpService>(
             }
             if due == Due::Time {
                 if let Some(fault) = state.fault(&inner.limits) {
-                    connected.because(fault);
+                    connected.closed_with(fault);
                     return Poll::Ready(());
                 }
                 timer.reset(inner.look);
             }
         }
         connection.as_mut().poll(cx).map(|ended| match ended {
-            Ok(()) => connected.done(),
+            Ok(()) => connected.completed(),
             Err(error) => tracing::debug!(%peer, %error, "an HTTP/2 connection failed"),
         })
     })

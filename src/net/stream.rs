@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
     error::Code,
-    metrics::Connected,
+    metrics::OpenConnection,
     net::{
         chunk,
         hijack::{BodyFraming, Conn, ConnectionPermit, Hijack, HijackedConn},
@@ -47,7 +47,7 @@ pub trait StreamSource: Send + Unpin + 'static {
     fn poll(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Progress;
 
     /// Why the connection will have been closed.
-    fn connected(&mut self) -> &mut Connected;
+    fn connected(&mut self) -> &mut OpenConnection;
 
     /// The flow's place on the wheel.
     fn timer(&mut self) -> &mut Timer;
@@ -167,7 +167,7 @@ impl<F: StreamSource> HijackedStream<F> {
                     }
                 }
                 Poll::Ready(Err(_)) => {
-                    self.flow.connected().peer();
+                    self.flow.connected().closed_by_peer();
                     return Poll::Ready(());
                 }
             }
@@ -178,9 +178,9 @@ impl<F: StreamSource> HijackedStream<F> {
     fn heard(&mut self, n: usize) -> bool {
         let junk = usize::from(self.junk) + n;
         if n == 0 {
-            self.flow.connected().peer();
+            self.flow.connected().closed_by_peer();
         } else if junk > MAX_JUNK {
-            self.flow.connected().because(Code::Protocol);
+            self.flow.connected().closed_with(Code::Protocol);
         } else {
             self.junk = junk as u16;
         }
@@ -196,7 +196,7 @@ impl<F: StreamSource> HijackedStream<F> {
                 Some(Poll::Ready(()))
             }
             Poll::Ready(Err(_)) => {
-                self.flow.connected().peer();
+                self.flow.connected().closed_by_peer();
                 None
             }
             Poll::Pending => {
@@ -206,7 +206,7 @@ impl<F: StreamSource> HijackedStream<F> {
                 }
                 let left = self.flow.patience().saturating_sub(TimerWheel::span(self.blocked, now));
                 if left.is_zero() {
-                    self.flow.connected().because(Code::Slow);
+                    self.flow.connected().closed_with(Code::Slow);
                     return None;
                 }
                 self.flow.timer().shorten(left);

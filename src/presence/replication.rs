@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     channel::Channel,
-    cluster::{InboxEvent, Member, MessageKind, NodeId, Priority, SendOutcome},
+    cluster::{ClusterMember, InboxEvent, MessageKind, NodeId, Priority, SendOutcome},
     position::Position,
 };
 
@@ -76,7 +76,7 @@ impl<'a> Replication<'a> {
             for event in inbox.take() {
                 self.receive(event, now);
             }
-            for Member { node, up } in changed {
+            for ClusterMember { node, up } in changed {
                 if up {
                     self.peers.entry(node).or_default().snapshot_at = Some(now);
                 } else {

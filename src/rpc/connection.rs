@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     error::{Code, Error, Result},
-    metrics::Outcome,
+    metrics::CallOutcome,
 };
 
 /// A connection to the hub, as caller and provider. Dropping it withdraws its services, whose calls then fail as
@@ -149,7 +149,7 @@ impl Drop for HubConnection {
         conn.closed.store(true, SeqCst);
         // Its own calls first, or those that it made to itself would be answered.
         for call in conn.take_all(|_| true) {
-            hub.record(conn, &call, Outcome::Cancelled);
+            hub.record(conn, &call, CallOutcome::Cancelled);
             hub.abandon(&call);
         }
         let provides = std::mem::take(&mut *conn.provides.lock());

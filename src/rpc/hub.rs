@@ -31,7 +31,7 @@ use crate::{
     cluster::{Cluster, MonotonicClock, NodeId},
     duration,
     error::{Code, Error, Executed, Result},
-    metrics::{Metrics, Outcome},
+    metrics::{CallOutcome, Metrics},
 };
 
 /// Limits and defaults of the hub. Its own defaults are those of the documented protocol.
@@ -334,7 +334,7 @@ impl Hub {
                 return Err((caller_id, Error::new(Code::MethodNotFound, detail)));
             }
         };
-        self.metrics.call_ended(Outcome::Ok, None);
+        self.metrics.call_ended(CallOutcome::Ok, None);
         conn.peer.answer(&caller_id, CallAnswer::Result(result));
         Ok(())
     }
@@ -640,7 +640,7 @@ impl Hub {
     }
 
     /// Counts a call that is about to be answered.
-    pub(super) fn record(&self, caller: &Conn, call: &InFlight, outcome: Outcome) {
+    pub(super) fn record(&self, caller: &Conn, call: &InFlight, outcome: CallOutcome) {
         if caller.is_link() {
             // Counted on the caller's node.
             return;
@@ -851,10 +851,10 @@ fn no_provider(name: &str) -> Error {
     Error::new(Code::NoProvider, format!("nobody provides {name}"))
 }
 
-fn outcome(answer: &CallAnswer<'_>) -> Outcome {
+fn outcome(answer: &CallAnswer<'_>) -> CallOutcome {
     match answer {
-        CallAnswer::Result(_) => Outcome::Ok,
-        CallAnswer::Error(_) => Outcome::ServiceError,
+        CallAnswer::Result(_) => CallOutcome::Ok,
+        CallAnswer::Error(_) => CallOutcome::ServiceError,
         CallAnswer::Failed(error) => error.code().into(),
     }
 }

@@ -23,7 +23,7 @@ use super::{
     tables::{Conn, ProviderSlot},
 };
 use crate::{
-    cluster::{Inbox, InboxEvent, Members, MessageKind, NodeId, Priority, Roster, RosterEntry},
+    cluster::{ClusterMembers, Inbox, InboxEvent, MessageKind, NodeId, Priority, Roster, RosterEntry},
     error::Code,
 };
 
@@ -33,7 +33,7 @@ const HEARTBEAT: u64 = 1_000;
 /// The hub's links to the other nodes of the cluster.
 pub(crate) struct RemoteNodes {
     hub: Arc<Hub>,
-    members: Members,
+    members: ClusterMembers,
     roster: Roster,
     inbox: Inbox,
     nodes: Mutex<HashMap<NodeId, RemoteNode>>,

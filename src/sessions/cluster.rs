@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, time::timeout};
 
 use super::{ConnectionFilter, ConnectionInfo, ConnectionRegistry};
-use crate::cluster::{Cluster, InboxEvent, Member, MessageKind, NodeId, Priority, SendOutcome};
+use crate::cluster::{Cluster, ClusterMember, InboxEvent, MessageKind, NodeId, Priority, SendOutcome};
 
 /// How long a request waits for the replies of other nodes.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -121,7 +121,7 @@ impl ClusterConnections {
                     }
                 }
             }
-            for Member { node, up } in changed {
+            for ClusterMember { node, up } in changed {
                 if up {
                     self.state.lock().nodes.entry(node).or_default();
                     self.send_name(node);

@@ -402,7 +402,7 @@ impl Answer {
         metrics.delivered_bytes[transport].add(bytes as u64);
         self.gaps.iter().for_each(|gap| metrics.gap(gap.reason.as_str()));
         if let Some(consumer) = self.uncommitted.as_ref().filter(|_| self.count > 0) {
-            metrics.page_of_consumer((consumer, &self.next));
+            metrics.consumer_page_read((consumer, &self.next));
         }
     }
 

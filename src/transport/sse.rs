@@ -17,7 +17,7 @@ use crate::{
     bus::{Filter, Format, Gap, GapReason, Subscriptions},
     channel::Channel,
     error::{Code, Error, Result, Retry},
-    metrics::{Label as _, Transport},
+    metrics::{MetricLabel as _, Transport},
     net::server::PeerAddr,
     net::{chunk, stream::StreamResponse},
     node::Node,

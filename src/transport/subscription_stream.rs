@@ -22,7 +22,7 @@ use crate::{
     auth::Identity,
     bus::{Delivery, DeliveryItem, Gap, Subscriptions},
     error::Code,
-    metrics::{Connected, Transport},
+    metrics::{OpenConnection, Transport},
     net::{
         chunk,
         stream::{Progress, StreamOutput, StreamResponse, StreamSource},
@@ -105,7 +105,7 @@ pub struct SubscriptionStream<V> {
     node: Arc<Node>,
     timer: Timer,
     registration: ConnectionRegistration,
-    connected: Connected,
+    connected: OpenConnection,
     /// Ticks: when anything was last pushed (or, of [`Beat::Always`], the last keep-alive).
     last: u32,
     /// Events and bytes handed over since they were last added to the metrics.
@@ -165,7 +165,7 @@ impl<V: StreamHandler> SubscriptionStream<V> {
             Then::GoOn => return true,
             Then::Wait => {}
             Then::Done => {
-                self.connected.done();
+                self.connected.completed();
                 self.ended = true;
                 out.end();
             }
@@ -177,7 +177,7 @@ impl<V: StreamHandler> SubscriptionStream<V> {
     fn end(&mut self, code: Code, out: &mut StreamOutput) {
         if !self.ended {
             self.ended = true;
-            self.connected.because(code);
+            self.connected.closed_with(code);
             self.voice.farewell(code, out);
             out.end();
         }
@@ -255,7 +255,7 @@ impl<V: StreamHandler> StreamSource for SubscriptionStream<V> {
         turn
     }
 
-    fn connected(&mut self) -> &mut Connected {
+    fn connected(&mut self) -> &mut OpenConnection {
         &mut self.connected
     }
 

@@ -28,7 +28,7 @@ use crate::{
     bus::{Filter, Watch},
     channel::Channel,
     error::{Code, Error, Result},
-    metrics::{Label as _, Transport},
+    metrics::{MetricLabel as _, Transport},
     net::{hijack::Hijack, websocket::handshake::Handshake},
     node::Node,
     position::Start,

@@ -40,7 +40,7 @@ use self::{
 use super::client::{PubSub, PubSubHandler, Topology};
 use crate::{
     cluster::{
-        Claim, ClaimError, Cluster, Inbox, Lease, Members, MessageKind, NodeId, Priority, Roster, RosterEntry,
+        Claim, ClaimError, Cluster, ClusterMembers, Inbox, Lease, MessageKind, NodeId, Priority, Roster, RosterEntry,
         SendOutcome,
     },
     metrics::RedisConnectionKind,
@@ -119,7 +119,7 @@ impl PubSubHandler for ClusterHandler {
 }
 
 impl Cluster for RedisCluster {
-    fn members(&self) -> Members {
+    fn members(&self) -> ClusterMembers {
         let ClusterState { watchers, peers, .. } = &mut *self.context.state.lock();
         watchers.members(peers.keys().copied().filter(|node| self.context.links.has_peer(*node)))
     }

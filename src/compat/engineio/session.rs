@@ -20,7 +20,7 @@ use super::{
 use crate::{
     auth::Identity,
     error::Code,
-    metrics::{Connected, Transport},
+    metrics::{OpenConnection, Transport},
     net::timer::{Due, Timer, TimerWheel},
     node::Node,
     rpc::ProbeCallback,
@@ -93,7 +93,7 @@ struct State {
 
 /// A client where connections are counted, listed and called on.
 struct Present {
-    connected: Connected,
+    connected: OpenConnection,
     registration: ConnectionRegistration,
     timer: Timer,
 }
@@ -320,8 +320,8 @@ impl Session {
         let mut present = state.present.take();
         if let Some(Present { connected, .. }) = &mut present {
             match code {
-                Some(code) => connected.because(code),
-                None => connected.peer(),
+                Some(code) => connected.closed_with(code),
+                None => connected.closed_by_peer(),
             }
         }
         drop(state);

@@ -383,10 +383,10 @@ async fn carry(conn: HijackedConn, upgrade: hyper::upgrade::OnUpgrade, node: Arc
     };
     tokio::select! {
         ended = both => match ended {
-            Ok(()) => connected.done(),
-            Err::<_, std::io::Error>(_) => connected.peer(),
+            Ok(()) => connected.completed(),
+            Err::<_, std::io::Error>(_) => connected.closed_by_peer(),
         },
-        code = leave => connected.because(code),
+        code = leave => connected.closed_with(code),
     }
 }
 

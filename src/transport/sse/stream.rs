@@ -14,7 +14,7 @@ use crate::{
     bus::{Delivery, DeliveryItem, Gap, Subscriptions},
     channel::Channel,
     error::Code,
-    metrics::{Connected, Transport},
+    metrics::{OpenConnection, Transport},
     net::{
         stream::{Progress, StreamOutput, StreamSource, TURN},
         timer::{Due, Timer, TimerWheel},
@@ -55,7 +55,7 @@ pub(super) struct Stream {
     names: Option<Box<TokenEncoder>>,
     node: Arc<Node>,
     timer: Timer,
-    connected: Connected,
+    connected: OpenConnection,
     /// Ticks: when the next heartbeat is due, and when the last token went out.
     beat: u32,
     told_at: u32,
@@ -150,7 +150,7 @@ impl Stream {
     fn end(&mut self, code: Code, out: &mut StreamOutput) {
         if !self.ended {
             self.ended = true;
-            self.connected.because(code);
+            self.connected.closed_with(code);
             out.push(frame::retry(code.as_str(), self.retry_ms.into(), self.retry_ms == NEVER));
             out.end();
         }
@@ -275,7 +275,7 @@ impl StreamSource for Stream {
         turn
     }
 
-    fn connected(&mut self) -> &mut Connected {
+    fn connected(&mut self) -> &mut OpenConnection {
         &mut self.connected
     }
 

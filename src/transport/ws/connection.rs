@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     error::Code,
-    metrics::{Connected, Transport},
+    metrics::{OpenConnection, Transport},
     net::{
         hijack::{self, ConnectionPermit},
         timer::{Due, TICK, Timer, TimerWheel},
@@ -61,7 +61,7 @@ pub struct Socket {
     heard: bool,
     phase: Phase,
     delivered: Delivered,
-    connected: Connected,
+    connected: OpenConnection,
     _seat: ConnectionPermit,
 }
 
@@ -128,7 +128,7 @@ impl Socket {
         } else {
             FAREWELL
         };
-        self.connected.because(code);
+        self.connected.closed_with(code);
         self.finish(&frame, Phase::Closing, patience);
     }
 
@@ -243,7 +243,7 @@ impl Socket {
         }
         let Some(mut read) = ready!(self.inlet.poll_read(cx)) else {
             if self.is_open() {
-                self.connected.peer();
+                self.connected.closed_by_peer();
             }
             return Poll::Ready(Err(Over));
         };
@@ -266,7 +266,7 @@ impl Socket {
                 Ok(Some(Incoming::Alive)) => {}
                 Ok(Some(Incoming::Close)) => {
                     if self.is_open() {
-                        self.connected.peer();
+                        self.connected.closed_by_peer();
                         return self.finish(&replies, Phase::Closed, FAREWELL);
                     }
                     self.phase = Phase::Closed;
@@ -305,7 +305,7 @@ impl Socket {
             }
             Poll::Ready(Err(_)) => {
                 if self.is_open() {
-                    self.connected.peer();
+                    self.connected.closed_by_peer();
                 }
                 Poll::Ready(Err(Over))
             }

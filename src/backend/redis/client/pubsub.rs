@@ -24,7 +24,7 @@ use super::{
     topology::Topology,
     url::Address,
 };
-use crate::metrics::{Label as _, RedisConnectionKind};
+use crate::metrics::{MetricLabel as _, RedisConnectionKind};
 
 /// Subscriptions that may be unconfirmed before more are sent.
 const BATCH: usize = 512;

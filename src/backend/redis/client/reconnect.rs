@@ -14,7 +14,7 @@ use super::{
     sentinel,
     url::{Address, RedisUrl, TopologyKind},
 };
-use crate::metrics::{Label as _, Metrics, RedisConnectionKind};
+use crate::metrics::{MetricLabel as _, Metrics, RedisConnectionKind};
 
 /// The back-off after the second failure in a row; it doubles up to...
 const FIRST_WAIT: Duration = Duration::from_millis(50);

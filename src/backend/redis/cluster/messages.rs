@@ -8,7 +8,7 @@ use tokio::time::sleep;
 use super::context::{ClusterContext, ClusterState};
 use crate::{
     backend::redis::client::{CommandError, OnLostReply},
-    cluster::{Batch, BatchOutcome, NodeId, ReceiveOutcome},
+    cluster::{BatchOutcome, MessageBatch, NodeId, ReceiveOutcome},
 };
 
 /// A subscription that broke is back within this: until then a live node may have no subscriber for a batch.
@@ -31,7 +31,7 @@ impl MessageCarrier {
         }
     }
 
-    async fn deliver(&self, batch: Batch) {
+    async fn deliver(&self, batch: MessageBatch) {
         let context = &self.0;
         let channel = context.mail_channel(batch.to);
         let publish = context.publish(&channel, &batch.bytes);
