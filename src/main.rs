@@ -1,4 +1,5 @@
-//! The process: parse, configure, log, build, run until told to stop, drain, and say how it went.
+//! The process: parses arguments, loads the configuration, starts logging, runs the node or a command, and sets the exit
+//! code.
 
 use std::{
     io::{IsTerminal as _, Write as _, stdout},
@@ -15,30 +16,31 @@ use weir::{
     telemetry,
 };
 
-/// Least memory per idle connection of those measured; `no_thp` because huge pages take a third more (benches/README.md).
+/// Of the allocators measured, the one with the least memory per idle connection; `no_thp` because huge pages need a third
+/// more (benches/README.md).
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     match Cli::parse().into_command() {
-        Command::Serve(serve) => node(&serve),
+        Command::Serve(serve) => serve_node(&serve),
         Command::Client(command) => cli::run(command),
-        Command::Import { command } => import(command),
-        Command::Config { command } => configuration(command),
+        Command::Import { command } => import_command(command),
+        Command::Config { command } => config_command(command),
     }
 }
 
-fn node(serve: &Serve) -> ExitCode {
+fn serve_node(serve: &Serve) -> ExitCode {
     let loaded = match load(serve) {
         Ok(loaded) => loaded,
-        Err(problems) => return wrong(&problems),
+        Err(problems) => return report(&problems),
     };
     telemetry::start(&loaded.config.log);
     raise_open_files(loaded.config.limits.connections);
     match run(loaded.config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Its chain on one line: an address that is taken is no reason for a backtrace.
+            // The chain of causes on one line, without a backtrace.
             eprintln!("weir: {error:#}");
             ExitCode::FAILURE
         }
@@ -48,20 +50,20 @@ fn node(serve: &Serve) -> ExitCode {
 #[tokio::main]
 async fn run(config: config::Config) -> anyhow::Result<()> {
     let loopback_only = config.is_loopback_only();
-    // Before anything is bound, so that no signal comes too early.
-    let stop = stop()?;
+    // Registered before anything is bound, so that no signal is missed.
+    let shutdown = shutdown_signal()?;
     let app = App::build(config).await?;
-    announce(&app, loopback_only);
-    app.run(stop).await?;
+    print_addresses(&app, loopback_only);
+    app.run(shutdown).await?;
     tracing::info!("stopped");
     Ok(())
 }
 
-/// Where to connect: a page for a person, a line of the log for everybody else.
-fn announce(app: &App, loopback_only: bool) {
+/// Shows the addresses: as a welcome text on a terminal, or else in the log.
+fn print_addresses(app: &App, loopback_only: bool) {
     let addresses = app.addresses();
     if stdout().is_terminal() {
-        // Whoever closed the terminal does not want to read it.
+        // Fails only if the terminal was closed.
         let _ = writeln!(stdout(), "{}", welcome(&addresses, app.bus(), loopback_only));
         return;
     }
@@ -71,8 +73,8 @@ fn announce(app: &App, loopback_only: bool) {
     }
 }
 
-/// Resolves at the first SIGTERM or SIGINT. The second ends the process where it stands.
-fn stop() -> anyhow::Result<impl Future<Output = ()>> {
+/// Resolves at the first SIGTERM or SIGINT. The second one ends the process at once.
+fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut next = async move || {
         tokio::select! {
@@ -82,7 +84,7 @@ fn stop() -> anyhow::Result<impl Future<Output = ()>> {
     };
     Ok(async move {
         let signal = next().await;
-        tracing::info!(signal, "leaving; a second signal ends it at once");
+        tracing::info!(signal, "shutting down; a second signal ends the process at once");
         tokio::spawn(async move {
             next().await;
             std::process::exit(130);
@@ -90,34 +92,38 @@ fn stop() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-/// A connection is a file; the limit that shells start with is about a thousand. Ours is raised as far as we may.
+/// Raises the limit of open files to the maximum: each connection is a file, and the usual default is about a thousand.
 fn raise_open_files(connections: usize) {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // Refused only where a sandbox forbids it, and then the old limit holds.
+    // Fails only in a sandbox that forbids it, and then the old limit applies.
     let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).map_or(current, |()| maximum);
     if raised.is_some_and(|files| files < connections as u64) {
-        tracing::debug!(files = raised, connections, "limits.connections is more than the files this process may open");
+        tracing::debug!(
+            files = raised,
+            connections,
+            "limits.connections exceeds the number of files that this process may open"
+        );
     }
 }
 
-fn import(command: ImportCommand) -> ExitCode {
-    let ImportCommand::Ganomede(given) = &command;
-    match load(&Serve { config: given.config.clone(), ..Serve::default() }) {
+fn import_command(command: ImportCommand) -> ExitCode {
+    let ImportCommand::Ganomede(args) = &command;
+    match load(&Serve { config: args.config.clone(), ..Serve::default() }) {
         Ok(Loaded { config, .. }) => cli::import(command, config),
-        Err(problems) => wrong(&problems),
+        Err(problems) => report(&problems),
     }
 }
 
-fn configuration(command: ConfigCommand) -> ExitCode {
+fn config_command(command: ConfigCommand) -> ExitCode {
     let (serve, show, explain) = match command {
         ConfigCommand::Check(serve) => (serve, false, false),
         ConfigCommand::Show { serve, explain } => (serve, true, explain),
     };
     match load(&serve) {
-        Err(problems) => wrong(&problems),
+        Err(problems) => report(&problems),
         Ok(_) if !show => {
-            eprintln!("weir: nothing wrong");
+            eprintln!("weir: the configuration is valid");
             ExitCode::SUCCESS
         }
         Ok(Loaded { config, sources }) => {
@@ -128,7 +134,7 @@ fn configuration(command: ConfigCommand) -> ExitCode {
 }
 
 fn load(serve: &Serve) -> Result<Loaded, Problems> {
-    // A variable that is not text cannot be a setting either, but its name shall be in the report.
+    // A variable that is not UTF-8 is never a valid setting, but problems are reported by its name.
     let environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
     let loaded = config::load(serve.config.as_deref().map(Path::new), environment, &serve.overrides())?;
@@ -141,7 +147,7 @@ fn load(serve: &Serve) -> Result<Loaded, Problems> {
     }
 }
 
-fn wrong(problems: &Problems) -> ExitCode {
+fn report(problems: &Problems) -> ExitCode {
     eprintln!("{problems}");
     ExitCode::from(USAGE)
 }

@@ -1,4 +1,4 @@
-//! The log: text for people, JSON for machines, always on standard error (standard output is for data).
+//! Logging, as text or JSON, on standard error: standard output is for the data of commands.
 
 use std::io::{IsTerminal as _, stderr};
 
@@ -6,14 +6,14 @@ use tracing_subscriber::{Layer as _, layer::SubscriberExt as _, util::Subscriber
 
 use crate::config::{Format, Log};
 
-/// Starts logging for the process. Later calls change nothing: tests build several nodes.
+/// Starts logging for the process. Later calls have no effect, because tests run several nodes in one process.
 pub fn start(log: &Log) {
     let json = match log.format {
         Format::Json => true,
         Format::Text => false,
         Format::Auto => !stderr().is_terminal(),
     };
-    let lines = if json {
+    let layer = if json {
         tracing_subscriber::fmt::layer()
             .json()
             .flatten_event(true)
@@ -24,6 +24,6 @@ pub fn start(log: &Log) {
     } else {
         tracing_subscriber::fmt::layer().with_ansi(stderr().is_terminal()).with_writer(stderr).boxed()
     };
-    // Fails only if somebody has already started one.
-    let _ = tracing_subscriber::registry().with(lines.with_filter(log.level.targets())).try_init();
+    // Fails only if logging was started before.
+    let _ = tracing_subscriber::registry().with(layer.with_filter(log.level.targets())).try_init();
 }
