@@ -165,7 +165,7 @@ impl Peer for Quiet {
 fn call_routing(bencher: Bencher, providers: usize) {
     let hub = Hub::new(
         weir::rpc::Config::default(),
-        weir::rpc::MonotonicClock::real(),
+        weir::cluster::MonotonicClock::real(),
         weir::cluster::single::single_node(),
         Arc::default(),
     );

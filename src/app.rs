@@ -222,7 +222,7 @@ pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<M
     let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
     let sessions = ConnectionRegistry::new(timers.clone());
     let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
-    let hub = Hub::new(hub_config(&config), rpc::MonotonicClock::real(), cluster.clone(), metrics.clone());
+    let hub = Hub::new(hub_config(&config), cluster::MonotonicClock::real(), cluster.clone(), metrics.clone());
     Arc::new(Node {
         bus,
         hub,

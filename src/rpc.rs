@@ -10,7 +10,7 @@
 //!
 //! * No lock is held while a [`Peer`] is called. Locks are taken in the order *connection, service, registry*.
 //! * A call is delivered at most once: when it may have been written to a provider, it is never placed again.
-//! * Time is read from one [`MonotonicClock`]; [`Hub::sweep`] finds what is due, so deadlines are kept to about its interval.
+//! * Time is read from one [`MonotonicClock`](crate::cluster::MonotonicClock); [`Hub::sweep`] finds what is due, so deadlines are kept to about its interval.
 
 mod call;
 mod call_id;
@@ -35,16 +35,15 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-pub use crate::cluster::MonotonicClock;
 pub use call::Call;
 pub use call_id::{CallId, CallerId};
 pub(crate) use call_once::{CallError, call_once};
 pub use connection::HubConnection;
 pub(crate) use connection::ProvidedServices;
 pub use hub::{Config, Hub, HubCounts, ReplyOutcome};
-pub use peer::{
-    CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, ProbeCallback, ProviderError, RelayInfo, WriteOutcome,
-};
+#[cfg(test)]
+pub(crate) use peer::RelayInfo;
+pub use peer::{CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, ProbeCallback, ProviderError, WriteOutcome};
 pub use provider::ProvideRequest;
 pub use registration::{AcceptedProvider, ProvideFuture};
 pub(crate) use remote_nodes::RemoteNodes;

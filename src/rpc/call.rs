@@ -15,35 +15,35 @@ use crate::error::{Code, Error, Result};
 /// A call as a transport received it.
 #[derive(Clone, Copy, Debug)]
 pub struct Call<'a> {
-    pub service: &'a str,
-    pub method: &'a str,
-    pub params: Option<&'a RawValue>,
+    pub(crate) service: &'a str,
+    pub(crate) method: &'a str,
+    pub(crate) params: Option<&'a RawValue>,
     /// Subject of the caller, from its permit.
-    pub caller: &'a str,
-    pub traceparent: Option<&'a str>,
+    pub(crate) caller: &'a str,
+    pub(crate) traceparent: Option<&'a str>,
     /// None: the configured one.
-    pub timeout: Option<Duration>,
+    pub(crate) timeout: Option<Duration>,
     /// How long to wait for a provider, even of a service that never had one. None: the configured time, and only if
     /// the service had a provider within the last minute.
-    pub wait: Option<Duration>,
+    pub(crate) wait: Option<Duration>,
     /// A reply after the deadline is delivered by [`Peer::late`](super::Peer::late).
-    pub late: bool,
+    pub(crate) late: bool,
     /// The call in the protocol of an adapter, JSON, for providers of the same protocol; others receive `method` and
     /// `params`. The adapter decides what is a method name then.
-    pub as_sent: Option<&'a RawValue>,
+    pub(crate) as_sent: Option<&'a RawValue>,
 }
 
 /// A call or notification without what depends on its provider.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CallRequest<'a> {
-    pub method: &'a str,
-    pub params: Option<&'a RawValue>,
-    pub as_sent: Option<&'a RawValue>,
-    pub caller: &'a str,
-    pub traceparent: Option<&'a str>,
+    pub(super) method: &'a str,
+    pub(super) params: Option<&'a RawValue>,
+    pub(super) as_sent: Option<&'a RawValue>,
+    pub(super) caller: &'a str,
+    pub(super) traceparent: Option<&'a str>,
     /// Milliseconds.
-    pub wait: Option<u64>,
-    pub late: bool,
+    pub(super) wait: Option<u64>,
+    pub(super) late: bool,
 }
 
 /// A [`CallRequest`] that waits for a provider.
@@ -89,19 +89,20 @@ impl<'a> Call<'a> {
 
     /// Splits the name of a call at its last `/`. `method_not_found` if there is none.
     pub(crate) fn split(name: &str) -> Result<(&str, &str)> {
-        name.rsplit_once('/')
-            .ok_or_else(|| Error::new(Code::MethodNotFound, format!("{name} is no method of weir, nor SERVICE/METHOD")))
+        name.rsplit_once('/').ok_or_else(|| {
+            Error::new(Code::MethodNotFound, format!("{name} is neither a method of weir nor SERVICE/METHOD"))
+        })
     }
 }
 
 impl<'a> CallRequest<'a> {
-    pub fn new(call: &Call<'a>) -> Self {
+    pub(super) fn new(call: &Call<'a>) -> Self {
         let Call { method, params, as_sent, caller, traceparent, .. } = *call;
         let wait = call.wait.map(|wait| wait.as_millis() as u64);
         CallRequest { method, params, as_sent, caller, traceparent, wait, late: call.late }
     }
 
-    pub fn store(&self, permit: WaitPermit) -> Box<StoredRequest> {
+    pub(super) fn store(&self, permit: WaitPermit) -> Box<StoredRequest> {
         Box::new(StoredRequest {
             method: self.method.into(),
             params: self.params.map(ToOwned::to_owned),
@@ -114,14 +115,14 @@ impl<'a> CallRequest<'a> {
         })
     }
 
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let json: usize = [self.params, self.as_sent].into_iter().flatten().map(|json| json.get().len()).sum();
         self.method.len() + json + self.caller.len() + self.traceparent.map_or(0, str::len)
     }
 }
 
 impl StoredRequest {
-    pub fn request(&self) -> CallRequest<'_> {
+    pub(super) fn request(&self) -> CallRequest<'_> {
         CallRequest {
             method: &self.method,
             params: self.params.as_deref(),
@@ -136,7 +137,7 @@ impl StoredRequest {
 
 impl WaitingRoom {
     /// None: the room is full.
-    pub fn acquire(self: &Arc<Self>, bytes: usize, max_calls: usize, max_bytes: usize) -> Option<WaitPermit> {
+    pub(super) fn acquire(self: &Arc<Self>, bytes: usize, max_calls: usize, max_bytes: usize) -> Option<WaitPermit> {
         let permit = WaitPermit { room: self.clone(), bytes };
         let calls = self.calls.fetch_add(1, Relaxed) + 1;
         let bytes = self.bytes.fetch_add(bytes, Relaxed) + bytes;

@@ -16,23 +16,23 @@ use super::tables::{Service, ServiceState};
 
 /// A service after its providers changed: the data of an event on `$services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct ServiceChange {
-    pub service: String,
-    pub providers: usize,
-    pub exclusive: bool,
+pub(crate) struct ServiceChange {
+    pub(crate) service: String,
+    pub(crate) providers: usize,
+    pub(crate) exclusive: bool,
     #[serde(skip)]
-    pub kind: ServiceChangeKind,
+    pub(crate) kind: ServiceChangeKind,
 }
 
 /// A change that is about to be published.
 #[must_use = "a change that could not be published has to be requeued"]
-pub struct UnpublishedChange {
-    pub change: ServiceChange,
+pub(crate) struct UnpublishedChange {
+    pub(crate) change: ServiceChange,
     service: Arc<Service>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ServiceChangeKind {
+pub(crate) enum ServiceChangeKind {
     /// More providers than last published, or an exclusive one replaced.
     Provided,
     Withdrawn,
@@ -58,7 +58,7 @@ type Unpublished = BTreeMap<Arc<str>, (u64, Arc<Service>)>;
 
 impl ServiceChangeKind {
     /// The event's type.
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             ServiceChangeKind::Provided => "provided",
             ServiceChangeKind::Withdrawn => "withdrawn",

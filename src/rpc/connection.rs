@@ -78,7 +78,7 @@ impl HubConnection {
 
     /// Ends all calls in flight, which are answered with `draining`: the node stops before their answers arrive.
     pub(crate) fn fail_in_flight(&self) -> usize {
-        self.fail(|_| true, &Error::new(Code::Draining, "this node left before the answer came"))
+        self.fail(|_| true, &Error::new(Code::Draining, "this node shut down before the answer arrived"))
     }
 
     fn fail(&self, which: impl Fn(&InFlight) -> bool, error: &Error) -> usize {

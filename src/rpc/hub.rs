@@ -18,7 +18,7 @@ use super::{
     call::{Call, CallRequest, WaitPermit, WaitingRoom},
     call_id::{CallId, CallerId},
     changes::UnpublishedChange,
-    in_flight::{AbandonedCall, DequeuedCall, ExpiredCall, ExpiryCause, NewCall},
+    in_flight::{DequeuedCall, ExpiredCall, ExpiryCause, NewCall},
     late::LateCalls,
     name_queries::NameQueries,
     peer::{CallAnswer, CallMeta, ForwardedCall, RelayInfo, WriteOutcome},
@@ -38,25 +38,25 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Time limit of a call that names none, including the wait for a provider.
-    pub timeout: Duration,
+    pub(crate) timeout: Duration,
     /// Longest time limit that a call may name.
-    pub max_timeout: Duration,
+    pub(crate) max_timeout: Duration,
     /// How long a call waits for a provider of a service that had one within the last minute.
-    pub wait_for_provider: Duration,
+    pub(crate) wait_for_provider: Duration,
     /// How long after its deadline a call accepts a late reply.
-    pub late_window: Duration,
+    pub(crate) late_window: Duration,
     /// Calls that accept a late reply, on this node.
-    pub late: usize,
+    pub(crate) late: usize,
     /// Calls in flight of one connection.
-    pub calls: usize,
+    pub(crate) calls: usize,
     /// Calls that wait for a provider, on this node.
-    pub waiting: usize,
+    pub(crate) waiting: usize,
     /// Bytes of the calls that wait for a provider, on this node.
-    pub waiting_bytes: usize,
+    pub(crate) waiting_bytes: usize,
     /// Services that have a provider, on this node; and as many again whose provider left within the last minute.
-    pub services: usize,
+    pub(crate) services: usize,
     /// Services that one connection provides; at most 1,000.
-    pub provides: usize,
+    pub(crate) provides: usize,
 }
 
 /// What the hub holds at this moment, for tests and metrics.
@@ -330,7 +330,7 @@ impl Hub {
                 &time
             }
             method => {
-                let detail = format!("the service weir has the methods echo and time, and no {method}");
+                let detail = format!("the service weir has no method {method}, only echo and time");
                 return Err((caller_id, Error::new(Code::MethodNotFound, detail)));
             }
         };
@@ -371,7 +371,7 @@ impl Hub {
         let mut state;
         let mut in_flight = conn.in_flight.lock();
         if in_flight.len() >= conn.max_calls {
-            let detail = format!("{} calls of this connection are in flight, which is the most", in_flight.len());
+            let detail = format!("{} calls of this connection are in flight, which is the limit", in_flight.len());
             return Err((caller_id, Some(Error::new(Code::LimitReached, detail).with("limit", "limits.calls"))));
         }
         let vacant = in_flight.vacant_entry();
@@ -657,16 +657,12 @@ impl Hub {
     /// Removes a call whose [`InFlight`] was taken. Returns whether it may have been executed.
     pub(super) fn abandon(&self, call: &InFlight) -> Executed {
         let mut state = self.edit(&call.service);
-        let abandoned = state.abandon(call.index, call.seq);
+        let (executed, notify) = state.abandon(call.index, call.seq);
         let _follow_up = state.unlock();
-        match abandoned {
-            AbandonedCall::Waiting => Executed::No,
-            AbandonedCall::Gone | AbandonedCall::With(None) => Executed::Maybe,
-            AbandonedCall::With(Some((provider, id))) => {
-                provider.peer.cancel(id);
-                Executed::Maybe
-            }
+        if let Some((provider, id)) = notify {
+            provider.peer.cancel(id);
         }
+        executed
     }
 
     /// Answers a call that is overdue.
@@ -680,7 +676,7 @@ impl Hub {
                 (Error::new(Code::Timeout, detail), Some((provider, id)))
             }
             ExpiryCause::Unwritten => {
-                let detail = format!("no provider of {name} came within {}", timeout());
+                let detail = format!("no provider of {name} was available within {}", timeout());
                 (Error::new(Code::Timeout, detail).executed(Executed::No), None)
             }
             ExpiryCause::NoProvider { busy: true } => (busy(name), None),
@@ -710,7 +706,7 @@ impl Hub {
         }
         drop(provides);
         for call in orphans {
-            let detail = format!("the provider of {} went before it answered", service.name);
+            let detail = format!("the provider of {} disconnected before it replied", service.name);
             self.settle(&call, CallAnswer::Failed(Error::new(Code::ProviderGone, detail)));
         }
     }
@@ -844,11 +840,11 @@ impl Drop for FollowUp<'_> {
 }
 
 fn busy(name: &str) -> Error {
-    Error::new(Code::Busy, format!("every provider of {name} has as many calls as it takes"))
+    Error::new(Code::Busy, format!("every provider of {name} is at its concurrency"))
 }
 
 fn no_provider(name: &str) -> Error {
-    Error::new(Code::NoProvider, format!("nobody provides {name}"))
+    Error::new(Code::NoProvider, format!("no connection provides {name}"))
 }
 
 fn outcome(answer: &CallAnswer<'_>) -> CallOutcome {

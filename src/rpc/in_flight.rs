@@ -13,7 +13,7 @@ use super::{
         ServiceState,
     },
 };
-use crate::cluster::NodeId;
+use crate::{cluster::NodeId, error::Executed};
 
 /// A call before it has an entry.
 pub(super) struct NewCall {
@@ -45,15 +45,6 @@ pub(super) enum ExpiryCause {
     Unwritten,
     /// Waited as long as calls wait for a provider. `busy`: there is one by now, but it takes no more calls.
     NoProvider { busy: bool },
-}
-
-/// Where a call was that its caller abandoned.
-pub(super) enum AbandonedCall {
-    /// Already answered or failed.
-    Gone,
-    Waiting,
-    /// The provider, if it wants to know.
-    With(Option<(Arc<Conn>, CallId)>),
 }
 
 // === impl Conn ===
@@ -275,18 +266,19 @@ impl ServiceState {
         (id.has_seq(entry.seq) && self.providers.is_of(provider, conn)).then_some((provider, entry.seq))
     }
 
-    /// Ends a call for which its caller no longer waits.
-    pub(super) fn abandon(&mut self, index: u32, seq: u64) -> AbandonedCall {
-        let Some(entry) = self.calls.get(index, seq) else { return AbandonedCall::Gone };
+    /// Ends a call for which its caller no longer waits. Returns whether it may have been executed, and its provider if that
+    /// has to be notified.
+    pub(super) fn abandon(&mut self, index: u32, seq: u64) -> (Executed, Option<(Arc<Conn>, CallId)>) {
+        let Some(entry) = self.calls.get(index, seq) else { return (Executed::Maybe, None) };
         let provider = entry.provider();
         self.detach(index);
         self.calls.entries.remove(index as usize);
-        let Some(key) = provider else { return AbandonedCall::Waiting };
+        let Some(key) = provider else { return (Executed::No, None) };
         let Provider { conn, meta, .. } = &self.providers.all[key as usize];
         let notify = meta.then(|| (conn.clone(), self.call_id(seq, index, key)));
         self.effects.capacity_freed |= self.calls.waiting > 0;
         self.close_if_done(key);
-        AbandonedCall::With(notify)
+        (Executed::Maybe, notify)
     }
 
     /// Removes the calls that are due.

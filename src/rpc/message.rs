@@ -40,27 +40,27 @@ pub(super) enum HubMessage<'a> {
 #[derive(Debug)]
 pub(super) struct RemoteCall<'a> {
     /// None: a notification.
-    pub id: Option<u64>,
-    pub service: &'a str,
-    pub request: CallRequest<'a>,
+    pub(super) id: Option<u64>,
+    pub(super) service: &'a str,
+    pub(super) request: CallRequest<'a>,
     /// Milliseconds until the deadline.
-    pub time_left: u64,
+    pub(super) time_left: u64,
     /// Revision of the advertisement by which the sender chose the receiver.
-    pub rev: u64,
+    pub(super) rev: u64,
     /// Nodes that rejected it.
-    pub tried: Vec<NodeId>,
+    pub(super) tried: Vec<NodeId>,
 }
 
 /// Whether a name can be taken over from the node that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NameQuery<'a> {
-    pub number: u64,
-    pub service: &'a str,
-    pub subject: &'a str,
+    pub(super) number: u64,
+    pub(super) service: &'a str,
+    pub(super) subject: &'a str,
     /// An exclusive provider of the same subject yields.
-    pub takeover: bool,
+    pub(super) takeover: bool,
     /// An exclusive provider is probed, and holds nothing if it is dead.
-    pub probe: bool,
+    pub(super) probe: bool,
 }
 
 /// Why a node rejects a call.
@@ -95,7 +95,7 @@ pub(super) const HEARTBEAT_ACK_MESSAGE: &[u8] = &[HEARTBEAT_ACK];
 // === writing ===
 
 impl RemoteCall<'_> {
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let CallRequest { method, params, as_sent, caller, traceparent, wait, late } = self.request;
         let mut out = Vec::with_capacity(64 + self.service.len() + self.request.bytes());
         let flags = [
@@ -178,7 +178,7 @@ pub(super) fn encode_cancel(id: u64) -> Vec<u8> {
 }
 
 impl NameQuery<'_> {
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = vec![NAME_QUERY];
         number(&mut out, self.number);
         out.push(u8::from(self.takeover) | u8::from(self.probe) << 1);
@@ -216,7 +216,7 @@ fn text(out: &mut Vec<u8>, text: &str) {
 
 impl<'a> HubMessage<'a> {
     /// None: this version does not know the kind, or the message is malformed.
-    pub fn decode(message: &'a [u8]) -> Option<Self> {
+    pub(super) fn decode(message: &'a [u8]) -> Option<Self> {
         let mut from = MessageReader(message);
         Some(match from.byte()? {
             CALL => HubMessage::Call(from.call()?),

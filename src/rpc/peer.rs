@@ -66,20 +66,20 @@ pub struct ForwardedCall<'a> {
     /// SendOutcome along with the params, if the provider asked for it.
     pub meta: Option<CallMeta<'a>>,
     /// For another node, which places the call with a provider of its own.
-    pub relay: RelayInfo<'a>,
+    pub(crate) relay: RelayInfo<'a>,
 }
 
 /// What another node needs in order to place a call, in addition to what a provider receives.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct RelayInfo<'a> {
+pub(crate) struct RelayInfo<'a> {
     /// Milliseconds that the caller is ready to wait for a provider.
-    pub wait: Option<u64>,
+    pub(crate) wait: Option<u64>,
     /// The caller wants a late reply.
-    pub late: bool,
+    pub(crate) late: bool,
     /// Revision of the node's advertisement by which it was chosen.
-    pub rev: u64,
+    pub(crate) rev: u64,
     /// Nodes that rejected the call.
-    pub tried: &'a [NodeId],
+    pub(crate) tried: &'a [NodeId],
 }
 
 /// How a provider wants its methods named.

@@ -57,6 +57,25 @@ impl<'a> ProvideRequest<'a> {
     }
 }
 
+impl Provider {
+    pub(super) fn new(conn: Arc<Conn>, slot: u32) -> Self {
+        Provider {
+            conn,
+            slot,
+            remote: None,
+            subject: "".into(),
+            stage: ProviderStage::Starting,
+            concurrency: 1,
+            in_flight: 0,
+            names: MethodNames::Qualified,
+            meta: true,
+            fence: None,
+            methods: Box::default(),
+            head: NO_ENTRY,
+        }
+    }
+}
+
 // === impl ProviderTable ===
 
 impl ProviderTable {
@@ -139,7 +158,7 @@ impl ServiceState {
                 (false, false) => {}
                 (true, true) if request.takeover && *other.subject == *request.subject => {}
                 (_, true) => return Err(taken(format!("{name} is provided exclusively by another connection"))),
-                (true, false) => return Err(taken(format!("{name} has providers, so nobody can have it exclusively"))),
+                (true, false) => return Err(taken(format!("{name} has other providers and cannot be exclusive"))),
             }
         }
         let own = own.and_then(|key| self.providers.all.get(key as usize));
@@ -166,7 +185,7 @@ impl ServiceState {
         lease: Option<Lease>,
     ) -> Result<RegisteredProvider> {
         if self.required_claim(name, own, request)? != lease.as_ref().map(Lease::claim) {
-            return Err(taken(format!("{name} changed hands at this moment")));
+            return Err(taken(format!("the providers of {name} have just changed")));
         }
         let replaced = self.providers.other(own).filter(|_| request.exclusive).map(|(key, _)| key);
         if let Some(key) = replaced {
@@ -182,40 +201,20 @@ impl ServiceState {
             self.exclusive = request.exclusive;
             self.lease = lease;
         }
-        let subject = request.subject.into();
-        let methods = request.methods.iter().map(|method| Box::from(*method)).collect();
-        let provider = match own {
-            Some(key) => {
-                let provider = &mut providers.all[key as usize];
-                provider.subject = subject;
-                provider.concurrency = request.concurrency;
-                provider.names = request.names;
-                provider.meta = request.meta;
-                provider.fence = fence;
-                provider.methods = methods;
-                if provider.stage == ProviderStage::Leaving {
-                    provider.stage = ProviderStage::Starting;
-                    providers.leaving -= 1;
-                }
-                key
-            }
-            None => providers.all.insert(Provider {
-                conn: conn.clone(),
-                slot,
-                remote: None,
-                subject,
-                stage: ProviderStage::Starting,
-                concurrency: request.concurrency,
-                in_flight: 0,
-                names: request.names,
-                meta: request.meta,
-                fence,
-                methods,
-                head: NO_ENTRY,
-            }) as u32,
-        };
+        let key = own.unwrap_or_else(|| providers.all.insert(Provider::new(conn.clone(), slot)) as u32);
+        let provider = &mut providers.all[key as usize];
+        if provider.stage == ProviderStage::Leaving {
+            provider.stage = ProviderStage::Starting;
+            providers.leaving -= 1;
+        }
+        provider.subject = request.subject.into();
+        provider.concurrency = request.concurrency;
+        provider.names = request.names;
+        provider.meta = request.meta;
+        provider.fence = fence;
+        provider.methods = request.methods.iter().map(|method| Box::from(*method)).collect();
         self.effects.providers_changed = true;
-        Ok(RegisteredProvider { provider, providers: self.providers.count(), fence })
+        Ok(RegisteredProvider { provider: key, providers: self.providers.count(), fence })
     }
 
     /// Lets `key` take calls, if it is still that connection's.

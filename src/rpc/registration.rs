@@ -12,16 +12,17 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
+use slab::Slab;
 use tokio::sync::oneshot;
 
 use super::{
     call_id::CallId,
-    hub::{FollowUp, Hub},
+    hub::Hub,
     message::NameQuery,
     name_queries::PendingQuery,
     peer::{MethodNames, ProbeCallback},
     provider::ProvideRequest,
-    tables::{Conn, ProviderSlot, Service},
+    tables::{Conn, ProviderSlot, Service, ServiceState},
 };
 use crate::{
     channel::check_label,
@@ -169,22 +170,17 @@ impl Registration {
         }
     }
 
-    /// The key of this connection among the providers of `service`.
-    fn own(&self, service: &Arc<Service>) -> Option<u32> {
-        let provides = self.conn.provides.lock();
-        provides.iter().find(|(_, slot)| Arc::ptr_eq(&slot.service, service)).map(|(_, slot)| slot.provider)
-    }
-
     fn check_limits(&self, service: &Arc<Service>) -> Result<()> {
-        let is_new = self.own(service).is_none();
         let config = &self.hub.config;
-        let provides = self.conn.provides.lock().len();
-        if is_new && provides >= config.provides.min(CallId::SLOTS) {
-            let detail = format!("this connection provides {provides} services, which is the most");
+        let provides = self.conn.provides.lock();
+        let is_new = !provides.iter().any(|(_, slot)| Arc::ptr_eq(&slot.service, service));
+        if is_new && provides.len() >= config.provides.min(CallId::SLOTS) {
+            let detail = format!("this connection provides {} services, which is the limit", provides.len());
             return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.provides"));
         }
+        drop(provides);
         if !service.state.lock().marks.counted && self.hub.registry.provided() >= config.services {
-            let detail = "as many services as this node takes have providers";
+            let detail = "this node has as many services as it accepts";
             return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.services"));
         }
         Ok(())
@@ -194,9 +190,10 @@ impl Registration {
     async fn required_claim(&self, service: &Arc<Service>, request: &ProvideRequest<'_>) -> Result<Option<Claim>> {
         let mut probed: Option<Arc<Conn>> = None;
         loop {
-            let own = self.own(service);
             let (taken, holder) = {
+                let provides = self.conn.provides.lock();
                 let state = service.state.lock();
+                let own = own_key(&provides, service, &self.conn, &state);
                 match state.required_claim(&service.name, own, request) {
                     Ok(claim) => return Ok(claim),
                     Err(taken) => (taken, state.providers.exclusive_holder(own)),
@@ -228,7 +225,7 @@ impl Registration {
                 Ok(lease) => return Ok(lease),
                 Err(ClaimError::Held(holders)) => holders,
                 Err(ClaimError::Unreachable) => {
-                    let detail = format!("whether somebody else has {service} cannot be asked: the bus is away");
+                    let detail = format!("the bus is unavailable, so {service} cannot be claimed");
                     return Err(Error::new(Code::BusUnavailable, detail));
                 }
             };
@@ -293,12 +290,10 @@ impl Registration {
         let Registration { hub, conn, .. } = self;
         let mut provides = conn.provides.lock();
         if conn.is_closed() {
-            return Err(Error::new(Code::Cancelled, "the connection is over"));
+            return Err(Error::new(Code::Cancelled, "the connection is closed"));
         }
         let mut state = hub.edit(service);
-        let is_own =
-            |slot: &ProviderSlot| Arc::ptr_eq(&slot.service, service) && state.providers.is_of(slot.provider, conn);
-        let own = provides.iter().find(|(_, slot)| is_own(slot)).map(|(_, slot)| slot.provider);
+        let own = own_key(&provides, service, conn, &state);
         let slot = provides.vacant_key() as u32;
         let registered = state.provide(&service.name, conn, own, slot, request, lease)?;
         if own.is_none() {
@@ -316,6 +311,18 @@ impl Registration {
             fence: registered.fence,
         })
     }
+}
+
+/// The key of `conn` among the providers of `service`.
+fn own_key(
+    provides: &Slab<ProviderSlot>,
+    service: &Arc<Service>,
+    conn: &Arc<Conn>,
+    state: &ServiceState,
+) -> Option<u32> {
+    let slots = provides.iter().map(|(_, slot)| slot).filter(|slot| Arc::ptr_eq(&slot.service, service));
+    // A slot outlives its provider for a moment.
+    slots.map(|slot| slot.provider).find(|key| state.providers.is_of(*key, conn))
 }
 
 /// Answers another node's query whether a name is held on this node. It is not held against the same subject, nor by a
@@ -344,11 +351,9 @@ pub(super) fn answer_query(hub: &Hub, query: &NameQuery<'_>, callback: ProbeCall
 pub(super) fn withdraw(hub: &Hub, conn: &Arc<Conn>, service: &Arc<Service>) -> Option<usize> {
     let provides = conn.provides.lock();
     let mut state = hub.edit(service);
-    let is_own =
-        |slot: &ProviderSlot| Arc::ptr_eq(&slot.service, service) && state.providers.is_of(slot.provider, conn);
-    let own = provides.iter().find(|(_, slot)| is_own(slot)).map(|(_, slot)| slot.provider)?;
+    let own = own_key(&provides, service, conn, &state)?;
     let in_flight = state.withdraw(own);
-    let follow_up: FollowUp<'_> = state.unlock();
+    let follow_up = state.unlock();
     drop(provides);
     drop(follow_up);
     Some(in_flight as usize)
@@ -401,7 +406,7 @@ fn held_elsewhere(service: &str, claim: Claim) -> Error {
         match claim {
             Claim::Shared => format!("{service} is provided exclusively by another connection"),
             Claim::Exclusive => {
-                format!("{service} has a provider on another node, so nobody else can have it exclusively")
+                format!("{service} has a provider on another node and cannot be exclusive")
             }
         },
     )

@@ -6,9 +6,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    peer::MethodNames,
     provider::sorted_methods,
-    tables::{Conn, NO_ENTRY, Provider, ProviderStage, ProviderTable, RemoteProvider, ServiceState},
+    tables::{Conn, Provider, ProviderStage, ProviderTable, RemoteProvider, ServiceState},
 };
 use crate::cluster::{Lease, NodeId};
 
@@ -93,38 +92,21 @@ impl ProviderTable {
 impl ServiceState {
     /// Another node advertises the service. A key: it is new, and has to be entered at `slot` of what `conn` provides.
     pub(super) fn set_remote(&mut self, conn: &Arc<Conn>, slot: u32, rev: u64, info: &Advertisement) -> Option<u32> {
-        let (concurrency, fence) = (info.concurrency.max(1), info.fence);
-        let methods = info.methods.iter().map(|method| Box::from(method.as_str())).collect();
-        let remote = Some(RemoteProvider { providers: info.providers, rev, other_calls: 0, valid_until: 0 });
-        (self.effects.providers_changed, self.effects.capacity_freed) = (true, true);
         let providers = &mut self.providers;
-        if let Some(key) = providers.find_remote(conn) {
-            let provider = &mut providers.all[key as usize];
-            if provider.stage == ProviderStage::Leaving {
-                provider.stage = ProviderStage::Active;
-                providers.leaving -= 1;
-            }
-            (provider.concurrency, provider.fence, provider.methods, provider.remote) =
-                (concurrency, fence, methods, remote);
-            return None;
+        let known = providers.find_remote(conn);
+        let key = known.unwrap_or_else(|| providers.all.insert(Provider::new(conn.clone(), slot)) as u32);
+        if known.is_none() {
+            providers.remote.push(key);
         }
-        let key = providers.all.insert(Provider {
-            conn: conn.clone(),
-            slot,
-            remote,
-            subject: "".into(),
-            stage: ProviderStage::Active,
-            concurrency,
-            in_flight: 0,
-            names: MethodNames::Qualified,
-            // The node needs all that its own providers may ask for.
-            meta: true,
-            fence,
-            methods,
-            head: NO_ENTRY,
-        }) as u32;
-        providers.remote.push(key);
-        Some(key)
+        let provider = &mut providers.all[key as usize];
+        providers.leaving -= usize::from(provider.stage == ProviderStage::Leaving);
+        provider.stage = ProviderStage::Active;
+        provider.concurrency = info.concurrency.max(1);
+        provider.fence = info.fence;
+        provider.methods = info.methods.iter().map(|method| Box::from(method.as_str())).collect();
+        provider.remote = Some(RemoteProvider { providers: info.providers, rev, other_calls: 0, valid_until: 0 });
+        (self.effects.providers_changed, self.effects.capacity_freed) = (true, true);
+        known.is_none().then_some(key)
     }
 
     /// Another node no longer advertises the service. `rev`: unless it has advertised it anew since then.

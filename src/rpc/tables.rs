@@ -135,6 +135,7 @@ pub(super) enum ProviderStage {
     Leaving,
 }
 
+#[derive(Default)]
 pub(super) struct CallTable {
     pub(super) entries: Slab<CallEntry>,
     /// The waiting calls, in order; some of them may be over.
@@ -142,7 +143,7 @@ pub(super) struct CallTable {
     pub(super) waiting: usize,
     /// A thread is writing what waited; new calls queue up behind, or they would be written before.
     pub(super) flushing: bool,
-    /// No entry is due earlier.
+    /// No entry is due earlier; the next sweep finds the exact time.
     pub(super) earliest_due: u64,
 }
 
@@ -240,12 +241,6 @@ pub(super) struct CallTarget {
     pub(super) deadline: u64,
     /// Revision of the advertisement of another node.
     pub(super) rev: u64,
-}
-
-impl Default for CallTable {
-    fn default() -> Self {
-        CallTable { entries: Slab::new(), queue: VecDeque::new(), waiting: 0, flushing: false, earliest_due: u64::MAX }
-    }
 }
 
 impl Effects {

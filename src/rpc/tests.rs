@@ -1,4 +1,4 @@
-//! Every rule of a call's life, with connections that only remember.
+//! The life of a call, with connections that record what the hub writes to them.
 
 mod fake;
 mod nodes;
@@ -38,7 +38,7 @@ fn a_call_and_its_answer() {
     assert_eq!(caller.answers(), [r#"a1: {"token": "x" }"#]);
     assert_eq!((world.hub.counts().pending, caller.hub.in_flight()), (0, 0));
     drop((provider, caller));
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_provider_s_error_is_passed_on() {
 }
 
 #[test]
-fn a_reply_without_result_or_error_is_a_bad_one() {
+fn a_reply_without_result_or_error_fails_the_call() {
     let world = World::new();
     let (provider, caller) = (world.provider("jwt"), world.socket());
     caller.call("1", "jwt/make");
@@ -78,7 +78,7 @@ fn only_the_provider_that_has_the_call_can_answer_and_only_once() {
     }
     assert_eq!(one.reply(0, "2"), ReplyOutcome::Answered);
     assert_eq!(one.reply(0, "3"), ReplyOutcome::Unmatched);
-    // The entry is used again under another number.
+    // The entry is reused with another sequence number.
     caller.call("2", "a/x");
     caller.call("3", "a/x");
     assert_eq!(one.reply(0, "4"), ReplyOutcome::Unmatched);
@@ -86,7 +86,7 @@ fn only_the_provider_that_has_the_call_can_answer_and_only_once() {
 }
 
 #[test]
-fn equal_ids_of_two_callers_do_not_meet_and_of_one_caller_are_both_answered() {
+fn equal_caller_ids_are_answered_separately() {
     let world = World::new();
     let (provider, one, two) = (world.provider("a"), world.socket(), world.socket());
     one.call("7", "a/x");
@@ -104,7 +104,7 @@ fn equal_ids_of_two_callers_do_not_meet_and_of_one_caller_are_both_answered() {
 }
 
 #[test]
-fn a_deadline_is_kept_and_says_whether_it_may_have_run() {
+fn an_overdue_call_times_out_and_may_have_been_executed() {
     let world = World::new();
     let (provider, caller) = (world.provider("a"), world.socket());
     caller.call("usual", "a/x");
@@ -115,14 +115,14 @@ fn a_deadline_is_kept_and_says_whether_it_may_have_run() {
     assert_eq!(caller.answers(), ["own: timeout maybe"]);
     world.pass(25 * SECOND);
     assert_eq!(caller.answers()[1..], ["usual: timeout maybe"]);
-    // Counted, and delivered to nobody.
+    // Counted, and not delivered.
     assert_eq!((provider.reply(0, "1"), provider.reply(0, "1")), (ReplyOutcome::Late, ReplyOutcome::Unmatched));
     assert_eq!((caller.late().len(), caller.answers().len()), (0, 2));
     assert_eq!(world.hub.metrics.value("weir_rpc_late_total"), 1.0);
 }
 
 #[test]
-fn timeouts_that_are_refused() {
+fn invalid_timeouts_are_rejected() {
     let world = World::new();
     let (_provider, caller) = (world.provider("a"), world.socket());
     caller.call_with("long", "a/x", |call| call.timeout = Some(601 * SECOND));
@@ -133,7 +133,7 @@ fn timeouts_that_are_refused() {
 }
 
 #[test]
-fn a_late_reply_is_delivered_if_asked_for_and_within_the_window() {
+fn a_late_reply_is_delivered_within_the_window_if_requested() {
     let world = World::new();
     let (provider, caller) = (world.provider("a"), world.socket());
     for tag in ["1", "2"] {
@@ -151,7 +151,7 @@ fn a_late_reply_is_delivered_if_asked_for_and_within_the_window() {
 }
 
 #[test]
-fn late_calls_are_bounded_and_die_with_either_end() {
+fn late_calls_are_bounded_and_end_with_either_connection() {
     let world = World::with(Config { late: 2, ..Config::default() });
     let (provider, other, caller) = (world.provider("a"), world.provider("b"), world.socket());
     for tag in ["1", "2", "3"] {
@@ -171,38 +171,38 @@ fn late_calls_are_bounded_and_die_with_either_end() {
 }
 
 #[test]
-fn cancelled_by_the_caller() {
+fn a_cancelled_call_is_answered_at_once() {
     let world = World::new();
-    let (deaf, caller) = (world.provider("deaf"), world.socket());
-    let told = world.socket();
-    told.provide("told", |ask| ask.meta = true).unwrap();
-    caller.call("1", "deaf/x");
-    caller.call("2", "told/x");
+    let (plain, caller) = (world.provider("plain"), world.socket());
+    let notified = world.socket();
+    notified.provide("notified", |request| request.meta = true).unwrap();
+    caller.call("1", "plain/x");
+    caller.call("2", "notified/x");
     assert_eq!((caller.hub.cancel(b"1"), caller.hub.cancel(b"2"), caller.hub.cancel(b"3")), (1, 1, 0));
     assert_eq!(caller.answers(), ["1: cancelled maybe", "2: cancelled maybe"]);
-    assert!(deaf.saw.cancels.lock().is_empty());
-    let id = told.saw.calls.lock()[0].id.unwrap();
-    assert_eq!(*told.saw.cancels.lock(), [id]);
-    // A reply all the same is nobody's.
-    assert_eq!((deaf.reply(0, "1"), told.reply(0, "1")), (ReplyOutcome::Unmatched, ReplyOutcome::Unmatched));
+    assert!(plain.saw.cancels.lock().is_empty());
+    let id = notified.saw.calls.lock()[0].id.unwrap();
+    assert_eq!(*notified.saw.cancels.lock(), [id]);
+    // A reply to a cancelled call is dropped.
+    assert_eq!((plain.reply(0, "1"), notified.reply(0, "1")), (ReplyOutcome::Unmatched, ReplyOutcome::Unmatched));
     assert_eq!((caller.answers().len(), world.hub.counts().pending), (2, 0));
 }
 
 #[test]
-fn a_caller_that_goes_cancels_its_calls() {
+fn a_closed_caller_cancels_its_calls() {
     let world = World::new();
-    let (caller, told) = (world.socket(), world.socket());
-    told.provide("told", |ask| (ask.meta, ask.concurrency) = (true, 1)).unwrap();
-    caller.call("1", "told/x");
+    let (caller, notified) = (world.socket(), world.socket());
+    notified.provide("notified", |request| (request.meta, request.concurrency) = (true, 1)).unwrap();
+    caller.call("1", "notified/x");
     let saw = caller.saw.clone();
     drop(caller);
-    assert_eq!((told.saw.cancels.lock().len(), world.hub.counts().pending), (1, 0));
-    assert_eq!(told.reply(0, "1"), ReplyOutcome::Unmatched);
+    assert_eq!((notified.saw.cancels.lock().len(), world.hub.counts().pending), (1, 0));
+    assert_eq!(notified.reply(0, "1"), ReplyOutcome::Unmatched);
     assert!(saw.answers.lock().is_empty());
 }
 
 #[test]
-fn a_provider_that_goes_fails_its_calls_at_once() {
+fn a_closed_provider_fails_its_calls_at_once() {
     let world = World::new();
     let (provider, other, caller) = (world.provider("a"), world.provider("b"), world.socket());
     for tag in ["1", "2", "3"] {
@@ -231,11 +231,11 @@ fn calls_in_flight_are_limited_per_connection() {
 }
 
 #[test]
-fn a_notification_reaches_one_provider_and_nothing_comes_back() {
+fn a_notification_reaches_one_provider_and_has_no_answer() {
     let world = World::new();
     let (one, two, caller) = (world.socket(), world.socket(), world.socket());
     for provider in [&one, &two] {
-        provider.provide("mail", |ask| (ask.concurrency, ask.meta) = (1, true)).unwrap();
+        provider.provide("mail", |request| (request.concurrency, request.meta) = (1, true)).unwrap();
     }
     for _ in 0..4 {
         caller.hub.notify(&Call::new("mail", "send", None));
@@ -246,7 +246,7 @@ fn a_notification_reaches_one_provider_and_nothing_comes_back() {
     caller.hub.notify(&Call::new("nobody", "send", None));
     caller.hub.notify(&Call::new("mail", "se\nnd", None));
     assert_eq!((caller.answers().len(), world.hub.counts().pending), (0, 0));
-    // Like calls, it waits for a provider that is on its way.
+    // Like a call, it waits for a provider of a service that had one.
     drop((one, two));
     caller.hub.notify(&Call::new("mail", "send", Some(raw(r#"["waited"]"#))));
     assert_eq!(world.hub.counts().waiting, 1);
@@ -257,7 +257,7 @@ fn a_notification_reaches_one_provider_and_nothing_comes_back() {
 }
 
 #[test]
-fn the_service_that_is_always_there() {
+fn the_built_in_service() {
     let world = World::new();
     let caller = world.socket();
     caller.call("1", "weir/echo");
@@ -270,7 +270,7 @@ fn the_service_that_is_always_there() {
 }
 
 #[test]
-fn names_of_calls() {
+fn names_of_calls_are_checked() {
     assert_eq!(Call::split("a/b/c").unwrap(), ("a/b", "c"));
     assert_eq!(Call::split("ab").unwrap_err().code(), Code::MethodNotFound);
     let world = World::new();
@@ -282,12 +282,13 @@ fn names_of_calls() {
 }
 
 #[test]
-fn what_a_provider_learns_if_it_asks() {
+fn a_provider_receives_meta_if_it_asks() {
     let world = World::new();
     let (provider, caller) = (world.socket(), world.socket());
-    let asked =
-        provider.provide("a", |ask| (ask.meta, ask.names, ask.exclusive) = (true, MethodNames::Qualified, true));
-    assert_eq!(asked.unwrap(), (1, Some(1)));
+    let registered = provider.provide("a", |request| {
+        (request.meta, request.names, request.exclusive) = (true, MethodNames::Qualified, true)
+    });
+    assert_eq!(registered.unwrap(), (1, Some(1)));
     caller.call_with("1", "a/x", |call| {
         (call.caller, call.traceparent, call.timeout) = ("user-7", Some("00-1-2-03"), Some(SECOND));
     });
@@ -297,11 +298,11 @@ fn what_a_provider_learns_if_it_asks() {
     assert_eq!(got.meta, Some(meta));
 }
 
-/// A transport may answer from inside `Peer::call`, and a connection may call itself.
+/// A transport may reply from inside `Peer::call`, and a connection may call itself.
 #[test]
-fn a_provider_that_answers_at_once() {
-    struct AtOnce(Mutex<Option<std::sync::Weak<HubConnection>>>, AtomicUsize);
-    impl Peer for AtOnce {
+fn a_provider_that_replies_at_once() {
+    struct ReplyingPeer(Mutex<Option<std::sync::Weak<HubConnection>>>, AtomicUsize);
+    impl Peer for ReplyingPeer {
         fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
             let connection = self.0.lock().as_ref().and_then(std::sync::Weak::upgrade).unwrap();
             connection.reply(call.id.unwrap(), CallAnswer::Result(raw("1")));
@@ -315,24 +316,24 @@ fn a_provider_that_answers_at_once() {
         fn withdrawn(&self, _: &str, _: &str) {}
     }
     let world = World::new();
-    let peer = Arc::new(AtOnce(Mutex::default(), AtomicUsize::new(0)));
+    let peer = Arc::new(ReplyingPeer(Mutex::default(), AtomicUsize::new(0)));
     let connection = Arc::new(HubConnection::new(&world.hub, peer.clone()));
     *peer.0.lock() = Some(Arc::downgrade(&connection));
     drop(connection.provide(&ProvideRequest::new("self")).try_finish().ok().unwrap().unwrap());
     connection.call(CallerId::new(b"1"), &Call::new("self", "x", None));
     assert_eq!((peer.1.load(Relaxed), world.hub.counts().pending), (1, 0));
     drop(connection);
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[tokio::test]
-async fn asking_without_a_connection() {
+async fn a_call_without_a_connection() {
     let world = World::new();
     let provider = world.socket();
-    provider.provide("a", |ask| ask.meta = true).unwrap();
-    let asked = call_once(&world.hub, &Call::new("a", "x", None));
+    provider.provide("a", |request| request.meta = true).unwrap();
+    let answer = call_once(&world.hub, &Call::new("a", "x", None));
     provider.reply(0, "[1]");
-    assert_eq!(asked.await.unwrap().get(), "[1]");
+    assert_eq!(answer.await.unwrap().get(), "[1]");
     let Err(CallError::Weir(error)) = call_once(&world.hub, &Call::new("b", "x", None)).await else {
         panic!("b has no provider")
     };
@@ -340,5 +341,5 @@ async fn asking_without_a_connection() {
     drop(call_once(&world.hub, &Call::new("a", "x", None)));
     assert_eq!(provider.saw.cancels.lock().len(), 1);
     drop(provider);
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }

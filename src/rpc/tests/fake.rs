@@ -1,4 +1,4 @@
-//! Connections that only remember, and a hub whose clock stands still.
+//! Connections that record what the hub writes to them, and a hub with a manual clock.
 
 use std::{
     pin::Pin,
@@ -14,38 +14,41 @@ use parking_lot::Mutex;
 use serde_json::{Value, value::RawValue};
 
 use super::*;
-use crate::cluster::test_network::{TestNetwork, TestNode};
+use crate::cluster::{
+    MonotonicClock,
+    test_network::{TestNetwork, TestNode},
+};
 
 #[derive(Default)]
-pub struct Fake {
-    pub calls: Mutex<Vec<Got>>,
-    /// CallerId and outcome: the result, `error CODE MESSAGE`, or `CODE EXECUTED`.
+pub struct RecordingPeer {
+    pub calls: Mutex<Vec<ReceivedCall>>,
+    /// Caller id and outcome: the result, `error CODE MESSAGE`, or `CODE EXECUTED`.
     pub answers: Mutex<Vec<(String, String)>>,
     pub late: Mutex<Vec<(String, String)>>,
     pub cancels: Mutex<Vec<CallId>>,
     pub withdrawn: Mutex<Vec<String>>,
-    /// Asked whether it lives.
+    /// Probes that are not answered.
     pub probes: Mutex<Vec<ProbeCallback>>,
     pub written: Mutex<Option<WriteOutcome>>,
-    /// Happens once, while a call is being written.
+    /// Runs once, while a call is being written.
     pub meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Got {
+pub struct ReceivedCall {
     pub id: Option<CallId>,
     pub name: String,
     pub params: Option<String>,
     pub meta: Option<Value>,
 }
 
-/// A connection under test: its hold on the hub and what it was told.
+/// A connection under test and what the hub wrote to it.
 pub struct Socket {
     pub hub: HubConnection,
-    pub saw: Arc<Fake>,
+    pub saw: Arc<RecordingPeer>,
 }
 
-/// One node of a cluster, and perhaps the only one.
+/// One node, alone or in a cluster.
 pub struct World {
     pub hub: Arc<Hub>,
     pub remote: RemoteNodes,
@@ -54,7 +57,7 @@ pub struct World {
     clock: Arc<AtomicU64>,
 }
 
-impl Peer for Fake {
+impl Peer for RecordingPeer {
     fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
         let meanwhile = self.meanwhile.lock().take();
         if let Some(meanwhile) = meanwhile {
@@ -68,7 +71,7 @@ impl Peer for Fake {
             };
             let params = call.params.map(|params| params.get().to_owned());
             let meta = call.meta.map(|meta| serde_json::to_value(meta).unwrap());
-            self.calls.lock().push(Got { id: call.id, name, params, meta });
+            self.calls.lock().push(ReceivedCall { id: call.id, name, params, meta });
         }
         written
     }
@@ -89,8 +92,8 @@ impl Peer for Fake {
         self.withdrawn.lock().push(format!("{service} {reason}"));
     }
 
-    fn probe(&self, told: ProbeCallback) {
-        self.probes.lock().push(told);
+    fn probe(&self, callback: ProbeCallback) {
+        self.probes.lock().push(callback);
     }
 }
 
@@ -133,12 +136,12 @@ impl World {
     }
 
     pub fn socket(&self) -> Socket {
-        let saw = Arc::new(Fake::default());
+        let saw = Arc::new(RecordingPeer::default());
         Socket { hub: HubConnection::new(&self.hub, saw.clone()), saw }
     }
 
-    /// Takes what is to be told of services, and has told it.
-    pub fn told(&self) -> Vec<ServiceChange> {
+    /// Takes the changes of services, as if they were published.
+    pub fn take_changes(&self) -> Vec<ServiceChange> {
         self.hub.take_changes().into_iter().map(|telling| telling.change).collect()
     }
 
@@ -166,8 +169,8 @@ impl World {
         socket
     }
 
-    /// Everything is over: nothing may be left of it.
-    pub fn is_empty_after_a_minute(&self) {
+    /// Asserts that nothing is left of all connections, services and calls.
+    pub fn assert_empty_after_a_minute(&self) {
         self.pass(Duration::from_secs(61));
         self.pass(Duration::from_secs(1));
         assert_eq!(self.hub.counts(), HubCounts::default());
@@ -190,30 +193,30 @@ impl Socket {
     }
 
     pub fn provide(&self, service: &str, change: impl FnOnce(&mut ProvideRequest<'_>)) -> Result<(usize, Option<u64>)> {
-        let mut ask = ProvideRequest::new(service);
-        change(&mut ask);
-        let provided = self.hub.provide(&ask).try_finish().unwrap_or_else(|mut asking| {
-            // Another thread is giving the name back at this moment. Nobody else has to be asked, so it is soon over.
+        let mut request = ProvideRequest::new(service);
+        change(&mut request);
+        let provided = self.hub.provide(&request).try_finish().unwrap_or_else(|mut asking| {
+            // Another thread is releasing the name at this moment. No other node has to be queried, so it ends soon.
             let mut cx = Context::from_waker(Waker::noop());
             let deadline = std::time::Instant::now() + Duration::from_secs(20);
             loop {
                 if let Poll::Ready(provided) = Pin::new(&mut asking).poll(&mut cx) {
                     return provided;
                 }
-                assert!(std::time::Instant::now() < deadline, "nobody has to be asked");
+                assert!(std::time::Instant::now() < deadline, "the registration needs no other node");
                 std::thread::yield_now();
             }
         });
         provided.map(|provided| (provided.providers, provided.fence))
     }
 
-    /// Answers the `nth` call that it got.
+    /// Replies to the `nth` call that it received.
     pub fn reply(&self, nth: usize, result: &str) -> ReplyOutcome {
         let id = self.saw.calls.lock()[nth].id.unwrap();
         self.hub.reply(id, CallAnswer::Result(raw(result)))
     }
 
-    /// Tags in the order in which their calls were written here.
+    /// Caller ids of the calls that it received, in order.
     pub fn got(&self) -> Vec<String> {
         let calls = self.saw.calls.lock();
         calls

@@ -1,4 +1,4 @@
-//! Several nodes, a clock that stands still, and mail that is lost on purpose.
+//! Several nodes with a manual clock, and messages that are lost on purpose.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
@@ -7,11 +7,14 @@ use super::{
     fake::{Socket, World, raw},
     *,
 };
-use crate::cluster::test_network::{TTL, TestNetwork};
+use crate::cluster::{
+    MonotonicClock,
+    test_network::{TTL, TestNetwork},
+};
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Nodes of one weir.
+/// Nodes of one cluster.
 pub struct Cluster {
     pub nodes: Vec<World>,
     pub net: Arc<TestNetwork>,
@@ -32,7 +35,7 @@ impl Cluster {
         cluster
     }
 
-    /// Carries mail and news until there is nothing left to do.
+    /// Carries messages and events until none are left.
     pub fn settle(&self) {
         loop {
             let mut some = self.net.carry();
@@ -62,27 +65,27 @@ impl Cluster {
         }
     }
 
-    /// One of them ends without a word: nothing of it runs on.
+    /// Stops a node as if its process had been killed.
     pub fn kill(&mut self, at: usize) -> World {
         let node = self.nodes.remove(at);
         self.net.kill(&node.node);
         node
     }
 
-    /// Registers, with all the questions and answers that takes.
+    /// Registers a provider, with all messages that takes.
     pub fn provide(
         &self,
         socket: &Socket,
         service: &str,
         change: impl FnOnce(&mut ProvideRequest<'_>),
     ) -> Result<Option<u64>> {
-        let mut ask = ProvideRequest::new(service);
-        change(&mut ask);
-        let providing = socket.hub.provide(&ask);
+        let mut request = ProvideRequest::new(service);
+        change(&mut request);
+        let providing = socket.hub.provide(&request);
         self.finish(providing).map(|provided| provided.fence)
     }
 
-    /// Lets time pass until a registration has come to something.
+    /// Lets time pass until a registration is done.
     pub fn finish(&self, providing: ProvideFuture) -> Result<AcceptedProvider> {
         let mut providing = Box::pin(providing);
         for _ in 0..1_000 {
@@ -95,7 +98,7 @@ impl Cluster {
             }
             self.pass(20 * MS);
         }
-        panic!("a registration came to nothing");
+        panic!("a registration did not end");
     }
 
     /// A socket of the node `at` that provides `service`, shared.
@@ -106,8 +109,8 @@ impl Cluster {
         socket
     }
 
-    /// Nothing may be left of anything.
-    pub fn is_empty_after_a_minute(&self) {
+    /// Asserts that nothing is left of all connections, services and calls.
+    pub fn assert_empty_after_a_minute(&self) {
         self.pass(Duration::from_secs(62));
         for node in &self.nodes {
             assert_eq!(node.hub.counts(), HubCounts::default());
@@ -122,7 +125,9 @@ impl Cluster {
 fn a_call_to_another_node() {
     let cluster = Cluster::new(2);
     let (provider, caller) = (cluster.nodes[0].socket(), cluster.nodes[1].socket());
-    cluster.provide(&provider, "jwt", |ask| (ask.meta, ask.names) = (true, MethodNames::Qualified)).unwrap();
+    cluster
+        .provide(&provider, "jwt", |request| (request.meta, request.names) = (true, MethodNames::Qualified))
+        .unwrap();
     cluster.settle();
     caller.call_with("1", "jwt/make", |call| (call.caller, call.traceparent) = ("u7", Some("00-1")));
     cluster.settle();
@@ -143,7 +148,7 @@ fn a_call_to_another_node() {
     provider.hub.reply(provider.saw.calls.lock()[2].id.unwrap(), CallAnswer::bad_reply("is empty"));
     cluster.settle();
     assert_eq!(caller.answers()[1..], ["2: error 42 no", "3: bad_reply maybe"]);
-    // Booked where it was made.
+    // Counted on the caller's node.
     assert_eq!(cluster.nodes[1].hub.metrics.value("weir_rpc_calls_total{result=\"ok\"}"), 1.0);
     assert_eq!(cluster.nodes[0].hub.metrics.value("weir_rpc_calls_total{result=\"ok\"}"), 0.0);
     caller.hub.notify(&Call::new("jwt", "note", None));
@@ -151,14 +156,14 @@ fn a_call_to_another_node() {
     let calls = provider.saw.calls.lock().clone();
     assert_eq!((calls.len(), calls[3].id), (4, None));
     drop((provider, caller));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn deadlines_cancels_and_late_replies_cross() {
+fn deadlines_cancellations_and_late_replies_between_nodes() {
     let cluster = Cluster::new(2);
     let (provider, caller) = (cluster.nodes[0].socket(), cluster.nodes[1].socket());
-    cluster.provide(&provider, "a", |ask| ask.meta = true).unwrap();
+    cluster.provide(&provider, "a", |request| request.meta = true).unwrap();
     cluster.settle();
     caller.call_with("late", "a/x", |call| (call.timeout, call.late) = (Some(SECOND), true));
     caller.call_with("never", "a/x", |call| call.timeout = Some(SECOND));
@@ -175,7 +180,7 @@ fn deadlines_cancels_and_late_replies_cross() {
     cluster.settle();
     assert_eq!(*provider.saw.cancels.lock(), [provider.saw.calls.lock()[2].id.unwrap()]);
     assert_eq!(provider.reply(2, "3"), ReplyOutcome::Unmatched);
-    // A caller that goes takes its calls with it.
+    // A closed caller cancels its calls.
     caller.call("4", "a/x");
     caller.call("5", "a/x");
     cluster.settle();
@@ -184,11 +189,11 @@ fn deadlines_cancels_and_late_replies_cross() {
     assert_eq!(provider.saw.cancels.lock().len(), 3);
     assert_eq!(cluster.nodes[0].hub.counts().pending, 0);
     drop(provider);
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn near_providers_are_preferred_but_not_overloaded() {
+fn local_providers_are_preferred_but_not_overloaded() {
     let cluster = Cluster::new(3);
     let near = cluster.provider(0, "a");
     let far = [cluster.provider(1, "a"), cluster.provider(2, "a")];
@@ -199,20 +204,20 @@ fn near_providers_are_preferred_but_not_overloaded() {
     }
     let got: Vec<_> = [&near, &far[0], &far[1]].iter().map(|provider| provider.got().len()).collect();
     assert_eq!(got.iter().sum::<usize>(), 400);
-    // Twice as many as either of the others, as nearly as two choices tell.
+    // About twice as many as either of the others: the choice is between two at random.
     assert!((180..=230).contains(&got[0]), "{got:?}");
     assert!(got[1] > 70 && got[2] > 70, "{got:?}");
 }
 
 #[test]
-fn concurrency_is_respected_by_all_together() {
+fn concurrency_holds_across_nodes() {
     let cluster = Cluster::new(3);
     let sockets: Vec<_> = (1..3).map(|at| cluster.nodes[at].socket()).collect();
     for socket in &sockets {
-        cluster.provide(socket, "a", |ask| ask.concurrency = 3).unwrap();
+        cluster.provide(socket, "a", |request| request.concurrency = 3).unwrap();
     }
     cluster.settle();
-    // Two nodes call, and neither knows of the other.
+    // Two nodes call without knowing of each other.
     let callers = [cluster.nodes[0].socket(), cluster.nodes[1].socket()];
     for n in 0..8 {
         callers[n % 2].call(&n.to_string(), "a/x");
@@ -236,7 +241,7 @@ fn a_provider_that_moves_to_another_node_is_found_at_once() {
     let caller = cluster.nodes[0].socket();
     let mut provider = cluster.provider(1, "a");
     for round in 0..6usize {
-        // These are under way when it goes, and are not lost; nor is one run twice.
+        // Calls on their way to the old node are neither lost nor executed twice.
         caller.call(&format!("{round}a"), "a/x");
         provider.hub.withdraw("a").unwrap();
         caller.call(&format!("{round}b"), "a/x");
@@ -251,11 +256,11 @@ fn a_provider_that_moves_to_another_node_is_found_at_once() {
     }
     assert_eq!(caller.answers().len(), 12);
     drop((caller, provider));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn a_withdrawn_provider_finishes_what_it_has_of_other_nodes() {
+fn a_withdrawn_provider_finishes_calls_of_other_nodes() {
     let cluster = Cluster::new(2);
     let (provider, caller) = (cluster.provider(0, "a"), cluster.nodes[1].socket());
     caller.call("1", "a/x");
@@ -268,7 +273,7 @@ fn a_withdrawn_provider_finishes_what_it_has_of_other_nodes() {
     cluster.settle();
     assert_eq!(caller.answers()[1..], ["1: 1"]);
     drop((caller, provider));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
@@ -289,7 +294,7 @@ fn a_call_waits_for_a_provider_on_any_node() {
 }
 
 #[test]
-fn a_node_that_dies_fails_its_calls_as_soon_as_that_is_known() {
+fn calls_to_a_dead_node_fail_when_its_death_is_detected() {
     let mut cluster = Cluster::new(3);
     let (doomed, other) = (cluster.provider(0, "a"), cluster.provider(1, "b"));
     let caller = cluster.nodes[2].socket();
@@ -299,7 +304,7 @@ fn a_node_that_dies_fails_its_calls_as_soon_as_that_is_known() {
     let _dead = cluster.kill(0);
     caller.call("3", "a/x");
     assert_eq!(caller.answers(), [""; 0]);
-    // The mail says that nobody takes it: the call in it may go elsewhere, the one before it may have run.
+    // The message comes back undelivered: its call may be placed elsewhere, the earlier one may have been executed.
     cluster.settle();
     assert_eq!(caller.answers(), ["1: provider_gone maybe"]);
     let heir = cluster.provider(0, "a");
@@ -309,14 +314,14 @@ fn a_node_that_dies_fails_its_calls_as_soon_as_that_is_known() {
     cluster.settle();
     assert_eq!(caller.answers()[1..], ["3: 3", "2: 2"]);
     drop((doomed, other, caller, heir));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn a_caller_s_node_that_dies_gives_its_calls_up_within_a_beat() {
+fn calls_of_a_dead_node_are_cancelled_within_a_heartbeat() {
     let mut cluster = Cluster::new(2);
     let provider = cluster.nodes[0].socket();
-    cluster.provide(&provider, "a", |ask| (ask.meta, ask.concurrency) = (true, 1)).unwrap();
+    cluster.provide(&provider, "a", |request| (request.meta, request.concurrency) = (true, 1)).unwrap();
     cluster.settle();
     let caller = cluster.nodes[1].socket();
     caller.call("1", "a/x");
@@ -326,11 +331,11 @@ fn a_caller_s_node_that_dies_gives_its_calls_up_within_a_beat() {
     assert_eq!(provider.saw.cancels.lock().len(), 1);
     assert_eq!(cluster.nodes[0].hub.counts().pending, 0);
     drop((dead, caller, provider));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn what_is_lost_is_known_within_a_second() {
+fn lost_messages_are_detected_within_a_second() {
     for (from, to) in [(0, 1), (1, 0)] {
         let cluster = Cluster::new(2);
         let (provider, caller) = (cluster.provider(0, "a"), cluster.nodes[1].socket());
@@ -350,7 +355,7 @@ fn what_is_lost_is_known_within_a_second() {
         cluster.pass(1_040 * MS);
         assert_eq!(caller.answers()[1..], ["lost: provider_gone maybe"], "{from} {to}");
         assert_eq!(provider.got().len(), if from == 0 { 2 } else { 1 });
-        // The link is whole again.
+        // The link works again.
         caller.call("after", "a/x");
         cluster.settle();
         assert_eq!(provider.got().last().unwrap(), "after");
@@ -358,37 +363,37 @@ fn what_is_lost_is_known_within_a_second() {
         cluster.settle();
         assert_eq!(caller.answers()[2..], ["after: 3"]);
         drop((provider, caller));
-        cluster.is_empty_after_a_minute();
+        cluster.assert_empty_after_a_minute();
     }
 }
 
 #[test]
-fn one_holder_of_an_exclusive_service_on_all_nodes() {
+fn an_exclusive_service_has_one_provider_on_all_nodes() {
     let cluster = Cluster::new(3);
     let (one, two, caller) = (cluster.nodes[0].socket(), cluster.nodes[1].socket(), cluster.nodes[2].socket());
-    let first = cluster.provide(&one, "own", |ask| ask.exclusive = true).unwrap().unwrap();
+    let first = cluster.provide(&one, "own", |request| request.exclusive = true).unwrap().unwrap();
     for exclusive in [true, false] {
-        let refused = cluster.provide(&two, "own", |ask| ask.exclusive = exclusive);
+        let refused = cluster.provide(&two, "own", |request| request.exclusive = exclusive);
         assert_eq!(refused.unwrap_err().code(), Code::ServiceTaken);
     }
     caller.call("1", "own/x");
     cluster.settle();
     assert_eq!(one.got(), ["1"]);
     drop(one);
-    let second = cluster.provide(&two, "own", |ask| ask.exclusive = true).unwrap().unwrap();
+    let second = cluster.provide(&two, "own", |request| request.exclusive = true).unwrap().unwrap();
     assert!(second > first);
     cluster.settle();
     assert_eq!(caller.answers(), ["1: provider_gone maybe"]);
     caller.call("2", "own/x");
     cluster.settle();
     assert_eq!(two.got(), ["2"]);
-    // Shared ones keep an exclusive one out.
+    // Shared providers exclude an exclusive one.
     let shared = cluster.provider(0, "shared");
-    let refused = cluster.provide(&two, "shared", |ask| ask.exclusive = true);
+    let refused = cluster.provide(&two, "shared", |request| request.exclusive = true);
     assert_eq!(refused.unwrap_err().code(), Code::ServiceTaken);
     assert_eq!(cluster.provide(&two, "shared", |_| {}).unwrap(), None);
     drop((two, caller, shared));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
@@ -397,7 +402,9 @@ fn the_same_subject_takes_over_from_another_node() {
     let (old, new, stranger) = (cluster.nodes[0].socket(), cluster.nodes[1].socket(), cluster.nodes[2].socket());
     let caller = cluster.nodes[2].socket();
     let exclusive = |socket: &Socket, subject: &'static str, takeover| {
-        cluster.provide(socket, "a", |ask| (ask.exclusive, ask.takeover, ask.subject) = (true, takeover, subject))
+        cluster.provide(socket, "a", |request| {
+            (request.exclusive, request.takeover, request.subject) = (true, takeover, subject)
+        })
     };
     let first = exclusive(&old, "svc", false).unwrap();
     cluster.settle();
@@ -415,53 +422,53 @@ fn the_same_subject_takes_over_from_another_node() {
     cluster.settle();
     assert_eq!((old.got().len(), new.got().len()), (1, 1));
     drop((old, new, stranger, caller));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn the_dead_hold_no_names_here_or_on_another_node() {
+fn a_dead_client_holds_no_name_on_any_node() {
     let cluster = Cluster::new(2);
-    let mut ask = ProvideRequest::new("a");
-    (ask.exclusive, ask.probe) = (true, true);
+    let mut request = ProvideRequest::new("a");
+    (request.exclusive, request.probe) = (true, true);
     for at in 0..2 {
         let (holder, heir) = (cluster.nodes[0].socket(), cluster.nodes[at].socket());
-        cluster.provide(&holder, "a", |it| *it = ask).unwrap();
+        cluster.provide(&holder, "a", |it| *it = request).unwrap();
         cluster.settle();
-        // Who does not ask for it is refused unasked.
-        let refused = cluster.provide(&heir, "a", |ask| ask.exclusive = true).unwrap_err();
+        // Without a probe the registration is rejected at once.
+        let refused = cluster.provide(&heir, "a", |request| request.exclusive = true).unwrap_err();
         assert_eq!((refused.code(), holder.saw.probes.lock().len()), (Code::ServiceTaken, 0));
-        let asked = || {
-            let providing = heir.hub.provide(&ask);
+        let probed = || {
+            let providing = heir.hub.provide(&request);
             cluster.settle();
-            let told = holder.saw.probes.lock().pop().expect("it is asked whether it lives");
-            (providing, told)
+            let callback = holder.saw.probes.lock().pop().expect("the holder is probed");
+            (providing, callback)
         };
-        let (providing, told) = asked();
-        told(true);
+        let (providing, callback) = probed();
+        callback(true);
         assert_eq!(cluster.finish(providing).err().unwrap().code(), Code::ServiceTaken);
-        let (providing, told) = asked();
+        let (providing, callback) = probed();
         drop(holder);
-        told(false);
+        callback(false);
         drop(cluster.finish(providing).unwrap());
         assert!(heir.saw.probes.lock().is_empty());
         drop(heir);
         cluster.settle();
     }
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn the_name_of_a_dead_node_is_free_when_its_lease_is_over() {
+fn the_name_of_a_dead_node_is_free_when_its_lease_expires() {
     let mut cluster = Cluster::new(2);
     let doomed = cluster.nodes[0].socket();
-    let first = cluster.provide(&doomed, "own", |ask| ask.exclusive = true).unwrap();
+    let first = cluster.provide(&doomed, "own", |request| request.exclusive = true).unwrap();
     cluster.settle();
     let _dead = cluster.kill(0);
     let heir = cluster.nodes[0].socket();
-    let mut ask = ProvideRequest::new("own");
-    ask.exclusive = true;
-    let mut providing = Box::pin(heir.hub.provide(&ask));
-    // Not refused, for nobody says that it is held; nor given, for its holder may live.
+    let mut request = ProvideRequest::new("own");
+    request.exclusive = true;
+    let mut providing = Box::pin(heir.hub.provide(&request));
+    // Neither rejected, for no node confirms that the name is held, nor accepted, for its holder may be alive.
     cluster.pass(Duration::from_millis(TTL) - 100 * MS);
     assert!(futures_util::FutureExt::now_or_never(providing.as_mut()).is_none());
     for _ in 0..40 {
@@ -471,15 +478,15 @@ fn the_name_of_a_dead_node_is_free_when_its_lease_is_over() {
             return;
         }
     }
-    panic!("it is free by now");
+    panic!("the name should be free by now");
 }
 
 #[test]
-fn an_exclusive_provider_that_cannot_be_sure_gets_no_calls() {
+fn an_exclusive_provider_gets_no_calls_without_a_valid_lease() {
     let cluster = Cluster::new(2);
     let (own, shared) = (cluster.nodes[0].socket(), cluster.provider(0, "shared"));
     let caller = cluster.nodes[0].socket();
-    let first = cluster.provide(&own, "own", |ask| ask.exclusive = true).unwrap();
+    let first = cluster.provide(&own, "own", |request| request.exclusive = true).unwrap();
     cluster.nodes[0].node.cut(true);
     cluster.pass(Duration::from_millis(TTL) - 2 * SECOND - MS);
     caller.call("1", "own/x");
@@ -490,15 +497,15 @@ fn an_exclusive_provider_that_cannot_be_sure_gets_no_calls() {
     assert_eq!((own.got().len(), shared.got()), (1, vec!["3".to_owned()]), "shared calls go on");
     let refused = cluster.provide(&cluster.nodes[0].socket(), "new", |_| {});
     assert_eq!(refused.unwrap_err().code(), Code::BusUnavailable);
-    // Back in time: it has the name still, and gets what waited.
+    // Reconnected in time: it still holds the name and receives the waiting call.
     cluster.nodes[0].node.cut(false);
     cluster.pass(20 * MS);
     assert_eq!(own.got(), ["1", "2"]);
-    // Away for too long, and somebody else was there meanwhile.
+    // Cut off for too long: another provider has taken the name.
     cluster.nodes[0].node.cut(true);
     cluster.pass(Duration::from_millis(TTL) + SECOND);
     let heir = cluster.nodes[1].socket();
-    let second = cluster.provide(&heir, "own", |ask| ask.exclusive = true).unwrap();
+    let second = cluster.provide(&heir, "own", |request| request.exclusive = true).unwrap();
     assert!(second > first);
     cluster.nodes[0].node.cut(false);
     cluster.pass(200 * MS);
@@ -507,23 +514,23 @@ fn an_exclusive_provider_that_cannot_be_sure_gets_no_calls() {
     cluster.settle();
     assert_eq!((own.got().len(), heir.got()), (2, vec!["4".to_owned()]));
     assert_eq!(cluster.nodes[0].hub.counts().providers, 1);
-    // The shared name is held again, under the new session.
+    // The shared name is held again, by the new session.
     let elsewhere = cluster.nodes[1].socket();
     elsewhere.call("5", "shared/x");
     cluster.settle();
     assert_eq!(shared.got().last().unwrap(), "5");
     drop((own, shared, caller, heir, elsewhere));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn a_node_that_stood_still_runs_nothing_for_a_name_that_it_lost() {
+fn a_paused_node_executes_nothing_for_a_name_that_it_lost() {
     let cluster = Cluster::new(2);
     let (own, heir) = (cluster.nodes[0].socket(), cluster.nodes[1].socket());
     let callers = [cluster.nodes[0].socket(), cluster.nodes[1].socket()];
-    cluster.provide(&own, "own", |ask| ask.exclusive = true).unwrap();
+    cluster.provide(&own, "own", |request| request.exclusive = true).unwrap();
     cluster.settle();
-    // They know each other: nothing is sent over a link that the other end has not heard of.
+    // The nodes know each other: a link is not used before the other end has confirmed it.
     callers[1].call("0", "own/x");
     cluster.settle();
     own.reply(0, "1");
@@ -532,9 +539,9 @@ fn a_node_that_stood_still_runs_nothing_for_a_name_that_it_lost() {
     callers[1].call("1", "own/x");
     cluster.pass(Duration::from_millis(TTL) + SECOND);
     assert_eq!(callers[1].answers()[1..], ["1: provider_gone maybe"]);
-    cluster.provide(&heir, "own", |ask| ask.exclusive = true).unwrap();
+    cluster.provide(&heir, "own", |request| request.exclusive = true).unwrap();
     cluster.settle();
-    // It wakes, and before it has heard of anything it is called, by one of its own and by mail of long ago.
+    // It resumes, and before it learns anything it is called by a client of its own and by an old message.
     cluster.nodes[0].node.stop(false);
     callers[0].call("2", "own/x");
     cluster.nodes[0].remote.process_events();
@@ -543,81 +550,81 @@ fn a_node_that_stood_still_runs_nothing_for_a_name_that_it_lost() {
     assert_eq!(*own.saw.withdrawn.lock(), ["own lost"]);
     assert_eq!(heir.got(), ["2"]);
     drop((own, heir, callers));
-    cluster.is_empty_after_a_minute();
+    cluster.assert_empty_after_a_minute();
 }
 
 #[test]
-fn services_of_all_nodes_and_each_change_told_by_one() {
+fn services_of_all_nodes_are_listed_and_the_leader_publishes_changes() {
     let mut cluster = Cluster::new(3);
     let here = cluster.nodes[1].socket();
-    cluster.provide(&here, "a", |ask| ask.methods = &["x"]).unwrap();
+    cluster.provide(&here, "a", |request| request.methods = &["x"]).unwrap();
     cluster.settle();
     let there = cluster.nodes[2].socket();
-    cluster.provide(&there, "a", |ask| ask.methods = &["y"]).unwrap();
+    cluster.provide(&there, "a", |request| request.methods = &["y"]).unwrap();
     cluster.settle();
     for node in &cluster.nodes {
         let services = node.hub.services("a", 10);
         assert_eq!(services[0].providers, 2);
         assert_eq!(services[0].methods, ["x", "y"]);
     }
-    let told: Vec<_> = cluster.nodes.iter().map(World::told).collect();
+    let changes: Vec<_> = cluster.nodes.iter().map(World::take_changes).collect();
     let change = |providers, kind| ServiceChange { service: "a".into(), providers, exclusive: false, kind };
-    assert_eq!(told, [vec![change(2, ServiceChangeKind::Provided)], vec![], vec![]]);
+    assert_eq!(changes, [vec![change(2, ServiceChangeKind::Provided)], vec![], vec![]]);
     drop(there);
     cluster.settle();
-    let told: Vec<_> = cluster.nodes[1..].iter().map(World::told).collect();
-    assert_eq!(told, [vec![], vec![]]);
-    // The one that leads dies before it has told this: the next one does.
+    let changes: Vec<_> = cluster.nodes[1..].iter().map(World::take_changes).collect();
+    assert_eq!(changes, [vec![], vec![]]);
+    // The leader dies before it has published the change: the next leader does.
     let _dead = cluster.kill(0);
     cluster.pass(Duration::from_millis(TTL) + SECOND);
-    let told: Vec<_> = cluster.nodes.iter().map(World::told).collect();
-    assert_eq!(told, [vec![change(1, ServiceChangeKind::Provided)], vec![]]);
+    let changes: Vec<_> = cluster.nodes.iter().map(World::take_changes).collect();
+    assert_eq!(changes, [vec![change(1, ServiceChangeKind::Provided)], vec![]]);
 }
 
-/// Nobody leads while none can reach another, and whoever leads afterwards tells all of it.
+/// There is no leader while no node can reach another. The next leader publishes all changes of that time.
 #[test]
-fn what_changes_while_nobody_leads_is_told_afterwards() {
+fn changes_without_a_leader_are_published_afterwards() {
     let cluster = Cluster::new(2);
     let there = cluster.provider(1, "a");
     let _stays = cluster.provider(1, "b");
-    assert_eq!(cluster.nodes[0].told().len(), 2);
-    cluster.nodes[1].told();
+    assert_eq!(cluster.nodes[0].take_changes().len(), 2);
+    cluster.nodes[1].take_changes();
     cluster.nodes.iter().for_each(|node| node.node.cut(true));
     cluster.pass(Duration::from_secs(60));
     drop(there);
     cluster.pass(Duration::from_secs(60));
-    assert!(cluster.nodes.iter().all(|node| node.told().is_empty()), "nobody leads");
+    assert!(cluster.nodes.iter().all(|node| node.take_changes().is_empty()), "there is no leader");
     cluster.nodes.iter().for_each(|node| node.node.cut(false));
     cluster.pass(SECOND);
-    let told: Vec<_> = cluster.nodes.iter().flat_map(World::told).collect();
-    let told: Vec<_> = told.iter().map(|it| (it.service.as_str(), it.providers)).collect();
-    assert!(told.contains(&("a", 0)), "{told:?}");
-    // The one that provides b never saw it go.
-    assert!(told.iter().all(|told| [("a", 0), ("b", 1)].contains(told)), "{told:?}");
+    let changes: Vec<_> = cluster.nodes.iter().flat_map(World::take_changes).collect();
+    let changes: Vec<_> = changes.iter().map(|it| (it.service.as_str(), it.providers)).collect();
+    assert!(changes.contains(&("a", 0)), "{changes:?}");
+    // The node that provides b never saw it leave.
+    assert!(changes.iter().all(|changes| [("a", 0), ("b", 1)].contains(changes)), "{changes:?}");
 }
 
 #[test]
-fn what_could_not_be_told_comes_again_as_it_stands_then() {
+fn requeued_changes_report_the_providers_of_that_moment() {
     let cluster = Cluster::new(2);
     let one = cluster.provider(1, "a");
     let hub = &cluster.nodes[0].hub;
-    let told = hub.take_changes();
-    assert_eq!(told[0].change.providers, 1);
-    hub.requeue_changes(told.into_iter());
+    let changes = hub.take_changes();
+    assert_eq!(changes[0].change.providers, 1);
+    hub.requeue_changes(changes.into_iter());
     let two = cluster.provider(0, "a");
-    let told = hub.take_changes();
-    assert_eq!(told.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [2], "once, and the newest");
-    // Longer than another would have to tell it, and after the hub has forgotten the service.
-    hub.requeue_changes(told.into_iter());
+    let changes = hub.take_changes();
+    assert_eq!(changes.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [2], "once, and the newest");
+    // Longer than another node would keep it, and after the hub has forgotten the service.
+    hub.requeue_changes(changes.into_iter());
     drop((one, two));
     cluster.settle();
     for _ in 0..3 {
-        let told = hub.take_changes();
-        assert_eq!(told.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [0]);
-        hub.requeue_changes(told.into_iter());
+        let changes = hub.take_changes();
+        assert_eq!(changes.iter().map(|it| it.change.providers).collect::<Vec<_>>(), [0]);
+        hub.requeue_changes(changes.into_iter());
         cluster.pass(Duration::from_secs(100));
     }
     assert_eq!(hub.counts(), HubCounts::default());
-    assert_eq!(cluster.nodes[0].told().len(), 1);
-    assert_eq!(cluster.nodes[0].told(), []);
+    assert_eq!(cluster.nodes[0].take_changes().len(), 1);
+    assert_eq!(cluster.nodes[0].take_changes(), []);
 }

@@ -1,4 +1,4 @@
-//! Who provides: choice, exclusiveness, waiting, leaving, discovery.
+//! Providers: choice, exclusive names, waiting, withdrawal, discovery.
 
 use super::{
     SECOND,
@@ -11,11 +11,11 @@ fn codes(result: &Result<(usize, Option<u64>)>) -> Code {
 }
 
 #[test]
-fn the_one_with_the_fewest_calls_for_its_size() {
+fn the_provider_with_the_fewest_calls_for_its_concurrency_is_chosen() {
     let world = World::new();
     let (small, large, caller) = (world.socket(), world.socket(), world.socket());
-    small.provide("a", |ask| ask.concurrency = 2).unwrap();
-    large.provide("a", |ask| ask.concurrency = 8).unwrap();
+    small.provide("a", |request| request.concurrency = 2).unwrap();
+    large.provide("a", |request| request.concurrency = 8).unwrap();
     for n in 0..10 {
         caller.call(&n.to_string(), "a/x");
     }
@@ -28,7 +28,7 @@ fn the_one_with_the_fewest_calls_for_its_size() {
 }
 
 #[test]
-fn equals_take_turns() {
+fn equal_providers_take_turns() {
     let world = World::new();
     let providers: Vec<_> = (0..4).map(|_| world.provider("a")).collect();
     let caller = world.socket();
@@ -39,11 +39,11 @@ fn equals_take_turns() {
 }
 
 #[test]
-fn many_providers_share_evenly_and_none_is_left_out() {
+fn many_providers_share_calls_evenly() {
     let world = World::new();
     let providers: Vec<_> = (0..50).map(|_| world.socket()).collect();
     for provider in &providers {
-        provider.provide("a", |ask| ask.concurrency = 10).unwrap();
+        provider.provide("a", |request| request.concurrency = 10).unwrap();
     }
     let caller = world.socket();
     for n in 0..250 {
@@ -67,36 +67,36 @@ fn shared_and_exclusive_do_not_mix() {
     let (one, two) = (world.socket(), world.socket());
     assert_eq!(one.provide("shared", |_| {}).unwrap(), (1, None));
     assert_eq!(two.provide("shared", |_| {}).unwrap(), (2, None));
-    assert_eq!(codes(&two.provide("shared", |ask| ask.exclusive = true)), Code::ServiceTaken);
-    assert_eq!(one.provide("own", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
+    assert_eq!(codes(&two.provide("shared", |request| request.exclusive = true)), Code::ServiceTaken);
+    assert_eq!(one.provide("own", |request| request.exclusive = true).unwrap(), (1, Some(1)));
     assert_eq!(codes(&two.provide("own", |_| {})), Code::ServiceTaken);
-    assert_eq!(codes(&two.provide("own", |ask| ask.exclusive = true)), Code::ServiceTaken);
-    assert_eq!(codes(&two.provide("own", |ask| ask.takeover = true)), Code::InvalidParams);
-    // The name is free when its holder goes.
+    assert_eq!(codes(&two.provide("own", |request| request.exclusive = true)), Code::ServiceTaken);
+    assert_eq!(codes(&two.provide("own", |request| request.takeover = true)), Code::InvalidParams);
+    // The name is free when its holder disconnects.
     drop(one);
-    assert_eq!(two.provide("own", |ask| ask.exclusive = true).unwrap(), (1, Some(2)));
-    assert_eq!(two.provide("shared", |ask| ask.exclusive = true).unwrap(), (1, Some(2)));
+    assert_eq!(two.provide("own", |request| request.exclusive = true).unwrap(), (1, Some(2)));
+    assert_eq!(two.provide("shared", |request| request.exclusive = true).unwrap(), (1, Some(2)));
 }
 
 #[test]
-fn the_same_connection_again_is_an_update() {
+fn a_second_registration_of_a_connection_is_an_update() {
     let world = World::new();
     let (one, two, caller) = (world.socket(), world.socket(), world.socket());
-    one.provide("a", |ask| ask.concurrency = 1).unwrap();
-    assert_eq!(one.provide("a", |ask| (ask.concurrency, ask.meta) = (2, true)).unwrap(), (1, None));
+    one.provide("a", |request| request.concurrency = 1).unwrap();
+    assert_eq!(one.provide("a", |request| (request.concurrency, request.meta) = (2, true)).unwrap(), (1, None));
     for tag in ["1", "2", "3"] {
         caller.call(tag, "a/x");
     }
     assert_eq!((one.got().len(), caller.answers()), (2, vec!["3: busy no".to_owned()]));
     assert!(one.saw.calls.lock()[0].meta.is_some());
-    assert_eq!(one.provide("a", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
-    assert_eq!(one.provide("a", |ask| ask.exclusive = true).unwrap(), (1, Some(1)));
+    assert_eq!(one.provide("a", |request| request.exclusive = true).unwrap(), (1, Some(1)));
+    assert_eq!(one.provide("a", |request| request.exclusive = true).unwrap(), (1, Some(1)));
     assert_eq!(codes(&two.provide("a", |_| {})), Code::ServiceTaken);
     assert_eq!(one.provide("a", |_| {}).unwrap(), (1, None));
     assert_eq!(two.provide("a", |_| {}).unwrap(), (2, None));
     assert_eq!((one.reply(0, "1"), one.reply(1, "1")), (ReplyOutcome::Answered, ReplyOutcome::Answered));
     drop((one, two, caller));
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[test]
@@ -104,9 +104,9 @@ fn a_takeover_by_the_same_subject() {
     let world = World::new();
     let (old, new, stranger, caller) = (world.socket(), world.socket(), world.socket(), world.socket());
     fn exclusive(socket: &Socket, subject: &str) -> Result<(usize, Option<u64>)> {
-        let mut ask = ProvideRequest::new("a");
-        (ask.exclusive, ask.takeover, ask.subject) = (true, true, subject);
-        socket.hub.provide(&ask).try_finish().ok().unwrap().map(|provided| (provided.providers, provided.fence))
+        let mut request = ProvideRequest::new("a");
+        (request.exclusive, request.takeover, request.subject) = (true, true, subject);
+        socket.hub.provide(&request).try_finish().ok().unwrap().map(|provided| (provided.providers, provided.fence))
     }
     assert_eq!(exclusive(&old, "svc").unwrap(), (1, Some(1)));
     caller.call("1", "a/x");
@@ -119,26 +119,26 @@ fn a_takeover_by_the_same_subject() {
     assert_eq!((old.reply(0, "1"), old.reply(1, "1")), (ReplyOutcome::Unmatched, ReplyOutcome::Unmatched));
     caller.call("3", "a/x");
     assert_eq!((old.got().len(), new.got()), (2, vec!["3".to_owned()]));
-    // The one that was replaced may come back, and goes without harm.
+    // The replaced provider may register again, and its disconnection does no harm.
     assert_eq!(old.hub.withdraw("a").unwrap_err().code(), Code::NotFound);
     assert_eq!(exclusive(&old, "svc").unwrap(), (1, Some(3)));
     drop((old, new, stranger, caller));
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[test]
-fn fences_only_grow_even_over_a_forgotten_name() {
+fn fencing_tokens_grow_even_if_the_name_was_forgotten() {
     let world = World::new();
     for fence in 1..=3 {
         let socket = world.socket();
-        assert_eq!(socket.provide("a", |ask| ask.exclusive = true).unwrap().1, Some(fence));
+        assert_eq!(socket.provide("a", |request| request.exclusive = true).unwrap().1, Some(fence));
         drop(socket);
-        world.is_empty_after_a_minute();
+        world.assert_empty_after_a_minute();
     }
 }
 
 #[test]
-fn withdrawn_providers_finish_what_they_have() {
+fn withdrawn_providers_finish_their_calls() {
     let world = World::new();
     let (provider, caller) = (world.provider("a"), world.socket());
     assert_eq!(provider.hub.withdraw("b").unwrap_err().code(), Code::NotFound);
@@ -149,15 +149,15 @@ fn withdrawn_providers_finish_what_they_have() {
     assert_eq!((caller.answers(), world.hub.counts().providers), (vec!["2: no_provider no".to_owned()], 0));
     // The name is free for others meanwhile.
     let heir = world.socket();
-    heir.provide("a", |ask| ask.exclusive = true).unwrap();
+    heir.provide("a", |request| request.exclusive = true).unwrap();
     assert_eq!(provider.reply(0, "1"), ReplyOutcome::Answered);
     assert_eq!(provider.hub.withdraw("a").unwrap_err().code(), Code::NotFound);
     drop((heir, provider, caller));
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[test]
-fn a_provider_may_change_its_mind_and_a_node_may_drain() {
+fn a_withdrawn_provider_may_register_again_and_a_node_may_drain() {
     let world = World::new();
     let (provider, caller) = (world.provider("a"), world.socket());
     caller.call("1", "a/x");
@@ -174,7 +174,7 @@ fn a_provider_may_change_its_mind_and_a_node_may_drain() {
 }
 
 #[test]
-fn a_call_waits_for_a_provider_that_was_here_a_moment_ago() {
+fn a_call_waits_for_a_service_that_had_a_provider() {
     let world = World::new();
     let caller = world.socket();
     caller.call("typo", "a/x");
@@ -189,7 +189,7 @@ fn a_call_waits_for_a_provider_that_was_here_a_moment_ago() {
     let provider = world.socket();
     let provided = provider.hub.provide(&ProvideRequest::new("a")).try_finish().ok().unwrap().unwrap();
     caller.call("4", "a/x");
-    assert_eq!(provider.got(), [""; 0], "nothing comes before the provider is told");
+    assert_eq!(provider.got(), [""; 0], "no call before the response to the registration");
     drop(provided);
     assert_eq!(provider.got(), ["1", "3", "4"]);
     assert_eq!(caller.answers()[2..], ["2: cancelled no"]);
@@ -207,7 +207,7 @@ fn a_call_waits_for_a_provider_that_was_here_a_moment_ago() {
 }
 
 #[test]
-fn a_call_may_name_its_own_patience_but_not_beyond_its_deadline() {
+fn a_call_may_set_its_wait_but_not_beyond_its_deadline() {
     let world = World::new();
     let caller = world.socket();
     caller.call_with("1", "new/x", |call| call.wait = Some(10 * SECOND));
@@ -220,8 +220,8 @@ fn a_call_may_name_its_own_patience_but_not_beyond_its_deadline() {
     let provider = world.provider("new");
     assert_eq!(provider.got(), ["1"]);
     world.pass(26 * SECOND);
-    assert_eq!(caller.answers()[2..], ["1: timeout maybe"], "waiting counts");
-    // A name that only callers ever spoke costs nothing once they have gone.
+    assert_eq!(caller.answers()[2..], ["1: timeout maybe"], "the wait counts");
+    // A name without a provider is forgotten with its last call.
     caller.call_with("4", "typo/x", |call| call.wait = Some(SECOND));
     assert_eq!(world.hub.counts().names, 2);
     world.pass(SECOND);
@@ -229,14 +229,14 @@ fn a_call_may_name_its_own_patience_but_not_beyond_its_deadline() {
 }
 
 #[test]
-fn who_waited_goes_on_waiting_while_the_provider_is_busy() {
+fn waiting_calls_stay_queued_while_the_provider_is_busy() {
     let world = World::new();
     let (caller, provider) = (world.socket(), world.socket());
     drop(world.provider("a"));
     for tag in ["1", "2", "3"] {
         caller.call(tag, "a/x");
     }
-    provider.provide("a", |ask| ask.concurrency = 1).unwrap();
+    provider.provide("a", |request| request.concurrency = 1).unwrap();
     assert_eq!(provider.got(), ["1"]);
     caller.call("4", "a/x");
     assert_eq!(caller.answers(), ["4: busy no"]);
@@ -247,7 +247,7 @@ fn who_waited_goes_on_waiting_while_the_provider_is_busy() {
 }
 
 #[test]
-fn what_may_wait_is_bounded() {
+fn waiting_calls_are_bounded() {
     let world = World::with(Config { waiting: 2, ..Config::default() });
     let caller = world.socket();
     drop((world.provider("a"), world.provider("b")));
@@ -272,7 +272,7 @@ fn what_may_wait_is_bounded() {
     caller.call("2".repeat(30).as_str(), "a/x");
     assert_eq!(world.hub.counts().waiting, 1);
     drop(caller);
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[test]
@@ -294,10 +294,10 @@ fn a_call_that_was_not_written_goes_to_another_provider() {
 }
 
 #[test]
-fn a_provider_that_turns_out_to_be_gone_is_none() {
+fn a_provider_whose_connection_is_gone_is_removed() {
     let world = World::new();
     let (one, caller) = (world.socket(), world.socket());
-    one.provide("a", |ask| ask.exclusive = true).unwrap();
+    one.provide("a", |request| request.exclusive = true).unwrap();
     caller.call("1", "a/x");
     *one.saw.written.lock() = Some(WriteOutcome::Gone);
     caller.call("2", "a/x");
@@ -305,7 +305,7 @@ fn a_provider_that_turns_out_to_be_gone_is_none() {
     assert_eq!(caller.answers(), ["1: provider_gone maybe"]);
     assert_eq!((world.hub.counts().waiting, world.hub.counts().providers), (2, 0));
     let two = world.socket();
-    two.provide("a", |ask| ask.exclusive = true).unwrap();
+    two.provide("a", |request| request.exclusive = true).unwrap();
     assert_eq!(two.got(), ["2", "n"]);
     drop(one);
     two.reply(0, "1");
@@ -317,7 +317,7 @@ fn fake_params() -> &'static RawValue {
 }
 
 #[test]
-fn a_full_provider_does_not_hold_up_those_that_waited() {
+fn a_full_provider_fails_the_waiting_calls() {
     let world = World::new();
     let (caller, provider) = (world.socket(), world.socket());
     drop(world.provider("a"));
@@ -329,19 +329,19 @@ fn a_full_provider_does_not_hold_up_those_that_waited() {
 }
 
 #[test]
-fn names_that_nobody_may_provide() {
+fn reserved_and_malformed_names_are_rejected() {
     let world = World::new();
     let socket = world.socket();
     for name in ["", "weir", "weir/x", "rpc.x", "$x", "a\nb", &"x".repeat(129)] {
         assert_eq!(codes(&socket.provide(name, |_| {})), Code::InvalidParams, "{name:?}");
     }
-    assert_eq!(codes(&socket.provide("a", |ask| ask.concurrency = 0)), Code::InvalidParams);
-    assert_eq!(codes(&socket.provide("a", |ask| ask.methods = &["x\n"])), Code::InvalidParams);
+    assert_eq!(codes(&socket.provide("a", |request| request.concurrency = 0)), Code::InvalidParams);
+    assert_eq!(codes(&socket.provide("a", |request| request.methods = &["x\n"])), Code::InvalidParams);
     assert_eq!(world.hub.counts(), HubCounts { connections: 1, ..HubCounts::default() });
 }
 
 #[test]
-fn how_many_services() {
+fn the_number_of_services_is_limited() {
     let world = World::with(Config { services: 3, provides: 2, ..Config::default() });
     let (one, two) = (world.socket(), world.socket());
     one.provide("a", |_| {}).unwrap();
@@ -354,28 +354,28 @@ fn how_many_services() {
 }
 
 #[test]
-fn names_that_came_and_went_cost_nothing() {
+fn forgotten_names_cost_nothing() {
     let world = World::with(Config { services: 100, ..Config::default() });
     for n in 0..10_000 {
         drop(world.provider(&n.to_string()));
         world.hub.sweep();
         assert!(world.hub.counts().names <= 101);
     }
-    // One name that comes and goes is remembered once.
+    // A name whose provider flaps is remembered once.
     for _ in 0..1_000 {
         drop(world.provider("flapping"));
     }
     assert!(world.hub.registry.remembered() <= 101);
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
 
 #[test]
 fn discovery() {
     let world = World::new();
     let (one, two, caller) = (world.socket(), world.socket(), world.socket());
-    one.provide("jwt", |ask| ask.methods = &["make", "check"]).unwrap();
-    two.provide("jwt", |ask| ask.methods = &["make"]).unwrap();
-    one.provide("job", |ask| ask.exclusive = true).unwrap();
+    one.provide("jwt", |request| request.methods = &["make", "check"]).unwrap();
+    two.provide("jwt", |request| request.methods = &["make"]).unwrap();
+    one.provide("job", |request| request.exclusive = true).unwrap();
     drop(world.provider("gone"));
     caller.call("1", "jwt/make");
     let info = |service: &str, providers, in_flight, exclusive, methods: &[&str]| ServiceInfo {
@@ -398,32 +398,32 @@ fn discovery() {
 }
 
 #[test]
-fn changes_are_told_once_per_service() {
+fn changes_are_published_once_per_service() {
     let world = World::new();
-    let told = || -> Vec<String> {
-        let changes = world.told();
+    let published = || -> Vec<String> {
+        let changes = world.take_changes();
         changes.iter().map(|it| format!("{} {} {}", it.service, it.kind.as_str(), it.providers)).collect()
     };
     let one = world.provider("a");
     let two = world.provider("a");
-    assert_eq!(told(), ["a provided 2"]);
+    assert_eq!(published(), ["a provided 2"]);
     drop(two);
     drop(world.provider("b"));
-    assert_eq!(told(), ["a withdrawn 1"], "b came and went between two questions");
+    assert_eq!(published(), ["a withdrawn 1"], "b has the same providers as before");
     for _ in 0..1_000 {
         one.hub.withdraw("a").unwrap();
-        one.provide("a", |ask| (ask.exclusive, ask.subject) = (true, "s")).unwrap();
+        one.provide("a", |request| (request.exclusive, request.subject) = (true, "s")).unwrap();
     }
-    assert_eq!(told(), [""; 0]);
+    assert_eq!(published(), [""; 0]);
     let three = world.socket();
-    three.provide("a", |ask| (ask.exclusive, ask.takeover, ask.subject) = (true, true, "s")).unwrap();
-    assert_eq!(told(), ["a provided 1"], "another one provides it");
+    three.provide("a", |request| (request.exclusive, request.takeover, request.subject) = (true, true, "s")).unwrap();
+    assert_eq!(published(), ["a provided 1"], "the provider was replaced");
     drop((one, three));
-    assert_eq!(told(), ["a withdrawn 0"]);
+    assert_eq!(published(), ["a withdrawn 0"]);
 }
 
 #[tokio::test]
-async fn changes_wake_who_waits_for_them() {
+async fn a_change_wakes_the_publisher() {
     let world = World::new();
     let hub = world.hub.clone();
     let waiter = tokio::spawn(async move { hub.next_changes().await });
@@ -436,16 +436,16 @@ async fn changes_wake_who_waits_for_them() {
 }
 
 #[test]
-fn a_provider_that_is_withdrawn_while_its_last_call_cannot_be_written_is_gone() {
+fn a_provider_withdrawn_during_its_last_failed_write_is_removed() {
     let world = World::new();
     let (provider, caller) = (Arc::new(world.provider("a")), world.socket());
     *provider.saw.written.lock() = Some(WriteOutcome::Full);
     let leaving = provider.clone();
     *provider.saw.meanwhile.lock() = Some(Box::new(move || assert_eq!(leaving.hub.withdraw("a").unwrap(), 1)));
     caller.call("1", "a/x");
-    assert!(provider.hub.is_idle(), "nobody waits for it any more");
+    assert!(provider.hub.is_idle(), "its registration has ended");
     world.pass(3 * SECOND);
     assert_eq!(caller.answers(), ["1: no_provider no"]);
     drop((provider, caller));
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }

@@ -1,11 +1,11 @@
-//! Whatever happens in whatever order: every call has exactly one answer, and nothing stays behind.
+//! Random operations in random order: every call has exactly one answer, and nothing is left at the end.
 
 use std::{collections::HashMap, sync::atomic::AtomicBool};
 
 use proptest::prelude::*;
 
 use super::{
-    fake::{Socket, World, raw},
+    fake::{RecordingPeer, Socket, World, raw},
     *,
 };
 
@@ -37,13 +37,13 @@ enum Step {
         socket: usize,
         service: usize,
     },
-    /// Of one of the latest calls that it got, perhaps not for the first time.
+    /// To one of the latest calls that it received, perhaps not for the first time.
     Reply {
         socket: usize,
         back: usize,
         how: u8,
     },
-    /// With an id of somebody else.
+    /// A reply with the id of a call of another provider.
     Intrude {
         socket: usize,
         victim: usize,
@@ -90,14 +90,12 @@ fn step() -> impl Strategy<Value = Step> {
 struct Run {
     world: World,
     alive: Vec<Socket>,
-    /// What the dead were told, and how many answers they had when they died.
-    dead: Vec<(Socket2, usize)>,
+    /// What closed connections received, and how many answers they had when they were closed.
+    dead: Vec<(Arc<RecordingPeer>, usize)>,
     calls: usize,
-    /// Calls each living socket made, by its place in `alive`.
+    /// Calls that each open socket made, by its index in `alive`.
     made: Vec<Vec<String>>,
 }
-
-type Socket2 = Arc<super::fake::Fake>;
 
 impl Run {
     fn pick(&self, socket: usize) -> Option<usize> {
@@ -114,9 +112,10 @@ impl Run {
             Step::Pass { ms } => self.world.pass(Duration::from_millis(ms)),
             Step::Provide { socket, service, exclusive, takeover, concurrency, meta } => {
                 let Some(at) = self.pick(socket) else { return };
-                // Refused is fine.
-                let _ = self.alive[at].provide(SERVICES[service], |ask| {
-                    (ask.exclusive, ask.takeover, ask.concurrency, ask.meta) = (exclusive, takeover, concurrency, meta);
+                // The registration may be rejected.
+                let _ = self.alive[at].provide(SERVICES[service], |request| {
+                    (request.exclusive, request.takeover, request.concurrency, request.meta) =
+                        (exclusive, takeover, concurrency, meta);
                 });
             }
             Step::Withdraw { socket, service } => {
@@ -203,10 +202,13 @@ impl Run {
         }
         let mut written = HashMap::new();
         for (saw, answers) in &self.dead {
-            assert_eq!(saw.answers.lock().len(), *answers, "the dead are told nothing");
+            assert_eq!(saw.answers.lock().len(), *answers, "closed connections receive nothing");
             for (tag, outcome) in saw.answers.lock().iter().chain(saw.late.lock().iter()) {
                 let own = [format!("[{tag:?}]"), format!("error 1 [{tag:?}]")].contains(outcome);
-                assert!(own || outcome.ends_with(" no") || outcome.ends_with(" maybe"), "{tag} was told {outcome}");
+                assert!(
+                    own || outcome.ends_with(" no") || outcome.ends_with(" maybe"),
+                    "{tag} was answered with {outcome}"
+                );
             }
             for call in saw.calls.lock().iter().filter(|call| call.id.is_some()) {
                 *written.entry(call.params.clone().unwrap()).or_insert(0) += 1;
@@ -215,14 +217,17 @@ impl Run {
         assert!(written.values().all(|times| *times == 1), "no call is written twice");
         for (saw, _) in &self.dead {
             for (tag, outcome) in saw.answers.lock().iter().filter(|(_, outcome)| outcome.ends_with(" no")) {
-                assert!(!written.contains_key(&format!("[{tag:?}]")), "{tag} was told {outcome}, and was written");
+                assert!(
+                    !written.contains_key(&format!("[{tag:?}]")),
+                    "{tag} was answered with {outcome}, and was written"
+                );
             }
         }
-        self.world.is_empty_after_a_minute();
+        self.world.assert_empty_after_a_minute();
     }
 }
 
-fn nth_last(saw: &super::fake::Fake, back: usize) -> Option<(CallId, String)> {
+fn nth_last(saw: &RecordingPeer, back: usize) -> Option<(CallId, String)> {
     let calls = saw.calls.lock();
     let call = calls.iter().rev().filter(|call| call.id.is_some()).nth(back)?;
     Some((call.id?, call.params.clone()?))
@@ -243,7 +248,7 @@ proptest! {
     }
 }
 
-/// The same promises while everything happens at once: callers, providers that come and go, and the sweep.
+/// The same guarantees with concurrent callers, providers that come and go, and sweeps.
 #[test]
 fn one_answer_each_with_threads() {
     let world = Arc::new(World::new());
@@ -258,8 +263,8 @@ fn one_answer_each_with_threads() {
                         break;
                     }
                     let socket = world.socket();
-                    let _ = socket.provide("a", |ask| {
-                        (ask.concurrency, ask.meta) = (4 + n, round % 2 == 0);
+                    let _ = socket.provide("a", |request| {
+                        (request.concurrency, request.meta) = (4 + n, round % 2 == 0);
                     });
                     let mut seen = 0;
                     for _ in 0..200 {
@@ -328,11 +333,11 @@ fn one_answer_each_with_threads() {
         let tags: std::collections::HashSet<_> = answers.iter().map(|(tag, _)| tag).collect();
         assert_eq!((tags.len(), answers.len(), socket.hub.in_flight()), (3_000, 3_000, 0));
         for (tag, outcome) in answers.iter() {
-            assert!(!outcome.starts_with('[') || *outcome == format!("[{tag:?}]"), "{tag} was told {outcome}");
+            assert!(!outcome.starts_with('[') || *outcome == format!("[{tag:?}]"), "{tag} was answered with {outcome}");
         }
     }
     let distinct: std::collections::HashSet<_> = written.iter().collect();
     assert_eq!(distinct.len(), written.len(), "no call is written twice");
     drop(sockets);
-    world.is_empty_after_a_minute();
+    world.assert_empty_after_a_minute();
 }
