@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use self::{
-    channel::ImportedLog,
+    channel::{ChannelImport, ImportedLog},
     progress::{ImportProgress, ImportedCursors},
     source::{ImportSource, SourceSurvey},
     target::{ImportTarget, failed},
@@ -54,7 +54,7 @@ async fn import(
     let mut unfit = Vec::new();
     for (name, counter) in &survey.channels {
         match Channel::parse(name).and_then(|channel| channel.writable().map(|()| channel)) {
-            Ok(channel) => match channel::examine(source, target, channel, *counter, args.allow_trim).await? {
+            Ok(channel) => match ChannelImport::prepare(source, target, channel, *counter, args.allow_trim).await? {
                 Ok(one) => imports.push(one),
                 Err(reason) => refused.push(reason),
             },
@@ -77,7 +77,7 @@ async fn import(
     let mut logs: BTreeMap<String, ImportedLog> = BTreeMap::new();
     let mut held_back = 0;
     for one in imports {
-        let (imported, log) = channel::run(source, target, one, &mut progress).await?;
+        let (imported, log) = one.run(source, target, &mut progress).await?;
         unfit.extend(imported.unfit.iter().map(|reason| format!("channel {}: {reason}", imported.channel)));
         held_back += imported.held_back;
         out.line(&json(&imported)?)?;
@@ -96,7 +96,7 @@ async fn import(
         progress.began.elapsed().as_secs_f32()
     ));
     if held_back > 0 {
-        note(format_args!("{held_back} events are left for a second run: others may be missing before them still"));
+        note(format_args!("{held_back} events are left for a second run: events before them may still be missing"));
     }
     all_fits(&unfit)
 }

@@ -29,11 +29,11 @@ const ONE: ReadLimit = ReadLimit { events: 1, bytes: 1 };
 
 /// A channel of the source that is being imported.
 pub(super) struct ChannelImport {
-    pub(super) channel: Channel,
+    channel: Channel,
     /// None if there are no events, only a counter.
     ids: Option<EventIds>,
     /// The newest id to import.
-    pub(super) end: u64,
+    end: u64,
     /// The newest offset in weir.
     at: u64,
 }
@@ -56,103 +56,6 @@ struct StoredEvent<'a> {
     data: Option<&'a RawValue>,
 }
 
-/// Compares a channel in source and target. The inner error is a reason to import nothing at all.
-pub(super) async fn examine(
-    source: &mut ImportSource,
-    target: &ImportTarget,
-    channel: Channel,
-    counter: u64,
-    allow_trim: bool,
-) -> Result<Result<ChannelImport, String>, Failure> {
-    let ids = source.event_ids(channel.as_str()).await?;
-    // The counter may be ahead of the newest event, which is still being written. Without events only the counter is
-    // known.
-    let end = ids.map_or(counter, |ids| ids.last);
-    let info = target.past.inspect(&channel).await.map_err(|error| failed(&error))?;
-    let import = ChannelImport { ids, end, at: info.top, channel };
-    if info.top > 0 && !import.is_ours(source, target).await? {
-        return Ok(Err(format!(
-            "{}: weir has events of its own there: delete them, or import under another prefix",
-            import.channel
-        )));
-    }
-    if !allow_trim && let Some(reason) = import.trimmed(source, target).await? {
-        return Ok(Err(reason));
-    }
-    Ok(Ok(import))
-}
-
-/// Places the events that are missing in the target.
-pub(super) async fn run(
-    source: &mut ImportSource,
-    target: &ImportTarget,
-    mut import: ChannelImport,
-    progress: &mut ImportProgress,
-) -> Result<(ImportedChannel, Option<ImportedLog>), Failure> {
-    let name = import.channel.as_str().to_owned();
-    let mut imported = ImportedChannel { channel: name.clone(), ..ImportedChannel::default() };
-    // An unreadable event has no time: it gets that of the event before. Not 0: that is the clock of Redis itself.
-    target.set_time(1);
-    'pages: loop {
-        let page = source.page(&name, import.at, PAGE).await?;
-        if page.is_empty() {
-            break;
-        }
-        for (id, stored) in page {
-            let (draft, time) = match stored.as_deref().map(|stored| read(stored, target.event_limit)) {
-                Some(Ok((draft, time))) => (Some(draft), Some(time)),
-                Some(Err(reason)) => {
-                    imported.unfit.push(format!("event {id}: {reason}"));
-                    (None, None)
-                }
-                None => (None, None),
-            };
-            if let Some(time) = time {
-                let young = target.bus.now().saturating_sub(time) < SETTLED.as_millis() as u64;
-                if young && id > import.at + 1 && import.ids.is_some_and(|ids| id > ids.first) {
-                    imported.held_back = import.end.saturating_sub(import.at);
-                    break 'pages;
-                }
-                target.set_time(time);
-            }
-            if id > import.at + 1 {
-                imported.void += id - import.at - 1;
-                import.void(target, id - 1).await?;
-            }
-            match draft {
-                Some(draft) => {
-                    import.place(target, vec![draft]).await?;
-                    imported.events += 1;
-                    progress.placed += 1;
-                }
-                None => {
-                    imported.void += 1;
-                    import.void(target, id).await?;
-                }
-            }
-            progress.note(&import.channel, id, import.end);
-        }
-    }
-    if import.ids.is_none() && import.end > import.at {
-        target.set_time(target.bus.now());
-        imported.void += import.end - import.at;
-        import.void(target, import.end).await?;
-    }
-    imported.top = import.at;
-    let epoch = target.past.inspect(&import.channel).await.map_err(|error| failed(&error))?.epoch;
-    if import.at == 0 || epoch.is_absent() {
-        return Ok((imported, None));
-    }
-    // Events before the first existed once: clients that read from there get a gap.
-    let first = import.ids.map_or(import.end + 1, |ids| ids.first);
-    if first > 1 && import.at + 1 >= first {
-        let before = Position { epoch, offset: first };
-        target.past.remove(&import.channel, Some(before)).await.map_err(|error| failed(&error))?;
-    }
-    let log = ImportedLog { epoch, top: import.at, channel: import.channel };
-    Ok((imported, Some(log)))
-}
-
 /// An event for weir and its time, or the reason why weir cannot store it.
 fn read(stored: &str, limit: usize) -> Result<(Draft, u64), String> {
     let stored: StoredEvent<'_> = serde_json::from_str(stored).map_err(|error| format!("unreadable: {error}"))?;
@@ -165,6 +68,103 @@ fn read(stored: &str, limit: usize) -> Result<(Draft, u64), String> {
 // === impl ChannelImport ===
 
 impl ChannelImport {
+    /// Compares a channel in source and target. The inner error is a reason to import nothing at all.
+    pub(super) async fn prepare(
+        source: &mut ImportSource,
+        target: &ImportTarget,
+        channel: Channel,
+        counter: u64,
+        allow_trim: bool,
+    ) -> Result<Result<Self, String>, Failure> {
+        let ids = source.event_ids(channel.as_str()).await?;
+        // The counter may be ahead of the newest event, which is still being written. Without events only the counter is
+        // known.
+        let end = ids.map_or(counter, |ids| ids.last);
+        let info = target.past.inspect(&channel).await.map_err(|error| failed(&error))?;
+        let import = ChannelImport { ids, end, at: info.top, channel };
+        if info.top > 0 && !import.is_ours(source, target).await? {
+            return Ok(Err(format!(
+                "{}: weir has events of its own there: delete them, or import under another prefix",
+                import.channel
+            )));
+        }
+        if !allow_trim && let Some(reason) = import.trimmed(source, target).await? {
+            return Ok(Err(reason));
+        }
+        Ok(Ok(import))
+    }
+
+    /// Places the events that are missing in the target.
+    pub(super) async fn run(
+        mut self,
+        source: &mut ImportSource,
+        target: &ImportTarget,
+        progress: &mut ImportProgress,
+    ) -> Result<(ImportedChannel, Option<ImportedLog>), Failure> {
+        let name = self.channel.as_str().to_owned();
+        let mut imported = ImportedChannel { channel: name.clone(), ..ImportedChannel::default() };
+        // An unreadable event has no time: it gets that of the event before. Not 0: that is the clock of Redis itself.
+        target.set_time(1);
+        'pages: loop {
+            let page = source.page(&name, self.at, PAGE).await?;
+            if page.is_empty() {
+                break;
+            }
+            for (id, stored) in page {
+                let (draft, time) = match stored.as_deref().map(|stored| read(stored, target.event_limit)) {
+                    Some(Ok((draft, time))) => (Some(draft), Some(time)),
+                    Some(Err(reason)) => {
+                        imported.unfit.push(format!("event {id}: {reason}"));
+                        (None, None)
+                    }
+                    None => (None, None),
+                };
+                if let Some(time) = time {
+                    let young = target.bus.now().saturating_sub(time) < SETTLED.as_millis() as u64;
+                    if young && id > self.at + 1 && self.ids.is_some_and(|ids| id > ids.first) {
+                        imported.held_back = self.end.saturating_sub(self.at);
+                        break 'pages;
+                    }
+                    target.set_time(time);
+                }
+                if id > self.at + 1 {
+                    imported.void += id - self.at - 1;
+                    self.void(target, id - 1).await?;
+                }
+                match draft {
+                    Some(draft) => {
+                        self.place(target, vec![draft]).await?;
+                        imported.events += 1;
+                        progress.placed += 1;
+                    }
+                    None => {
+                        imported.void += 1;
+                        self.void(target, id).await?;
+                    }
+                }
+                progress.note(&self.channel, id, self.end);
+            }
+        }
+        if self.ids.is_none() && self.end > self.at {
+            target.set_time(target.bus.now());
+            imported.void += self.end - self.at;
+            self.void(target, self.end).await?;
+        }
+        imported.top = self.at;
+        let epoch = target.past.inspect(&self.channel).await.map_err(|error| failed(&error))?.epoch;
+        if self.at == 0 || epoch.is_absent() {
+            return Ok((imported, None));
+        }
+        // Events before the first existed once: clients that read from there get a gap.
+        let first = self.ids.map_or(self.end + 1, |ids| ids.first);
+        if first > 1 && self.at + 1 >= first {
+            let before = Position { epoch, offset: first };
+            target.past.remove(&self.channel, Some(before)).await.map_err(|error| failed(&error))?;
+        }
+        let log = ImportedLog { epoch, top: self.at, channel: self.channel };
+        Ok((imported, Some(log)))
+    }
+
     /// The result of an import, unless more events are written.
     pub(super) async fn plan(&self, source: &mut ImportSource, event_limit: usize) -> Result<ImportedChannel, Failure> {
         let mut plan = ImportedChannel { channel: self.channel.as_str().to_owned(), ..ImportedChannel::default() };
