@@ -26,7 +26,7 @@ static TOUCH: Script = Script::new(concat!(include_str!("limits.lua"), include_s
 
 /// Names that one scan of all keys collects, at least and at most, unless more are wanted.
 const NAMES: std::ops::Range<usize> = 256..8192;
-/// KeyNames of one SCAN.
+/// Keys of one SCAN.
 const SCAN: u64 = 1000;
 
 pub(super) struct LogReader {
@@ -163,7 +163,7 @@ impl LogReader {
         let pattern = self.context.keys.logs(prefix);
         let mut after = after.map(str::to_owned);
         let mut found = Vec::new();
-        // KeyNames that remain of expired logs are found as well, and there may be many of them: each round, which scans
+        // Keys that remain of expired logs are found as well, and there may be many of them: each round, which scans
         // every key, collects more than is wanted.
         while found.len() < limit {
             let wanted = limit - found.len();

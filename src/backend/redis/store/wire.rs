@@ -1,5 +1,4 @@
-//! What is stored in Redis and published through it, in the format of the scripts. Everything begins with the version,
-//! 1.
+//! The formats of the scripts, for what they store and publish. Everything begins with the version, 1.
 //!
 //! ```text
 //! event    1 'e' epoch[6] time[6] offset[6] body        an entry of the stream, and a message
