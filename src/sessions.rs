@@ -116,7 +116,7 @@ impl ConnectionRegistry {
     }
 
     /// This run of the node, as in [`ConnectionInfo::node`].
-    pub fn node(&self) -> String {
+    pub(crate) fn node(&self) -> String {
         format!("{:016x}", self.node)
     }
 
@@ -353,20 +353,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn pages_are_in_order_and_whole() {
+    async fn pages_are_ordered_and_complete() {
         let registry = ConnectionRegistry::new(TimerWheel::start());
         let channels =
             |names: &[&str]| ChannelSet::new(names.iter().map(|name| Channel::parse(name).unwrap()).collect());
         let remote = Some("127.0.0.1:7".parse().unwrap());
-        let mut places: Vec<_> = (0..100)
+        let mut registrations: Vec<_> = (0..100)
             .map(|n| {
                 let channels = channels([&["a", "b"][..], &["a"], &[]][n % 3]);
                 registry.register(Transport::Sse, &Identity::anonymous(), remote, channels)
             })
             .collect();
-        // Slots are used again, numbers are not.
-        drop(places.drain(10..30));
-        places
+        // Slots are reused, numbers are not.
+        drop(registrations.drain(10..30));
+        registrations
             .extend((0..20).map(|_| registry.register(Transport::Ws, &Identity::anonymous(), None, channels(&["b"]))));
         let (mut all, mut after): (Vec<ConnectionInfo>, Option<String>) = (Vec::new(), None);
         loop {
@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(registry.list(&id, None, 9)[0].id, all[42].id);
         let other = ConnectionFilter { subject: Some("u7".into()), ..ConnectionFilter::default() };
         assert!(registry.list(&other, None, 9).is_empty());
-        drop(places);
+        drop(registrations);
         assert!(registry.is_empty());
     }
 
