@@ -32,7 +32,7 @@ use weir::{
 
 use crate::support::{
     RedisCluster, RedisSentinel, RedisServer,
-    event::{self, channel, number},
+    event::{self, JSON_LINES, channel, number},
     eventually::PATIENCE,
 };
 
@@ -47,16 +47,6 @@ trait Harness: Sync + Send + 'static {
 const KEEP: Retention = Retention { count: 1000, age: Duration::from_secs(3600), bytes: 1 << 20 };
 const WINDOW: Duration = Duration::from_secs(300);
 const ALL: ReadLimit = ReadLimit { events: 1000, bytes: 1 << 20 };
-
-/// A wire format of JSON lines.
-static LINES: Format = Format {
-    open: |_| {},
-    event: |channel, event, out| {
-        event.write_json(channel, out);
-        out.push(b'\n');
-    },
-    close: |_| {},
-};
 
 fn draft(n: u64) -> Draft {
     keyed(n, None)
@@ -389,7 +379,7 @@ impl Reader {
     async fn open(bus: &Bus, names: &[&str], start: Start, filter: Option<Filter>) -> Self {
         let channels: Vec<Channel> = names.iter().map(|name| channel(name)).collect();
         let filter = filter.map(Arc::new);
-        let mut reader = Reader { subs: Subscriptions::new(&LINES), channels, log: History::default() };
+        let mut reader = Reader { subs: Subscriptions::new(&JSON_LINES), channels, log: History::default() };
         for watch in bus.watch(&reader.channels).await.unwrap() {
             let added = reader.subs.add(watch, start, filter.clone());
             reader.log.gaps.extend(added.gap);

@@ -1,10 +1,10 @@
 //! Presence as clients see it: leases of streams and sockets, lists, joins and leaves.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::{EventStream, Socket, Weir, eventually, weir};
+use crate::support::{EventStream, PresenceReplay, Socket, Weir, eventually, weir};
 
 async fn list(weir: &Weir, channel: &str) -> Value {
     weir.get(format!("/v1/presence?channel={channel}")).await.expect(200).json()
@@ -18,61 +18,6 @@ async fn until(weir: &Weir, channel: &str, count: usize) -> Value {
 
 fn names(list: &Value) -> Vec<&str> {
     list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
-}
-
-/// The members according to the events of `$presence/CHANNEL`.
-#[derive(Default)]
-pub struct Replay {
-    pub members: BTreeMap<String, Value>,
-    pub joins: usize,
-    pub leaves: usize,
-    pub events: usize,
-}
-
-impl Replay {
-    pub async fn of(weir: &Weir, channel: &str, after: &str) -> Self {
-        let mut replay = Replay::default();
-        let mut after = after.to_owned();
-        loop {
-            let page = weir
-                .get(format!("/v1/events?channel=$presence/{channel}&after={after}&limit=1000"))
-                .await
-                .expect(200)
-                .json();
-            assert_eq!(page["gaps"], json!([]));
-            page["events"].as_array().unwrap().iter().for_each(|event| replay.take(event));
-            after = page["next"].as_str().unwrap().to_owned();
-            if page["more"] == false {
-                return replay;
-            }
-        }
-    }
-
-    pub fn take(&mut self, event: &Value) {
-        self.events += 1;
-        assert!(event["data"].to_string().len() < 64 << 10);
-        if event["data"]["all"] == true {
-            self.members.clear();
-        }
-        for member in event["data"]["members"].as_array().unwrap() {
-            let client = member["client"].as_str().unwrap().to_owned();
-            match event["type"].as_str().unwrap() {
-                "join" => {
-                    self.joins += 1;
-                    self.members.insert(client, member.clone());
-                }
-                "leave" => {
-                    self.leaves += 1;
-                    assert!(self.members.remove(&client).is_some(), "{client} had not joined");
-                }
-                other => panic!("{other}"),
-            }
-        }
-    }
-
-    pub fn list(&self) -> Vec<&Value> {
-        self.members.values().collect()
-    }
 }
 
 #[tokio::test]
@@ -121,7 +66,7 @@ async fn members_are_listed_and_announced() {
     assert_eq!(weir.metric("weir_presence_leases"), 0);
     // The position of an empty list is a valid start for reading the log.
     let position = list(&weir, "chat").await["position"].as_str().unwrap().to_owned();
-    assert_eq!(Replay::of(&weir, "chat", &position).await.list(), Vec::<&Value>::new());
+    assert_eq!(PresenceReplay::of(&weir, "chat", &position).await.list(), Vec::<&Value>::new());
 }
 
 #[tokio::test]
@@ -143,7 +88,7 @@ async fn connections_with_the_same_client_name_are_one_member() {
     eventually("the member has the new info", changed).await;
     let now = list(&weir, "a").await;
     assert_eq!(now["members"][0]["since"], alone["members"][0]["since"]);
-    let replay = Replay::of(&weir, "a", "earliest").await;
+    let replay = PresenceReplay::of(&weir, "a", "earliest").await;
     assert_eq!(json!(replay.list()), now["members"]);
     // Another subscribe without `present` changes nothing.
     second.call("weir.subscribe", json!({ "channels": ["a"] })).await;
@@ -170,7 +115,7 @@ async fn a_quick_reconnect_is_not_announced() {
     }
     let marker = EventStream::opened(weir.address, "channel=a&present=z").await;
     until(&weir, "a", 2).await;
-    let replay = Replay::of(&weir, "a", "earliest").await;
+    let replay = PresenceReplay::of(&weir, "a", "earliest").await;
     // On a machine that stalls for 250 ms more joins may be announced, but the list is the same.
     assert_eq!(replay.members.keys().collect::<Vec<_>>(), ["c", "z"]);
     assert!(replay.joins < 20, "{} joins", replay.joins);
@@ -192,7 +137,7 @@ async fn ten_thousand_joins_and_leaves_are_announced_in_few_events() {
         })
         .collect();
     until(&weir, "hall", 10_000).await;
-    let mut seen = Replay::default();
+    let mut seen = PresenceReplay::default();
     while seen.members.len() < 10_000 {
         seen.take(&watcher.notification("weir.event").await);
     }
@@ -240,7 +185,7 @@ async fn a_presence_list_equals_the_announcements_up_to_its_position() {
     }
     let log = weir.get("/v1/events?channel=$presence/hall&after=earliest&limit=1000").await.expect(200).json();
     let mut events = log["events"].as_array().unwrap().iter().peekable();
-    let (mut replay, mut last) = (Replay::default(), 0);
+    let (mut replay, mut last) = (PresenceReplay::default(), 0);
     for list in &lists {
         let (epoch, offset) = list["position"].as_str().unwrap().split_once('-').unwrap();
         // Nothing has been announced yet.

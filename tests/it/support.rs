@@ -15,6 +15,7 @@ pub mod command;
 pub mod event;
 pub mod eventually;
 pub mod http;
+pub mod presence;
 pub mod process;
 // Servers and proxies have all operations of a deployment, used by a test or not.
 #[allow(dead_code)]
@@ -28,6 +29,7 @@ pub mod start;
 
 pub use eventually::{MINUTE, eventually, eventually_blocking, eventually_within, in_time};
 pub use http::{Client, Request, Response, get_json};
+pub use presence::PresenceReplay;
 pub use process::Process;
 pub use redis::{RedisCluster, RedisDeployment, RedisSentinel, RedisServer};
 pub use socket::Socket;

@@ -28,21 +28,12 @@ use weir::{
 
 use crate::support::{
     MINUTE,
-    event::{self, channel},
+    event::{self, JSON_LINES, channel},
     eventually_within,
 };
 
 pub const KEEP: Retention = Retention { count: 100_000, age: Duration::from_secs(3600), bytes: 64 << 20 };
 pub const ALL: ReadLimit = ReadLimit { events: 100_000, bytes: 64 << 20 };
-
-static LINES: Format = Format {
-    open: |_| {},
-    event: |channel, event, out| {
-        event.write_json(channel, out);
-        out.push(b'\n');
-    },
-    close: |_| {},
-};
 
 pub fn draft(n: u64, key: Option<&str>) -> Draft {
     event::draft(None, &n.to_string(), key)
@@ -103,7 +94,7 @@ impl BusNode {
     }
 
     pub async fn reader(&self, name: &str, start: Start) -> BusReader {
-        let mut subs = Subscriptions::new(&LINES);
+        let mut subs = Subscriptions::new(&JSON_LINES);
         let watch = self.bus.watch(&[channel(name)]).await.unwrap().remove(0);
         let added = subs.add(watch, start, None);
         let log: Arc<Mutex<Vec<Received>>> = Arc::new(Mutex::new(added.gap.into_iter().map(Received::Gap).collect()));

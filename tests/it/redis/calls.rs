@@ -17,12 +17,10 @@ use tokio::task::JoinHandle;
 use crate::support::proxy::TcpProxy;
 use crate::support::{
     MINUTE, Process, RedisDeployment, RedisServer, Socket, eventually, eventually_within, get_json,
-    redis::on_each_deployment,
+    redis::{AOF, on_each_deployment},
     service::{call, listed},
     weir_on,
 };
-
-const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
 
 on_each_deployment!(calls_exclusive_names_and_service_changes_cross_nodes
     a_killed_node_fails_its_calls_and_frees_its_names

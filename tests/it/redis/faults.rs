@@ -15,9 +15,8 @@ use crate::support::{
     event::{channel, number},
     eventually_within,
     proxy::{ProxyMode, TcpProxy},
+    redis::AOF,
 };
-
-const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
 
 fn numbers(page: &weir::bus::LogPage) -> Vec<u64> {
     page.events.iter().map(|event| number(event)).collect()

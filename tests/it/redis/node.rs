@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use weir::{config, error::Code};
 
-use crate::support::{MINUTE, RedisServer, Response, Weir, eventually_within, weir_on};
+use crate::support::{MINUTE, RedisServer, Response, Weir, eventually_within, redis::AOF, weir_on};
 
 async fn ask(node: &Weir, method: &'static str, path: &str, body: &'static str) -> Response {
     node.request(method, path).body(body).await
@@ -130,7 +130,7 @@ async fn concurrent_publishes_are_batched_in_order() {
 /// A page lists gaps before events, so a gap that follows events begins the next page.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_ends_at_the_end_of_a_term() {
-    let mut redis = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+    let mut redis = RedisServer::start(AOF).await;
     let node = weir_on(&redis.url()).await;
     for _ in 0..3 {
         ask(&node, "POST", "/v1/events?channel=a", "1").await.expect(201);

@@ -3,12 +3,9 @@
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{
-    presence::Replay,
-    support::{
-        EventStream, MINUTE, Process, RedisDeployment, Request, Socket, eventually_within, get_json,
-        redis::on_each_deployment, socket::members, weir_on,
-    },
+use crate::support::{
+    EventStream, MINUTE, PresenceReplay, Process, RedisDeployment, Request, Socket, eventually_within, get_json,
+    redis::on_each_deployment, socket::members, weir_on,
 };
 
 on_each_deployment!(members_of_a_killed_process_are_announced_as_gone connections_of_several_processes_are_listed_and_kicked);
@@ -54,7 +51,7 @@ async fn members_of_a_killed_process_are_announced_as_gone<D: RedisDeployment>()
     // The members of the killed node are announced as gone once, and the log equals the list.
     drop(killed);
     lists(&both[..1], &["ann"]).await;
-    let replay = Replay::of(&local, "chat", "earliest").await;
+    let replay = PresenceReplay::of(&local, "chat", "earliest").await;
     assert_eq!(replay.members.keys().collect::<Vec<_>>(), ["ann"]);
     assert_eq!((replay.joins, replay.leaves), (4, 3));
     drop(ann);

@@ -2,8 +2,19 @@
 
 use serde_json::value::RawValue;
 use weir::{
+    bus::Format,
     channel::Channel,
     event::{Draft, DraftParts, Event, EventData},
+};
+
+/// A wire format of JSON lines.
+pub static JSON_LINES: Format = Format {
+    open: |_| {},
+    event: |channel, event, out| {
+        event.write_json(channel, out);
+        out.push(b'\n');
+    },
+    close: |_| {},
 };
 
 pub fn channel(name: &str) -> Channel {

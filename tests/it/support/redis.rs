@@ -16,6 +16,9 @@ pub use cluster::RedisCluster;
 pub use sentinel::RedisSentinel;
 pub use server::{RedisServer, free_port};
 
+/// Arguments of a server that loses no acknowledged write in a restart.
+pub const AOF: &[&str] = &["--appendonly", "yes", "--appendfsync", "always"];
+
 /// A kind of deployment: one server, Sentinel or Cluster.
 pub trait RedisDeployment: Sized + Send + Sync + 'static {
     fn start() -> impl Future<Output = Self> + Send;
@@ -92,7 +95,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_is_killed_restarted_paused_and_removed() {
-        let mut server = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+        let mut server = RedisServer::start(AOF).await;
         server.cli(&["SET", "a", "1"]).await;
         server.kill();
         assert!(server.try_cli(&["PING"]).await.is_none());
