@@ -5,7 +5,7 @@ use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    body::{Body, Bytes},
+    body::Body,
     extract::State,
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
@@ -19,13 +19,13 @@ use crate::{
     error::{Code, Error, Result, Retry},
     event::Event,
     json::read_json_str,
-    net::{chunk, stream::StreamOutput},
+    net::chunk,
     node::Node,
     position::Start,
     transport::{
         query::decode,
         sse::{is_acceptable, refusal},
-        subscription_stream::{Beat, StreamHandler, SubscriptionStream, retry},
+        subscription_stream::{HeartbeatPolicy, StreamContext, StreamHandler, SubscriptionStream, retry_chunk},
     },
 };
 
@@ -169,15 +169,15 @@ fn refused(status: StatusCode, text: impl Into<Body>) -> Response<Body> {
 struct Quiet;
 
 impl StreamHandler for Quiet {
-    fn beat(&self) -> Option<Beat> {
-        Some(Beat::Silence(SILENCE))
+    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+        Some(HeartbeatPolicy::WhenIdle(SILENCE))
     }
 
-    fn keep_alive(&mut self) -> Bytes {
-        chunk::of(KEEP_ALIVE)
+    fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
+        stream.out.push(chunk::of(KEEP_ALIVE));
     }
 
-    fn farewell(&mut self, code: Code, out: &mut StreamOutput) {
-        out.push(retry(code));
+    fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
+        stream.out.push(retry_chunk(code));
     }
 }

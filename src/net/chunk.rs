@@ -1,21 +1,21 @@
-//! One encoding for every way out of a stream: an HTTP/1.1 chunk with a size of fixed width, so that one allocation
-//! serves them all. A socket gets the chunk as it is, HTTP/2 and HTTP/1.0 get its [`text`].
+//! HTTP/1.1 chunks (RFC 9112 §7.1) with a size of fixed width, so that one allocation serves every reader: a hijacked
+//! connection gets the chunk as it is, HTTP/2 and HTTP/1.0 get its [`text`].
 
 use bytes::Bytes;
 
-/// What is in front of the text of a chunk, and behind it.
-pub const HEAD: &[u8] = b"000000\r\n";
-pub const TAIL: &[u8] = b"\r\n";
+/// What precedes and follows the text of a chunk; [`close`] fills in the size.
+pub(crate) const HEAD: &[u8] = b"000000\r\n";
+pub(crate) const TAIL: &[u8] = b"\r\n";
 /// The end of a chunked body.
-pub const END: &[u8] = b"0\r\n\r\n";
+pub(crate) const END: &[u8] = b"0\r\n\r\n";
 
-/// Begins a chunk: the `open` of a [`Format`](crate::bus::Format).
-pub fn open(out: &mut Vec<u8>) {
+/// Begins a chunk.
+pub(crate) fn open(out: &mut Vec<u8>) {
     out.extend_from_slice(HEAD);
 }
 
-/// Closes the chunk that is all of `out`: at most 16 MiB, where the largest event has one.
-pub fn close(out: &mut Vec<u8>) {
+/// Closes the chunk that is all of `out`. Its text has at most 16 MiB, as the largest event has one.
+pub(crate) fn close(out: &mut Vec<u8>) {
     let mut size = out.len() - HEAD.len();
     debug_assert!(size < 1 << 24);
     for digit in out[..6].iter_mut().rev() {
@@ -25,8 +25,8 @@ pub fn close(out: &mut Vec<u8>) {
     out.extend_from_slice(TAIL);
 }
 
-/// A text as a chunk; nothing for an empty one, which would be the end of the body.
-pub fn of(text: &[u8]) -> Bytes {
+/// A text as a chunk. An empty text gives nothing: its chunk would be the end of the body.
+pub(crate) fn of(text: &[u8]) -> Bytes {
     if text.is_empty() {
         return Bytes::new();
     }
@@ -38,7 +38,7 @@ pub fn of(text: &[u8]) -> Bytes {
 }
 
 /// The text of a chunk.
-pub fn text(chunk: &Bytes) -> Bytes {
+pub(crate) fn text(chunk: &Bytes) -> Bytes {
     match chunk.is_empty() {
         true => Bytes::new(),
         false => chunk.slice(HEAD.len()..chunk.len() - TAIL.len()),

@@ -45,7 +45,7 @@ pub struct HijackedConn {
     pub early: Bytes,
     pub framing: BodyFraming,
     /// To be held as long as the connection is open.
-    pub seat: ConnectionPermit,
+    pub permit: ConnectionPermit,
 }
 
 /// Counts one open connection while it lives; a graceful shutdown waits for all of them.

@@ -191,7 +191,7 @@ impl Connections {
                         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
                     ) => {}
                 Err(error) => {
-                    // StreamOutput of descriptors or memory, as a rule: going on at once would only burn the processor.
+                    // Out of descriptors or memory, as a rule: going on at once would only burn the processor.
                     tracing::error!(%error, open = self.len(), "cannot accept connections");
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -202,7 +202,7 @@ impl Connections {
     /// Serves one connection in a task of its own.
     pub fn serve<S: HttpService>(&self, io: Conn, peer: SocketAddr, endpoint: &Arc<S>) {
         let inner = self.0.clone();
-        let seat = ConnectionPermit::new(inner.tracker.token());
+        let permit = ConnectionPermit::new(inner.tracker.token());
         let (open, cap) = (self.len(), inner.limits.connections);
         // Whoever looks after the node gets in when it is full, or it would be taken for dead.
         let full = open > cap && !endpoint.options().exempt_from_limit;
@@ -221,7 +221,7 @@ impl Connections {
         }
         let connected = inner.metrics.connected(Transport::Http);
         let client = Client { inner, endpoint: endpoint.clone(), peer, refuse: full };
-        tokio::spawn(drive(client, io, seat, connected));
+        tokio::spawn(drive(client, io, permit, connected));
     }
 
     /// Open connections, in hyper or taken over.
@@ -344,7 +344,12 @@ impl<S> Clone for Client<S> {
     }
 }
 
-async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: ConnectionPermit, mut connected: OpenConnection) {
+async fn drive<S: HttpService>(
+    client: Client<S>,
+    mut io: Conn,
+    permit: ConnectionPermit,
+    mut connected: OpenConnection,
+) {
     let inner = &client.inner;
     let state = Arc::new(ConnectionState::new(&inner.wheel));
     let mut timer = inner.wheel.timer(inner.look);
@@ -352,7 +357,7 @@ async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: Connection
     let io = TokioIo::new(ObservedConn { io, pre, state: state.clone() });
     if h2 {
         // Boxed: the future of this function should be no larger than HTTP/1 needs.
-        return Box::pin(drive_h2(client, io, seat, connected, state, timer)).await;
+        return Box::pin(drive_h2(client, io, permit, connected, state, timer)).await;
     }
 
     let service = service_fn(|request| call(&client, &state, request));
@@ -393,14 +398,14 @@ async fn drive<S: HttpService>(client: Client<S>, mut io: Conn, seat: Connection
         // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
         // A copy, though there is hardly ever anything to copy: even an empty slice would keep hyper's buffer alive.
         let early = Bytes::copy_from_slice(&parts.read_buf);
-        take(HijackedConn { io: parts.io.into_inner().io, peer: client.peer, early, framing, seat });
+        take(HijackedConn { io: parts.io.into_inner().io, peer: client.peer, early, framing, permit });
     }
 }
 
 async fn drive_h2<S: HttpService>(
     client: Client<S>,
     io: TokioIo<ObservedConn>,
-    _seat: ConnectionPermit,
+    _permit: ConnectionPermit,
     mut connected: OpenConnection,
     state: Arc<ConnectionState>,
     mut timer: Timer,

@@ -1,9 +1,12 @@
-//! What carries a stream: the socket itself ([`HijackedStream`]), or a response in hyper ([`StreamBody`]).
+//! Writing a stream to a client: on its hijacked connection ([`HijackedStream`]) or as a response body inside hyper
+//! (`StreamBody`).
 //!
-//! *What* is said, and when, is a [`StreamSource`]; native SSE and every adapter's streams are one each.
+//! A [`StreamSource`] decides which bytes are sent and when. This module writes them, detects peers that read too
+//! slowly or are gone, and ends the stream.
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
@@ -29,127 +32,162 @@ use crate::{
     },
 };
 
-/// Bytes of one write. More waits for the next turn, so that nobody waits for a reader that is far behind.
-pub const TURN: usize = 64 * 1024;
+/// Bytes that one poll gathers for one write. The rest waits for the next poll, so that one slow reader does not delay
+/// others.
+const WRITE_BUDGET: usize = 64 * 1024;
 
-/// A client has nothing to say on a stream. What comes anyway is read, to see it go, but not without end.
-const MAX_JUNK: usize = 16 * 1024;
+/// Bytes that a client may send on a stream, where none are expected. They are read only to detect that it closes.
+const MAX_UNEXPECTED: usize = 16 * 1024;
 
-/// What one reader gets and in which order, whatever carries it. All methods are called by one task.
-pub trait StreamSource: Send + Unpin + 'static {
-    /// Pushes what it is time for: a heartbeat, the end.
+/// The content of one stream, independent of what carries it. All methods are called by one task.
+pub(crate) trait StreamSource: Send + Unpin + 'static {
+    /// Polls the timer and pushes what is due: a heartbeat or the end of the stream.
     ///
-    /// Called at every turn, also while the peer does not read (then `blocked` is true, and nothing but the end is to
-    /// be pushed): the timer would otherwise never be asked again.
-    fn poll_time(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut StreamOutput);
+    /// Called on every poll, also while the peer does not read: the timer would otherwise never be polled again. Then
+    /// `blocked` is true, and only the end of the stream may be pushed.
+    fn poll_timer(&mut self, cx: &mut Context<'_>, blocked: bool, out: &mut StreamOutput);
 
-    /// Pushes what comes next, about as much as fits one write ([`TURN`]).
+    /// Pushes about as much as one write takes; see [`StreamOutput::is_full`].
     fn poll(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Progress;
 
-    /// Why the connection will have been closed.
+    /// The metrics guard of the connection, which takes the reason why it ends.
     fn connected(&mut self) -> &mut OpenConnection;
 
-    /// The flow's place on the wheel.
     fn timer(&mut self) -> &mut Timer;
 
-    /// How long the peer may take nothing of what waits for it.
-    fn patience(&self) -> Duration;
+    /// How long the peer may read nothing of what waits for it.
+    fn stall_timeout(&self) -> Duration;
 
-    /// Whom it was that the flow was taken over for.
-    fn met(&mut self, _: SocketAddr) {}
+    /// Called with the peer's address once the connection is hijacked.
+    fn set_peer(&mut self, _: SocketAddr) {}
 }
 
 /// What [`StreamSource::poll`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
-    /// There may be more at once: come back after the write.
+pub(crate) enum Progress {
+    /// There may be more at once: poll again after the write.
     Full,
-    /// The reader has everything, and its task will be woken.
+    /// Everything is pushed, and the task will be woken when there is more.
     Idle,
     /// What was pushed is the last.
     Ended,
 }
 
-/// What waits to be written, in chunks or as bare text.
-pub struct StreamOutput {
-    egress: WriteQueue,
+/// Bytes that wait to be written to one stream, as chunks or as bare text.
+pub(crate) struct StreamOutput {
+    queue: WriteQueue,
     framing: BodyFraming,
 }
 
-/// A flow that nobody carries yet, and its first chunks. Whoever is asked first takes it.
-pub struct StreamResponse<F>(Arc<Mutex<Option<UnstartedStream<F>>>>);
+/// A stream that has not started, shared between the response's body and its [`Hijack`]: the first of the two to be used
+/// takes it.
+pub(crate) struct StreamResponse<S>(Arc<Mutex<Option<UnstartedStream<S>>>>);
 
-type UnstartedStream<F> = (F, Vec<Bytes>);
+type UnstartedStream<S> = (S, Vec<Bytes>);
 
-impl<F: StreamSource> StreamResponse<F> {
-    /// `first` are chunks.
-    pub fn new(flow: F, first: Vec<Bytes>) -> Self {
-        StreamResponse(Arc::new(Mutex::new(Some((flow, first)))))
+impl<S: StreamSource> StreamResponse<S> {
+    /// `first` are chunks to be sent before anything that the source pushes.
+    pub(crate) fn new(source: S, first: Vec<Bytes>) -> Self {
+        StreamResponse(Arc::new(Mutex::new(Some((source, first)))))
     }
 
-    fn take(&self) -> Option<UnstartedStream<F>> {
+    fn take(&self) -> Option<UnstartedStream<S>> {
         self.0.lock().take()
     }
 
-    fn share(&self) -> Self {
-        StreamResponse(self.0.clone())
-    }
-
-    /// For connections that can be taken over.
-    fn takeover(&self) -> Hijack {
-        let offer = self.share();
-        Hijack::new(move |taken| {
-            if let Some((flow, first)) = offer.take() {
-                tokio::spawn(HijackedStream::new(taken, flow, first));
+    /// Starts the stream as a task on its hijacked connection. The only place where a stream gets a task of its own.
+    fn hijack(&self) -> Hijack {
+        let unstarted = StreamResponse(self.0.clone());
+        Hijack::new(move |conn| {
+            if let Some((source, first)) = unstarted.take() {
+                let mut stream = HijackedStream::new(conn, source, first);
+                tokio::spawn(poll_fn(move |cx| stream.poll(cx)));
             }
         })
     }
 
-    /// Makes `response` the stream: on a socket of its own where the connection can be taken over, else as its body.
-    pub fn respond(self, response: Response<()>) -> Response<AxumBody> {
+    /// Completes `response`: the stream runs on the hijacked connection where that is possible, else as the body.
+    pub(crate) fn respond(self, response: Response<()>) -> Response<AxumBody> {
         let (mut head, ()) = response.into_parts();
-        head.extensions.insert(self.takeover());
-        Response::from_parts(head, AxumBody::new(StreamBody { offer: Some(self), state: None }))
+        head.extensions.insert(self.hijack());
+        Response::from_parts(head, AxumBody::new(StreamBody { unstarted: Some(self), started: None }))
     }
 }
 
-/// A flow on a socket of its own. No buffer, no timer: some hundred bytes in all.
-struct HijackedStream<F> {
+/// A stream on its own connection: a plain value of a few hundred bytes without buffer or timer, which its owner polls
+/// with [`poll`](Self::poll).
+pub(crate) struct HijackedStream<S> {
     io: Conn,
     out: StreamOutput,
-    flow: F,
-    /// The tick since which the peer took nothing. 0: it takes.
+    source: S,
+    /// The tick since which the peer has read nothing; 0 if it reads.
     blocked: u32,
-    junk: u16,
-    /// The socket has our waker for when something can be read.
-    listening: bool,
+    /// Bytes that the peer has sent.
+    unexpected: u16,
+    /// The socket holds our waker for when it becomes readable.
+    read_armed: bool,
     closing: bool,
-    _seat: ConnectionPermit,
+    _permit: ConnectionPermit,
 }
 
-impl<F: StreamSource> HijackedStream<F> {
-    fn new(taken: HijackedConn, mut flow: F, first: Vec<Bytes>) -> Self {
-        flow.met(taken.peer);
+impl<S: StreamSource> HijackedStream<S> {
+    fn new(conn: HijackedConn, mut source: S, first: Vec<Bytes>) -> Self {
+        source.set_peer(conn.peer);
         HijackedStream {
-            io: taken.io,
-            out: StreamOutput::new(taken.framing, first),
-            flow,
+            io: conn.io,
+            out: StreamOutput::new(conn.framing, first),
+            source,
             blocked: 0,
-            junk: 0,
-            listening: false,
+            unexpected: 0,
+            read_armed: false,
             closing: false,
-            _seat: taken.seat,
+            _permit: conn.permit,
         }
     }
 
-    /// Ready when the peer is gone, or says too much.
-    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Reads, pushes and writes as far as possible. Ready when the connection is over.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.poll_peer_gone(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        if self.closing {
+            return Pin::new(&mut self.io).poll_shutdown(cx).map(drop);
+        }
+        self.source.poll_timer(cx, !self.out.is_empty(), &mut self.out);
+        // First the rest of the last poll. While it is stuck, the source is not polled: an unpolled subscription leaves
+        // no waker, so that nothing wakes a stream whose peer cannot take more.
+        match self.poll_write(cx) {
+            None => return Poll::Ready(()),
+            Some(Poll::Pending) => return Poll::Pending,
+            Some(Poll::Ready(())) => {}
+        }
+        let progress = self.source.poll(cx, &mut self.out);
+        match self.poll_write(cx) {
+            None => return Poll::Ready(()),
+            Some(Poll::Pending) => return Poll::Pending,
+            Some(Poll::Ready(())) => {}
+        }
+        match progress {
+            Progress::Idle => Poll::Pending,
+            Progress::Full => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Progress::Ended => {
+                self.closing = true;
+                Pin::new(&mut self.io).poll_shutdown(cx).map(drop)
+            }
+        }
+    }
+
+    /// Ready when the peer has closed or sends too much.
+    fn poll_peer_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut scrap = [0; 256];
-        if self.listening {
+        if self.read_armed {
             let Some(read) = self.io.try_read(&mut scrap) else { return Poll::Pending };
-            self.listening = false;
+            self.read_armed = false;
             if let Ok(n) = read
-                && self.heard(n)
+                && self.ends_after_read(n)
             {
                 return Poll::Ready(());
             }
@@ -158,134 +196,96 @@ impl<F: StreamSource> HijackedStream<F> {
             let mut buf = ReadBuf::new(&mut scrap);
             match Pin::new(&mut self.io).poll_read(cx, &mut buf) {
                 Poll::Pending => {
-                    self.listening = true;
+                    self.read_armed = true;
                     return Poll::Pending;
                 }
                 Poll::Ready(Ok(())) => {
-                    if self.heard(buf.filled().len()) {
+                    if self.ends_after_read(buf.filled().len()) {
                         return Poll::Ready(());
                     }
                 }
                 Poll::Ready(Err(_)) => {
-                    self.flow.connected().closed_by_peer();
+                    self.source.connected().closed_by_peer();
                     return Poll::Ready(());
                 }
             }
         }
     }
 
-    /// Whether the connection is over after `n` bytes were read.
-    fn heard(&mut self, n: usize) -> bool {
-        let junk = usize::from(self.junk) + n;
+    /// Counts `n` bytes that were read. True if the connection is over: the peer has closed or sends too much.
+    fn ends_after_read(&mut self, n: usize) -> bool {
+        let unexpected = usize::from(self.unexpected) + n;
         if n == 0 {
-            self.flow.connected().closed_by_peer();
-        } else if junk > MAX_JUNK {
-            self.flow.connected().closed_with(Code::Protocol);
+            self.source.connected().closed_by_peer();
+        } else if unexpected > MAX_UNEXPECTED {
+            self.source.connected().closed_with(Code::Protocol);
         } else {
-            self.junk = junk as u16;
+            self.unexpected = unexpected as u16;
         }
-        n == 0 || junk > MAX_JUNK
+        n == 0 || unexpected > MAX_UNEXPECTED
     }
 
-    /// Ready when all is written; `None` when the connection is of no use any more.
+    /// Ready when all is written; `None` if the connection has failed or the peer has stalled for too long.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Option<Poll<()>> {
         let before = self.out.len();
-        match self.out.egress.poll_write(cx, &mut self.io) {
+        match self.out.queue.poll_write(cx, &mut self.io) {
             Poll::Ready(Ok(())) => {
                 self.blocked = 0;
                 Some(Poll::Ready(()))
             }
             Poll::Ready(Err(_)) => {
-                self.flow.connected().closed_by_peer();
+                self.source.connected().closed_by_peer();
                 None
             }
             Poll::Pending => {
-                let now = self.flow.timer().now();
+                let now = self.source.timer().now();
                 if self.blocked == 0 || self.out.len() < before {
                     self.blocked = now;
                 }
-                let left = self.flow.patience().saturating_sub(TimerWheel::span(self.blocked, now));
+                let left = self.source.stall_timeout().saturating_sub(TimerWheel::span(self.blocked, now));
                 if left.is_zero() {
-                    self.flow.connected().closed_with(Code::Slow);
+                    self.source.connected().closed_with(Code::Slow);
                     return None;
                 }
-                self.flow.timer().shorten(left);
+                self.source.timer().shorten(left);
                 Some(Poll::Pending)
             }
         }
     }
 }
 
-impl<F: StreamSource> Future for HijackedStream<F> {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = self.get_mut();
-        if this.poll_gone(cx).is_ready() {
-            return Poll::Ready(());
-        }
-        if this.closing {
-            return Pin::new(&mut this.io).poll_shutdown(cx).map(drop);
-        }
-        this.flow.poll_time(cx, !this.out.is_empty(), &mut this.out);
-        // First what is left of the last turn: while that is stuck nothing more is asked for, and a subscription that
-        // is not asked is not parked, so that nothing wakes a reader who cannot take it.
-        match this.poll_write(cx) {
-            None => return Poll::Ready(()),
-            Some(Poll::Pending) => return Poll::Pending,
-            Some(Poll::Ready(())) => {}
-        }
-        let turn = this.flow.poll(cx, &mut this.out);
-        match this.poll_write(cx) {
-            None => return Poll::Ready(()),
-            Some(Poll::Pending) => return Poll::Pending,
-            Some(Poll::Ready(())) => {}
-        }
-        match turn {
-            Progress::Idle => Poll::Pending,
-            Progress::Full => {
-                cx.waker().wake_by_ref();
-                Poll::Pending
-            }
-            Progress::Ended => {
-                this.closing = true;
-                Pin::new(&mut this.io).poll_shutdown(cx).map(drop)
-            }
-        }
-    }
+/// A stream as an ordinary body: for HTTP/2, and for connections that cannot be hijacked.
+struct StreamBody<S> {
+    unstarted: Option<StreamResponse<S>>,
+    started: Option<Box<(S, StreamOutput)>>,
 }
 
-/// A flow as an ordinary body, for HTTP/2 and for whatever keeps a connection in hyper.
-struct StreamBody<F> {
-    offer: Option<StreamResponse<F>>,
-    state: Option<Box<(F, StreamOutput)>>,
-}
-
-impl<F: StreamSource> Body for StreamBody<F> {
+impl<S: StreamSource> Body for StreamBody<S> {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
-        if let Some(offer) = this.offer.take() {
-            this.state =
-                offer.take().map(|(flow, first)| Box::new((flow, StreamOutput::new(BodyFraming::UntilClose, first))));
+        if let Some(unstarted) = this.unstarted.take() {
+            this.started = unstarted
+                .take()
+                .map(|(source, first)| Box::new((source, StreamOutput::new(BodyFraming::UntilClose, first))));
         }
-        let Some((flow, out)) = this.state.as_deref_mut() else { return Poll::Ready(None) };
-        // Hyper asks only when it has room: a body is never blocked.
-        flow.poll_time(cx, false, out);
-        let turn = match out.is_empty() {
-            true => flow.poll(cx, out),
+        let Some((source, out)) = this.started.as_deref_mut() else { return Poll::Ready(None) };
+        // Hyper polls only when it has room: a body is never blocked.
+        source.poll_timer(cx, false, out);
+        let progress = match out.is_empty() {
+            true => source.poll(cx, out),
             false => Progress::Idle,
         };
-        match out.egress.pop() {
+        match out.queue.pop() {
             Some(piece) => Poll::Ready(Some(Ok(Frame::data(piece)))),
-            None if turn == Progress::Ended => {
-                this.state = None;
+            None if progress == Progress::Ended => {
+                this.started = None;
                 Poll::Ready(None)
             }
-            // What was pushed was empty: nothing would ask again.
-            None if turn == Progress::Full => {
+            // Only empty chunks were pushed: hyper would not poll again.
+            None if progress == Progress::Full => {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
@@ -299,58 +299,65 @@ impl<F: StreamSource> Body for StreamBody<F> {
 impl StreamOutput {
     /// `first` are chunks, whatever the framing.
     fn new(framing: BodyFraming, first: Vec<Bytes>) -> Self {
-        let mut out = StreamOutput { egress: WriteQueue::new(), framing };
+        let mut out = StreamOutput { queue: WriteQueue::new(), framing };
         first.into_iter().for_each(|chunk| out.push(chunk));
         out
     }
 
     /// Bytes that wait.
-    pub fn len(&self) -> usize {
-        self.egress.len()
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.egress.is_empty()
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
     }
 
-    pub fn is_full(&self) -> bool {
-        self.len() >= TURN
+    /// Whether enough waits for one write.
+    pub(crate) fn is_full(&self) -> bool {
+        self.len() >= WRITE_BUDGET
     }
 
-    /// One whole [chunk].
-    pub fn push(&mut self, chunk: Bytes) {
-        self.egress.push(match self.framing {
+    /// Appends one whole [chunk].
+    pub(crate) fn push(&mut self, chunk: Bytes) {
+        self.queue.push(match self.framing {
             BodyFraming::Chunked => chunk,
             BodyFraming::UntilClose => chunk::text(&chunk),
         });
     }
 
-    /// Whether what is pushed as it is has to be chunked.
-    pub fn is_chunked(&self) -> bool {
+    /// Takes back the chunk that was pushed last in the same poll: as a whole chunk if
+    /// [`is_chunked`](Self::is_chunked), else its text.
+    pub(crate) fn take_back(&mut self) -> Option<Bytes> {
+        self.queue.pop_back()
+    }
+
+    /// Whether pieces for [`push_framed`](Self::push_framed) must be chunked.
+    pub(crate) fn is_chunked(&self) -> bool {
         self.framing == BodyFraming::Chunked
     }
 
-    /// A piece of what goes on the wire, framed by the caller.
-    pub fn push_framed(&mut self, piece: Bytes) {
-        self.egress.push(piece);
+    /// Appends bytes that are written as they are: the caller has framed them.
+    pub(crate) fn push_framed(&mut self, piece: Bytes) {
+        self.queue.push(piece);
     }
 
-    /// The end of the body. Nothing may be pushed after it.
-    pub fn end(&mut self) {
+    /// Appends the end of the body. Nothing may be pushed after it.
+    pub(crate) fn finish(&mut self) {
         if self.is_chunked() {
-            self.egress.push(Bytes::from_static(chunk::END));
+            self.queue.push(Bytes::from_static(chunk::END));
         }
     }
 
-    /// Gives back the room that a burst has left. Called now and then by a quiet stream.
-    pub fn relax(&mut self) {
-        self.egress.relax();
+    /// Frees the capacity that a burst has left behind.
+    pub(crate) fn shrink(&mut self) {
+        self.queue.shrink();
     }
 }
 
-/// The size of a task that carries `F`: with what tokio adds it should be at most the 512 bytes that its allocation takes
+/// The size of a task that carries `S`: with what tokio adds it should be at most the 512 bytes that its allocation takes
 /// anyway.
 #[cfg(test)]
-pub const fn size<F>() -> usize {
-    size_of::<HijackedStream<F>>()
+pub(crate) const fn task_size<S>() -> usize {
+    size_of::<HijackedStream<S>>()
 }

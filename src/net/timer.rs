@@ -40,9 +40,9 @@ pub struct TimerWheel {
     buckets: [Bucket; BUCKETS as usize],
 }
 
-struct Bucket(Mutex<Slab<ConnectionPermit>>);
+struct Bucket(Mutex<Slab<TimerSlot>>);
 
-struct ConnectionPermit {
+struct TimerSlot {
     due: u32,
     /// Which connection this is of; 0: of none that can be kicked.
     owner: u32,
@@ -111,7 +111,7 @@ impl TimerWheel {
     pub fn timer(self: &Arc<Self>, after: Duration) -> Timer {
         let due = self.now() + TimerWheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
-        let key = self.buckets[bucket as usize].lock().insert(ConnectionPermit {
+        let key = self.buckets[bucket as usize].lock().insert(TimerSlot {
             due,
             owner: 0,
             leave: false,
@@ -222,12 +222,12 @@ async fn turn(wheel: Weak<TimerWheel>) {
 // === impl Bucket ===
 
 impl Bucket {
-    fn lock(&self) -> MutexGuard<'_, Slab<ConnectionPermit>> {
+    fn lock(&self) -> MutexGuard<'_, Slab<TimerSlot>> {
         self.0.lock()
     }
 
     /// Gives the room back with the last seat: timers walk round the wheel, and would else leave it in every bucket.
-    fn remove(&self, key: u32) -> Option<ConnectionPermit> {
+    fn remove(&self, key: u32) -> Option<TimerSlot> {
         let mut seats = self.lock();
         let seat = seats.try_remove(key as usize);
         if seats.is_empty() {

@@ -1,4 +1,4 @@
-//! [`WriteQueue`]: what waits to be written to one connection, as shared bytes.
+//! [`WriteQueue`]: bytes that wait to be written to one connection, as shared pieces.
 
 use std::{
     collections::VecDeque,
@@ -12,37 +12,39 @@ use tokio::io::AsyncWrite;
 
 /// Pieces that one `writev` takes.
 const SLICES: usize = 64;
-/// Room for pieces that is kept when the queue runs empty.
+/// Capacity for pieces that is kept when the queue runs empty.
 const KEPT: usize = 16;
 
 /// A queue of shared [`Bytes`] in front of an [`AsyncWrite`]. Copies nothing; the usual single piece allocates nothing.
 ///
-/// It has no limit of its own: whoever fills it looks at [`len`](Self::len) first.
+/// It has no limit of its own: callers check [`len`](Self::len) before they push.
 #[derive(Default)]
-pub struct WriteQueue {
+pub(crate) struct WriteQueue {
     /// The piece being written.
     front: Bytes,
     rest: VecDeque<Bytes>,
-    /// In 32 bits, as what is queued is bounded far below: an idle connection has little else.
+    /// In 32 bits, as the queue is bounded far below: this is most of what an idle connection holds.
     len: u32,
+    /// `front` is partly written.
+    begun: bool,
     unflushed: bool,
 }
 
 impl WriteQueue {
-    pub const fn new() -> Self {
-        WriteQueue { front: Bytes::new(), rest: VecDeque::new(), len: 0, unflushed: false }
+    pub(crate) const fn new() -> Self {
+        WriteQueue { front: Bytes::new(), rest: VecDeque::new(), len: 0, begun: false, unflushed: false }
     }
 
     /// Bytes that wait.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len as usize
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    pub fn push(&mut self, piece: Bytes) {
+    pub(crate) fn push(&mut self, piece: Bytes) {
         if piece.is_empty() {
             return;
         }
@@ -54,42 +56,84 @@ impl WriteQueue {
         }
     }
 
-    /// The first piece, for a writer that is not an [`AsyncWrite`].
-    pub fn pop(&mut self) -> Option<Bytes> {
-        let next = self.rest.pop_front().unwrap_or_default();
-        let piece = std::mem::replace(&mut self.front, next);
+    /// Takes the first piece, for a writer that is not an [`AsyncWrite`].
+    pub(crate) fn pop(&mut self) -> Option<Bytes> {
+        let piece = self.next_piece();
         self.len -= piece.len() as u32;
-        self.tidy();
+        self.free_burst();
         (!piece.is_empty()).then_some(piece)
     }
 
-    /// Writes until all is written and flushed, or the peer takes no more. `Pending` may have written too: compare
-    /// [`len`](Self::len).
-    ///
-    /// One piece is one `write`, several are one `writev`: with one `write` per piece a reader that is behind never
-    /// catches up with hyper, which flattens.
-    pub fn poll_write<W: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, io: &mut W) -> Poll<io::Result<()>> {
+    /// Takes back the piece that was pushed last. It must have been pushed after the last write.
+    pub(crate) fn pop_back(&mut self) -> Option<Bytes> {
+        let piece = self.rest.pop_back().unwrap_or_else(|| std::mem::take(&mut self.front));
+        self.len -= piece.len() as u32;
+        (!piece.is_empty()).then_some(piece)
+    }
+
+    /// Drops the pieces of which nothing is written.
+    pub(crate) fn drop_unwritten(&mut self) {
+        self.rest = VecDeque::new();
+        if !self.begun {
+            self.front = Bytes::new();
+        }
+        self.len = self.front.len() as u32;
+    }
+
+    /// Writes until all is written and flushed, or the peer takes no more. Bytes may be written even if the result is
+    /// `Pending`: compare [`len`](Self::len).
+    pub(crate) fn poll_write<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        io: &mut W,
+    ) -> Poll<io::Result<()>> {
         while !self.front.is_empty() {
-            let n = if self.rest.is_empty() {
-                ready!(Pin::new(&mut *io).poll_write(cx, &self.front))?
-            } else {
+            ready!(self.poll_write_behind(cx, &[], io))?;
+        }
+        self.poll_flush(cx, io)
+    }
+
+    /// Writes once: `head`, then pieces. Returns how many bytes of `head` were written. One of the two must not be empty.
+    ///
+    /// Several pieces are one `writev`: with one `write` per piece a reader that is behind never catches up with hyper,
+    /// which flattens.
+    pub(crate) fn poll_write_behind<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        head: &[u8],
+        io: &mut W,
+    ) -> Poll<io::Result<usize>> {
+        let n = match (head.is_empty(), self.front.is_empty()) {
+            (true, _) if self.rest.is_empty() => ready!(Pin::new(&mut *io).poll_write(cx, &self.front))?,
+            (_, true) => ready!(Pin::new(&mut *io).poll_write(cx, head))?,
+            _ => {
                 let mut slices = [IoSlice::new(&[]); SLICES];
-                slices[0] = IoSlice::new(&self.front);
-                let count = 1 + self.rest.len().min(SLICES - 1);
-                for (slice, piece) in slices[1..].iter_mut().zip(&self.rest) {
+                let pieces = [head, &self.front].into_iter().chain(self.rest.iter().map(|piece| &piece[..]));
+                let mut count = 0;
+                for (slice, piece) in slices.iter_mut().zip(pieces.filter(|piece| !piece.is_empty())) {
                     *slice = IoSlice::new(piece);
+                    count += 1;
                 }
                 ready!(Pin::new(&mut *io).poll_write_vectored(cx, &slices[..count]))?
-            };
-            if n == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.advance(n);
-            self.unflushed = true;
+        };
+        if n == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
+        self.unflushed = true;
+        let of_head = n.min(head.len());
+        self.advance(n - of_head);
+        Poll::Ready(Ok(of_head))
+    }
+
+    /// Flushes what was written. TCP has nothing to flush; TLS keeps what it encrypted until then.
+    pub(crate) fn poll_flush<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        io: &mut W,
+    ) -> Poll<io::Result<()>> {
         if self.unflushed {
-            self.tidy();
-            // Nothing to do for TCP; TLS keeps what it encrypted until asked.
+            self.free_burst();
             ready!(Pin::new(io).poll_flush(cx))?;
             self.unflushed = false;
         }
@@ -99,22 +143,30 @@ impl WriteQueue {
     fn advance(&mut self, mut n: usize) {
         self.len -= n as u32;
         while n >= self.front.len() && n > 0 {
-            n -= self.front.len();
-            // Dropped at once: a frame is shared with its channel's ring, and must not outlive its turn here.
-            self.front = self.rest.pop_front().unwrap_or_default();
+            // Dropped at once: a frame is shared with its channel's ring, and must not outlive its write.
+            n -= self.next_piece().len();
         }
-        self.front.advance(n);
+        if n > 0 {
+            self.front.advance(n);
+            self.begun = true;
+        }
     }
 
-    /// A burst of small pieces must not leave its room behind for ever.
-    fn tidy(&mut self) {
+    /// Replaces `front`, and returns it.
+    fn next_piece(&mut self) -> Bytes {
+        self.begun = false;
+        std::mem::replace(&mut self.front, self.rest.pop_front().unwrap_or_default())
+    }
+
+    /// Frees the capacity that a burst of small pieces has left behind.
+    fn free_burst(&mut self) {
         if self.rest.is_empty() && self.rest.capacity() > KEPT {
             self.rest = VecDeque::new();
         }
     }
 
-    /// Gives back the room that was kept. Called when the connection seems idle.
-    pub fn relax(&mut self) {
+    /// Frees all unused capacity. Called when the connection seems idle.
+    pub(crate) fn shrink(&mut self) {
         if self.rest.is_empty() {
             self.rest = VecDeque::new();
         }
@@ -182,20 +234,20 @@ mod tests {
             script in prop::collection::vec(0..70usize, 0..60),
         ) {
             let mut io = Slow { script, got: Vec::new() };
-            let mut egress = WriteQueue::new();
+            let mut queue = WriteQueue::new();
             let mut cx = Context::from_waker(Waker::noop());
             let mut want = String::new();
             for turn in turns {
                 for piece in turn {
                     want.push_str(&piece);
-                    egress.push(piece.into());
+                    queue.push(piece.into());
                 }
-                let _ = egress.poll_write(&mut cx, &mut io);
-                prop_assert_eq!(egress.len(), want.len() - io.got.len());
+                let _ = queue.poll_write(&mut cx, &mut io);
+                prop_assert_eq!(queue.len(), want.len() - io.got.len());
             }
-            while egress.poll_write(&mut cx, &mut io).is_pending() {}
-            prop_assert!(egress.is_empty());
-            prop_assert!(egress.rest.capacity() <= KEPT);
+            while queue.poll_write(&mut cx, &mut io).is_pending() {}
+            prop_assert!(queue.is_empty());
+            prop_assert!(queue.rest.capacity() <= KEPT);
             prop_assert_eq!(String::from_utf8(io.got).unwrap(), want);
         }
     }
@@ -214,10 +266,10 @@ mod tests {
                 Poll::Ready(Ok(()))
             }
         }
-        let mut egress = WriteQueue::new();
-        egress.push(Bytes::from_static(b"a"));
+        let mut queue = WriteQueue::new();
+        queue.push(Bytes::from_static(b"a"));
         assert!(matches!(
-            egress.poll_write(&mut Context::from_waker(Waker::noop()), &mut Closed),
+            queue.poll_write(&mut Context::from_waker(Waker::noop()), &mut Closed),
             Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::WriteZero
         ));
     }

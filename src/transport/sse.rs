@@ -4,29 +4,29 @@
 //! a status, and what will pass (a drain, an overload) is a stream that says `weir.retry` and ends.
 
 pub mod frame;
-mod stream;
+mod handler;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
 use axum::{body::Body, response::Response};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
 
-use self::stream::{Ids, Stream};
+use self::handler::{Ids, SseHandler};
 use crate::{
     auth::Identity,
     bus::{Filter, Format, Gap, GapReason, Subscriptions},
     channel::Channel,
     error::{Code, Error, Result, Retry},
     metrics::{MetricLabel as _, Transport},
-    net::server::PeerAddr,
-    net::{chunk, stream::StreamResponse},
+    net::{chunk, server::PeerAddr},
     node::Node,
     position::{Position, Start},
     presence::{PresenceLease, PresentClient},
-    sessions::ChannelSet,
     transport::{
         present,
         query::{Begin, Query},
+        subscription_stream::SubscriptionStream,
     },
 };
 
@@ -72,10 +72,10 @@ fn accepted(headers: &HeaderMap) -> impl Iterator<Item = &str> {
 /// A stream that only says when to come back.
 pub fn refusal(error: &Error) -> Response {
     let after = error.retry_after_ms().unwrap_or_default().max(retry_ms().into());
-    stream(Body::from(chunk::text(&frame::retry(error.code().as_str(), after, true))))
+    response(Body::from(chunk::text(&frame::retry(error.code().as_str(), after, true))))
 }
 
-fn stream<B>(body: B) -> Response<B> {
+fn response<B>(body: B) -> Response<B> {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));
@@ -90,12 +90,7 @@ fn retry_ms() -> u16 {
     fastrand::u16(1_000..4_000)
 }
 
-/// `base`, give or take a quarter.
-fn jitter(base: Duration) -> Duration {
-    base.mul_f64(fastrand::f64() / 2.0 + 0.75)
-}
-
-/// Answers a request for a stream, whatever its path. Fails only with what will not pass by itnode.
+/// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
 pub async fn open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result<Response> {
     match try_open(node, identity, head).await {
         Err(error) if error.code().retry() == Retry::Yes => Ok(refusal(&error)),
@@ -112,14 +107,14 @@ async fn try_open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result
         let _permit = identity.may_subscribe(channel)?;
     }
     if head.method == Method::HEAD {
-        return Ok(stream(Body::empty()));
+        return Ok(response(Body::empty()));
     }
     if node.timers.is_draining() {
         return Err(Error::new(Code::Draining, "this node is leaving"));
     }
     let remote = PeerAddr::of(head);
-    let offer = begin(node, identity, remote, asked).await?;
-    Ok(offer.respond(stream(())))
+    let (stream, first) = begin(node, identity, remote, asked).await?;
+    Ok(stream.respond(response(()), first))
 }
 
 fn read(node: &Node, head: &Parts) -> Result<Asked> {
@@ -150,7 +145,7 @@ async fn begin(
     identity: &Identity,
     remote: Option<SocketAddr>,
     asked: Asked,
-) -> Result<StreamResponse<Stream>> {
+) -> Result<(SubscriptionStream<SseHandler>, Vec<Bytes>)> {
     let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
     let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
         Ok(starts) => (starts, false),
@@ -184,9 +179,10 @@ async fn begin(
             channels.iter().map(move |channel| node.presence.enter(channel, client, identity.subject(), sse))
         })
         .collect();
-    let registration = node.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels));
-    let (stream, first) = Stream::begin(node.clone(), subs, leases?, registration, gaps, ids, filter.is_some());
-    Ok(StreamResponse::new(stream, first))
+    gaps.iter().for_each(|gap| node.metrics.gap(gap.reason.as_str()));
+    let (heartbeat, now) = (node.config.sse.heartbeat, node.timers.now());
+    let (handler, first) = SseHandler::new(&subs, leases?, &gaps, ids, filter.is_some(), heartbeat, now);
+    Ok((SubscriptionStream::for_client(node, identity, remote, subs, handler), first))
 }
 
 /// The reader said where it was, and nobody understood. It goes on at `at`.

@@ -62,7 +62,7 @@ fn point_one_way() {
         if text.contains("backend::memory") && of != "app" && !text.contains("#[cfg(test)]") {
             wrong.push(format!("{from} names a backend"));
         }
-        for (one, other) in [("sse", "ws"), ("ws", "sse"), ("longpoll", "sse"), ("sse", "longpoll")] {
+        for (one, other) in [("sse", "ws"), ("ws", "sse"), ("reading", "sse"), ("sse", "reading")] {
             if from.starts_with(&format!("transport/{one}")) && text.contains(&format!("transport::{other}")) {
                 wrong.push(format!("{from} imports another transport"));
             }

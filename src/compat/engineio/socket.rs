@@ -46,7 +46,7 @@ pub struct Socket {
     /// The tick at which a probe or a farewell is over. 0: neither.
     until: u32,
     phase: Phase,
-    _seat: ConnectionPermit,
+    _permit: ConnectionPermit,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl Socket {
             until: if probing { after(&server, patience) } else { 0 },
             phase: if probing { Phase::Probing } else { Phase::Open },
             server,
-            _seat: taken.seat,
+            _permit: taken.permit,
         }
     }
 

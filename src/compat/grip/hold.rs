@@ -25,7 +25,7 @@ use crate::{
     error::{Code, Error},
     net::{chunk, stream::StreamOutput},
     position::Start,
-    transport::subscription_stream::{Beat, StreamHandler, SubscriptionStream, Then},
+    transport::subscription_stream::{HeartbeatPolicy, StreamAction, StreamContext, StreamHandler, SubscriptionStream},
 };
 
 /// A stream that follows nothing: what is published goes to all of them as it is.
@@ -38,7 +38,7 @@ struct Plain {
 /// How a stream is kept alive.
 pub struct Alive {
     pub data: Bytes,
-    pub beat: Beat,
+    pub policy: HeartbeatPolicy,
 }
 
 impl Grip {
@@ -101,54 +101,53 @@ pub fn away(error: Error) -> Failure {
 
 impl Alive {
     pub fn new(KeepAlive { data, timeout, always }: KeepAlive) -> Self {
-        let beat = if always { Beat::Always(timeout) } else { Beat::Silence(timeout) };
-        Alive { data: chunk::of(&data), beat }
+        let policy = if always { HeartbeatPolicy::Periodic(timeout) } else { HeartbeatPolicy::WhenIdle(timeout) };
+        Alive { data: chunk::of(&data), policy }
     }
 }
 
 /// Pushes what an origin says, until all is said.
-pub fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
-    let Some(body) = from else { return Then::GoOn };
+pub fn pour(from: &mut Option<Box<Incoming>>, cx: &mut Context<'_>, out: &mut StreamOutput) -> StreamAction {
+    let Some(body) = from else { return StreamAction::Continue };
     while !out.is_full() {
         match Pin::new(&mut **body).poll_frame(cx) {
-            Poll::Pending => return Then::Wait,
+            Poll::Pending => return StreamAction::Wait,
             Poll::Ready(None) => {
                 *from = None;
-                return Then::GoOn;
+                return StreamAction::Continue;
             }
             Poll::Ready(Some(Ok(frame))) => {
                 if let Ok(data) = frame.into_data() {
                     out.push(chunk::of(&data));
                 }
             }
-            Poll::Ready(Some(Err(_))) => return Then::End(Code::ProviderGone),
+            Poll::Ready(Some(Err(_))) => return StreamAction::Close(Code::ProviderGone),
         }
     }
-    Then::Wait
+    StreamAction::Wait
 }
 
 impl StreamHandler for Plain {
-    fn beat(&self) -> Option<Beat> {
-        self.keep_alive.as_ref().map(|alive| alive.beat)
+    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+        self.keep_alive.as_ref().map(|alive| alive.policy)
     }
 
-    fn keep_alive(&mut self) -> Bytes {
-        match (&self.opening, &self.keep_alive) {
-            (None, Some(alive)) => alive.data.clone(),
-            // In the midst of what the origin says it would break it.
-            _ => Bytes::new(),
+    fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
+        // In the midst of the origin's body it would corrupt it.
+        if let (None, Some(alive)) = (&self.opening, &self.keep_alive) {
+            stream.out.push(alive.data.clone());
         }
     }
 
-    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
-        pour(&mut self.opening, cx, out)
+    fn poll_direct(&mut self, cx: &mut Context<'_>, stream: &mut StreamContext<'_>) -> StreamAction {
+        pour(&mut self.opening, cx, stream.out)
     }
 
-    fn events(&mut self, _: u32, bytes: Bytes, _: u32, out: &mut StreamOutput) -> Then {
+    fn on_events(&mut self, stream: &mut StreamContext<'_>, _: u32, bytes: Bytes, _: u32) -> StreamAction {
         let (chunk, closes) = frame::unpack(bytes);
         if let Some(chunk) = chunk {
-            out.push(chunk);
+            stream.out.push(chunk);
         }
-        if closes { Then::Done } else { Then::GoOn }
+        if closes { StreamAction::Finish } else { StreamAction::Continue }
     }
 }

@@ -32,7 +32,7 @@ use crate::{
         timer::{Due, Timer},
     },
     position::Start,
-    transport::subscription_stream::{Beat, StreamHandler, Then},
+    transport::subscription_stream::{HeartbeatPolicy, StreamAction, StreamContext, StreamHandler},
 };
 
 /// How often an origin that fails is asked again, and how long after the first time; twice as long after each more.
@@ -138,19 +138,19 @@ impl Linked {
     }
 
     /// Goes on behind the origin's words.
-    fn poured(&mut self) -> Then {
+    fn poured(&mut self) -> StreamAction {
         let begun = std::mem::replace(&mut self.begun, true);
         match self.instruct.hold {
             None => {
                 if !self.fetch() {
-                    return Then::Done;
+                    return StreamAction::Finish;
                 }
             }
             Some(_) if begun => self.state = State::Settling(self.settle()),
             Some(_) if self.outdated => self.missed(),
             Some(_) => self.hold(),
         }
-        Then::Wait
+        StreamAction::Wait
     }
 
     fn hold(&mut self) {
@@ -221,9 +221,11 @@ impl Linked {
     }
 
     /// One event: what it does to the stream.
-    fn event(&mut self, slot: u32, bytes: &Bytes, out: &mut StreamOutput) -> Then {
-        let Some(nth) = self.following.iter().position(|followed| followed.slot == slot) else { return Then::GoOn };
-        let Some(frame) = Frame::read(bytes) else { return Then::GoOn };
+    fn event(&mut self, slot: u32, bytes: &Bytes, out: &mut StreamOutput) -> StreamAction {
+        let Some(nth) = self.following.iter().position(|followed| followed.slot == slot) else {
+            return StreamAction::Continue;
+        };
+        let Some(frame) = Frame::read(bytes) else { return StreamAction::Continue };
         let followed = &mut self.following[nth];
         if frame.marked
             && let Some(prev) = &followed.prev
@@ -234,19 +236,19 @@ impl Linked {
             }
             if frame.id.as_deref() == Some(prev) {
                 // The origin has told it already.
-                return Then::GoOn;
+                return StreamAction::Continue;
             }
             if frame.prev.as_deref() != Some(prev) {
                 if told && followed.told.is_some() {
                     // It may be older than what the origin told last.
-                    return Then::GoOn;
+                    return StreamAction::Continue;
                 }
                 if self.instruct.next.is_some() {
                     self.unfit = (!told).then(|| (slot, bytes.clone()));
                     self.missed();
-                    return Then::Wait;
+                    return StreamAction::Wait;
                 }
-                return Then::End(Code::Slow);
+                return StreamAction::Close(Code::Slow);
             }
             followed.prev = frame.id.as_deref().map(str::to_owned);
             self.stale = 0;
@@ -256,18 +258,18 @@ impl Linked {
             self.hold();
         }
         if !filter::passes(&self.instruct, nth, &frame.meta) {
-            return Then::GoOn;
+            return StreamAction::Continue;
         }
         match frame.what {
             What::Send => {
                 out.push(chunk::of(frame.bytes));
-                Then::GoOn
+                StreamAction::Continue
             }
-            What::Nothing => Then::GoOn,
-            What::Close => Then::Done,
+            What::Nothing => StreamAction::Continue,
+            What::Close => StreamAction::Finish,
             What::Hint => match self.fetch() {
-                true => Then::Wait,
-                false => Then::GoOn,
+                true => StreamAction::Wait,
+                false => StreamAction::Continue,
             },
         }
     }
@@ -282,32 +284,32 @@ impl Linked {
     }
 
     /// Goes on as far as it can aside; ready when events may.
-    fn advance(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Poll<Then> {
+    fn advance(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Poll<StreamAction> {
         loop {
             match &mut self.state {
                 State::Pouring(body) => match pour(body, cx, out) {
-                    Then::GoOn => match self.poured() {
-                        Then::Wait => {}
+                    StreamAction::Continue => match self.poured() {
+                        StreamAction::Wait => {}
                         end => return Poll::Ready(end),
                     },
-                    Then::Wait => return Poll::Pending,
+                    StreamAction::Wait => return Poll::Pending,
                     end => return Poll::Ready(end),
                 },
                 State::Settling(settling) => match ready!(settling.as_mut().poll(cx)) {
                     Ok(settled) => {
                         if self.settled(settled).is_err() {
-                            return Poll::Ready(Then::End(Code::ProviderGone));
+                            return Poll::Ready(StreamAction::Close(Code::ProviderGone));
                         }
                         // The subscriptions are to be changed before anything else.
                         cx.waker().wake_by_ref();
                         return Poll::Pending;
                     }
-                    Err(_) => return Poll::Ready(Then::End(Code::BusUnavailable)),
+                    Err(_) => return Poll::Ready(StreamAction::Close(Code::BusUnavailable)),
                 },
                 State::Holding => {
                     if let Some((slot, bytes)) = self.unfit.take() {
                         match self.event(slot, &bytes, out) {
-                            Then::GoOn | Then::Wait => continue,
+                            StreamAction::Continue | StreamAction::Wait => continue,
                             end => return Poll::Ready(end),
                         }
                     }
@@ -315,11 +317,11 @@ impl Linked {
                         Poll::Ready(Due::Time) if self.fetch() => {}
                         // Whoever carries the stream ends it.
                         Poll::Ready(_) => {}
-                        Poll::Pending => return Poll::Ready(Then::GoOn),
+                        Poll::Pending => return Poll::Ready(StreamAction::Continue),
                     }
                 }
                 State::Pausing => match ready!(self.alarm.poll(cx)) {
-                    Due::Time if !self.fetch() => return Poll::Ready(Then::Done),
+                    Due::Time if !self.fetch() => return Poll::Ready(StreamAction::Finish),
                     _ => {}
                 },
                 State::Fetching(fetching) => match ready!(fetching.as_mut().poll(cx)) {
@@ -339,7 +341,7 @@ impl Linked {
                         tracing::debug!(?failure, "could not fetch what comes next of a held stream");
                         self.failures += 1;
                         if self.failures > TRIES {
-                            return Poll::Ready(Then::End(Code::ProviderGone));
+                            return Poll::Ready(StreamAction::Close(Code::ProviderGone));
                         }
                         let jitter = Duration::from_millis(fastrand::u64(..1_000));
                         self.fetch_later(PAUSE * 2u32.pow(self.failures - 1) + jitter);
@@ -351,27 +353,45 @@ impl Linked {
 }
 
 impl StreamHandler for Linked {
-    fn beat(&self) -> Option<Beat> {
-        self.keep_alive.as_ref().map(|alive| alive.beat)
+    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+        self.keep_alive.as_ref().map(|alive| alive.policy)
     }
 
-    fn keep_alive(&mut self) -> Bytes {
+    fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
         match (&self.state, &self.keep_alive) {
-            // In the midst of what the origin says it would break it.
-            (State::Pouring(_), _) | (_, None) => Bytes::new(),
-            (_, Some(alive)) => alive.data.clone(),
+            // In the midst of the origin's body it would corrupt it.
+            (State::Pouring(_), _) | (_, None) => {}
+            (_, Some(alive)) => stream.out.push(alive.data.clone()),
         }
     }
 
-    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
-        match self.advance(cx, out) {
-            Poll::Ready(then) => then,
-            Poll::Pending => Then::Wait,
+    fn poll_direct(&mut self, cx: &mut Context<'_>, stream: &mut StreamContext<'_>) -> StreamAction {
+        let action = match self.advance(cx, stream.out) {
+            Poll::Ready(action) => action,
+            Poll::Pending => StreamAction::Wait,
+        };
+        if let Some(change) = self.change.take() {
+            self.subscribe(change, stream.subscriptions);
         }
+        action
     }
 
-    fn tune(&mut self, subs: &mut Subscriptions) {
-        let Some(Change { gone, new }) = self.change.take() else { return };
+    fn on_events(&mut self, stream: &mut StreamContext<'_>, slot: u32, bytes: Bytes, _: u32) -> StreamAction {
+        self.event(slot, &bytes, stream.out)
+    }
+
+    /// The events that are missing are available from the origin.
+    fn on_gap(&mut self, _: &mut StreamContext<'_>, _: &Gap) -> StreamAction {
+        if self.instruct.next.is_none() {
+            return StreamAction::Close(Code::Slow);
+        }
+        self.missed();
+        StreamAction::Wait
+    }
+}
+
+impl Linked {
+    fn subscribe(&mut self, Change { gone, new }: Change, subs: &mut Subscriptions) {
         gone.into_iter().for_each(|slot| subs.remove(slot));
         for (nth, watch) in new {
             let slot = subs.add(watch, Start::Now, None).slot;
@@ -379,18 +399,5 @@ impl StreamHandler for Linked {
                 followed.slot = slot;
             }
         }
-    }
-
-    fn events(&mut self, slot: u32, bytes: Bytes, _: u32, out: &mut StreamOutput) -> Then {
-        self.event(slot, &bytes, out)
-    }
-
-    /// What is gone here, the origin has.
-    fn gap(&mut self, _: &Gap, _: &mut StreamOutput) -> Then {
-        if self.instruct.next.is_none() {
-            return Then::End(Code::Slow);
-        }
-        self.missed();
-        Then::Wait
     }
 }

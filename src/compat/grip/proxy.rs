@@ -345,7 +345,7 @@ pub fn tunnel(mut answer: Response<Incoming>, node: Arc<Node>) -> Response<AxumB
 }
 
 async fn carry(conn: HijackedConn, upgrade: hyper::upgrade::OnUpgrade, node: Arc<Node>) {
-    let HijackedConn { io: client, peer, early, seat: _seat, .. } = conn;
+    let HijackedConn { io: client, peer, early, permit: _permit, .. } = conn;
     let mut connected = node.metrics.connected(Transport::Ws);
     let registration = node.sessions.register(Transport::Ws, &Identity::anonymous(), Some(peer), ChannelSet::Empty);
     let mut timer = node.timers.timer(Duration::from_secs(60 * 60));

@@ -26,11 +26,13 @@ use crate::{
     compat::{form::Form, js},
     error::{Code, Result},
     event::Event,
-    net::{chunk, stream::StreamOutput},
+    net::chunk,
     position::{Position, Start},
     transport::{
         sse::frame::HEARTBEAT,
-        subscription_stream::{Beat, StreamHandler, SubscriptionStream, Then, retry},
+        subscription_stream::{
+            HeartbeatPolicy, StreamAction, StreamContext, StreamHandler, SubscriptionStream, retry_chunk,
+        },
     },
 };
 
@@ -47,7 +49,7 @@ pub(super) struct Known(Mutex<(HashSet<Channel>, VecDeque<Channel>)>);
 struct Browser {
     member: Member,
     /// Milliseconds of silence before a comment. Different for each: they were all opened at once.
-    beat: u32,
+    heartbeat: u32,
 }
 
 impl NodeSse {
@@ -103,11 +105,11 @@ impl NodeSse {
             };
             first.push(wire::frame(Some(channel), "lastEvent", &last));
         }
-        let beat = self.node.config.sse.heartbeat.mul_f64(fastrand::f64() / 2.0 + 0.75);
-        let beat = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
+        let heartbeat = self.node.config.sse.heartbeat.mul_f64(fastrand::f64() / 2.0 + 0.75);
+        let heartbeat = u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX);
         // The last that is done: everybody hears of it, this one too.
         let member = Presence::join(&self.presence, &js::text(&id));
-        Ok(SubscriptionStream::new(&self.node, subs, Browser { member, beat }).respond(answer, first))
+        Ok(SubscriptionStream::new(&self.node, subs, Browser { member, heartbeat }).respond(answer, first))
     }
 
     pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
@@ -144,22 +146,22 @@ impl NodeSse {
 }
 
 impl StreamHandler for Browser {
-    fn beat(&self) -> Option<Beat> {
-        Some(Beat::Silence(Duration::from_millis(self.beat.into())))
+    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+        Some(HeartbeatPolicy::WhenIdle(Duration::from_millis(self.heartbeat.into())))
     }
 
-    /// A comment, which no `EventSource` shows to anybody. The original has none, and keeps the dead.
-    fn keep_alive(&mut self) -> Bytes {
-        Bytes::from_static(HEARTBEAT)
+    /// A comment, which an `EventSource` ignores. The original sends none, and keeps dead connections.
+    fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
+        stream.out.push(Bytes::from_static(HEARTBEAT));
     }
 
-    fn poll_aside(&mut self, cx: &mut Context<'_>, out: &mut StreamOutput) -> Then {
-        self.member.poll(cx, |frame| out.push(frame));
-        Then::GoOn
+    fn poll_direct(&mut self, cx: &mut Context<'_>, stream: &mut StreamContext<'_>) -> StreamAction {
+        self.member.poll(cx, |frame| stream.out.push(frame));
+        StreamAction::Continue
     }
 
-    fn farewell(&mut self, code: Code, out: &mut StreamOutput) {
-        out.push(retry(code));
+    fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
+        stream.out.push(retry_chunk(code));
     }
 }
 

@@ -24,8 +24,8 @@ use crate::{
     node::Node,
     position::{Position, Start},
     transport::{
-        longpoll,
         query::{Begin, Query, decode},
+        reading,
     },
 };
 
@@ -87,7 +87,7 @@ pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: 
     let (name, Commit { after, channels }) = read(&node, request, "/commit").await?;
     let _ = identity.may_consume(&name)?;
     let channels = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
-    longpoll::commit_named(&node.bus, &name, channels.transpose()?, &after).await?;
+    reading::commit_named(&node.bus, &name, channels.transpose()?, &after).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -114,7 +114,7 @@ pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Re
     let at = match start {
         // As given: the reader is told of the gap, if there is one, when it reads.
         Start::After(position) => {
-            longpoll::check_ahead(&node.bus, &channel, position).await?;
+            reading::check_ahead(&node.bus, &channel, position).await?;
             position
         }
         start => node.bus.locate(&channel, start).await?.0,

@@ -32,8 +32,8 @@ use crate::{
     node::Node,
     position::Position,
     transport::{
-        longpoll::{Answer, Reading},
         query::Query,
+        reading::{Answer, Reading},
         sse,
     },
 };

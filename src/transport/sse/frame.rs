@@ -164,15 +164,15 @@ fn last_block(text: &[u8]) -> usize {
     memchr::memmem::rfind(&text[..text.len().saturating_sub(2)], b"\n\n").map_or(0, |at| at + 2)
 }
 
-/// Puts `id` before the last of the `count` blocks of a chunk; `chunked` says whether the pieces are to be chunks.
-/// Shares the bytes of the chunk.
+/// Puts `id` before the last block of `piece`, which is a chunk if `chunked`, else the text of one; `many` says whether it
+/// has more than one block. Shares its bytes.
 ///
-/// Not before the first: an `id:` is remembered when its block is dispatched, and whoever broke off then would never
-/// get the blocks behind it.
-pub fn with_id(chunk: &Bytes, count: u32, id: &str, chunked: bool, mut push: impl FnMut(Bytes)) {
-    let text = text(chunk);
+/// Not before the first block: an `id:` is remembered when its block is dispatched, and a client that loses its connection
+/// then would never get the blocks behind it.
+pub(super) fn with_id(piece: &Bytes, many: bool, id: &str, chunked: bool, mut push: impl FnMut(Bytes)) {
+    let text = if chunked { text(piece) } else { piece.clone() };
     let id = format!("id: {id}\n");
-    let cut = if count > 1 { last_block(&text) } else { 0 };
+    let cut = if many { last_block(&text) } else { 0 };
     match (chunked, cut) {
         (false, _) => {
             push(text.slice(..cut));
@@ -181,14 +181,14 @@ pub fn with_id(chunk: &Bytes, count: u32, id: &str, chunked: bool, mut push: imp
         }
         (true, 0) => {
             push(format!("{:06x}\r\n{id}\r\n", id.len()).into());
-            push(chunk.clone());
+            push(piece.clone());
         }
         (true, _) => {
             push(format!("{cut:06x}\r\n").into());
             push(text.slice(..cut));
-            // Both in one: nobody minds an `id:` in the chunk of its block.
+            // One chunk for both the `id:` and its block.
             push(format!("\r\n{:06x}\r\n{id}", id.len() + text.len() - cut).into());
-            push(chunk.slice(HEAD.len() + cut..));
+            push(piece.slice(HEAD.len() + cut..));
         }
     }
 }

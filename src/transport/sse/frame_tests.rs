@@ -226,7 +226,8 @@ proptest! {
         let format = if bare { &DATA_BARE } else { &EVENT_BARE };
         let chunk = format.encode(&channel("orders"), &events);
         let mut pieces = Vec::new();
-        with_id(&chunk, texts.len() as u32, "wTOKEN", chunked, |piece| pieces.extend_from_slice(&piece));
+        let piece = if chunked { chunk.clone() } else { text(&chunk) };
+        with_id(&piece, texts.len() > 1, "wTOKEN", chunked, |piece| pieces.extend_from_slice(&piece));
         let parsed = parse(&if chunked { unchunk(&pieces) } else { pieces });
         let plain = parse(&text(&chunk));
         let ids: Vec<_> = parsed.blocks.iter().map(|block| block.id.as_str()).collect();

@@ -62,7 +62,7 @@ pub struct Socket {
     phase: Phase,
     delivered: Delivered,
     connected: OpenConnection,
-    _seat: ConnectionPermit,
+    _permit: ConnectionPermit,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -111,7 +111,7 @@ impl Socket {
             delivered: Delivered::default(),
             connected: node.metrics.connected(Transport::Ws),
             node,
-            _seat: taken.seat,
+            _permit: taken.permit,
         }
     }
 

@@ -34,7 +34,7 @@ use crate::{
     metrics::Transport,
     node::Node,
     rpc::{AcceptedProvider, CallerId},
-    transport::{longpoll, present},
+    transport::{present, reading},
 };
 
 /// Jobs that are finished before others have their turn: a bus in memory makes none of them wait.
@@ -227,7 +227,7 @@ impl Session {
     }
 
     pub(super) fn read(&mut self, params: Option<&RawValue>) -> Result<Outcome> {
-        let reading = longpoll::Reading::from_params(params::object(params)?, &self.node.config.limits)?;
+        let reading = reading::Reading::from_params(params::object(params)?, &self.node.config.limits)?;
         reading.permit(&self.identity)?;
         let manner = if reading.waits() { Manner::Waits } else { Manner::Alone };
         let node = self.node.clone();
@@ -248,7 +248,7 @@ impl Session {
         let (names, node) = (names.transpose()?, self.node.clone());
         let (consumer, after) = (consumer.0.into_owned(), after.as_str().to_owned());
         let work = async move {
-            longpoll::commit_named(&node.bus, &consumer, names, &after).await?;
+            reading::commit_named(&node.bus, &consumer, names, &after).await?;
             Ok(Done::Result(NULL.to_vec()))
         };
         Ok(Outcome::Later { work: Box::pin(work), bytes: 0, manner: Manner::Alone })

@@ -1,0 +1,225 @@
+//! [`SseHandler`]: what native SSE sends beside events: ids, heartbeats, gaps, and when to reconnect.
+
+use std::{hash::BuildHasher, time::Duration};
+
+use bytes::Bytes;
+
+use super::frame;
+use crate::{
+    bus::{Gap, Subscriptions},
+    channel::Channel,
+    error::Code,
+    net::{stream::StreamOutput, timer::TimerWheel},
+    position::Position,
+    presence::PresenceLease,
+    token::TokenEncoder,
+    transport::subscription_stream::{HeartbeatPolicy, StreamAction, StreamContext, StreamHandler},
+};
+
+/// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
+const LONG_TOKEN: usize = 64;
+const TOKEN_PAUSE: Duration = Duration::from_secs(1);
+
+/// Milliseconds: 25 days, the longest delay that the timers of browsers support. They take more for no delay at all.
+const NEVER: u32 = i32::MAX as u32;
+
+/// Where the `id:` lines of a stream come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ids {
+    /// One channel: they are inside the shared frames.
+    Shared,
+    /// Several channels: a token before the last frame of each write, or less often if it is long.
+    Token,
+    /// Several channels: a token before every frame.
+    Each,
+}
+
+/// The events of the chunk that was pushed last, if it still can get an id.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LastChunk {
+    None,
+    OneEvent,
+    ManyEvents,
+}
+
+/// Handles one native stream, whose subscriptions are in slots counted from 0 and never change.
+pub(super) struct SseHandler {
+    /// Keep the client present on its channels.
+    _leases: Box<[PresenceLease]>,
+    /// Encodes the positions of several channels.
+    token: Option<Box<TokenEncoder>>,
+    /// Milliseconds between heartbeats, on average.
+    heartbeat: u32,
+    /// The tick of the last token.
+    token_at: u32,
+    /// Fingerprint of the last `id:` that was sent. Maintained where positions advance without an event.
+    last_id: u32,
+    /// The delay that the first block announced as `retry:`.
+    retry_ms: u32,
+    ids: Ids,
+    filtered: bool,
+    /// The last token was long, and so will be the next.
+    long: bool,
+    /// Events were sent after the last token: one is due within [`TOKEN_PAUSE`].
+    token_due: bool,
+    last_chunk: LastChunk,
+}
+
+impl SseHandler {
+    /// Also returns the first blocks, as chunks. `gaps` are what is missing before the subscriptions' positions.
+    pub(super) fn new(
+        subscriptions: &Subscriptions,
+        leases: Box<[PresenceLease]>,
+        gaps: &[Gap],
+        ids: Ids,
+        filtered: bool,
+        heartbeat: Duration,
+        now: u32,
+    ) -> (Self, Vec<Bytes>) {
+        let mut handler = SseHandler {
+            _leases: leases,
+            token: None,
+            heartbeat: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
+            token_at: now,
+            last_id: 0,
+            retry_ms: super::retry_ms().into(),
+            ids,
+            filtered,
+            long: false,
+            token_due: false,
+            last_chunk: LastChunk::None,
+        };
+        if subscriptions.len() > 1 {
+            let channels: Vec<Channel> = positions(subscriptions).map(|(channel, _)| channel.clone()).collect();
+            handler.token = Some(Box::new(TokenEncoder::new(&channels)));
+        }
+        handler.next_id(subscriptions, now);
+        // Until a gap is reported, ids lie before it: a client that loses its connection in between gets it again.
+        let opening = handler.id_before(subscriptions, gaps);
+        let mut first = vec![frame::opening(handler.retry_ms, &opening, positions(subscriptions))];
+        for (reported, gap) in gaps.iter().enumerate() {
+            first.push(frame::gap(&handler.id_before(subscriptions, &gaps[reported + 1..]), gap));
+        }
+        (handler, first)
+    }
+
+    /// The position or token after everything that was pushed, which is to be sent now.
+    fn next_id(&mut self, subscriptions: &Subscriptions, now: u32) -> String {
+        let id = self.id_before(subscriptions, &[]);
+        self.last_id = fingerprint(id.as_bytes());
+        self.token_at = now;
+        self.long = id.len() > LONG_TOKEN;
+        self.token_due = false;
+        id
+    }
+
+    /// The position or token of a client to which `gaps` are not reported yet.
+    fn id_before(&self, subscriptions: &Subscriptions, gaps: &[Gap]) -> String {
+        let position = |at: usize| {
+            let channel = subscriptions.channel(at as u32);
+            let before_gap = gaps.iter().find(|gap| Some(&gap.channel) == channel).and_then(|gap| gap.after);
+            before_gap.or(subscriptions.position(at as u32)).unwrap_or(Position::absent(0))
+        };
+        match &self.token {
+            None => position(0).to_string(),
+            Some(token) => token.token(position),
+        }
+    }
+}
+
+impl StreamHandler for SseHandler {
+    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+        // Within a quarter: otherwise clients that connected together stay in step.
+        let factor = fastrand::f64() / 2.0 + 0.75;
+        Some(HeartbeatPolicy::Periodic(Duration::from_millis(self.heartbeat.into()).mul_f64(factor)))
+    }
+
+    fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
+        stream.out.push(Bytes::from_static(frame::HEARTBEAT));
+        if self.filtered && fingerprint(self.id_before(stream.subscriptions, &[]).as_bytes()) != self.last_id {
+            self.on_deadline(stream);
+        }
+    }
+
+    fn on_events(&mut self, stream: &mut StreamContext<'_>, _: u32, bytes: Bytes, count: u32) -> StreamAction {
+        if self.ids == Ids::Shared && self.filtered {
+            self.last_id = fingerprint(frame::last_id(&bytes));
+        }
+        stream.out.push(bytes);
+        let last_chunk = if count > 1 { LastChunk::ManyEvents } else { LastChunk::OneEvent };
+        match self.ids {
+            Ids::Shared => {}
+            Ids::Token => self.last_chunk = last_chunk,
+            Ids::Each => {
+                let id = self.next_id(stream.subscriptions, stream.now);
+                add_id(stream.out, last_chunk, &id);
+            }
+        }
+        StreamAction::Continue
+    }
+
+    fn on_gap(&mut self, stream: &mut StreamContext<'_>, gap: &Gap) -> StreamAction {
+        self.last_chunk = LastChunk::None;
+        let id = self.next_id(stream.subscriptions, stream.now);
+        stream.out.push(frame::gap(&id, gap));
+        StreamAction::Continue
+    }
+
+    fn on_batch_end(&mut self, stream: &mut StreamContext<'_>) {
+        let last_chunk = std::mem::replace(&mut self.last_chunk, LastChunk::None);
+        if last_chunk == LastChunk::None {
+            return;
+        }
+        if self.long && TimerWheel::span(self.token_at, stream.now) < TOKEN_PAUSE {
+            self.token_due = true;
+        } else {
+            let id = self.next_id(stream.subscriptions, stream.now);
+            add_id(stream.out, last_chunk, &id);
+        }
+    }
+
+    fn deadline(&self) -> Option<u32> {
+        self.token_due.then(|| self.token_at + TimerWheel::ticks(TOKEN_PAUSE))
+    }
+
+    fn on_deadline(&mut self, stream: &mut StreamContext<'_>) {
+        let id = self.next_id(stream.subscriptions, stream.now);
+        stream.out.push(frame::position(&id));
+    }
+
+    fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
+        // The `retry:` line: a delay is all that an `EventSource` understands, also for "do not reconnect".
+        let kicked = code == Code::Kicked;
+        let after_ms = if kicked { NEVER } else { self.retry_ms };
+        stream.out.push(frame::retry(code.as_str(), after_ms.into(), kicked));
+    }
+}
+
+fn positions(subscriptions: &Subscriptions) -> impl Iterator<Item = (&Channel, Position)> {
+    (0..subscriptions.len() as u32)
+        .filter_map(|slot| Some((subscriptions.channel(slot)?, subscriptions.position(slot)?)))
+}
+
+fn fingerprint(id: &[u8]) -> u32 {
+    foldhash::fast::FixedState::with_seed(0).hash_one(id) as u32
+}
+
+/// Puts `id` before the last event that was pushed.
+fn add_id(out: &mut StreamOutput, last_chunk: LastChunk, id: &str) {
+    let chunked = out.is_chunked();
+    if let Some(piece) = out.take_back() {
+        frame::with_id(&piece, last_chunk == LastChunk::ManyEvents, id, chunked, |piece| out.push_framed(piece));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{net::stream, transport::subscription_stream::SubscriptionStream};
+
+    #[test]
+    fn an_idle_stream_is_small() {
+        let size = stream::task_size::<SubscriptionStream<SseHandler>>();
+        assert!(size <= 368, "{size}");
+    }
+}
