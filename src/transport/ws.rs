@@ -6,7 +6,6 @@
 mod connection;
 mod dispatch;
 mod jsonrpc;
-mod out;
 mod outbox;
 mod params;
 mod reader;

@@ -16,7 +16,6 @@ use tokio::io::AsyncWrite;
 use super::{
     dispatch::Session,
     jsonrpc,
-    out::SocketOutput,
     outbox::{Outbox, Taken},
     reader::Shown,
 };
@@ -28,6 +27,7 @@ use crate::{
         timer::{Due, TICK, Timer, TimerWheel},
         websocket::{
             frame::{self, Broken, Decoder, Incoming},
+            output::SocketOutput,
             reader::SocketReader,
         },
     },
@@ -122,7 +122,7 @@ impl Socket {
         frame::close(&mut frame, code.close().unwrap_or(1011), code.as_str());
         let patience = if code == Code::Slow {
             // It may yet read: what it is behind with is dropped, so that the reason can reach it.
-            self.out.drop_unbegun();
+            self.out.drop_unwritten();
             self.outbox.close();
             self.node.config.limits.stalled
         } else {
@@ -207,7 +207,7 @@ impl Socket {
     fn relax(&mut self) {
         self.delivered.report(&self.node);
         self.outbox.relax();
-        self.out.relax();
+        self.out.shrink();
         if let Some(session) = &mut self.session {
             session.relax();
         }
@@ -326,7 +326,7 @@ impl Socket {
         if let Some(reader) = &mut session.reader {
             reader.begin(|batch| self.outbox.has_batch(batch));
         }
-        let more = match self.outbox.poll_take(cx, self.out.text()) {
+        let more = match self.outbox.poll_take(cx, self.out.buffer()) {
             Poll::Pending => false,
             // The waker was not left there.
             Poll::Ready(Taken::Frames) => true,

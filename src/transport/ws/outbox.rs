@@ -23,8 +23,6 @@ use crate::{
 
 /// Beyond so many times its limit nothing is kept for a peer: it does not read what it asked for.
 const HARD: usize = 4;
-/// A buffer that a burst made larger than this is not kept.
-const KEPT: usize = 64 * 1024;
 
 /// The outbound side of one connection, shared with the hub.
 pub struct Outbox {
@@ -251,14 +249,6 @@ impl Outbox {
 impl State {
     fn end(&mut self, code: Code) {
         *self = State { end: End::Closing(code), waker: self.waker.take(), ..State::default() };
-    }
-}
-
-/// Empties a buffer that was written. Its room is kept, unless a burst made it large.
-pub fn clear(buffer: &mut Vec<u8>) {
-    match buffer.capacity() > KEPT {
-        true => *buffer = Vec::new(),
-        false => buffer.clear(),
     }
 }
 
