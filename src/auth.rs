@@ -1,7 +1,7 @@
-//! Who asks, and what they may do: an [`Identity`] is asked, a [`Permit`] is the answer that handlers pass on.
+//! [`Identity`], the client of a request, and [`Permit`], the proof that it may do something.
 //!
-//! Credentials are an issue of their own. Until then everyone is anonymous and may do everything, which is why weir
-//! listens on loopback only unless told otherwise.
+//! There are no credentials yet: every client is anonymous and may do everything, which is why weir listens on loopback
+//! only unless configured otherwise.
 
 use crate::{
     channel::{Channel, check_label},
@@ -11,29 +11,29 @@ use crate::{
 /// Longest name of a consumer, in bytes.
 pub const MAX_CONSUMER: usize = 128;
 
-/// Who a request or connection is. Cheap to clone; a transport takes it at the upgrade and keeps it.
+/// The client of a request or connection. Cheap to clone; a transport takes it at the upgrade and keeps it.
 #[derive(Clone, Debug, Default)]
 pub struct Identity(());
 
-/// Proof that an [`Identity`] was asked and agreed. What acts on a client's behalf takes its subject from here.
+/// Proof that an [`Identity`] may do something. Code that acts for a client takes its subject from here.
 #[derive(Clone, Copy, Debug)]
-#[must_use = "a permit that nobody needs is a check in the wrong place"]
+#[must_use = "a check whose permit is not used is in the wrong place"]
 pub struct Permit<'a> {
     subject: &'a str,
 }
 
 impl Identity {
-    /// Nobody in particular.
+    /// A client without credentials.
     pub fn anonymous() -> Self {
         Identity(())
     }
 
-    /// The name under which this identity acts: the scope of its idempotency keys. `""` is anonymous.
+    /// Name of the identity, the scope of its idempotency keys. `""` is anonymous.
     pub fn subject(&self) -> &str {
         ""
     }
 
-    /// Refuses channels that nobody may write to (`$…`) as `forbidden`.
+    /// Rejects reserved channels (`$…`) as `forbidden`.
     pub fn may_publish(&self, channel: &Channel) -> Result<Permit<'_>> {
         channel.writable()?;
         self.permit()
@@ -43,13 +43,13 @@ impl Identity {
         self.permit()
     }
 
-    /// `service` as a client wrote it: checked as a name too.
+    /// Also validates the name of the service.
     pub fn may_call(&self, service: &str) -> Result<Permit<'_>> {
         check_label("service", service)?;
         self.permit()
     }
 
-    /// Refuses the names that are weir's own: `weir…`, `rpc.…`, `$…`.
+    /// Also validates the name of the service, and rejects the reserved names `weir…`, `rpc.…` and `$…`.
     pub fn may_provide(&self, service: &str) -> Result<Permit<'_>> {
         check_label("service", service)?;
         if ["weir", "rpc.", "$"].iter().any(|own| service.starts_with(own)) {
@@ -58,7 +58,7 @@ impl Identity {
         self.permit()
     }
 
-    /// `consumer` as a client wrote it: `[A-Za-z0-9._:-]{1,128}`.
+    /// Also validates the name of the consumer: `[A-Za-z0-9._:-]{1,128}`.
     pub fn may_consume(&self, consumer: &str) -> Result<Permit<'_>> {
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
         if consumer.is_empty() || consumer.len() > MAX_CONSUMER || !consumer.bytes().all(legal) {
@@ -67,7 +67,7 @@ impl Identity {
         self.permit()
     }
 
-    /// Lists, trims, deletes and sees what is not their own.
+    /// To list, trim and delete channels and consumers, and to see those of other clients.
     pub fn may_administer(&self) -> Result<Permit<'_>> {
         self.permit()
     }
@@ -89,18 +89,18 @@ mod tests {
     use crate::error::Code;
 
     #[test]
-    fn names_that_are_not_a_client_s() {
-        let anyone = Identity::anonymous();
+    fn reserved_and_malformed_names_are_rejected() {
+        let identity = Identity::anonymous();
         let services = Channel::parse("$services").unwrap();
-        assert_eq!(anyone.may_publish(&services).unwrap_err().code(), Code::Forbidden);
-        assert!(anyone.may_subscribe(&services).is_ok());
+        assert_eq!(identity.may_publish(&services).unwrap_err().code(), Code::Forbidden);
+        assert!(identity.may_subscribe(&services).is_ok());
         for bad in ["weir", "weir/x", "rpc.x", "$x", "", "a\nb"] {
-            assert_eq!(anyone.may_provide(bad).unwrap_err().code(), Code::InvalidParams, "{bad:?}");
+            assert_eq!(identity.may_provide(bad).unwrap_err().code(), Code::InvalidParams, "{bad:?}");
         }
-        assert!(anyone.may_call("weir").is_ok());
+        assert!(identity.may_call("weir").is_ok());
         for bad in ["", "a/b", "é", "a b", &"x".repeat(129)] {
-            assert_eq!(anyone.may_consume(bad).unwrap_err().code(), Code::InvalidParams, "{bad:?}");
+            assert_eq!(identity.may_consume(bad).unwrap_err().code(), Code::InvalidParams, "{bad:?}");
         }
-        assert!(anyone.may_consume("batch-1:a.b_C").is_ok());
+        assert!(identity.may_consume("batch-1:a.b_C").is_ok());
     }
 }

@@ -1,12 +1,25 @@
-//! [`Bus`]: what everybody calls to publish, read and wait. Over it the transports, under it a backend.
+//! [`Bus`], the core that transports and adapters publish to, read from and wait on. A backend below it stores the events.
 
+mod channel_info;
+mod config;
+mod consumer;
 mod filter;
 mod format;
+mod frame_cache;
+mod gap;
 mod log;
 mod log_bounds;
+mod memory_budget;
+mod page;
+mod parking;
+mod retention;
 mod ring;
 mod subscription;
+mod tail;
 mod topic;
+mod topics;
+mod wall_clock;
+mod watch;
 mod window;
 
 use std::{collections::HashMap, sync::Arc};
@@ -14,13 +27,27 @@ use std::{collections::HashMap, sync::Arc};
 use futures_util::future::try_join_all;
 
 pub use self::{
+    channel_info::ChannelInfo,
+    config::{Config, KeyLimits},
+    consumer::{ConsumerInfo, CursorOp},
     filter::Filter,
     format::Format,
-    log::{Backfill, ChannelInfo, ConsumerInfo, CursorOp, Gap, GapReason, Log, LogPage, Placed, ReadLimit, Tail},
+    gap::{Gap, GapReason},
+    log::Log,
+    page::{LogPage, Placed, ReadLimit},
+    retention::{Retention, RetentionRule},
+    subscription::{Delivery, DeliveryItem, SubscriptionStart, Subscriptions},
+    tail::Tail,
+    topic::Topic,
+    topics::Topics,
+    wall_clock::WallClock,
+    watch::Watch,
+};
+pub(crate) use self::{
     log_bounds::{LogBounds, PreviousLife, Term},
-    ring::{KeyLimits, Retention, Ring},
-    subscription::{Delivery, DeliveryItem, SubscriptionStart, Subscriptions, WakeList},
-    topic::{Config, RetentionRule, Topic, Topics, WallClock},
+    memory_budget::{MemoryBudget, MemoryCharge},
+    ring::{EVENT_COST, Ring},
+    tail::Backfill,
     window::LiveOutcome,
 };
 use crate::{
@@ -30,34 +57,27 @@ use crate::{
     position::{Position, Start},
 };
 
-/// A filtered read looks at most at so many events: what it has passed is in `next`.
+/// Events that a filtered read scans at most. `next` of its page is past all of them.
 const MAX_SCAN: usize = 10_000;
-/// Channels put into use at a time, where that is a question to somebody else.
+/// Channels whose tails are begun concurrently.
 const TAILS: usize = 256;
 
-/// The core. Fan-out, replay, limits and order are written here, once; what lies in which place is the backend's.
+/// The core: fan-out, replay, limits and order are written here, once for all backends.
 pub struct Bus {
     log: Arc<dyn Log>,
     topics: Arc<Topics>,
 }
 
-/// A channel in use on this node, and filled, while this lives. Watch before you read: what comes after the watch
-/// wakes you, so nothing is lost in between.
-pub struct Watch {
-    topic: Arc<Topic>,
-    tail: Tail,
-}
-
-/// Some drafts could not be placed. The rest may have been.
+/// Some drafts could not be placed. Others may have been.
 #[derive(Debug)]
 pub struct PublishFailed {
     pub error: Error,
-    /// One entry per draft.
+    /// One result per draft.
     pub placed: Vec<Option<Placed>>,
 }
 
 impl Bus {
-    /// `topics` are those that the backend fills.
+    /// `topics` is the table that the backend behind `log` fills.
     pub fn new(log: Arc<dyn Log>, topics: Arc<Topics>) -> Self {
         Bus { log, topics }
     }
@@ -67,12 +87,12 @@ impl Bus {
         &self.topics
     }
 
-    /// Whether events can be placed and heard of now.
+    /// Whether events can be published and received now.
     pub fn ready(&self) -> Result<()> {
         self.log.ready()
     }
 
-    /// One part of the housekeeping: all of it after 64 calls.
+    /// Does one part of the housekeeping; 64 calls do all of it.
     pub fn sweep(&self) {
         self.log.sweep();
     }
@@ -83,7 +103,7 @@ impl Bus {
     }
 
     /// Places drafts: one atomic step per channel, in the order in which the channels first appear. Stops at the
-    /// first failure. `subject` is who publishes, the scope of idempotency keys.
+    /// first failure. `subject` identifies the publisher and is the scope of idempotency keys.
     pub async fn publish(&self, subject: &str, drafts: Vec<(Channel, Draft)>) -> Result<Vec<Placed>, PublishFailed> {
         let count = drafts.len();
         let mut order: Vec<Channel> = Vec::new();
@@ -100,7 +120,7 @@ impl Bus {
         for channel in order {
             let Some((indexes, drafts)) = steps.remove(&channel) else { continue };
             match self.log.append(&channel, subject, drafts).await {
-                Ok(here) => indexes.into_iter().zip(here).for_each(|(at, here)| placed[at] = Some(here)),
+                Ok(step) => indexes.into_iter().zip(step).for_each(|(at, step)| placed[at] = Some(step)),
                 Err(error) => return Err(PublishFailed { error, placed }),
             }
         }
@@ -113,16 +133,12 @@ impl Bus {
         placed.first().copied().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))
     }
 
-    /// Puts channels into use, in their order.
+    /// Puts channels into use. The watches are in the order of the channels.
     pub async fn watch(&self, channels: &[Channel]) -> Result<Vec<Watch>> {
         let begin = async |channel: &Channel| {
-            let topic = self.topics.with(channel, |topic, ring| {
-                ring.join();
-                topic.clone()
-            });
-            // Joined before the await: if that fails or is dropped, the watch leaves again.
-            let mut watch = Watch { topic, tail: Tail::default() };
-            watch.tail = self.log.tail(&watch.topic).await?;
+            // Made before the await: if that fails or is dropped, the watch ends.
+            let mut watch = Watch::new(self.topics.open(channel));
+            watch.fill(self.log.tail(watch.topic()).await?);
             Ok::<_, Error>(watch)
         };
         let mut watches = Vec::with_capacity(channels.len());
@@ -135,7 +151,7 @@ impl Bus {
         Ok(watches)
     }
 
-    /// Up to `limit` events that pass the filter. `next` passes everything that was looked at.
+    /// Reads up to `limit` events that pass the filter. `next` of the page is past all events that were scanned.
     pub async fn read(
         &self,
         channel: &Channel,
@@ -169,7 +185,7 @@ impl Bus {
             let gap = page.gap.take();
             page = self.log.read(channel, Start::After(page.next), scan).await?;
             if page.gap.is_some() && (gap.is_some() || !shown.is_empty()) {
-                // Trimmed while we read. What we have comes first; the reader meets this gap at its next read.
+                // Trimmed during the read. The events before the gap come first; the next read returns the gap.
                 let after = page.gap.as_ref().and_then(|gap| gap.after).unwrap_or(page.next);
                 return Ok(LogPage { events: shown, next: after, more: true, gap });
             }
@@ -177,35 +193,35 @@ impl Bus {
         }
     }
 
-    /// What is known of a channel.
+    /// Describes a channel. A channel without a log is not an error.
     pub async fn inspect(&self, channel: &Channel) -> Result<ChannelInfo> {
         self.log.inspect(channel).await
     }
 
-    /// Where a reader is who has seen everything.
+    /// Position of a reader that has read everything.
     pub async fn head(&self, channel: &Channel) -> Result<Position> {
         Ok(self.locate(channel, Start::Now).await?.0)
     }
 
-    /// The first position of `start`, and what is missing before it. Unlike a [watch](Self::watch), it does not put the
-    /// channel into use: it is for those who do not stay.
+    /// The first position of `start`, and the history that is missing before it. Unlike [`watch`](Self::watch), it does
+    /// not put the channel into use.
     pub async fn locate(&self, channel: &Channel, start: Start) -> Result<(Position, Option<Gap>)> {
         let page = self.log.read(channel, start, ReadLimit { events: 1, bytes: 0 }).await?;
         let before = |event: &Arc<Event>| Position { offset: event.offset - 1, ..event.position() };
         Ok((page.events.first().map_or(page.next, before), page.gap))
     }
 
-    /// Channels that have a log, by name.
+    /// Lists channels that have a log, by name.
     pub async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ChannelInfo>> {
         self.log.list(prefix, after, limit).await
     }
 
-    /// Removes the events before `before`, or the log.
+    /// Removes the events before `before`, or the whole log.
     pub async fn remove(&self, channel: &Channel, before: Option<Position>) -> Result<()> {
         self.log.remove(channel, before).await
     }
 
-    /// Where `consumer` is in a channel.
+    /// Position of a consumer's cursor.
     pub async fn cursor(&self, consumer: &str, channel: &Channel) -> Result<Option<Position>> {
         self.log.cursor(consumer, channel, CursorOp::Get).await
     }
@@ -215,7 +231,7 @@ impl Bus {
         self.log.cursor(consumer, channel, CursorOp::Commit(to)).await.map(drop)
     }
 
-    /// Moves a cursor anywhere.
+    /// Moves a cursor to any position.
     pub async fn seek(&self, consumer: &str, channel: &Channel, to: Position) -> Result<()> {
         self.log.cursor(consumer, channel, CursorOp::Seek(to)).await.map(drop)
     }
@@ -225,41 +241,13 @@ impl Bus {
         self.log.consumer(name).await
     }
 
-    /// Consumers, by name.
+    /// Lists consumers, by name.
     pub async fn consumers(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ConsumerInfo>> {
         self.log.consumers(prefix, after, limit).await
     }
 
-    /// Forgets a consumer. False if there was none.
+    /// Removes a consumer. False if it does not exist.
     pub async fn forget(&self, consumer: &str) -> Result<bool> {
         self.log.forget(consumer).await
-    }
-}
-
-impl Watch {
-    pub fn channel(&self) -> &Channel {
-        self.topic.channel()
-    }
-
-    /// The first position of `start`, and what is missing before it.
-    pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
-        self.topic.resolve(start)
-    }
-
-    /// Has what is older than the ring fetched, for all who wait for it.
-    fn fetch(&self) {
-        if let Some(tail) = &self.tail.0 {
-            tail.fetch();
-        }
-    }
-
-    fn lock(&self) -> parking_lot::MutexGuard<'_, Ring> {
-        self.topic.lock()
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.topic.lock().leave();
     }
 }

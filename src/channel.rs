@@ -8,7 +8,7 @@ use crate::error::{Code, Error, Result};
 pub const MAX_CHANNEL: usize = 255;
 /// Longest `type`, `from`, `key`, service and method name, in bytes.
 pub const MAX_LABEL: usize = 128;
-/// What the channels begin with on which joins and leaves of others are announced.
+/// Prefix of the channels on which joins and leaves of other channels are announced.
 pub const PRESENCE: &str = "$presence/";
 
 /// The name of a channel: 1–255 bytes of UTF-8 without control characters. Cheap to clone.
@@ -18,7 +18,10 @@ pub struct Channel(Arc<str>);
 // === impl Channel ===
 
 impl Channel {
-    /// Reads a name as a client wrote it.
+    /// Validates a name that a client sent.
+    ///
+    /// # Errors
+    /// `invalid_params`.
     pub fn parse(name: &str) -> Result<Self> {
         if name.is_empty() || name.len() > MAX_CHANNEL {
             return Err(Error::params(format!(
@@ -36,7 +39,7 @@ impl Channel {
         &self.0
     }
 
-    /// Names beginning with `$` are weir's own: anyone may read them, nobody may write them.
+    /// Whether the name begins with `$`: clients may read such channels but not publish to them.
     pub fn is_reserved(&self) -> bool {
         self.0.starts_with('$')
     }
@@ -44,7 +47,7 @@ impl Channel {
     /// The channel on which joins and leaves of this one are announced.
     ///
     /// # Errors
-    /// `invalid_params` for channels of weir's own, and for names so long that there is none.
+    /// `invalid_params` for reserved channels, and for names that are too long for the prefix.
     pub fn presence(&self) -> Result<Channel> {
         if self.is_reserved() {
             return Err(Error::params(format!(
@@ -58,7 +61,7 @@ impl Channel {
         Ok(Channel(format!("{PRESENCE}{self}").into()))
     }
 
-    /// Refuses what a client may not write to.
+    /// Rejects channels that a client may not publish to, as `forbidden`.
     pub fn writable(&self) -> Result<()> {
         if self.is_reserved() {
             return Err(Error::new(
@@ -89,7 +92,10 @@ impl std::borrow::Borrow<str> for Channel {
     }
 }
 
-/// Checks a `type`, `from`, `key` or a name of a consumer, service or method.
+/// Validates a `type`, `from`, `key`, or the name of a service or method. `what` names it in the error.
+///
+/// # Errors
+/// `invalid_params`.
 pub fn check_label(what: &str, text: &str) -> Result<()> {
     if text.is_empty() || text.len() > MAX_LABEL {
         return Err(Error::params(format!("{what} has 1 to {MAX_LABEL} bytes, this one has {}", text.len())));
@@ -101,7 +107,7 @@ pub fn check_label(what: &str, text: &str) -> Result<()> {
 }
 
 fn has_control(text: &str) -> bool {
-    // Nearly all are plain ASCII, and every call and every publish has some.
+    // Nearly all names are plain ASCII, and every call and every publish has some.
     let plain = text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     !plain && text.chars().any(char::is_control)
 }

@@ -1,17 +1,20 @@
-//! One grammar for spans of time, wherever a person writes one: `500ms`, `5s`, `2m`, `1h`, `30d`.
+//! Durations in configuration, flags, queries and bodies: `500ms`, `5s`, `2m`, `1h`, `30d`.
 //!
-//! A bare number is refused: nobody agrees whether `timeout=5` means seconds or milliseconds.
+//! A bare number is rejected, because `timeout=5` might mean seconds or milliseconds.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-/// Longer than anything weir waits for, and short enough to be added to a clock without overflow.
+/// Longest duration: short enough to be added to a clock without overflow.
 pub const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 const UNITS: [(&str, u64); 5] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
 
-/// Reads a duration, as `5s`. The error is a sentence for whoever wrote the text.
+/// Parses a duration, as `5s`.
+///
+/// # Errors
+/// A sentence that says how to write the duration.
 pub fn parse(text: &str) -> Result<Duration, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
@@ -38,29 +41,29 @@ pub fn format(duration: Duration) -> String {
     format!("{}{name}", ms / unit)
 }
 
-/// For `#[serde(deserialize_with = "duration::deserialize")]` on a `Duration` of a query or a JSON body.
+/// For `#[serde(deserialize_with = "duration::deserialize")]` on a `Duration` in a query or a JSON body.
 pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-    Written::deserialize(from)?.read().map_err(D::Error::custom)
+    DurationInput::deserialize(from)?.read().map_err(D::Error::custom)
 }
 
 /// For `#[serde(default, deserialize_with = "duration::optional")]` on an `Option<Duration>`.
 pub fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-    Option::<Written>::deserialize(from)?.map(|written| written.read().map_err(D::Error::custom)).transpose()
+    Option::<DurationInput>::deserialize(from)?.map(|input| input.read().map_err(D::Error::custom)).transpose()
 }
 
-/// JSON may hold a number where a duration belongs; it deserves the hint, not "invalid type".
+/// A JSON number in place of a duration is parsed too, so that its error is the hint of [`parse`], not "invalid type".
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Written {
+enum DurationInput {
     Text(String),
     Number(serde_json::Number),
 }
 
-impl Written {
+impl DurationInput {
     fn read(&self) -> Result<Duration, String> {
         match self {
-            Written::Text(text) => parse(text),
-            Written::Number(number) => parse(&number.to_string()),
+            DurationInput::Text(text) => parse(text),
+            DurationInput::Number(number) => parse(&number.to_string()),
         }
     }
 }
@@ -71,7 +74,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_is_read() {
+    fn durations_are_parsed() {
         for (text, ms) in [("0s", 0), ("500ms", 500), ("5s", 5_000), ("2m", 120_000), ("1h", 3_600_000)] {
             assert_eq!(parse(text), Ok(Duration::from_millis(ms)));
             assert_eq!(format(Duration::from_millis(ms)), text);
@@ -81,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_and_how() {
+    fn other_text_is_rejected() {
         assert_eq!(parse("5").unwrap_err(), "5 of what? write 5s or 5ms");
         for bad in ["", "s", "-5s", "1.5s", "5 s", "5sec", "1h30m", "36501d", "99999999999999999999ms", "5S"] {
             assert!(parse(bad).is_err(), "{bad}");
@@ -89,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn in_json_and_queries() {
+    fn durations_in_json() {
         #[derive(Deserialize)]
         struct Params {
             #[serde(default, deserialize_with = "optional")]
@@ -104,7 +107,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_written_is_read_back(ms in 0..=LONGEST.as_millis() as u64) {
+        fn formatted_durations_are_parsed_back(ms in 0..=LONGEST.as_millis() as u64) {
             let duration = Duration::from_millis(ms);
             prop_assert_eq!(parse(&format(duration)), Ok(duration));
         }

@@ -1,28 +1,28 @@
-//! One failure, three faces: the HTTP status, the JSON-RPC number and the close code of every [`Code`].
+//! [`Error`] and its [`Code`], with the HTTP status, JSON-RPC number and WebSocket close code of each.
 //!
-//! The table is `proto-docs/errors.md`; codes are forever, new ones may be added.
+//! The table is documented in `proto-docs/errors.md`. Codes are stable; new ones may be added.
 
 use std::{borrow::Cow, fmt, time::Duration};
 
 use serde_json::{Map, Value};
 
-/// A stable, machine-readable reason. The comment says when it is used.
+/// A stable, machine-readable reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
     /// Not JSON.
     ParseError,
-    /// JSON, but no request; an empty batch; a batch that is too long.
+    /// JSON that is not a request; an empty batch; a batch that is too long.
     InvalidRequest,
     /// A missing, unknown or malformed member or parameter.
     InvalidParams,
-    /// `after` cannot be read.
+    /// `after` is unreadable.
     InvalidPosition,
     Unauthorized,
     TokenExpired,
     Forbidden,
     /// No such route or consumer.
     NotFound,
-    /// No such `weir.*` method, no `/` in the name, or the provider says so.
+    /// No such `weir.*` method, no `/` in the name, or the provider's own answer.
     MethodNotFound,
     MethodNotAllowed,
     NotAcceptable,
@@ -31,33 +31,33 @@ pub enum Code {
     LeaseLost,
     /// The same idempotency key with another body.
     KeyReused,
-    /// Somebody else holds the service exclusively.
+    /// Another provider holds the service exclusively.
     ServiceTaken,
     TooLarge,
-    /// A browser's body that is not declared JSON.
+    /// A browser's body that is not declared as JSON.
     UnsupportedMediaType,
-    /// The provider answered with an error.
+    /// The provider replied with an error.
     ServiceError,
     UpgradeRequired,
     RateLimited,
-    /// Subscriptions, calls in flight or consumers of this identity.
+    /// The number of subscriptions, calls in flight or consumers.
     LimitReached,
     Cancelled,
     Internal,
-    /// The provider died after the call was written.
+    /// The provider was lost after the call was written.
     ProviderGone,
-    /// Neither result nor error, or too large.
+    /// The reply has neither a result nor an error, or is too large.
     BadReply,
     NoProvider,
     Busy,
-    /// Surely not placed.
+    /// The event was not placed.
     BusUnavailable,
     Overloaded,
     Draining,
     Timeout,
-    /// Perhaps placed: repeat with the same key.
+    /// The event may have been placed: retry with the same key.
     Unconfirmed,
-    // Connections only:
+    // The following only end connections.
     DeadPeer,
     Slow,
     Replaced,
@@ -65,18 +65,18 @@ pub enum Code {
     Protocol,
 }
 
-/// What a client may do with the same request.
+/// Whether a client may retry the same request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// Send it retry, after `retry_after_ms`.
+    /// Yes, after `retry_after_ms`.
     Yes,
     /// Only with an idempotency key, or if the method is idempotent.
     Key,
-    /// Change something first.
+    /// Not before something has changed.
     No,
 }
 
-/// Whether the work may have happened. HTTP: 503 is `No`, 502 and 504 are `Maybe`.
+/// Whether the request may have been executed. By HTTP status, 503 is `No`; 502 and 504 are `Maybe`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Executed {
     No,
@@ -186,7 +186,7 @@ impl Code {
         }
     }
 
-    /// The name on every wire, as `no_provider`.
+    /// The name in every protocol, as `no_provider`.
     pub const fn as_str(self) -> &'static str {
         self.info().name
     }
@@ -196,7 +196,7 @@ impl Code {
         self.info().title
     }
 
-    /// HTTP status. Codes that only end connections have one too, for completeness; but for `kicked` it is never sent.
+    /// HTTP status. Of the codes that only end connections, only the status of `kicked` is ever sent.
     pub const fn status(self) -> u16 {
         self.info().http
     }
@@ -206,7 +206,7 @@ impl Code {
         self.info().rpc
     }
 
-    /// WebSocket close code, where the code can end a connection. Up to 4499 reconnect, from 4500 don't.
+    /// WebSocket close code, if the code can end a connection. Clients reconnect up to 4499, but not from 4500 on.
     pub const fn close(self) -> Option<u16> {
         match self.info().close {
             0 => None,
@@ -218,7 +218,7 @@ impl Code {
         self.info().retry
     }
 
-    /// Whether the work may have happened, for the codes where that is a question.
+    /// Whether the request may have been executed, for the codes that leave it open.
     pub const fn executed(self) -> Option<Executed> {
         match self.status() {
             503 => Some(Executed::No),
@@ -237,7 +237,7 @@ impl Executed {
     }
 }
 
-/// A request that failed: a [`Code`], a sentence for humans, and what a client needs to go on.
+/// A failed request: a [`Code`], a sentence for humans, and data for the client's next step.
 #[derive(Clone, Debug)]
 pub struct Error(Box<ErrorDetails>);
 
@@ -267,12 +267,12 @@ impl Error {
         }))
     }
 
-    /// Something a client sent is missing, unknown or malformed.
+    /// A parameter is missing, unknown or malformed.
     pub fn params(detail: impl Into<Cow<'static, str>>) -> Self {
         Error::new(Code::InvalidParams, detail)
     }
 
-    /// A bug. Logs `cause` under an id that the answer carries; the cause itself stays inside.
+    /// A bug. Logs `cause` under an id that the response contains; the cause itself is not sent.
     pub fn internal(cause: impl fmt::Display) -> Self {
         let id = format!("{:08x}", fastrand::u32(..));
         tracing::error!(%id, %cause, "internal error");
@@ -289,7 +289,7 @@ impl Error {
         self
     }
 
-    /// Adds a member beside `code` (to `data` over JSON-RPC, to the problem document over HTTP).
+    /// Adds a member beside `code`: to `data` over JSON-RPC, to the problem document over HTTP.
     pub fn with(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.0.data.insert(name.to_owned(), value.into());
         self
@@ -311,8 +311,8 @@ impl Error {
         self.0.retry_after.map(|after| after.as_millis() as u64)
     }
 
-    /// `code`, `executed`, `retry_after_ms` and what [`with`](Self::with) added: `error.data` of JSON-RPC,
-    /// and the members beside the standard ones of a problem document.
+    /// `code`, `executed`, `retry_after_ms` and the members that [`with`](Self::with) added: `error.data` of JSON-RPC, and
+    /// the extension members of a problem document.
     pub fn data(&self) -> Map<String, Value> {
         let mut data = Map::new();
         data.insert("code".into(), self.code().as_str().into());
@@ -327,7 +327,7 @@ impl Error {
     }
 
     /// The `error` member of a JSON-RPC response: exactly `code`, `message` and `data`.
-    /// Clients end the connection over any other member (jsonrpsee denies unknown fields).
+    /// Some clients end the connection over any other member (jsonrpsee rejects unknown fields).
     pub fn to_rpc(&self) -> Value {
         serde_json::json!({ "code": self.code().number(), "message": self.detail(), "data": self.data() })
     }
@@ -353,7 +353,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// What most of weir returns.
+/// The result of most operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[cfg(test)]
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_says_whether_it_may_have_run() {
+    fn the_status_tells_whether_it_was_executed() {
         assert_eq!(Code::NoProvider.executed(), Some(Executed::No));
         assert_eq!(Code::Timeout.executed(), Some(Executed::Maybe));
         assert_eq!(Code::InvalidParams.executed(), None);

@@ -1,7 +1,7 @@
-//! What travels: [`Channel`], [`Draft`] (before the bus placed it) and [`Event`] (after).
+//! [`Event`], and [`Draft`], an event before the bus has placed it in a channel.
 //!
-//! An event is encoded once, when its draft is made, except for what only the bus knows (epoch, offset, time).
-//! Every wire format is that encoding with something in front and behind.
+//! An event is encoded once, when its draft is made, except for its epoch, offset and time, which the bus assigns. Every
+//! wire format is that encoding with a prefix and a suffix.
 
 use std::{collections::BTreeMap, fmt, ops::Range};
 
@@ -21,8 +21,9 @@ pub use incoming::IncomingEvent;
 
 /// Largest `meta` object, in bytes of JSON.
 pub const MAX_META: usize = 1024;
-/// What types and members of `meta` begin with that only weir gives.
+/// Prefix of the types and the members of `meta` that clients may not use.
 const OWN: &str = "weir.";
+
 /// An event that the bus has not placed yet, validated and encoded.
 #[derive(Clone, Debug)]
 pub struct Draft {
@@ -30,7 +31,7 @@ pub struct Draft {
     pub(crate) key: Option<Box<str>>,
 }
 
-/// What a [`Draft`] is made of, borrowed from wherever it was parsed.
+/// The parts of a [`Draft`], borrowed from the request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DraftParts<'a> {
     pub kind: Option<&'a str>,
@@ -40,7 +41,7 @@ pub struct DraftParts<'a> {
     pub key: Option<&'a str>,
 }
 
-/// The body of an event. Absent is not `null`; both are kept.
+/// The data of an event. Absent data and `null` are different.
 #[derive(Clone, Copy, Debug, Default)]
 pub enum EventData<'a> {
     #[default]
@@ -52,7 +53,7 @@ pub enum EventData<'a> {
     Bytes(&'a [u8]),
 }
 
-/// An event in its place. Shared by reference count, never changed.
+/// A placed event. Immutable, shared by reference count.
 #[derive(Debug)]
 pub struct Event {
     pub epoch: Epoch,
@@ -63,10 +64,10 @@ pub struct Event {
     body: EncodedBody,
 }
 
-/// Bytes before the body of a stored event.
+/// Length of the header of a stored body, in bytes.
 pub(crate) const STORED: usize = 11;
 
-/// The encoded parts of an event that do not depend on its place, in one allocation:
+/// The encoded parts of an event that do not depend on its position, in one allocation:
 /// `,"type":…,"from":…` then (from `tail`) `,"meta":…,"data":…}`.
 #[derive(Clone)]
 pub(crate) struct EncodedBody {
@@ -81,7 +82,10 @@ pub(crate) struct EncodedBody {
 // === impl Draft ===
 
 impl Draft {
-    /// Validates and encodes what a client sent. `limit` is the largest encoded event, in bytes.
+    /// Validates and encodes an event of a client. `limit` is the largest encoded size, in bytes.
+    ///
+    /// # Errors
+    /// `invalid_params` or `too_large`.
     pub fn new(parts: DraftParts<'_>, limit: usize) -> Result<Self> {
         if let Some(kind) = parts.kind {
             check_kind(kind)?;
@@ -92,8 +96,8 @@ impl Draft {
         Self::own(parts, limit)
     }
 
-    /// As [`new`](Self::new), for what weir or an adapter made: its `type` and the members of its `meta` may be weir's own,
-    /// and `meta` may be larger than a client's.
+    /// As [`new`](Self::new), for an event of weir or an adapter: its `type` and the members of its `meta` may begin with
+    /// `weir.`, and `meta` may be larger.
     pub(crate) fn own(parts: DraftParts<'_>, limit: usize) -> Result<Self> {
         if let Some(from) = parts.from {
             check_label("from", from)?;
@@ -112,7 +116,7 @@ impl Draft {
         Ok(Draft { body, key: parts.key.map(Into::into) })
     }
 
-    /// Encoded size in bytes, without what the bus adds.
+    /// Encoded size in bytes, without epoch, offset, time and channel.
     pub fn size(&self) -> usize {
         self.body.bytes.len()
     }
@@ -122,13 +126,13 @@ impl Draft {
         (&self.body, self.key.as_deref())
     }
 
-    /// Puts the draft in its place.
+    /// Makes the event, at its position.
     pub fn place(self, at: Position, time: u64) -> Event {
         Event { epoch: at.epoch, offset: at.offset, time, body: self.body }
     }
 }
 
-/// Checks the `type` of an event that a client sends.
+/// Validates the `type` of a client's event.
 pub fn check_kind(kind: &str) -> Result<()> {
     check_label("type", kind)?;
     if kind.starts_with(OWN) {
@@ -137,7 +141,7 @@ pub fn check_kind(kind: &str) -> Result<()> {
     Ok(())
 }
 
-/// What adapters note in `meta` they believe later: nobody else may write it.
+/// Validates the `meta` of a client's event. Adapters trust the members that they store, so clients may not set those.
 fn check_meta(meta: &RawValue) -> Result<()> {
     if meta.get().len() > MAX_META {
         return Err(Error::new(Code::TooLarge, format!("meta has at most {MAX_META} bytes")).with("limit", "meta"));
@@ -157,12 +161,12 @@ impl Event {
         Position { epoch: self.epoch, offset: self.offset }
     }
 
-    /// Encoded size in bytes, without what the bus adds.
+    /// Encoded size in bytes, without epoch, offset, time and channel.
     pub fn size(&self) -> usize {
         self.body.bytes.len()
     }
 
-    /// What a backend stored, in its place.
+    /// Reads a body that a backend stored. `None` if it is malformed.
     pub(crate) fn restore(at: Position, time: u64, stored: &[u8]) -> Option<Self> {
         Some(Event { epoch: at.epoch, offset: at.offset, time, body: EncodedBody::restore(stored)? })
     }
@@ -205,7 +209,7 @@ impl Event {
         self.body.text(self.body.data_start as usize..self.body.bytes.len() - 1)
     }
 
-    /// Appends the event as every transport shows it: one line of JSON.
+    /// Appends the event as one line of JSON, as every transport shows it.
     pub fn write_json(&self, channel: &Channel, out: &mut Vec<u8>) {
         let (head, tail) = self.body.bytes.split_at(self.body.tail as usize);
         out.reserve(self.body.bytes.len() + channel.as_str().len() + 100);
@@ -282,11 +286,11 @@ impl EncodedBody {
     }
 
     fn text(&self, range: Range<usize>) -> &str {
-        // Only whole JSON values are cut out of what was UTF-8 when it came in.
+        // Only whole JSON values are cut out, and the text was UTF-8 when it was received.
         std::str::from_utf8(&self.bytes[range]).unwrap_or_default()
     }
 
-    /// Appends the body as a backend stores it: where its parts are (big end first), then the parts.
+    /// Appends the body as a backend stores it: the places of its parts, in big-endian order, then the parts.
     pub(crate) fn store(&self, out: &mut Vec<u8>) {
         out.reserve(STORED + self.bytes.len());
         for part in [self.kind_end, self.from_start, self.tail] {
@@ -297,21 +301,21 @@ impl EncodedBody {
         out.extend_from_slice(&self.bytes);
     }
 
-    /// Reads what [`store`](Self::store) wrote; nothing if that is not what it is.
+    /// Reads the output of [`store`](Self::store). `None` if it is malformed.
     pub(crate) fn restore(stored: &[u8]) -> Option<Self> {
         let (head, bytes) = stored.split_at_checked(STORED)?;
         let part = |at: usize| u16::from_be_bytes([head[at], head[at + 1]]);
         let (kind_end, from_start, tail) = (part(0), part(2), part(4));
         let data_start = u32::from_be_bytes([head[6], head[7], head[8], head[9]]);
         let body = EncodedBody { bytes: bytes.into(), kind_end, from_start, tail, data_start, binary: head[10] != 0 };
-        // What is cut out later must be there.
+        // Checked here because the accessors cut out the parts without further checks.
         let kind = kind_end == 0 || (8..=tail).contains(&kind_end);
         let from = from_start == 0 || (kind_end..=tail).contains(&from_start);
         let inside = (tail as usize) < bytes.len() && (data_start as usize) < bytes.len();
         (kind && from && inside && bytes.ends_with(b"}") && std::str::from_utf8(bytes).is_ok()).then_some(body)
     }
 
-    /// A 64-bit fingerprint: the same body again has the same one.
+    /// A 64-bit hash of the body, equal for equal bodies.
     pub(crate) fn fingerprint(&self) -> u64 {
         use std::hash::BuildHasher;
         foldhash::quality::FixedState::with_seed(0x7765_6972).hash_one(&self.bytes)
@@ -363,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn meta_is_found_before_whatever_follows() {
+    fn meta_is_found_before_any_data() {
         let meta = Some(raw(r#"{"a":"b"}"#));
         for data in [EventData::None, EventData::Text("x"), EventData::Bytes(b"\0"), EventData::Json(raw("null"))] {
             assert_eq!(event(DraftParts { meta, data, ..Default::default() }).meta_json(), Some(r#"{"a":"b"}"#));
@@ -389,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stored_comes_back() {
+    fn stored_bodies_are_restored() {
         for parts in [
             DraftParts::default(),
             DraftParts { kind: Some("k"), from: Some("f"), data: EventData::Text("ä"), ..Default::default() },
@@ -425,17 +429,17 @@ mod tests {
     }
 
     #[test]
-    fn refusals_name_what_was_wrong() {
-        let refused = |parts| Draft::new(parts, 100).unwrap_err();
-        assert_eq!(refused(DraftParts { kind: Some("weir.gap"), ..Default::default() }).code(), Code::InvalidParams);
-        assert_eq!(refused(DraftParts { kind: Some("a\nb"), ..Default::default() }).code(), Code::InvalidParams);
-        assert_eq!(refused(DraftParts { from: Some(""), ..Default::default() }).code(), Code::InvalidParams);
+    fn invalid_drafts_are_rejected() {
+        let rejected = |parts| Draft::new(parts, 100).unwrap_err();
+        assert_eq!(rejected(DraftParts { kind: Some("weir.gap"), ..Default::default() }).code(), Code::InvalidParams);
+        assert_eq!(rejected(DraftParts { kind: Some("a\nb"), ..Default::default() }).code(), Code::InvalidParams);
+        assert_eq!(rejected(DraftParts { from: Some(""), ..Default::default() }).code(), Code::InvalidParams);
         for meta in [r#"{"a":1}"#, r#"{"a":"b","weir.grip":"{}"}"#, r#"{"weir\u002egrip":"{}"}"#] {
             let parts = DraftParts { meta: Some(raw(meta)), ..Default::default() };
-            assert_eq!(refused(parts).code(), Code::InvalidParams, "{meta}");
+            assert_eq!(rejected(parts).code(), Code::InvalidParams, "{meta}");
             assert!(Draft::own(parts, 100).is_ok());
         }
         let long = "x".repeat(100);
-        assert_eq!(refused(DraftParts { data: EventData::Text(&long), ..Default::default() }).code(), Code::TooLarge);
+        assert_eq!(rejected(DraftParts { data: EventData::Text(&long), ..Default::default() }).code(), Code::TooLarge);
     }
 }

@@ -1,4 +1,4 @@
-//! The one matcher for channel rules, permissions and routes: `*` is any run of characters, nothing else is special.
+//! [`Pattern`], the matcher of channel rules and routes: `*` matches any run of characters, nothing else is special.
 
 use std::fmt;
 
@@ -11,13 +11,13 @@ impl Pattern {
         Pattern(pattern.into())
     }
 
-    /// Linear in the product of the lengths at worst, and without recursion: a pattern is configuration, a name is not.
+    /// Takes at most the product of the lengths, without recursion: names come from clients.
     pub fn matches(&self, name: &str) -> bool {
         let mut parts = self.0.split('*');
         let Some(mut rest) = parts.next().and_then(|prefix| name.strip_prefix(prefix)) else { return false };
         let mut last = None;
         for part in parts {
-            // The part before must be found as early as possible; the last one must end the name.
+            // A part in the middle is matched as early as possible; the last part must end the name.
             if let Some(middle) = last.replace(part) {
                 match rest.find(middle) {
                     Some(at) => rest = &rest[at + str::len(middle)..],
@@ -50,7 +50,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn any_run_and_nothing_else() {
+    fn stars_match_any_run() {
         for (pattern, name) in [
             ("*", ""),
             ("*", "a"),
@@ -71,9 +71,9 @@ mod tests {
     }
 
     proptest! {
-        /// The textbook definition, by recursion.
+        /// Compares with the recursive definition.
         #[test]
-        fn as_defined(pattern in "[ab*]{0,8}", name in "[ab]{0,10}") {
+        fn matches_as_defined(pattern in "[ab*]{0,8}", name in "[ab]{0,10}") {
             fn defined(pattern: &[u8], name: &[u8]) -> bool {
                 match pattern {
                     [] => name.is_empty(),

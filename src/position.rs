@@ -4,16 +4,16 @@ use std::{fmt, str::FromStr};
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/// Which life or term of a channel's log: 36 random bits, six characters of base64url.
+/// Identifies a life or term of a channel's log: 36 random bits, written as six characters of base64url.
 ///
 /// The first character is never `w`, so that a position is never mistaken for a token.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(u64);
 
-/// A place in one channel, written `k3Vq00-42`: everything up to and including `offset` has been seen.
+/// A position in one channel, written `k3Vq00-42`: everything up to and including `offset` has been read.
 ///
 /// In a channel without a log the epoch is [`Epoch::ABSENT`] and the offset is the bus's clock in Unix seconds:
-/// `0-1763640000` means *there was nothing then*.
+/// `0-1763640000` means *the channel had no log then*.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Position {
     pub epoch: Epoch,
@@ -24,11 +24,11 @@ pub struct Position {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     After(Position),
-    /// After this offset, whatever the epoch: for humans.
+    /// After this offset in any epoch, for use by hand.
     AfterOffset(u64),
     Earliest,
     Now,
-    /// So many events before the head.
+    /// This many events before the head.
     Last(u64),
 }
 
@@ -38,7 +38,7 @@ impl Epoch {
     /// The epoch of a channel that has no log.
     pub const ABSENT: Epoch = Epoch(0);
 
-    /// A new life.
+    /// The epoch of a new life or term.
     pub fn random() -> Self {
         loop {
             let epoch = Epoch(fastrand::u64(1..1 << 36));
@@ -101,7 +101,7 @@ impl fmt::Debug for Epoch {
     }
 }
 
-/// Not an epoch, position or token.
+/// The text is not an epoch, position or token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a position: write EPOCH-OFFSET as an event shows them, a token, an offset, earliest or now")]
 pub struct MalformedPosition;
@@ -128,12 +128,12 @@ impl FromStr for Epoch {
 // === impl Position ===
 
 impl Position {
-    /// Of a channel without a log, at the bus's clock in Unix seconds.
+    /// Position in a channel without a log, at a time in Unix seconds.
     pub fn absent(seconds: u64) -> Self {
         Position { epoch: Epoch::ABSENT, offset: seconds }
     }
 
-    /// Appends the text of it.
+    /// Appends its text.
     pub fn write(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.epoch.text());
         out.push(b'-');

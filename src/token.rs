@@ -14,7 +14,7 @@ const TOKEN_VERSION: u8 = 1;
 /// Longest token, in characters.
 pub const MAX_TOKEN: usize = 2048;
 
-/// What a client gave as `after`, before it is known which channels it is about.
+/// The parameter `after` of a request, before its channels are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AfterParam {
     Position(Position),
@@ -24,14 +24,14 @@ pub enum AfterParam {
     Token(ResumeToken),
 }
 
-/// The positions of all channels of one reader, as sent: names are not inside, only a hash of them.
+/// The positions of all channels of one reader. A token does not contain the channels' names, only a hash of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResumeToken {
     names: u32,
     positions: Vec<Position>,
 }
 
-/// The channels of a reader, made ready for many tokens.
+/// Encodes tokens for the channels of one reader.
 #[derive(Clone, Debug)]
 pub struct TokenEncoder {
     hash: u32,
@@ -56,10 +56,11 @@ impl FromStr for AfterParam {
 }
 
 impl AfterParam {
-    /// Where each of `channels` starts, in their order.
+    /// The start of each of `channels`, in their order.
     ///
-    /// Fails with `invalid_position` if a token was made for another list of channels, or if one position is given
-    /// for several channels. (SSE turns the failure into a gap `bad_position`: a status would end an EventSource.)
+    /// # Errors
+    /// `invalid_position` if a token was made for another list of channels, or if one position is given for several
+    /// channels. (SSE turns the error into a gap `bad_position`, because an error status would end an EventSource.)
     pub fn starts(&self, channels: &[Channel]) -> Result<Vec<Start>> {
         let all = |start| Ok(vec![start; channels.len()]);
         let one = |start| match channels {
@@ -103,7 +104,7 @@ impl ResumeToken {
         let names = take(&mut rest, 4)?;
         let names = u32::from_le_bytes(names.try_into().map_err(|_| MalformedPosition)?);
         let distinct = take_varint(&mut rest)?;
-        // Each takes at least a byte: what follows allocates no more than was sent.
+        // Each takes at least one byte, so the allocations below are no larger than the token.
         if channels > rest.len() as u64 || distinct > rest.len() as u64 || distinct == 0 {
             return Err(MalformedPosition);
         }
@@ -143,7 +144,7 @@ impl TokenEncoder {
         TokenEncoder { hash: hash(channels, &order), order: order.into() }
     }
 
-    /// The token of these channels, each at the position that `at` says for its index.
+    /// The token of these channels, each at the position that `at` returns for its index.
     pub fn token(&self, at: impl Fn(usize) -> Position) -> String {
         let mut epochs: Vec<Epoch> = self.order.iter().map(|index| at(*index).epoch).collect();
         epochs.sort_unstable();
@@ -159,7 +160,7 @@ impl TokenEncoder {
         for index in &self.order {
             let position = at(*index);
             if epochs.len() > 1 {
-                // Present, for the lines above collected it.
+                // Always found: the loop above collected it.
                 put_varint(&mut out, epochs.partition_point(|epoch| *epoch < position.epoch) as u64);
             }
             put_varint(&mut out, position.offset);
@@ -178,7 +179,7 @@ fn order(channels: &[Channel]) -> Vec<usize> {
     order
 }
 
-/// FNV-1a over the names, each ended by a NUL (no name contains one). Stable for ever: tokens outlive a build.
+/// FNV-1a over the names, each followed by a NUL, which no name contains. Must never change: tokens outlive a build.
 fn hash(channels: &[Channel], order: &[usize]) -> u32 {
     order
         .iter()
@@ -186,7 +187,7 @@ fn hash(channels: &[Channel], order: &[usize]) -> u32 {
         .fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-/// LEB128, little end first.
+/// LEB128.
 fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
@@ -268,7 +269,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_read_or_refused(text in "w?[A-Za-z0-9_-]{0,60}") {
+        fn any_text_is_parsed_or_rejected(text in "w?[A-Za-z0-9_-]{0,60}") {
             let _ = text.parse::<AfterParam>();
         }
     }

@@ -1,85 +1,114 @@
-//! [`Memory`]: the log of one node, as long as the process lives. The rings of the topics are the log.
+//! [`Memory`], the log of one node, which lives as long as its process. The rings of the topics are the log.
 
-use std::{
-    collections::{BTreeMap, BinaryHeap},
-    future::ready,
-    ops::Bound,
-    sync::Arc,
-};
+mod consumers;
+mod keys;
+
+use std::{collections::BinaryHeap, future::ready, sync::Arc};
 
 use futures_util::{FutureExt, future::BoxFuture};
-use parking_lot::Mutex;
 
+use self::{consumers::ConsumerTable, keys::IdempotencyKeys};
 use crate::{
-    bus::{ChannelInfo, ConsumerInfo, CursorOp, Log, LogPage, Placed, ReadLimit, Ring, Tail, Topic, Topics},
+    bus::{
+        ChannelInfo, ConsumerInfo, CursorOp, EVENT_COST, GapReason, Log, LogBounds, LogPage, Placed, ReadLimit,
+        Retention, Ring, Tail, Topic, Topics,
+    },
     channel::Channel,
     error::{Code, Error, Result},
     event::Draft,
-    position::{Epoch, Position, Start},
+    position::{Position, Start},
 };
 
+/// Channels that are trimmed at most for one publish: some milliseconds of work.
+const MAX_EVICTIONS: usize = 10_000;
+
+/// A backend without a server. No operation waits, so every future is ready.
 pub struct Memory {
     topics: Arc<Topics>,
-    consumers: Mutex<BTreeMap<Box<str>, State>>,
-}
-
-/// Of one consumer.
-struct State {
-    cursors: BTreeMap<Channel, Position>,
-    /// Unix milliseconds.
-    seen: u64,
+    keys: IdempotencyKeys,
+    consumers: ConsumerTable,
 }
 
 impl Memory {
     pub fn new(topics: Arc<Topics>) -> Self {
-        Memory { topics, consumers: Mutex::default() }
+        let keys = IdempotencyKeys::new(topics.budget().clone());
+        Memory { topics, keys, consumers: ConsumerTable::default() }
     }
 
-    fn place(&self, channel: &Channel, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
-        self.topics.reserve(drafts.iter().map(Draft::size).sum())?;
-        let (placed, parked) = self.topics.with(channel, |topic, ring| {
-            let before = ring.memory();
-            let now = self.topics.now();
-            let placed = ring.append(channel, subject, drafts, topic.retention(), &self.topics.config().keys, now)?;
-            self.topics.account(before, ring.memory());
-            Ok::<_, Error>((placed, ring.take_parked()))
-        })?;
+    // === writing ===
+
+    fn publish(&self, channel: &Channel, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
+        self.reserve(drafts.iter().map(Draft::size).sum())?;
+        let topic = self.topics.open(channel);
+        let mut buffer = topic.edit();
+        let placed = self.place(&topic, &mut buffer, subject, drafts)?;
+        let parked = buffer.take_parked();
+        drop(buffer);
         parked.wake();
         Ok(placed)
     }
 
-    fn page(&self, channel: &Channel, start: Start, limit: ReadLimit) -> LogPage {
-        match self.topics.get(channel) {
-            Some(topic) => topic.lock().page(channel, start, limit, self.topics.now()),
-            // Reads never write: what is known of the end of a channel without a topic is asked of a ring in passing.
-            None => self.topics.passing(channel).page(channel, start, limit, self.topics.now()),
+    /// Places all drafts, or none of them if a key is reused.
+    fn place(&self, topic: &Arc<Topic>, ring: &mut Ring, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
+        let now = self.topics.now();
+        let mut keys = drafts.iter().any(|draft| draft.key.is_some()).then(|| self.keys.of(topic));
+        if let Some(keys) = &keys {
+            keys.check(topic.channel(), subject, &drafts)?;
         }
-    }
-
-    fn info(&self, channel: &Channel) -> ChannelInfo {
-        match self.topics.get(channel) {
-            Some(topic) => describe(channel, &topic.lock()),
-            None => describe(channel, &self.topics.passing(channel)),
-        }
-    }
-
-    fn names(&self, prefix: &str, after: Option<&str>, limit: usize) -> Vec<ChannelInfo> {
-        // The smallest `limit` names, without holding all of them.
-        let mut first: BinaryHeap<Channel> = BinaryHeap::with_capacity(limit + 1);
-        self.topics.each(|topic| {
-            let name = topic.channel().as_str();
-            let wanted = name.starts_with(prefix) && after.is_none_or(|after| name > after);
-            if wanted
-                && (first.len() < limit || first.peek().is_some_and(|last| topic.channel() < last))
-                && !topic.lock().epoch().is_absent()
-            {
-                first.push(topic.channel().clone());
-                if first.len() > limit {
-                    first.pop();
+        ring.bounds_mut().begin(now);
+        let time = ring.bounds().time.max(now);
+        let mut results = Vec::with_capacity(drafts.len());
+        for draft in drafts {
+            let position = Position { epoch: ring.epoch(), offset: ring.top() + 1 };
+            let placed = Placed { position, time, duplicate: false };
+            if let (Some(keys), Some(key)) = (&mut keys, &draft.key) {
+                let key = keys.key_of(subject, key, &draft);
+                if let Some(earlier) = keys.placed(key) {
+                    results.push(Placed { duplicate: true, ..earlier });
+                    continue;
                 }
+                keys.insert(key, placed, now);
             }
-        });
-        first.into_sorted_vec().iter().map(|channel| self.info(channel)).collect()
+            ring.push(Arc::new(draft.place(position, time)));
+            results.push(placed);
+        }
+        if let Some(keys) = &mut keys {
+            keys.expire(&self.topics.config().keys, now);
+        }
+        trim(ring, topic.retention(), now);
+        Ok(results)
+    }
+
+    /// Keeps the memory budget: evicts old events until there is room for `bytes`.
+    ///
+    /// # Errors
+    /// `overloaded`.
+    fn reserve(&self, bytes: usize) -> Result<()> {
+        let budget = self.topics.budget();
+        let mut evictions = 0;
+        while budget.used() + bytes > budget.limit() {
+            evictions += 1;
+            // A batch that can never fit must not empty all channels first.
+            if bytes > budget.limit() || evictions > MAX_EVICTIONS || !self.evict() {
+                return Err(Error::new(
+                    Code::Overloaded,
+                    format!("bus.memory.budget of {} bytes is used up", budget.limit()),
+                )
+                .with("limit", "bus.memory.budget"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the older half of a channel with old events. False if no channel has an event.
+    fn evict(&self) -> bool {
+        let Some(topic) = self.topics.sample_oldest() else { return false };
+        let mut ring = topic.edit();
+        for _ in 0..ring.events().len().div_ceil(2) {
+            drop_oldest(&mut ring, GapReason::Budget);
+        }
+        ring.clear_frames();
+        true
     }
 
     fn delete(&self, channel: &Channel, before: Option<Position>) -> Result<()> {
@@ -89,94 +118,142 @@ impl Memory {
                 None => Ok(()),
             };
         };
-        let mut ring = topic.lock();
-        let size = ring.memory();
-        match before {
-            Some(before) => ring.trim_before(before)?,
-            None => ring.delete(self.topics.now()),
+        let mut ring = topic.edit();
+        let Some(before) = before else {
+            // The next event begins another life. Readers stay.
+            let ended = ring.bounds().ended(self.topics.now(), GapReason::Deleted);
+            ring.reset(ended);
+            self.keys.forget(channel);
+            return Ok(());
+        };
+        if before.epoch != ring.epoch() || before.offset > ring.top() + 1 {
+            return Err(Error::new(Code::InvalidPosition, "before is a position in the channel as it is now"));
         }
-        self.topics.account(size, ring.memory());
+        while ring.bounds().first < before.offset {
+            drop_oldest(&mut ring, GapReason::Deleted);
+        }
+        ring.clear_frames();
         Ok(())
     }
 
-    fn act(&self, consumer: &str, channel: &Channel, act: CursorOp) -> Result<Option<Position>> {
-        let now = self.topics.now();
-        let mut consumers = self.consumers.lock();
-        let known = consumers.get(consumer).and_then(|state| state.cursors.get(channel)).copied();
-        let to = match act {
-            CursorOp::Get => known,
-            CursorOp::Seek(to) => Some(to),
-            CursorOp::Commit(to) => Some(self.forward(channel, known, to)?),
-        };
-        if let Some(state) = consumers.get_mut(consumer) {
-            state.seen = now;
+    // === reading ===
+
+    /// Calls `read` with the bounds of a channel, and with its ring if it is in use. Reads never write: they do not put
+    /// a channel into use.
+    fn inspect_with<R>(&self, channel: &Channel, read: impl FnOnce(&LogBounds, Option<&Ring>) -> R) -> R {
+        match self.topics.get(channel) {
+            Some(topic) => {
+                let ring = topic.lock();
+                read(ring.bounds(), Some(&ring))
+            }
+            None => read(&self.topics.unused_bounds(channel), None),
         }
-        let Some(to) = to.filter(|to| known != Some(*to)) else { return Ok(known) };
-        if !consumers.contains_key(consumer) && consumers.len() >= self.topics.config().max_consumers {
-            return Err(limit_reached("limits.consumers", self.topics.config().max_consumers));
-        }
-        let state = consumers.entry(consumer.into()).or_insert_with(|| State { cursors: BTreeMap::new(), seen: now });
-        if !state.cursors.contains_key(channel) && state.cursors.len() >= self.topics.config().max_cursors {
-            return Err(limit_reached("limits.consumer_channels", self.topics.config().max_cursors));
-        }
-        state.cursors.insert(channel.clone(), to);
-        Ok(Some(to))
+    }
+
+    fn page(&self, channel: &Channel, start: Start, limit: ReadLimit) -> LogPage {
+        self.inspect_with(channel, |bounds, ring| {
+            let (mut next, gap) = bounds.resolve(channel, start, self.topics.now());
+            let mut events = Vec::new();
+            let ring = ring.filter(|_| !bounds.is_absent());
+            if let Some(ring) = ring {
+                let mut bytes = 0;
+                for event in ring.events().range((next.offset + 1 - bounds.first) as usize..) {
+                    bytes += event.size() + channel.as_str().len() + EVENT_COST;
+                    if events.len() == limit.events || (bytes > limit.bytes && !events.is_empty()) {
+                        break;
+                    }
+                    next.offset = event.offset;
+                    events.push(event.clone());
+                }
+            }
+            LogPage { events, next, more: ring.is_some() && next.offset < bounds.top, gap }
+        })
+    }
+
+    fn describe(&self, channel: &Channel) -> ChannelInfo {
+        self.inspect_with(channel, |bounds, ring| ChannelInfo {
+            channel: channel.clone(),
+            epoch: bounds.epoch,
+            first: bounds.first,
+            top: bounds.top,
+            bytes: ring.map_or(0, Ring::bytes),
+            readers: ring.map_or(0, Ring::readers),
+            time: Some(bounds.time).filter(|time| *time > 0 && !bounds.is_absent()),
+        })
+    }
+
+    fn channels(&self, prefix: &str, after: Option<&str>, limit: usize) -> Vec<ChannelInfo> {
+        // The smallest `limit` names, without collecting all of them.
+        let mut first: BinaryHeap<Channel> = BinaryHeap::with_capacity(limit + 1);
+        self.topics.each(|topic| {
+            let name = topic.channel().as_str();
+            let matches = name.starts_with(prefix) && after.is_none_or(|after| name > after);
+            if matches
+                && (first.len() < limit || first.peek().is_some_and(|last| topic.channel() < last))
+                && !topic.lock().epoch().is_absent()
+            {
+                first.push(topic.channel().clone());
+                if first.len() > limit {
+                    first.pop();
+                }
+            }
+        });
+        first.into_sorted_vec().iter().map(|channel| self.describe(channel)).collect()
+    }
+
+    fn move_cursor(&self, consumer: &str, channel: &Channel, op: CursorOp) -> Result<Option<Position>> {
+        self.consumers.update(consumer, channel, self.topics.config(), self.topics.now(), |known| match op {
+            CursorOp::Get => Ok(known),
+            CursorOp::Seek(to) => Ok(Some(to)),
+            CursorOp::Commit(to) => self.forward(channel, known, to).map(Some),
+        })
     }
 
     /// The later of two positions, as far as this node knows their order.
     fn forward(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
-        let rank = |ring: &Ring| {
-            if !to.epoch.is_absent() && to.epoch == ring.epoch() && to.offset > ring.top() {
+        self.inspect_with(channel, |bounds, _| {
+            if !to.epoch.is_absent() && to.epoch == bounds.epoch && to.offset > bounds.top {
                 return Err(Error::new(Code::InvalidPosition, format!("{to} lies ahead of channel {channel}")));
             }
-            Ok((known.map(|known| ring.bounds().rank(known)), ring.bounds().rank(to)))
-        };
-        let (before, after) = match self.topics.get(channel) {
-            Some(topic) => rank(&topic.lock())?,
-            None => rank(&self.topics.passing(channel))?,
-        };
-        Ok(known.filter(|_| before >= Some(after)).unwrap_or(to))
-    }
-
-    fn describe_consumer(&self, name: &str, state: &State) -> ConsumerInfo {
-        ConsumerInfo {
-            name: name.into(),
-            cursors: state.cursors.iter().map(|(channel, position)| (channel.clone(), *position)).collect(),
-            seen: state.seen,
-            expires: state.seen + self.topics.config().consumer_idle.as_millis() as u64,
-        }
+            Ok(known.filter(|known| bounds.rank(*known) >= bounds.rank(to)).unwrap_or(to))
+        })
     }
 }
 
-fn limit_reached(limit: &'static str, number: usize) -> Error {
-    Error::new(Code::LimitReached, format!("{limit} is {number}")).with("limit", limit)
-}
-
-fn describe(channel: &Channel, ring: &Ring) -> ChannelInfo {
-    let absent = ring.epoch() == Epoch::ABSENT;
-    ChannelInfo {
-        channel: channel.clone(),
-        epoch: ring.epoch(),
-        first: ring.first(),
-        top: ring.top(),
-        bytes: ring.bytes(),
-        readers: ring.readers(),
-        time: ring.time().filter(|_| !absent),
+/// Drops the events that retention does not keep.
+fn trim(ring: &mut Ring, retention: &Retention, now: u64) {
+    let old = now.saturating_sub(retention.age.as_millis() as u64);
+    while ring.events().len() > 1 && (ring.events().len() > retention.count || ring.bytes() > retention.bytes) {
+        drop_oldest(ring, GapReason::Trimmed);
+    }
+    while ring.events().front().is_some_and(|event| event.time < old) {
+        drop_oldest(ring, GapReason::Trimmed);
     }
 }
 
-/// Nothing here waits: every answer is ready.
+/// Drops the oldest event from the log.
+fn drop_oldest(ring: &mut Ring, reason: GapReason) {
+    if ring.pop_oldest() {
+        let bounds = ring.bounds_mut();
+        bounds.first += 1;
+        bounds.trim_reason = reason;
+    }
+}
+
 impl Log for Memory {
     fn ready(&self) -> Result<()> {
         Ok(())
     }
 
     fn sweep(&self) {
-        if !self.topics.sweep() {
-            return;
+        let (now, config) = (self.topics.now(), self.topics.config());
+        let all = self.topics.sweep(|topic, ring| {
+            trim(ring, topic.retention(), now);
+            self.keys.expire(topic.channel(), &config.keys, now);
+        });
+        if all {
+            self.consumers.expire(config, now);
         }
-        let old = self.topics.now().saturating_sub(self.topics.config().consumer_idle.as_millis() as u64);
-        self.consumers.lock().retain(|_, state| state.seen >= old);
     }
 
     fn append<'a>(
@@ -185,7 +262,7 @@ impl Log for Memory {
         subject: &'a str,
         drafts: Vec<Draft>,
     ) -> BoxFuture<'a, Result<Vec<Placed>>> {
-        ready(self.place(channel, subject, drafts)).boxed()
+        ready(self.publish(channel, subject, drafts)).boxed()
     }
 
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: ReadLimit) -> BoxFuture<'a, Result<LogPage>> {
@@ -197,7 +274,7 @@ impl Log for Memory {
     }
 
     fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<ChannelInfo>> {
-        ready(Ok(self.info(channel))).boxed()
+        ready(Ok(self.describe(channel))).boxed()
     }
 
     fn list<'a>(
@@ -206,7 +283,7 @@ impl Log for Memory {
         after: Option<&'a str>,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ChannelInfo>>> {
-        ready(Ok(self.names(prefix, after, limit))).boxed()
+        ready(Ok(self.channels(prefix, after, limit))).boxed()
     }
 
     fn remove<'a>(&'a self, channel: &'a Channel, before: Option<Position>) -> BoxFuture<'a, Result<()>> {
@@ -217,14 +294,13 @@ impl Log for Memory {
         &'a self,
         consumer: &'a str,
         channel: &'a Channel,
-        act: CursorOp,
+        op: CursorOp,
     ) -> BoxFuture<'a, Result<Option<Position>>> {
-        ready(self.act(consumer, channel, act)).boxed()
+        ready(self.move_cursor(consumer, channel, op)).boxed()
     }
 
     fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<ConsumerInfo>>> {
-        let consumers = self.consumers.lock();
-        ready(Ok(consumers.get(consumer).map(|state| self.describe_consumer(consumer, state)))).boxed()
+        ready(Ok(self.consumers.get(consumer, self.topics.config()))).boxed()
     }
 
     fn consumers<'a>(
@@ -233,21 +309,52 @@ impl Log for Memory {
         after: Option<&'a str>,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ConsumerInfo>>> {
-        let start = match after {
-            Some(after) if after >= prefix => Bound::Excluded(after),
-            _ => Bound::Included(prefix),
-        };
-        let consumers = self.consumers.lock();
-        let page = consumers
-            .range::<str, _>((start, Bound::Unbounded))
-            .take_while(|(name, _)| name.starts_with(prefix))
-            .take(limit)
-            .map(|(name, state)| self.describe_consumer(name, state))
-            .collect();
-        ready(Ok(page)).boxed()
+        ready(Ok(self.consumers.list(prefix, after, limit, self.topics.config()))).boxed()
     }
 
     fn forget<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<bool>> {
-        ready(Ok(self.consumers.lock().remove(consumer).is_some())).boxed()
+        ready(Ok(self.consumers.remove(consumer))).boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicU64, Ordering::Relaxed},
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::{
+        bus::{Config, KeyLimits, WallClock},
+        event::DraftParts,
+    };
+
+    #[test]
+    fn the_budget_includes_keys_that_outlive_their_events() {
+        let config = Config {
+            rules: Vec::new(),
+            retention: Retention { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 },
+            budget: 1 << 24,
+            keys: KeyLimits { window: Duration::from_secs(60), count: 1000 },
+            consumer_idle: Duration::from_secs(60),
+            max_consumers: 1,
+            max_cursors: 1,
+        };
+        let clock = Arc::new(AtomicU64::new(1_000_000));
+        let topics = Arc::new(Topics::new(config, WallClock::Manual(clock.clone())));
+        let memory = Memory::new(topics.clone());
+        let channel = Channel::parse("a").unwrap();
+        for n in 0..2000 {
+            let key = n.to_string();
+            let draft = Draft::new(DraftParts { key: Some(&key), ..DraftParts::default() }, 1000).unwrap();
+            memory.publish(&channel, "", vec![draft]).unwrap();
+        }
+        assert!(topics.used() > 1000 * 100, "{}", topics.used());
+        clock.fetch_add(200_000, Relaxed);
+        for _ in 0..64 {
+            memory.sweep();
+        }
+        assert_eq!((topics.count(), topics.used()), (0, 0));
     }
 }

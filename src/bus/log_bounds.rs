@@ -1,29 +1,30 @@
-//! [`LogBounds`]: what is known of a channel's log beside its events, and what a position is worth in it.
+//! [`LogBounds`], where a channel's log begins and ends, and what a position is worth in it.
 
-use super::log::{Gap, GapReason};
+use super::gap::{Gap, GapReason};
 use crate::{
     channel::Channel,
     position::{Epoch, Position, Start},
 };
 
-/// Where a log begins and ends, and what was before it.
+/// Where a log begins and ends, and what preceded it.
 ///
-/// A *life* begins with offset 1, where there was no log. It has one *term* or several: a new one begins, and offsets go
-/// on, when writes may have been lost. Each has an epoch of its own.
+/// A *life* begins with offset 1, where there was no log. It has one or more *terms*: a new term begins, and offsets go
+/// on, when writes may have been lost. Each term has its own epoch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogBounds {
-    /// The term that goes on; [`Epoch::ABSENT`] if there is no log.
+pub(crate) struct LogBounds {
+    /// The current term; [`Epoch::ABSENT`] if there is no log.
     pub epoch: Epoch,
-    /// Oldest offset that can be read, or of the next event if none can.
+    /// Oldest offset that can be read; `top + 1` if there is none.
     pub first: u64,
-    /// Newest offset ever placed in this life; 0 if there was none.
+    /// Newest offset ever placed in this life; 0 if there is none.
     pub top: u64,
-    /// Of the newest event, Unix milliseconds.
+    /// Time of the newest event, Unix milliseconds.
     pub time: u64,
-    /// From this second on the channel is known to have had no log, until (if it has one) `born`.
+    /// Unix second from which on the channel is known to have had no log, until `born` if it has one now.
     pub absent_since: u64,
+    /// Unix second in which this life began.
     pub born: u64,
-    /// Terms of this life that have ended, oldest first, as far as they are remembered.
+    /// Ended terms of this life that are remembered, oldest first.
     pub terms: Vec<Term>,
     /// The life before this one, while it is remembered.
     pub previous: Option<PreviousLife>,
@@ -33,23 +34,23 @@ pub struct LogBounds {
 
 /// A term that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Term {
+pub(crate) struct Term {
     pub epoch: Epoch,
     /// Its newest offset that was not lost.
     pub end: u64,
 }
 
-/// How a life of the channel ended.
+/// How the previous life of a channel ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PreviousLife {
+pub(crate) struct PreviousLife {
     pub epoch: Epoch,
     pub top: u64,
     pub reason: GapReason,
 }
 
 impl LogBounds {
-    /// No log, known since the second `absent`.
-    pub fn absent(since: u64, previous: Option<PreviousLife>) -> Self {
+    /// No log, as it is known to have been from the second `since` on.
+    pub(crate) fn absent(since: u64, previous: Option<PreviousLife>) -> Self {
         LogBounds {
             epoch: Epoch::ABSENT,
             first: 1,
@@ -63,38 +64,58 @@ impl LogBounds {
         }
     }
 
-    pub fn is_absent(&self) -> bool {
+    /// Begins a life if there is none. `now` is in Unix milliseconds.
+    pub(crate) fn begin(&mut self, now: u64) {
+        if self.is_absent() {
+            let Self { absent_since, time, previous, .. } = *self;
+            let born = absent_since.max(now / 1000);
+            *self = Self { epoch: Epoch::random(), born, time, ..Self::absent(absent_since, previous) };
+        }
+    }
+
+    /// The bounds once this life has ended; unchanged if there is none. `now` is in Unix milliseconds.
+    pub(crate) fn ended(&self, now: u64, reason: GapReason) -> Self {
+        if self.is_absent() {
+            return self.clone();
+        }
+        // A position of this very second may be older than the end.
+        let since = self.absent_since.max(self.born).max(now / 1000) + 1;
+        let previous = PreviousLife { epoch: self.epoch, top: self.top, reason };
+        Self { time: self.time, ..Self::absent(since, Some(previous)) }
+    }
+
+    pub(crate) fn is_absent(&self) -> bool {
         self.epoch.is_absent()
     }
 
-    /// Where a reader is who has seen everything.
-    pub fn head(&self, now: u64) -> Position {
+    /// Position of a reader that has read everything. `now` is in Unix milliseconds.
+    pub(crate) fn head(&self, now: u64) -> Position {
         match self.is_absent() {
             true => Position::absent(self.absent_since.max(now / 1000)),
             false => Position { epoch: self.epoch, offset: self.top },
         }
     }
 
-    /// Whether this is the current term, or one that has ended and is remembered.
-    pub fn remembers(&self, epoch: Epoch) -> bool {
+    /// Whether `epoch` is the current term, or an ended one that is remembered.
+    pub(crate) fn remembers(&self, epoch: Epoch) -> bool {
         epoch == self.epoch || self.terms.iter().any(|term| term.epoch == epoch)
     }
 
-    /// The term in which the event `offset` is, or will be.
-    pub fn epoch_of(&self, offset: u64) -> Epoch {
+    /// The term that the event `offset` belongs, or will belong, to.
+    pub(crate) fn epoch_of(&self, offset: u64) -> Epoch {
         self.terms.iter().find(|term| offset <= term.end).map_or(self.epoch, |term| term.epoch)
     }
 
-    /// Where a reader is who has read up to and including `offset`.
+    /// Position of a reader that has read up to and including `offset`.
     fn after(&self, offset: u64) -> Position {
         Position { epoch: self.epoch_of(offset + 1), offset }
     }
 
-    /// The first position of `start`, and what is missing before it. A position in a term that has ended stays there
-    /// until that is read to its end: then the next term begins with a gap.
-    pub fn resolve(&self, channel: &Channel, start: Start, now: u64) -> (Position, Option<Gap>) {
+    /// The first position of `start`, and the history that is missing before it. A position in an ended term stays there
+    /// until the term is read to its end; then the next term begins with a gap. `now` is in Unix milliseconds.
+    pub(crate) fn resolve(&self, channel: &Channel, start: Start, now: u64) -> (Position, Option<Gap>) {
         let absent = self.is_absent();
-        let asked = match start {
+        let requested = match start {
             Start::Now => return (self.head(now), None),
             _ if absent && !matches!(start, Start::After(_)) => return (self.head(now), None),
             Start::Earliest => return (self.after(self.first - 1), None),
@@ -104,39 +125,39 @@ impl LogBounds {
             Start::After(position) => position,
         };
         let gap = |reason, next, missed| {
-            let gap = Gap { channel: channel.clone(), reason, after: Some(asked), next, missed };
+            let gap = Gap { channel: channel.clone(), reason, after: Some(requested), next, missed };
             (gap.resume(), Some(gap))
         };
         let at = |offset| Position { epoch: self.epoch_of(offset), offset };
         let lost = |reason, missed| gap(reason, if absent { self.head(now) } else { at(self.first) }, missed);
-        let term = self.terms.iter().find(|term| term.epoch == asked.epoch);
-        // Everything this life has, or will have, follows.
+        let term = self.terms.iter().find(|term| term.epoch == requested.epoch);
+        // The offset that the remaining events of this life follow without a gap.
         let contiguous = match (self.previous, term) {
-            _ if asked.epoch == self.epoch && !absent => {
-                if asked.offset > self.top {
+            _ if requested.epoch == self.epoch && !absent => {
+                if requested.offset > self.top {
                     return gap(GapReason::BadPosition, at(self.top + 1), None);
                 }
-                asked.offset
+                requested.offset
             }
-            _ if asked.epoch.is_absent() => {
-                if asked.offset < self.absent_since || (!absent && asked.offset > self.born) {
+            _ if requested.epoch.is_absent() => {
+                if requested.offset < self.absent_since || (!absent && requested.offset > self.born) {
                     return lost(GapReason::Reset, None);
                 }
                 0
             }
             (_, Some(term)) => {
-                // What else this term had is lost, and nobody knows how much it was.
-                if asked.offset >= term.end {
+                // The rest of this term is lost, and its length is unknown.
+                if requested.offset >= term.end {
                     return gap(GapReason::Failover, at((term.end + 1).max(self.first)), None);
                 }
                 if term.end < self.first {
                     return lost(GapReason::Failover, None);
                 }
-                asked.offset
+                requested.offset
             }
-            (Some(previous), None) if previous.epoch == asked.epoch => {
-                if asked.offset != previous.top {
-                    let reason = if asked.offset > previous.top { GapReason::BadPosition } else { previous.reason };
+            (Some(previous), None) if previous.epoch == requested.epoch => {
+                if requested.offset != previous.top {
+                    let reason = if requested.offset > previous.top { GapReason::BadPosition } else { previous.reason };
                     return lost(reason, None);
                 }
                 0
@@ -152,9 +173,9 @@ impl LogBounds {
         }
     }
 
-    /// Orders positions of one channel: those of unknown lives first, then the life before this one, then the terms of
-    /// this one.
-    pub fn rank(&self, position: Position) -> (usize, u64) {
+    /// Orders the positions of one channel: first those of unknown lives, then the previous life, then the terms of this
+    /// life.
+    pub(crate) fn rank(&self, position: Position) -> (usize, u64) {
         let term = || self.terms.iter().position(|term| term.epoch == position.epoch);
         match position.epoch {
             epoch if epoch.is_absent() && self.is_absent() => (3, position.offset),
@@ -165,8 +186,8 @@ impl LogBounds {
         }
     }
 
-    /// Whether `position` is one of a reader that has read no further than this knows of.
-    pub fn knows(&self, position: Position) -> bool {
+    /// Whether a reader at `position` has read no further than these bounds reach.
+    pub(crate) fn covers(&self, position: Position) -> bool {
         match position.epoch {
             epoch if epoch == self.epoch => epoch.is_absent() || position.offset <= self.top,
             epoch => self.terms.iter().any(|term| term.epoch == epoch && position.offset <= term.end),
@@ -182,7 +203,7 @@ mod tests {
         name.parse().unwrap()
     }
 
-    /// Offsets 1–47 in term a, of which 48 and more were lost; 48–60 in b, nothing in c, from 61 on in d.
+    /// Offsets 1–47 in term a, whose offsets from 48 on were lost; 48–60 in b; none in c; from 61 on in d.
     fn terms() -> LogBounds {
         let ended = |name, end| Term { epoch: epoch(name), end };
         LogBounds {
@@ -205,15 +226,15 @@ mod tests {
     }
 
     #[test]
-    fn a_term_is_read_to_its_end_and_the_next_is_announced() {
+    fn a_term_is_read_to_its_end_and_the_next_one_is_announced() {
         let log = terms();
         assert_eq!(resolve(&log, after("aaaaaa", 46)), ("aaaaaa-46".into(), None));
-        let crossing = |next: &str| Some((GapReason::Failover, next.to_owned(), None));
-        for had in [47, 48, 50] {
-            assert_eq!(resolve(&log, after("aaaaaa", had)), ("bbbbbb-47".into(), crossing("bbbbbb-48")));
+        let failover = |next: &str| Some((GapReason::Failover, next.to_owned(), None));
+        for offset in [47, 48, 50] {
+            assert_eq!(resolve(&log, after("aaaaaa", offset)), ("bbbbbb-47".into(), failover("bbbbbb-48")));
         }
-        assert_eq!(resolve(&log, after("bbbbbb", 60)), ("dddddd-60".into(), crossing("dddddd-61")));
-        assert_eq!(resolve(&log, after("cccccc", 60)), ("dddddd-60".into(), crossing("dddddd-61")));
+        assert_eq!(resolve(&log, after("bbbbbb", 60)), ("dddddd-60".into(), failover("dddddd-61")));
+        assert_eq!(resolve(&log, after("cccccc", 60)), ("dddddd-60".into(), failover("dddddd-61")));
         assert_eq!(resolve(&log, after("dddddd", 61)), ("dddddd-61".into(), None));
         assert_eq!(resolve(&log, after("eeeeee", 61)).1, Some((GapReason::Reset, "aaaaaa-1".into(), None)));
         assert_eq!(resolve(&log, Start::Earliest), ("aaaaaa-0".into(), None));
@@ -224,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_trimmed_may_hide_a_crossing() {
+    fn trimming_may_hide_the_end_of_a_term() {
         let log = LogBounds { first: 50, ..terms() };
         let lost = resolve(&log, after("aaaaaa", 20)).1;
         assert_eq!(lost, Some((GapReason::Failover, "bbbbbb-50".into(), None)));
@@ -234,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn later_terms_are_later() {
+    fn later_terms_rank_higher() {
         let log = terms();
         let rank = |name: &str, offset| log.rank(Position { epoch: epoch(name), offset });
         assert!(rank("aaaaaa", 50) < rank("bbbbbb", 48) && rank("bbbbbb", 60) < rank("dddddd", 61));

@@ -1,8 +1,7 @@
-//! [`Subscriptions`]: the cursors of one reader over the rings it watches. The loop of every live transport is here,
-//! once.
+//! [`Subscriptions`], the cursors of one reader over the channels that it watches: the loop of every live transport.
 //!
-//! A subscription is parked in its ring, or ready in the [`Inbox`], or in the run queue: in one of them, always. A
-//! reader is woken once however many of its channels fire, and looks only where there is something.
+//! A subscription is parked in its channel, or in the [`ReadyQueue`], or in the run queue: always in exactly one of
+//! them. A reader is woken once however many of its channels have news, and visits only those that do.
 
 use std::{
     collections::VecDeque,
@@ -11,70 +10,53 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::task::AtomicWaker;
-use parking_lot::Mutex;
 use slab::Slab;
 
 use super::{
-    Watch,
     filter::Filter,
     format::Format,
-    log::Gap,
-    ring::{Parking, Step, TURN_EVENTS},
+    gap::Gap,
+    parking::{ParkedReader, ReaderId, ReadyQueue},
+    ring::{STEP_EVENTS, Step, StepRequest},
+    topic::Parking,
+    watch::Watch,
 };
 use crate::{
     channel::Channel,
     position::{Position, Start},
 };
 
-/// Readers woken in one go.
-const INLINE: usize = 32;
+/// A run queue that grew beyond this is freed when it is empty.
+const SPARE: usize = 64;
 
 /// The cursors of one connection or request. Dropping it ends them.
 pub struct Subscriptions {
-    inbox: Arc<Inbox>,
-    subs: Slab<Sub>,
-    /// Slots to look at.
+    ready: Arc<ReadyQueue>,
+    subs: Slab<Subscription>,
+    /// Slots to visit.
     run: VecDeque<u32>,
     format: &'static Format,
-    lives: u32,
-    /// Events of one delivery, at most.
-    turn: u32,
+    generations: u32,
+    /// Largest number of events in a delivery.
+    max_events: u32,
 }
 
-/// Where rings leave word that a subscription has something to read. One per connection.
-pub(super) struct Inbox {
-    waker: AtomicWaker,
-    ready: Mutex<Vec<(u32, u32)>>,
-}
-
-/// Readers to wake.
-#[must_use = "a reader that is not woken sleeps for ever"]
-pub struct WakeList(pub(super) Slab<Ticket>);
-
-/// A parked reader: whom to tell, and what about. `life` tells a slot from its next user.
-pub(super) struct Ticket {
-    pub inbox: Arc<Inbox>,
-    pub slot: u32,
-    pub life: u32,
-}
-
-struct Sub {
+struct Subscription {
     watch: Watch,
     position: Position,
     filter: Option<Arc<Filter>>,
-    life: u32,
-    /// Nothing while it is ready or in the run queue.
+    generation: u32,
+    /// `None` while it is ready or in the run queue.
     parking: Option<Parking>,
 }
 
 /// Where a new subscription begins.
 #[derive(Debug)]
 pub struct SubscriptionStart {
-    /// Names the subscription in this reader.
+    /// Identifies the subscription in its reader.
     pub slot: u32,
     pub position: Position,
-    /// What is missing before it.
+    /// The history that is missing before `position`.
     pub gap: Option<Gap>,
 }
 
@@ -87,36 +69,41 @@ pub struct Delivery {
 
 #[derive(Debug)]
 pub enum DeliveryItem {
-    /// One frame or batch, encoded; shared with every reader that needs the same.
+    /// One frame of one or more events, encoded; shared with every reader that needs the same.
     Events { bytes: Bytes, count: u32 },
-    /// Before anything newer of its channel.
+    /// Precedes anything newer of its channel.
     Gap(Gap),
 }
 
 // === impl Subscriptions ===
 
 impl Subscriptions {
-    /// A reader of nothing yet, that wants its events in `format`.
+    /// A reader without subscriptions, whose events are encoded in `format`.
     pub fn new(format: &'static Format) -> Self {
-        let inbox = Arc::new(Inbox { waker: AtomicWaker::new(), ready: Mutex::new(Vec::new()) });
-        Subscriptions { inbox, subs: Slab::new(), run: VecDeque::new(), format, lives: 0, turn: TURN_EVENTS as u32 }
+        Subscriptions {
+            ready: Arc::default(),
+            subs: Slab::new(),
+            run: VecDeque::new(),
+            format,
+            generations: 0,
+            max_events: STEP_EVENTS as u32,
+        }
     }
 
-    /// One event at a time, for a reader that says after each where it is.
+    /// Delivers one event at a time, for a reader that reports its position after each event.
     pub fn one_by_one(mut self) -> Self {
-        self.turn = 1;
+        self.max_events = 1;
         self
     }
 
-    /// Begins to read a channel. What it is at is known at once; what follows comes from
-    /// [`poll_next`](Self::poll_next).
+    /// Subscribes to a channel. Its events come from [`poll_next`](Self::poll_next).
     pub fn add(&mut self, watch: Watch, start: Start, filter: Option<Arc<Filter>>) -> SubscriptionStart {
         let (position, gap) = watch.resolve(start);
         if self.subs.capacity() == 0 {
             self.subs = Slab::with_capacity(1);
         }
-        self.lives = self.lives.wrapping_add(1);
-        let sub = Sub { watch, position, filter, life: self.lives, parking: None };
+        self.generations = self.generations.wrapping_add(1);
+        let sub = Subscription { watch, position, filter, generation: self.generations, parking: None };
         let slot = self.subs.insert(sub) as u32;
         self.run.push_back(slot);
         SubscriptionStart { slot, position, gap }
@@ -138,7 +125,7 @@ impl Subscriptions {
         self.subs.is_empty()
     }
 
-    /// Up to where a subscription has read. Moves past what a filter hides.
+    /// Position up to which a subscription has read, including the events that a filter hides.
     pub fn position(&self, slot: u32) -> Option<Position> {
         Some(self.subs.get(slot as usize)?.position)
     }
@@ -147,25 +134,25 @@ impl Subscriptions {
         Some(self.subs.get(slot as usize)?.watch.channel())
     }
 
-    /// Puts a subscription elsewhere, and says what is missing before the new place.
+    /// Moves a subscription to `start`. Returns its new position and the history that is missing before it.
     pub fn seek(&mut self, slot: u32, start: Start) -> Option<(Position, Option<Gap>)> {
         let sub = self.subs.get_mut(slot as usize)?;
         let (position, gap) = sub.watch.resolve(start);
         sub.position = position;
-        self.rerun(slot);
+        self.unpark(slot);
         Some((position, gap))
     }
 
-    /// Changes what a subscription shows from now on.
+    /// Sets which events a subscription shows from its position on.
     pub fn set_filter(&mut self, slot: u32, filter: Option<Arc<Filter>>) {
         if let Some(sub) = self.subs.get_mut(slot as usize) {
             sub.filter = filter;
         }
     }
 
-    /// What to write next. Each subscription has its turn: a bounded piece, then the next one's.
+    /// The next delivery. Subscriptions take turns: a bounded piece of one, then of the next.
     ///
-    /// A reader whose socket is blocked must not call this: it is woken for nothing at most once.
+    /// A reader whose socket is blocked must not call this; meanwhile it is woken in vain at most once.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Delivery> {
         loop {
             if let Some(delivery) = self.take() {
@@ -177,10 +164,10 @@ impl Subscriptions {
         }
     }
 
-    /// Begins a turn of a task: pending if there is nothing to [`take`](Self::take), and the task will be woken.
+    /// Begins a turn of a task: ready if [`take`](Self::take) may return something. Otherwise the task will be woken.
     ///
-    /// For those who take until there is no more: they are woken for whatever comes from here on, and need not ask a
-    /// second time, as [`poll_next`](Self::poll_next) does.
+    /// For a reader that takes until nothing is left: it is woken for everything that comes afterwards, and need not
+    /// poll a second time, as with [`poll_next`](Self::poll_next).
     pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.refill(cx) {
             true => Poll::Ready(()),
@@ -188,28 +175,29 @@ impl Subscriptions {
         }
     }
 
-    /// What to write next in a turn that was begun by [`poll_turn`](Self::poll_turn).
+    /// The next delivery of a turn that [`poll_turn`](Self::poll_turn) began.
     pub fn take(&mut self) -> Option<Delivery> {
         while let Some(slot) = self.run.pop_front() {
-            if let Some(item) = self.look(slot) {
+            if let Some(item) = self.step(slot) {
                 return Some(Delivery { slot, item });
             }
         }
         None
     }
 
-    /// Ready while any subscription has something newer than its position. Nothing moves:
-    /// [`seek`](Self::seek) to where you have read.
+    /// Ready while any subscription has something newer than its position. No position moves: the reader must
+    /// [`seek`](Self::seek) to where it has read by other means.
     pub fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             while let Some(slot) = self.run.pop_front() {
                 let Some(sub) = self.subs.get_mut(slot as usize) else { continue };
-                let mut ring = sub.watch.lock();
-                if ring.is_behind(sub.position) {
+                let mut buffer = sub.watch.lock();
+                if buffer.is_behind(sub.position) {
                     self.run.push_front(slot);
                     return Poll::Ready(());
                 }
-                sub.parking = Some(ring.park(&self.inbox, slot, sub.life));
+                let reader = ReaderId { slot, generation: sub.generation };
+                sub.parking = Some(Parking::Head(buffer.park(ParkedReader { queue: self.ready.clone(), reader })));
             }
             if !self.refill(cx) {
                 return Poll::Pending;
@@ -217,72 +205,75 @@ impl Subscriptions {
         }
     }
 
-    /// Looks once at a subscription that is in no queue, and parks it or puts it into the run queue.
-    fn look(&mut self, slot: u32) -> Option<DeliveryItem> {
-        let Sub { watch, position, filter, life, parking } = self.subs.get_mut(slot as usize)?;
-        let mut ring = watch.lock();
-        let step = ring.step(watch.channel(), position, filter.as_deref(), self.format, self.turn as usize);
+    /// Reads for a subscription that is in no queue, and parks it or puts it into the run queue.
+    fn step(&mut self, slot: u32) -> Option<DeliveryItem> {
+        let Subscription { watch, position, filter, generation, parking } = self.subs.get_mut(slot as usize)?;
+        let parked = || ParkedReader { queue: self.ready.clone(), reader: ReaderId { slot, generation: *generation } };
+        let request = StepRequest {
+            channel: watch.channel(),
+            filter: filter.as_deref(),
+            format: self.format,
+            max_events: self.max_events as usize,
+        };
+        let mut buffer = watch.lock();
+        let step = buffer.step(&request, position);
         if matches!(step, Step::Older) {
-            let (place, first) = ring.park_older(*position, &self.inbox, slot, *life);
+            let (place, first) = buffer.park_behind(*position, parked());
             *parking = Some(place);
-            drop(ring);
+            drop(buffer);
             if first {
                 watch.fetch();
             }
             return None;
         }
-        // Parked in the same breath as it reaches the head: one lock a delivery, not two.
-        if !matches!(step, Step::Scanned) && !ring.is_behind(*position) {
-            *parking = Some(ring.park(&self.inbox, slot, *life));
-        } else {
+        // Parked under the same lock as it reaches the head: one lock per delivery instead of two.
+        if buffer.is_behind(*position) {
             self.run.push_back(slot);
+        } else {
+            *parking = Some(Parking::Head(buffer.park(parked())));
         }
         match step {
             Step::Events { bytes, count } => Some(DeliveryItem::Events { bytes, count }),
             Step::Gap(gap) => Some(DeliveryItem::Gap(gap)),
-            Step::Scanned | Step::Nothing | Step::Older => None,
+            Step::Nothing | Step::Older => None,
         }
     }
 
-    fn rerun(&mut self, slot: u32) {
+    /// Puts a parked subscription into the run queue.
+    fn unpark(&mut self, slot: u32) {
         let Some(sub) = self.subs.get_mut(slot as usize) else { return };
         if let Some(parking) = sub.parking.take() {
             if sub.watch.lock().unpark(parking) {
                 self.run.push_back(slot);
             } else {
-                // Taken by an append: it is, or will be, in the inbox.
+                // It was taken by an append: it is, or will be, in the ready queue.
                 sub.parking = Some(parking);
             }
         }
     }
 
-    /// Takes what became ready. False if there is nothing: then the task will be woken.
+    /// Moves the ready subscriptions to the run queue. False if that is empty: then the task will be woken.
     fn refill(&mut self, cx: &mut Context<'_>) -> bool {
-        // Before the look, or a wake between the two is lost.
-        self.inbox.waker.register(cx.waker());
-        let mut ready = self.inbox.ready.lock();
-        for (slot, life) in ready.drain(..) {
-            if let Some(sub) = self.subs.get_mut(slot as usize).filter(|sub| sub.life == life) {
+        self.ready.drain(cx.waker(), |reader| {
+            let sub = self.subs.get_mut(reader.slot as usize);
+            if let Some(sub) = sub.filter(|sub| sub.generation == reader.generation) {
                 sub.parking = None;
-                self.run.push_back(slot);
+                self.run.push_back(reader.slot);
             }
-        }
-        if ready.capacity() > 64 {
-            *ready = Vec::new();
-        }
-        drop(ready);
-        if self.run.is_empty() && self.run.capacity() > 64 {
+        });
+        if self.run.is_empty() && self.run.capacity() > SPARE {
             self.run = VecDeque::new();
         }
         !self.run.is_empty()
     }
 
-    /// Parked, ready and running subscriptions: always all of them.
+    /// Numbers of parked, ready and running subscriptions. Their sum is the number of subscriptions.
     #[cfg(test)]
-    pub(super) fn whereabouts(&self) -> (usize, usize, usize) {
-        let inbox = self.inbox.ready.lock();
-        let mine = |(slot, life): &&(u32, u32)| self.subs.get(*slot as usize).is_some_and(|sub| sub.life == *life);
-        let ready = inbox.iter().filter(mine).count();
+    fn whereabouts(&self) -> (usize, usize, usize) {
+        let live = |reader: &ReaderId| {
+            self.subs.get(reader.slot as usize).is_some_and(|sub| sub.generation == reader.generation)
+        };
+        let ready = self.ready.readers().iter().filter(|reader| live(reader)).count();
         let unparked = self.subs.iter().filter(|(_, sub)| sub.parking.is_none()).count();
         (self.subs.len() - unparked - ready, ready, self.run.len())
     }
@@ -296,56 +287,12 @@ impl Drop for Subscriptions {
     }
 }
 
-// === impl Sub ===
+// === impl Subscription ===
 
-impl Sub {
+impl Subscription {
     fn unpark(&self) {
         if let Some(parking) = self.parking {
             self.watch.lock().unpark(parking);
-        }
-    }
-}
-
-// === impl Parked ===
-
-impl WakeList {
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Wakes a few at once and the rest by a task that lets others run in between: otherwise a channel with 100,000
-    /// readers delays every call by half a second.
-    pub fn wake(self) {
-        let mut tickets = self.0.into_iter().map(|(_, ticket)| ticket);
-        if tickets.len() > INLINE
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            runtime.spawn(async move {
-                loop {
-                    tickets.by_ref().take(INLINE).for_each(Ticket::wake);
-                    if tickets.len() == 0 {
-                        break;
-                    }
-                    tokio::task::yield_now().await;
-                }
-            });
-        } else {
-            tickets.for_each(Ticket::wake);
-        }
-    }
-}
-
-// === impl Ticket ===
-
-impl Ticket {
-    /// Leaves word, and wakes the reader if this is the first.
-    fn wake(self) {
-        let mut ready = self.inbox.ready.lock();
-        let first = ready.is_empty();
-        ready.push((self.slot, self.life));
-        drop(ready);
-        if first {
-            self.inbox.waker.wake();
         }
     }
 }
@@ -375,7 +322,7 @@ mod tests {
         Bus::new(Arc::new(Memory::new(topics.clone())), topics)
     }
 
-    /// A reader that is polled two or three times per wake, as hyper polls a body, does not park twice.
+    /// A reader that is polled two or three times per wake-up, as hyper polls a body, does not park twice.
     #[tokio::test]
     async fn every_subscription_is_in_one_place() {
         let bus = bus();
@@ -407,6 +354,6 @@ mod tests {
         }
         drop(subs);
         assert_eq!(bus.topics().readers(), 0);
-        bus.topics().each(|topic| assert_eq!(topic.lock().parked(), 0, "a ticket was left behind"));
+        bus.topics().each(|topic| assert_eq!(topic.lock().parked(), 0, "a reader was left behind"));
     }
 }

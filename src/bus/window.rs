@@ -1,16 +1,22 @@
-//! A ring that is a window: the newest events of a log that is elsewhere, and older ones that readers behind it wait for.
+//! [`Window`], the newest events of a log that another server stores, and older ones that readers behind it wait for.
 //!
-//! A backend fills it with what it hears ([`Ring::apply_live`]), sets it right after it may have missed something
-//! ([`Ring::apply_snapshot`]), and fetches what is older once for all who wait for the same ([`Ring::add_older`]).
+//! A backend applies the events it receives ([`Window::apply_live`]), resynchronizes the window after it may have missed
+//! some ([`Window::apply_snapshot`]), and fetches older events once for all readers that wait for them
+//! ([`Window::add_older`]).
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    ops::{Deref, DerefMut},
+    sync::Arc,
+};
 
 use slab::Slab;
 
 use super::{
     log_bounds::LogBounds,
-    ring::{EVENT_COST, OLDER, Parking, Retention, Ring},
-    subscription::{Inbox, Ticket, WakeList},
+    parking::{ParkedReader, WakeList},
+    retention::Retention,
+    ring::{EVENT_COST, Ring, Step, StepRequest},
 };
 use crate::{
     channel::Channel,
@@ -18,232 +24,277 @@ use crate::{
     position::{Position, Start},
 };
 
-/// How much of a log's end is kept on each node that reads it.
+/// Events, and their memory in bytes, at the end of a log that each node keeps while it has readers.
 const EVENTS: usize = 256;
 const BYTES: usize = 64 << 10;
 
-#[derive(Default)]
-pub(super) struct Window {
-    /// Older than the window, one after the other, of one term: what was fetched last.
-    pub events: VecDeque<Arc<Event>>,
-    bytes: usize,
-    /// Readers that need what must be fetched first. Each has a number, for its place is given to others.
-    waiting: Slab<(Ticket, Position, u32)>,
-    numbers: u32,
-    /// Whose turn it was last.
-    hand: usize,
-    /// Somebody is at it.
-    fetching: bool,
-    /// A backend fills it.
-    pub tailed: bool,
+/// A ring that holds only the newest part of its log.
+pub(crate) struct Window {
+    ring: Ring,
+    /// Present while readers are behind the ring.
+    backlog: Option<Box<Backlog>>,
+    /// Number of the last reader that waited for older events.
+    last_ticket: u32,
 }
 
-/// What became of an event that a backend heard of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LiveOutcome {
-    /// It is the next.
-    Next,
-    /// It was there already.
-    Old,
-    /// Something before it is missing, or it is of another term: the log must be looked at.
-    Beyond,
+/// Events that are older than the ring.
+#[derive(Default)]
+struct Backlog {
+    /// Contiguous and of one term: those that were fetched last.
+    events: VecDeque<Arc<Event>>,
+    bytes: usize,
+    waiting: Slab<WaitingReader>,
+    /// Index of the reader whose position was fetched last.
+    hand: usize,
+    fetching: bool,
 }
+
+/// A reader whose next event must be fetched first.
+struct WaitingReader {
+    reader: ParkedReader,
+    position: Position,
+    /// Tells the reader from the one that had its index before.
+    ticket: u32,
+}
+
+/// Place of a reader that waits for older events.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaitingKey {
+    index: u32,
+    ticket: u32,
+}
+
+/// What became of an event that a backend received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LiveOutcome {
+    /// It was the next one and has been appended.
+    Appended,
+    /// The window had it already.
+    Known,
+    /// Events before it are missing, or it is of another term: the window must be resynchronized.
+    OutOfSequence,
+}
+
+// === impl Backlog ===
+
+impl Backlog {
+    /// Whether it has the event that follows `position`.
+    fn follows(&self, position: Position) -> bool {
+        let (Some(first), Some(last)) = (self.events.front(), self.events.back()) else { return false };
+        let follows = first.offset <= position.offset + 1 && position.offset < last.offset;
+        first.epoch == position.epoch && follows
+    }
+}
+
+// === impl Window ===
 
 impl Window {
-    pub fn bytes(&self) -> usize {
-        self.bytes
+    pub(super) fn new(ring: Ring) -> Self {
+        Window { ring, backlog: None, last_ticket: 0 }
+    }
+
+    /// Memory of the events, in bytes.
+    pub(super) fn memory(&self) -> usize {
+        self.ring.bytes() + self.backlog.as_ref().map_or(0, |backlog| backlog.bytes)
     }
 
     #[cfg(test)]
-    pub fn waiting(&self) -> usize {
-        self.waiting.len()
+    pub(super) fn waiting(&self) -> usize {
+        self.backlog.as_ref().map_or(0, |backlog| backlog.waiting.len())
     }
 
-    /// Whether what follows `position` was fetched.
-    pub fn older(&self, position: Position) -> Option<()> {
-        let (first, last) = (self.events.front()?, self.events.back()?);
-        let follows = first.offset <= position.offset + 1 && position.offset < last.offset;
-        (first.epoch == position.epoch && follows).then_some(())
+    /// Frees memory that only a busy channel needs, and the backlog once no reader waits for it.
+    pub(super) fn shrink(&mut self) {
+        self.ring.shrink();
+        self.backlog.take_if(|backlog| backlog.waiting.is_empty() && !backlog.fetching);
     }
 
-    /// False if it was served: then word is, or will be, in the inbox.
-    pub fn unpark(&mut self, parking: Parking) -> bool {
-        let key = (parking.key & !OLDER) as usize;
-        match self.waiting.get(key) {
-            Some((_, _, number)) if *number == parking.round => {
-                self.waiting.remove(key);
-                true
-            }
-            _ => false,
-        }
-    }
+    // === filling ===
 
-    /// Gives back what was fetched, when nobody waits for more of it.
-    pub fn cool(&mut self) {
-        if self.waiting.is_empty() && !self.fetching {
-            self.events = VecDeque::new();
-            self.bytes = 0;
-            self.waiting = Slab::new();
-        }
-    }
-}
-
-impl Ring {
-    /// A backend begins to fill it, or ends to.
-    pub fn set_tailed(&mut self, tailed: bool) {
-        self.window.get_or_insert_default().tailed = tailed;
-    }
-
-    /// An event, as it is published.
-    pub fn apply_live(&mut self, event: Event, keep: &Retention) -> LiveOutcome {
+    /// Applies an event as it is published.
+    pub(crate) fn apply_live(&mut self, event: Event, retention: &Retention) -> LiveOutcome {
         if event.epoch != self.epoch() || event.offset > self.top() + 1 {
-            return LiveOutcome::Beyond;
+            return LiveOutcome::OutOfSequence;
         }
         if event.offset <= self.top() {
-            return LiveOutcome::Old;
+            return LiveOutcome::Known;
         }
-        self.push(Arc::new(event), keep);
-        LiveOutcome::Next
+        self.push(Arc::new(event), retention);
+        LiveOutcome::Appended
     }
 
-    fn push(&mut self, event: Arc<Event>, keep: &Retention) {
-        (self.bounds.top, self.bounds.time) = (event.offset, event.time);
-        self.bytes += event.size() + EVENT_COST;
-        self.events.push_back(event);
-        // What the log no longer shows is not shown here.
-        let first = (self.bounds.top + 1).saturating_sub(keep.count as u64);
-        self.bounds.first = self.bounds.first.max(first);
-        let most = EVENTS.min(keep.count);
-        while self.events.len() > most || (self.bytes > BYTES && self.events.len() > 1) {
-            let Some(oldest) = self.events.pop_front() else { break };
-            self.bytes -= oldest.size() + EVENT_COST;
+    fn push(&mut self, event: Arc<Event>, retention: &Retention) {
+        // Events that the log no longer shows are not shown from the window either.
+        let first = (event.offset + 1).saturating_sub(retention.count as u64);
+        self.ring.push(event);
+        self.raise_first(first);
+        let most = EVENTS.min(retention.count);
+        while self.events().len() > most || (self.bytes() > BYTES && self.events().len() > 1) {
+            self.ring.pop_oldest();
         }
     }
 
-    fn clear(&mut self) {
-        self.events = VecDeque::new();
-        self.frames.clear();
-        self.bytes = 0;
+    fn raise_first(&mut self, first: u64) {
+        let bounds = self.ring.bounds_mut();
+        bounds.first = bounds.first.max(first);
     }
 
-    /// The log as it was at one look, and events of it, one after the other. Looks must be shown in the order in which
-    /// they were taken; what was heard since is kept. Answers whom to wake.
-    pub fn apply_snapshot(
+    /// Empties the window, as one that begins after the offset `top`.
+    fn restart_after(&mut self, top: u64) {
+        let bounds = LogBounds { top, ..self.bounds().clone() };
+        self.ring.reset(bounds);
+    }
+
+    /// Applies the bounds of the log at one moment, and contiguous events of it. Snapshots must be applied in the order
+    /// in which they were taken; events that were received since are kept. Returns the readers to wake.
+    pub(crate) fn apply_snapshot(
         &mut self,
         channel: &Channel,
-        keep: &Retention,
+        retention: &Retention,
         seen: LogBounds,
         mut events: Vec<Arc<Event>>,
     ) -> WakeList {
         let (epoch, top) = (self.epoch(), self.top());
         if seen.epoch == epoch && !seen.is_absent() {
-            // If the log has fewer events than were heard of, they came in since it was looked at; or they are lost, and
-            // the next term will tell.
-            let (top, time) = (self.bounds.top, self.bounds.time);
+            // If the log has fewer events than were received, they were published after the snapshot; or they are lost,
+            // which the next term will show.
             let newest = seen.top;
-            self.bounds = LogBounds { top, time, first: seen.first.max(self.bounds.first), ..seen };
+            let LogBounds { top, time, first, .. } = *self.bounds();
+            *self.ring.bounds_mut() = LogBounds { top, time, first: seen.first.max(first), ..seen };
             for event in events {
                 if event.epoch == epoch && event.offset > self.top() {
                     if event.offset > self.top() + 1 {
-                        // Too many were missed: those who need them fetch them.
-                        self.clear();
-                        self.bounds.top = event.offset - 1;
+                        // Too many were missed: readers that need them fetch them.
+                        self.restart_after(event.offset - 1);
                     }
-                    self.push(event, keep);
+                    self.push(event, retention);
                 }
             }
             if self.top() < newest {
-                self.clear();
-                self.bounds.top = newest;
+                self.restart_after(newest);
             }
         } else {
-            self.clear();
-            self.bounds = seen;
-            // Where one is missing that should be there, the window begins behind it: who needs it is told when it is fetched.
+            // Where an event is missing that should exist, the window begins after it: readers that need it get a gap when
+            // they fetch it.
             let broken = events.windows(2).rposition(|pair| pair[0].offset + 1 != pair[1].offset);
             events.drain(..broken.map_or(0, |at| at + 1));
-            let first = events.first().map(|event| event.offset);
-            let ends = events.last().map(|event| (event.epoch, event.offset));
-            if let (Some(first), true) = (first, ends == Some((self.epoch(), self.top()))) {
-                self.bounds.top = first - 1;
-                events.into_iter().for_each(|event| self.push(event, keep));
-            }
+            let is_end = |event: &Arc<Event>| (event.epoch, event.offset) == (seen.epoch, seen.top);
+            events.truncate(if events.last().is_some_and(is_end) { events.len() } else { 0 });
+            let top = events.first().map_or(seen.top, |first| first.offset - 1);
+            self.ring.reset(LogBounds { top, ..seen });
+            events.into_iter().for_each(|event| self.push(event, retention));
         }
-        let mut parked = match (self.epoch(), self.top()) == (epoch, top) {
-            true => WakeList(Slab::new()),
-            false => self.take_parked(),
+        let mut wake = match (self.epoch(), self.top()) == (epoch, top) {
+            true => WakeList::default(),
+            false => self.ring.take_parked(),
         };
-        self.take_served(channel, &mut parked);
-        parked
+        self.take_served(channel, &mut wake);
+        wake
     }
 
-    /// Older events that [`next_wanted`](Self::next_wanted) asked for, as the log was when they were read. Answers whom to wake; or
-    /// nothing, if the log is another than this ring knows and must be shown first.
-    pub fn add_older(&mut self, channel: &Channel, seen: &LogBounds, events: Vec<Arc<Event>>) -> Option<WakeList> {
+    /// Adds the older events that follow [`next_wanted`](Self::next_wanted), with the bounds of the log when they were
+    /// read. Returns the readers to wake; `None` if the log is in another term, so that a snapshot must be applied first.
+    pub(crate) fn add_older(
+        &mut self,
+        channel: &Channel,
+        seen: &LogBounds,
+        events: Vec<Arc<Event>>,
+    ) -> Option<WakeList> {
         if seen.epoch != self.epoch() {
             return None;
         }
-        self.bounds.first = self.bounds.first.max(seen.first);
-        let window = self.window.get_or_insert_default();
-        window.bytes = events.iter().map(|event| event.size() + EVENT_COST).sum();
-        window.events = events.into();
-        let mut parked = WakeList(Slab::new());
-        self.take_served(channel, &mut parked);
-        Some(parked)
+        self.raise_first(seen.first);
+        let backlog = self.backlog.get_or_insert_default();
+        backlog.bytes = events.iter().map(|event| event.size() + EVENT_COST).sum();
+        backlog.events = events.into();
+        let mut wake = WakeList::default();
+        self.take_served(channel, &mut wake);
+        Some(wake)
     }
 
-    /// Those who wait for older events, and can go on now.
-    fn take_served(&mut self, channel: &Channel, parked: &mut WakeList) {
-        let Some(mut window) = self.window.take() else { return };
-        let served: Vec<usize> = window
+    /// Takes the readers that waited for older events and can go on.
+    fn take_served(&mut self, channel: &Channel, wake: &mut WakeList) {
+        let Some(mut backlog) = self.backlog.take() else { return };
+        let served: Vec<usize> = backlog
             .waiting
             .iter()
-            .filter(|(_, (_, position, _))| !self.lacks(&window, channel, *position))
-            .map(|(key, _)| key)
+            .filter(|(_, waiting)| !self.lacks(&backlog, channel, waiting.position))
+            .map(|(index, _)| index)
             .collect();
-        for key in served {
-            parked.0.insert(window.waiting.remove(key).0);
+        for index in served {
+            wake.push(backlog.waiting.remove(index).reader);
         }
-        self.window = Some(window);
+        self.backlog = Some(backlog);
     }
 
-    /// Whether a reader at `position` can do nothing before something is fetched.
-    fn lacks(&self, window: &Window, channel: &Channel, position: Position) -> bool {
-        let (at, gap) = self.bounds.resolve(channel, Start::After(position), self.bounds.time);
+    /// Whether a reader at `position` cannot go on before something is fetched.
+    fn lacks(&self, backlog: &Backlog, channel: &Channel, position: Position) -> bool {
+        let (at, gap) = self.bounds().resolve(channel, Start::After(position), self.bounds().time);
         let inside = at.epoch == self.epoch() && at.offset + 1 >= self.start();
-        gap.is_none() && !self.bounds.is_absent() && !inside && window.older(at).is_none()
+        gap.is_none() && !self.bounds().is_absent() && !inside && !backlog.follows(at)
     }
 
-    /// Remembers to wake a reader when what follows `position` was fetched. True if nobody is at it yet.
-    pub(super) fn park_older(
-        &mut self,
-        position: Position,
-        inbox: &Arc<Inbox>,
-        slot: u32,
-        life: u32,
-    ) -> (Parking, bool) {
-        let window = self.window.get_or_insert_default();
-        window.numbers = window.numbers.wrapping_add(1);
-        let number = window.numbers;
-        let key = window.waiting.insert((Ticket { inbox: inbox.clone(), slot, life }, position, number));
-        let idle = !std::mem::replace(&mut window.fetching, true);
-        (Parking { key: key as u32 | OLDER, round: number }, idle)
+    // === reading ===
+
+    /// The next events for a reader at `position`, which moves past them.
+    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> Step {
+        match (self.ring.step(request, position), &self.backlog) {
+            (Step::Older, Some(backlog)) if backlog.follows(*position) => {
+                self.ring.step_older(&backlog.events, request, position)
+            }
+            (step, _) => step,
+        }
     }
 
-    /// The position of somebody who waits for what follows it: everybody in turn. If nobody does, the fetching ends.
-    pub fn next_wanted(&mut self) -> Option<Position> {
-        let window = self.window.get_or_insert_default();
-        let behind = window.waiting.iter().find(|(key, _)| *key > window.hand);
-        match behind.or_else(|| window.waiting.iter().next()) {
-            Some((key, (_, position, _))) => {
-                window.hand = key;
-                Some(*position)
+    /// Parks a reader until the events that follow `position` have been fetched. True if nothing is being fetched yet.
+    pub(super) fn park_behind(&mut self, position: Position, reader: ParkedReader) -> (WaitingKey, bool) {
+        self.last_ticket = self.last_ticket.wrapping_add(1);
+        let ticket = self.last_ticket;
+        let backlog = self.backlog.get_or_insert_default();
+        let index = backlog.waiting.insert(WaitingReader { reader, position, ticket }) as u32;
+        (WaitingKey { index, ticket }, !std::mem::replace(&mut backlog.fetching, true))
+    }
+
+    /// False if the reader was served: then it is, or will be, in its ready queue.
+    pub(super) fn unpark_behind(&mut self, key: WaitingKey) -> bool {
+        let Some(backlog) = &mut self.backlog else { return false };
+        let index = key.index as usize;
+        let waits = backlog.waiting.get(index).is_some_and(|waiting| waiting.ticket == key.ticket);
+        if waits {
+            backlog.waiting.remove(index);
+        }
+        waits
+    }
+
+    /// The position after which a reader waits for events; each reader has its turn. `None` if no reader waits: then the
+    /// fetching ends.
+    pub(crate) fn next_wanted(&mut self) -> Option<Position> {
+        let backlog = self.backlog.as_mut()?;
+        let next = backlog.waiting.iter().find(|(index, _)| *index > backlog.hand);
+        match next.or_else(|| backlog.waiting.iter().next()) {
+            Some((index, waiting)) => {
+                backlog.hand = index;
+                Some(waiting.position)
             }
             None => {
-                (window.fetching, window.hand) = (false, 0);
+                (backlog.fetching, backlog.hand) = (false, 0);
                 None
             }
         }
+    }
+}
+
+impl Deref for Window {
+    type Target = Ring;
+
+    fn deref(&self) -> &Ring {
+        &self.ring
+    }
+}
+
+impl DerefMut for Window {
+    fn deref_mut(&mut self) -> &mut Ring {
+        &mut self.ring
     }
 }
 
@@ -253,7 +304,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        bus::{GapReason, log_bounds::Term},
+        bus::{gap::GapReason, log_bounds::Term},
         event::{Draft, DraftParts},
         position::Epoch,
     };
@@ -270,63 +321,65 @@ mod tests {
         LogBounds { epoch, top, ..LogBounds::absent(0, None) }
     }
 
-    fn window() -> (Ring, Channel) {
-        let mut ring = Ring::new(0, None);
-        ring.set_tailed(true);
-        (ring, Channel::parse("a").unwrap())
+    fn window() -> (Window, Channel) {
+        (Window::new(Ring::new(LogBounds::absent(0, None))), Channel::parse("a").unwrap())
     }
 
     const KEEP: Retention = Retention { count: 10_000, age: Duration::from_secs(60), bytes: 1 << 20 };
 
-    fn held(ring: &Ring) -> (u64, u64, usize) {
-        (ring.start(), ring.top(), ring.events.len())
+    fn held(window: &Window) -> (u64, u64, usize) {
+        (window.start(), window.top(), window.events().len())
     }
 
     #[test]
-    fn what_is_heard_is_next_old_or_beyond() {
-        let (mut ring, channel) = window();
+    fn live_events_are_appended_known_or_out_of_sequence() {
+        let (mut window, channel) = window();
         let e = Epoch::random();
-        assert_eq!(ring.apply_live(event(e, 1), &KEEP), LiveOutcome::Beyond, "a life nobody has seen the beginning of");
-        ring.apply_snapshot(&channel, &KEEP, log(e, 3), events(e, 1..=3)).wake();
-        assert_eq!(held(&ring), (1, 3, 3));
+        assert_eq!(
+            window.apply_live(event(e, 1), &KEEP),
+            LiveOutcome::OutOfSequence,
+            "the beginning of this life is unknown"
+        );
+        window.apply_snapshot(&channel, &KEEP, log(e, 3), events(e, 1..=3)).wake();
+        assert_eq!(held(&window), (1, 3, 3));
         assert_eq!(
             (
-                ring.apply_live(event(e, 3), &KEEP),
-                ring.apply_live(event(e, 4), &KEEP),
-                ring.apply_live(event(e, 6), &KEEP)
+                window.apply_live(event(e, 3), &KEEP),
+                window.apply_live(event(e, 4), &KEEP),
+                window.apply_live(event(e, 6), &KEEP)
             ),
-            (LiveOutcome::Old, LiveOutcome::Next, LiveOutcome::Beyond)
+            (LiveOutcome::Known, LiveOutcome::Appended, LiveOutcome::OutOfSequence)
         );
-        // A look from before the fourth came changes nothing; one from after it fills the hole.
-        ring.apply_snapshot(&channel, &KEEP, log(e, 3), vec![]).wake();
-        assert_eq!(held(&ring), (1, 4, 4));
-        ring.apply_snapshot(&channel, &KEEP, log(e, 6), events(e, 4..=6)).wake();
-        assert_eq!(held(&ring), (1, 6, 6));
-        // Too far ahead: the window begins anew at its head.
-        ring.apply_snapshot(&channel, &KEEP, log(e, 5000), events(e, 7..=300)).wake();
-        assert_eq!(held(&ring), (5001, 5000, 0));
+        // A snapshot from before the fourth event changes nothing; one from after it fills the hole.
+        window.apply_snapshot(&channel, &KEEP, log(e, 3), vec![]).wake();
+        assert_eq!(held(&window), (1, 4, 4));
+        window.apply_snapshot(&channel, &KEEP, log(e, 6), events(e, 4..=6)).wake();
+        assert_eq!(held(&window), (1, 6, 6));
+        // Too far ahead: the window restarts at the head.
+        window.apply_snapshot(&channel, &KEEP, log(e, 5000), events(e, 7..=300)).wake();
+        assert_eq!(held(&window), (5001, 5000, 0));
         for offset in 5001..6000 {
-            assert_eq!(ring.apply_live(event(e, offset), &KEEP), LiveOutcome::Next);
+            assert_eq!(window.apply_live(event(e, offset), &KEEP), LiveOutcome::Appended);
         }
-        assert_eq!(held(&ring), (5999 - 255, 5999, 256));
+        assert_eq!(held(&window), (5999 - 255, 5999, 256));
     }
 
     #[test]
     fn another_term_empties_the_window() {
-        let (mut ring, channel) = window();
+        let (mut window, channel) = window();
         let (a, b) = (Epoch::random(), Epoch::random());
-        ring.apply_snapshot(&channel, &KEEP, log(a, 50), events(a, 1..=50)).wake();
+        window.apply_snapshot(&channel, &KEEP, log(a, 50), events(a, 1..=50)).wake();
         let next = LogBounds { terms: vec![Term { epoch: a, end: 47 }], ..log(b, 49) };
-        assert_eq!(ring.apply_live(event(b, 49), &KEEP), LiveOutcome::Beyond);
-        ring.apply_snapshot(&channel, &KEEP, next, events(b, 48..=49)).wake();
-        assert_eq!(held(&ring), (48, 49, 2));
-        let crossing = |offset| ring.bounds().resolve(&channel, Start::After(Position { epoch: a, offset }), 0).1;
-        for had in [47, 50] {
-            let gap = crossing(had).unwrap();
+        assert_eq!(window.apply_live(event(b, 49), &KEEP), LiveOutcome::OutOfSequence);
+        window.apply_snapshot(&channel, &KEEP, next, events(b, 48..=49)).wake();
+        assert_eq!(held(&window), (48, 49, 2));
+        let failover = |offset| window.bounds().resolve(&channel, Start::After(Position { epoch: a, offset }), 0).1;
+        for offset in [47, 50] {
+            let gap = failover(offset).unwrap();
             assert_eq!((gap.reason, gap.next), (GapReason::Failover, Position { epoch: b, offset: 48 }));
         }
-        assert_eq!(crossing(46), None, "it has one to read first");
-        ring.apply_snapshot(&channel, &KEEP, LogBounds::absent(7, None), vec![]).wake();
-        assert!(ring.epoch().is_absent());
+        assert_eq!(failover(46), None, "it has one event to read first");
+        window.apply_snapshot(&channel, &KEEP, LogBounds::absent(7, None), vec![]).wake();
+        assert!(window.epoch().is_absent());
     }
 }

@@ -1,4 +1,4 @@
-//! An event as a client sends it: [`IncomingEvent`], the same members on every way in.
+//! [`IncomingEvent`], an event as a client sends it: with the same members on every transport.
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Deserializer};
@@ -21,7 +21,7 @@ pub struct IncomingEvent<'a> {
     pub kind: Option<JsonStr<'a>>,
     #[serde(borrow)]
     pub from: Option<JsonStr<'a>>,
-    // Not an Option of serde's making: that reads `null` as absent.
+    // Serde's own `Option` would read `null` as absent.
     #[serde(default, borrow, deserialize_with = "present")]
     pub data: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -33,7 +33,7 @@ pub struct IncomingEvent<'a> {
 }
 
 impl IncomingEvent<'_> {
-    /// Checks and encodes. `limit` is the largest encoded event, in bytes.
+    /// Validates and encodes the event. `limit` is its largest encoded size, in bytes.
     pub fn draft(&self, limit: usize) -> Result<(Channel, Draft)> {
         let channel = Channel::parse(&self.channel)?;
         let bytes;
@@ -70,7 +70,7 @@ mod tests {
         serde_json::from_str::<IncomingEvent<'_>>(json).map_err(|error| json_error(&error))?.draft(1_000_000)
     }
 
-    fn refused(json: &str) -> Code {
+    fn rejected(json: &str) -> Code {
         read(json).unwrap_err().code()
     }
 
@@ -82,16 +82,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_and_why() {
-        assert_eq!(refused("{"), Code::ParseError);
-        assert_eq!(refused(r#"{"channel":"a",}"#), Code::ParseError);
-        assert_eq!(refused("7"), Code::InvalidParams);
-        assert_eq!(refused("{}"), Code::InvalidParams);
-        assert_eq!(refused(r#"{"channel":7}"#), Code::InvalidParams);
-        assert_eq!(refused(r#"{"channel":"a","typ":"x"}"#), Code::InvalidParams);
-        assert_eq!(refused(r#"{"channel":"a","type":"weir.gap"}"#), Code::InvalidParams);
-        assert_eq!(refused(r#"{"channel":"a","data":1,"data_base64":"AA=="}"#), Code::InvalidParams);
-        assert_eq!(refused(r#"{"channel":"a","data_base64":"!"}"#), Code::InvalidParams);
-        assert_eq!(refused(r#"{"channel":"a","meta":null}"#), Code::InvalidParams);
+    fn malformed_events_are_rejected() {
+        assert_eq!(rejected("{"), Code::ParseError);
+        assert_eq!(rejected(r#"{"channel":"a",}"#), Code::ParseError);
+        assert_eq!(rejected("7"), Code::InvalidParams);
+        assert_eq!(rejected("{}"), Code::InvalidParams);
+        assert_eq!(rejected(r#"{"channel":7}"#), Code::InvalidParams);
+        assert_eq!(rejected(r#"{"channel":"a","typ":"x"}"#), Code::InvalidParams);
+        assert_eq!(rejected(r#"{"channel":"a","type":"weir.gap"}"#), Code::InvalidParams);
+        assert_eq!(rejected(r#"{"channel":"a","data":1,"data_base64":"AA=="}"#), Code::InvalidParams);
+        assert_eq!(rejected(r#"{"channel":"a","data_base64":"!"}"#), Code::InvalidParams);
+        assert_eq!(rejected(r#"{"channel":"a","meta":null}"#), Code::InvalidParams);
     }
 }

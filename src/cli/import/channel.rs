@@ -209,7 +209,7 @@ impl ChannelImport {
     /// Why retention in the target would trim the channel at once, if it would.
     async fn trimmed(&self, source: &mut ImportSource, target: &ImportTarget) -> Result<Option<String>, Failure> {
         let Some(EventIds { first, count, .. }) = self.ids else { return Ok(None) };
-        let (name, keep) = (self.channel.as_str(), target.bus.topics().retention_of(&self.channel));
+        let (name, keep) = (self.channel.as_str(), target.bus.topics().config().retention_of(&self.channel));
         let exceeds = |key: &str, reason: String| {
             Some(format!("{name}: {reason}; raise keep.{key} in [[channels]], or trim it with --allow-trim"))
         };

@@ -59,7 +59,7 @@ impl RetentionRules {
             // The announcement is idempotent: to lose its reply is no reason to doubt anything else.
             self.exchange().await.map_err(CommandError::of_read)?;
         }
-        Ok(self.max_with(self.context.topics.retention_of(channel), channel))
+        Ok(self.max_with(self.context.topics.config().retention_of(channel), channel))
     }
 
     /// The larger of `own` and what other nodes keep of a channel.

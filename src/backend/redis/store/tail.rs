@@ -130,7 +130,7 @@ impl Tails {
                 .entry(events.clone())
                 .or_insert_with(|| Arc::new(TailedChannel::new(topic, keys, events.clone())));
             *channel.topic.lock() = topic.clone();
-            topic.lock().set_tailed(true);
+            topic.lock().window();
             *channel.left.lock() = None;
             let mut guard = channel.guard.lock();
             guard.upgrade().unwrap_or_else(|| {
@@ -197,11 +197,11 @@ impl Tails {
         events.retain(|event| event.epoch == bounds.epoch);
         let missed = !bounds.is_absent() && (bounds.epoch, bounds.top) != (epoch, top);
         let (parked, missed) = {
-            let mut ring = topic.lock();
-            let (memory, before) = (ring.memory(), (ring.epoch(), ring.top()));
-            let parked = ring.apply_snapshot(&channel.channel, &keep, bounds, events);
-            self.context.topics.account(memory, ring.memory());
-            (parked, missed && (ring.epoch(), ring.top()) != before)
+            let mut buffer = topic.edit();
+            let window = buffer.window();
+            let before = (window.epoch(), window.top());
+            let parked = window.apply_snapshot(&channel.channel, &keep, bounds, events);
+            (parked, missed && (window.epoch(), window.top()) != before)
         };
         parked.wake();
         Ok(missed)
@@ -253,7 +253,7 @@ impl Tails {
         let topic = channel.topic.lock().clone();
         let mut pause = PAUSE;
         loop {
-            let Some(position) = topic.lock().next_wanted() else { return };
+            let Some(position) = topic.edit().window().next_wanted() else { return };
             let result = {
                 let _last = channel.last.lock().await;
                 self.fetch_after(&channel, &topic, position).await
@@ -286,13 +286,7 @@ impl Tails {
         }
         let contiguous = events.chunk_by(|one, next| next.offset == one.offset + 1 && next.epoch == one.epoch).next();
         events.truncate(contiguous.map_or(0, <[_]>::len));
-        let fetched = {
-            let mut ring = topic.lock();
-            let memory = ring.memory();
-            let fetched = ring.add_older(&channel.channel, &snapshot.bounds, events);
-            self.context.topics.account(memory, ring.memory());
-            fetched
-        };
+        let fetched = topic.edit().window().add_older(&channel.channel, &snapshot.bounds, events);
         match fetched {
             Some(parked) => {
                 let served = !parked.is_empty();
@@ -317,18 +311,17 @@ impl Tails {
         let topic = channel.topic.lock().clone();
         let keep = self.retention.max_with(*topic.retention(), &channel.channel);
         let (parked, beyond) = {
-            let mut ring = topic.lock();
-            let memory = ring.memory();
+            let mut buffer = topic.edit();
+            let window = buffer.window();
             let (mut next, mut beyond) = (false, false);
             for event in events {
-                match ring.apply_live(event, &keep) {
-                    LiveOutcome::Next => next = true,
-                    LiveOutcome::Old => {}
-                    LiveOutcome::Beyond => beyond = true,
+                match window.apply_live(event, &keep) {
+                    LiveOutcome::Appended => next = true,
+                    LiveOutcome::Known => {}
+                    LiveOutcome::OutOfSequence => beyond = true,
                 }
             }
-            self.context.topics.account(memory, ring.memory());
-            (next.then(|| ring.take_parked()), beyond)
+            (next.then(|| window.take_parked()), beyond)
         };
         if let Some(parked) = parked {
             parked.wake();
@@ -366,7 +359,7 @@ impl Tails {
     /// If the channel has readers here: completes when its ring knows of `position`.
     pub(super) async fn catch_up_with(&self, channel: &Channel, position: Position) {
         let Some(topic) = self.context.topics.get(channel) else { return };
-        if topic.lock().bounds().knows(position) {
+        if topic.lock().bounds().covers(position) {
             return;
         }
         self.refresh(channel).await;
@@ -432,8 +425,6 @@ impl Tails {
         let left = channel.left.lock().is_some_and(|left| left.elapsed() > LINGER);
         if left && channel.guard.lock().strong_count() == 0 && self.pubsub.unsubscribe(&channel.events) {
             channels.remove(&channel.events);
-            let topic = channel.topic.lock().clone();
-            topic.lock().set_tailed(false);
         }
     }
 }

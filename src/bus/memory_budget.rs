@@ -1,0 +1,58 @@
+//! [`MemoryBudget`], the memory that all topics of a node share.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+/// Memory of all topics and idempotency keys, in bytes, and its upper bound. Whoever holds memory accounts for it
+/// through a guard, so that `used` goes down when the holder is dropped.
+pub(crate) struct MemoryBudget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+/// Memory accounted for until this is dropped.
+pub(crate) struct MemoryCharge {
+    budget: Arc<MemoryBudget>,
+    bytes: usize,
+}
+
+impl MemoryBudget {
+    pub(super) fn new(limit: usize) -> Self {
+        MemoryBudget { limit, used: AtomicUsize::new(0) }
+    }
+
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    pub(crate) fn used(&self) -> usize {
+        self.used.load(Relaxed)
+    }
+
+    /// Accounts for memory that grew or shrank.
+    pub(super) fn resize(&self, before: usize, after: usize) {
+        match after.checked_sub(before) {
+            Some(grown) => self.used.fetch_add(grown, Relaxed),
+            None => self.used.fetch_sub(before - after, Relaxed),
+        };
+    }
+}
+
+impl MemoryCharge {
+    pub(crate) fn new(budget: Arc<MemoryBudget>) -> Self {
+        MemoryCharge { budget, bytes: 0 }
+    }
+
+    pub(crate) fn resize(&mut self, bytes: usize) {
+        self.budget.resize(self.bytes, bytes);
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for MemoryCharge {
+    fn drop(&mut self) {
+        self.resize(0);
+    }
+}
