@@ -1,4 +1,4 @@
-//! What the nodes of one weir know of each other: the members, the holders of names, and messages between nodes.
+//! The cluster of nodes that form one weir: its members, leases of names, and messages between nodes.
 //!
 //! [`ClusterMembers`], [`Lease`], [`Roster`] and [`Inbox`] are handles; dropping one ends what it stands for. Each is read with a
 //! non-blocking `take`, and `ready` waits until there is something to take, so that readers can be tested under a
@@ -41,7 +41,7 @@ pub trait Cluster: Send + Sync {
     /// Dropping the future or the [`Lease`] releases the name.
     fn claim(&self, name: &str, claim: Claim) -> BoxFuture<'static, Result<Lease, ClaimError>>;
 
-    /// What other nodes publish about the names that they hold and that start with `prefix`: all entries at present, then
+    /// The entries that other nodes publish for names that they hold and that start with `prefix`: all at present, then
     /// every change.
     fn roster(&self, prefix: &str) -> Roster;
 

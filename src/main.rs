@@ -16,8 +16,8 @@ use weir::{
     telemetry,
 };
 
-/// Of the allocators measured, the one with the least memory per idle connection; `no_thp` because huge pages need a third
-/// more (benches/README.md).
+/// The allocator with the least memory per idle connection of those measured; `no_thp` because huge pages need a third more
+/// (benches/README.md).
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

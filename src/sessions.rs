@@ -72,7 +72,7 @@ pub(crate) enum ChannelSet {
     Empty,
     One(Channel),
     Many(Arc<[Channel]>),
-    /// Of a socket, whose subscriptions change.
+    /// The channels of a socket, which change.
     Live(Weak<Mutex<SubscribedChannels>>),
 }
 

@@ -18,7 +18,7 @@ pub enum Claim {
     Exclusive,
 }
 
-/// Why a name could not be claimed.
+/// The reason why a name could not be claimed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClaimError {
     /// The nodes that hold the name, or died less than a lease ago.
@@ -41,7 +41,7 @@ pub(crate) struct LeaseState {
     /// The fencing token of an exclusive name; 0 for a shared one.
     pub(crate) fence: u64,
     clock: MonotonicClock,
-    /// When an exclusive lease expires, in milliseconds of `clock`, less a safety margin. Extended by each renewal.
+    /// The expiry of an exclusive lease in milliseconds of `clock`, less a safety margin. Each renewal extends it.
     until: AtomicU64,
     lost: AtomicBool,
     changed: Notify,

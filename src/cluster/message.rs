@@ -1,4 +1,4 @@
-//! What a message between nodes is addressed by, and what becomes of it at once.
+//! The kinds and priorities of messages between nodes.
 
 /// Selects the inbox at the receiving node. The numbers are part of the wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 //!
 //! Two nodes have a **link**, which behaves like a connection. Each end numbers its lives, upwards; a link is a pair of
 //! lives, one of each end. A batch with messages belongs to one link: it names both lives, and its sequence number counts
-//! from 1. A batch for another pair of lives is dropped, and its sender is told the current life. Until both ends know
+//! from 1. A batch for another pair of lives is dropped, and its sender is sent the current life. Until both ends know
 //! both lives, they exchange only batches without messages and with the sequence number 0.
 //!
 //! A repeated batch is dropped, so carriers may retry. A gap in the sequence means that messages were lost: the link
@@ -51,7 +51,7 @@ struct PeerLinksState {
     links: HashMap<NodeId, PeerLink>,
     /// Lives of this end so far, over all links.
     lives: u32,
-    /// Peers with something to send and no batch under way.
+    /// Peers with something to send and no batch in flight.
     due: VecDeque<NodeId>,
     inboxes: [InboxSender; MessageKind::ALL.len()],
     /// Inboxes that have not been asked for yet: messages may arrive while this node is still starting.
@@ -67,9 +67,9 @@ struct PeerLink {
     next_out: u64,
     /// Messages that wait.
     waiting: BytesMut,
-    /// The batch under way.
+    /// The batch in flight.
     in_flight: Option<Bytes>,
-    /// The batch under way may have reached the other end.
+    /// The batch in flight may have reached the other end.
     maybe_sent: bool,
     /// A batch has to be sent even without messages: the other end has to learn of this life.
     announce: bool,
@@ -84,7 +84,7 @@ pub(crate) struct MessageBatch {
     pub(crate) bytes: Bytes,
 }
 
-/// What became of a batch.
+/// The result of sending a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BatchOutcome {
     /// It was handed to the other node.
@@ -255,12 +255,12 @@ impl PeerLink {
         }
     }
 
-    /// Whether `batch` is the batch under way: the link may have been replaced by one with a batch of its own.
+    /// Whether `batch` is the batch in flight: the link may have been replaced by one with a batch of its own.
     fn carries(&self, batch: &MessageBatch) -> bool {
         self.in_flight.as_ref().is_some_and(|in_flight| in_flight.as_ptr() == batch.bytes.as_ptr())
     }
 
-    /// Whether there is a batch to send, and none under way.
+    /// Whether there is a batch to send, and none in flight.
     fn is_due(&self) -> bool {
         self.in_flight.is_none() && (self.announce || self.yours != 0 && !self.waiting.is_empty())
     }

@@ -19,7 +19,7 @@ use super::{
 
 /// Lifetime of a membership and of an exclusive name without renewal, in milliseconds.
 pub(crate) const TTL: u64 = 10_000;
-/// How long before the expiry of an exclusive name its lease becomes invalid, in milliseconds.
+/// A lease becomes invalid this long before its exclusive name expires, in milliseconds.
 const MARGIN: u64 = 2_000;
 
 /// The state that the nodes share, as a backend would store it, and the way between them.
@@ -76,7 +76,7 @@ struct TestNodeState {
     leases: HashMap<Arc<str>, Arc<LeaseState>>,
     /// The other members, as far as this node knows.
     up: HashSet<NodeId>,
-    /// What other nodes publish, as far as this node knows.
+    /// The roster entries of other nodes, as far as this node knows.
     seen: HashMap<(Arc<str>, NodeId), (u64, Bytes)>,
     watchers: Watchers,
 }

@@ -21,7 +21,7 @@ pub struct ClusterMember {
     pub(crate) up: bool,
 }
 
-/// What a node publishes about a name that it holds.
+/// The entry that a node publishes for a name that it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RosterEntry {
     pub(crate) name: Arc<str>,

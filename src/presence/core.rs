@@ -44,7 +44,7 @@ pub(super) struct PresenceState {
     pub(super) resend_all: bool,
 }
 
-/// What one event announced.
+/// The content of one announcement.
 pub(super) struct Announced {
     pub(super) channel: Channel,
     pub(super) position: Position,

@@ -46,7 +46,7 @@ struct ChannelMembers {
     announced: usize,
     /// The last announcement that the members reflect. It never goes back within an epoch.
     position: Option<Position>,
-    /// Since when there are no members.
+    /// The time at which the last member was removed.
     empty_since: u64,
     /// The channel is in [`MemberTable::empty`].
     in_empty: bool,
@@ -57,7 +57,7 @@ struct MemberEntry {
     held: Vec<HeldMember>,
     /// As last announced. `None`: not announced, or announced to have left.
     announced: Option<Arc<MemberInfo>>,
-    /// When the held state last changed.
+    /// The time at which the held state last changed.
     changed: u64,
     /// The member is in [`MemberTable::due`].
     queued: bool,
@@ -254,7 +254,7 @@ impl MemberTable {
         changes
     }
 
-    /// When [`take_due`](Self::take_due) has something next.
+    /// The time at which [`take_due`](Self::take_due) has the next change.
     pub(super) fn next_due(&self) -> Option<u64> {
         self.due.first_key_value().map(|((at, _), _)| *at)
     }

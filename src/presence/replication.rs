@@ -25,7 +25,7 @@ use crate::{
 const MESSAGE_BYTES: usize = 48 << 10;
 /// Pause between two rounds, so that changes share messages.
 const PACE: Duration = Duration::from_millis(10);
-/// How often pending work is checked: messages that could not be sent, and deadlines.
+/// Interval at which pending work is checked: messages that could not be sent, and deadlines.
 const CHECK: Duration = Duration::from_millis(100);
 /// Milliseconds for which the members of a node are kept after its link broke, unless it sends them again.
 const LINK_GRACE: u64 = 15_000;
@@ -41,11 +41,11 @@ pub(super) struct Replication<'a> {
 
 #[derive(Default)]
 struct PresencePeer {
-    /// When a snapshot is to be sent.
+    /// The time at which a snapshot is to be sent.
     snapshot_at: Option<u64>,
     /// Messages that the cluster does not take yet.
     backlog: VecDeque<Bytes>,
-    /// When the link broke, if the peer has not sent a snapshot since.
+    /// The time at which the link broke, if the peer has not sent a snapshot since.
     link_lost: Option<u64>,
     /// Announced members received so far, until those of the event, or of the snapshot, are complete.
     announced: Vec<(MemberKey, Option<MemberInfo>)>,

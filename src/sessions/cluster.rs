@@ -17,7 +17,7 @@ use tokio::{sync::oneshot, time::timeout};
 use super::{ConnectionFilter, ConnectionInfo, ConnectionRegistry};
 use crate::cluster::{Cluster, ClusterMember, InboxEvent, MessageKind, NodeId, Priority, SendOutcome};
 
-/// How long a request waits for the replies of other nodes.
+/// The time for which a request waits for the replies of other nodes.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The first byte of a message. Messages of other versions are ignored.
 const VERSION: u8 = 1;

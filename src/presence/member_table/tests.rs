@@ -21,7 +21,7 @@ fn at(offset: u64) -> Position {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum TableStep {
     Enter(u8),
     Leave(u8),
     Remote(u8, u8, bool),
@@ -31,15 +31,15 @@ enum Step {
     Announce(bool),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = TableStep> {
     prop_oneof![
-        4 => (0..4u8).prop_map(Step::Enter),
-        3 => (0..4u8).prop_map(Step::Leave),
-        4 => (0..2u8, 0..4u8, any::<bool>()).prop_map(|(node, client, held)| Step::Remote(node, client, held)),
-        1 => (0..2u8).prop_map(Step::NodeDies),
-        1 => (0..2u8, prop::collection::vec(0..4u8, 0..4)).prop_map(|(node, clients)| Step::Snapshot(node, clients)),
-        6 => prop_oneof![1..50u64, 200..300u64].prop_map(Step::Wait),
-        1 => any::<bool>().prop_map(Step::Announce),
+        4 => (0..4u8).prop_map(TableStep::Enter),
+        3 => (0..4u8).prop_map(TableStep::Leave),
+        4 => (0..2u8, 0..4u8, any::<bool>()).prop_map(|(node, client, held)| TableStep::Remote(node, client, held)),
+        1 => (0..2u8).prop_map(TableStep::NodeDies),
+        1 => (0..2u8, prop::collection::vec(0..4u8, 0..4)).prop_map(|(node, clients)| TableStep::Snapshot(node, clients)),
+        6 => prop_oneof![1..50u64, 200..300u64].prop_map(TableStep::Wait),
+        1 => any::<bool>().prop_map(TableStep::Announce),
     ]
 }
 
@@ -63,29 +63,29 @@ proptest! {
         let name = |client: u8| (channel(), Arc::<str>::from(client.to_string()));
         for step in steps {
             match step {
-                Step::Enter(client) => leases.entry(client).or_default().push(table.add_lease(&channel(), &client.to_string(), info(0), now)),
-                Step::Leave(client) => {
+                TableStep::Enter(client) => leases.entry(client).or_default().push(table.add_lease(&channel(), &client.to_string(), info(0), now)),
+                TableStep::Leave(client) => {
                     if let Some((number, client)) = leases.get_mut(&client).and_then(Vec::pop) {
                         table.remove_lease((channel(), client), number, now);
                     }
                 }
-                Step::Remote(node, client, held) => {
+                TableStep::Remote(node, client, held) => {
                     table.set_held_by_node(NodeId(node.into()), name(client), held.then(|| info(0)), now);
                     if held { remote.insert((node, client)); } else { remote.remove(&(node, client)); }
                 }
-                Step::NodeDies(node) => {
+                TableStep::NodeDies(node) => {
                     table.remove_node(NodeId(node.into()), now);
                     remote.retain(|(by, _)| *by != node);
                 }
-                Step::Snapshot(node, clients) => {
+                TableStep::Snapshot(node, clients) => {
                     table.begin_snapshot(NodeId(node.into()));
                     clients.iter().for_each(|client| table.set_held_by_node(NodeId(node.into()), name(*client), Some(info(0)), now));
                     table.end_snapshot(NodeId(node.into()), now);
                     remote.retain(|(by, _)| *by != node);
                     remote.extend(clients.iter().map(|client| (node, *client)));
                 }
-                Step::Wait(time) => now += time,
-                Step::Announce(on) => {
+                TableStep::Wait(time) => now += time,
+                TableStep::Announce(on) => {
                     if on && !announcing {
                         announcing_since = now;
                     }
