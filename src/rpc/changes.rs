@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::Notify;
 
-use super::tables::{Service, ServiceState};
+use super::tables::{ServiceEntry, ServiceState};
 
 /// A service after its providers changed: the data of an event on `$services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -28,7 +28,7 @@ pub(crate) struct ServiceChange {
 #[must_use = "a change that could not be published has to be requeued"]
 pub(crate) struct UnpublishedChange {
     pub(crate) change: ServiceChange,
-    service: Arc<Service>,
+    service: Arc<ServiceEntry>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub(crate) enum ServiceChangeKind {
 /// providers of that moment.
 #[derive(Default)]
 pub(super) struct ServiceChanges {
-    queue: Mutex<VecDeque<Arc<Service>>>,
+    queue: Mutex<VecDeque<Arc<ServiceEntry>>>,
     ready: Notify,
     unpublished: Mutex<Unpublished>,
     /// When this node was last cut off from all others, and had no leader.
@@ -54,7 +54,7 @@ pub(super) struct ServiceChanges {
 }
 
 /// By name, with the time of the change.
-type Unpublished = BTreeMap<Arc<str>, (u64, Arc<Service>)>;
+type Unpublished = BTreeMap<Arc<str>, (u64, Arc<ServiceEntry>)>;
 
 impl ServiceChangeKind {
     /// The event's type.
@@ -74,7 +74,7 @@ impl ServiceChanges {
     const KEPT: u64 = 15_000;
 
     /// Queues a service whose state is locked by the caller.
-    pub(super) fn mark(&self, service: &Arc<Service>, state: &mut ServiceState) {
+    pub(super) fn mark(&self, service: &Arc<ServiceEntry>, state: &mut ServiceState) {
         if state.marks.changed {
             return;
         }
@@ -128,7 +128,7 @@ impl ServiceChanges {
         }
     }
 
-    fn keep(unpublished: &mut Unpublished, now: u64, service: Arc<Service>) {
+    fn keep(unpublished: &mut Unpublished, now: u64, service: Arc<ServiceEntry>) {
         if unpublished.len() < Self::MAX || unpublished.contains_key(&service.name) {
             unpublished.insert(service.name.clone(), (now, service));
         }
@@ -144,7 +144,7 @@ impl ServiceChanges {
         }
     }
 
-    fn current(service: &Service) -> ServiceChange {
+    fn current(service: &ServiceEntry) -> ServiceChange {
         let state = service.state.lock();
         let providers = state.providers.count();
         let kind = if providers > 0 { ServiceChangeKind::Provided } else { ServiceChangeKind::Withdrawn };
@@ -152,7 +152,7 @@ impl ServiceChanges {
     }
 
     /// The change since this was last called, unless it was undone meanwhile.
-    fn take_change(service: &Service) -> Option<ServiceChange> {
+    fn take_change(service: &ServiceEntry) -> Option<ServiceChange> {
         let mut state = service.state.lock();
         state.marks.changed = false;
         let providers = state.providers.count();

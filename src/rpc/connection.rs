@@ -12,7 +12,7 @@ use super::{
     peer::{CallAnswer, Peer},
     provider::ProvideRequest,
     registration::{self, ProvideFuture},
-    tables::{Conn, InFlight, ProviderSlot},
+    tables::{InFlight, PeerState, ProviderSlot},
 };
 use crate::{
     error::{Code, Error, Result},
@@ -25,12 +25,12 @@ use crate::{
 /// One task uses it: calls are written to a provider in the order in which they are made.
 pub struct HubConnection {
     pub(super) hub: Arc<Hub>,
-    pub(super) conn: Arc<Conn>,
+    pub(super) conn: Arc<PeerState>,
 }
 
 /// The services that a connection provides, as long as it exists.
 #[derive(Clone, Debug)]
-pub(crate) struct ProvidedServices(Weak<Conn>);
+pub(crate) struct ProvidedServices(Weak<PeerState>);
 
 impl ProvidedServices {
     /// Their names, sorted.
@@ -51,10 +51,10 @@ impl HubConnection {
     /// As [`new`](Self::new), with a limit of its own on the calls that it has in flight.
     pub(crate) fn with_max_calls(hub: &Arc<Hub>, peer: Arc<dyn Peer>, max_calls: usize) -> Self {
         hub.connections.fetch_add(1, Relaxed);
-        Self::with_conn(hub, Conn::new(peer, max_calls, None))
+        Self::with_conn(hub, PeerState::new(peer, max_calls, None))
     }
 
-    pub(super) fn with_conn(hub: &Arc<Hub>, conn: Conn) -> Self {
+    pub(super) fn with_conn(hub: &Arc<Hub>, conn: PeerState) -> Self {
         HubConnection { hub: hub.clone(), conn: Arc::new(conn) }
     }
 

@@ -18,13 +18,16 @@ use super::{
     call::{Call, CallRequest, WaitPermit, WaitingRoom},
     call_id::{CallId, CallerId},
     changes::UnpublishedChange,
-    in_flight::{DequeuedCall, ExpiredCall, ExpiryCause, NewCall},
+    in_flight::{DequeuedCall, ExpiredCall, ExpiryCause},
     late::LateCalls,
     name_queries::NameQueries,
     peer::{CallAnswer, CallMeta, ForwardedCall, RelayInfo, WriteOutcome},
     registry::ServiceRegistry,
     service::ServiceInfo,
-    tables::{CallKey, CallTarget, Conn, Effects, FinishedCall, InFlight, RemovedProvider, Service, ServiceState},
+    tables::{
+        CallEntry, CallKey, CallTarget, Effects, FinishedCall, InFlight, PeerState, RemovedProvider, ServiceEntry,
+        ServiceState,
+    },
 };
 use crate::{
     channel::check_label,
@@ -110,7 +113,7 @@ pub(super) type FailedCall = (FinishedCall, Error);
 
 /// A call or notification on its way to a provider.
 pub(super) struct CallRoute<'a> {
-    pub(super) service: &'a Arc<Service>,
+    pub(super) service: &'a Arc<ServiceEntry>,
     pub(super) request: &'a CallRequest<'a>,
     /// None: a notification.
     pub(super) entry: Option<CallKey>,
@@ -134,7 +137,7 @@ pub(super) enum NotDelivered {
 /// changes: it frees the slots of removed providers, fails their calls, writes waiting calls and forgets unused names.
 pub(super) struct ServiceEdit<'h, 's> {
     hub: &'h Hub,
-    service: &'s Arc<Service>,
+    service: &'s Arc<ServiceEntry>,
     /// None: unlocked.
     state: Option<MutexGuard<'s, ServiceState>>,
 }
@@ -143,13 +146,8 @@ pub(super) struct ServiceEdit<'h, 's> {
 #[must_use = "dropping it does what follows from the edit"]
 pub(super) struct FollowUp<'h> {
     hub: &'h Hub,
-    work: Option<FollowUpWork>,
-}
-
-struct FollowUpWork {
-    service: Arc<Service>,
-    effects: Effects,
-    forget: bool,
+    /// The service, and whether it is to be removed from the registry. None: nothing follows.
+    work: Option<(Arc<ServiceEntry>, Effects, bool)>,
 }
 
 impl Default for Config {
@@ -263,7 +261,7 @@ impl Hub {
         self.seq.fetch_add(1, Relaxed)
     }
 
-    pub(super) fn edit<'h, 's>(&'h self, service: &'s Arc<Service>) -> ServiceEdit<'h, 's> {
+    pub(super) fn edit<'h, 's>(&'h self, service: &'s Arc<ServiceEntry>) -> ServiceEdit<'h, 's> {
         ServiceEdit { hub: self, service, state: Some(service.state.lock()) }
     }
 }
@@ -272,14 +270,19 @@ impl Hub {
 
 impl Hub {
     /// Makes a call of `conn`, which is answered once, perhaps before this returns.
-    pub(super) fn call(&self, conn: &Arc<Conn>, caller_id: CallerId, call: &Call<'_>) {
+    pub(super) fn call(&self, conn: &Arc<PeerState>, caller_id: CallerId, call: &Call<'_>) {
         if let Err((caller_id, error)) = self.try_call(conn, caller_id, call) {
             self.metrics.call_ended(error.code().into(), None);
             conn.peer.answer(&caller_id, CallAnswer::Failed(error));
         }
     }
 
-    fn try_call(&self, conn: &Arc<Conn>, mut caller_id: CallerId, call: &Call<'_>) -> Result<(), (CallerId, Error)> {
+    fn try_call(
+        &self,
+        conn: &Arc<PeerState>,
+        mut caller_id: CallerId,
+        call: &Call<'_>,
+    ) -> Result<(), (CallerId, Error)> {
         let timeout = match self.check(call) {
             Ok(timeout) => timeout,
             Err(error) => return Err((caller_id, error)),
@@ -321,7 +324,7 @@ impl Hub {
         Ok(u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX))
     }
 
-    fn call_built_in(&self, conn: &Conn, caller_id: CallerId, call: &Call<'_>) -> Result<(), (CallerId, Error)> {
+    fn call_built_in(&self, conn: &PeerState, caller_id: CallerId, call: &Call<'_>) -> Result<(), (CallerId, Error)> {
         let time;
         let result = match call.method {
             "echo" => call.params.unwrap_or(RawValue::NULL),
@@ -340,7 +343,7 @@ impl Hub {
     }
 
     /// The service of a call. One that never had a provider is created only if the call is ready to wait for it.
-    fn find_for(&self, name: &str, request: &CallRequest<'_>) -> Result<Arc<Service>> {
+    fn find_for(&self, name: &str, request: &CallRequest<'_>) -> Result<Arc<ServiceEntry>> {
         if let Some(service) = self.registry.find(name) {
             return Ok(service);
         }
@@ -359,8 +362,8 @@ impl Hub {
     #[inline]
     pub(super) fn enter(
         &self,
-        conn: &Arc<Conn>,
-        service: &Arc<Service>,
+        conn: &Arc<PeerState>,
+        service: &Arc<ServiceEntry>,
         caller_id: CallerId,
         timeout: u32,
         request: &CallRequest<'_>,
@@ -394,7 +397,7 @@ impl Hub {
         }
         let seq = self.next_seq();
         let caller = Some((conn.clone(), vacant.key() as u32));
-        let new = NewCall { seq, caller, deadline: now + u64::from(timeout), timeout };
+        let new = CallEntry::new(seq, caller, now + u64::from(timeout), timeout);
         let (index, target) = match chosen {
             Some(provider) => {
                 let (index, target) = state.place_new(new, provider);
@@ -454,7 +457,7 @@ impl Hub {
     /// Lets a notification wait for a provider, or drops it.
     fn queue_notification(&self, name: &str, state: &mut ServiceState, request: &CallRequest<'_>) {
         if let Ok((until, permit)) = self.may_wait(name, state, request) {
-            let call = NewCall { seq: self.next_seq(), caller: None, deadline: until, timeout: 0 };
+            let call = CallEntry::new(self.next_seq(), None, until, 0);
             state.calls.enqueue(call, until, request.store(permit));
         }
     }
@@ -462,7 +465,7 @@ impl Hub {
     /// Writes a call that is placed, and fails it if no provider takes it.
     pub(super) fn deliver(
         &self,
-        service: &Arc<Service>,
+        service: &Arc<ServiceEntry>,
         target: CallTarget,
         request: &CallRequest<'_>,
         entry: Option<CallKey>,
@@ -512,7 +515,7 @@ impl Hub {
     pub(super) fn reroute(
         &self,
         route: &mut CallRoute<'_>,
-        conn: &Arc<Conn>,
+        conn: &Arc<PeerState>,
         provider: u32,
         cause: NotDelivered,
     ) -> Result<Option<CallTarget>, FailedCall> {
@@ -559,7 +562,7 @@ impl Hub {
     }
 
     /// Writes waiting calls, in order, while there is a provider for them.
-    pub(super) fn flush(&self, service: &Arc<Service>) {
+    pub(super) fn flush(&self, service: &Arc<ServiceEntry>) {
         if !service.state.lock().calls.begin_flush() {
             return;
         }
@@ -572,7 +575,7 @@ impl Hub {
     }
 
     /// A provider's reply.
-    pub(super) fn reply(&self, conn: &Arc<Conn>, id: CallId, answer: CallAnswer<'_>) -> ReplyOutcome {
+    pub(super) fn reply(&self, conn: &Arc<PeerState>, id: CallId, answer: CallAnswer<'_>) -> ReplyOutcome {
         let provides = conn.provides.lock();
         let finished = provides.get(id.slot()).and_then(|slot| self.finish(&slot.service, conn, id, None));
         drop(provides);
@@ -582,8 +585,8 @@ impl Hub {
     /// The reply of another node, which names the service: a node has more services than an id has slots.
     pub(super) fn reply_from_node(
         &self,
-        conn: &Arc<Conn>,
-        service: &Arc<Service>,
+        conn: &Arc<PeerState>,
+        service: &Arc<ServiceEntry>,
         id: CallId,
         load: u64,
         answer: CallAnswer<'_>,
@@ -596,8 +599,8 @@ impl Hub {
     #[inline]
     fn finish(
         &self,
-        service: &Arc<Service>,
-        conn: &Arc<Conn>,
+        service: &Arc<ServiceEntry>,
+        conn: &Arc<PeerState>,
         id: CallId,
         load: Option<u64>,
     ) -> Option<(FinishedCall, FollowUp<'_>)> {
@@ -612,7 +615,7 @@ impl Hub {
     #[inline]
     fn finish_reply(
         &self,
-        conn: &Arc<Conn>,
+        conn: &Arc<PeerState>,
         id: CallId,
         answer: CallAnswer<'_>,
         finished: Option<(FinishedCall, FollowUp<'_>)>,
@@ -640,7 +643,7 @@ impl Hub {
     }
 
     /// Counts a call that is about to be answered.
-    pub(super) fn record(&self, caller: &Conn, call: &InFlight, outcome: CallOutcome) {
+    pub(super) fn record(&self, caller: &PeerState, call: &InFlight, outcome: CallOutcome) {
         if caller.is_link() {
             // Counted on the caller's node.
             return;
@@ -666,7 +669,7 @@ impl Hub {
     }
 
     /// Answers a call that is overdue.
-    fn expire(&self, service: &Service, expired: ExpiredCall, now: u64) {
+    fn expire(&self, service: &ServiceEntry, expired: ExpiredCall, now: u64) {
         let ExpiredCall { call, timeout, cause } = expired;
         let name = &service.name;
         let timeout = || duration::format(Duration::from_millis(u64::from(timeout)));
@@ -693,7 +696,7 @@ impl Hub {
     }
 
     /// Frees the slot of a provider that was removed from its service, and fails its calls.
-    fn provider_removed(&self, service: &Arc<Service>, removed: RemovedProvider) {
+    fn provider_removed(&self, service: &Arc<ServiceEntry>, removed: RemovedProvider) {
         let RemovedProvider { conn, slot, orphans, reason } = removed;
         if let Some(reason) = reason {
             conn.peer.withdrawn(&service.name, reason);
@@ -731,7 +734,7 @@ impl Hub {
     }
 
     /// Answers the calls of a service that are overdue. False: it has no calls left.
-    fn sweep_calls(&self, service: &Arc<Service>, now: u64) -> bool {
+    fn sweep_calls(&self, service: &Arc<ServiceEntry>, now: u64) -> bool {
         let mut state = self.edit(service);
         let expired = state.expire(now);
         let has_calls = !state.calls.entries.is_empty();
@@ -749,7 +752,7 @@ impl Hub {
     }
 
     /// Removes the providers of a name that another node has by now. False: this node does not hold the name.
-    fn sweep_lease(&self, service: &Arc<Service>) -> bool {
+    fn sweep_lease(&self, service: &Arc<ServiceEntry>) -> bool {
         let mut state = self.edit(service);
         if state.is_lost() {
             let keys: Vec<u32> = state.providers.local().map(|(key, _)| key).collect();
@@ -765,7 +768,7 @@ impl Hub {
 }
 
 impl<'a> CallRoute<'a> {
-    pub(super) fn new(service: &'a Arc<Service>, request: &'a CallRequest<'a>, entry: Option<CallKey>) -> Self {
+    pub(super) fn new(service: &'a Arc<ServiceEntry>, request: &'a CallRequest<'a>, entry: Option<CallKey>) -> Self {
         CallRoute { service, request, entry, tried: Vec::new(), rejected_by: Vec::new() }
     }
 }
@@ -793,10 +796,8 @@ impl<'h> ServiceEdit<'h, '_> {
         self.update();
         let (hub, service) = (self.hub, self.service);
         let forget = self.is_unused() && ServiceRegistry::is_forgettable(self, hub.clock.now());
-        let work = (forget || !self.effects.is_empty()).then(|| {
-            let effects = std::mem::take(&mut self.effects);
-            FollowUpWork { service: service.clone(), effects, forget }
-        });
+        let work = forget || !self.effects.is_empty();
+        let work = work.then(|| (service.clone(), std::mem::take(&mut self.effects), forget));
         self.state = None;
         FollowUp { hub, work }
     }
@@ -826,7 +827,7 @@ impl Drop for ServiceEdit<'_, '_> {
 
 impl Drop for FollowUp<'_> {
     fn drop(&mut self) {
-        let Some(FollowUpWork { service, effects, forget }) = self.work.take() else { return };
+        let Some((service, effects, forget)) = self.work.take() else { return };
         for removed in effects.removed {
             self.hub.provider_removed(&service, removed);
         }

@@ -9,19 +9,11 @@ use super::{
     call_id::CallId,
     peer::Peer,
     tables::{
-        CallEntry, CallKey, CallPlace, CallTable, CallTarget, Conn, FinishedCall, InFlight, NO_ENTRY, Provider,
+        CallEntry, CallKey, CallPlace, CallTable, CallTarget, FinishedCall, InFlight, NO_ENTRY, PeerState, Provider,
         ServiceState,
     },
 };
 use crate::{cluster::NodeId, error::Executed};
-
-/// A call before it has an entry.
-pub(super) struct NewCall {
-    pub(super) seq: u64,
-    pub(super) caller: Option<(Arc<Conn>, u32)>,
-    pub(super) deadline: u64,
-    pub(super) timeout: u32,
-}
 
 /// A call that waited and has a provider now.
 pub(super) struct DequeuedCall {
@@ -40,21 +32,21 @@ pub(super) struct ExpiredCall {
 
 pub(super) enum ExpiryCause {
     /// Written, and not answered in time.
-    Unanswered { provider: Arc<Conn>, id: CallId },
+    Unanswered { provider: Arc<PeerState>, id: CallId },
     /// Waited until its own deadline.
     Unwritten,
     /// Waited as long as calls wait for a provider. `busy`: there is one by now, but it takes no more calls.
     NoProvider { busy: bool },
 }
 
-// === impl Conn ===
+// === impl PeerState ===
 
-impl Conn {
+impl PeerState {
     /// Capacity that an idle connection keeps, in calls.
     const KEPT_CAPACITY: usize = 64;
 
     pub(super) fn new(peer: Arc<dyn Peer>, max_calls: usize, node: Option<NodeId>) -> Self {
-        Conn {
+        PeerState {
             peer,
             max_calls,
             node,
@@ -122,20 +114,14 @@ impl CallTable {
         self.entries.get(index as usize).filter(|entry| entry.seq == seq)
     }
 
-    fn insert(&mut self, call: NewCall) -> u32 {
-        let NewCall { seq, caller, deadline, timeout } = call;
-        let place = CallPlace::Nowhere;
-        self.entries.insert(CallEntry { seq, caller, due: deadline, deadline, timeout, place }) as u32
-    }
-
     pub(super) fn remove(&mut self, index: u32) -> Option<FinishedCall> {
         self.entries.remove(index as usize).finished()
     }
 
     /// Lets a call wait until `due`, behind all others.
-    pub(super) fn enqueue(&mut self, call: NewCall, due: u64, request: Box<StoredRequest>) -> u32 {
+    pub(super) fn enqueue(&mut self, call: CallEntry, due: u64, request: Box<StoredRequest>) -> u32 {
         let seq = call.seq;
-        let index = self.insert(call);
+        let index = self.entries.insert(call) as u32;
         self.wait(index, due, request);
         self.queue.push_back((index, seq));
         index
@@ -189,6 +175,11 @@ impl CallTable {
 }
 
 impl CallEntry {
+    /// A call that is neither placed nor queued yet.
+    pub(super) fn new(seq: u64, caller: Option<(Arc<PeerState>, u32)>, deadline: u64, timeout: u32) -> Self {
+        CallEntry { seq, caller, due: deadline, deadline, timeout, place: CallPlace::Nowhere }
+    }
+
     pub(super) fn is_waiting(&self, seq: u64) -> bool {
         self.seq == seq && matches!(self.place, CallPlace::Waiting(_))
     }
@@ -210,8 +201,8 @@ impl CallEntry {
 
 impl ServiceState {
     /// Adds a call and places it with `provider`.
-    pub(super) fn place_new(&mut self, call: NewCall, provider: u32) -> (u32, CallTarget) {
-        let index = self.calls.insert(call);
+    pub(super) fn place_new(&mut self, call: CallEntry, provider: u32) -> (u32, CallTarget) {
+        let index = self.calls.entries.insert(call) as u32;
         (index, self.place(index, provider))
     }
 
@@ -250,7 +241,7 @@ impl ServiceState {
     }
 
     /// Ends a call with the reply of `conn`. None: `conn` does not have that call.
-    pub(super) fn finish(&mut self, id: CallId, conn: &Arc<Conn>) -> Option<FinishedCall> {
+    pub(super) fn finish(&mut self, id: CallId, conn: &Arc<PeerState>) -> Option<FinishedCall> {
         let (provider, _) = self.find_call(id, conn)?;
         self.detach(id.index());
         let finished = self.calls.remove(id.index());
@@ -260,7 +251,7 @@ impl ServiceState {
     }
 
     /// The key of `conn` and the number of its call `id`.
-    pub(super) fn find_call(&self, id: CallId, conn: &Arc<Conn>) -> Option<(u32, u64)> {
+    pub(super) fn find_call(&self, id: CallId, conn: &Arc<PeerState>) -> Option<(u32, u64)> {
         let entry = self.calls.entries.get(id.index() as usize)?;
         let provider = entry.provider()?;
         (id.has_seq(entry.seq) && self.providers.is_of(provider, conn)).then_some((provider, entry.seq))
@@ -268,7 +259,7 @@ impl ServiceState {
 
     /// Ends a call for which its caller no longer waits. Returns whether it may have been executed, and its provider if that
     /// has to be notified.
-    pub(super) fn abandon(&mut self, index: u32, seq: u64) -> (Executed, Option<(Arc<Conn>, CallId)>) {
+    pub(super) fn abandon(&mut self, index: u32, seq: u64) -> (Executed, Option<(Arc<PeerState>, CallId)>) {
         let Some(entry) = self.calls.get(index, seq) else { return (Executed::Maybe, None) };
         let provider = entry.provider();
         self.detach(index);

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use super::{
     call_id::{CallId, CallerId},
-    tables::Conn,
+    tables::PeerState,
 };
 
 /// Bounded in number (the oldest is dropped first) and time. One lock is enough: only calls that were too slow take it.
@@ -35,10 +35,10 @@ struct LateTable {
 }
 
 pub(super) struct LateCall {
-    pub(super) caller: Arc<Conn>,
+    pub(super) caller: Arc<PeerState>,
     /// None: the reply is only counted.
     pub(super) caller_id: Option<CallerId>,
-    provider: Arc<Conn>,
+    provider: Arc<PeerState>,
     until: u64,
 }
 
@@ -56,9 +56,9 @@ impl LateCalls {
         &self,
         id: CallId,
         until: u64,
-        caller: Arc<Conn>,
+        caller: Arc<PeerState>,
         caller_id: Option<CallerId>,
-        provider: Arc<Conn>,
+        provider: Arc<PeerState>,
     ) {
         let mut table = self.table.lock();
         // Counted before the check: a connection that closes from here on sees the count and calls `retain`.
@@ -84,7 +84,7 @@ impl LateCalls {
     }
 
     /// Removes the late call that `provider` answers with `id`.
-    pub(super) fn take(&self, id: CallId, provider: &Arc<Conn>) -> Option<LateCall> {
+    pub(super) fn take(&self, id: CallId, provider: &Arc<PeerState>) -> Option<LateCall> {
         if self.len() == 0 {
             return None;
         }
@@ -112,7 +112,7 @@ impl LateCalls {
     }
 
     /// Removes the calls for which `keep` is false; all of them have to involve `conn`.
-    pub(super) fn retain(&self, conn: &Conn, mut keep: impl FnMut(CallId, &LateCall) -> bool) {
+    pub(super) fn retain(&self, conn: &PeerState, mut keep: impl FnMut(CallId, &LateCall) -> bool) {
         if conn.late.load(SeqCst) == 0 {
             return;
         }
@@ -142,7 +142,7 @@ impl LateTable {
 }
 
 impl LateCall {
-    pub(super) fn provider(&self) -> &Arc<Conn> {
+    pub(super) fn provider(&self) -> &Arc<PeerState> {
         &self.provider
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     peer::MethodNames,
-    tables::{CallPlace, Conn, NO_ENTRY, Provider, ProviderStage, ProviderTable, RemovedProvider, ServiceState},
+    tables::{CallPlace, NO_ENTRY, PeerState, Provider, ProviderStage, ProviderTable, RemovedProvider, ServiceState},
 };
 use crate::{
     cluster::{Claim, Lease},
@@ -32,14 +32,6 @@ pub struct ProvideRequest<'a> {
     pub methods: &'a [&'a str],
 }
 
-/// A provider that was accepted.
-pub(super) struct RegisteredProvider {
-    pub(super) provider: u32,
-    /// Providers of the service on all nodes.
-    pub(super) providers: usize,
-    pub(super) fence: Option<u64>,
-}
-
 impl<'a> ProvideRequest<'a> {
     /// A shared registration with the documented defaults.
     pub fn new(service: &'a str) -> Self {
@@ -58,7 +50,7 @@ impl<'a> ProvideRequest<'a> {
 }
 
 impl Provider {
-    pub(super) fn new(conn: Arc<Conn>, slot: u32) -> Self {
+    pub(super) fn new(conn: Arc<PeerState>, slot: u32) -> Self {
         Provider {
             conn,
             slot,
@@ -105,7 +97,7 @@ impl ProviderTable {
     }
 
     /// The connection of the exclusive provider on this node, unless that is `own`.
-    pub(super) fn exclusive_holder(&self, own: Option<u32>) -> Option<Arc<Conn>> {
+    pub(super) fn exclusive_holder(&self, own: Option<u32>) -> Option<Arc<PeerState>> {
         let (_, other) = self.other(own)?;
         other.fence.is_some().then(|| other.conn.clone())
     }
@@ -127,7 +119,7 @@ impl ProviderTable {
     }
 
     /// Whether `key` is a provider of that connection: keys are reused.
-    pub(super) fn is_of(&self, key: u32, conn: &Arc<Conn>) -> bool {
+    pub(super) fn is_of(&self, key: u32, conn: &Arc<PeerState>) -> bool {
         self.all.get(key as usize).is_some_and(|provider| Arc::ptr_eq(&provider.conn, conn))
     }
 }
@@ -170,7 +162,7 @@ impl ServiceState {
         })
     }
 
-    /// Registers `conn`, or updates its registration where `own` is its key. `lease`: what was
+    /// Registers `conn`, or updates its registration where `own` is its key, which is returned. `lease`: what was
     /// [required](Self::required_claim).
     ///
     /// # Errors
@@ -178,12 +170,12 @@ impl ServiceState {
     pub(super) fn provide(
         &mut self,
         name: &str,
-        conn: &Arc<Conn>,
+        conn: &Arc<PeerState>,
         own: Option<u32>,
         slot: u32,
         request: &ProvideRequest<'_>,
         lease: Option<Lease>,
-    ) -> Result<RegisteredProvider> {
+    ) -> Result<u32> {
         if self.required_claim(name, own, request)? != lease.as_ref().map(Lease::claim) {
             return Err(taken(format!("the providers of {name} have just changed")));
         }
@@ -214,11 +206,11 @@ impl ServiceState {
         provider.fence = fence;
         provider.methods = request.methods.iter().map(|method| Box::from(*method)).collect();
         self.effects.providers_changed = true;
-        Ok(RegisteredProvider { provider: key, providers: self.providers.count(), fence })
+        Ok(key)
     }
 
     /// Lets `key` take calls, if it is still that connection's.
-    pub(super) fn start(&mut self, key: u32, conn: &Arc<Conn>) {
+    pub(super) fn start(&mut self, key: u32, conn: &Arc<PeerState>) {
         if let Some(provider) = self.providers.all.get_mut(key as usize)
             && Arc::ptr_eq(&provider.conn, conn)
             && provider.stage == ProviderStage::Starting
@@ -266,7 +258,7 @@ impl ServiceState {
     }
 
     /// Removes `key` if it is still that connection's, which is closed.
-    pub(super) fn remove_conn(&mut self, key: u32, conn: &Arc<Conn>) {
+    pub(super) fn remove_conn(&mut self, key: u32, conn: &Arc<PeerState>) {
         if self.providers.is_of(key, conn) {
             self.remove(key, None);
         }

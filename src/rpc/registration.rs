@@ -20,9 +20,9 @@ use super::{
     hub::Hub,
     message::NameQuery,
     name_queries::PendingQuery,
-    peer::{MethodNames, ProbeCallback},
+    peer::ProbeCallback,
     provider::ProvideRequest,
-    tables::{Conn, ProviderSlot, Service, ServiceState},
+    tables::{PeerState, ProviderSlot, ServiceEntry, ServiceState},
 };
 use crate::{
     channel::check_label,
@@ -52,8 +52,8 @@ enum ProvideProgress {
 #[must_use = "calls begin when it is dropped"]
 pub struct AcceptedProvider {
     hub: Arc<Hub>,
-    service: Arc<Service>,
-    conn: Arc<Conn>,
+    service: Arc<ServiceEntry>,
+    conn: Arc<PeerState>,
     provider: u32,
     /// Providers of the service on all nodes.
     pub(crate) providers: usize,
@@ -64,32 +64,28 @@ pub struct AcceptedProvider {
 /// A registration in progress.
 struct Registration {
     hub: Arc<Hub>,
-    conn: Arc<Conn>,
+    conn: Arc<PeerState>,
     request: OwnedProvideRequest,
 }
 
 struct OwnedProvideRequest {
     service: String,
     subject: String,
-    exclusive: bool,
-    takeover: bool,
-    probe: bool,
-    concurrency: u32,
-    names: MethodNames,
-    meta: bool,
     methods: Vec<String>,
+    /// All that is not borrowed.
+    options: ProvideRequest<'static>,
 }
 
 /// Keeps a service in the registry, and its name held, while a provider is being registered.
 struct RegisteringGuard<'a> {
     hub: &'a Hub,
-    service: &'a Arc<Service>,
+    service: &'a Arc<ServiceEntry>,
 }
 
 // === impl ProvideFuture ===
 
 impl ProvideFuture {
-    pub(super) fn new(hub: Arc<Hub>, conn: Arc<Conn>, request: &ProvideRequest<'_>) -> Self {
+    pub(super) fn new(hub: Arc<Hub>, conn: Arc<PeerState>, request: &ProvideRequest<'_>) -> Self {
         if let Err(error) = check(request) {
             return ProvideFuture(ProvideProgress::Done(Some(Err(error))));
         }
@@ -170,7 +166,7 @@ impl Registration {
         }
     }
 
-    fn check_limits(&self, service: &Arc<Service>) -> Result<()> {
+    fn check_limits(&self, service: &Arc<ServiceEntry>) -> Result<()> {
         let config = &self.hub.config;
         let provides = self.conn.provides.lock();
         let is_new = !provides.iter().any(|(_, slot)| Arc::ptr_eq(&slot.service, service));
@@ -187,8 +183,8 @@ impl Registration {
     }
 
     /// What has to be claimed in the cluster. If the request wants it, a dead provider on this node is removed first.
-    async fn required_claim(&self, service: &Arc<Service>, request: &ProvideRequest<'_>) -> Result<Option<Claim>> {
-        let mut probed: Option<Arc<Conn>> = None;
+    async fn required_claim(&self, service: &Arc<ServiceEntry>, request: &ProvideRequest<'_>) -> Result<Option<Claim>> {
+        let mut probed: Option<Arc<PeerState>> = None;
         loop {
             let (taken, holder) = {
                 let provides = self.conn.provides.lock();
@@ -199,7 +195,7 @@ impl Registration {
                     Err(taken) => (taken, state.providers.exclusive_holder(own)),
                 }
             };
-            let is_probed = |holder: &Arc<Conn>| probed.as_ref().is_some_and(|probed| Arc::ptr_eq(probed, holder));
+            let is_probed = |holder: &Arc<PeerState>| probed.as_ref().is_some_and(|probed| Arc::ptr_eq(probed, holder));
             let Some(holder) = holder.filter(|holder| request.probe && !is_probed(holder)) else { return Err(taken) };
             let (sender, alive) = oneshot::channel();
             holder.peer.probe(Box::new(move |alive| {
@@ -282,7 +278,7 @@ impl Registration {
 
     fn register(
         &self,
-        service: &Arc<Service>,
+        service: &Arc<ServiceEntry>,
         request: &ProvideRequest<'_>,
         lease: Option<Lease>,
     ) -> Result<AcceptedProvider> {
@@ -295,29 +291,24 @@ impl Registration {
         let mut state = hub.edit(service);
         let own = own_key(&provides, service, conn, &state);
         let slot = provides.vacant_key() as u32;
-        let registered = state.provide(&service.name, conn, own, slot, request, lease)?;
+        let provider = state.provide(&service.name, conn, own, slot, request, lease)?;
         if own.is_none() {
-            provides.insert(ProviderSlot { service: service.clone(), provider: registered.provider });
+            provides.insert(ProviderSlot { service: service.clone(), provider });
         }
+        let (providers, fence) = (state.providers.count(), state.providers.all[provider as usize].fence);
         let follow_up = state.unlock();
         drop(provides);
         drop(follow_up);
-        Ok(AcceptedProvider {
-            hub: hub.clone(),
-            service: service.clone(),
-            conn: conn.clone(),
-            provider: registered.provider,
-            providers: registered.providers,
-            fence: registered.fence,
-        })
+        let (hub, service, conn) = (hub.clone(), service.clone(), conn.clone());
+        Ok(AcceptedProvider { hub, service, conn, provider, providers, fence })
     }
 }
 
 /// The key of `conn` among the providers of `service`.
 fn own_key(
     provides: &Slab<ProviderSlot>,
-    service: &Arc<Service>,
-    conn: &Arc<Conn>,
+    service: &Arc<ServiceEntry>,
+    conn: &Arc<PeerState>,
     state: &ServiceState,
 ) -> Option<u32> {
     let slots = provides.iter().map(|(_, slot)| slot).filter(|slot| Arc::ptr_eq(&slot.service, service));
@@ -348,7 +339,7 @@ pub(super) fn answer_query(hub: &Hub, query: &NameQuery<'_>, callback: ProbeCall
 
 /// Withdraws `conn` from a service. Returns how many calls it still has; None if it does not provide the service, or
 /// withdrew before.
-pub(super) fn withdraw(hub: &Hub, conn: &Arc<Conn>, service: &Arc<Service>) -> Option<usize> {
+pub(super) fn withdraw(hub: &Hub, conn: &Arc<PeerState>, service: &Arc<ServiceEntry>) -> Option<usize> {
     let provides = conn.provides.lock();
     let mut state = hub.edit(service);
     let own = own_key(&provides, service, conn, &state)?;
@@ -360,7 +351,7 @@ pub(super) fn withdraw(hub: &Hub, conn: &Arc<Conn>, service: &Arc<Service>) -> O
 }
 
 impl<'a> RegisteringGuard<'a> {
-    fn new(hub: &'a Hub, service: &'a Arc<Service>) -> Option<Self> {
+    fn new(hub: &'a Hub, service: &'a Arc<ServiceEntry>) -> Option<Self> {
         let mut state = service.state.lock();
         if state.marks.dead {
             return None;
@@ -380,23 +371,16 @@ impl Drop for RegisteringGuard<'_> {
 
 impl OwnedProvideRequest {
     fn new(request: &ProvideRequest<'_>) -> Self {
-        OwnedProvideRequest {
-            service: request.service.to_owned(),
-            subject: request.subject.to_owned(),
-            exclusive: request.exclusive,
-            takeover: request.takeover,
-            probe: request.probe,
-            concurrency: request.concurrency,
-            names: request.names,
-            meta: request.meta,
-            methods: request.methods.iter().map(|method| (*method).to_owned()).collect(),
-        }
+        let ProvideRequest { service, subject, methods, exclusive, takeover, probe, concurrency, names, meta } =
+            *request;
+        let options =
+            ProvideRequest { exclusive, takeover, probe, concurrency, names, meta, ..ProvideRequest::new("") };
+        let methods = methods.iter().map(|method| (*method).to_owned()).collect();
+        OwnedProvideRequest { service: service.to_owned(), subject: subject.to_owned(), methods, options }
     }
 
     fn borrow<'a>(&'a self, methods: &'a [&'a str]) -> ProvideRequest<'a> {
-        let OwnedProvideRequest { service, subject, .. } = self;
-        let OwnedProvideRequest { exclusive, takeover, probe, concurrency, names, meta, .. } = *self;
-        ProvideRequest { service, subject, exclusive, takeover, probe, concurrency, names, meta, methods }
+        ProvideRequest { service: &self.service, subject: &self.subject, methods, ..self.options }
     }
 }
 

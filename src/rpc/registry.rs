@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use super::{
     changes::ServiceChanges,
-    tables::{Service, ServiceState},
+    tables::{ServiceEntry, ServiceState},
 };
 
 /// How long a service without providers stays known: its calls wait for a new provider, as during a deployment.
@@ -22,7 +22,7 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 
 const SHARDS: usize = 16;
 
-type RegistryShard = Mutex<HashMap<Arc<str>, Arc<Service>, RandomState>>;
+type RegistryShard = Mutex<HashMap<Arc<str>, Arc<ServiceEntry>, RandomState>>;
 
 #[derive(Default)]
 pub(super) struct ServiceRegistry {
@@ -30,11 +30,11 @@ pub(super) struct ServiceRegistry {
     /// Services that have a provider on this node.
     provided: AtomicUsize,
     /// Services that have calls, and therefore deadlines.
-    ticking: Mutex<Vec<Arc<Service>>>,
+    ticking: Mutex<Vec<Arc<ServiceEntry>>>,
     /// Services whose last provider left, and when.
-    remembered: Mutex<VecDeque<(u64, Arc<Service>)>>,
+    remembered: Mutex<VecDeque<(u64, Arc<ServiceEntry>)>>,
     /// Services whose names this node holds in the cluster.
-    leased: Mutex<Vec<Arc<Service>>>,
+    leased: Mutex<Vec<Arc<ServiceEntry>>>,
     pub(super) changes: ServiceChanges,
 }
 
@@ -45,22 +45,22 @@ impl ServiceRegistry {
         &self.shards[mixed % SHARDS]
     }
 
-    pub(super) fn find(&self, name: &str) -> Option<Arc<Service>> {
+    pub(super) fn find(&self, name: &str) -> Option<Arc<ServiceEntry>> {
         self.shard(name).lock().get(name).cloned()
     }
 
-    pub(super) fn find_or_create(&self, name: &str) -> Arc<Service> {
+    pub(super) fn find_or_create(&self, name: &str) -> Arc<ServiceEntry> {
         let mut shard = self.shard(name).lock();
         if let Some(service) = shard.get(name) {
             return service.clone();
         }
-        let service = Arc::new(Service::new(name));
+        let service = Arc::new(ServiceEntry::new(name));
         shard.insert(service.name.clone(), service.clone());
         service
     }
 
     /// All services whose name begins with `prefix`, by name.
-    pub(super) fn list(&self, prefix: &str) -> Vec<Arc<Service>> {
+    pub(super) fn list(&self, prefix: &str) -> Vec<Arc<ServiceEntry>> {
         let mut found = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock();
@@ -83,24 +83,20 @@ impl ServiceRegistry {
     }
 
     /// Has every sweep visit a service, for its calls have deadlines. The lock of `state` is held.
-    pub(super) fn tick(&self, service: &Arc<Service>, state: &mut ServiceState) {
+    pub(super) fn tick(&self, service: &Arc<ServiceEntry>, state: &mut ServiceState) {
         if !state.calls.entries.is_empty() && !std::mem::replace(&mut state.marks.ticking, true) {
             self.ticking.lock().push(service.clone());
         }
     }
 
     /// Visits the services that have calls; false: the service has none left.
-    pub(super) fn retain_ticking(&self, mut visit: impl FnMut(&Arc<Service>) -> bool) {
-        let mut services = std::mem::take(&mut *self.ticking.lock());
-        services.retain(&mut visit);
-        self.ticking.lock().append(&mut services);
+    pub(super) fn retain_ticking(&self, visit: impl FnMut(&Arc<ServiceEntry>) -> bool) {
+        retain(&self.ticking, visit);
     }
 
     /// Visits the services whose names this node holds; false: it no longer does.
-    pub(super) fn retain_leased(&self, mut visit: impl FnMut(&Arc<Service>) -> bool) {
-        let mut services = std::mem::take(&mut *self.leased.lock());
-        services.retain(&mut visit);
-        self.leased.lock().append(&mut services);
+    pub(super) fn retain_leased(&self, visit: impl FnMut(&Arc<ServiceEntry>) -> bool) {
+        retain(&self.leased, visit);
     }
 
     pub(super) fn leased(&self) -> usize {
@@ -108,7 +104,7 @@ impl ServiceRegistry {
     }
 
     /// Follows a change of a service's providers. The lock of `state` is held.
-    pub(super) fn update(&self, service: &Arc<Service>, state: &mut ServiceState, now: u64) {
+    pub(super) fn update(&self, service: &Arc<ServiceEntry>, state: &mut ServiceState, now: u64) {
         let provided = state.providers.count_local() > 0;
         if provided != state.marks.counted {
             state.marks.counted = provided;
@@ -135,7 +131,7 @@ impl ServiceRegistry {
     }
 
     /// Removes a service that is not in use and whose minute is over. `early`: ends the minute now.
-    pub(super) fn forget(&self, service: &Arc<Service>, now: u64, early: bool) {
+    pub(super) fn forget(&self, service: &Arc<ServiceEntry>, now: u64, early: bool) {
         let mut shard = self.shard(&service.name).lock();
         let mut state = service.state.lock();
         if early {
@@ -177,6 +173,13 @@ impl ServiceRegistry {
             }
         }
     }
+}
+
+/// The list is not locked while its services are visited.
+fn retain(list: &Mutex<Vec<Arc<ServiceEntry>>>, visit: impl FnMut(&Arc<ServiceEntry>) -> bool) {
+    let mut services = std::mem::take(&mut *list.lock());
+    services.retain(visit);
+    list.lock().append(&mut services);
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use super::{
     peer::CallAnswer,
     registration::{self, NAME_PREFIX},
     remote_provider::Advertisement,
-    tables::{Conn, ProviderSlot},
+    tables::{PeerState, ProviderSlot},
 };
 use crate::{
     cluster::{ClusterMembers, Inbox, InboxEvent, MessageKind, NodeId, Priority, Roster, RosterEntry},
@@ -163,7 +163,7 @@ impl RemoteNodes {
             return link;
         }
         let peer = Arc::new(LinkPeer::new(&self.hub, node));
-        let conn = Conn::new(peer.clone(), usize::MAX, Some(node));
+        let conn = PeerState::new(peer.clone(), usize::MAX, Some(node));
         let link = NodeLink { peer, connection: Arc::new(HubConnection::with_conn(&self.hub, conn)) };
         let advertised: Vec<_> = {
             let mut nodes = self.nodes.lock();
@@ -207,7 +207,7 @@ impl RemoteNodes {
         }
     }
 
-    fn set_remote(&self, conn: &Arc<Conn>, name: &str, rev: u64, info: &Advertisement) {
+    fn set_remote(&self, conn: &Arc<PeerState>, name: &str, rev: u64, info: &Advertisement) {
         loop {
             let service = self.hub.registry.find_or_create(name);
             let mut provides = conn.provides.lock();
@@ -355,7 +355,7 @@ impl NodeLink {
 }
 
 /// Whether providers at the other end of a link have calls of this node.
-fn has_calls(conn: &Arc<Conn>) -> bool {
+fn has_calls(conn: &Arc<PeerState>) -> bool {
     let provides: Vec<_> = conn.provides.lock().iter().map(|(_, slot)| (slot.service.clone(), slot.provider)).collect();
     provides.iter().any(|(service, provider)| service.state.lock().providers.has_calls(*provider, conn))
 }

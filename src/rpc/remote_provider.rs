@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     provider::sorted_methods,
-    tables::{Conn, Provider, ProviderStage, ProviderTable, RemoteProvider, ServiceState},
+    tables::{PeerState, Provider, ProviderStage, ProviderTable, RemoteProvider, ServiceState},
 };
 use crate::cluster::{Lease, NodeId};
 
@@ -43,12 +43,12 @@ impl Provider {
 
 impl ProviderTable {
     /// The key of the node at the other end of `conn`.
-    pub(super) fn find_remote(&self, conn: &Arc<Conn>) -> Option<u32> {
+    pub(super) fn find_remote(&self, conn: &Arc<PeerState>) -> Option<u32> {
         self.remote.iter().copied().find(|key| self.is_of(*key, conn))
     }
 
     /// Records the load that a node reports, calls of this node included.
-    pub(super) fn record_load(&mut self, conn: &Arc<Conn>, load: u32, now: u64) {
+    pub(super) fn record_load(&mut self, conn: &Arc<PeerState>, load: u32, now: u64) {
         let Some(key) = self.find_remote(conn) else { return };
         let provider = &mut self.all[key as usize];
         if let Some(remote) = &mut provider.remote {
@@ -57,7 +57,7 @@ impl ProviderTable {
     }
 
     /// Records that a node takes no more calls for now.
-    pub(super) fn record_full(&mut self, conn: &Arc<Conn>, now: u64) {
+    pub(super) fn record_full(&mut self, conn: &Arc<PeerState>, now: u64) {
         let Some(key) = self.find_remote(conn) else { return };
         let full = self.all[key as usize].concurrency;
         self.record_load(conn, full.saturating_add(1), now);
@@ -74,7 +74,7 @@ impl ProviderTable {
     }
 
     /// Whether `key` is that connection's and has calls of this node.
-    pub(super) fn has_calls(&self, key: u32, conn: &Arc<Conn>) -> bool {
+    pub(super) fn has_calls(&self, key: u32, conn: &Arc<PeerState>) -> bool {
         self.is_of(key, conn) && self.all.get(key as usize).is_some_and(|provider| provider.in_flight > 0)
     }
 
@@ -91,7 +91,13 @@ impl ProviderTable {
 
 impl ServiceState {
     /// Another node advertises the service. A key: it is new, and has to be entered at `slot` of what `conn` provides.
-    pub(super) fn set_remote(&mut self, conn: &Arc<Conn>, slot: u32, rev: u64, info: &Advertisement) -> Option<u32> {
+    pub(super) fn set_remote(
+        &mut self,
+        conn: &Arc<PeerState>,
+        slot: u32,
+        rev: u64,
+        info: &Advertisement,
+    ) -> Option<u32> {
         let providers = &mut self.providers;
         let known = providers.find_remote(conn);
         let key = known.unwrap_or_else(|| providers.all.insert(Provider::new(conn.clone(), slot)) as u32);
@@ -110,7 +116,7 @@ impl ServiceState {
     }
 
     /// Another node no longer advertises the service. `rev`: unless it has advertised it anew since then.
-    pub(super) fn unset_remote(&mut self, conn: &Arc<Conn>, rev: Option<u64>) {
+    pub(super) fn unset_remote(&mut self, conn: &Arc<PeerState>, rev: Option<u64>) {
         let Some(key) = self.providers.find_remote(conn) else { return };
         let is_newer = rev.is_some_and(|rev| self.providers.rev(key) != rev);
         if self.providers.all[key as usize].stage == ProviderStage::Active && !is_newer {

@@ -3,7 +3,7 @@
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::tables::{Service, ServiceState};
+use super::tables::{ServiceEntry, ServiceState};
 
 /// A service as discovery shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -17,9 +17,9 @@ pub struct ServiceInfo {
     pub methods: Vec<String>,
 }
 
-impl Service {
+impl ServiceEntry {
     pub(super) fn new(name: &str) -> Self {
-        Service { name: name.into(), state: Mutex::default(), registration: Default::default() }
+        ServiceEntry { name: name.into(), state: Mutex::default(), registration: Default::default() }
     }
 
     /// None: it has no provider.

@@ -29,7 +29,7 @@ use super::{
 use crate::cluster::{Lease, NodeId};
 
 /// A connection, as long as the hub refers to it.
-pub(super) struct Conn {
+pub(super) struct PeerState {
     pub(super) peer: Arc<dyn Peer>,
     /// Calls that it may have in flight.
     pub(super) max_calls: usize,
@@ -47,7 +47,7 @@ pub(super) struct Conn {
 /// A call in its caller's connection.
 pub(super) struct InFlight {
     pub(super) caller_id: CallerId,
-    pub(super) service: Arc<Service>,
+    pub(super) service: Arc<ServiceEntry>,
     /// Where the entry is, unless its `seq` is another by now.
     pub(super) index: u32,
     pub(super) seq: u64,
@@ -58,12 +58,12 @@ pub(super) struct InFlight {
 
 /// A provider in its own connection.
 pub(super) struct ProviderSlot {
-    pub(super) service: Arc<Service>,
+    pub(super) service: Arc<ServiceEntry>,
     /// Key among the service's providers.
     pub(super) provider: u32,
 }
 
-pub(super) struct Service {
+pub(super) struct ServiceEntry {
     pub(super) name: Arc<str>,
     pub(super) state: Mutex<ServiceState>,
     /// One registration at a time: it may have to wait for the cluster.
@@ -98,7 +98,7 @@ pub(super) struct ProviderTable {
 }
 
 pub(super) struct Provider {
-    pub(super) conn: Arc<Conn>,
+    pub(super) conn: Arc<PeerState>,
     /// Index in its connection's `provides`.
     pub(super) slot: u32,
     /// For another node.
@@ -151,7 +151,7 @@ pub(super) struct CallTable {
 pub(super) struct CallEntry {
     pub(super) seq: u64,
     /// The caller's connection and the index there. None: a notification, which has an entry only while it waits.
-    pub(super) caller: Option<(Arc<Conn>, u32)>,
+    pub(super) caller: Option<(Arc<PeerState>, u32)>,
     pub(super) due: u64,
     pub(super) deadline: u64,
     /// Milliseconds.
@@ -179,7 +179,7 @@ pub(super) const NO_ENTRY: u32 = u32::MAX;
 
 /// A call that left its service and whose caller has no answer yet.
 pub(super) struct FinishedCall {
-    pub(super) caller: Arc<Conn>,
+    pub(super) caller: Arc<PeerState>,
     /// Index in the caller's `in_flight`.
     pub(super) at: u32,
     pub(super) seq: u64,
@@ -221,7 +221,7 @@ pub(super) struct Effects {
 }
 
 pub(super) struct RemovedProvider {
-    pub(super) conn: Arc<Conn>,
+    pub(super) conn: Arc<PeerState>,
     pub(super) slot: u32,
     /// Calls that it has not answered.
     pub(super) orphans: Vec<FinishedCall>,
@@ -231,7 +231,7 @@ pub(super) struct RemovedProvider {
 
 /// Where a call is written to.
 pub(super) struct CallTarget {
-    pub(super) conn: Arc<Conn>,
+    pub(super) conn: Arc<PeerState>,
     pub(super) provider: u32,
     /// None: a notification.
     pub(super) id: Option<CallId>,
