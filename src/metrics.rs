@@ -21,10 +21,10 @@ use self::{
 use crate::error::Code;
 
 macro_rules! label {
-    ($(#[doc = $about:literal])+ $label:ident as $name:literal { $($(#[doc = $doc:literal])* $value:ident = $text:literal,)+ }) => {
+    ($(#[doc = $about:literal])+ $vis:vis $label:ident as $name:literal { $($(#[doc = $doc:literal])* $value:ident = $text:literal,)+ }) => {
         $(#[doc = $about])+
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $label { $($(#[doc = $doc])* $value,)+ }
+        $vis enum $label { $($(#[doc = $doc])* $value,)+ }
 
         impl MetricLabel for $label {
             const NAME: &'static str = $name;
@@ -43,7 +43,7 @@ macro_rules! label {
 
 label! {
     /// The transport of a connection, an event or a request.
-    Transport as "transport" {
+    pub(crate) Transport as "transport" {
         /// Plain requests. A request that becomes a stream or a socket counts as that.
         Http = "http",
         Sse = "sse",
@@ -57,7 +57,7 @@ label! {
 
 label! {
     /// The result of a call.
-    CallOutcome as "result" {
+    pub(crate) CallOutcome as "result" {
         Ok = "ok",
         ServiceError = "service_error",
         NoProvider = "no_provider",
@@ -73,7 +73,7 @@ label! {
 
 label! {
     /// The class of an HTTP status code.
-    StatusClass as "status" {
+    pub(crate) StatusClass as "status" {
         Informational = "1xx",
         Success = "2xx",
         Redirection = "3xx",
@@ -84,7 +84,7 @@ label! {
 
 label! {
     /// The purpose of a connection to Redis.
-    RedisConnectionKind as "lane" {
+    pub RedisConnectionKind as "lane" {
         Commands = "commands",
         Events = "events",
         Mail = "mail",
@@ -313,7 +313,7 @@ impl Default for Metrics {
 /// Kept small: an idle stream takes a few hundred bytes in all.
 #[derive(Debug)]
 #[must_use = "dropping the guard counts the connection as closed"]
-pub struct OpenConnection {
+pub(crate) struct OpenConnection {
     metrics: Arc<Metrics>,
     transport: Transport,
     reason: CloseReason,

@@ -397,7 +397,7 @@ impl Reading {
 
 impl Answer {
     /// Adds what is handed out, `bytes` as written, to the metrics.
-    pub fn count(&self, metrics: &Metrics, transport: Transport, bytes: usize) {
+    pub(crate) fn count(&self, metrics: &Metrics, transport: Transport, bytes: usize) {
         metrics.delivered[transport].add(self.count as u64);
         metrics.delivered_bytes[transport].add(bytes as u64);
         self.gaps.iter().for_each(|gap| metrics.gap(gap.reason.as_str()));
