@@ -18,7 +18,7 @@ use crate::{
     bus::{self, Bus, Log, Topics, WallClock},
     channel::Channel,
     cluster::{self, Cluster},
-    compat::{self, Compat},
+    compat::{self, Adapter},
     config::{self, Config},
     event::{Draft, DraftParts, EventData},
     http::{Endpoint, ListenerRole},
@@ -79,30 +79,26 @@ impl App {
         let remote_nodes = Arc::new(RemoteNodes::new(&node.hub));
         let config = node.config.clone();
         let connections = Connections::new(connection_limits(&config), node.timers.clone(), node.metrics.clone());
-        let compat = Arc::new(Compat::new(&node)?);
+        let mut adapters = compat::build(&node)?;
+        let of_adapters: Vec<_> = adapters.iter_mut().flat_map(|adapter| adapter.listeners.drain(..)).collect();
+        let adapters: Arc<[Adapter]> = adapters.into();
+        let separate = config.admin.listen.is_some();
+        let main = || if separate { ListenerRole::Clients } else { ListenerRole::All };
+        let main = config.server.listen.iter().map(|address| (*address, main()));
+        let admin = config.admin.listen.map(|address| (address, ListenerRole::Admin));
+        let of_adapters = of_adapters.into_iter().map(|listener| (listener.address, ListenerRole::Adapter(listener)));
         let mut listeners = Vec::new();
-        let clients = if config.admin.listen.is_some() { ListenerRole::Clients } else { ListenerRole::One };
-        let clients = config.server.listen.iter().map(|address| (*address, clients));
-        let operators = config.admin.listen.map(|address| (address, ListenerRole::Operators));
-        let grip = compat.grip.is_some().then_some(&config.compat.grip);
-        let proxy = grip.and_then(|grip| Some((grip.listen?, ListenerRole::Proxy)));
-        let publishers = grip.and_then(|grip| Some((grip.publish_listen?, ListenerRole::Publishers)));
-        for (address, role) in clients.chain(operators).chain(proxy).chain(publishers) {
+        for (address, role) in main.chain(admin).chain(of_adapters) {
             let listener = TcpListener::bind(address).await.map_err(|error| {
-                let remedy = match error.kind() {
-                    io::ErrorKind::AddrInUse if role == ListenerRole::Proxy => {
-                        ": is Pushpin running still? compat.grip.listen names another address"
-                    }
-                    io::ErrorKind::AddrInUse if role == ListenerRole::Publishers => {
-                        ": is Pushpin running still? compat.grip.publish_listen names another address"
-                    }
-                    io::ErrorKind::AddrInUse => ": is weir running already? --listen names another address",
-                    io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or CAP_NET_BIND_SERVICE",
+                let remedy = match (error.kind(), &role) {
+                    (io::ErrorKind::AddrInUse, ListenerRole::Adapter(listener)) => listener.if_in_use,
+                    (io::ErrorKind::AddrInUse, _) => ": is weir already running? --listen sets another address",
+                    (io::ErrorKind::PermissionDenied, _) => ": ports below 1024 require root or CAP_NET_BIND_SERVICE",
                     _ => "",
                 };
                 anyhow!("cannot listen on {address}: {error}{remedy}")
             })?;
-            let endpoint = Endpoint::new(node.clone(), compat.clone(), address.ip().is_loopback(), role);
+            let endpoint = Endpoint::new(node.clone(), adapters.clone(), address.ip().is_loopback(), role);
             listeners.push((listener, Arc::new(endpoint)));
         }
         Ok(App { bus: bus_name, listeners, node, connections, remote_nodes })
@@ -346,17 +342,9 @@ pub fn bus_config(config: &Config) -> bus::Config {
         pattern: Pattern::new(&rule.pattern),
         retention: keep(&rule.keep),
     };
-    // What an index is called is not forgotten, nor how many clients have been counted.
-    let own = [
-        (config::Adapter::Ganomede, compat::ganomede::LOG, 1 << 20),
-        (config::Adapter::NodeSse, compat::node_sse::CLIENTS, 1),
-    ];
-    let own = own.into_iter().filter(|(adapter, ..)| config.compat.enable.contains(adapter)).map(|(_, name, count)| {
-        let retention = bus::Retention { count, age: Duration::from_secs(100 * 365 * 24 * 60 * 60), bytes: 1 << 30 };
-        bus::RetentionRule { pattern: Pattern::new(name), retention }
-    });
+    let of_adapters: Vec<_> = config.compat.enabled().flat_map(|adapter| adapter.channels()).collect();
     bus::Config {
-        rules: own.chain(config.channels.iter().map(rule)).collect(),
+        rules: of_adapters.iter().chain(&config.channels).map(rule).collect(),
         retention: keep(&config::Keep::default()),
         budget: config.bus.memory.budget,
         keys: bus::KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },

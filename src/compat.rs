@@ -1,117 +1,75 @@
-//! Adapters: somebody else's wire, translated to the same few calls (publish, read, subscribe, provide, call). Each can
-//! be deleted without touching the core, and costs nothing while it is off.
+//! Adapters: each serves the protocol of another system on the bus and the services of weir, for unmodified clients.
 //!
-//! An adapter owns some paths of the listeners for clients and answers them by its original's rules: its own errors,
-//! its own CORS. weir's own paths are not among them, but for the page at `/`.
+//! An adapter owns some paths of the main listeners, and can bring listeners of its own. It answers by the rules of its
+//! original: its own errors, its own CORS. Its settings are the section `compat.NAME`. A disabled adapter uses no
+//! resources.
+//!
+//! To remove an adapter, delete its line in [`adapters!`], its file and its folder.
 
+mod adapter;
 mod engineio;
-mod event_stream;
 mod form;
-pub mod ganomede;
-pub mod grip;
-mod js;
-mod microstream;
-pub mod node_sse;
+mod publish;
 mod socketio;
 
 use std::sync::Arc;
 
-use axum::{
-    Router,
-    body::Body,
-    http::{Request, Response},
-};
-use tower::ServiceExt as _;
+pub(crate) use adapter::{Adapter, Listener};
 
-use self::grip::Grip;
 use crate::{
-    auth::Identity, bus::Placed, channel::Channel, config::Adapter as Name, error::Result, event::Draft,
-    metrics::Transport, node::Node,
+    config::{AdapterConfig, CompatSection, Config},
+    error::Result,
+    node::Node,
 };
 
-/// Those that are on.
-pub struct Compat {
-    adapters: Vec<Adapter>,
-    /// It has listeners of its own besides.
-    pub grip: Option<Arc<Grip>>,
+/// An entry of the list of adapters.
+struct AdapterEntry {
+    /// The default settings.
+    config: fn() -> Box<dyn AdapterConfig>,
+    build: fn(&Arc<Node>) -> Result<Adapter>,
 }
 
-/// One foreign protocol on the listeners for clients.
-pub struct Adapter {
-    /// Whether a path is this adapter's.
-    owns: Box<dyn Fn(&str) -> bool + Send + Sync>,
-    router: Router,
-    /// Whose pages may read what is weir's to say (`cors.origins`), and not the original's.
-    pub our_cors: bool,
+/// Lists the adapters. The module of each has a type `Config`, the settings, and a function `build`.
+macro_rules! adapters {
+    ($($name:ident,)+) => {
+        $(pub mod $name;)+
+
+        const ADAPTERS: &[AdapterEntry] = &[
+            $(AdapterEntry { config: || Box::<$name::Config>::default(), build: $name::build },)+
+        ];
+    };
 }
 
-impl Compat {
-    /// The adapters of `compat.enable`, and the routes of `compat.sse`.
-    pub fn new(node: &Arc<Node>) -> Result<Self> {
-        let mut compat = Compat { adapters: Vec::new(), grip: None };
-        for name in &node.config.compat.enable {
-            match name {
-                Name::Ganomede => compat.adapters.push(ganomede::adapter(node)?),
-                Name::NodeSse => compat.adapters.push(node_sse::adapter(node)),
-                Name::Grip => {
-                    let grip = Arc::new(Grip::new(node)?);
-                    compat.adapters.push(grip::adapter(&grip));
-                    compat.grip = Some(grip);
-                }
-                Name::MicroStream => compat.adapters.push(microstream::adapter(node)),
-            }
-        }
-        compat.adapters.extend(event_stream::adapter(node)?);
-        Ok(compat)
-    }
-
-    /// Whose path it is, if any adapter's.
-    pub fn find(&self, path: &str) -> Option<&Adapter> {
-        self.adapters.iter().find(|adapter| (adapter.owns)(path))
-    }
+adapters! {
+    microstream,
+    ganomede,
+    node_sse,
+    event_stream,
+    grip,
 }
 
-impl Adapter {
-    /// What answers the paths that it `owns`. Every one of them gets to the router, whatever its method: 404 and 405 look as
-    /// in the original.
-    fn new(owns: impl Fn(&str) -> bool + Send + Sync + 'static, router: Router) -> Self {
-        Adapter { owns: Box::new(owns), router, our_cors: false }
-    }
-
-    fn with_our_cors(self) -> Self {
-        Adapter { our_cors: true, ..self }
-    }
-
-    pub async fn answer(&self, request: Request<Body>) -> Response<Body> {
-        match self.router.clone().oneshot(request).await {
-            Ok(answer) => answer,
-            Err(never) => match never {},
-        }
-    }
+/// The default configuration, with the settings of all adapters.
+pub fn default_config() -> Config {
+    let compat = CompatSection::new(ADAPTERS.iter().map(|entry| (entry.config)()));
+    Config { compat, ..Config::default() }
 }
 
-impl Node {
-    /// Publishes what a client of another system sent. It is counted as any publish over HTTP.
-    async fn publish_compat(&self, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
-        let identity = Identity::anonymous();
-        let sizes: Vec<usize> = events.iter().map(|(_, draft)| draft.size()).collect();
-        for (channel, _) in &events {
-            let _ = identity.may_publish(channel)?;
-        }
-        let (placed, failed) = match self.bus.publish(identity.subject(), events).await {
-            Ok(placed) => (placed.into_iter().map(Some).collect(), None),
-            Err(failed) => (failed.placed, Some(failed.error)),
-        };
-        for size in placed.iter().zip(sizes).filter_map(|(placed, size)| placed.is_some().then_some(size)) {
-            self.metrics.published[Transport::Http].add(1);
-            self.metrics.published_bytes[Transport::Http].add(size as u64);
-        }
-        match failed {
-            None => Ok(placed.into_iter().flatten().collect()),
-            Some(error) => {
-                self.metrics.publish_failed(error.code());
-                Err(error)
-            }
-        }
-    }
+/// The names that `compat.enable` may contain.
+pub(crate) fn names() -> Vec<&'static str> {
+    default_config().compat.names()
+}
+
+/// Builds the enabled adapters.
+pub(crate) fn build(node: &Arc<Node>) -> Result<Vec<Adapter>> {
+    let enabled: Vec<_> = node.config.compat.enabled().map(|config| config.name()).collect();
+    let entries = ADAPTERS.iter().filter(|entry| enabled.contains(&(entry.config)().name()));
+    entries.map(|entry| (entry.build)(node)).collect()
+}
+
+/// Loads a configuration with all adapters, for their tests.
+#[cfg(test)]
+fn read_config(file: &str, environment: &[(&str, &str)]) -> std::result::Result<crate::config::Loaded, String> {
+    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let file = Some(("weir.toml".into(), Ok(file.into())));
+    crate::config::read(&default_config(), file, environment, &[]).map_err(|problems| problems.to_string())
 }

@@ -25,7 +25,7 @@ use tower::ServiceExt;
 
 use crate::{
     auth::Identity,
-    compat::{Adapter, Compat},
+    compat::{Adapter, Listener},
     error::{Code, Error, Retry},
     metrics::StatusClass,
     net::server::{HttpService, ListenerOptions, Rejected},
@@ -36,42 +36,38 @@ use crate::{
 use api::events;
 use origin::Origins;
 
-/// Who comes in by a listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ListenerRole {
-    /// Everyone: there is one kind of listener.
-    One,
+/// What a listener serves.
+pub(crate) enum ListenerRole {
+    /// Clients and administration: there is no `admin.listen`.
+    All,
     Clients,
     /// `admin.listen`.
-    Operators,
-    /// `compat.grip.listen`: every path is an origin's.
-    Proxy,
-    /// `compat.grip.publish_listen`.
-    Publishers,
+    Admin,
+    Adapter(Listener),
 }
 
-/// What is not for clients, where operators have a listener of their own.
-const OPERATIONS: [&str; 4] = ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"];
+/// The paths that are served at `admin.listen` only, if it is set.
+const ADMIN_PATHS: [&str; 4] = ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"];
 
-/// A listener's way in: the rules for every request, then the routes.
+/// The HTTP service of a listener: the rules for every request, then the routes.
 pub struct Endpoint {
     router: Router,
     role: ListenerRole,
     origins: Origins,
     node: Arc<Node>,
-    compat: Arc<Compat>,
+    adapters: Arc<[Adapter]>,
 }
 
 impl Endpoint {
     /// `loopback`: only this machine can reach the listener.
-    pub fn new(node: Arc<Node>, compat: Arc<Compat>, loopback: bool, role: ListenerRole) -> Self {
+    pub(crate) fn new(node: Arc<Node>, adapters: Arc<[Adapter]>, loopback: bool, role: ListenerRole) -> Self {
         let allowed = node.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
-        // Nobody has credentials yet.
+        // This version has no credentials.
         let origins = Origins { loopback, anonymous: true, allowed };
-        Endpoint { router: router(node.clone(), role), role, origins, node, compat }
+        Endpoint { router: router(node.clone(), &role), role, origins, node, adapters }
     }
 
-    /// Answers one request. Never fails, and never panics.
+    /// Answers one request. A panic of a handler is answered with `internal`.
     pub async fn answer<B>(self: Arc<Self>, request: Request<B>) -> Response
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
@@ -79,12 +75,12 @@ impl Endpoint {
     {
         let (mut head, body) = request.into_parts();
         let version = head.version;
-        if matches!(self.role, ListenerRole::Proxy | ListenerRole::Publishers) {
-            let answer = caught(self.grip(head, Body::new(body))).await;
+        if let ListenerRole::Adapter(listener) = &self.role {
+            let answer = caught(self.answer_on(listener, head, Body::new(body))).await;
             return self.finish(version, answer);
         }
-        if self.role != ListenerRole::Operators
-            && let Some(adapter) = self.compat.find(head.uri.path())
+        if !matches!(self.role, ListenerRole::Admin)
+            && let Some(adapter) = self.adapters.iter().find(|adapter| adapter.owns(head.uri.path()))
         {
             return self.answer_by(adapter, head, Body::new(body)).await;
         }
@@ -94,17 +90,17 @@ impl Endpoint {
             None => self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)),
         };
         let mut answer = match admitted {
-            Err(error) if head.uri.path() != "/v1/ws" => refusal(&head, error),
+            Err(error) if head.uri.path() != "/v1/ws" => rejection(&head, error),
             checked => {
                 if let Err(error) = checked {
                     head.extensions.insert(Rejected(error));
                 }
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
-                // Pinned where it is: these futures are large, and would be moved twice.
+                // Pinned on the stack: these futures are large, and would otherwise be moved twice.
                 let mut answer = caught(std::pin::pin!(self.route(head, Body::new(body)))).await;
                 if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
-                    answer = not_allowed(&answer, &method);
+                    answer = method_not_allowed(&answer, &method);
                     if let Some(asked) = preflight {
                         let allow = answer.headers()[header::ALLOW].clone();
                         page.preflight(&asked, allow, answer.headers_mut());
@@ -119,37 +115,30 @@ impl Endpoint {
         self.finish(version, answer)
     }
 
-    /// Who comes in here, for people.
-    pub fn purpose(&self) -> &'static str {
-        match self.role {
-            ListenerRole::One => "clients and admin",
+    /// The purpose of the listener, for the log.
+    pub(crate) fn purpose(&self) -> &'static str {
+        match &self.role {
+            ListenerRole::All => "clients and admin",
             ListenerRole::Clients => "clients",
-            ListenerRole::Operators => "admin",
-            ListenerRole::Proxy => "GRIP proxy",
-            ListenerRole::Publishers => "GRIP publish",
+            ListenerRole::Admin => "admin",
+            ListenerRole::Adapter(listener) => listener.purpose,
         }
     }
 
-    /// None of weir's own rules hold before an origin: it has its own.
-    async fn grip(&self, head: Parts, body: Body) -> Response {
-        let refused = head.extensions.get::<Rejected>().map(|Rejected(error)| error.clone());
-        let checked = match (refused, self.role) {
-            (Some(error), _) => Err(error),
-            (None, ListenerRole::Publishers) => self.origins.check_host(&head),
-            _ => Ok(()),
+    /// Answers on an adapter's listener, to which weir's rules for pages and paths do not apply.
+    async fn answer_on(&self, listener: &Listener, head: Parts, body: Body) -> Response {
+        let admitted = match head.extensions.get::<Rejected>() {
+            Some(Rejected(error)) => Err(error.clone()),
+            None if listener.check_host => self.origins.check_host(&head),
+            None => Ok(()),
         };
-        if let Err(error) = checked {
-            return refusal(&head, error);
-        }
-        let request = Request::from_parts(head, body);
-        match &self.compat.grip {
-            Some(grip) if self.role == ListenerRole::Proxy => grip.proxy(request).await,
-            Some(grip) => grip.publish(request).await,
-            None => StatusCode::NOT_FOUND.into_response(),
+        match admitted {
+            Ok(()) => (listener.handler)(Request::from_parts(head, body)).await,
+            Err(error) => rejection(&head, error),
         }
     }
 
-    /// Answers by an adapter's rules, which may have none of their own for pages of other origins.
+    /// Answers at an adapter's path on a main listener. weir's CORS rules apply if the adapter asks for them.
     async fn answer_by(&self, adapter: &Adapter, head: Parts, body: Body) -> Response {
         let version = head.version;
         let page = adapter.our_cors.then(|| self.origins.page(&head));
@@ -160,10 +149,10 @@ impl Endpoint {
         let admitted =
             admitted.and_then(|()| page.as_ref().map_or(Ok(()), |page| self.origins.check_page(&head, page)));
         if let Err(error) = admitted {
-            let mut answer = refusal(&head, error);
+            let mut answer = rejection(&head, error);
             match page {
                 Some(page) => page.mark(answer.headers_mut()),
-                // The originals are open to every page; one that cannot read this takes it for the end.
+                // The originals allow every page. A page that cannot read the error would not reconnect.
                 None => {
                     let every = HeaderValue::from_static("*");
                     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, every);
@@ -176,7 +165,7 @@ impl Endpoint {
         let mut answer = caught(adapter.answer(Request::from_parts(head, body))).await;
         if let Some(page) = page {
             if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
-                answer = not_allowed(&answer, &method);
+                answer = method_not_allowed(&answer, &method);
                 if let Some(asked) = preflight {
                     let allow = answer.headers()[header::ALLOW].clone();
                     page.preflight(&asked, allow, answer.headers_mut());
@@ -188,8 +177,8 @@ impl Endpoint {
     }
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {
-        // What comes ten thousand times a second goes by no router: its boxes would cost a sixth of a publish.
-        let frequent = head.uri.path() == "/v1/events" && self.role != ListenerRole::Operators;
+        // The most frequent requests bypass the router, whose boxed futures would cost a sixth of a publish.
+        let frequent = head.uri.path() == "/v1/events" && !matches!(self.role, ListenerRole::Admin);
         if frequent && (head.method == Method::POST || head.method == Method::GET) {
             return match Identity::from_request_parts(&mut head, &self.node).await {
                 Ok(identity) if head.method == Method::POST => {
@@ -205,11 +194,11 @@ impl Endpoint {
         }
     }
 
-    /// What holds for every answer, an adapter's too.
+    /// Completes every response, including those of adapters.
     fn finish(&self, version: Version, mut answer: Response) -> Response {
         self.node.metrics.requests[StatusClass::new(answer.status().as_u16())].add(1);
         let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-        // Whoever comes back, comes back to a node that stays. (HTTP/2 has a frame for it, not a header.)
+        // `Connection: close` while draining, so that clients reconnect to another node. HTTP/2 has a GOAWAY frame instead.
         if self.node.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -224,8 +213,8 @@ impl HttpService for Endpoint {
 
     fn options(&self) -> ListenerOptions {
         ListenerOptions {
-            exempt_from_limit: self.role == ListenerRole::Operators,
-            tcp_keepalive: self.role == ListenerRole::Proxy,
+            exempt_from_limit: matches!(self.role, ListenerRole::Admin),
+            tcp_keepalive: matches!(&self.role, ListenerRole::Adapter(listener) if listener.tcp_keepalive),
         }
     }
 
@@ -234,14 +223,15 @@ impl HttpService for Endpoint {
     }
 }
 
-/// What a request that must not go on hears. A stream hears in-band of what will pass.
-fn refusal(head: &Parts, error: Error) -> Response {
+/// The response to a rejected request. A stream is rejected in-band if the client may retry, because an `EventSource` gives
+/// up on an error status.
+fn rejection(head: &Parts, error: Error) -> Response {
     let stream = head.uri.path() == "/v1/sse" || sse::is_wanted(&head.headers);
     if stream && error.code().retry() == Retry::Yes { sse::refusal(&error) } else { error.into_response() }
 }
 
-/// The router's bare 405 knows what the path takes. `OPTIONS` asks for just that.
-fn not_allowed(bare: &Response, method: &Method) -> Response {
+/// Completes the router's 405, whose `Allow` lists the methods of the path. `OPTIONS` gets the list as a 204.
+fn method_not_allowed(bare: &Response, method: &Method) -> Response {
     let takes = bare.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok()).unwrap_or_default();
     let takes: Vec<_> =
         takes.split(',').map(str::trim).filter(|method| !method.is_empty()).chain(["OPTIONS"]).collect();
@@ -260,14 +250,14 @@ async fn not_found(uri: Uri) -> Error {
     Error::new(Code::NotFound, format!("there is no {}; GET /openapi.json lists what there is", uri.path()))
 }
 
-async fn elsewhere(uri: Uri) -> Error {
-    let detail = format!("{} is for operators, who have a listener of their own here: ask at admin.listen", uri.path());
+async fn at_admin_listener(uri: Uri) -> Error {
+    let detail = format!("{} is served at admin.listen only", uri.path());
     Error::new(Code::NotFound, detail)
 }
 
-/// The answer, or `internal` if the handler panics.
+/// The response, or `internal` if the handler panics.
 async fn caught(answering: impl Future<Output = Response>) -> Response {
-    // Unwind safety: what a handler shares is behind locks that do not poison, and the rest is gone.
+    // Unwind safety: state that handlers share is behind locks that do not poison; the rest is dropped.
     match AssertUnwindSafe(answering).catch_unwind().await {
         Ok(answer) => answer,
         Err(panic) => Error::internal(cause(&*panic)).into_response(),
@@ -279,8 +269,8 @@ fn cause(panic: &(dyn std::any::Any + Send)) -> String {
     format!("panic: {}", text.unwrap_or("without a message"))
 }
 
-/// Every route.
-pub fn router(node: Arc<Node>, endpoint: ListenerRole) -> Router {
+/// All routes of a listener.
+fn router(node: Arc<Node>, role: &ListenerRole) -> Router {
     use api::{channels, connections, consumers, jsonrpc, presence, services, stream};
     let health = Router::new().route("/health/live", get(admin::live)).route("/health/ready", get(admin::ready));
     let clients = Router::new()
@@ -296,24 +286,24 @@ pub fn router(node: Arc<Node>, endpoint: ListenerRole) -> Router {
         .route("/v1/consumers/{name}/seek", post(consumers::seek))
         .route("/v1/services", get(services::list))
         .route("/v1/services/{*path}", post(services::call));
-    let operators = Router::new()
+    let admin = Router::new()
         .route("/metrics", get(admin::metrics))
         .route("/v1/events", delete(events::delete))
         .route("/v1/channels", get(channels::get))
         .route("/v1/connections", get(connections::list).delete(connections::kick))
         .route("/v1/consumers", get(consumers::list));
-    let routes = match endpoint {
-        ListenerRole::One => health.merge(clients).merge(operators),
-        ListenerRole::Clients => {
-            OPERATIONS.into_iter().fold(health.merge(clients), |routes, path| routes.route(path, any(elsewhere)))
-        }
-        ListenerRole::Operators => health.merge(operators),
-        ListenerRole::Proxy | ListenerRole::Publishers => Router::new(),
+    let routes = match role {
+        ListenerRole::All => health.merge(clients).merge(admin),
+        ListenerRole::Clients => ADMIN_PATHS
+            .into_iter()
+            .fold(health.merge(clients), |routes, path| routes.route(path, any(at_admin_listener))),
+        ListenerRole::Admin => health.merge(admin),
+        ListenerRole::Adapter(_) => Router::new(),
     };
     routes.fallback(not_found).with_state(node)
 }
 
-/// `GET /`: a page to try weir with.
+/// `GET /`: a page for trying weir.
 async fn page() -> Html<&'static str> {
     Html(include_str!("http/page.html"))
 }
@@ -323,7 +313,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_panic_is_an_answer_that_tells_nothing() {
+    async fn a_panic_is_answered_without_its_message() {
         let answer = caught(async { panic!("the secret is {}", 42) }).await;
         assert_eq!(answer.status(), 500);
         let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use weir::{
     app::{self, App},
     cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, USAGE, welcome},
+    compat,
     config::{self, Loaded, Problem, Problems},
     telemetry,
 };
@@ -137,7 +138,10 @@ fn load(serve: &Serve) -> Result<Loaded, Problems> {
     // A variable that is not UTF-8 is never a valid setting, but problems are reported by its name.
     let environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
-    let loaded = config::load(serve.config.as_deref().map(Path::new), environment, &serve.overrides())?;
+    let loaded = {
+        let file = serve.config.as_deref().map(Path::new);
+        config::load(&compat::default_config(), file, environment, &serve.overrides())?
+    };
     match app::check(&loaded.config) {
         Ok(()) => Ok(loaded),
         Err((key, reason)) => {

@@ -4,14 +4,14 @@ use std::io::{IsTerminal as _, stderr};
 
 use tracing_subscriber::{Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
-use crate::config::{Format, Log};
+use crate::config::{LogFormat, LogSection};
 
 /// Starts logging for the process. Later calls have no effect, because tests run several nodes in one process.
-pub fn start(log: &Log) {
+pub fn start(log: &LogSection) {
     let json = match log.format {
-        Format::Json => true,
-        Format::Text => false,
-        Format::Auto => !stderr().is_terminal(),
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+        LogFormat::Auto => !stderr().is_terminal(),
     };
     let layer = if json {
         tracing_subscriber::fmt::layer()

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 
 use super::connect::Base;
-use crate::{config::Override, duration, token::AfterParam};
+use crate::{compat, config::Override, duration, token::AfterParam};
 
 const ABOUT: &str =
     "One bus, three ways in: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
@@ -69,8 +69,7 @@ pub struct Serve {
     /// Address to listen on, repeatable [default: 127.0.0.1:8000]
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Vec<String>,
-    /// Protocols of other systems to speak as well: microstream, ganomede, node-sse, grip
-    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', help = format!("Adapters to enable: {}", compat::names().join(", ")))]
     pub compat: Vec<String>,
 }
 

@@ -1,6 +1,9 @@
 //! The endpoints of @fanoutio/eventstream without the program around them: `[[compat.sse.routes]]` says at which paths
 //! which channels are streamed, as its Express handlers do.
 
+mod config;
+mod path_template;
+
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use axum::{
@@ -10,12 +13,13 @@ use axum::{
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
 
-use super::{Adapter, form::Form};
+pub use self::config::{Config, SseRoute};
+use self::path_template::{PathTemplate, fill};
+use super::{adapter::Adapter, form::Form};
 use crate::{
     auth::Identity,
     bus::{Format, Subscriptions},
     channel::Channel,
-    config::{Template, fill},
     error::{Code, Error, Result, Retry},
     event::Event,
     json::read_json_str,
@@ -42,7 +46,7 @@ struct EventStream {
 }
 
 struct Route {
-    path: Template,
+    path: PathTemplate,
     channels: Vec<String>,
 }
 
@@ -61,21 +65,17 @@ fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     out.extend_from_slice(b"\n\n");
 }
 
-/// The routes that are configured; nothing if there are none.
-pub fn adapter(node: &Arc<Node>) -> Result<Option<Adapter>> {
-    let configured = &node.config.compat.sse.routes;
-    let route = |route: &crate::config::SseRoute| {
-        let path = Template::parse(&route.path).map_err(Error::internal)?;
+pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
+    let Config { routes } = node.config.compat.get();
+    let route = |route: &SseRoute| {
+        let path = PathTemplate::parse(&route.path).map_err(Error::internal)?;
         Ok(Route { path, channels: route.channels.clone() })
     };
-    let routes: Arc<[Route]> = configured.iter().map(route).collect::<Result<_>>()?;
-    if routes.is_empty() {
-        return Ok(None);
-    }
+    let routes: Arc<[Route]> = routes.iter().map(route).collect::<Result<_>>()?;
     let own = routes.clone();
     let owns = move |path: &str| own.iter().any(|route| route.path.matches(path).is_some());
     let it = EventStream { node: node.clone(), routes };
-    Ok(Some(Adapter::new(owns, Router::new().fallback(answer).with_state(Arc::new(it))).with_our_cors()))
+    Ok(Adapter::new(owns, Router::new().fallback(answer).with_state(Arc::new(it))).with_our_cors())
 }
 
 async fn answer(State(it): State<Arc<EventStream>>, request: Request<Body>) -> Response<Body> {

@@ -3,6 +3,7 @@
 //! An id is weir's offset, a `clientId` is a consumer and its position the consumer's cursor; only its `after` may also
 //! move back. What the original answers it answers, to the byte; what it crashes on it answers too.
 
+mod config;
 mod events;
 mod indices;
 mod poll;
@@ -22,14 +23,14 @@ use md5::{Digest as _, Md5};
 use serde_json::value::RawValue;
 
 use self::wire::Refusal;
+pub use self::config::Config;
 pub use self::{
-    indices::{Indices, LOG},
+    indices::Indices,
     poll::consumer,
     wire::VOID,
 };
-use super::{Adapter, form::Form};
-use crate::node::Node;
-use crate::{config, error::Result, net::body::read_body, transport::query::decode};
+use super::{adapter::Adapter, form::Form};
+use crate::{error::Result, net::body::read_body, node::Node, transport::query::decode};
 
 const PREFIX: &str = "/events/v1";
 /// How long a failed poll waits for its answer: the client asks again at once, whatever it was told.
@@ -38,7 +39,7 @@ const PAUSE_MS: std::ops::Range<u64> = 250..1000;
 /// What all requests share.
 struct Ganomede {
     node: Arc<Node>,
-    settings: config::Ganomede,
+    config: Config,
     about: Bytes,
     indices: Indices,
 }
@@ -66,9 +67,9 @@ enum Given<'a> {
     Json(IndexMap<String, &'a RawValue>),
 }
 
-pub fn adapter(node: &Arc<Node>) -> Result<Adapter> {
+pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
     let it = Ganomede {
-        settings: node.config.compat.ganomede.clone(),
+        config: node.config.compat.get(),
         about: wire::about(),
         indices: Indices::new(node.bus.clone(), node.config.limits.event)?,
         node: node.clone(),
@@ -120,7 +121,7 @@ impl Ganomede {
             _ => read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?,
         };
         let asked = Asked { query: Form::parse(head.uri.query().unwrap_or_default()), body: Given::read(head, &body)? };
-        if route.is_secret() && !asked.knows(self.settings.secret.reveal()) {
+        if route.is_secret() && !asked.knows(self.config.secret.reveal()) {
             // The original means to say "Invalid credentials", and says nothing.
             return Err(Refusal::new(StatusCode::UNAUTHORIZED, "InvalidCredentialsError", ""));
         }

@@ -5,6 +5,7 @@
 //! The proxy has a listener of its own, for every path of it is an origin's; where origins publish is another.
 
 mod at;
+mod config;
 mod filter;
 mod frame;
 mod hold;
@@ -30,6 +31,7 @@ use http::{
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Incoming;
 
+pub use self::config::{Config, GripRoute};
 use self::{
     at::At,
     instruct::{Hold, Instead, Instruct},
@@ -37,10 +39,9 @@ use self::{
     proxy::{Ask, Failure, Origins},
     token::Key,
 };
-use super::Adapter;
+use super::adapter::{Adapter, Listener, handler};
 use crate::{
     channel::Channel,
-    config::GripRoute,
     error::{Error, Result},
     net::server::PeerAddr,
     node::Node,
@@ -52,6 +53,7 @@ const MOST_ASKED: usize = 16;
 /// The proxy, and where its origins publish.
 pub struct Grip {
     node: Arc<Node>,
+    config: Config,
     origins: Origins,
     /// The longest path first.
     routes: Vec<Route>,
@@ -79,15 +81,29 @@ struct Secret {
     text: String,
 }
 
-/// Publishing on the main listeners.
-pub(super) fn adapter(grip: &Arc<Grip>) -> Adapter {
-    let grip = grip.clone();
-    let publish = move |request: Request<AxumBody>| {
-        let grip = grip.clone();
-        async move { grip.publish(request).await }
-    };
+/// Publishing on the main listeners, and two listeners: the proxy, and one for publishing.
+pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
+    let grip = Arc::new(Grip::new(node)?);
+    let proxy = grip.config.listen.map(|address| Listener {
+        address,
+        purpose: "GRIP proxy",
+        if_in_use: ": is Pushpin still running? compat.grip.listen sets another address",
+        tcp_keepalive: true,
+        // The host is an origin's.
+        check_host: false,
+        handler: handler(&grip, |grip, request| async move { grip.proxy(request).await }),
+    });
+    let publish = grip.config.publish_listen.map(|address| Listener {
+        address,
+        purpose: "GRIP publish",
+        if_in_use: ": is Pushpin still running? compat.grip.publish_listen sets another address",
+        tcp_keepalive: false,
+        check_host: true,
+        handler: handler(&grip, |grip, request| async move { grip.publish(request).await }),
+    });
     let owns = |path: &str| matches!(path, "/grip/publish" | "/grip/publish/");
-    Adapter::new(owns, axum::Router::new().fallback(publish))
+    let router = axum::Router::new().fallback(async move |request| grip.publish(request).await);
+    Ok(Adapter::new(owns, router).with_listeners(proxy.into_iter().chain(publish).collect()))
 }
 
 /// What an origin answered, when it is not simply passed on.
@@ -114,9 +130,9 @@ enum Outcome {
 
 impl Grip {
     pub fn new(node: &Arc<Node>) -> Result<Self> {
-        let grip = &node.config.compat.grip;
+        let config: Config = node.config.compat.get();
         let mut routes =
-            grip.routes.iter().map(Route::new).collect::<Result<Vec<_>, String>>().map_err(Error::params)?;
+            config.routes.iter().map(Route::new).collect::<Result<Vec<_>, String>>().map_err(Error::params)?;
         routes.sort_by_key(|route| std::cmp::Reverse(route.path.len()));
         if routes.is_empty() {
             tracing::warn!("GRIP has no origin: name one in [[compat.grip.routes]]");
@@ -124,8 +140,9 @@ impl Grip {
         let tls = routes.iter().any(|route| route.scheme == Scheme::HTTPS);
         Ok(Grip {
             node: node.clone(),
-            origins: Origins::new(grip, tls, node.timers.clone()).map_err(Error::params)?,
+            origins: Origins::new(&config, tls, node.timers.clone()).map_err(Error::params)?,
             routes,
+            config,
         })
     }
 
@@ -184,7 +201,7 @@ impl Grip {
 
     fn signature(&self, route: &Route) -> HeaderValue {
         // Base64 and dots.
-        HeaderValue::try_from(route.signer.sign(&self.node.config.compat.grip.iss))
+        HeaderValue::try_from(route.signer.sign(&self.config.iss))
             .unwrap_or(HeaderValue::from_static(""))
     }
 
@@ -257,7 +274,7 @@ impl Grip {
         };
         let most = self.node.config.limits.publish_bytes;
         let collecting = Limited::new(incoming, most).collect();
-        let timeout = self.node.config.compat.grip.timeout;
+        let timeout = self.config.timeout;
         match tokio::time::timeout(timeout, collecting).await {
             Ok(Ok(whole)) => Ok(whole.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => {

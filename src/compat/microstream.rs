@@ -6,6 +6,7 @@
 
 mod bytes;
 mod client;
+mod config;
 mod port;
 mod translate;
 
@@ -22,13 +23,13 @@ use axum::{Router, body::Body, extract::State, http::Request};
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
+pub use self::config::Config;
+use self::client::Client;
 use super::{
-    Adapter,
+    adapter::Adapter,
     engineio::{self, Server},
 };
-use crate::node::Node;
-use crate::{config::Config, net::timer::TimerWheel, rpc::Hub};
-use client::Client;
+use crate::{error::Result, net::timer::TimerWheel, node::Node, rpc::Hub};
 
 /// Where the original is.
 const PATH: &str = "/socket.io/";
@@ -63,17 +64,17 @@ struct Settings {
 /// The tick of a client's last heartbeat.
 type Beat = Arc<AtomicU32>;
 
-pub fn adapter(node: &Arc<Node>) -> Adapter {
+pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
     let server = serve(node);
     let answer =
         |State(server): State<Arc<Server>>, request: Request<Body>| async move { server.answer(request).await };
-    Adapter::new(|path| path.starts_with(PATH), Router::new().fallback(answer).with_state(server))
+    Ok(Adapter::new(|path| path.starts_with(PATH), Router::new().fallback(answer).with_state(server)))
 }
 
 fn serve(node: &Arc<Node>) -> Arc<Server> {
     let hub = Arc::new(MicroStream::new(node));
     Server::start(
-        Arc::new(settings(&node.config)),
+        Arc::new(settings(node)),
         node.clone(),
         Box::new(move |session, mut query| {
             // Of several the first, as far as anybody can tell.
@@ -83,8 +84,8 @@ fn serve(node: &Arc<Node>) -> Arc<Server> {
     )
 }
 
-fn settings(config: &Config) -> engineio::Settings {
-    let own = &config.compat.microstream;
+fn settings(node: &Node) -> engineio::Settings {
+    let (own, config): (Config, _) = (node.config.compat.get(), &node.config);
     engineio::Settings {
         ping: own.ping,
         ping_timeout: own.ping_timeout,
@@ -102,7 +103,7 @@ fn settings(config: &Config) -> engineio::Settings {
 
 impl MicroStream {
     fn new(node: &Arc<Node>) -> Self {
-        let (own, rpc) = (&node.config.compat.microstream, &node.config.rpc);
+        let (own, rpc): (Config, _) = (node.config.compat.get(), &node.config.rpc);
         MicroStream {
             rpc: node.hub.clone(),
             wheel: node.timers.clone(),

@@ -3,6 +3,8 @@
 //! Channels and their last events are the bus's: what other worlds publish its browsers see, from every node, and after
 //! a restart where the bus survives one. Who is online all nodes know of each other.
 
+mod config;
+mod js;
 mod presence;
 mod publish;
 mod subscribe;
@@ -21,19 +23,17 @@ use axum::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use self::{presence::Presence, subscribe::Known};
-use super::{Adapter, form::Form};
+use self::{config::CLIENTS, presence::Presence, subscribe::Known};
+pub use self::config::Config;
+use super::{adapter::Adapter, form::Form};
 use crate::{
     channel::Channel,
     config::Backend,
-    error::{Error, Retry},
+    error::{Error, Result, Retry},
     event::{self, Draft},
     node::Node,
     transport::sse,
 };
-
-/// The channel whose offsets are the numbers of clients, where several nodes give them.
-pub const CLIENTS: &str = "$node-sse/clients";
 
 /// What all requests share.
 struct NodeSse {
@@ -63,7 +63,7 @@ enum Refusal {
     Weir(Error),
 }
 
-pub fn adapter(node: &Arc<Node>) -> Adapter {
+pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
     let presence = Arc::<Presence>::default();
     let others = tokio::spawn(Presence::share(presence.clone(), node.cluster.clone()));
     let it = NodeSse {
@@ -73,7 +73,8 @@ pub fn adapter(node: &Arc<Node>) -> Adapter {
         known: Known::default(),
         node: node.clone(),
     };
-    Adapter::new(|path| Route::find(path).is_some(), Router::new().fallback(answer).with_state(Arc::new(it)))
+    let router = Router::new().fallback(answer).with_state(Arc::new(it));
+    Ok(Adapter::new(|path| Route::find(path).is_some(), router))
 }
 
 async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Response<Body> {

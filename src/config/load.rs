@@ -1,4 +1,4 @@
-//! File, environment and flags become one [`Config`], or a list of everything that is wrong with them.
+//! Loads a [`Config`] from a file, the environment and flags, and reports all errors at once.
 
 use std::{collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 
@@ -9,42 +9,23 @@ use figment::{
 };
 
 use super::{
-    Config, Part, originals,
-    slot::{Item, Setting, Slot},
+    originals::{OriginalSetting, OriginalVariables},
+    section::{Item, Section, Setting, Slot, join},
+    sections::Config,
 };
 
-/// `WEIR__SSE__HEARTBEAT` is `sse.heartbeat`. The two underscores keep `WEIR_URL` and what Kubernetes
-/// adds for a service called weir (`WEIR_PORT=tcp://…`) out of it.
+/// `WEIR__SSE__HEARTBEAT` is `sse.heartbeat`. The two underscores distinguish settings from `WEIR_URL` and from the
+/// variables that Kubernetes adds for a service called weir (`WEIR_PORT=tcp://…`).
 const PREFIX: &str = "WEIR__";
 
-/// One of a list of tables.
-pub(super) trait Table: Part + Clone + Default {
-    /// The keys that have no default, and what to ask whoever left them out.
-    const REQUIRED: &'static [(&'static str, &'static str)];
-    /// As it is written in one line.
-    const EXAMPLE: &'static str;
-}
-
-/// A list of tables, whatever they are: what the loader needs of it, and who writes it down.
-pub(super) trait Tables {
-    fn clear(&mut self);
-    /// Adds a table of defaults.
-    fn add(&mut self);
-    fn len(&self) -> usize;
-    /// The settings of one.
-    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<Item<'a>>;
-    fn required(&self) -> &'static [(&'static str, &'static str)];
-    fn example(&self) -> &'static str;
-}
-
-/// What was found, and where. A key that is not in `sources` has its default.
+/// A configuration and the sources of its values. A key that is not in `sources` has its default.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub config: Config,
     pub sources: BTreeMap<String, Source>,
 }
 
-/// Where a value comes from.
+/// The source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     File(Arc<str>),
@@ -52,7 +33,7 @@ pub enum Source {
     Flag(&'static str),
 }
 
-/// A value given on the command line.
+/// A value from the command line.
 #[derive(Clone, Debug)]
 pub struct Override {
     pub flag: &'static str,
@@ -60,44 +41,47 @@ pub struct Override {
     pub value: String,
 }
 
-/// One thing that is wrong.
+/// An error of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Empty if it is no single key, such as a file that cannot be read.
+    /// Empty if the error is not about one key, for example if a file cannot be read.
     pub key: String,
-    /// None if the value is weir's own and only contradicts another.
+    /// `None` if the value is a default that contradicts another value.
     pub source: Option<Source>,
     pub reason: String,
 }
 
-/// Everything that is wrong, a line each. Never empty.
+/// All errors, printed one per line. Never empty.
 #[derive(Clone, Debug)]
 pub struct Problems(pub Vec<Problem>);
 
-/// Reads `file` if there is one, then what of `environment` is weir's, then `flags`; the later wins.
+/// Overrides `defaults` with `file`, the variables of `environment` that are settings, and `flags`; the later wins.
 ///
-/// The environment is given, not looked up, so that tests have their own.
+/// The environment is a parameter so that tests have their own.
 pub fn load(
+    defaults: &Config,
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
     flags: &[Override],
 ) -> Result<Loaded, Problems> {
     let text = file.map(|path| (path.display().to_string(), std::fs::read_to_string(path)));
-    from(text, environment, flags)
+    read(defaults, text, environment, flags)
 }
 
-pub(super) fn from(
+/// As [`load`], with the content of the file.
+pub(crate) fn read(
+    defaults: &Config,
     file: Option<(String, io::Result<String>)>,
     environment: impl IntoIterator<Item = (String, String)>,
     flags: &[Override],
 ) -> Result<Loaded, Problems> {
     let environment: Vec<_> = environment.into_iter().collect();
-    // Which adapters are on says whose other variables count, and those may be overruled in turn.
-    let first = gather(&file, &environment, &[], flags);
-    let originals = originals::settings(&first.0, &environment);
+    // The enabled adapters are known after a first pass; their originals' variables apply in a second.
+    let first = gather(defaults, &file, &environment, &[], flags);
+    let originals = originals(&first.0, &environment);
     let (config, found) = match originals.is_empty() {
         true => first,
-        false => gather(&file, &environment, &originals, flags),
+        false => gather(defaults, &file, &environment, &originals, flags),
     };
     if found.problems.is_empty() {
         Ok(Loaded { config, sources: found.sources })
@@ -106,15 +90,27 @@ pub(super) fn from(
     }
 }
 
-/// Everything that was found, and what is wrong with it.
+/// The settings that the variables of an original stand for, if its adapter is the only one that is enabled.
+fn originals(config: &Config, environment: &[(String, String)]) -> Vec<OriginalSetting> {
+    let mut variables = OriginalVariables::new(environment, config.auth.allow_anonymous);
+    if let [name] = config.compat.enable[..]
+        && let Some(adapter) = config.compat.enabled().find(|adapter| adapter.name() == name)
+    {
+        adapter.read_original(&mut variables);
+    }
+    variables.into_settings()
+}
+
+/// Merges all sources.
 fn gather(
+    defaults: &Config,
     file: &Option<(String, io::Result<String>)>,
     environment: &[(String, String)],
-    originals: &[(&'static str, &'static str, String)],
+    originals: &[OriginalSetting],
     flags: &[Override],
-) -> (Config, Found) {
-    let mut config = Config::default();
-    let mut found = Found::default();
+) -> (Config, MergedValues) {
+    let mut config = defaults.clone();
+    let mut found = MergedValues::default();
     let lists: Vec<String> = settings(&mut config, "")
         .into_iter()
         .filter_map(|setting| matches!(setting.slot, Slot::Tables(_)).then_some(setting.key))
@@ -122,7 +118,7 @@ fn gather(
     if let Some((name, text)) = file {
         found.file(name.as_str().into(), text);
     }
-    for (variable, key, value) in originals {
+    for OriginalSetting { variable, key, value } in originals {
         found.text(key, value.clone(), Source::Environment((*variable).into()), &lists);
     }
     let mut variables: Vec<_> = environment.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
@@ -137,7 +133,7 @@ fn gather(
     let merged = found.figment.data().unwrap_or_default().remove(&Profile::Default).unwrap_or_default();
     found.table(&merged, "", &mut settings(&mut config, ""));
     for (key, reason) in config.contradictions() {
-        // Of a value that could not be read nothing more is known.
+        // A value that cannot be read has been reported already.
         if !found.problems.iter().any(|problem| problem.key == key) {
             let source = found.sources.get(key).cloned();
             found.problem(key, source, reason);
@@ -146,25 +142,25 @@ fn gather(
     (config, found)
 }
 
-/// Where values come together: figment merges the layers and knows of each value which one it is from.
+/// The merged values. figment remembers which layer each value comes from.
 #[derive(Default)]
-struct Found {
+struct MergedValues {
     figment: Figment,
-    /// Of each layer, in their order; a layer's name is its index.
+    /// The source of each layer. The name of a layer is its index.
     layers: Vec<Source>,
     sources: BTreeMap<String, Source>,
     problems: Vec<Problem>,
 }
 
 /// A file, a variable or a flag.
-struct Layer {
+struct ConfigLayer {
     index: usize,
     data: Map<Profile, Dict>,
 }
 
-// === impl Layer ===
+// === impl ConfigLayer ===
 
-impl Provider for Layer {
+impl Provider for ConfigLayer {
     fn metadata(&self) -> Metadata {
         Metadata::named(self.index.to_string())
     }
@@ -174,9 +170,9 @@ impl Provider for Layer {
     }
 }
 
-// === impl Found ===
+// === impl MergedValues ===
 
-impl Found {
+impl MergedValues {
     fn file(&mut self, name: Arc<str>, text: &io::Result<String>) {
         let source = Source::File(name);
         match text {
@@ -185,8 +181,7 @@ impl Found {
         }
     }
 
-    /// A value from the environment or a flag: text, whatever it looks like, but that lists of tables are written as in
-    /// a file.
+    /// Adds a value from the environment or a flag. It is text, except that arrays of tables are TOML.
     fn text(&mut self, key: &str, value: String, source: Source, lists: &[String]) {
         if lists.iter().any(|list| list == key) {
             return self.toml(&format!("{key} = {value}"), key, source);
@@ -206,7 +201,7 @@ impl Found {
         match Toml::string(text).data() {
             Ok(data) => self.layer(data, source),
             Err(error) => {
-                // A problem has one line. Its picture of the place takes several, with a `|` before what is on them.
+                // A problem is printed on one line: the lines of the excerpt, which begin with `|`, are left out.
                 let picture =
                     |line: &str| line.trim_start_matches(|c: char| c == ' ' || c.is_ascii_digit()).starts_with('|');
                 let reason = error.to_string();
@@ -217,7 +212,7 @@ impl Found {
     }
 
     fn layer(&mut self, data: Map<Profile, Dict>, source: Source) {
-        let layer = Layer { index: self.layers.len(), data };
+        let layer = ConfigLayer { index: self.layers.len(), data };
         self.layers.push(source);
         self.figment = std::mem::take(&mut self.figment).merge(layer);
     }
@@ -241,7 +236,7 @@ impl Found {
             {
                 self.table(inner, &key, settings);
             } else if settings.iter().any(|setting| is_under(&setting.key, &key)) && matches!(value, Value::Dict(..)) {
-                // A section of which everything is left as it is.
+                // An empty section.
             } else if settings.iter().any(|setting| is_under(&setting.key, &key)) {
                 self.problem(&key, source, format!("is a section: write [{key}] and its keys below"));
             } else {
@@ -284,37 +279,7 @@ impl Found {
     }
 }
 
-// === impl Tables ===
-
-impl<T: Table> Tables for Vec<T> {
-    fn clear(&mut self) {
-        self.clear();
-    }
-
-    fn add(&mut self) {
-        self.push(T::default());
-    }
-
-    fn len(&self) -> usize {
-        self.len()
-    }
-
-    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<Item<'a>> {
-        let mut items = Vec::new();
-        self[n].items(at, &mut items);
-        items
-    }
-
-    fn required(&self) -> &'static [(&'static str, &'static str)] {
-        T::REQUIRED
-    }
-
-    fn example(&self) -> &'static str {
-        T::EXAMPLE
-    }
-}
-
-// === what is printed ===
+// === Display ===
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -350,13 +315,9 @@ impl std::error::Error for Problems {}
 
 // === keys ===
 
-pub(super) fn join(at: &str, name: &str) -> String {
-    if at.is_empty() { name.to_owned() } else { format!("{at}.{name}") }
-}
-
-fn settings<'a>(part: &'a mut impl Part, at: &str) -> Vec<Setting<'a>> {
+fn settings<'a>(section: &'a mut impl Section, at: &str) -> Vec<Setting<'a>> {
     let mut items = Vec::new();
-    part.items(at, &mut items);
+    section.items(at, &mut items);
     only_settings(items)
 }
 
@@ -379,7 +340,7 @@ fn unknown(key: &str, settings: &[Setting<'_>]) -> String {
     }
 }
 
-/// Levenshtein's distance in bytes: good enough for a hint.
+/// Levenshtein distance in bytes, for hints.
 fn edits(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {

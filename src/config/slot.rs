@@ -1,185 +1,95 @@
-//! One setting: where its value is kept, how it is read from a file or from text, how it is written back.
+//! Reading the value of a [`Slot`] from a file or from text, and writing it as TOML.
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{fmt, net::SocketAddr};
 
 use figment::value::Value;
-use tracing_subscriber::filter::Targets;
 
-use super::load::Tables;
+use super::{
+    section::Slot,
+    value::{Ack, Backend, Level, LogFormat, Secret},
+};
 use crate::duration;
-
-/// What a part of the configuration is made of, in the order in which it is shown.
-pub(super) enum Item<'a> {
-    Section { key: String, doc: &'static str },
-    Setting(Setting<'a>),
-}
-
-/// A key, its explanation, and the place that its value goes to.
-pub(super) struct Setting<'a> {
-    pub key: String,
-    pub doc: &'static str,
-    pub slot: Slot<'a>,
-}
-
-/// The closed set of things a setting can be.
-pub(super) enum Slot<'a> {
-    Flag(&'a mut bool),
-    /// A number of things, at least one.
-    Count(&'a mut usize),
-    /// A number of bytes, at least one: `16MiB`, or plain.
-    Size(&'a mut usize),
-    /// A duration longer than nothing.
-    Time(&'a mut Duration),
-    /// A duration that may be `0s`.
-    Pause(&'a mut Duration),
-    Addresses(&'a mut Vec<SocketAddr>),
-    /// Empty text is none.
-    Address(&'a mut Option<SocketAddr>),
-    Origins(&'a mut Vec<String>),
-    Pattern(&'a mut String),
-    Backend(&'a mut Backend),
-    Ack(&'a mut Ack),
-    /// No name twice.
-    Adapters(&'a mut Vec<Adapter>),
-    Level(&'a mut Level),
-    Format(&'a mut Format),
-    /// A path that requests begin with.
-    Path(&'a mut String),
-    /// Where an HTTP server is: scheme, host and port, and nothing more.
-    Url(&'a mut String),
-    /// Any text; what it means is somebody else's to say.
-    Text(&'a mut String),
-    /// Texts, of which each is somebody else's to read.
-    Texts(&'a mut Vec<String>),
-    /// Empty text is none.
-    Secret(&'a mut Secret),
-    /// A list of tables.
-    Tables(&'a mut dyn Tables),
-}
-
-/// Text that is never shown, nor logged.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Secret(String);
-
-/// What keeps the channels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    /// In this process, for as long as it lives.
-    Memory,
-    /// In Redis, for all nodes that use it.
-    Redis,
-}
-
-/// When a publish is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ack {
-    /// When the master has it.
-    Stored,
-    /// When a replica has it as well.
-    Replicated,
-}
-
-/// Somebody else's protocol that weir speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Adapter {
-    MicroStream,
-    Ganomede,
-    NodeSse,
-    Grip,
-}
-
-/// What is logged: a level, or levels by target as in `info,weir=debug`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Level(String);
-
-/// How a line of the log looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// Text on a terminal, JSON elsewhere.
-    Auto,
-    Text,
-    Json,
-}
 
 // === impl Slot ===
 
 impl Slot<'_> {
-    /// Replaces the value, or says in a sentence why not. [`Slot::Tables`] are read by the loader.
-    pub fn read(&mut self, value: &Value) -> Result<(), String> {
-        let given = Given(value);
+    /// Replaces the value. The error is a sentence without its subject, the key. The loader reads [`Slot::Tables`].
+    pub(super) fn read(&mut self, value: &Value) -> Result<(), String> {
+        let input = Input(value);
         match self {
-            Slot::Flag(to) => **to = given.flag()?,
-            Slot::Count(to) => **to = given.whole("a whole number")?,
-            Slot::Size(to) => **to = given.size()?,
+            Slot::Flag(to) => **to = input.flag()?,
+            Slot::Count(to) => **to = input.whole("a whole number")?,
+            Slot::Size(to) => **to = input.size()?,
             Slot::Time(to) => {
-                let time = duration::parse(&given.text("a duration as \"5s\"")?)?;
+                let time = duration::parse(&input.text("a duration as \"5s\"")?)?;
                 if time.is_zero() {
-                    return Err("must be longer than nothing".into());
+                    return Err("must be longer than 0s".into());
                 }
                 **to = time;
             }
-            Slot::Pause(to) => **to = duration::parse(&given.text("a duration as \"5s\"")?)?,
+            Slot::Pause(to) => **to = duration::parse(&input.text("a duration as \"5s\"")?)?,
             Slot::Addresses(to) => {
-                let list: Vec<_> = given.list()?.iter().map(|text| address(text)).collect::<Result<_, _>>()?;
+                let list: Vec<_> = input.list()?.iter().map(|text| address(text)).collect::<Result<_, _>>()?;
                 if list.is_empty() {
                     return Err("needs an address".into());
                 }
                 **to = list;
             }
             Slot::Address(to) => {
-                let text = given.text("an address")?;
+                let text = input.text("an address")?;
                 **to = if text.is_empty() { None } else { Some(address(&text)?) };
             }
             Slot::Origins(to) => {
-                let list = given.list()?;
+                let list = input.list()?;
                 list.iter().try_for_each(|text| origin(text))?;
                 **to = list;
             }
             Slot::Pattern(to) => {
-                let text = given.text("a pattern")?;
+                let text = input.text("a pattern")?;
                 if text.is_empty() {
                     return Err("an empty pattern matches nothing; * matches every channel".into());
                 }
                 **to = text;
             }
-            Slot::Backend(to) => match given.text("a name")?.as_str() {
+            Slot::Backend(to) => match input.text("a name")?.as_str() {
                 "memory" => **to = Backend::Memory,
                 "redis" => **to = Backend::Redis,
                 other => return Err(format!("{other:?} is no backend; there are: memory, redis")),
             },
-            Slot::Ack(to) => match given.text("a name")?.as_str() {
+            Slot::Ack(to) => match input.text("a name")?.as_str() {
                 "stored" => **to = Ack::Stored,
                 "replicated" => **to = Ack::Replicated,
-                other => return Err(format!("{other:?} is no moment to answer; there are: stored, replicated")),
+                other => return Err(format!("{other:?} is no acknowledgement; there are: stored, replicated")),
             },
-            Slot::Adapters(to) => {
+            Slot::Adapters { enabled, names } => {
                 let mut list = Vec::new();
-                for name in given.list()? {
-                    let adapter = Adapter::parse(&name)?;
-                    if !list.contains(&adapter) {
-                        list.push(adapter);
+                for text in input.list()? {
+                    let unknown = || format!("{text:?} is no adapter; there are: {}", names.join(", "));
+                    let name = *names.iter().find(|name| **name == text).ok_or_else(unknown)?;
+                    if !list.contains(&name) {
+                        list.push(name);
                     }
                 }
-                **to = list;
+                **enabled = list;
             }
-            Slot::Level(to) => **to = Level::parse(&given.text("a level")?)?,
-            Slot::Format(to) => match given.text("a name")?.as_str() {
-                "auto" => **to = Format::Auto,
-                "text" => **to = Format::Text,
-                "json" => **to = Format::Json,
+            Slot::Level(to) => **to = Level::parse(&input.text("a level")?)?,
+            Slot::Format(to) => match input.text("a name")?.as_str() {
+                "auto" => **to = LogFormat::Auto,
+                "text" => **to = LogFormat::Text,
+                "json" => **to = LogFormat::Json,
                 other => return Err(format!("{other:?} is no format; there are: auto, text, json")),
             },
             Slot::Path(to) => {
-                let text = given.text("a path")?;
+                let text = input.text("a path")?;
                 if !text.starts_with('/') || text.contains(['?', '#']) || text.contains(char::is_control) {
                     return Err(format!("{text:?} is not a path: write / or /api"));
                 }
                 **to = text;
             }
-            Slot::Url(to) => **to = url(&given.text("a URL")?)?,
-            Slot::Text(to) => **to = given.text("text")?,
-            Slot::Texts(to) => **to = given.list()?,
-            Slot::Secret(to) => **to = Secret::parse(given.text("text")?)?,
+            Slot::Url(to) => **to = url(&input.text("a URL")?)?,
+            Slot::Text(to) => **to = input.text("text")?,
+            Slot::Texts(to) => **to = input.list()?,
+            Slot::Secret(to) => **to = Secret::parse(input.text("text")?)?,
             Slot::Tables(to) => return Err(format!("needs a list of tables, as [{}]", to.example())),
         }
         Ok(())
@@ -204,27 +114,27 @@ impl fmt::Display for Slot<'_> {
             Slot::Backend(Backend::Redis) => f.write_str("\"redis\""),
             Slot::Ack(Ack::Stored) => f.write_str("\"stored\""),
             Slot::Ack(Ack::Replicated) => f.write_str("\"replicated\""),
-            Slot::Adapters(list) => write_list(list.iter().map(|adapter| adapter.as_str().to_owned()), f),
-            Slot::Level(Level(text)) => f.write_str(&quoted(text)),
-            Slot::Format(Format::Auto) => f.write_str("\"auto\""),
-            Slot::Format(Format::Text) => f.write_str("\"text\""),
-            Slot::Format(Format::Json) => f.write_str("\"json\""),
-            // Those that are are shown as tables of their own.
+            Slot::Adapters { enabled, .. } => write_list(enabled.iter().map(|name| (*name).to_owned()), f),
+            Slot::Level(level) => f.write_str(&quoted(level.as_str())),
+            Slot::Format(LogFormat::Auto) => f.write_str("\"auto\""),
+            Slot::Format(LogFormat::Text) => f.write_str("\"text\""),
+            Slot::Format(LogFormat::Json) => f.write_str("\"json\""),
+            // Lists that are not empty are printed as tables of their own.
             Slot::Tables(_) => f.write_str("[]"),
         }
     }
 }
 
-// === impl Given ===
+// === impl Input ===
 
-/// A value as it was found. What comes from the environment is text, so text is read where a file would have a number.
-struct Given<'a>(&'a Value);
+/// A value from any source. Values from the environment are text, so text is accepted in place of numbers.
+struct Input<'a>(&'a Value);
 
-impl Given<'_> {
+impl Input<'_> {
     fn text(&self, wanted: &str) -> Result<String, String> {
         match self.0 {
             Value::String(_, text) => Ok(text.clone()),
-            // The commonest mistake with durations gets its own answer.
+            // A number without a unit is the most common mistake: the parser of durations explains it.
             Value::Num(_, number) if wanted.starts_with("a duration") && number.to_f64().is_none() => {
                 Ok(number.to_i128().map_or_else(|| "0".into(), |number| number.to_string()))
             }
@@ -274,10 +184,10 @@ impl Given<'_> {
         }
     }
 
-    /// A list, or text with commas between.
+    /// A list, or text separated by commas.
     fn list(&self) -> Result<Vec<String>, String> {
         match self.0 {
-            Value::Array(_, items) => items.iter().map(|item| Given(item).text("a list of text")).collect(),
+            Value::Array(_, items) => items.iter().map(|item| Input(item).text("a list of text")).collect(),
             _ => {
                 let text = self.text("a list, or text with commas")?;
                 Ok(text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect())
@@ -290,104 +200,10 @@ fn whole(text: &str, wanted: &str) -> Result<usize, String> {
     text.replace('_', "").parse().map_err(|_| format!("needs {wanted}, not {text:?}"))
 }
 
-// === impl Adapter ===
-
-impl Adapter {
-    const ALL: [Adapter; 4] = [Adapter::MicroStream, Adapter::Ganomede, Adapter::NodeSse, Adapter::Grip];
-
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Adapter::MicroStream => "microstream",
-            Adapter::Ganomede => "ganomede",
-            Adapter::NodeSse => "node-sse",
-            Adapter::Grip => "grip",
-        }
-    }
-
-    /// What it owns of the listeners for clients; `*` is whatever follows.
-    pub(super) const fn paths(self) -> &'static [&'static str] {
-        match self {
-            Adapter::MicroStream => &["/socket.io/*"],
-            Adapter::Ganomede => &["/events/v1/*", "/latest", "/about"],
-            Adapter::NodeSse => &["/subscribe", "/publish", "/lastEvent"],
-            Adapter::Grip => &["/grip/*"],
-        }
-    }
-
-    fn parse(text: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|adapter| adapter.as_str() == text).ok_or_else(|| {
-            let names = Self::ALL.map(Adapter::as_str).join(", ");
-            format!("{text:?} is no adapter; there are: {names}")
-        })
-    }
-}
-
-// === impl Secret ===
-
-impl Secret {
-    /// What is shown instead.
-    const HIDDEN: &str = "********";
-
-    fn parse(text: String) -> Result<Self, String> {
-        match text == Self::HIDDEN {
-            true => Err("is what weir shows instead of the secret".into()),
-            false => Ok(Secret(text)),
-        }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The secret itself. Whoever calls this does not print it.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<&str> for Secret {
-    fn from(text: &str) -> Self {
-        Secret(text.to_owned())
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.is_empty() { "Secret()" } else { "Secret(…)" })
-    }
-}
-
-// === impl Level ===
-
-impl Level {
-    pub(super) fn info() -> Self {
-        Level("info".into())
-    }
-
-    fn parse(text: &str) -> Result<Self, String> {
-        // Tracing itself takes `louder` for the name of a target, of which everything is wanted.
-        const NAMES: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
-        let known = |part: &str| NAMES.contains(&part.rsplit_once('=').map_or(part, |(_, level)| level));
-        if text.split(',').all(known) && text.parse::<Targets>().is_ok() {
-            return Ok(Level(text.to_owned()));
-        }
-        Err(format!(
-            "{text:?} is no level: write one of {}, or by target as \"info,weir::rpc=debug\"",
-            NAMES.join(", ")
-        ))
-    }
-
-    /// What tracing filters by.
-    pub fn targets(&self) -> Targets {
-        // `parse` has tried it.
-        self.0.parse().unwrap_or_default()
-    }
-}
-
 // ===
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    // A name would have to be looked up, and could mean several; this one everybody writes.
+    // Other names would have to be resolved, and can have several addresses.
     let numeric = match text.strip_prefix("localhost:") {
         Some(port) => format!("127.0.0.1:{port}"),
         None => text.to_owned(),
@@ -401,7 +217,7 @@ fn origin(text: &str) -> Result<(), String> {
     if text == "*" {
         return Ok(());
     }
-    // `null` is what sandboxed frames and local files send: whoever allows it allows every page.
+    // `null` is the origin of every sandboxed frame and local file: to allow it is to allow every page.
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     match host {
         Some(host)
@@ -438,7 +254,7 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// JSON's text is TOML's, but for DEL.
+/// A TOML string: JSON's, except for DEL.
 pub(super) fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }

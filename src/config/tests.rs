@@ -1,8 +1,15 @@
-use super::*;
+use std::collections::BTreeMap;
+
+use super::{
+    section::{Item, MIB, Section, seconds},
+    *,
+};
+use crate::compat;
 
 fn read(file: &str, environment: &[(&str, &str)], flags: &[Override]) -> Result<Loaded, String> {
     let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    load::from(Some(("weir.toml".into(), Ok(file.into()))), environment, flags).map_err(|problems| problems.to_string())
+    let file = Some(("weir.toml".into(), Ok(file.into())));
+    load::read(&compat::default_config(), file, environment, flags).map_err(|problems| problems.to_string())
 }
 
 fn file() -> std::path::PathBuf {
@@ -13,27 +20,27 @@ const HEAD: &str = "\
 # All settings of weir with their defaults. A configuration file (weir --config FILE, or WEIR_CONFIG) needs only the settings
 # that it changes. Environment variables override the file (WEIR__SSE__HEARTBEAT=15s; lists separated by commas), and flags
 # override both. Durations have a unit (500ms, 5s, 2m, 1h, 30d); sizes are in bytes or have a unit (512KiB, 16MiB, 8MB).
-# `weir config check` validates a configuration. Generated from src/config.rs by `UPDATE=1 cargo test config`.
+# `weir config check` validates a configuration. Generated from the sections in src/ by `UPDATE=1 cargo test config`.
 
 ";
 
 #[test]
-fn the_file_in_the_repository_is_the_defaults() {
-    let expected = HEAD.to_owned() + &Config::default().to_toml(true, &BTreeMap::new());
+fn config_toml_is_generated() {
+    let expected = HEAD.to_owned() + &compat::default_config().to_toml(true, &BTreeMap::new());
     if std::env::var_os("UPDATE").is_some() {
         std::fs::write(file(), &expected).unwrap();
     }
     let text = std::fs::read_to_string(file()).unwrap();
     assert!(text == expected, "config.toml is out of date: UPDATE=1 cargo test config");
     let loaded = read(&text, &[], &[]).unwrap();
-    assert_eq!(loaded.config, Config::default());
-    let mut config = Config::default();
+    assert_eq!(loaded.config, compat::default_config());
+    let mut config = compat::default_config();
     let mut items = Vec::new();
     config.items("", &mut items);
     for item in items {
         let (key, doc) = match &item {
-            Item::Section { key, doc } => (key, doc),
-            Item::Setting(setting) => (&setting.key, &setting.doc),
+            Item::Section { key, doc } => (key, *doc),
+            Item::Setting(setting) => (&setting.key, &*setting.doc),
         };
         assert!(!doc.trim().is_empty(), "{key} is not explained");
         if let Item::Setting(setting) = &item {
@@ -43,7 +50,7 @@ fn the_file_in_the_repository_is_the_defaults() {
 }
 
 #[test]
-fn flags_win_over_the_environment_and_that_over_the_file() {
+fn flags_override_the_environment_which_overrides_the_file() {
     let text = "sse.heartbeat = \"15s\"\n[ws]\nping = \"10s\"\n[server]\nlisten = \"127.0.0.1:1, [::1]:2\"\n";
     let flag = Override { flag: "--listen", key: "server.listen", value: "127.0.0.1:9".into() };
     let only_file = read(text, &[], &[]).unwrap().config;
@@ -59,7 +66,7 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
-fn everything_wrong_is_reported_at_once() {
+fn all_errors_are_reported_at_once() {
     let text = r#"
 sse.hearbeat = "5s"
 colour = 1
@@ -107,15 +114,15 @@ WEIR__LOG__LEVEL: log.level: "louder" is no level: write one of error, warn, inf
 }
 
 #[test]
-fn a_file_that_is_no_toml_says_where() {
+fn an_invalid_or_missing_file_is_named() {
     let problems = read("[sse]\nheartbeat = \n[ws]\nping = \"1s\"\n", &[], &[]).unwrap_err();
     assert!(problems.starts_with("weir.toml: "), "{problems}");
-    let missing = load(Some(std::path::Path::new("/no/such/weir.toml")), [], &[]).unwrap_err();
+    let missing = load(&Config::default(), Some(std::path::Path::new("/no/such/weir.toml")), [], &[]).unwrap_err();
     assert!(missing.to_string().starts_with("/no/such/weir.toml: cannot be read: "), "{missing}");
 }
 
 #[test]
-fn nobody_listens_to_the_world_by_accident() {
+fn a_public_address_requires_allow_anonymous() {
     let problems =
         read("server.listen = [\"0.0.0.0:8000\", \"127.0.0.1:1\"]\nadmin.listen = \"[::]:9\"", &[], &[]).unwrap_err();
     assert_eq!(problems.lines().count(), 2);
@@ -127,7 +134,7 @@ fn nobody_listens_to_the_world_by_accident() {
 }
 
 #[test]
-fn rules_come_in_order_and_what_they_leave_out_is_the_default() {
+fn channel_rules_keep_their_order_and_omitted_values_are_defaults() {
     let text = "[[channels]]\nmatch = \"live/*\"\nkeep.count = 5\n[[channels]]\nmatch = \"*\"\n[channels.keep]\nbytes = \"1MiB\"";
     let rules = read(text, &[], &[]).unwrap().config.channels;
     assert_eq!(rules[0], ChannelRule { pattern: "live/*".into(), keep: Keep { count: 5, ..Keep::default() } });
@@ -139,7 +146,7 @@ fn rules_come_in_order_and_what_they_leave_out_is_the_default() {
 }
 
 #[test]
-fn what_is_shown_is_read_back() {
+fn printed_toml_loads_as_the_same_configuration() {
     let text = r#"
 server.listen = ["127.0.0.1:0", "[::1]:8000"]
 admin.listen = "localhost:9000"
@@ -165,173 +172,54 @@ match = "*"
 }
 
 #[test]
-fn an_event_fits_a_chunk_of_a_stream() {
+fn the_largest_event_fits_a_chunk_of_a_stream() {
     let with =
         |event| read(&format!("limits = {{ event = \"{event}\", frame = \"6MiB\", queued = \"8MiB\" }}"), &[], &[]);
     assert!(with("4MiB").is_ok());
     assert!(with("5MiB").unwrap_err().contains("limits.event: must be at most 4MiB"));
 }
 
-const ROUTES: &str = r#"
-[compat]
-enable = ["grip"]
-[[compat.grip.routes]]
-origin = "http://127.0.0.1:3000/"
-key = "base64:c2VjcmV0"
-[[compat.grip.routes]]
-path = "/api"
-origin = "https://example.com"
-prefix = "api-"
-"#;
-
 #[test]
-fn lists_of_tables_have_their_own_keys() {
-    let loaded = read(ROUTES, &[], &[]).unwrap();
-    let [one, two] = &loaded.config.compat.grip.routes[..] else { panic!("{loaded:?}") };
-    assert_eq!((one.path.as_str(), one.origin.as_str()), ("/", "http://127.0.0.1:3000"));
-    assert_eq!(one.key_bytes().as_deref(), Some(&b"secret"[..]));
-    assert_eq!((two.path.as_str(), two.prefix.as_str(), two.key.is_empty()), ("/api", "api-", true));
-    let text = [("WEIR__COMPAT__GRIP__ROUTES", r#"[{origin="http://a:1", path="/x"}]"#)];
-    assert_eq!(read(ROUTES, &text, &[]).unwrap().config.compat.grip.routes[0].path, "/x");
-
-    let wrong = "[[compat.grip.routes]]\npath = \"x\"\n[[compat.grip.routes]]\norigin = \"http://a/b\"\nkee = 1";
-    let problems = read(wrong, &[], &[]).unwrap_err();
-    for problem in [
-        "compat.grip.routes[0].path: \"x\" is not a path",
-        "compat.grip.routes[0]: has no `origin`",
-        "compat.grip.routes[1].origin: \"http://a/b\" is not where a server is",
-        "compat.grip.routes[1].kee: unknown key",
-    ] {
-        assert!(problems.contains(problem), "{problems}");
-    }
-}
-
-#[test]
-fn secrets_are_not_shown_and_what_is_shown_in_their_place_is_no_secret() {
-    let loaded = read(ROUTES, &[], &[]).unwrap();
-    let shown = loaded.config.to_toml(true, &loaded.sources);
-    assert!(!shown.contains("c2VjcmV0") && !format!("{loaded:?}").contains("c2VjcmV0"), "{shown}");
-    assert!(shown.contains("\n[[compat.grip.routes]]\npath = \"/\"\n"), "{shown}");
-    let problems = read(&shown, &[], &[]).unwrap_err();
-    assert!(problems.contains("compat.grip.routes[0].key: is what weir shows instead of the secret"), "{problems}");
-}
-
-#[test]
-fn who_may_publish_from_elsewhere_has_a_key() {
-    let open = format!("{ROUTES}\n[compat.grip]\npublish_listen = \"0.0.0.0:5561\"\nlisten = \"0.0.0.0:7999\"");
-    let problems = read(&open, &[], &[]).unwrap_err();
-    assert!(problems.contains("compat.grip.publish_listen: 0.0.0.0:5561 can be reached"), "{problems}");
-    assert_eq!(problems.lines().count(), 1);
-    let keyed = open.replace("prefix = \"api-\"", "key = \"k\"");
-    assert!(read(&keyed, &[], &[]).is_ok());
-    let twice = ROUTES.replace("/api", "/");
-    assert!(read(&twice, &[], &[]).unwrap_err().contains("compat.grip.routes: / has two origins"));
-    let bad = ROUTES.replace("c2VjcmV0", "c2Vjcm*");
-    assert!(read(&bad, &[], &[]).unwrap_err().contains("the key of / is not valid base64"));
-    let clash = format!("{ROUTES}\n[compat.grip]\nlisten = \"127.0.0.1:8000\"");
-    assert!(read(&clash, &[], &[]).unwrap_err().contains("compat.grip.listen: 127.0.0.1:8000 is listed twice"));
-}
-
-#[test]
-fn variables_of_an_original_count_where_it_is_alone() {
-    const SECRET: (&str, &str) = ("API_SECRET", "s3cret");
-    let ganomede = |more: &[(&str, &str)]| {
-        let own = [SECRET, ("PORT", "9000"), ("POLL_TIMEOUT", "30000"), ("LOG_LEVEL", "WARN")];
-        read("compat.enable = [\"ganomede\"]\nlog.level = \"debug\"", &[&own, more].concat(), &[])
-    };
-    let Loaded { config, sources } = ganomede(&[]).unwrap();
-    assert_eq!(config.server.listen, ["127.0.0.1:9000".parse().unwrap()]);
-    assert_eq!(config.compat.ganomede.secret.reveal(), "s3cret");
-    assert_eq!(config.compat.ganomede.poll_timeout, seconds(30));
-    assert_eq!(sources["server.listen"].to_string(), "PORT");
-    assert_eq!(sources["compat.ganomede.secret"].to_string(), "API_SECRET");
-    assert_eq!(sources["log.level"].to_string(), "LOG_LEVEL");
-    let shown = config.to_toml(false, &sources);
-    assert!(shown.contains("listen = [\"127.0.0.1:9000\"]  # PORT\n"), "{shown}");
-    assert!(shown.contains("level = \"warn\"  # LOG_LEVEL\n") && !shown.contains("s3cret"), "{shown}");
-
-    // weir's own variables and flags win.
-    let flag = Override { flag: "--listen", key: "server.listen", value: "127.0.0.1:1".into() };
-    let flagged = read("", &[SECRET, ("PORT", "9000"), ("WEIR__COMPAT__ENABLE", "ganomede")], &[flag]).unwrap();
-    assert_eq!(flagged.config.server.listen, ["127.0.0.1:1".parse().unwrap()]);
-    assert_eq!(
-        ganomede(&[("WEIR__LOG__LEVEL", "trace")]).unwrap().sources["log.level"].to_string(),
-        "WEIR__LOG__LEVEL"
-    );
-
-    // Whom weir serves is said in one place.
-    let open = ganomede(&[("HOST", "0.0.0.0")]).unwrap_err();
-    assert!(open.starts_with("HOST: server.listen: 0.0.0.0:9000 can be reached from other machines"), "{open}");
-    let anybody = ganomede(&[("WEIR__AUTH__ALLOW_ANONYMOUS", "true")]).unwrap().config;
-    assert_eq!(anybody.server.listen, ["0.0.0.0:9000".parse().unwrap()]);
-    assert!(ganomede(&[("HOST", "localhost")]).is_ok());
+fn settings_that_would_have_no_effect_are_rejected() {
+    let rejected = read("", &[("WEIR__BUS__REDIS__URL", "redis://x")], &[]).unwrap_err();
     assert!(
-        ganomede(&[("HOST", "example.com")])
-            .unwrap_err()
-            .starts_with("HOST: server.listen: \"example.com:9000\" is not")
+        rejected.starts_with("WEIR__BUS__REDIS__URL: bus.redis.url: is set, but bus.backend is memory"),
+        "{rejected}"
     );
-    let wrong = read("compat.enable = [\"ganomede\"]", &[("POLL_TIMEOUT", "soon")], &[]).unwrap_err();
-    assert!(wrong.contains("POLL_TIMEOUT: compat.ganomede.poll_timeout:"), "{wrong}");
-    assert!(wrong.contains("compat.ganomede.secret: is missing"), "{wrong}");
+}
 
-    let redis = ganomede(&[("REDIS_EVENTS_PORT_6379_TCP_ADDR", "db.example")]).unwrap();
-    assert_eq!(
-        (redis.config.bus.backend, redis.config.bus.redis.url.reveal()),
-        (Backend::Redis, "redis://db.example:6379")
-    );
-    assert_eq!(redis.sources["bus.redis.url"].to_string(), "REDIS_EVENTS_PORT_6379_TCP_ADDR");
+#[derive(Clone, Debug, PartialEq)]
+struct FakeAdapter(&'static str);
 
-    let node_sse = [("PORT", "9090"), ("DEBUG_LOGS", "true")];
-    let config = read("compat.enable = [\"node-sse\"]", &node_sse, &[]).unwrap().config;
-    assert_eq!(config.server.listen, ["127.0.0.1:9090".parse().unwrap()]);
-    assert_ne!(config.log.level, Level::info());
-    let silent = read("compat.enable = [\"microstream\"]", &[("PORT", "3000"), ("LOG_LEVEL", "silent")], &[]).unwrap();
-    assert!(silent.config.to_toml(false, &BTreeMap::new()).contains("level = \"off\""));
+impl Section for FakeAdapter {
+    fn doc(&self) -> &'static str {
+        ""
+    }
 
-    // Two could not both mean it; and without an adapter nobody does.
-    for enabled in ["[\"microstream\", \"node-sse\"]", "[]"] {
-        let ignored = read(&format!("compat.enable = {enabled}"), &[("PORT", "9000")], &[]).unwrap();
-        assert_eq!(ignored.config.server.listen, Config::default().server.listen);
+    fn items<'a>(&'a mut self, _at: &str, _items: &mut Vec<Item<'a>>) {}
+}
+
+impl AdapterConfig for FakeAdapter {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn read_original(&self, variables: &mut OriginalVariables<'_>) {
+        variables.set_listen(None);
+        variables.set_log_level();
     }
 }
 
 #[test]
-fn routes_of_streams_take_nobody_s_paths() {
-    let routes = |paths: &[&str]| {
-        let tables: Vec<_> = paths
-            .iter()
-            .map(|path| format!("[[compat.sse.routes]]\npath = \"{path}\"\nchannels = [\"{{id}}\", \"all\"]\n"))
-            .collect();
-        read(&tables.join(""), &[], &[])
-    };
-    let loaded = routes(&["/api/events/{id}", "/api/rooms/{id}/events"]).unwrap();
-    assert_eq!(loaded.config.compat.sse.routes[1].channels, ["{id}", "all"]);
-    let shown = loaded.config.to_toml(false, &BTreeMap::new());
-    assert_eq!(read(&shown, &[], &[]).unwrap().config, loaded.config);
-    for (paths, reason) in [
-        (&["/v1/{id}"][..], "compat.sse.routes: /v1/{id} would take /v1/*, which is weir's already"),
-        (&["/{id}"], "/{id} would take /metrics, which is weir's already"),
-        (&["/"], "/ would take /, which is weir's already"),
-        (&["/a/{id}", "/a/b"], "/a/{id} and /a/b are both the path of some requests"),
-        (&["/a{id}"], "a token is a whole segment"),
-    ] {
-        let problems = routes(paths).unwrap_err();
-        assert!(problems.contains(reason), "{problems}");
+fn variables_of_an_original_apply_if_it_is_alone() {
+    let adapters = ["one", "two"].map(|name| Box::new(FakeAdapter(name)) as Box<dyn AdapterConfig>);
+    let defaults = Config { compat: CompatSection::new(adapters), ..Config::default() };
+    let environment = [("PORT", "3000"), ("LOG_LEVEL", "silent")].map(|(name, value)| (name.into(), value.into()));
+    for (enabled, applies) in [("[\"one\"]", true), ("[\"one\", \"two\"]", false), ("[]", false)] {
+        let file = Some(("weir.toml".into(), Ok(format!("compat.enable = {enabled}"))));
+        let config = load::read(&defaults, file, environment.clone(), &[]).unwrap().config;
+        let port = config.server.listen[0].port();
+        let off = config.to_toml(false, &BTreeMap::new()).contains("level = \"off\"");
+        assert_eq!((port, off), if applies { (3000, true) } else { (8000, false) }, "{enabled}");
     }
-    let enabled = "compat.enable = [\"node-sse\"]\n[[compat.sse.routes]]\npath = \"/subscribe\"\nchannels = []";
-    let problems = read(enabled, &[], &[]).unwrap_err();
-    assert!(problems.contains("/subscribe would take /subscribe, which is node-sse already"), "{problems}");
-    assert!(problems.contains("/subscribe streams no channels"), "{problems}");
-}
-
-#[test]
-fn what_would_be_ignored_in_silence_is_refused() {
-    let refused = |environment: &[(&str, &str)], file: &str| {
-        let environment = environment.iter().map(|(name, value)| (name.to_string(), value.to_string()));
-        load::from(Some(("weir.toml".into(), Ok(file.into()))), environment, &[]).unwrap_err().to_string()
-    };
-    let island = refused(&[("WEIR__BUS__REDIS__URL", "redis://x")], "");
-    assert!(island.starts_with("WEIR__BUS__REDIS__URL: bus.redis.url: is set, but bus.backend is memory"), "{island}");
-    let routes = refused(&[], "[[compat.grip.routes]]\norigin = \"http://127.0.0.1:3000\"\n");
-    assert!(routes.contains("compat.grip.routes: are set, but compat.enable does not contain grip"), "{routes}");
 }

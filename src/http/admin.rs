@@ -1,4 +1,4 @@
-//! For operators: health and metrics.
+//! Administration: health and metrics.
 
 use std::sync::Arc;
 

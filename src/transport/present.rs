@@ -7,7 +7,7 @@ use super::query::{Query, hex, unhex};
 use crate::{
     auth::Identity,
     channel::Channel,
-    config::Limits,
+    config::LimitsSection,
     error::{Error, Result},
     json::{JsonStr, write_json_str},
     presence::{MemberList, Presence, PresentClient},
@@ -55,7 +55,7 @@ pub struct Present<'a> {
 
 impl Asking {
     /// From the parameters of `GET /v1/presence`.
-    pub fn from_query(mut query: Query<'_>, limits: &Limits) -> Result<Self> {
+    pub fn from_query(mut query: Query<'_>, limits: &LimitsSection) -> Result<Self> {
         let channel = query.one_channel()?;
         let count = match query.take("count")?.as_deref() {
             None | Some("false") => false,
@@ -68,13 +68,19 @@ impl Asking {
     }
 
     /// From the params of `weir.presence`.
-    pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
+    pub fn from_params(params: &str, limits: &LimitsSection) -> Result<Self> {
         let asked: Asked<'_> = crate::json::parse_json(params)?;
         let channel = Channel::parse(&asked.channel)?;
         Self::check(channel, asked.count, asked.limit, asked.page.as_deref(), limits)
     }
 
-    fn check(channel: Channel, count: bool, limit: Option<u64>, page: Option<&str>, limits: &Limits) -> Result<Self> {
+    fn check(
+        channel: Channel,
+        count: bool,
+        limit: Option<u64>,
+        page: Option<&str>,
+        limits: &LimitsSection,
+    ) -> Result<Self> {
         let limit = limit.unwrap_or(MAX_LIMIT);
         if !(1..=MAX_LIMIT).contains(&limit) {
             return Err(Error::params(format!("limit: 1 to {MAX_LIMIT}")));

@@ -14,7 +14,7 @@ use crate::{
     auth::Identity,
     bus::{Bus, Filter, Format, Gap, LogPage, ReadLimit, Subscriptions},
     channel::Channel,
-    config::Limits,
+    config::LimitsSection,
     duration,
     error::{Code, Error, Result},
     json::{JsonStr, write_json_str},
@@ -95,7 +95,7 @@ struct Asked<'a> {
 
 impl Reading {
     /// From the parameters of `GET /v1/events`; `last_event_id` is the header.
-    pub fn from_query(mut query: Query<'_>, last_event_id: Option<&str>, limits: &Limits) -> Result<Self> {
+    pub fn from_query(mut query: Query<'_>, last_event_id: Option<&str>, limits: &LimitsSection) -> Result<Self> {
         let channels = query.some_channels(limits.stream_channels, "limits.stream_channels")?;
         let begin = query.begin(last_event_id)?;
         let kinds = query.types()?;
@@ -113,7 +113,7 @@ impl Reading {
     }
 
     /// From the params of `weir.read`: the same names, `channels` and `type` being lists.
-    pub fn from_params(params: &str, limits: &Limits) -> Result<Self> {
+    pub fn from_params(params: &str, limits: &LimitsSection) -> Result<Self> {
         let mut asked: Asked<'_> = crate::json::parse_json(params)?;
         let mut channels = Vec::new();
         for name in std::mem::take(&mut asked.channels) {
@@ -144,7 +144,7 @@ impl Reading {
         begin: Begin,
         kinds: &[S],
         asked: Asked<'_>,
-        limits: &Limits,
+        limits: &LimitsSection,
     ) -> Result<Self> {
         let events = asked.limit.map_or(DEFAULT_LIMIT.min(limits.page_events), |limit| limit as usize);
         if events == 0 || events > limits.page_events {

@@ -8,7 +8,7 @@ mod grip;
 mod microstream;
 mod node_sse;
 
-use weir::config::{Adapter, SseRoute};
+use weir::compat::event_stream::{Config as EventStreamConfig, SseRoute};
 
 use crate::support::weir;
 
@@ -18,8 +18,9 @@ async fn an_event_source_retries_when_the_node_is_full() {
     let weir = weir()
         .with(|config| {
             config.limits.connections = 1;
-            config.compat.enable = vec![Adapter::NodeSse, Adapter::MicroStream];
-            config.compat.sse.routes = vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
+            config.compat.enable = vec!["node-sse", "microstream"];
+            config.compat.get_mut::<EventStreamConfig>().unwrap().routes =
+                vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
             config.cors.origins = vec!["https://shop.example".into()];
         })
         .await;

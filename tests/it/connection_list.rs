@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::config::Adapter;
+use weir::compat::ganomede;
 
 use crate::support::{Client, Request, Weir, eventually, weir};
 
@@ -122,9 +122,9 @@ async fn kicked_clients_receive_the_reason_and_are_closed() {
 async fn streams_and_polls_of_adapters_are_listed_and_kicked() {
     let weir = weir()
         .with(|config| {
-            config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
-            config.compat.ganomede.secret = "s".into();
-            config.compat.ganomede.poll_timeout = Duration::from_secs(60);
+            config.compat.enable = vec!["ganomede", "node-sse"];
+            config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s".into();
+            config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::from_secs(60);
         })
         .await;
     let mut browser = open(&weir, "/subscribe?channels=a,b").await;

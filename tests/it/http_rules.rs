@@ -202,20 +202,20 @@ async fn requests_of_browsers_must_declare_a_json_content_type() {
 #[tokio::test]
 async fn admin_routes_move_to_the_admin_listener() {
     let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
-    let [clients, operators] = weir.addresses[..] else { panic!("{:?}", weir.addresses) };
+    let [clients, admin] = weir.addresses[..] else { panic!("{:?}", weir.addresses) };
     let get = |address, path: &str| Request::new(address, "GET", path);
     for path in ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"] {
         let problem = get(clients, path).await.expect_problem("not_found");
         assert!(problem["detail"].as_str().unwrap().contains("admin.listen"), "{problem}");
-        get(operators, path).await.expect(200);
+        get(admin, path).await.expect(200);
     }
     Request::new(clients, "DELETE", "/v1/events?channel=a").await.expect_problem("method_not_allowed");
-    Request::new(operators, "DELETE", "/v1/events?channel=a").await.expect(204);
+    Request::new(admin, "DELETE", "/v1/events?channel=a").await.expect(204);
     for path in ["/v1/events?channel=a", "/"] {
         get(clients, path).await.expect(200);
-        assert!(matches!(get(operators, path).await.status, 404 | 405), "{path}");
+        assert!(matches!(get(admin, path).await.status, 404 | 405), "{path}");
     }
-    for address in [clients, operators] {
+    for address in [clients, admin] {
         get(address, "/health/ready").await.expect(200);
     }
 }

@@ -3,7 +3,10 @@
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
-use weir::config::{Adapter, ChannelRule, Keep};
+use weir::{
+    compat::ganomede,
+    config::{ChannelRule, Keep},
+};
 
 use crate::support::{
     RedisServer, Starter,
@@ -73,9 +76,9 @@ async fn import(from: &str, to: &str, args: &[&str]) -> Finished {
 /// A node on that Redis with the adapter for ganomede.
 fn on(redis: &RedisServer) -> Starter {
     weir_on(&redis.url()).with(|config| {
-        config.compat.enable = vec![Adapter::Ganomede];
-        config.compat.ganomede.secret = "s".into();
-        config.compat.ganomede.poll_timeout = std::time::Duration::ZERO;
+        config.compat.enable = vec!["ganomede"];
+        config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s".into();
+        config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = std::time::Duration::ZERO;
     })
 }
 

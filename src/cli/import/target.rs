@@ -12,7 +12,7 @@ use crate::{
     app,
     bus::{Bus, Retention, WallClock},
     cli::Failure,
-    config::{Adapter, Backend, Config},
+    config::{Backend, Config},
     error::{Code, Error},
     metrics::Metrics,
 };
@@ -38,9 +38,9 @@ impl ImportTarget {
                           nodes are needed, with bus.backend = \"redis\" and bus.redis.url";
             return Err(Failure::Usage(reason.into()));
         }
-        if !config.compat.enable.contains(&Adapter::Ganomede) {
+        if !config.compat.enable.contains(&"ganomede") {
             // Its channel of index definitions then has the retention that the adapter needs.
-            config.compat.enable.push(Adapter::Ganomede);
+            config.compat.enable.push("ganomede");
         }
         let unavailable = |error: anyhow::Error| Failure::Unavailable(format!("{error:#}"));
         let metrics = Arc::new(Metrics::new());

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     bus::{LogPage, ReadLimit},
     channel::{Channel, check_label},
-    compat::form::Form,
+    compat::{form::Form, publish::publish},
     error::Error,
     event::{Draft, DraftParts, Event, EventData, check_kind},
     position::Start,
@@ -38,7 +38,7 @@ impl Ganomede {
         let parts = DraftParts { kind: Some(&kind), from: Some(&from), data, ..DraftParts::default() };
         let draft = Draft::new(parts, self.node.config.limits.event)?;
         let stored = draft.clone();
-        let placed = self.node.publish_compat(vec![(channel, draft)]).await?;
+        let placed = publish(&self.node, vec![(channel, draft)]).await?;
         let placed = placed.first().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))?;
         let mut out = Vec::with_capacity(stored.size() + 96);
         wire::event(&stored.place(placed.position, placed.time), &mut out);

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The channel of the definitions.
-pub const LOG: &str = "$ganomede/indices";
+pub(super) const INDICES: &str = "$ganomede/indices";
 /// Indices, of all channels.
 const MAX_INDICES: usize = 10_000;
 /// The newest events of a channel that a lookup reads.
@@ -157,7 +157,7 @@ fn has(event: &Event, field: &str, value: &str) -> bool {
 
 impl Indices {
     pub fn new(bus: Arc<Bus>, event_limit: usize) -> Result<Self> {
-        Ok(Indices { bus, event_limit, log: Channel::parse(LOG)?, known: Mutex::default() })
+        Ok(Indices { bus, event_limit, log: Channel::parse(INDICES)?, known: Mutex::default() })
     }
 
     /// Whether this definition is the first of its id.

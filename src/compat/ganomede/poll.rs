@@ -52,7 +52,7 @@ impl Ganomede {
 
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
-        if place.page.events.is_empty() && !self.settings.poll_timeout.is_zero() {
+        if place.page.events.is_empty() && !self.config.poll_timeout.is_zero() {
             let mut listed =
                 self.node.sessions.register_read(&Identity::anonymous(), PeerAddr::of(head), vec![channel.clone()]);
             tokio::select! {
@@ -143,7 +143,7 @@ impl Ganomede {
         for watch in bus.watch(std::slice::from_ref(channel)).await? {
             slot = Some(subscriptions.add(watch, start, None).slot);
         }
-        let mut deadline = Instant::now() + self.settings.poll_timeout;
+        let mut deadline = Instant::now() + self.config.poll_timeout;
         // Asked once: a drain that began between two questions would be seen by neither.
         let drained = draining.is_cancelled();
         if drained {

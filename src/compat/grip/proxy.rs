@@ -28,10 +28,9 @@ use hyper_util::{
 use tokio::io::AsyncWriteExt as _;
 use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
 
-use super::{Route, instruct};
+use super::{Route, config::Config, instruct};
 use crate::{
     auth::Identity,
-    config,
     error::Code,
     metrics::Transport,
     net::{
@@ -107,7 +106,7 @@ struct Watch {
 
 impl Origins {
     /// `tls`: some are reached by https.
-    pub fn new(config: &config::Grip, tls: bool, wheel: Arc<TimerWheel>) -> Result<Self, String> {
+    pub fn new(config: &Config, tls: bool, wheel: Arc<TimerWheel>) -> Result<Self, String> {
         let mut http = HttpConnector::new();
         http.enforce_http(false);
         http.set_nodelay(true);

@@ -10,10 +10,10 @@ use serde_json::{
     value::{RawValue, to_raw_value},
 };
 
-use super::{NodeSse, Refusal, wire};
+use super::{NodeSse, Refusal, js, wire};
 use crate::{
     channel::Channel,
-    compat::js,
+    compat,
     error::{Code, Error},
     event::{Draft, DraftParts, EventData, check_kind},
     net::body::read_body,
@@ -72,7 +72,7 @@ impl NodeSse {
             batch.push(self.draft(event, &batch).await?);
         }
         if !batch.is_empty() {
-            self.node.publish_compat(batch).await?;
+            compat::publish::publish(&self.node, batch).await?;
         }
         Ok(Response::default())
     }

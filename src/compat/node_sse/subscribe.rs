@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::{
-    NodeSse, Refusal,
+    NodeSse, Refusal, js,
     presence::{Member, Presence},
     wire,
 };
@@ -23,7 +23,7 @@ use crate::{
     auth::Identity,
     bus::{ReadLimit, Subscriptions},
     channel::Channel,
-    compat::{form::Form, js},
+    compat::form::Form,
     error::{Code, Result},
     event::Event,
     net::chunk,

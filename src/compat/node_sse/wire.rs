@@ -8,10 +8,10 @@ use axum::{
 };
 use serde_json::Value;
 
+use super::js;
 use crate::{
     bus::Format,
     channel::Channel,
-    compat::js,
     error::Error,
     event::Event,
     json::{read_json_str, write_json_str},

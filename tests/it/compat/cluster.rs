@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::config::{Adapter, SseRoute};
+use weir::compat::{
+    event_stream::{self, SseRoute},
+    ganomede, microstream,
+};
 
 use super::{
     grip::{Grip, Origin, behind, hold::held, route},
@@ -19,9 +22,9 @@ use crate::support::{
 /// A node that sends no pings or heartbeats during a test.
 fn without_pings(redis: &RedisServer) -> Starter {
     weir_on(&redis.url()).with(|config| {
-        config.compat.enable = vec![Adapter::MicroStream];
+        config.compat.enable = vec!["microstream"];
         let never = Duration::from_secs(600);
-        let microstream = &mut config.compat.microstream;
+        let microstream = config.compat.get_mut::<microstream::Config>().unwrap();
         (microstream.heartbeat_timeout, microstream.ping) = (never, never);
         microstream.probe = Duration::from_secs(1);
     })
@@ -165,10 +168,11 @@ async fn requests_keep_their_order_and_late_responses_arrive_across_nodes() {
 async fn clients_of_adapters_reconnect_after_redis_was_down() {
     let mut redis = RedisServer::start(&[]).await;
     let node = without_pings(&redis).with(|config| {
-        config.compat.enable = vec![Adapter::MicroStream, Adapter::NodeSse, Adapter::Ganomede];
-        config.compat.ganomede.secret = "s".into();
-        config.compat.ganomede.poll_timeout = Duration::ZERO;
-        config.compat.sse.routes = vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
+        config.compat.enable = vec!["microstream", "node-sse", "ganomede"];
+        config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s".into();
+        config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::ZERO;
+        config.compat.get_mut::<event_stream::Config>().unwrap().routes =
+            vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
     });
     let node = node.await;
     redis.kill();
@@ -227,7 +231,7 @@ async fn online(browser: &mut TextStream, names: &[&str]) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn online_clients_are_known_on_all_nodes() {
     let redis = RedisServer::start(&[]).await;
-    let node = async || weir_on(&redis.url()).with(|config| config.compat.enable = vec![Adapter::NodeSse]).await;
+    let node = async || weir_on(&redis.url()).with(|config| config.compat.enable = vec!["node-sse"]).await;
     let (local, remote) = (node().await, node().await);
     let mut ann = browser(&local, "&clientId=ann").await;
     online(&mut ann, &["ann"]).await;

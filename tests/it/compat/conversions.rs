@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::config::{Adapter, SseRoute};
+use weir::compat::{
+    event_stream::{self, SseRoute},
+    ganomede,
+};
 
 use crate::support::{TextStream, Weir, weir};
 
@@ -24,10 +27,11 @@ async fn post(weir: &Weir, path: &str, body: Value) {
 async fn an_event_written_by_any_api_is_read_by_all() {
     let weir = weir()
         .with(|config| {
-            config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
-            config.compat.ganomede.secret = "s".into();
-            config.compat.ganomede.poll_timeout = Duration::ZERO;
-            config.compat.sse.routes = vec![SseRoute { path: "/events/{id}".into(), channels: vec!["{id}".into()] }];
+            config.compat.enable = vec!["ganomede", "node-sse"];
+            config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s".into();
+            config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::ZERO;
+            config.compat.get_mut::<event_stream::Config>().unwrap().routes =
+                vec![SseRoute { path: "/events/{id}".into(), channels: vec!["{id}".into()] }];
         })
         .await;
     let mut node_sse = TextStream::open(weir.address, "/subscribe?channels=c&clientId=me").await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use weir::config::SseRoute;
+use weir::compat::event_stream::{self, SseRoute};
 
 use crate::support::{Starter, TextStream, Weir, weir};
 
@@ -13,7 +13,7 @@ fn routes() -> Starter {
     };
     weir().with(|config| {
         config.drain.window = Duration::ZERO;
-        config.compat.sse.routes = vec![
+        config.compat.get_mut::<event_stream::Config>().unwrap().routes = vec![
             route("/api/events/{id}", &["{id}"]),
             route("/api/rooms/{room}/events", &["room-{room}", "user-{user}", " {extra} "]),
         ];

@@ -3,21 +3,21 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use weir::config::Adapter;
+use weir::compat::ganomede;
 
 use crate::support::{Response, Starter, Weir, eventually, weir};
 
 fn ganomede() -> Starter {
     weir().with(|config| {
-        config.compat.enable = vec![Adapter::Ganomede];
-        config.compat.ganomede.secret = "s3cret".into();
-        config.compat.ganomede.poll_timeout = Duration::from_secs(20);
+        config.compat.enable = vec!["ganomede"];
+        config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s3cret".into();
+        config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::from_secs(20);
     })
 }
 
 /// A node whose polls return at once.
 fn without_waiting() -> Starter {
-    ganomede().with(|config| config.compat.ganomede.poll_timeout = Duration::ZERO)
+    ganomede().with(|config| config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::ZERO)
 }
 
 async fn emit(weir: &Weir, channel: &str, kind: &str, data: Value) -> Response {
@@ -237,7 +237,9 @@ fn readers(weir: &Weir) -> usize {
 
 #[tokio::test]
 async fn a_poll_times_out_with_an_empty_list() {
-    let weir = ganomede().with(|config| config.compat.ganomede.poll_timeout = Duration::from_millis(300)).await;
+    let weir = ganomede()
+        .with(|config| config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::from_millis(300))
+        .await;
     let before = Instant::now();
     assert_eq!(weir.get(path("clientId=c&channel=a")).await.expect(200).text(), "[]");
     assert!(before.elapsed() >= Duration::from_millis(300));

@@ -9,7 +9,7 @@ mod publish;
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
-use weir::config::{Adapter, GripRoute};
+use weir::compat::grip::{self, GripRoute};
 
 use crate::support::{Request, Response, Starter, Weir, eventually, weir};
 
@@ -23,8 +23,8 @@ pub async fn before(origin: &Origin) -> Grip {
 /// A proxy with these routes.
 pub async fn behind(starter: Starter, routes: Vec<GripRoute>) -> Grip {
     let starter = starter.with(|config| {
-        let grip = &mut config.compat.grip;
-        config.compat.enable.push(Adapter::Grip);
+        config.compat.enable.push("grip");
+        let grip = config.compat.get_mut::<grip::Config>().unwrap();
         let free = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
         (grip.listen, grip.publish_listen, grip.routes) = (free, free, routes);
     });

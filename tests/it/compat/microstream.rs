@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
-use weir::config::{Adapter, Config};
+use weir::{compat::microstream, config::Config};
 
 use crate::support::{Client, Socket, Weir, eventually, in_time, weir};
 
@@ -14,7 +14,7 @@ const POLL: &str = "/socket.io/?EIO=4&transport=polling";
 
 async fn hub(change: impl FnOnce(&mut Config)) -> Weir {
     let on = |config: &mut Config| {
-        config.compat.enable = vec![Adapter::MicroStream];
+        config.compat.enable = vec!["microstream"];
         change(config);
     };
     weir().with(on).await
@@ -91,7 +91,7 @@ async fn disconnected_clients_leave_no_state() {
 
 #[tokio::test]
 async fn requests_to_a_stalled_target_are_answered_busy() {
-    let weir = hub(|config| config.compat.microstream.queued = 200_000).await;
+    let weir = hub(|config| config.compat.get_mut::<microstream::Config>().unwrap().queued = 200_000).await;
     let (_deaf, path) = poller(&weir, "deaf").await;
     let mut caller = client(&weir, "caller").await;
     let data = format!("\"{}\"", "x".repeat(50_000));
@@ -116,7 +116,7 @@ async fn requests_to_a_stalled_target_are_answered_busy() {
 
 #[tokio::test]
 async fn a_client_that_does_not_read_its_responses_is_closed() {
-    let weir = hub(|config| config.compat.microstream.queued = 20_000).await;
+    let weir = hub(|config| config.compat.get_mut::<microstream::Config>().unwrap().queued = 20_000).await;
     let (mut client, path) = poller(&weir, "client").await;
     let echo = r#"42["request",{"targetService":"weir","payload":{"id":"1","event":"echo","data":{"x":"DATA"}}}]"#;
     let echo = echo.replace("DATA", &"x".repeat(9_000));
@@ -130,7 +130,7 @@ async fn a_client_that_does_not_read_its_responses_is_closed() {
 #[tokio::test]
 async fn only_heartbeats_keep_a_service_and_any_client_may_send_them() {
     let weir = hub(|config| {
-        let microstream = &mut config.compat.microstream;
+        let microstream = config.compat.get_mut::<microstream::Config>().unwrap();
         (microstream.heartbeat_timeout, microstream.sweep) = (Duration::from_secs(3), Duration::from_millis(250));
     })
     .await;

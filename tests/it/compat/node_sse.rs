@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use weir::config::Adapter;
 
 use crate::support::{Response, Starter, TextStream, Weir, eventually, weir};
 
 fn node_sse() -> Starter {
-    weir().with(|config| config.compat.enable = vec![Adapter::NodeSse])
+    weir().with(|config| config.compat.enable = vec!["node-sse"])
 }
 
 async fn publish(weir: &Weir, events: Value) -> Response {

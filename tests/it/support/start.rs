@@ -12,6 +12,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use weir::{
     app::App,
     bus::Bus,
+    compat::default_config,
     config::{Backend, Config},
     http::Endpoint,
     net::{server::Connections, timer::TimerWheel},
@@ -46,7 +47,7 @@ pub struct Weir {
 
 /// An instance with the default configuration.
 pub fn weir() -> Starter {
-    let mut config = Config::default();
+    let mut config = default_config();
     config.server.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
     Starter { config }
 }

@@ -105,7 +105,9 @@ async fn responses_without_a_body_are_forwarded() {
 #[tokio::test]
 async fn errors_of_the_origin_are_answered_with_502_or_504() {
     let mut origin = Origin::start().await;
-    let starter = weir().with(|config| config.compat.grip.timeout = Duration::from_millis(300));
+    let starter = weir().with(|config| {
+        config.compat.get_mut::<weir::compat::grip::Config>().unwrap().timeout = Duration::from_millis(300)
+    });
     let grip = behind(starter, vec![route("/", &origin)]).await;
     for (answer, says) in [
         ("", "it broke off"),

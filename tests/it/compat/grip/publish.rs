@@ -2,7 +2,7 @@
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::json;
-use weir::config::Adapter;
+use weir::compat::ganomede;
 
 use super::{Grip, Origin, before, behind, route};
 use crate::support::{Request, Response, weir};
@@ -161,8 +161,8 @@ async fn only_grip_publishers_may_control_held_streams() {
 async fn grip_items_and_events_of_other_apis_are_converted() {
     let mut origin = Origin::start().await;
     let starter = weir().with(|config| {
-        config.compat.enable = vec![Adapter::Ganomede, Adapter::NodeSse];
-        config.compat.ganomede.secret = "s".into();
+        config.compat.enable = vec!["ganomede", "node-sse"];
+        config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s".into();
     });
     let grip = behind(starter, vec![route("/", &origin)]).await;
     let mut client = super::hold::held(&grip, &mut origin, &[("Grip-Hold", "stream"), ("Grip-Channel", "w")], "").await;

@@ -1,0 +1,82 @@
+//! [`Adapter`]: the paths and listeners that an adapter serves.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    http::{Request, Response},
+};
+use futures_util::future::BoxFuture;
+use tower::ServiceExt as _;
+
+use crate::config::{ChannelRule, Keep};
+
+/// A running adapter.
+pub(crate) struct Adapter {
+    owns: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    router: Router,
+    /// Whether weir's CORS rules (`cors.origins`) apply to its paths. Otherwise the adapter sets its own headers.
+    pub(crate) our_cors: bool,
+    /// Taken by the application, which binds them.
+    pub(crate) listeners: Vec<Listener>,
+}
+
+/// A listener of an adapter, all of whose paths are the adapter's.
+pub(crate) struct Listener {
+    pub(crate) address: SocketAddr,
+    /// Shown when the listener starts.
+    pub(crate) purpose: &'static str,
+    /// Shown after the error if the address is in use.
+    pub(crate) if_in_use: &'static str,
+    pub(crate) tcp_keepalive: bool,
+    /// Whether the `Host` of requests must name this machine, if the address is a loopback address.
+    pub(crate) check_host: bool,
+    pub(crate) handler: Handler,
+}
+
+/// Answers the requests of a [`Listener`].
+pub(crate) type Handler = Box<dyn Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
+
+impl Adapter {
+    /// An adapter on the main listeners. `router` gets every request whose path is one that it `owns`, of any method, so that
+    /// 404 and 405 are the original's.
+    pub(super) fn new(owns: impl Fn(&str) -> bool + Send + Sync + 'static, router: Router) -> Self {
+        Adapter { owns: Box::new(owns), router, our_cors: false, listeners: Vec::new() }
+    }
+
+    pub(super) fn with_our_cors(self) -> Self {
+        Adapter { our_cors: true, ..self }
+    }
+
+    pub(super) fn with_listeners(self, listeners: Vec<Listener>) -> Self {
+        Adapter { listeners, ..self }
+    }
+
+    pub(crate) fn owns(&self, path: &str) -> bool {
+        (self.owns)(path)
+    }
+
+    pub(crate) async fn answer(&self, request: Request<Body>) -> Response<Body> {
+        match self.router.clone().oneshot(request).await {
+            Ok(answer) => answer,
+            Err(never) => match never {},
+        }
+    }
+}
+
+/// A [`Handler`] that calls `answer` with shared state.
+pub(super) fn handler<T, F>(state: &Arc<T>, answer: fn(Arc<T>, Request<Body>) -> F) -> Handler
+where
+    T: Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let state = state.clone();
+    Box::new(move |request| Box::pin(answer(state.clone(), request)))
+}
+
+/// Retention of a channel whose `count` newest events are kept for good.
+pub(super) fn permanent(channel: &str, count: usize) -> ChannelRule {
+    let age = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    ChannelRule { pattern: channel.to_owned(), keep: Keep { count, age, bytes: 1 << 30 } }
+}

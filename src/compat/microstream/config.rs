@@ -1,0 +1,60 @@
+//! The section `compat.microstream`.
+
+use std::time::Duration;
+
+use crate::config::{
+    AdapterConfig, OriginalVariables,
+    section::{MIB, seconds, section},
+};
+
+section! {
+    /// The `microstream` adapter: a hub for MicroStream clients, which use Socket.IO at /socket.io/. The defaults equal
+    /// those of MicroStream.
+    Config {
+        /// A client that sends no heartbeat for this long is disconnected, and its name is released.
+        heartbeat_timeout: Duration as Time = seconds(15),
+        /// Interval at which missing heartbeats are checked.
+        sweep: Duration as Time = seconds(5),
+        /// Interval of Engine.IO pings.
+        ping: Duration as Time = seconds(25),
+        /// Timeout for the pong.
+        ping_timeout: Duration as Time = seconds(20),
+        /// When a second client connects with a name in use, the first client must respond within this time to keep the
+        /// name.
+        probe: Duration as Time = seconds(2),
+        /// Maximum size of one message. A client that sends a larger one is disconnected.
+        max_payload: usize as Size = 1_000_000,
+        /// Size of the write queue of one client above which it gets no more requests.
+        queued: usize as Size = 16 * MIB,
+        /// Maximum number of requests in flight per client.
+        calls: usize as Count = 10_000,
+    }
+}
+
+impl AdapterConfig for Config {
+    fn name(&self) -> &'static str {
+        "microstream"
+    }
+
+    fn paths(&self) -> &'static [&'static str] {
+        &["/socket.io/*"]
+    }
+
+    fn read_original(&self, variables: &mut OriginalVariables<'_>) {
+        variables.set_listen(None);
+        variables.set_log_level();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::compat::read_config;
+
+    #[test]
+    fn variables_of_the_original() {
+        let variables = [("PORT", "3000"), ("LOG_LEVEL", "silent")];
+        let config = read_config("compat.enable = [\"microstream\"]", &variables).unwrap().config;
+        assert_eq!(config.server.listen, ["127.0.0.1:3000".parse().unwrap()]);
+        assert!(config.to_toml(false, &std::collections::BTreeMap::new()).contains("level = \"off\""));
+    }
+}

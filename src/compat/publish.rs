@@ -1,0 +1,29 @@
+//! Publishing what clients of an adapter send.
+
+use crate::{
+    auth::Identity, bus::Placed, channel::Channel, error::Result, event::Draft, metrics::Transport, node::Node,
+};
+
+/// Publishes events on behalf of an anonymous client. Metrics count them as published over HTTP.
+pub(super) async fn publish(node: &Node, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
+    let identity = Identity::anonymous();
+    let sizes: Vec<usize> = events.iter().map(|(_, draft)| draft.size()).collect();
+    for (channel, _) in &events {
+        let _ = identity.may_publish(channel)?;
+    }
+    let (placed, failed) = match node.bus.publish(identity.subject(), events).await {
+        Ok(placed) => (placed.into_iter().map(Some).collect(), None),
+        Err(failed) => (failed.placed, Some(failed.error)),
+    };
+    for size in placed.iter().zip(sizes).filter_map(|(placed, size)| placed.is_some().then_some(size)) {
+        node.metrics.published[Transport::Http].add(1);
+        node.metrics.published_bytes[Transport::Http].add(size as u64);
+    }
+    match failed {
+        None => Ok(placed.into_iter().flatten().collect()),
+        Some(error) => {
+            node.metrics.publish_failed(error.code());
+            Err(error)
+        }
+    }
+}
