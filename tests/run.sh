@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 # Settings of the user's environment are not inherited by the tests.
 for name in "${!WEIR_@}"; do unset "$name"; done
 
-STEPS=(fmt clippy rust servers node python openapi docs abuse history)
+STEPS=(fmt clippy rust adapters servers node python openapi docs abuse history)
 wanted=("${@:-${STEPS[@]}}")
 wants() { [[ " ${wanted[*]} " == *" $1 "* ]]; }
 for step in "${wanted[@]}"; do
@@ -116,6 +116,7 @@ if wants rust || wants servers || wants node; then redis; fi
 step fmt "formatting" cargo fmt --all --check
 step clippy "lints as errors" cargo clippy --locked --quiet --all-targets -- -D warnings
 step rust "unit, property and integration tests" cargo test --locked --quiet
+step adapters "does weir compile without each adapter" tests/adapters.sh
 
 if wants servers; then
     if other_servers; then
