@@ -146,9 +146,11 @@ pub(super) struct ServiceEdit<'h, 's> {
 #[must_use = "dropping it does what follows from the edit"]
 pub(super) struct FollowUp<'h> {
     hub: &'h Hub,
-    /// The service, and whether it is to be removed from the registry. None: nothing follows.
-    work: Option<(Arc<ServiceEntry>, Effects, bool)>,
+    work: Option<FollowUpWork>,
 }
+
+/// The service, the effects on it, and whether it is to be removed from the registry.
+type FollowUpWork = (Arc<ServiceEntry>, Effects, bool);
 
 impl Default for Config {
     fn default() -> Self {
@@ -261,6 +263,7 @@ impl Hub {
         self.seq.fetch_add(1, Relaxed)
     }
 
+    #[inline]
     pub(super) fn edit<'h, 's>(&'h self, service: &'s Arc<ServiceEntry>) -> ServiceEdit<'h, 's> {
         ServiceEdit { hub: self, service, state: Some(service.state.lock()) }
     }
@@ -793,31 +796,38 @@ impl<'h> ServiceEdit<'h, '_> {
 
     #[inline]
     fn release(&mut self) -> FollowUp<'h> {
-        self.update();
-        let (hub, service) = (self.hub, self.service);
-        let forget = self.is_unused() && ServiceRegistry::is_forgettable(self, hub.clock.now());
-        let work = forget || !self.effects.is_empty();
-        let work = work.then(|| (service.clone(), std::mem::take(&mut self.effects), forget));
+        let work = if self.is_settled() { None } else { self.collect() };
         self.state = None;
-        FollowUp { hub, work }
+        FollowUp { hub: self.hub, work }
+    }
+
+    #[cold]
+    fn collect(&mut self) -> Option<FollowUpWork> {
+        self.update();
+        let forget = self.is_unused() && ServiceRegistry::is_forgettable(self, self.hub.clock.now());
+        let some = forget || !self.effects.is_empty();
+        some.then(|| (self.service.clone(), std::mem::take(&mut self.effects), forget))
     }
 }
 
 impl Deref for ServiceEdit<'_, '_> {
     type Target = ServiceState;
 
+    #[inline]
     fn deref(&self) -> &ServiceState {
         self.state.as_ref().expect("an edit holds its lock until it is consumed")
     }
 }
 
 impl DerefMut for ServiceEdit<'_, '_> {
+    #[inline]
     fn deref_mut(&mut self) -> &mut ServiceState {
         self.state.as_mut().expect("an edit holds its lock until it is consumed")
     }
 }
 
 impl Drop for ServiceEdit<'_, '_> {
+    #[inline]
     fn drop(&mut self) {
         if self.state.is_some() {
             drop(self.release());
@@ -825,9 +835,9 @@ impl Drop for ServiceEdit<'_, '_> {
     }
 }
 
-impl Drop for FollowUp<'_> {
-    fn drop(&mut self) {
-        let Some((service, effects, forget)) = self.work.take() else { return };
+impl FollowUp<'_> {
+    #[cold]
+    fn run(&self, (service, effects, forget): FollowUpWork) {
         for removed in effects.removed {
             self.hub.provider_removed(&service, removed);
         }
@@ -836,6 +846,15 @@ impl Drop for FollowUp<'_> {
         }
         if forget {
             self.hub.registry.forget(&service, self.hub.clock.now(), false);
+        }
+    }
+}
+
+impl Drop for FollowUp<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(work) = self.work.take() {
+            self.run(work);
         }
     }
 }

@@ -37,6 +37,14 @@ impl ServiceEntry {
 }
 
 impl ServiceState {
+    /// Whether nothing follows from a change: the case of nearly every call.
+    #[inline]
+    pub(super) fn is_settled(&self) -> bool {
+        let is_ticking = self.marks.ticking || self.calls.entries.is_empty();
+        is_ticking && !self.is_unused() && !self.effects.providers_changed && self.effects.is_empty()
+    }
+
+    #[inline]
     pub(super) fn is_unused(&self) -> bool {
         self.providers.all.is_empty() && self.calls.entries.is_empty() && self.registering == 0
     }
