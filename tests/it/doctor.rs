@@ -252,7 +252,7 @@ async fn a_redis_out_of_memory_is_reported_once() {
     redis.cli(&["CONFIG", "SET", "maxmemory", "100kb"]).await;
     let found = doctor(&["--redis", &redis.url()]).await;
     assert_eq!(found.code, Some(1), "{}", found.notes);
-    found.is("memory", "problem", "are refused (OOM)");
+    found.is("memory", "problem", "are rejected (OOM)");
     assert!(found.of("memory")["change"].as_str().unwrap().contains("publishes fail now"), "{}", found.notes);
     // There is one problem, and it is reported once.
     found.is("commands", "ok", "all else that weir uses works");
@@ -282,7 +282,7 @@ async fn missing_permissions_of_the_redis_user_are_reported() {
     found.is("commands", "problem", "XADD: the command is not allowed");
     found.is("commands", "problem", "keys that begin with weir: are not allowed");
     found.is("commands", "problem", "channels that begin with weir: are not allowed");
-    found.is("buffers", "advice", "kept from us");
+    found.is("buffers", "advice", "CONFIG GET is not permitted");
     assert!(!found.notes.contains("no such key"), "that follows: {}", found.notes);
     // A user with the advised permissions passes.
     let advised = found.of("commands")["change"].as_str().unwrap().to_owned();

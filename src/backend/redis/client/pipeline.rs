@@ -20,7 +20,7 @@ use std::{
 use parking_lot::Mutex;
 use redis::{Cmd, FromRedisValue, PushKind, ServerError, Value, from_redis_value, parse_redis_value_async};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader},
     sync::{Notify, oneshot},
 };
 use tokio_util::{io::InspectReader, sync::CancellationToken};
@@ -272,7 +272,9 @@ async fn read_loop(pipeline: Arc<Pipeline>, socket: impl AsyncRead + Unpin, hand
     // Bytes count, not whole values: a large reply may take its time. Milliseconds after `opened`.
     let (opened, last_read) = (Instant::now(), AtomicU64::new(0));
     let elapsed = || opened.elapsed().as_millis() as u64;
-    let mut socket = InspectReader::new(socket, |_| last_read.store(elapsed(), Relaxed));
+    let socket = InspectReader::new(socket, |_| last_read.store(elapsed(), Relaxed));
+    // The decoder reads only as much as its buffer has room for, which may be a few bytes.
+    let mut socket = BufReader::with_capacity(16 << 10, socket);
     let mut decoder = Default::default();
     loop {
         tokio::select! {
