@@ -9,48 +9,48 @@ use crate::{
 };
 
 /// Longest name of a consumer, in bytes.
-pub const MAX_CONSUMER: usize = 128;
+pub(crate) const MAX_CONSUMER: usize = 128;
 
 /// The client of a request or connection. Cheap to clone; a transport takes it at the upgrade and keeps it.
 #[derive(Clone, Debug, Default)]
-pub struct Identity(());
+pub(crate) struct Identity(());
 
 /// Proof that an [`Identity`] may do something. Code that acts for a client takes its subject from here.
 #[derive(Clone, Copy, Debug)]
 #[must_use = "a check whose permit is not used is in the wrong place"]
-pub struct Permit<'a> {
+pub(crate) struct Permit<'a> {
     subject: &'a str,
 }
 
 impl Identity {
     /// A client without credentials.
-    pub fn anonymous() -> Self {
+    pub(crate) fn anonymous() -> Self {
         Identity(())
     }
 
     /// Name of the identity, the scope of its idempotency keys. `""` is anonymous.
-    pub fn subject(&self) -> &str {
+    pub(crate) fn subject(&self) -> &str {
         ""
     }
 
     /// Rejects reserved channels (`$…`) as `forbidden`.
-    pub fn may_publish(&self, channel: &Channel) -> Result<Permit<'_>> {
+    pub(crate) fn may_publish(&self, channel: &Channel) -> Result<Permit<'_>> {
         channel.writable()?;
         self.permit()
     }
 
-    pub fn may_subscribe(&self, _channel: &Channel) -> Result<Permit<'_>> {
+    pub(crate) fn may_subscribe(&self, _channel: &Channel) -> Result<Permit<'_>> {
         self.permit()
     }
 
     /// Also validates the name of the service.
-    pub fn may_call(&self, service: &str) -> Result<Permit<'_>> {
+    pub(crate) fn may_call(&self, service: &str) -> Result<Permit<'_>> {
         check_label("service", service)?;
         self.permit()
     }
 
     /// Also validates the name of the service, and rejects the reserved names `weir…`, `rpc.…` and `$…`.
-    pub fn may_provide(&self, service: &str) -> Result<Permit<'_>> {
+    pub(crate) fn may_provide(&self, service: &str) -> Result<Permit<'_>> {
         check_label("service", service)?;
         if ["weir", "rpc.", "$"].iter().any(|own| service.starts_with(own)) {
             return Err(Error::params("names of services do not begin with weir, rpc. or $"));
@@ -59,7 +59,7 @@ impl Identity {
     }
 
     /// Also validates the name of the consumer: `[A-Za-z0-9._:-]{1,128}`.
-    pub fn may_consume(&self, consumer: &str) -> Result<Permit<'_>> {
+    pub(crate) fn may_consume(&self, consumer: &str) -> Result<Permit<'_>> {
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
         if consumer.is_empty() || consumer.len() > MAX_CONSUMER || !consumer.bytes().all(legal) {
             return Err(Error::params("a consumer's name is 1 to 128 of A-Z a-z 0-9 . _ : -"));
@@ -68,7 +68,7 @@ impl Identity {
     }
 
     /// To list, trim and delete channels and consumers, and to see those of other clients.
-    pub fn may_administer(&self) -> Result<Permit<'_>> {
+    pub(crate) fn may_administer(&self) -> Result<Permit<'_>> {
         self.permit()
     }
 
@@ -78,7 +78,7 @@ impl Identity {
 }
 
 impl<'a> Permit<'a> {
-    pub fn subject(self) -> &'a str {
+    pub(crate) fn subject(self) -> &'a str {
         self.subject
     }
 }

@@ -205,7 +205,7 @@ impl Bus {
 
     /// The first position of `start`, and the history that is missing before it. Unlike [`watch`](Self::watch), it does
     /// not put the channel into use.
-    pub async fn locate(&self, channel: &Channel, start: Start) -> Result<(Position, Option<Gap>)> {
+    pub(crate) async fn locate(&self, channel: &Channel, start: Start) -> Result<(Position, Option<Gap>)> {
         let page = self.log.read(channel, start, ReadLimit { events: 1, bytes: 0 }).await?;
         let before = |event: &Arc<Event>| Position { offset: event.offset - 1, ..event.position() };
         Ok((page.events.first().map_or(page.next, before), page.gap))

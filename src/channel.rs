@@ -5,11 +5,11 @@ use std::{fmt, sync::Arc};
 use crate::error::{Code, Error, Result};
 
 /// Longest channel name, in bytes.
-pub const MAX_CHANNEL: usize = 255;
+pub(crate) const MAX_CHANNEL: usize = 255;
 /// Longest `type`, `from`, `key`, service and method name, in bytes.
-pub const MAX_LABEL: usize = 128;
+pub(crate) const MAX_LABEL: usize = 128;
 /// Prefix of the channels on which joins and leaves of other channels are announced.
-pub const PRESENCE: &str = "$presence/";
+pub(crate) const PRESENCE: &str = "$presence/";
 
 /// The name of a channel: 1–255 bytes of UTF-8 without control characters. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,7 +40,7 @@ impl Channel {
     }
 
     /// Whether the name begins with `$`: clients may read such channels but not publish to them.
-    pub fn is_reserved(&self) -> bool {
+    pub(crate) fn is_reserved(&self) -> bool {
         self.0.starts_with('$')
     }
 
@@ -62,7 +62,7 @@ impl Channel {
     }
 
     /// Rejects channels that a client may not publish to, as `forbidden`.
-    pub fn writable(&self) -> Result<()> {
+    pub(crate) fn writable(&self) -> Result<()> {
         if self.is_reserved() {
             return Err(Error::new(
                 Code::Forbidden,
@@ -96,7 +96,7 @@ impl std::borrow::Borrow<str> for Channel {
 ///
 /// # Errors
 /// `invalid_params`.
-pub fn check_label(what: &str, text: &str) -> Result<()> {
+pub(crate) fn check_label(what: &str, text: &str) -> Result<()> {
     if text.is_empty() || text.len() > MAX_LABEL {
         return Err(Error::params(format!("{what} has 1 to {MAX_LABEL} bytes, this one has {}", text.len())));
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 /// Longest duration: short enough to be added to a clock without overflow.
-pub const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+pub(crate) const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 const UNITS: [(&str, u64); 5] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
 
@@ -42,12 +42,12 @@ pub fn format(duration: Duration) -> String {
 }
 
 /// For `#[serde(deserialize_with = "duration::deserialize")]` on a `Duration` in a query or a JSON body.
-pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     DurationInput::deserialize(from)?.read().map_err(D::Error::custom)
 }
 
 /// For `#[serde(default, deserialize_with = "duration::optional")]` on an `Option<Duration>`.
-pub fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+pub(crate) fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
     Option::<DurationInput>::deserialize(from)?.map(|input| input.read().map_err(D::Error::custom)).transpose()
 }
 
@@ -94,11 +94,11 @@ mod tests {
     #[test]
     fn durations_in_json() {
         #[derive(Deserialize)]
-        struct Params {
+        struct TimeoutParams {
             #[serde(default, deserialize_with = "optional")]
             timeout: Option<Duration>,
         }
-        let read = |json| serde_json::from_str::<Params>(json).map(|params| params.timeout);
+        let read = |json| serde_json::from_str::<TimeoutParams>(json).map(|params| params.timeout);
         assert_eq!(read(r#"{"timeout":"5s"}"#).unwrap(), Some(Duration::from_secs(5)));
         assert_eq!(read("{}").unwrap(), None);
         assert_eq!(read(r#"{"timeout":null}"#).unwrap(), None);

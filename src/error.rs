@@ -141,48 +141,48 @@ impl Code {
     #[rustfmt::skip]
     const fn info(self) -> CodeInfo {
         use Retry::{Key, No, Yes};
-        const fn face(name: &'static str, title: &'static str, http: u16, rpc: i32, close: u16, retry: Retry) -> CodeInfo {
+        const fn info(name: &'static str, title: &'static str, http: u16, rpc: i32, close: u16, retry: Retry) -> CodeInfo {
             CodeInfo { name, title, http, rpc, close, retry }
         }
         match self {
-            Code::ParseError => face("parse_error", "Not JSON", 400, -32700, 4502, No),
-            Code::InvalidRequest => face("invalid_request", "Not a request", 400, -32600, 0, No),
-            Code::InvalidParams => face("invalid_params", "Invalid parameters", 400, -32602, 0, No),
-            Code::InvalidPosition => face("invalid_position", "Unreadable position", 400, -32030, 0, No),
-            Code::Unauthorized => face("unauthorized", "No or bad credentials", 401, -32001, 4500, No),
-            Code::TokenExpired => face("token_expired", "The token has expired", 401, -32002, 4003, No),
-            Code::Forbidden => face("forbidden", "Not permitted", 403, -32003, 4501, No),
-            Code::NotFound => face("not_found", "Not found", 404, -32004, 0, No),
-            Code::MethodNotFound => face("method_not_found", "No such method", 404, -32601, 0, No),
-            Code::MethodNotAllowed => face("method_not_allowed", "Method not allowed", 405, -32600, 0, No),
-            Code::NotAcceptable => face("not_acceptable", "Not acceptable", 406, -32600, 0, No),
-            Code::Conflict => face("conflict", "Conflict", 409, -32031, 0, No),
-            Code::WrongMode => face("wrong_mode", "Wrong mode of consumer", 409, -32032, 0, No),
-            Code::LeaseLost => face("lease_lost", "The lease is lost", 409, -32033, 0, No),
-            Code::KeyReused => face("key_reused", "The key was used for another event", 409, -32034, 0, No),
-            Code::ServiceTaken => face("service_taken", "The service is taken", 409, -32025, 0, No),
-            Code::TooLarge => face("too_large", "Too large", 413, -32005, 1009, No),
-            Code::UnsupportedMediaType => face("unsupported_media_type", "Unsupported media type", 415, -32600, 0, No),
-            Code::ServiceError => face("service_error", "The service answered with an error", 422, -32000, 0, No),
-            Code::UpgradeRequired => face("upgrade_required", "Upgrade required", 426, -32600, 0, No),
-            Code::RateLimited => face("rate_limited", "Too many requests", 429, -32006, 4002, Yes),
-            Code::LimitReached => face("limit_reached", "A limit is reached", 429, -32007, 0, No),
-            Code::Cancelled => face("cancelled", "Cancelled by the caller", 499, -32024, 0, Key),
-            Code::Internal => face("internal", "Internal error", 500, -32603, 1011, Key),
-            Code::ProviderGone => face("provider_gone", "The provider is gone", 502, -32022, 0, Key),
-            Code::BadReply => face("bad_reply", "The provider's reply is unusable", 502, -32026, 0, Key),
-            Code::NoProvider => face("no_provider", "Nobody provides the service", 503, -32020, 0, Yes),
-            Code::Busy => face("busy", "Every provider is busy", 503, -32021, 0, Yes),
-            Code::BusUnavailable => face("bus_unavailable", "The bus is away", 503, -32010, 0, Yes),
-            Code::Overloaded => face("overloaded", "Overloaded", 503, -32011, 1013, Yes),
-            Code::Draining => face("draining", "Draining", 503, -32012, 1012, Yes),
-            Code::Timeout => face("timeout", "No answer in time", 504, -32023, 0, Key),
-            Code::Unconfirmed => face("unconfirmed", "The publish is unconfirmed", 504, -32013, 0, Key),
-            Code::DeadPeer => face("dead_peer", "The peer is dead", 408, -32603, 4000, Yes),
-            Code::Slow => face("slow", "The peer reads too slowly", 408, -32603, 4001, Yes),
-            Code::Replaced => face("replaced", "Replaced by another connection", 409, -32603, 4004, Yes),
-            Code::Kicked => face("kicked", "Kicked", 403, -32603, 4503, No),
-            Code::Protocol => face("protocol", "Protocol violation", 400, -32600, 4502, No),
+            Code::ParseError => info("parse_error", "Not JSON", 400, -32700, 4502, No),
+            Code::InvalidRequest => info("invalid_request", "Not a request", 400, -32600, 0, No),
+            Code::InvalidParams => info("invalid_params", "Invalid parameters", 400, -32602, 0, No),
+            Code::InvalidPosition => info("invalid_position", "Unreadable position", 400, -32030, 0, No),
+            Code::Unauthorized => info("unauthorized", "No or bad credentials", 401, -32001, 4500, No),
+            Code::TokenExpired => info("token_expired", "The token has expired", 401, -32002, 4003, No),
+            Code::Forbidden => info("forbidden", "Not permitted", 403, -32003, 4501, No),
+            Code::NotFound => info("not_found", "Not found", 404, -32004, 0, No),
+            Code::MethodNotFound => info("method_not_found", "No such method", 404, -32601, 0, No),
+            Code::MethodNotAllowed => info("method_not_allowed", "Method not allowed", 405, -32600, 0, No),
+            Code::NotAcceptable => info("not_acceptable", "Not acceptable", 406, -32600, 0, No),
+            Code::Conflict => info("conflict", "Conflict", 409, -32031, 0, No),
+            Code::WrongMode => info("wrong_mode", "Wrong mode of consumer", 409, -32032, 0, No),
+            Code::LeaseLost => info("lease_lost", "The lease is lost", 409, -32033, 0, No),
+            Code::KeyReused => info("key_reused", "The key was used for another event", 409, -32034, 0, No),
+            Code::ServiceTaken => info("service_taken", "The service is taken", 409, -32025, 0, No),
+            Code::TooLarge => info("too_large", "Too large", 413, -32005, 1009, No),
+            Code::UnsupportedMediaType => info("unsupported_media_type", "Unsupported media type", 415, -32600, 0, No),
+            Code::ServiceError => info("service_error", "The service answered with an error", 422, -32000, 0, No),
+            Code::UpgradeRequired => info("upgrade_required", "Upgrade required", 426, -32600, 0, No),
+            Code::RateLimited => info("rate_limited", "Too many requests", 429, -32006, 4002, Yes),
+            Code::LimitReached => info("limit_reached", "A limit is reached", 429, -32007, 0, No),
+            Code::Cancelled => info("cancelled", "Cancelled by the caller", 499, -32024, 0, Key),
+            Code::Internal => info("internal", "Internal error", 500, -32603, 1011, Key),
+            Code::ProviderGone => info("provider_gone", "The provider is gone", 502, -32022, 0, Key),
+            Code::BadReply => info("bad_reply", "The provider's reply is unusable", 502, -32026, 0, Key),
+            Code::NoProvider => info("no_provider", "Nobody provides the service", 503, -32020, 0, Yes),
+            Code::Busy => info("busy", "Every provider is busy", 503, -32021, 0, Yes),
+            Code::BusUnavailable => info("bus_unavailable", "The bus is away", 503, -32010, 0, Yes),
+            Code::Overloaded => info("overloaded", "Overloaded", 503, -32011, 1013, Yes),
+            Code::Draining => info("draining", "Draining", 503, -32012, 1012, Yes),
+            Code::Timeout => info("timeout", "No answer in time", 504, -32023, 0, Key),
+            Code::Unconfirmed => info("unconfirmed", "The publish is unconfirmed", 504, -32013, 0, Key),
+            Code::DeadPeer => info("dead_peer", "The peer is dead", 408, -32603, 4000, Yes),
+            Code::Slow => info("slow", "The peer reads too slowly", 408, -32603, 4001, Yes),
+            Code::Replaced => info("replaced", "Replaced by another connection", 409, -32603, 4004, Yes),
+            Code::Kicked => info("kicked", "Kicked", 403, -32603, 4503, No),
+            Code::Protocol => info("protocol", "Protocol violation", 400, -32600, 4502, No),
         }
     }
 
@@ -251,7 +251,7 @@ struct ErrorDetails {
 }
 
 impl Error {
-    /// `detail` is a sentence for the person who reads it: what was wrong, and the remedy. Never a secret.
+    /// `detail` is a sentence for humans that names the mistake and its remedy. It must not contain a secret.
     pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
         let retry_after = match code {
             Code::BusUnavailable | Code::Overloaded | Code::Draining => Some(Duration::from_secs(2)),
@@ -284,7 +284,7 @@ impl Error {
         self
     }
 
-    pub fn retry_after(mut self, after: Duration) -> Self {
+    pub(crate) fn retry_after(mut self, after: Duration) -> Self {
         self.0.retry_after = Some(after);
         self
     }
@@ -303,7 +303,7 @@ impl Error {
         &self.0.detail
     }
 
-    pub fn is_executed(&self) -> Option<Executed> {
+    pub(crate) fn is_executed(&self) -> Option<Executed> {
         self.0.executed
     }
 
@@ -328,12 +328,12 @@ impl Error {
 
     /// The `error` member of a JSON-RPC response: exactly `code`, `message` and `data`.
     /// Some clients end the connection over any other member (jsonrpsee rejects unknown fields).
-    pub fn to_rpc(&self) -> Value {
+    pub(crate) fn to_rpc(&self) -> Value {
         serde_json::json!({ "code": self.code().number(), "message": self.detail(), "data": self.data() })
     }
 
     /// An RFC 9457 problem document.
-    pub fn to_problem(&self) -> Value {
+    pub(crate) fn to_problem(&self) -> Value {
         let code = self.code();
         let mut problem = Map::new();
         problem.insert("type".into(), format!("urn:weir:error:{}", code.as_str()).into());

@@ -17,10 +17,10 @@ use crate::{
 
 mod incoming;
 
-pub use incoming::IncomingEvent;
+pub(crate) use incoming::IncomingEvent;
 
 /// Largest `meta` object, in bytes of JSON.
-pub const MAX_META: usize = 1024;
+pub(crate) const MAX_META: usize = 1024;
 /// Prefix of the types and the members of `meta` that clients may not use.
 const OWN: &str = "weir.";
 
@@ -133,7 +133,7 @@ impl Draft {
 }
 
 /// Validates the `type` of a client's event.
-pub fn check_kind(kind: &str) -> Result<()> {
+pub(crate) fn check_kind(kind: &str) -> Result<()> {
     check_label("type", kind)?;
     if kind.starts_with(OWN) {
         return Err(Error::params("types beginning with weir. are weir's own"));
@@ -178,12 +178,12 @@ impl Event {
     }
 
     /// `from`, as the JSON text of a string, quotes included.
-    pub fn from_json(&self) -> Option<&str> {
+    pub(crate) fn from_json(&self) -> Option<&str> {
         (self.body.from_start > 0).then(|| self.body.text(self.body.from_start as usize..self.body.tail as usize))
     }
 
     /// `meta`, as JSON text.
-    pub fn meta_json(&self) -> Option<&str> {
+    pub(crate) fn meta_json(&self) -> Option<&str> {
         const START: &[u8] = br#","meta":"#;
         let start = self.body.tail as usize;
         self.body.bytes[start..].starts_with(START).then_some(())?;

@@ -9,15 +9,15 @@ use crate::error::{Code, Error, Result};
 
 /// A JSON string, borrowed unless it has escapes. (Serde copies an `Option<Cow<str>>` always.)
 #[derive(Debug, Clone)]
-pub struct JsonStr<'a>(pub Cow<'a, str>);
+pub(crate) struct JsonStr<'a>(pub Cow<'a, str>);
 
 /// Parses JSON. The error names the member that it is about.
-pub fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T> {
+pub(crate) fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T> {
     serde_json::from_str(json).map_err(|error| json_error_at_path::<T>(json, &error))
 }
 
 /// Converts the `error` of parsing `json` as a `T`, and adds the path of the member, which [`serde_json`] does not tell.
-pub fn json_error_at_path<'a, T: Deserialize<'a>>(json: &'a str, error: &serde_json::Error) -> Error {
+pub(crate) fn json_error_at_path<'a, T: Deserialize<'a>>(json: &'a str, error: &serde_json::Error) -> Error {
     let plain = json_error(error);
     if !error.is_data() {
         return plain;
@@ -31,7 +31,7 @@ pub fn json_error_at_path<'a, T: Deserialize<'a>>(json: &'a str, error: &serde_j
 }
 
 /// Converts an error of [`serde_json`]: malformed JSON is a `parse_error`, other values are `invalid_params`.
-pub fn json_error(error: &serde_json::Error) -> Error {
+pub(crate) fn json_error(error: &serde_json::Error) -> Error {
     let code = if error.is_data() { Code::InvalidParams } else { Code::ParseError };
     Error::new(code, error.to_string())
 }
@@ -69,7 +69,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for JsonStr<'a> {
 }
 
 /// Appends `text` as a JSON string.
-pub fn write_json_str(text: &str, out: &mut Vec<u8>) {
+pub(crate) fn write_json_str(text: &str, out: &mut Vec<u8>) {
     // Most are names without anything to escape, for which a copy takes a tenth of the time.
     if !text.bytes().any(|byte| byte < b' ' || byte == b'"' || byte == b'\\') {
         out.push(b'"');
@@ -82,7 +82,7 @@ pub fn write_json_str(text: &str, out: &mut Vec<u8>) {
 }
 
 /// The value of a JSON string; nearly always the text without its quotes.
-pub fn read_json_str(json: &str) -> Cow<'_, str> {
+pub(crate) fn read_json_str(json: &str) -> Cow<'_, str> {
     let inner = json.get(1..json.len().saturating_sub(1)).unwrap_or_default();
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
         return Cow::Borrowed(inner);
@@ -92,7 +92,7 @@ pub fn read_json_str(json: &str) -> Cow<'_, str> {
 }
 
 /// Appends JSON as one line. Valid JSON has raw line ends only between tokens, where a space is equivalent.
-pub fn write_json_line(json: &RawValue, out: &mut Vec<u8>) {
+pub(crate) fn write_json_line(json: &RawValue, out: &mut Vec<u8>) {
     let from = out.len();
     out.extend_from_slice(json.get().as_bytes());
     let mut at = from;

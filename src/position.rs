@@ -36,7 +36,7 @@ pub enum Start {
 
 impl Epoch {
     /// The epoch of a channel that has no log.
-    pub const ABSENT: Epoch = Epoch(0);
+    pub(crate) const ABSENT: Epoch = Epoch(0);
 
     /// The epoch of a new life or term.
     pub fn random() -> Self {
@@ -62,7 +62,7 @@ impl Epoch {
     }
 
     /// Six characters; `"0"` for [`ABSENT`](Self::ABSENT).
-    pub fn text(self) -> EpochText {
+    pub(crate) fn text(self) -> EpochText {
         let mut text = EpochText { bytes: *b"0AAAAA", len: 1 };
         if !self.is_absent() {
             for (i, byte) in text.bytes.iter_mut().enumerate() {
@@ -76,7 +76,7 @@ impl Epoch {
 
 /// The characters of an [`Epoch`], without an allocation.
 #[derive(Clone, Copy)]
-pub struct EpochText {
+pub(crate) struct EpochText {
     bytes: [u8; 6],
     len: u8,
 }
@@ -134,7 +134,7 @@ impl Position {
     }
 
     /// Appends its text.
-    pub fn write(self, out: &mut Vec<u8>) {
+    pub(crate) fn write(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.epoch.text());
         out.push(b'-');
         out.extend_from_slice(itoa::Buffer::new().format(self.offset).as_bytes());

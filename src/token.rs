@@ -12,7 +12,7 @@ use crate::{
 
 const TOKEN_VERSION: u8 = 1;
 /// Longest token, in characters.
-pub const MAX_TOKEN: usize = 2048;
+pub(crate) const MAX_TOKEN: usize = 2048;
 
 /// The parameter `after` of a request, before its channels are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct ResumeToken {
 
 /// Encodes tokens for the channels of one reader.
 #[derive(Clone, Debug)]
-pub struct TokenEncoder {
+pub(crate) struct TokenEncoder {
     hash: u32,
     /// Indices of the channels in byte order of their names.
     order: Box<[usize]>,
@@ -139,13 +139,13 @@ impl ResumeToken {
 // === impl Names ===
 
 impl TokenEncoder {
-    pub fn new(channels: &[Channel]) -> Self {
+    pub(crate) fn new(channels: &[Channel]) -> Self {
         let order = order(channels);
         TokenEncoder { hash: hash(channels, &order), order: order.into() }
     }
 
     /// The token of these channels, each at the position that `at` returns for its index.
-    pub fn token(&self, at: impl Fn(usize) -> Position) -> String {
+    pub(crate) fn token(&self, at: impl Fn(usize) -> Position) -> String {
         let mut epochs: Vec<Epoch> = self.order.iter().map(|index| at(*index).epoch).collect();
         epochs.sort_unstable();
         epochs.dedup();

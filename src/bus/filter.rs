@@ -36,7 +36,7 @@ impl Filter {
         Ok((!kinds.is_empty()).then_some(Filter { kinds }))
     }
 
-    pub fn matches(&self, event: &Event) -> bool {
+    pub(super) fn matches(&self, event: &Event) -> bool {
         event.kind_json().is_some_and(|kind| self.kinds.iter().any(|wanted| **wanted == *kind.as_bytes()))
     }
 }

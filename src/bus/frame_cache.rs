@@ -15,12 +15,12 @@ const FRAME_BYTES: usize = 256 * 1024;
 /// Frames that were encoded lately, while the channel has several readers. The memory budget does not know of them.
 #[derive(Default)]
 pub(super) struct FrameCache {
-    frames: VecDeque<Frame>,
+    frames: VecDeque<CachedFrame>,
     readers: u32,
 }
 
 /// The events `from..=to`, encoded.
-struct Frame {
+struct CachedFrame {
     format: &'static Format,
     from: u64,
     to: u64,
@@ -29,15 +29,15 @@ struct Frame {
 
 impl FrameCache {
     /// Subscriptions of the channel, parked or not.
-    pub fn readers(&self) -> u32 {
+    pub(super) fn readers(&self) -> u32 {
         self.readers
     }
 
-    pub fn join(&mut self) {
+    pub(super) fn join(&mut self) {
         self.readers += 1;
     }
 
-    pub fn leave(&mut self) {
+    pub(super) fn leave(&mut self) {
         self.readers -= 1;
         if self.readers <= 1 {
             self.shrink();
@@ -45,14 +45,14 @@ impl FrameCache {
     }
 
     /// The `events`, whose offsets are `from..=to`, encoded; shared if another reader may want the same.
-    pub fn encode<'a>(
+    pub(super) fn encode<'a>(
         &mut self,
         channel: &Channel,
         format: &'static Format,
         (from, to): (u64, u64),
         events: impl Iterator<Item = &'a Arc<Event>>,
     ) -> Bytes {
-        let known = |frame: &&Frame| (frame.to, frame.from) == (to, from) && std::ptr::eq(frame.format, format);
+        let known = |frame: &&CachedFrame| (frame.to, frame.from) == (to, from) && std::ptr::eq(frame.format, format);
         if let Some(frame) = self.frames.iter().rev().find(known) {
             return frame.bytes.clone();
         }
@@ -64,18 +64,18 @@ impl FrameCache {
                 let Some(oldest) = self.frames.pop_front() else { break };
                 held -= oldest.bytes.len();
             }
-            self.frames.push_back(Frame { format, from, to, bytes: bytes.clone() });
+            self.frames.push_back(CachedFrame { format, from, to, bytes: bytes.clone() });
         }
         bytes
     }
 
     /// Removes the frames of events that no longer exist.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.frames.clear();
     }
 
     /// Frees all frames.
-    pub fn shrink(&mut self) {
+    pub(super) fn shrink(&mut self) {
         if self.frames.capacity() > 0 {
             self.frames = VecDeque::new();
         }

@@ -13,39 +13,39 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogBounds {
     /// The current term; [`Epoch::ABSENT`] if there is no log.
-    pub epoch: Epoch,
+    pub(crate) epoch: Epoch,
     /// Oldest offset that can be read; `top + 1` if there is none.
-    pub first: u64,
+    pub(crate) first: u64,
     /// Newest offset ever placed in this life; 0 if there is none.
-    pub top: u64,
+    pub(crate) top: u64,
     /// Time of the newest event, Unix milliseconds.
-    pub time: u64,
+    pub(crate) time: u64,
     /// Unix second from which on the channel is known to have had no log, until `born` if it has one now.
-    pub absent_since: u64,
+    pub(crate) absent_since: u64,
     /// Unix second in which this life began.
-    pub born: u64,
+    pub(crate) born: u64,
     /// Ended terms of this life that are remembered, oldest first.
-    pub terms: Vec<Term>,
+    pub(crate) terms: Vec<Term>,
     /// The life before this one, while it is remembered.
-    pub previous: Option<PreviousLife>,
+    pub(crate) previous: Option<PreviousLife>,
     /// Why the events before `first` are gone.
-    pub trim_reason: GapReason,
+    pub(crate) trim_reason: GapReason,
 }
 
 /// A term that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Term {
-    pub epoch: Epoch,
+    pub(crate) epoch: Epoch,
     /// Its newest offset that was not lost.
-    pub end: u64,
+    pub(crate) end: u64,
 }
 
 /// How the previous life of a channel ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PreviousLife {
-    pub epoch: Epoch,
-    pub top: u64,
-    pub reason: GapReason,
+    pub(crate) epoch: Epoch,
+    pub(crate) top: u64,
+    pub(crate) reason: GapReason,
 }
 
 impl LogBounds {

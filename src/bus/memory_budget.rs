@@ -5,8 +5,8 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-/// Memory of all topics and idempotency keys, in bytes, and its upper bound. Whoever holds memory accounts for it
-/// through a guard, so that `used` goes down when the holder is dropped.
+/// Memory of all topics and idempotency keys, in bytes, and its upper bound. Memory is
+/// accounted for through guards, so that `used` goes down when its holder is dropped.
 pub(crate) struct MemoryBudget {
     limit: usize,
     used: AtomicUsize,

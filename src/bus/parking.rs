@@ -22,14 +22,14 @@ pub(super) struct ReadyQueue {
 /// A subscription of a connection. The generation tells it from the one that had the slot before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ReaderId {
-    pub slot: u32,
-    pub generation: u32,
+    pub(super) slot: u32,
+    pub(super) generation: u32,
 }
 
 /// A reader that waits in a channel.
 pub(super) struct ParkedReader {
-    pub queue: Arc<ReadyQueue>,
-    pub reader: ReaderId,
+    pub(super) queue: Arc<ReadyQueue>,
+    pub(super) reader: ReaderId,
 }
 
 /// The readers of a channel that have read everything.
@@ -56,7 +56,7 @@ pub(crate) struct WakeList(Slab<ParkedReader>);
 
 impl ReadyQueue {
     /// Registers the task to wake, then passes each ready reader to `each`.
-    pub fn drain(&self, waker: &Waker, each: impl FnMut(ReaderId)) {
+    pub(super) fn drain(&self, waker: &Waker, each: impl FnMut(ReaderId)) {
         // Registered first: a wake-up between the two would be lost otherwise.
         self.waker.register(waker);
         let mut ready = self.ready.lock();
@@ -67,7 +67,7 @@ impl ReadyQueue {
     }
 
     #[cfg(test)]
-    pub fn readers(&self) -> Vec<ReaderId> {
+    pub(super) fn readers(&self) -> Vec<ReaderId> {
         self.ready.lock().clone()
     }
 }
@@ -90,7 +90,7 @@ impl ParkedReader {
 // === impl ParkingLot ===
 
 impl ParkingLot {
-    pub fn park(&mut self, reader: ParkedReader) -> ParkingKey {
+    pub(super) fn park(&mut self, reader: ParkedReader) -> ParkingKey {
         if self.parked.capacity() == 0 {
             // Most channels have one reader, and a slab begins with room for four.
             self.parked = Slab::with_capacity(1);
@@ -99,19 +99,19 @@ impl ParkingLot {
     }
 
     /// False if the reader was taken: then it is, or will be, in its ready queue.
-    pub fn unpark(&mut self, key: ParkingKey) -> bool {
+    pub(super) fn unpark(&mut self, key: ParkingKey) -> bool {
         key.round == self.round && self.parked.try_remove(key.index as usize).is_some()
     }
 
     /// Takes all readers, to wake them.
-    pub fn take(&mut self) -> WakeList {
+    pub(super) fn take(&mut self) -> WakeList {
         self.round = self.round.wrapping_add(1);
         let room = Slab::with_capacity(if self.parked.len() > 1 { self.parked.len() } else { 0 });
         WakeList(std::mem::replace(&mut self.parked, room))
     }
 
     #[cfg(test)]
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.parked.len()
     }
 }

@@ -32,7 +32,7 @@ const STEP_SCAN: usize = 512;
 /// A queue of events that shrank frees its memory above this capacity.
 const SPARE: usize = 64;
 
-pub struct Ring {
+pub(crate) struct Ring {
     bounds: LogBounds,
     /// The newest events of the log, contiguous up to its top.
     events: VecDeque<Arc<Event>>,
@@ -42,15 +42,15 @@ pub struct Ring {
 }
 
 /// How a reader wants its events.
-pub(super) struct StepRequest<'a> {
-    pub channel: &'a Channel,
-    pub filter: Option<&'a Filter>,
-    pub format: &'static Format,
-    pub max_events: usize,
+pub(super) struct ReadRequest<'a> {
+    pub(super) channel: &'a Channel,
+    pub(super) filter: Option<&'a Filter>,
+    pub(super) format: &'static Format,
+    pub(super) max_events: usize,
 }
 
-/// What a reader gets from one look at a ring.
-pub(super) enum Step {
+/// The result of one read from a ring.
+pub(super) enum ReadStep {
     Events {
         bytes: Bytes,
         count: u32,
@@ -153,24 +153,24 @@ impl Ring {
     // === reading ===
 
     /// The next events for a reader at `position`, which moves past them.
-    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> Step {
+    pub(super) fn step(&mut self, request: &ReadRequest<'_>, position: &mut Position) -> ReadStep {
         if position.epoch != self.epoch() || position.offset + 1 < self.start() {
             let (at, gap) = self.bounds.resolve(request.channel, Start::After(*position), self.bounds.time);
             if let Some(gap) = gap {
                 *position = at;
-                return Step::Gap(gap);
+                return ReadStep::Gap(gap);
             }
             if self.bounds.is_absent() {
-                // The position is kept: once a new life begins, it tells what this reader has read.
-                return Step::Nothing;
+                // The position is kept: a new life is resolved from it.
+                return ReadStep::Nothing;
             }
             *position = at;
             if at.epoch != self.epoch() || at.offset + 1 < self.start() {
-                return Step::Older;
+                return ReadStep::Older;
             }
         }
         if position.offset >= self.top() {
-            return Step::Nothing;
+            return ReadStep::Nothing;
         }
         Self::step_through(&self.events, &mut self.frames, request, position)
     }
@@ -179,19 +179,19 @@ impl Ring {
     pub(super) fn step_older(
         &mut self,
         older: &VecDeque<Arc<Event>>,
-        request: &StepRequest<'_>,
+        request: &ReadRequest<'_>,
         position: &mut Position,
-    ) -> Step {
+    ) -> ReadStep {
         Self::step_through(older, &mut self.frames, request, position)
     }
 
     fn step_through(
         events: &VecDeque<Arc<Event>>,
         frames: &mut FrameCache,
-        request: &StepRequest<'_>,
+        request: &ReadRequest<'_>,
         position: &mut Position,
-    ) -> Step {
-        let &StepRequest { channel, filter, format, max_events } = request;
+    ) -> ReadStep {
+        let &ReadRequest { channel, filter, format, max_events } = request;
         let first = events.front().map_or(position.offset + 1, |event| event.offset);
         let after = |offset: u64| events.range((offset + 1 - first) as usize..);
         let mut bytes = 0;
@@ -208,7 +208,7 @@ impl Ring {
             position.offset = to;
             let count = to + 1 - from;
             let bytes = frames.encode(channel, format, (from, to), after(from - 1).take(count as usize));
-            return Step::Events { bytes, count: count as u32 };
+            return ReadStep::Events { bytes, count: count as u32 };
         };
         let mut shown = Vec::new();
         for event in after(position.offset).take(STEP_SCAN) {
@@ -222,12 +222,12 @@ impl Ring {
             position.offset = event.offset;
         }
         let bytes = match shown.as_slice() {
-            [] => return Step::Nothing,
+            [] => return ReadStep::Nothing,
             [one] => frames.encode(channel, format, (one.offset, one.offset), [*one].into_iter()),
             // Which events a filter selects differs from reader to reader: a frame of several is not cached.
             many => format.encode(channel, many.iter().copied()),
         };
-        Step::Events { bytes, count: shown.len() as u32 }
+        ReadStep::Events { bytes, count: shown.len() as u32 }
     }
 
     /// Whether a reader at `position` has something to read or to scan.

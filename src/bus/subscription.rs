@@ -17,7 +17,7 @@ use super::{
     format::Format,
     gap::Gap,
     parking::{ParkedReader, ReaderId, ReadyQueue},
-    ring::{STEP_EVENTS, Step, StepRequest},
+    ring::{ReadRequest, ReadStep, STEP_EVENTS},
     topic::Parking,
     watch::Watch,
 };
@@ -91,7 +91,7 @@ impl Subscriptions {
     }
 
     /// Delivers one event at a time, for a reader that reports its position after each event.
-    pub fn one_by_one(mut self) -> Self {
+    pub(crate) fn one_by_one(mut self) -> Self {
         self.max_events = 1;
         self
     }
@@ -144,7 +144,7 @@ impl Subscriptions {
     }
 
     /// Sets which events a subscription shows from its position on.
-    pub fn set_filter(&mut self, slot: u32, filter: Option<Arc<Filter>>) {
+    pub(crate) fn set_filter(&mut self, slot: u32, filter: Option<Arc<Filter>>) {
         if let Some(sub) = self.subs.get_mut(slot as usize) {
             sub.filter = filter;
         }
@@ -168,7 +168,7 @@ impl Subscriptions {
     ///
     /// For a reader that takes until nothing is left: it is woken for everything that comes afterwards, and need not
     /// poll a second time, as with [`poll_next`](Self::poll_next).
-    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.refill(cx) {
             true => Poll::Ready(()),
             false => Poll::Pending,
@@ -209,7 +209,7 @@ impl Subscriptions {
     fn step(&mut self, slot: u32) -> Option<DeliveryItem> {
         let Subscription { watch, position, filter, generation, parking } = self.subs.get_mut(slot as usize)?;
         let parked = || ParkedReader { queue: self.ready.clone(), reader: ReaderId { slot, generation: *generation } };
-        let request = StepRequest {
+        let request = ReadRequest {
             channel: watch.channel(),
             filter: filter.as_deref(),
             format: self.format,
@@ -217,7 +217,7 @@ impl Subscriptions {
         };
         let mut buffer = watch.lock();
         let step = buffer.step(&request, position);
-        if matches!(step, Step::Older) {
+        if matches!(step, ReadStep::Older) {
             let (place, first) = buffer.park_behind(*position, parked());
             *parking = Some(place);
             drop(buffer);
@@ -233,9 +233,9 @@ impl Subscriptions {
             *parking = Some(Parking::Head(buffer.park(parked())));
         }
         match step {
-            Step::Events { bytes, count } => Some(DeliveryItem::Events { bytes, count }),
-            Step::Gap(gap) => Some(DeliveryItem::Gap(gap)),
-            Step::Nothing | Step::Older => None,
+            ReadStep::Events { bytes, count } => Some(DeliveryItem::Events { bytes, count }),
+            ReadStep::Gap(gap) => Some(DeliveryItem::Gap(gap)),
+            ReadStep::Nothing | ReadStep::Older => None,
         }
     }
 

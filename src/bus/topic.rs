@@ -13,7 +13,7 @@ use super::{
     memory_budget::MemoryBudget,
     parking::{ParkedReader, ParkingKey},
     retention::Retention,
-    ring::{Ring, Step, StepRequest},
+    ring::{ReadRequest, ReadStep, Ring},
     wall_clock::WallClock,
     window::{WaitingKey, Window},
 };
@@ -130,7 +130,7 @@ impl Buffer {
     }
 
     /// See [`Ring::step`] and [`Window::step`].
-    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> Step {
+    pub(super) fn step(&mut self, request: &ReadRequest<'_>, position: &mut Position) -> ReadStep {
         match self {
             Buffer::Log(ring) => ring.step(request, position),
             Buffer::Window(window) => window.step(request, position),
@@ -164,8 +164,8 @@ impl Buffer {
         matches!(self, Buffer::Window(_)) || self.events().is_empty()
     }
 
-    /// What must be remembered of the log when the topic leaves the table; nothing if another server stores it. `now` is
-    /// in Unix milliseconds.
+    /// The bounds to remember when the topic leaves the table; `None` if another server stores the log. `now` is in Unix
+    /// milliseconds.
     pub(super) fn ended(&self, now: u64) -> Option<LogBounds> {
         let Buffer::Log(ring) = self else { return None };
         Some(ring.bounds().ended(now, GapReason::Reset)).filter(|ended| ended.previous.is_some())

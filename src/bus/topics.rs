@@ -238,7 +238,7 @@ impl TopicShard {
             let Some((hash, number)) = self.order.pop_front() else { break };
             // A channel that came back has no end, or one that is newer than this place in the order.
             if let Some(end) = self.ends.get(&hash).filter(|end| end.number == number) {
-                // A reader with a position from before this end can no longer be told what followed it.
+                // From now on, a position from before this end cannot be resolved without a gap.
                 self.horizon = self.horizon.max(end.absent_since);
                 self.ends.remove(&hash);
             }

@@ -42,7 +42,7 @@ impl Watch {
     }
 
     /// The first position of `start`, and the history that is missing before it.
-    pub fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
+    pub(crate) fn resolve(&self, start: Start) -> (Position, Option<Gap>) {
         self.topic.resolve(start)
     }
 

@@ -16,7 +16,7 @@ use super::{
     log_bounds::LogBounds,
     parking::{ParkedReader, WakeList},
     retention::Retention,
-    ring::{EVENT_COST, Ring, Step, StepRequest},
+    ring::{EVENT_COST, ReadRequest, ReadStep, Ring},
 };
 use crate::{
     channel::Channel,
@@ -64,7 +64,7 @@ pub(super) struct WaitingKey {
     ticket: u32,
 }
 
-/// What became of an event that a backend received.
+/// The outcome of applying a live event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LiveOutcome {
     /// It was the next one and has been appended.
@@ -237,9 +237,9 @@ impl Window {
     // === reading ===
 
     /// The next events for a reader at `position`, which moves past them.
-    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> Step {
+    pub(super) fn step(&mut self, request: &ReadRequest<'_>, position: &mut Position) -> ReadStep {
         match (self.ring.step(request, position), &self.backlog) {
-            (Step::Older, Some(backlog)) if backlog.follows(*position) => {
+            (ReadStep::Older, Some(backlog)) if backlog.follows(*position) => {
                 self.ring.step_older(&backlog.events, request, position)
             }
             (step, _) => step,

@@ -14,27 +14,27 @@ use crate::{
 /// `{channel, type?, from?, data?, data_base64?, meta?, key?}`, borrowed from the text it was parsed from.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct IncomingEvent<'a> {
+pub(crate) struct IncomingEvent<'a> {
     #[serde(borrow)]
-    pub channel: JsonStr<'a>,
+    pub(crate) channel: JsonStr<'a>,
     #[serde(rename = "type", borrow)]
-    pub kind: Option<JsonStr<'a>>,
+    pub(crate) kind: Option<JsonStr<'a>>,
     #[serde(borrow)]
-    pub from: Option<JsonStr<'a>>,
+    pub(crate) from: Option<JsonStr<'a>>,
     // Serde's own `Option` would read `null` as absent.
     #[serde(default, borrow, deserialize_with = "present")]
-    pub data: Option<&'a RawValue>,
+    pub(crate) data: Option<&'a RawValue>,
     #[serde(borrow)]
-    pub data_base64: Option<JsonStr<'a>>,
+    pub(crate) data_base64: Option<JsonStr<'a>>,
     #[serde(default, borrow, deserialize_with = "present")]
-    pub meta: Option<&'a RawValue>,
+    pub(crate) meta: Option<&'a RawValue>,
     #[serde(borrow)]
-    pub key: Option<JsonStr<'a>>,
+    pub(crate) key: Option<JsonStr<'a>>,
 }
 
 impl IncomingEvent<'_> {
     /// Validates and encodes the event. `limit` is its largest encoded size, in bytes.
-    pub fn draft(&self, limit: usize) -> Result<(Channel, Draft)> {
+    pub(crate) fn draft(&self, limit: usize) -> Result<(Channel, Draft)> {
         let channel = Channel::parse(&self.channel)?;
         let bytes;
         let data = match (self.data, &self.data_base64) {

@@ -26,7 +26,7 @@ impl ConsumerTable {
     ///
     /// # Errors
     /// Those of `update`, and `limit_reached` for one consumer or cursor too many.
-    pub fn update(
+    pub(super) fn update(
         &self,
         consumer: &str,
         channel: &Channel,
@@ -53,11 +53,11 @@ impl ConsumerTable {
         Ok(Some(to))
     }
 
-    pub fn get(&self, name: &str, config: &Config) -> Option<ConsumerInfo> {
+    pub(super) fn get(&self, name: &str, config: &Config) -> Option<ConsumerInfo> {
         self.0.lock().get(name).map(|state| state.describe(name, config))
     }
 
-    pub fn list(&self, prefix: &str, after: Option<&str>, limit: usize, config: &Config) -> Vec<ConsumerInfo> {
+    pub(super) fn list(&self, prefix: &str, after: Option<&str>, limit: usize, config: &Config) -> Vec<ConsumerInfo> {
         let start = match after {
             Some(after) if after >= prefix => Bound::Excluded(after),
             _ => Bound::Included(prefix),
@@ -71,12 +71,12 @@ impl ConsumerTable {
             .collect()
     }
 
-    pub fn remove(&self, name: &str) -> bool {
+    pub(super) fn remove(&self, name: &str) -> bool {
         self.0.lock().remove(name).is_some()
     }
 
     /// Removes the consumers that have been idle for too long. `now` is in Unix milliseconds.
-    pub fn expire(&self, config: &Config, now: u64) {
+    pub(super) fn expire(&self, config: &Config, now: u64) {
         let old = now.saturating_sub(config.consumer_idle.as_millis() as u64);
         self.0.lock().retain(|_, state| state.seen >= old);
     }

@@ -21,14 +21,14 @@ const KEY_COST: usize = 128;
 
 /// The idempotency keys of all channels that have some. Locked after the buffer of the channel.
 pub(super) struct IdempotencyKeys {
-    shards: Box<[Mutex<HashMap<Channel, ChannelKeys, foldhash::fast::RandomState>>]>,
+    shards: Box<[Mutex<HashMap<Channel, UsedKeys, foldhash::fast::RandomState>>]>,
     /// Chooses the shard of a channel.
     placement: foldhash::fast::RandomState,
     budget: Arc<MemoryBudget>,
 }
 
 /// The idempotency keys of one channel.
-pub(super) struct ChannelKeys {
+pub(super) struct UsedKeys {
     used: HashMap<u64, UsedKey, foldhash::fast::RandomState>,
     /// Unix milliseconds at which each key was used, oldest first.
     order: VecDeque<(u64, u64)>,
@@ -52,7 +52,7 @@ pub(super) struct DraftKey {
 }
 
 impl IdempotencyKeys {
-    pub fn new(budget: Arc<MemoryBudget>) -> Self {
+    pub(super) fn new(budget: Arc<MemoryBudget>) -> Self {
         IdempotencyKeys {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             placement: Default::default(),
@@ -60,14 +60,14 @@ impl IdempotencyKeys {
         }
     }
 
-    fn shard(&self, channel: &Channel) -> MutexGuard<'_, HashMap<Channel, ChannelKeys, foldhash::fast::RandomState>> {
+    fn shard(&self, channel: &Channel) -> MutexGuard<'_, HashMap<Channel, UsedKeys, foldhash::fast::RandomState>> {
         self.shards[(self.placement.hash_one(channel) >> 48) as usize % SHARDS].lock()
     }
 
     /// The keys of a channel.
-    pub fn of(&self, topic: &Arc<Topic>) -> MappedMutexGuard<'_, ChannelKeys> {
+    pub(super) fn of(&self, topic: &Arc<Topic>) -> MappedMutexGuard<'_, UsedKeys> {
         MutexGuard::map(self.shard(topic.channel()), |shard| {
-            shard.entry(topic.channel().clone()).or_insert_with(|| ChannelKeys {
+            shard.entry(topic.channel().clone()).or_insert_with(|| UsedKeys {
                 used: HashMap::default(),
                 order: VecDeque::new(),
                 hasher: Default::default(),
@@ -78,12 +78,12 @@ impl IdempotencyKeys {
     }
 
     /// Forgets all keys of a channel, whose life has ended.
-    pub fn forget(&self, channel: &Channel) {
+    pub(super) fn forget(&self, channel: &Channel) {
         self.shard(channel).remove(channel);
     }
 
     /// Forgets the keys of a channel that are too old.
-    pub fn expire(&self, channel: &Channel, limits: &KeyLimits, now: u64) {
+    pub(super) fn expire(&self, channel: &Channel, limits: &KeyLimits, now: u64) {
         let mut shard = self.shard(channel);
         if let Some(keys) = shard.get_mut(channel) {
             keys.expire(limits, now);
@@ -94,12 +94,12 @@ impl IdempotencyKeys {
     }
 }
 
-impl ChannelKeys {
+impl UsedKeys {
     /// Checks a whole batch before it is placed: a known key with another body rejects all of it.
     ///
     /// # Errors
     /// `key_reused`.
-    pub fn check(&self, channel: &Channel, subject: &str, drafts: &[Draft]) -> Result<()> {
+    pub(super) fn check(&self, channel: &Channel, subject: &str, drafts: &[Draft]) -> Result<()> {
         let mut batch: HashMap<u64, u64> = HashMap::new();
         for draft in drafts {
             let Some(key) = &draft.key else { continue };
@@ -115,23 +115,23 @@ impl ChannelKeys {
         Ok(())
     }
 
-    pub fn key_of(&self, subject: &str, key: &str, draft: &Draft) -> DraftKey {
+    pub(super) fn key_of(&self, subject: &str, key: &str, draft: &Draft) -> DraftKey {
         DraftKey { hash: self.hasher.hash_one((subject, key)), body: draft.body.fingerprint() }
     }
 
     /// Where the event of a key was placed.
-    pub fn placed(&self, key: DraftKey) -> Option<Placed> {
+    pub(super) fn placed(&self, key: DraftKey) -> Option<Placed> {
         self.used.get(&key.hash).map(|used| used.placed)
     }
 
     /// Remembers that a key was used at `now`, in Unix milliseconds.
-    pub fn insert(&mut self, key: DraftKey, placed: Placed, now: u64) {
+    pub(super) fn insert(&mut self, key: DraftKey, placed: Placed, now: u64) {
         self.used.insert(key.hash, UsedKey { body: key.body, placed });
         self.order.push_back((now, key.hash));
     }
 
     /// Forgets the keys that are too old or too many, and accounts for the memory of the rest.
-    pub fn expire(&mut self, limits: &KeyLimits, now: u64) {
+    pub(super) fn expire(&mut self, limits: &KeyLimits, now: u64) {
         let old = now.saturating_sub(limits.window.as_millis() as u64);
         while self.order.len() > limits.count || self.order.front().is_some_and(|(used, _)| *used < old) {
             if let Some((_, hash)) = self.order.pop_front() {
