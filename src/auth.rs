@@ -13,7 +13,7 @@ pub(crate) const MAX_CONSUMER: usize = 128;
 
 /// The client of a request or connection. Cheap to clone; a transport takes it at the upgrade and keeps it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Identity(());
+pub struct Identity(());
 
 /// Proof that an [`Identity`] may do something. Code that acts for a client takes its subject from here.
 #[derive(Clone, Copy, Debug)]

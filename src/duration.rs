@@ -4,8 +4,6 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de::Error as _};
-
 /// Longest duration: short enough to be added to a clock without overflow.
 pub(crate) const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
@@ -41,33 +39,6 @@ pub fn format(duration: Duration) -> String {
     format!("{}{name}", ms / unit)
 }
 
-/// For `#[serde(deserialize_with = "duration::deserialize")]` on a `Duration` in a query or a JSON body.
-pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-    DurationInput::deserialize(from)?.read().map_err(D::Error::custom)
-}
-
-/// For `#[serde(default, deserialize_with = "duration::optional")]` on an `Option<Duration>`.
-pub(crate) fn optional<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-    Option::<DurationInput>::deserialize(from)?.map(|input| input.read().map_err(D::Error::custom)).transpose()
-}
-
-/// A JSON number in place of a duration is parsed too, so that its error is the hint of [`parse`], not "invalid type".
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum DurationInput {
-    Text(String),
-    Number(serde_json::Number),
-}
-
-impl DurationInput {
-    fn read(&self) -> Result<Duration, String> {
-        match self {
-            DurationInput::Text(text) => parse(text),
-            DurationInput::Number(number) => parse(&number.to_string()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,20 +60,6 @@ mod tests {
         for bad in ["", "s", "-5s", "1.5s", "5 s", "5sec", "1h30m", "36501d", "99999999999999999999ms", "5S"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn durations_in_json() {
-        #[derive(Deserialize)]
-        struct TimeoutParams {
-            #[serde(default, deserialize_with = "optional")]
-            timeout: Option<Duration>,
-        }
-        let read = |json| serde_json::from_str::<TimeoutParams>(json).map(|params| params.timeout);
-        assert_eq!(read(r#"{"timeout":"5s"}"#).unwrap(), Some(Duration::from_secs(5)));
-        assert_eq!(read("{}").unwrap(), None);
-        assert_eq!(read(r#"{"timeout":null}"#).unwrap(), None);
-        assert!(read(r#"{"timeout":5}"#).unwrap_err().to_string().starts_with("5 of what?"));
     }
 
     proptest! {

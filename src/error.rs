@@ -284,11 +284,6 @@ impl Error {
         self
     }
 
-    pub(crate) fn retry_after(mut self, after: Duration) -> Self {
-        self.0.retry_after = Some(after);
-        self
-    }
-
     /// Adds a member beside `code`: to `data` over JSON-RPC, to the problem document over HTTP.
     pub fn with(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.0.data.insert(name.to_owned(), value.into());
