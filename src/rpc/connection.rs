@@ -1,4 +1,4 @@
-//! [`HubConnection`]: what a transport does with the hub on behalf of one connection.
+//! [`HubConnection`]: the hub's interface to transports, one value per connection.
 
 use std::sync::{
     Arc, Weak,

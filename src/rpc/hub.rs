@@ -62,7 +62,7 @@ pub struct Config {
     pub(crate) provides: usize,
 }
 
-/// What the hub holds at this moment, for tests and metrics.
+/// Sizes of the hub's tables, for tests and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HubCounts {
     pub connections: usize,
@@ -79,7 +79,7 @@ pub struct HubCounts {
     pub names: usize,
 }
 
-/// What became of a reply.
+/// The effect of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplyOutcome {
     Answered,
@@ -89,7 +89,7 @@ pub enum ReplyOutcome {
     Unmatched,
 }
 
-/// See the [module](super).
+/// Connects callers with providers; see the [module](super). Shared as an `Arc`.
 pub struct Hub {
     pub(super) config: Config,
     pub(super) clock: MonotonicClock,
@@ -142,7 +142,7 @@ pub(super) struct ServiceEdit<'h, 's> {
     state: Option<MutexGuard<'s, ServiceState>>,
 }
 
-/// What follows from an edit, done on drop. No lock may be held then.
+/// The work that follows from an edit, done on drop. No lock may be held then.
 #[must_use = "dropping it does what follows from the edit"]
 pub(super) struct FollowUp<'h> {
     hub: &'h Hub,
@@ -230,6 +230,7 @@ impl Hub {
         self.registry.changes.requeue(changes, self.clock.now());
     }
 
+    /// The changes that this node has to publish now.
     pub(super) fn take_changes(&self) -> Vec<UnpublishedChange> {
         self.registry.changes.take(self.cluster.is_leader(), self.clock.now())
     }
@@ -263,6 +264,7 @@ impl Hub {
         self.seq.fetch_add(1, Relaxed)
     }
 
+    /// Locks a service in order to change it.
     #[inline]
     pub(super) fn edit<'h, 's>(&'h self, service: &'s Arc<ServiceEntry>) -> ServiceEdit<'h, 's> {
         ServiceEdit { hub: self, service, state: Some(service.state.lock()) }
@@ -788,7 +790,7 @@ impl<'h> ServiceEdit<'h, '_> {
         hub.registry.tick(service, state);
     }
 
-    /// Releases the lock. What follows from the edit is done when the returned value is dropped.
+    /// Releases the lock. The work that follows from the edit is done when the returned value is dropped.
     #[inline]
     pub(super) fn unlock(mut self) -> FollowUp<'h> {
         self.release()

@@ -1,4 +1,4 @@
-//! What the hub writes to a connection: calls to a provider, answers to a caller.
+//! [`Peer`]: the hub writes calls to a provider and answers to a caller.
 
 use std::borrow::Cow;
 
@@ -69,7 +69,7 @@ pub struct ForwardedCall<'a> {
     pub(crate) relay: RelayInfo<'a>,
 }
 
-/// What another node needs in order to place a call, in addition to what a provider receives.
+/// Additional members that another node needs in order to place a call.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct RelayInfo<'a> {
     /// Milliseconds that the caller is ready to wait for a provider.
@@ -92,7 +92,7 @@ pub enum MethodNames {
     Qualified,
 }
 
-/// What weir knows about a call.
+/// Facts about a call that only weir knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct CallMeta<'a> {
     /// Subject of the caller; `""` is anonymous.

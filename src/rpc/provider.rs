@@ -11,7 +11,7 @@ use crate::{
     error::{Code, Error, Result},
 };
 
-/// What a connection asks to provide.
+/// The registration of a provider, as a transport requests it.
 #[derive(Clone, Copy, Debug)]
 pub struct ProvideRequest<'a> {
     pub service: &'a str,
@@ -135,7 +135,7 @@ pub(super) fn sorted_methods<'a>(providers: impl Iterator<Item = &'a Provider>) 
 // === impl ServiceState: providers ===
 
 impl ServiceState {
-    /// What has to be claimed in the cluster before a connection may register; `own` is its key if it is registered.
+    /// The claim that the cluster has to grant before a connection may register; `own` is its key if it is registered.
     ///
     /// # Errors
     /// `service_taken`, by another connection of this node.

@@ -182,7 +182,7 @@ impl Registration {
         Ok(())
     }
 
-    /// What has to be claimed in the cluster. If the request wants it, a dead provider on this node is removed first.
+    /// The claim that the cluster has to grant. If the request wants it, a dead provider on this node is removed first.
     async fn required_claim(&self, service: &Arc<ServiceEntry>, request: &ProvideRequest<'_>) -> Result<Option<Claim>> {
         let mut probed: Option<Arc<PeerState>> = None;
         loop {

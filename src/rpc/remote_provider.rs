@@ -11,7 +11,7 @@ use super::{
 };
 use crate::cluster::{Lease, NodeId};
 
-/// What a node advertises to the others about a service that it provides: JSON, so that members may be added.
+/// The providers of a service on one node, as the other nodes learn of them: JSON, so that members may be added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Advertisement {
     pub(super) providers: u32,

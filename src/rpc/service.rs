@@ -12,7 +12,7 @@ pub struct ServiceInfo {
     pub providers: usize,
     pub in_flight: usize,
     pub exclusive: bool,
-    /// What the providers declare.
+    /// Methods that the providers declare.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub methods: Vec<String>,
 }

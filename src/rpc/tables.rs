@@ -4,7 +4,7 @@
 //! of the provider. Its [`InFlight`] is in the caller's connection. **Taking the `InFlight` is the right to answer**, which
 //! is why a call has exactly one answer, whatever happens at the same time.
 //!
-//! The records refer to each other in circles and are therefore defined in one file. What they do is in `in_flight`
+//! The records refer to each other in circles and are therefore defined in one file. Their methods are in `in_flight`
 //! (calls), `provider`, `choice` and `remote_provider` (providers), `service` and `registry`.
 //!
 //! Everything in a [`ServiceState`] happens under the service's one lock and touches no connection: what has to be written
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::cluster::{Lease, NodeId};
 
-/// A connection, as long as the hub refers to it.
+/// The hub's state of a connection, shared by all that refer to the connection.
 pub(super) struct PeerState {
     pub(super) peer: Arc<dyn Peer>,
     /// Calls that it may have in flight.
@@ -37,7 +37,7 @@ pub(super) struct PeerState {
     pub(super) in_flight: Mutex<Slab<InFlight>>,
     /// The node, if this is the link to another one.
     pub(super) node: Option<NodeId>,
-    /// What it provides; the index is the slot in a [`CallId`], except of links. Locked before a service, never after.
+    /// Its registrations; the index is the slot in a [`CallId`], except of links. Locked before a service, never after.
     pub(super) provides: Mutex<Slab<ProviderSlot>>,
     /// Late calls in which it is caller or provider.
     pub(super) late: AtomicUsize,
@@ -63,6 +63,7 @@ pub(super) struct ProviderSlot {
     pub(super) provider: u32,
 }
 
+/// A service in the registry.
 pub(super) struct ServiceEntry {
     pub(super) name: Arc<str>,
     pub(super) state: Mutex<ServiceState>,
@@ -115,7 +116,7 @@ pub(super) struct Provider {
     pub(super) head: u32,
 }
 
-/// What this node knows of the providers of another one.
+/// The providers of another node, as far as this node knows.
 pub(super) struct RemoteProvider {
     pub(super) providers: u32,
     /// Revision of the advertisement that this is made of.
@@ -188,7 +189,7 @@ pub(super) struct FinishedCall {
 /// Which of the registry's lists a service is in.
 #[derive(Default)]
 pub(super) struct RegistryMarks {
-    /// Removed from the registry: whoever still refers to the service has to look it up again.
+    /// Removed from the registry: the service has to be looked up again.
     pub(super) dead: bool,
     /// In the list of services that every sweep visits.
     pub(super) ticking: bool,
@@ -210,7 +211,7 @@ pub(super) struct RegistryMarks {
     pub(super) replaced: bool,
 }
 
-/// What remains to be done after a change, outside the lock.
+/// Work that a change leaves for the time after the lock.
 #[derive(Default)]
 pub(super) struct Effects {
     /// Providers came, left or changed: the registry and the other nodes have to know.

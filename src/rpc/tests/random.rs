@@ -90,7 +90,7 @@ fn step() -> impl Strategy<Value = Step> {
 struct Run {
     world: World,
     alive: Vec<Socket>,
-    /// What closed connections received, and how many answers they had when they were closed.
+    /// Closed connections, and how many answers they had received when they were closed.
     dead: Vec<(Arc<RecordingPeer>, usize)>,
     calls: usize,
     /// Calls that each open socket made, by its index in `alive`.
