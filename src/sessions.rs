@@ -18,6 +18,7 @@ use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use slab::Slab;
+use utoipa::ToSchema;
 
 use crate::{
     auth::Identity,
@@ -90,19 +91,25 @@ pub(crate) struct ConnectionFilter {
     pub(crate) channel: Option<String>,
 }
 
-/// A connection as the API lists it. Lists are in the order of `id`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// A stream, a WebSocket or a waiting read. Lists are sorted by `id`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[schema(as = Connection)]
 pub(crate) struct ConnectionInfo {
     /// `NODE-NUMBER`: the node, and a number that increases with each connection.
     pub(crate) id: String,
     pub(crate) node: String,
+    #[schema(example = "ws")]
     pub(crate) transport: String,
+    /// The subject of its credentials.
     pub(crate) subject: String,
+    /// The peer address (of the last proxy, if there is one); null if unknown.
+    #[schema(value_type = String, nullable, required)]
     pub(crate) remote: Option<SocketAddr>,
     /// Unix milliseconds.
     pub(crate) since: u64,
     /// Number of channels that the connection reads.
     pub(crate) channels: usize,
+    /// The services that it provides.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) services: Vec<String>,
 }

@@ -1,15 +1,19 @@
 //! [`ChannelInfo`], the state of a channel as the API shows it.
 
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 use crate::{channel::Channel, position::Epoch};
 
-/// State of a channel. Serialized as the API shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// The state of a channel. A channel without a log has the epoch `0`; it is not an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = Channel)]
 pub struct ChannelInfo {
     #[serde(serialize_with = "as_text")]
+    #[schema(value_type = String)]
     pub channel: Channel,
     #[serde(serialize_with = "as_text")]
+    #[schema(value_type = String)]
     pub epoch: Epoch,
     /// Oldest offset that can be read; `top + 1` if there is none.
     pub first: u64,
@@ -20,6 +24,7 @@ pub struct ChannelInfo {
     /// Subscriptions on this node.
     pub readers: u32,
     /// Time of the newest event, Unix milliseconds.
+    #[schema(required)]
     pub time: Option<u64>,
 }
 

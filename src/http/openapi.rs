@@ -1,7 +1,8 @@
 //! The OpenAPI document. Operations are described at their handlers; this file defines the schemas.
 //!
-//! The types exist only for the document: request handling does not deserialize into them. A test compares the
-//! responses of a running server with the document.
+//! Types that serde reads or writes derive their schema where they are defined. The types of this file exist only for the
+//! document: query parameters are parsed by hand, and events, pages and problems are written by hand. A test compares
+//! the responses of a running server with the document.
 
 #![expect(dead_code, reason = "schemas of the document")]
 
@@ -46,19 +47,7 @@ use super::{admin, api};
         admin::metrics,
         document,
     ),
-    components(schemas(
-        Event,
-        NewEvent,
-        Placed,
-        Page,
-        Gap,
-        Problem,
-        Channel,
-        Channels,
-        Consumer,
-        Consumers,
-        PresentChannelName
-    ))
+    components(schemas(Event, NewEvent, Placed, Page, Gap, Problem, PresentChannelName))
 )]
 struct Document;
 
@@ -352,26 +341,6 @@ pub struct NewEvent {
     key: Option<Label>,
 }
 
-/// A position to commit.
-#[derive(ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Commit {
-    /// A position, or a token of all channels of the consumer or of `channels`.
-    #[schema(pattern = r"^((0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$")]
-    after: String,
-    /// The channels of the token. Default: all channels of the consumer.
-    #[schema(nullable = false, min_items = 1)]
-    channels: Option<Vec<ChannelName>>,
-}
-
-/// The new position of a cursor.
-#[derive(ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Seek {
-    channel: ChannelName,
-    after: After,
-}
-
 /// The position at which an event was stored.
 #[derive(ToSchema)]
 pub struct Placed {
@@ -472,71 +441,6 @@ pub struct Problem {
     retry_after_ms: Option<u64>,
 }
 
-/// The state of a channel. A channel without a log has the epoch `0`; it is not an error.
-#[derive(ToSchema)]
-pub struct Channel {
-    channel: String,
-    epoch: String,
-    /// The oldest offset that can be read.
-    first: u64,
-    /// The newest offset.
-    top: u64,
-    bytes: u64,
-    /// The number of subscriptions on this node.
-    readers: u32,
-    /// The time of the newest event, Unix time in milliseconds.
-    #[schema(required)]
-    time: Option<u64>,
-}
-
-#[derive(ToSchema)]
-pub struct Channels {
-    channels: Vec<Channel>,
-    /// Present if there are more entries: the value of the parameter `page` for the next request.
-    #[schema(nullable = false)]
-    page: Option<String>,
-}
-
-/// One channel if the parameter `channel` is present, otherwise a list.
-#[derive(ToSchema)]
-#[serde(untagged)]
-pub enum ChannelOrChannels {
-    One(Channel),
-    Many(Channels),
-}
-
-/// A named reader.
-#[derive(ToSchema)]
-pub struct Consumer {
-    name: String,
-    #[schema(example = "cursor")]
-    mode: String,
-    channels: Vec<Lag>,
-    /// The time of the last use, Unix time in milliseconds.
-    seen: u64,
-    /// The time at which it is deleted if it stays unused, Unix time in milliseconds.
-    expires: u64,
-}
-
-/// The cursor of a consumer in one channel.
-#[derive(ToSchema)]
-pub struct Lag {
-    channel: String,
-    position: String,
-    top: String,
-    /// The number of unread events.
-    lag: u64,
-    /// The age of the oldest unread event, in milliseconds.
-    lag_ms: u64,
-}
-
-#[derive(ToSchema)]
-pub struct Consumers {
-    consumers: Vec<Consumer>,
-    #[schema(nullable = false)]
-    page: Option<String>,
-}
-
 /// The presence members of a channel.
 #[derive(ToSchema)]
 pub struct Presence {
@@ -568,69 +472,10 @@ pub struct PresentMember {
     since: u64,
 }
 
-/// A stream, a WebSocket or a waiting read.
-#[derive(ToSchema)]
-pub struct Connection {
-    /// The id of the node and a number.
-    id: String,
-    node: String,
-    #[schema(example = "ws")]
-    transport: String,
-    /// The subject of its credentials.
-    subject: String,
-    /// The peer address (of the last proxy, if there is one); null if unknown.
-    #[schema(required)]
-    remote: Option<String>,
-    /// Unix time in milliseconds.
-    since: u64,
-    /// The number of channels that it reads.
-    channels: u64,
-    /// The services that it provides.
-    #[schema(nullable = false)]
-    services: Option<Vec<String>>,
-}
-
-#[derive(ToSchema)]
-pub struct Connections {
-    connections: Vec<Connection>,
-    /// Present if there are more entries: the value of the parameter `page` for the next request.
-    #[schema(nullable = false)]
-    page: Option<String>,
-    /// Nodes that did not respond within two seconds. Their connections are missing.
-    #[schema(nullable = false)]
-    silent: Option<Vec<String>>,
-}
-
-#[derive(ToSchema)]
-pub struct Kicked {
-    /// The number of connections that are being closed.
-    kicked: u64,
-    /// Nodes that did not respond within two seconds. They may or may not have closed their connections.
-    #[schema(nullable = false)]
-    silent: Option<Vec<String>>,
-}
-
 /// Params of a call. They are optional.
 #[derive(ToSchema)]
 #[serde(untagged)]
 pub enum Params {
     Named(BTreeMap<String, Value>),
     Positional(Vec<Value>),
-}
-
-#[derive(ToSchema)]
-pub struct Services {
-    services: Vec<Service>,
-}
-
-/// A service that has a provider.
-#[derive(ToSchema)]
-pub struct Service {
-    service: String,
-    providers: u64,
-    in_flight: u64,
-    exclusive: bool,
-    /// The methods that the providers declared. Absent if none did.
-    #[schema(nullable = false)]
-    methods: Option<Vec<String>>,
 }

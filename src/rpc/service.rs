@@ -2,17 +2,19 @@
 
 use parking_lot::Mutex;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::tables::{ServiceEntry, ServiceState};
 
-/// A service as discovery shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// A service that has a provider.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = Service)]
 pub struct ServiceInfo {
     pub service: String,
     pub providers: usize,
     pub in_flight: usize,
     pub exclusive: bool,
-    /// Methods that the providers declare.
+    /// The methods that the providers declared. Absent if none did.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub methods: Vec<String>,
 }

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use axum::{extract::State, http::request::Parts, response::Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{Listing, to_json};
 use crate::{
     auth::Identity,
     bus::ChannelInfo,
     error::Result,
-    http::openapi::{ChannelOrChannels, ChannelQuery, ListQuery, Problem},
+    http::openapi::{ChannelQuery, ListQuery, Problem},
     node::Node,
     transport::query::Query,
 };
@@ -32,17 +33,27 @@ pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts)
     query.finish()?;
     if let Some(channel) = channel {
         let _ = identity.may_subscribe(&channel)?;
-        return Ok(to_json(&node.bus.inspect(&channel).await?));
+        return Ok(to_json(&ChannelOrChannels::One(node.bus.inspect(&channel).await?)));
     }
     let _ = identity.may_administer()?;
     let mut channels = node.bus.list(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
     let page = listing.page(&mut channels, |info| info.channel.as_str());
-    Ok(to_json(&Channels { channels, page }))
+    Ok(to_json(&ChannelOrChannels::Many(Channels { channels, page })))
 }
 
-#[derive(Serialize)]
+/// One channel if the parameter `channel` is present, otherwise a list.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum ChannelOrChannels {
+    One(ChannelInfo),
+    Many(Channels),
+}
+
+#[derive(Serialize, ToSchema)]
 struct Channels {
     channels: Vec<ChannelInfo>,
+    /// Present if there are more entries: the value of the parameter `page` for the next request.
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     page: Option<String>,
 }

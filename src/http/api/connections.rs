@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::{extract::State, http::request::Parts, response::Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{Listing, to_json};
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
     description = "Lists the streams, WebSockets and waiting reads of all nodes, sorted by id.",
     params(openapi::ConnectionQuery, openapi::PageQuery),
     responses(
-        (status = 200, body = openapi::Connections),
+        (status = 200, body = Connections),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
@@ -43,7 +44,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
     description = "Closes the connections of a subject, or one connection, on all nodes. A client whose credentials are still valid can reconnect.",
     params(openapi::KickQuery),
     responses(
-        (status = 200, body = openapi::Kicked),
+        (status = 200, body = Kicked),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
@@ -66,18 +67,23 @@ fn which(query: &mut Query<'_>) -> Result<ConnectionFilter> {
     Ok(ConnectionFilter { id, subject, channel })
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Connections {
     connections: Vec<ConnectionInfo>,
+    /// Present if there are more entries: the value of the parameter `page` for the next request.
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     page: Option<String>,
+    /// Nodes that did not respond within two seconds. Their connections are missing.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Kicked {
+    /// The number of connections that are being closed.
     kicked: usize,
+    /// Nodes that did not respond within two seconds. They may or may not have closed their connections.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     silent: Vec<String>,
 }

@@ -9,6 +9,7 @@ use axum::{
     response::Response,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use utoipa::ToSchema;
 
 use super::{Listing, to_json};
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
     error::{Code, Error, Result},
     http::{
         extract::{declared, read_body},
-        openapi::{self, Problem},
+        openapi::{self, After, ChannelName, Problem},
     },
     json::json_error_at_path,
     node::Node,
@@ -36,7 +37,7 @@ const MAX_BODY: usize = 64 * 1024;
 #[utoipa::path(get, path = "/v1/consumers", tag = "consumers",
     params(openapi::ListQuery),
     responses(
-        (status = 200, body = openapi::Consumers),
+        (status = 200, body = Consumers),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
@@ -50,7 +51,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
     let page = listing.page(&mut found, |consumer| &consumer.name);
     let mut consumers = Vec::with_capacity(found.len());
     for consumer in found {
-        consumers.push(Shown::of(&node, consumer).await?);
+        consumers.push(Consumer::of(&node, consumer).await?);
     }
     Ok(to_json(&Consumers { consumers, page }))
 }
@@ -59,7 +60,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
 #[utoipa::path(get, path = "/v1/consumers/{name}", tag = "consumers",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses(
-        (status = 200, body = openapi::Consumer),
+        (status = 200, body = Consumer),
         (status = "4XX", description = "`not_found`, `forbidden`", body = Problem, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
     ),
@@ -69,14 +70,14 @@ pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts)
     let name = name(&head, "")?;
     let _ = identity.may_consume(&name)?;
     let consumer = node.bus.consumer(&name).await?.ok_or_else(|| unknown(&name))?;
-    Ok(to_json(&Shown::of(&node, consumer).await?))
+    Ok(to_json(&Consumer::of(&node, consumer).await?))
 }
 
 /// `POST /v1/consumers/N/commit`.
 #[utoipa::path(post, path = "/v1/consumers/{name}/commit", tag = "consumers",
     description = "Commits: moves the cursors forward. A position older than the cursor has no effect.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
-    request_body = openapi::Commit,
+    request_body = Commit,
     responses(
         (status = 204, description = "Committed."),
         (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -95,7 +96,7 @@ pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: 
 #[utoipa::path(post, path = "/v1/consumers/{name}/seek", tag = "consumers",
     description = "Moves one cursor to any position, also backward.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
-    request_body = openapi::Seek,
+    request_body = Seek,
     responses(
         (status = 204, description = "The cursor is moved."),
         (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -142,58 +143,72 @@ pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Par
     }
 }
 
-#[derive(Deserialize)]
+/// A position to commit.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Commit {
+    /// A position, or a token of all channels of the consumer or of `channels`.
+    #[schema(pattern = r"^((0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$")]
     after: String,
     /// The channels of the token. Default: all channels of the consumer.
+    #[schema(nullable = false, min_items = 1, value_type = Option<Vec<ChannelName>>)]
     channels: Option<Vec<String>>,
 }
 
-#[derive(Deserialize)]
+/// The new position of a cursor.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Seek {
+    #[schema(value_type = ChannelName)]
     channel: String,
+    #[schema(value_type = After)]
     after: String,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Consumers {
-    consumers: Vec<Shown>,
+    consumers: Vec<Consumer>,
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     page: Option<String>,
 }
 
-/// A consumer as it is shown.
-#[derive(Serialize)]
-struct Shown {
+/// A named reader.
+#[derive(Serialize, ToSchema)]
+struct Consumer {
+    #[schema(value_type = String)]
     name: Box<str>,
+    #[schema(example = "cursor")]
     mode: &'static str,
     channels: Vec<Lag>,
+    /// The time of the last use, Unix time in milliseconds.
     seen: u64,
+    /// The time at which it is deleted if it stays unused, Unix time in milliseconds.
     expires: u64,
 }
 
-/// How far a cursor is behind.
-#[derive(Serialize)]
+/// The cursor of a consumer in one channel.
+#[derive(Serialize, ToSchema)]
 struct Lag {
     channel: String,
+    #[schema(value_type = String)]
     position: Position,
+    #[schema(value_type = String)]
     top: Position,
-    /// Events that can still be read.
+    /// The number of unread events.
     lag: u64,
-    /// Age of the oldest of them, in milliseconds.
+    /// The age of the oldest unread event, in milliseconds.
     lag_ms: u64,
 }
 
-impl Shown {
+impl Consumer {
     async fn of(node: &Node, consumer: ConsumerInfo) -> Result<Self> {
         let mut channels = Vec::with_capacity(consumer.cursors.len());
         for (channel, position) in &consumer.cursors {
             channels.push(Lag::of(node, channel, *position).await?);
         }
         let ConsumerInfo { name, seen, expires, .. } = consumer;
-        Ok(Shown { name, mode: "cursor", channels, seen, expires })
+        Ok(Consumer { name, mode: "cursor", channels, seen, expires })
     }
 }
 

@@ -10,6 +10,7 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use utoipa::ToSchema;
 
 use super::{json, to_json};
 use crate::{
@@ -30,7 +31,7 @@ use crate::{
     description = "Lists the services that have a provider.",
     params(("prefix" = Option<String>, Query, description = "Returns only names with this prefix.")),
     responses(
-        (status = 200, body = crate::http::openapi::Services),
+        (status = 200, body = Services),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
     ),
 )]
@@ -124,7 +125,7 @@ fn status(data: &RawValue) -> Option<u16> {
     (400..600).contains(&status).then_some(status)
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Services {
     services: Vec<ServiceInfo>,
 }
