@@ -1,4 +1,4 @@
-//! [`App`]: what one weir is made of, built in one direction and ended in one order.
+//! [`App`]: builds the parts of a node in one direction, runs them, and shuts them down in one order.
 
 use std::{future::Future, io, iter, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,17 +9,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backend::{
-        memory::Memory,
-        redis::{
-            self, Redis, RedisCluster, RedisSettings,
-            client::{RedisUrl, Topology},
-        },
+        self,
+        redis::{RedisCluster, client::Topology},
     },
-    bus::{self, Bus, Log, Topics, WallClock},
+    bus::{self, WallClock},
     channel::Channel,
     cluster::{self, Cluster},
     compat::{self, Adapter},
-    config::{self, Config},
+    config::Config,
     event::{Draft, DraftParts, EventData},
     http::{Endpoint, ListenerRole},
     metrics::Metrics,
@@ -28,33 +25,29 @@ use crate::{
         timer::TimerWheel,
     },
     node::Node,
-    pattern::Pattern,
     presence::{self, Presence},
     rpc::{self, Hub, RemoteNodes},
     sessions::{ConnectionRegistry, cluster::ClusterConnections},
 };
 
-/// Every shard of the bus is looked after once in 64 of these: within four seconds.
+/// Interval of bus maintenance. Each run maintains one of 64 shards, so each shard is maintained every four seconds.
 const BUS_SWEEP: Duration = Duration::from_millis(60);
-/// How exactly deadlines of calls are kept.
+/// Interval at which the deadlines of calls are checked.
 const HUB_SWEEP: Duration = Duration::from_millis(20);
 
-/// How long the bus may take to hear who leaves with this node.
-const FAREWELL: Duration = Duration::from_secs(2);
-/// How long the start waits for Redis.
-const REDIS_CONNECT: Duration = Duration::from_secs(3);
+/// Timeout for announcing that the members of this node have left.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Between two tries to tell what has changed among the services; it doubles up to...
-const TELL_AGAIN: Duration = Duration::from_millis(100);
-/// ...this.
-const TELL_SELDOM: Duration = Duration::from_secs(2);
+/// Delay before a change of the services is published again; doubled up to [`MAX_RETRY`].
+const MIN_RETRY: Duration = Duration::from_millis(100);
+const MAX_RETRY: Duration = Duration::from_secs(2);
 
-/// A sample of a histogram waits for so long at most.
+/// Interval at which the samples of histograms are collected.
 const METRICS_UPKEEP: Duration = Duration::from_secs(1);
 
-/// One weir: bound, not yet serving.
+/// A node that is bound to its addresses, and not yet serving.
 pub struct App {
-    /// As a log may show it.
+    /// The bus as it is logged, without the password.
     bus: String,
     listeners: Vec<(TcpListener, Arc<Endpoint>)>,
     node: Arc<Node>,
@@ -62,19 +55,16 @@ pub struct App {
     remote_nodes: Arc<RemoteNodes>,
 }
 
-/// Tasks that end with the value.
+/// Tasks that are aborted on drop.
 struct Tasks(Vec<JoinHandle<()>>);
 
 impl App {
-    /// Binds the addresses of `config` and wires the parts. Needs a tokio runtime.
+    /// Builds the parts and binds the addresses of `config`. Requires a tokio runtime.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new());
-        let redis = redis(&config, metrics.clone()).await?;
-        let bus_name = match &redis {
-            None => "memory".to_owned(),
-            // Shown without its password.
-            Some(deployment) => deployment.url.to_string(),
-        };
+        let redis = backend::connect(&config, metrics.clone()).await?;
+        // The URL is formatted without the password.
+        let bus_name = redis.as_ref().map_or_else(|| "memory".to_owned(), |topology| topology.url.to_string());
         let node = node(config, redis.as_ref(), metrics);
         let remote_nodes = Arc::new(RemoteNodes::new(&node.hub));
         let config = node.config.clone();
@@ -104,7 +94,7 @@ impl App {
         Ok(App { bus: bus_name, listeners, node, connections, remote_nodes })
     }
 
-    /// Where weir listens, in the order of the configuration: `server.listen`, `admin.listen`, then those of adapters.
+    /// The bound addresses: `server.listen`, `admin.listen`, then those of adapters.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         // A listener that is bound has an address.
         self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
@@ -115,33 +105,33 @@ impl App {
         self.listeners.iter().map(|(_, endpoint)| endpoint)
     }
 
-    /// What each of [`addresses`](Self::addresses) is for.
+    /// The purpose of each of [`addresses`](Self::addresses), for the log.
     pub fn purposes(&self) -> impl Iterator<Item = &'static str> {
         self.listeners.iter().map(|(_, endpoint)| endpoint.purpose())
     }
 
-    /// `memory`, or where Redis is, without the password.
+    /// `memory`, or the URL of Redis without the password.
     pub fn bus(&self) -> &str {
         &self.bus
     }
 
-    /// What this run of the node is called among others, as in lists of connections.
+    /// The id of this run of the node, as in lists of connections.
     pub fn node_name(&self) -> String {
         self.node.cluster_connections.local().node()
     }
 
-    /// What handlers share: for tests that count what is left.
+    /// What handlers share, for tests.
     pub fn node(&self) -> &Arc<Node> {
         &self.node
     }
 
-    /// Open connections: for tests that count what is left.
+    /// Open connections, for tests.
     pub fn connections(&self) -> &Connections {
         &self.connections
     }
 
-    /// Serves until `shutdown`, then leaves: not ready → nothing accepted → polls answer empty → streams and sockets
-    /// end, spread over `drain.window` → calls finish, or are cut off after `drain.grace`.
+    /// Serves until `shutdown` resolves, then shuts down: readiness is withdrawn, accepting stops, polls are answered, streams
+    /// and sockets are closed over `drain.window`, and what is still open after `drain.grace` is aborted.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         let App { listeners, node, connections, remote_nodes, .. } = self;
         let drain = node.config.drain.clone();
@@ -162,8 +152,8 @@ impl App {
             every(METRICS_UPKEEP, {
                 let node = node.clone();
                 move || {
-                    let welcome = !node.draining.is_cancelled() && node.bus.ready().is_ok();
-                    node.metrics.ready.set(welcome.into());
+                    let ready = !node.draining.is_cancelled() && node.bus.ready().is_ok();
+                    node.metrics.ready.set(ready.into());
                     node.metrics.upkeep();
                 }
             }),
@@ -188,29 +178,23 @@ impl App {
         }
         node.timers.drain(drain.window);
         if tokio::time::timeout(drain.grace, connections.closed()).await.is_err() {
-            tracing::warn!(open = connections.len(), "cut off what did not end within drain.grace");
+            tracing::warn!(open = connections.len(), "connections are aborted after drain.grace");
         }
         drop(present);
-        if tokio::time::timeout(FAREWELL, node.presence.close()).await.is_err() {
-            tracing::warn!("the bus is away: who was here is not announced as gone");
+        if tokio::time::timeout(LEAVE_TIMEOUT, node.presence.close()).await.is_err() {
+            tracing::warn!("the bus is unavailable: members of this node are not announced as gone");
         }
-        // Names are free for other nodes, which need not wait until this one is missed.
+        // Leases are released at once; otherwise other nodes would wait until they expire.
         node.cluster.leave().await;
         Ok(())
     }
 }
 
-/// The bus of a configuration, without the node that serves it: as `topics` keep it, by the time of `clock`. Needs a tokio
-/// runtime.
-pub async fn bus(config: &Config, topics: bus::Config, clock: WallClock, metrics: Arc<Metrics>) -> anyhow::Result<Bus> {
-    Ok(over(redis(config, metrics).await?.as_ref(), config, topics, clock))
-}
-
-/// The parts that handlers share. Needs a tokio runtime.
+/// The parts that handlers share. Requires a tokio runtime.
 pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<Metrics>) -> Arc<Node> {
-    let bus = Arc::new(over(redis, &config, bus_config(&config), WallClock::System));
+    let bus = Arc::new(backend::bus_on(redis, &config, bus::Config::new(&config), WallClock::System));
     let cluster: Arc<dyn Cluster> = match redis {
-        Some(deployment) => RedisCluster::start(deployment.clone(), &config.bus.redis.prefix),
+        Some(topology) => RedisCluster::start(topology.clone(), &config.bus.redis.prefix),
         None => cluster::single::single_node(),
     };
     let timers = TimerWheel::start();
@@ -233,59 +217,14 @@ pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<M
     })
 }
 
-fn over(redis: Option<&Arc<Topology>>, config: &Config, topics: bus::Config, clock: WallClock) -> Bus {
-    let topics = Arc::new(Topics::new(topics, clock));
-    let log: Arc<dyn Log> = match redis {
-        None => Arc::new(Memory::new(topics.clone())),
-        Some(deployment) => {
-            let ack = match config.bus.redis.ack {
-                config::Ack::Stored => redis::Ack::Stored,
-                config::Ack::Replicated => redis::Ack::Replicated,
-            };
-            let settings = RedisSettings { prefix: config.bus.redis.prefix.clone(), ack };
-            Arc::new(Redis::start(deployment.clone(), topics.clone(), settings))
-        }
-    };
-    Bus::new(log, topics)
-}
-
-/// What is wrong with settings that only the part they are for can read: the key to blame, and why.
-pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
-    match config.bus.backend {
-        config::Backend::Memory => Ok(()),
-        config::Backend::Redis => redis_url(config).map(drop),
-    }
-}
-
-fn redis_url(config: &Config) -> Result<RedisUrl, (&'static str, String)> {
-    RedisUrl::parse(config.bus.redis.url.reveal()).map_err(|error| ("bus.redis.url", error))
-}
-
-/// Connects to Redis, if it is used. What will not be different the next time is said now; a Redis that is away may come.
-async fn redis(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Topology>>> {
-    if config.bus.backend == config::Backend::Memory {
-        return Ok(None);
-    }
-    let url = redis_url(config).map_err(|(key, error)| anyhow!("{key}: {error}"))?;
-    let tls = url.tls;
-    let deployment = Topology::start(url, metrics);
-    if let Err(reason) = deployment.ready(REDIS_CONNECT).await {
-        // A Redis that speaks no TLS says so with silence.
-        let hint =
-            tls.then_some("rediss:// needs a port where Redis speaks TLS; weir doctor --redis sees whether it does");
-        tracing::warn!(%reason, hint, "Redis cannot be reached yet");
-    }
-    Ok(Some(deployment))
-}
-
-/// Publishes what changes among the services to the channel `$services`. What the bus does not take now comes again.
+/// Publishes the changes of services to the channel `$services`. A change that the bus rejects is retried.
 async fn announce_services(node: Arc<Node>) {
     let Ok(channel) = Channel::parse("$services") else { return };
-    let mut pause = TELL_AGAIN;
+    let mut pause = MIN_RETRY;
     loop {
         let mut changes = node.hub.next_changes().await.into_iter();
-        while let Some(telling) = changes.next() {
-            let change = &telling.change;
+        while let Some(pending) = changes.next() {
+            let change = &pending.change;
             let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
                 let parts = DraftParts {
                     kind: Some(change.kind.as_str()),
@@ -303,12 +242,12 @@ async fn announce_services(node: Arc<Node>) {
             };
             if let Err(error) = node.bus.publish_one("", &channel, draft).await {
                 tracing::debug!(service = change.service, %error, "could not announce a change of its providers yet");
-                node.hub.requeue_changes(iter::once(telling).chain(changes));
+                node.hub.requeue_changes(iter::once(pending).chain(changes));
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(TELL_SELDOM);
+                pause = (pause * 2).min(MAX_RETRY);
                 break;
             }
-            pause = TELL_AGAIN;
+            pause = MIN_RETRY;
         }
     }
 }
@@ -327,30 +266,6 @@ fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandl
 impl Drop for Tasks {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
-    }
-}
-
-// === what each part takes of the settings ===
-
-fn keep(keep: &config::Keep) -> bus::Retention {
-    bus::Retention { count: keep.count, age: keep.age, bytes: keep.bytes }
-}
-
-/// What the bus takes of the settings.
-pub fn bus_config(config: &Config) -> bus::Config {
-    let rule = |rule: &config::ChannelRule| bus::RetentionRule {
-        pattern: Pattern::new(&rule.pattern),
-        retention: keep(&rule.keep),
-    };
-    let of_adapters: Vec<_> = config.compat.enabled().flat_map(|adapter| adapter.channels()).collect();
-    bus::Config {
-        rules: of_adapters.iter().chain(&config.channels).map(rule).collect(),
-        retention: keep(&config::Keep::default()),
-        budget: config.bus.memory.budget,
-        keys: bus::KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },
-        consumer_idle: config.consumers.idle,
-        max_consumers: config.limits.consumers,
-        max_cursors: config.limits.consumer_channels,
     }
 }
 

@@ -7,8 +7,6 @@ mod client;
 mod commands;
 mod connect;
 mod doctor;
-mod import;
-mod output;
 mod provide;
 mod publish;
 mod sse;
@@ -22,37 +20,22 @@ use serde_json::value::RawValue;
 pub use args::{Cli, ClientCommand, Command, ConfigCommand, ImportCommand, Serve};
 pub use welcome::welcome;
 
-use crate::config::Config;
-
-/// How a command ends if not well: the exit code, and what is said on standard error.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Failure {
-    /// 1: it was tried and did not work.
-    Failed(String),
-    /// 2: it makes no sense as typed.
-    Usage(String),
-    /// 3: the node said no, and will say no again.
-    Refused(String),
-    /// 4: no node, or not now.
-    Unavailable(String),
-    /// 0: whoever read our output has gone.
-    NobodyListens,
-}
-
-/// The exit code of wrong usage and wrong settings.
-pub const USAGE: u8 = 2;
+pub use crate::terminal::USAGE;
+use crate::{
+    config::Config,
+    terminal::{Failure, Output, note},
+};
 
 /// Runs a client command to its end. Blocks; has a runtime of its own.
 pub fn run(command: ClientCommand) -> ExitCode {
     block_on(commands::run(command))
 }
 
-/// Imports into the bus of a configuration. Blocks, too.
-pub fn import(command: ImportCommand, config: Config) -> ExitCode {
-    let ImportCommand::Ganomede(given) = command;
-    block_on(async move {
-        let mut out = output::Output::new();
-        let done = import::ganomede(&given, config, &mut out).await;
+/// Imports into the bus of a configuration. Blocks, with a runtime of its own.
+pub fn import(command: &ImportCommand, config: Config) -> ExitCode {
+    block_on(async {
+        let mut out = Output::new();
+        let done = command.run(config, &mut out).await;
         out.flush()?;
         done
     })
@@ -70,27 +53,6 @@ fn block_on(work: impl Future<Output = Result<(), Failure>>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.exit(),
-    }
-}
-
-/// A sentence for whoever watches, on standard error.
-fn note(text: fmt::Arguments<'_>) {
-    eprintln!("weir: {text}");
-}
-
-// === impl Failure ===
-
-impl Failure {
-    fn exit(self) -> ExitCode {
-        let (code, text) = match self {
-            Failure::NobodyListens => return ExitCode::SUCCESS,
-            Failure::Failed(text) => (1, text),
-            Failure::Usage(text) => (USAGE, text),
-            Failure::Refused(text) => (3, text),
-            Failure::Unavailable(text) => (4, text),
-        };
-        note(format_args!("{text}"));
-        ExitCode::from(code)
     }
 }
 

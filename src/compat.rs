@@ -14,29 +14,21 @@ mod socketio;
 
 use std::sync::Arc;
 
-pub(crate) use adapter::{Adapter, Listener};
+use adapter::AdapterEntry;
+pub(crate) use adapter::{Adapter, Importer, Listener};
 
 use crate::{
-    config::{AdapterConfig, CompatSection, Config},
+    config::{CompatSection, Config},
     error::Result,
     node::Node,
 };
 
-/// An entry of the list of adapters.
-struct AdapterEntry {
-    /// The default settings.
-    config: fn() -> Box<dyn AdapterConfig>,
-    build: fn(&Arc<Node>) -> Result<Adapter>,
-}
-
-/// Lists the adapters. The module of each has a type `Config`, the settings, and a function `build`.
+/// Lists the adapters, by their modules.
 macro_rules! adapters {
     ($($name:ident,)+) => {
         $(pub mod $name;)+
 
-        const ADAPTERS: &[AdapterEntry] = &[
-            $(AdapterEntry { config: || Box::<$name::Config>::default(), build: $name::build },)+
-        ];
+        const ADAPTERS: &[AdapterEntry] = &[$($name::ADAPTER,)+];
     };
 }
 
@@ -57,6 +49,11 @@ pub fn default_config() -> Config {
 /// The names that `compat.enable` may contain.
 pub(crate) fn names() -> Vec<&'static str> {
     default_config().compat.names()
+}
+
+/// The importers of all adapters.
+pub(crate) fn importers() -> impl Iterator<Item = &'static Importer> {
+    ADAPTERS.iter().filter_map(|entry| entry.importer.as_ref())
 }
 
 /// Builds the enabled adapters.

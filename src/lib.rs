@@ -26,5 +26,6 @@ pub mod presence;
 pub mod rpc;
 pub mod sessions;
 pub mod telemetry;
+pub mod terminal;
 pub mod token;
 pub mod transport;

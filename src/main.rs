@@ -10,7 +10,8 @@ use std::{
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use weir::{
-    app::{self, App},
+    app::App,
+    backend,
     cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, USAGE, welcome},
     compat,
     config::{self, Loaded, Problem, Problems},
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     match Cli::parse().into_command() {
         Command::Serve(serve) => serve_node(&serve),
         Command::Client(command) => cli::run(command),
-        Command::Import { command } => import_command(command),
+        Command::Import { command } => import_command(&command),
         Command::Config { command } => config_command(command),
     }
 }
@@ -108,9 +109,8 @@ fn raise_open_files(connections: usize) {
     }
 }
 
-fn import_command(command: ImportCommand) -> ExitCode {
-    let ImportCommand::Ganomede(args) = &command;
-    match load(&Serve { config: args.config.clone(), ..Serve::default() }) {
+fn import_command(command: &ImportCommand) -> ExitCode {
+    match load(&Serve { config: command.config().cloned(), ..Serve::default() }) {
         Ok(Loaded { config, .. }) => cli::import(command, config),
         Err(problems) => report(&problems),
     }
@@ -138,11 +138,9 @@ fn load(serve: &Serve) -> Result<Loaded, Problems> {
     // A variable that is not UTF-8 is never a valid setting, but problems are reported by its name.
     let environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
-    let loaded = {
-        let file = serve.config.as_deref().map(Path::new);
-        config::load(&compat::default_config(), file, environment, &serve.overrides())?
-    };
-    match app::check(&loaded.config) {
+    let file = serve.config.as_deref().map(Path::new);
+    let loaded = config::load(&compat::default_config(), file, environment, &serve.overrides())?;
+    match backend::check(&loaded.config) {
         Ok(()) => Ok(loaded),
         Err((key, reason)) => {
             let source = loaded.sources.get(key).cloned();

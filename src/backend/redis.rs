@@ -7,4 +7,5 @@ mod cluster;
 mod store;
 
 pub(crate) use self::cluster::RedisCluster;
-pub use self::store::{Ack, Redis, RedisSettings};
+pub use self::store::{Redis, RedisSettings};
+pub use crate::config::Ack;

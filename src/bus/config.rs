@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::retention::{Retention, RetentionRule};
-use crate::channel::Channel;
+use crate::{channel::Channel, config, pattern::Pattern};
 
 /// Limits of the bus.
 #[derive(Clone, Debug)]
@@ -29,6 +29,25 @@ pub struct KeyLimits {
 }
 
 impl Config {
+    /// The limits of a configuration. Rules of adapters for their own channels precede those of `channels`.
+    pub(crate) fn new(config: &config::Config) -> Self {
+        let retention = |keep: &config::Keep| Retention { count: keep.count, age: keep.age, bytes: keep.bytes };
+        let rule = |rule: &config::ChannelRule| RetentionRule {
+            pattern: Pattern::new(&rule.pattern),
+            retention: retention(&rule.keep),
+        };
+        let of_adapters: Vec<_> = config.compat.enabled().flat_map(|adapter| adapter.channels()).collect();
+        Config {
+            rules: of_adapters.iter().chain(&config.channels).map(rule).collect(),
+            retention: retention(&config::Keep::default()),
+            budget: config.bus.memory.budget,
+            keys: KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },
+            consumer_idle: config.consumers.idle,
+            max_consumers: config.limits.consumers,
+            max_cursors: config.limits.consumer_channels,
+        }
+    }
+
     /// Retention of a channel by this node's rules.
     pub(crate) fn retention_of(&self, channel: &Channel) -> Retention {
         let rule = self.rules.iter().find(|rule| rule.pattern.matches(channel.as_str()));

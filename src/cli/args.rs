@@ -2,10 +2,16 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 use super::connect::Base;
-use crate::{compat, config::Override, duration, token::AfterParam};
+use crate::{
+    compat,
+    config::{Config, Override},
+    duration,
+    terminal::{Failure, Output},
+    token::AfterParam,
+};
 
 const ABOUT: &str =
     "One bus, three ways in: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
@@ -73,39 +79,12 @@ pub struct Serve {
     pub compat: Vec<String>,
 }
 
-#[derive(Debug, Subcommand)]
-pub enum ImportCommand {
-    /// Channels, events, positions of clients and indices of ganomede-events
-    #[command(after_help = IMPORT)]
-    Ganomede(ImportGanomede),
+/// `weir import NAME`, by the importer of an adapter.
+#[derive(Debug)]
+pub struct ImportCommand {
+    name: String,
+    args: ArgMatches,
 }
-
-#[derive(Clone, Debug, Args)]
-pub struct ImportGanomede {
-    /// The Redis of ganomede-events, which is only read
-    #[arg(long, value_name = "URL")]
-    pub from: String,
-    /// Settings of the nodes: bus.backend and bus.redis say where to, the channel rules what is kept
-    #[arg(long, value_name = "FILE", env = "WEIR_CONFIG", hide_env_values = true)]
-    pub config: Option<PathBuf>,
-    /// Only say what would be done
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Also where the channel rules let go of a part of it
-    #[arg(long)]
-    pub allow_trim: bool,
-}
-
-const IMPORT: &str = "\
-Ids become offsets and times stay. An id that has no event is filled by an event of type weir.void,
-which clients of ganomede do not see. last-fetched positions become cursors of consumers.
-
-  WEIR__BUS__BACKEND=redis WEIR__BUS__REDIS__URL=redis://new:6379 \\
-    weir import ganomede --from redis://old:6379
-
-It may be interrupted at any point and run again, and goes on where it was: run it while the
-servers of ganomede still work, stop them, and run it once more. A channel that has events of
-weir's own is refused, and then nothing is written.";
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
@@ -510,5 +489,50 @@ impl Serve {
         let given = [("--listen", "server.listen", &self.listen), ("--compat", "compat.enable", &self.compat)];
         let given = given.into_iter().filter(|(_, _, values)| !values.is_empty());
         given.map(|(flag, key, values)| Override { flag, key, value: values.join(",") }).collect()
+    }
+}
+
+// === impl ImportCommand ===
+
+impl ImportCommand {
+    /// The configuration file.
+    pub fn config(&self) -> Option<&PathBuf> {
+        self.args.get_one("config")
+    }
+
+    pub(super) async fn run(&self, config: Config, out: &mut Output) -> Result<(), Failure> {
+        match compat::importers().find(|importer| importer.name == self.name) {
+            Some(importer) => (importer.run)(&self.args, config, out).await,
+            None => Err(Failure::Usage(format!("{} has no importer", self.name))),
+        }
+    }
+}
+
+impl FromArgMatches for ImportCommand {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let (name, args) =
+            matches.subcommand().ok_or_else(|| clap::Error::new(clap::error::ErrorKind::MissingSubcommand))?;
+        Ok(ImportCommand { name: name.to_owned(), args: args.clone() })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Subcommand for ImportCommand {
+    fn augment_subcommands(command: clap::Command) -> clap::Command {
+        let importers = compat::importers();
+        importers
+            .fold(command, |command, importer| command.subcommand((importer.args)(clap::Command::new(importer.name))))
+    }
+
+    fn augment_subcommands_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_subcommands(command)
+    }
+
+    fn has_subcommand(name: &str) -> bool {
+        compat::importers().any(|importer| importer.name == name)
     }
 }

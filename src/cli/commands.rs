@@ -8,12 +8,10 @@ use serde_json::value::RawValue;
 use tokio::io::AsyncReadExt as _;
 
 use super::{
-    Failure, Target,
+    Failure, Output, Target,
     args::{ChannelsCommand, ClientCommand, ConnectionsCommand, ConsumersCommand, List, Remote, Which},
     client::Client,
-    doctor, note,
-    output::Output,
-    provide, publish, sse,
+    doctor, note, provide, publish, sse,
 };
 use crate::duration;
 

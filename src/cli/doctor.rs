@@ -16,12 +16,9 @@ use std::{
 use latency::Span;
 use serde::Serialize;
 
-use super::{Failure, output::Output};
+use super::{Failure, Output};
 
-pub(super) use self::{
-    node::examine as node,
-    redis::{client as redis_client, examine as redis},
-};
+pub(super) use self::{node::examine as node, redis::examine as redis};
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -68,7 +68,7 @@ pub async fn provide(client: &Client, offer: &Offer) -> Result<(), Failure> {
                 connected = true;
                 session.serve(offer, &mut stop).await
             }
-            Err(failure) => Err(std::mem::replace(failure, Failure::NobodyListens)),
+            Err(failure) => Err(std::mem::replace(failure, Failure::OutputClosed)),
         };
         let reason = match ended {
             Ok(()) => return Ok(()),

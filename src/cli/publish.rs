@@ -8,7 +8,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{Failure, Lenient, Target, client::Client, commands::PATIENCE, note, output::Output};
+use super::{Failure, Lenient, Output, Target, client::Client, commands::PATIENCE, note};
 
 /// Events of a request, and bytes beyond which none is added to it. Within the limits of a node that nobody changed.
 const BATCH: usize = 500;

@@ -10,10 +10,9 @@ use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Backoff, Failure, Target,
+    Backoff, Failure, Output, Target,
     client::{Client, answer, lost, whole},
     note,
-    output::Output,
 };
 
 /// Heartbeats come every 25 s at most, unless weir is told otherwise: after this nobody is there any more.

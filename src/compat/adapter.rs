@@ -7,10 +7,33 @@ use axum::{
     body::Body,
     http::{Request, Response},
 };
-use futures_util::future::BoxFuture;
+use clap::ArgMatches;
+use futures_util::future::{BoxFuture, LocalBoxFuture};
 use tower::ServiceExt as _;
 
-use crate::config::{ChannelRule, Keep};
+use crate::{
+    config::{AdapterConfig, ChannelRule, Config, Keep},
+    error::Result,
+    node::Node,
+    terminal::{Failure, Output},
+};
+
+/// An entry of the list of adapters.
+pub(super) struct AdapterEntry {
+    /// The default settings.
+    pub(super) config: fn() -> Box<dyn AdapterConfig>,
+    pub(super) build: fn(&Arc<Node>) -> Result<Adapter>,
+    pub(super) importer: Option<Importer>,
+}
+
+/// `weir import NAME`, which copies the data of the original into weir. The configuration file is the argument `config`.
+pub(crate) struct Importer {
+    pub(crate) name: &'static str,
+    /// Adds the arguments and the help.
+    pub(crate) args: fn(clap::Command) -> clap::Command,
+    pub(crate) run:
+        for<'a> fn(&'a ArgMatches, Config, &'a mut Output) -> LocalBoxFuture<'a, std::result::Result<(), Failure>>,
+}
 
 /// A running adapter.
 pub(crate) struct Adapter {

@@ -1,5 +1,5 @@
-//! The endpoints of @fanoutio/eventstream without the program around them: `[[compat.sse.routes]]` says at which paths
-//! which channels are streamed, as its Express handlers do.
+//! Endpoints of @fanoutio/eventstream: `[[compat.sse.routes]]` configures paths and the channels that are streamed there, as
+//! its Express handlers do.
 
 mod config;
 mod path_template;
@@ -15,7 +15,7 @@ use axum::{
 
 pub use self::config::{Config, SseRoute};
 use self::path_template::{PathTemplate, fill};
-use super::{adapter::Adapter, form::Form};
+use super::{adapter::{Adapter, AdapterEntry}, form::Form};
 use crate::{
     auth::Identity,
     bus::{Format, Subscriptions},
@@ -33,13 +33,13 @@ use crate::{
     },
 };
 
-/// The first block, and the one that breaks a silence.
+/// The first block of a stream, and the heartbeat.
 const OPEN: &[u8] = b"event: stream-open\ndata: \n\n";
 const KEEP_ALIVE: &[u8] = b"event: keep-alive\ndata: \n\n";
-/// The original's.
+/// The heartbeat interval of the original.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// What all requests share.
+/// What the handlers share.
 struct EventStream {
     node: Arc<Node>,
     routes: Arc<[Route]>,
@@ -50,13 +50,13 @@ struct Route {
     channels: Vec<String>,
 }
 
-/// An event as the original encodes it.
+/// The original's encoding of events.
 static BLOCK: Format = Format { open: chunk::open, event, close: chunk::close };
 
 fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     if let Some(kind) = event.kind_json() {
         out.extend_from_slice(b"event: ");
-        // No type has control characters, and no JSON here has line ends: a line each.
+        // A type contains no control characters, and stored JSON no line breaks: each is one line.
         out.extend_from_slice(read_json_str(kind).as_bytes());
         out.push(b'\n');
     }
@@ -65,7 +65,10 @@ fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     out.extend_from_slice(b"\n\n");
 }
 
-pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
+pub(super) const ADAPTER: AdapterEntry =
+    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
+
+fn build(node: &Arc<Node>) -> Result<Adapter> {
     let Config { routes } = node.config.compat.get();
     let route = |route: &SseRoute| {
         let path = PathTemplate::parse(&route.path).map_err(Error::internal)?;
@@ -81,14 +84,14 @@ pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
 async fn answer(State(it): State<Arc<EventStream>>, request: Request<Body>) -> Response<Body> {
     let (head, _) = request.into_parts();
     if !matches!(head.method, Method::GET | Method::HEAD) {
-        // Whose page may do what is the door's to say; it looks at this.
+        // The endpoint applies weir's CORS rules, and completes this response with the methods of `Allow`.
         let mut answer = refused(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed.\n");
         answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return answer;
     }
     match it.stream(&head).await {
         Ok(answer) => answer,
-        // Any other status would end an EventSource for good.
+        // An `EventSource` does not reconnect after another status.
         Err(error) if error.code().retry() == Retry::Yes => refusal(&error),
         Err(error) => {
             let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -132,7 +135,7 @@ impl EventStream {
         Ok(SubscriptionStream::new(&self.node, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
     }
 
-    /// The channels of a request, none twice.
+    /// The channels of a request, without repetitions.
     fn channels(&self, head: &Head) -> Result<Vec<Channel>> {
         let path = head.uri.path();
         let found = self.routes.iter().find_map(|route| Some((route, route.path.matches(path)?)));

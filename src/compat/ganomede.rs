@@ -1,11 +1,15 @@
 //! ganomede-events: durable long-poll over HTTP, at `/events/v1/…`, `/latest` and `/about`.
 //!
-//! An id is weir's offset, a `clientId` is a consumer and its position the consumer's cursor; only its `after` may also
-//! move back. What the original answers it answers, to the byte; what it crashes on it answers too.
+//! An id is an offset. A `clientId` is a consumer, and its position the consumer's cursor, which `after` may also move back.
+//! Responses equal those of the original to the byte. Requests that crash the original are answered.
 
+mod body;
 mod config;
+mod context;
 mod events;
+mod import;
 mod indices;
+mod lookup;
 mod poll;
 mod wire;
 
@@ -17,35 +21,18 @@ use axum::{
     extract::State,
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
-use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use indexmap::IndexMap;
-use md5::{Digest as _, Md5};
-use serde_json::value::RawValue;
 
-use self::wire::Refusal;
+use self::{body::GanomedeBody, context::Ganomede, wire::GanomedeError};
 pub use self::config::Config;
-pub use self::{
-    indices::Indices,
-    poll::consumer,
-    wire::VOID,
-};
-use super::{adapter::Adapter, form::Form};
+use super::{adapter::{Adapter, AdapterEntry}, form::Form};
 use crate::{error::Result, net::body::read_body, node::Node, transport::query::decode};
 
 const PREFIX: &str = "/events/v1";
-/// How long a failed poll waits for its answer: the client asks again at once, whatever it was told.
+/// How long the response of a failed poll is delayed. Clients repeat a poll as soon as it is answered, even by an error.
 const PAUSE_MS: std::ops::Range<u64> = 250..1000;
 
-/// What all requests share.
-struct Ganomede {
-    node: Arc<Node>,
-    config: Config,
-    about: Bytes,
-    indices: Indices,
-}
-
-/// The paths, with what is in them.
-enum Route {
+/// The paths, with their parameters.
+enum GanomedeRoute {
     Events,
     Latest,
     Indices,
@@ -54,58 +41,43 @@ enum Route {
     Ping { token: String },
 }
 
-/// What came with a request, besides its path.
-struct Asked<'a> {
-    query: Form<'a>,
-    body: Given<'a>,
-}
+pub(super) const ADAPTER: AdapterEntry =
+    AdapterEntry { config: || Box::<Config>::default(), build, importer: Some(import::IMPORTER) };
 
-/// A body, read by its declared type.
-enum Given<'a> {
-    Nothing,
-    Form(Form<'a>),
-    Json(IndexMap<String, &'a RawValue>),
-}
-
-pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
-    let it = Ganomede {
-        config: node.config.compat.get(),
-        about: wire::about(),
-        indices: Indices::new(node.bus.clone(), node.config.limits.event)?,
-        node: node.clone(),
-    };
+fn build(node: &Arc<Node>) -> Result<Adapter> {
+    let ganomede = Arc::new(Ganomede::new(node)?);
     let owns = |path: &str| {
         let below = path.strip_prefix(PREFIX).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         below || path == "/latest" || path == "/about"
     };
-    Ok(Adapter::new(owns, Router::new().fallback(answer).with_state(Arc::new(it))))
+    Ok(Adapter::new(owns, Router::new().fallback(answer).with_state(ganomede)))
 }
 
 async fn answer(State(it): State<Arc<Ganomede>>, request: Request<Body>) -> Response<Body> {
     let (head, body) = request.into_parts();
-    let Some(route) = Route::find(head.uri.path()) else {
+    let Some(route) = GanomedeRoute::find(head.uri.path()) else {
         let message = format!("{} does not exist", head.uri.path());
-        return Refusal::new(StatusCode::NOT_FOUND, "ResourceNotFound", message).into();
+        return GanomedeError::new(StatusCode::NOT_FOUND, "ResourceNotFound", message).into();
     };
-    let takes = route.takes();
-    if !takes.contains(&head.method) {
+    let methods = route.methods();
+    if !methods.contains(&head.method) {
         let message = format!("{} is not allowed", head.method);
-        let mut answer = Response::from(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message));
-        let takes: Vec<&str> = takes.iter().map(Method::as_str).collect();
-        // Method names only: always a legal value.
-        let allow = HeaderValue::from_str(&takes.join(", ")).unwrap_or(HeaderValue::from_static("GET"));
+        let mut answer = Response::from(GanomedeError::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message));
+        let methods: Vec<&str> = methods.iter().map(Method::as_str).collect();
+        // Names of methods are valid in a header.
+        let allow = HeaderValue::from_str(&methods.join(", ")).unwrap_or(HeaderValue::from_static("GET"));
         answer.headers_mut().insert(header::ALLOW, allow);
         return answer;
     }
-    let polls = matches!(route, Route::Events) && head.method == Method::GET;
+    let polls = matches!(route, GanomedeRoute::Events) && head.method == Method::GET;
     let mut answer = match it.answer(route, &head, body).await {
         Ok(answer) => answer,
-        Err(refusal) => {
-            tracing::debug!(path = head.uri.path(), code = refusal.code, refusal.message, "refused a ganomede client");
+        Err(error) => {
+            tracing::debug!(path = head.uri.path(), code = error.code, error.message, "refused a ganomede client");
             if polls {
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(PAUSE_MS))).await;
             }
-            refusal.into()
+            error.into()
         }
     };
     answer.headers_mut().insert("x-request-id", wire::uuid());
@@ -113,40 +85,42 @@ async fn answer(State(it): State<Arc<Ganomede>>, request: Request<Body>) -> Resp
 }
 
 impl Ganomede {
-    async fn answer(&self, route: Route, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
+    async fn answer(&self, route: GanomedeRoute, head: &Head, body: Body) -> Result<Response<Body>, GanomedeError> {
         let limits = &self.node.config.limits;
         let body = match head.method {
-            // Of a GET it is not read; hyper throws it away.
+            // hyper discards the body of a GET.
             Method::GET | Method::HEAD => Bytes::new(),
             _ => read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?,
         };
-        let asked = Asked { query: Form::parse(head.uri.query().unwrap_or_default()), body: Given::read(head, &body)? };
-        if route.is_secret() && !asked.knows(self.config.secret.reveal()) {
-            // The original means to say "Invalid credentials", and says nothing.
-            return Err(Refusal::new(StatusCode::UNAUTHORIZED, "InvalidCredentialsError", ""));
+        let query = Form::parse(head.uri.query().unwrap_or_default());
+        let body = GanomedeBody::read(head, &body)?;
+        let secret = self.config.secret.reveal();
+        let is_secret = |text: Option<&str>| text.is_some_and(|text| !text.is_empty() && is_equal(text, secret));
+        let knows_secret = is_secret(body.text("secret").as_deref()) || is_secret(query.text("secret"));
+        if route.requires_secret() && !knows_secret {
+            // The original sends an empty message by mistake.
+            return Err(GanomedeError::new(StatusCode::UNAUTHORIZED, "InvalidCredentialsError", ""));
         }
         match route {
-            Route::Events if head.method == Method::GET => self.poll(head, &asked.query).await.map(wire::json),
-            Route::Events => self.emit(&asked.body).await.map(wire::json),
-            Route::Latest => self.latest(&asked.query).await.map(wire::json),
-            Route::Indices => self.define(&asked.body).await.map(wire::json),
-            Route::Index { id, value } => self.look_up(&id, &value).await.map(wire::json),
-            Route::About => {
+            GanomedeRoute::Events if head.method == Method::GET => self.poll(head, &query).await.map(wire::json),
+            GanomedeRoute::Events => self.emit(&body).await.map(wire::json),
+            GanomedeRoute::Latest => self.latest(&query).await.map(wire::json),
+            GanomedeRoute::Indices => self.define(&body).await.map(wire::json),
+            GanomedeRoute::Index { id, value } => self.look_up(&id, &value).await.map(wire::json),
+            GanomedeRoute::About => {
                 let mut answer = wire::json(self.about.clone());
                 let kind = HeaderValue::from_static("application/json; charset=UTF-8");
                 answer.headers_mut().insert(header::CONTENT_TYPE, kind);
                 Ok(answer)
             }
-            Route::Ping { .. } if head.method == Method::HEAD => Ok(Response::new(Body::empty())),
-            Route::Ping { token } => Ok(wire::json(wire::string(&format!("pong/{token}")))),
+            GanomedeRoute::Ping { .. } if head.method == Method::HEAD => Ok(Response::new(Body::empty())),
+            GanomedeRoute::Ping { token } => Ok(wire::json(wire::string(&format!("pong/{token}")))),
         }
     }
 }
 
-// === impl Route ===
-
-impl Route {
-    /// Exact paths: a slash at the end makes another one.
+impl GanomedeRoute {
+    /// Paths are exact: with a slash at the end it is another path.
     fn find(path: &str) -> Option<Self> {
         let below = match path {
             "/latest" | "/about" => path,
@@ -155,82 +129,32 @@ impl Route {
         let text = |part: &str| Some(decode(part, false).ok()?.into_owned()).filter(|text| !text.is_empty());
         let parts: Vec<&str> = below.split('/').skip(1).collect();
         match *parts {
-            ["events"] => Some(Route::Events),
-            ["latest"] => Some(Route::Latest),
-            ["indices"] => Some(Route::Indices),
-            ["indices", id, value] => Some(Route::Index { id: text(id)?, value: text(value)? }),
-            ["about"] => Some(Route::About),
-            ["ping", token] => Some(Route::Ping { token: text(token)? }),
+            ["events"] => Some(GanomedeRoute::Events),
+            ["latest"] => Some(GanomedeRoute::Latest),
+            ["indices"] => Some(GanomedeRoute::Indices),
+            ["indices", id, value] => Some(GanomedeRoute::Index { id: text(id)?, value: text(value)? }),
+            ["about"] => Some(GanomedeRoute::About),
+            ["ping", token] => Some(GanomedeRoute::Ping { token: text(token)? }),
             _ => None,
         }
     }
 
-    fn takes(&self) -> &'static [Method] {
+    fn methods(&self) -> &'static [Method] {
         match self {
-            Route::Events => &[Method::GET, Method::POST],
-            Route::Indices => &[Method::POST],
-            Route::Ping { .. } => &[Method::GET, Method::HEAD],
-            Route::Latest | Route::Index { .. } | Route::About => &[Method::GET],
+            GanomedeRoute::Events => &[Method::GET, Method::POST],
+            GanomedeRoute::Indices => &[Method::POST],
+            GanomedeRoute::Ping { .. } => &[Method::GET, Method::HEAD],
+            GanomedeRoute::Latest | GanomedeRoute::Index { .. } | GanomedeRoute::About => &[Method::GET],
         }
     }
 
-    fn is_secret(&self) -> bool {
-        !matches!(self, Route::About | Route::Ping { .. })
+    fn requires_secret(&self) -> bool {
+        !matches!(self, GanomedeRoute::About | GanomedeRoute::Ping { .. })
     }
 }
 
-// === impl Asked ===
-
-impl Asked<'_> {
-    fn knows(&self, secret: &str) -> bool {
-        let said = |text: Option<&str>| text.is_some_and(|text| !text.is_empty() && same(text, secret));
-        said(self.body.text("secret").as_deref()) || said(self.query.text("secret"))
-    }
-}
-
-/// Takes as long for a wrong secret as for the right one.
-fn same(one: &str, other: &str) -> bool {
+/// Compares in constant time.
+fn is_equal(one: &str, other: &str) -> bool {
     one.len() == other.len() && one.bytes().zip(other.bytes()).fold(0, |all, (a, b)| all | (a ^ b)) == 0
 }
 
-// === impl Given ===
-
-impl<'a> Given<'a> {
-    fn read(head: &Head, body: &'a Bytes) -> Result<Self, Refusal> {
-        if body.is_empty() {
-            return Ok(Given::Nothing);
-        }
-        if let Some(claimed) = head.headers.get("content-md5") {
-            let digest = BASE64.encode(Md5::digest(body));
-            if claimed != digest.as_str() {
-                let claimed = String::from_utf8_lossy(claimed.as_bytes()).into_owned();
-                let message = format!("Content-MD5 '{claimed}' didn't match '{digest}'");
-                return Err(Refusal::new(StatusCode::BAD_REQUEST, "BadDigest", message));
-            }
-        }
-        let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-        let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        let text = std::str::from_utf8(body);
-        if kind == "application/json" || kind.ends_with("+json") {
-            let invalid = |error: &dyn std::fmt::Display| Refusal::invalid(format!("Invalid JSON: {error}"));
-            let text = text.map_err(|error| invalid(&error))?;
-            let json: &RawValue = serde_json::from_str(text).map_err(|error| invalid(&error))?;
-            // What is no object has no members that anybody asks for.
-            return Ok(serde_json::from_str(json.get()).map_or(Given::Nothing, Given::Json));
-        }
-        Ok(match text {
-            Ok(text) if kind == "application/x-www-form-urlencoded" => Given::Form(Form::parse(text)),
-            _ => Given::Nothing,
-        })
-    }
-
-    /// A member that is a text, and not empty.
-    fn text(&self, name: &str) -> Option<String> {
-        let text = match self {
-            Given::Nothing => None,
-            Given::Form(form) => form.text(name).map(str::to_owned),
-            Given::Json(members) => serde_json::from_str(members.get(name)?.get()).ok(),
-        };
-        text.filter(|text| !text.is_empty())
-    }
-}

@@ -39,7 +39,7 @@ use self::{
     proxy::{Ask, Failure, Origins},
     token::Key,
 };
-use super::adapter::{Adapter, Listener, handler};
+use super::adapter::{Adapter, AdapterEntry, Listener, handler};
 use crate::{
     channel::Channel,
     error::{Error, Result},
@@ -81,8 +81,11 @@ struct Secret {
     text: String,
 }
 
+pub(super) const ADAPTER: AdapterEntry =
+    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
+
 /// Publishing on the main listeners, and two listeners: the proxy, and one for publishing.
-pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
+fn build(node: &Arc<Node>) -> Result<Adapter> {
     let grip = Arc::new(Grip::new(node)?);
     let proxy = grip.config.listen.map(|address| Listener {
         address,

@@ -1,70 +1,39 @@
-//! A MicroStream hub: services of Socket.IO clients that call each other by name, and weir's services with them.
+//! A MicroStream hub: Socket.IO clients call each other by service name, and services of weir, which can call them.
 //!
-//! A client's `serviceName` is a service of weir's, its events are methods: it is provided exclusively, for a hub of
-//! MicroStream knows one client by a name. A request between two such clients goes as it was sent; [`translate`] says what
-//! becomes of it elsewhere.
+//! The `serviceName` of a client is a service of weir and its events are methods. The service is provided exclusively,
+//! because a name has one client in MicroStream. A request between two MicroStream clients is forwarded unmodified;
+//! [`translate`] converts it for other clients.
 
 mod bytes;
 mod client;
 mod config;
+mod hub;
 mod port;
 mod translate;
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::State, http::Request};
-use foldhash::fast::RandomState;
-use parking_lot::Mutex;
 
 pub use self::config::Config;
-use self::client::Client;
+use self::{client::Client, hub::MicroStreamHub};
 use super::{
-    adapter::Adapter,
+    adapter::{Adapter, AdapterEntry},
     engineio::{self, Server},
 };
-use crate::{error::Result, net::timer::TimerWheel, node::Node, rpc::Hub};
+use crate::{error::Result, node::Node};
 
-/// Where the original is.
+/// The path of Socket.IO.
 const PATH: &str = "/socket.io/";
 
-/// Bytes of one packet's attachments, in messages of the largest size.
-const ATTACHED: usize = 8;
-/// How long a client may be connected without joining: the original's.
-const CONNECT: Duration = Duration::from_secs(45);
-/// How long a socket that wants to take over from polls may take: the original's.
+/// Timeout for the upgrade from polling to a WebSocket, as in the original.
 const UPGRADE: Duration = Duration::from_secs(10);
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// What its clients share.
-pub struct MicroStream {
-    rpc: Arc<Hub>,
-    wheel: Arc<TimerWheel>,
-    settings: Settings,
-    /// For so many ticks an answer may be waited for.
-    memory: u32,
-    /// The clients that are connected to this node.
-    names: Mutex<HashMap<Box<str>, Beat, RandomState>>,
-}
+pub(super) const ADAPTER: AdapterEntry =
+    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
 
-struct Settings {
-    heartbeat_timeout: Duration,
-    sweep: Duration,
-    connect: Duration,
-    calls: usize,
-    max_bytes: usize,
-}
-
-/// The tick of a client's last heartbeat.
-type Beat = Arc<AtomicU32>;
-
-pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
+fn build(node: &Arc<Node>) -> Result<Adapter> {
     let server = serve(node);
     let answer =
         |State(server): State<Arc<Server>>, request: Request<Body>| async move { server.answer(request).await };
@@ -72,12 +41,12 @@ pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
 }
 
 fn serve(node: &Arc<Node>) -> Arc<Server> {
-    let hub = Arc::new(MicroStream::new(node));
+    let hub = Arc::new(MicroStreamHub::new(node));
     Server::start(
         Arc::new(settings(node)),
         node.clone(),
         Box::new(move |session, mut query| {
-            // Of several the first, as far as anybody can tell.
+            // If there are several, the first applies.
             let names = query.take_all("serviceName");
             Box::new(Client::new(hub.clone(), session, names.first().map(|name| &**name)))
         }),
@@ -98,46 +67,5 @@ fn settings(node: &Node) -> engineio::Settings {
         upgrade: UPGRADE,
         farewell: FAREWELL,
         grace: config.drain.grace,
-    }
-}
-
-impl MicroStream {
-    fn new(node: &Arc<Node>) -> Self {
-        let (own, rpc): (Config, _) = (node.config.compat.get(), &node.config.rpc);
-        MicroStream {
-            rpc: node.hub.clone(),
-            wheel: node.timers.clone(),
-            settings: Settings {
-                heartbeat_timeout: own.heartbeat_timeout,
-                sweep: own.sweep,
-                connect: CONNECT,
-                calls: own.calls,
-                max_bytes: own.max_payload.saturating_mul(ATTACHED),
-            },
-            memory: TimerWheel::ticks(rpc.timeout.min(rpc.max_timeout) + rpc.late_window),
-            names: Mutex::default(),
-        }
-    }
-
-    fn comes(&self, name: &str, beat: &Beat) {
-        self.names.lock().insert(name.into(), beat.clone());
-    }
-
-    /// Forgets a name, unless somebody else has it by now.
-    fn leaves(&self, name: &str, beat: &Beat) {
-        let mut names = self.names.lock();
-        if names.get(name).is_some_and(|other| Arc::ptr_eq(other, beat)) {
-            names.remove(name);
-            if names.is_empty() {
-                names.shrink_to_fit();
-            }
-        }
-    }
-
-    /// A heartbeat in somebody else's name counts, as with the original.
-    fn beats(&self, name: &str) {
-        if let Some(beat) = self.names.lock().get(name) {
-            beat.store(self.wheel.now(), Relaxed);
-        }
     }
 }

@@ -1,19 +1,18 @@
 //! node-sse-server: `/subscribe`, `/publish`, `/lastEvent` and `/`.
 //!
-//! Channels and their last events are the bus's: what other worlds publish its browsers see, from every node, and after
-//! a restart where the bus survives one. Who is online all nodes know of each other.
+//! Channels and their last events are those of the bus: clients receive events of any publisher on any node. All nodes share
+//! the list of clients that are online.
 
 mod config;
+mod context;
 mod js;
-mod presence;
+mod known_channels;
+mod online;
 mod publish;
 mod subscribe;
 mod wire;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -21,103 +20,65 @@ use axum::{
     extract::State,
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
-use tokio_util::task::AbortOnDropHandle;
 
-use self::{config::CLIENTS, presence::Presence, subscribe::Known};
+use self::context::{NodeSse, NodeSseError};
 pub use self::config::Config;
-use super::{adapter::Adapter, form::Form};
+use super::{adapter::{Adapter, AdapterEntry}, form::Form};
 use crate::{
-    channel::Channel,
-    config::Backend,
-    error::{Error, Result, Retry},
-    event::{self, Draft},
+    error::{Result, Retry},
     node::Node,
     transport::sse,
 };
 
-/// What all requests share.
-struct NodeSse {
-    node: Arc<Node>,
-    presence: Arc<Presence>,
-    /// The last `clientId` that was counted here.
-    clients: AtomicU64,
-    known: Known,
-    _others: AbortOnDropHandle<()>,
-}
-
 #[derive(Clone, Copy)]
-enum Route {
+enum NodeSseRoute {
     Root,
     Subscribe,
     Publish,
     LastEvent,
 }
 
-/// A failure as the original tells it.
-enum Refusal {
-    /// A sentence.
-    Text(String),
-    /// A page of Express, for what its body parser refuses. Without the stack of calls that is in the original's.
-    Page(StatusCode, String),
-    /// Of what has no counterpart in the original.
-    Weir(Error),
-}
+pub(super) const ADAPTER: AdapterEntry =
+    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
 
-pub(super) fn build(node: &Arc<Node>) -> Result<Adapter> {
-    let presence = Arc::<Presence>::default();
-    let others = tokio::spawn(Presence::share(presence.clone(), node.cluster.clone()));
-    let it = NodeSse {
-        _others: AbortOnDropHandle::new(others),
-        presence,
-        clients: AtomicU64::new(0),
-        known: Known::default(),
-        node: node.clone(),
-    };
-    let router = Router::new().fallback(answer).with_state(Arc::new(it));
-    Ok(Adapter::new(|path| Route::find(path).is_some(), router))
+fn build(node: &Arc<Node>) -> Result<Adapter> {
+    let node_sse = Arc::new(NodeSse::new(node));
+    let router = Router::new().fallback(answer).with_state(node_sse);
+    Ok(Adapter::new(|path| NodeSseRoute::find(path).is_some(), router))
 }
 
 async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Response<Body> {
     let (head, body) = request.into_parts();
-    let streams = matches!(Route::find(head.uri.path()), Some(Route::Subscribe));
+    let streams = matches!(NodeSseRoute::find(head.uri.path()), Some(NodeSseRoute::Subscribe));
     let answer = if head.method == Method::OPTIONS { Ok(preflight(&head)) } else { it.answer(&head, body).await };
     let mut answer = match answer {
         Ok(answer) => answer,
-        Err(Refusal::Text(text)) => wire::bad_request(text),
-        Err(Refusal::Page(status, text)) => wire::page(status, &text),
-        // Any other status would end an EventSource for good.
-        Err(Refusal::Weir(error)) if streams && error.code().retry() == Retry::Yes => sse::refusal(&error),
-        Err(Refusal::Weir(error)) => wire::failure(&error),
+        Err(NodeSseError::Text(text)) => wire::bad_request(text),
+        Err(NodeSseError::Page(status, text)) => wire::page(status, &text),
+        // An `EventSource` does not reconnect after another status.
+        Err(NodeSseError::Weir(error)) if streams && error.code().retry() == Retry::Yes => sse::refusal(&error),
+        Err(NodeSseError::Weir(error)) => wire::failure(&error),
     };
     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
     answer
 }
 
 impl NodeSse {
-    /// A number for a client without a name: the next, on whatever node.
-    async fn number(&self) -> Result<u64, Error> {
-        if self.node.config.bus.backend == Backend::Memory {
-            return Ok(self.clients.fetch_add(1, Relaxed) + 1);
-        }
-        let draft = Draft::new(event::DraftParts::default(), self.node.config.limits.event)?;
-        Ok(self.node.bus.publish_one("", &Channel::parse(CLIENTS)?, draft).await?.position.offset)
-    }
-
-    async fn answer(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
+    async fn answer(&self, head: &Head, body: Body) -> Result<Response<Body>, NodeSseError> {
         let path = head.uri.path();
         let query = Form::parse(head.uri.query().unwrap_or_default());
         let reads = matches!(head.method, Method::GET | Method::HEAD);
-        match Route::find(path) {
-            Some(Route::Root) if reads => Ok(Response::new(Body::from("ROOT"))),
-            Some(Route::Subscribe) if reads => self.subscribe(head, &query).await,
-            Some(Route::LastEvent) if reads => self.last_event(&query).await,
-            Some(Route::Publish) if head.method == Method::POST => self.publish(head, body).await,
-            _ => Err(Refusal::Page(StatusCode::NOT_FOUND, format!("Cannot {} {path}", head.method))),
+        match NodeSseRoute::find(path) {
+            Some(NodeSseRoute::Root) if reads => Ok(Response::new(Body::from("ROOT"))),
+            Some(NodeSseRoute::Subscribe) if reads => self.subscribe(head, &query).await,
+            Some(NodeSseRoute::LastEvent) if reads => self.last_event(&query).await,
+            Some(NodeSseRoute::Publish) if head.method == Method::POST => self.publish(head, body).await,
+            _ => Err(NodeSseError::Page(StatusCode::NOT_FOUND, format!("Cannot {} {path}", head.method))),
         }
     }
 }
 
-/// As Express's `cors` answers, whoever asks.
+/// The response of Express's `cors` to any preflight.
 fn preflight(head: &Head) -> Response<Body> {
     let mut answer = Response::new(Body::empty());
     *answer.status_mut() = StatusCode::NO_CONTENT;
@@ -131,24 +92,14 @@ fn preflight(head: &Head) -> Response<Body> {
     answer
 }
 
-// === impl Route ===
-
-impl Route {
-    /// Express minds neither letters' case nor one slash at the end.
+impl NodeSseRoute {
+    /// Express ignores case and a slash at the end.
     fn find(path: &str) -> Option<Self> {
         if path == "/" {
-            return Some(Route::Root);
+            return Some(NodeSseRoute::Root);
         }
         let bare = path.strip_suffix('/').unwrap_or(path);
-        let all = [("/subscribe", Route::Subscribe), ("/publish", Route::Publish), ("/lastEvent", Route::LastEvent)];
+        let all = [("/subscribe", NodeSseRoute::Subscribe), ("/publish", NodeSseRoute::Publish), ("/lastEvent", NodeSseRoute::LastEvent)];
         all.into_iter().find(|(name, _)| bare.eq_ignore_ascii_case(name)).map(|(_, route)| route)
-    }
-}
-
-// === impl Refusal ===
-
-impl From<Error> for Refusal {
-    fn from(error: Error) -> Self {
-        Refusal::Weir(error)
     }
 }

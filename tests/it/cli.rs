@@ -264,7 +264,7 @@ fn settings_are_validated_and_shown_with_their_source() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = weir_command().args(["--listen", &taken.local_addr().unwrap().to_string()]).output().unwrap();
     assert_eq!(taken.status.code(), Some(1));
-    assert!(String::from_utf8(taken.stderr).unwrap().contains("in use (os error 98): is weir running already?"));
+    assert!(String::from_utf8(taken.stderr).unwrap().contains("in use (os error 98): is weir already running?"));
 }
 
 #[test]

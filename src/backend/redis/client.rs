@@ -6,6 +6,7 @@
 //! connections and subscriptions that are opened again for as long as they are wanted.
 
 mod connection;
+mod crate_client;
 mod error_reply;
 mod majority;
 mod pipeline;
@@ -29,6 +30,7 @@ pub use self::{
     url::RedisUrl,
 };
 pub(crate) use self::{
+    crate_client::crate_client,
     pipeline::NoPush,
     reconnect::ReconnectingConnection,
     url::{Address, TopologyKind},

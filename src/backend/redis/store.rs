@@ -26,6 +26,7 @@ use super::client::Topology;
 use crate::{
     bus::{ChannelInfo, ConsumerInfo, CursorOp, Log, LogPage, Placed, ReadLimit, Tail, Topic, Topics},
     channel::Channel,
+    config::Ack,
     error::{Code, Error, Result},
     event::Draft,
     position::{Position, Start},
@@ -52,15 +53,6 @@ pub struct RedisSettings {
     /// Of every key and every pub/sub channel.
     pub prefix: String,
     pub ack: Ack,
-}
-
-/// When a publish is acknowledged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ack {
-    /// When the master has stored it.
-    Stored,
-    /// When a replica has received it as well.
-    Replicated,
 }
 
 impl Redis {

@@ -76,7 +76,7 @@ async fn reach(client: &mut Client, report: &mut Report<'_>) -> Result<(), Failu
                 Failure::Failed(reason) | Failure::Refused(reason) | Failure::Usage(reason) => {
                     (reason, "something answers there, but not as weir does: is a path missing in the URL?")
                 }
-                Failure::NobodyListens => return Err(failure),
+                Failure::OutputClosed => return Err(failure),
             };
             report.problem("reach", reason, change)?;
             return Err(Failure::Unavailable("there is nothing to look at".into()));

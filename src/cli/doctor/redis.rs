@@ -1,6 +1,5 @@
 //! Examines a Redis as weir uses it: one server, the master that Sentinel names, or every master of a cluster.
 
-mod client;
 mod cluster_nodes;
 mod commands;
 mod error;
@@ -15,7 +14,6 @@ use tokio::{
     time::timeout,
 };
 
-pub(crate) use self::client::client;
 use self::{
     cluster_nodes::parse_nodes,
     error::{is_rejected, reason, remedy},

@@ -2,12 +2,11 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use serde_json::value::RawValue;
-
 use super::{
-    Ganomede, Given,
+    body::GanomedeBody,
+    context::Ganomede,
     poll::{channel, limit},
-    wire::{self, Refusal, is_void},
+    wire::{self, GanomedeError, is_void},
 };
 use crate::{
     bus::{LogPage, ReadLimit},
@@ -18,23 +17,23 @@ use crate::{
     position::Start,
 };
 
-/// Bytes of the events of one answer that names their number and not their size.
+/// Maximum size of the events of one response, in bytes. Clients limit their number only.
 const MAX_LATEST: usize = 8 << 20;
 
 impl Ganomede {
-    /// Publishes one event, and shows it as it is stored.
-    pub(super) async fn emit(&self, given: &Given<'_>) -> Result<Vec<u8>, Refusal> {
-        if given.text("clientId").is_none() {
-            return Err(Refusal::invalid("Invalid Client ID"));
+    /// Publishes one event. The response is the event as it is stored.
+    pub(super) async fn emit(&self, body: &GanomedeBody<'_>) -> Result<Vec<u8>, GanomedeError> {
+        if body.text("clientId").is_none() {
+            return Err(GanomedeError::invalid("Invalid Client ID"));
         }
-        let name = given.text("channel");
+        let name = body.text("channel");
         let channel = name.as_deref().and_then(|name| channel(name).filter(|channel| channel.writable().is_ok()));
-        let channel = channel.ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
-        let from = given.text("from").filter(|from| check_label("from", from).is_ok());
-        let from = from.ok_or_else(|| Refusal::invalid("Invalid from"))?;
-        let kind = given.text("type").filter(|kind| check_kind(kind).is_ok());
-        let kind = kind.ok_or_else(|| Refusal::invalid("Invalid type"))?;
-        let data = given.data()?.map_or(EventData::None, EventData::Json);
+        let channel = channel.ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let from = body.text("from").filter(|from| check_label("from", from).is_ok());
+        let from = from.ok_or_else(|| GanomedeError::invalid("Invalid from"))?;
+        let kind = body.text("type").filter(|kind| check_kind(kind).is_ok());
+        let kind = kind.ok_or_else(|| GanomedeError::invalid("Invalid type"))?;
+        let data = body.data()?.map_or(EventData::None, EventData::Json);
         let parts = DraftParts { kind: Some(&kind), from: Some(&from), data, ..DraftParts::default() };
         let draft = Draft::new(parts, self.node.config.limits.event)?;
         let stored = draft.clone();
@@ -46,14 +45,14 @@ impl Ganomede {
     }
 
     /// The newest events, oldest first.
-    pub(super) async fn latest(&self, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
-        let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
+    pub(super) async fn latest(&self, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
+        let channel = query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
         let limit = limit(query, self.node.config.limits.page_events);
         let events = self.newest(&channel, limit, MAX_LATEST).await?;
         Ok(wire::array(events.iter().map(|event| &**event)))
     }
 
-    /// At most `count` of the newest events, and at most `bytes` of them but for one.
+    /// The newest events: at most `count`, and at most `bytes` unless it is one event.
     async fn newest(&self, channel: &Channel, count: usize, bytes: usize) -> Result<Vec<Arc<Event>>, Error> {
         let mut last = count;
         loop {
@@ -61,12 +60,12 @@ impl Ganomede {
             if last >= count + void {
                 return Ok(events);
             }
-            // Some only keep a place: as many more are looked at.
+            // Void events are left out: read as many more.
             last = count + void;
         }
     }
 
-    /// Of the `last` places; also says how many of them only keep a place.
+    /// The newest of the `last` events, and the number of void events among these.
     async fn newest_of(
         &self,
         channel: &Channel,
@@ -96,24 +95,6 @@ impl Ganomede {
                 return Ok((events.into(), void));
             }
             start = Start::After(next);
-        }
-    }
-}
-
-impl<'a> Given<'a> {
-    /// `data`, which is an object or an array if it is there at all.
-    fn data(&self) -> Result<Option<&'a RawValue>, Refusal> {
-        let invalid = || Refusal::invalid("Invalid data");
-        match self {
-            Given::Nothing => Ok(None),
-            // A text, or something of brackets that the original would take for an object: no form says what JSON does.
-            Given::Form(form) if form.has("data") => Err(invalid()),
-            Given::Form(_) => Ok(None),
-            Given::Json(members) => match members.get("data") {
-                Some(data) if data.get().starts_with(['{', '[']) => Ok(Some(data)),
-                Some(_) => Err(invalid()),
-                None => Ok(None),
-            },
         }
     }
 }

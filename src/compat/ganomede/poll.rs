@@ -1,11 +1,11 @@
-//! `GET /events`: what came after a position, waiting for it if need be; and the positions.
+//! `GET /events`: long-polls, and the positions of clients.
 //!
-//! An id says nothing of the life of the channel that it was counted in. Two rules see to it that a client which comes
-//! from another life (a restart of the memory bus, a channel deleted) misses nothing that can be known of:
+//! An id does not contain the epoch of its channel. Two rules prevent that a client whose id is from an earlier epoch (the
+//! memory backend was restarted, the channel was deleted) misses events:
 //!
-//! * the position that weir keeps of it knows its epoch: where that is another one, the client gets the channel from its
-//!   oldest event on;
-//! * an `after` that lies ahead of the channel is answered as in the original, but who repeats it gets everything too.
+//! * the cursor that weir stores has an epoch: if it is not the channel's, the client gets all events of the channel;
+//! * an `after` that is ahead of the channel is handled as by the original, but if it is repeated, the client also gets all
+//!   events.
 
 use std::{future::poll_fn, time::Duration};
 
@@ -13,8 +13,8 @@ use axum::http::request::Parts as Head;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Ganomede,
-    wire::{self, Refusal, is_void},
+    context::Ganomede,
+    wire::{self, GanomedeError, is_void},
 };
 use crate::{
     auth::{Identity, MAX_CONSUMER},
@@ -27,25 +27,25 @@ use crate::{
     position::{Position, Start},
 };
 
-/// Unless asked for more, and in the original's published version at most.
+/// The default of `limit`, as in the published version of the original.
 const DEFAULT_LIMIT: u64 = 100;
-/// Whole numbers end here in JavaScript.
+/// `Number.MAX_SAFE_INTEGER` of JavaScript.
 const MAX_SAFE: u64 = (1 << 53) - 1;
-/// How long a poll that finds nothing is kept while this node drains: a fast answer would be asked again at once.
+/// The timeout of a poll while this node drains. Clients repeat a poll as soon as it is answered.
 const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
-/// Where a poll goes on.
-struct Place {
+/// The page that a poll has read, and where it waits.
+struct PollState {
     page: LogPage,
-    /// The client is ahead of the channel by its own account, and is believed.
+    /// The client's `after`, if it is ahead of the channel.
     ahead: Option<u64>,
 }
 
 impl Ganomede {
-    pub(super) async fn poll(&self, head: &Head, query: &Form<'_>) -> Result<Vec<u8>, Refusal> {
+    pub(super) async fn poll(&self, head: &Head, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
         let client = query.text("clientId").filter(|client| !client.is_empty()).and_then(consumer);
-        let client = client.ok_or_else(|| Refusal::invalid("Invalid Client ID"))?;
-        let channel = query.text("channel").and_then(channel).ok_or_else(|| Refusal::invalid("Invalid Channel"))?;
+        let client = client.ok_or_else(|| GanomedeError::invalid("Invalid Client ID"))?;
+        let channel = query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
         let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
         let limits = &self.node.config.limits;
         let limit = ReadLimit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
@@ -58,12 +58,12 @@ impl Ganomede {
             tokio::select! {
                 biased;
                 waited = self.wait(&channel, &mut place, limit) => waited?,
-                () = listed.kicked() => return Err(Error::new(Code::Kicked, "an operator has ended this poll").into()),
+                () = listed.kicked() => return Err(Error::new(Code::Kicked, "this poll was closed by an administrator").into()),
             }
         }
         let next = place.page.next;
         if next.epoch != epoch && !place.page.events.is_empty() {
-            // Born while we waited: ids from here on are this life's.
+            // The channel was created during the wait: the cursor gets its epoch.
             self.node.bus.seek(&client, &channel, Position { offset: 0, ..next }).await?;
         }
         let events = &place.page.events;
@@ -75,7 +75,7 @@ impl Ganomede {
         Ok(out)
     }
 
-    /// As the bus reads, but without what only keeps a place.
+    /// Reads a page without void events.
     async fn read(&self, channel: &Channel, start: Start, limit: ReadLimit) -> Result<LogPage, Error> {
         let mut page = self.node.bus.read(channel, start, limit, None).await?;
         loop {
@@ -89,14 +89,14 @@ impl Ganomede {
         }
     }
 
-    /// Moves the position if the client says where it is, and reads on from there.
+    /// Moves the cursor to the client's `after`, if it sends one, and reads a page from there.
     async fn place(
         &self,
         client: &str,
         channel: &Channel,
         after: Option<u64>,
         limit: ReadLimit,
-    ) -> Result<Place, Error> {
+    ) -> Result<PollState, Error> {
         let bus = &self.node.bus;
         let kept = bus.cursor(client, channel).await?;
         let start = match (after, kept) {
@@ -109,14 +109,14 @@ impl Ganomede {
         let said = match (after, kept) {
             (Some(after), _) => Position { epoch, offset: after },
             (None, Some(kept)) => kept,
-            (None, None) => return Ok(Place { page, ahead: None }),
+            (None, None) => return Ok(PollState { page, ahead: None }),
         };
         if epoch.is_absent() {
-            // Whatever the client has seen, the first event of the channel will be new to it.
+            // The channel does not exist: its first event will be new to the client.
             if after.is_some() {
                 bus.seek(client, channel, page.next).await?;
             }
-            return Ok(Place { page, ahead: None });
+            return Ok(PollState { page, ahead: None });
         }
         let elsewhere = kept.is_some_and(|kept| kept.epoch != epoch);
         let mut ahead = is_ahead(&page).then_some(said.offset);
@@ -128,11 +128,11 @@ impl Ganomede {
         } else if after.is_some() {
             bus.seek(client, channel, said).await?;
         }
-        Ok(Place { page, ahead })
+        Ok(PollState { page, ahead })
     }
 
-    /// Waits for an event, and reads it.
-    async fn wait(&self, channel: &Channel, place: &mut Place, limit: ReadLimit) -> Result<(), Error> {
+    /// Waits for an event, and reads a page.
+    async fn wait(&self, channel: &Channel, place: &mut PollState, limit: ReadLimit) -> Result<(), Error> {
         let (bus, draining) = (&self.node.bus, &self.node.draining);
         let mut subscriptions = Subscriptions::new(Format::NONE);
         let start = match place.ahead {
@@ -144,7 +144,7 @@ impl Ganomede {
             slot = Some(subscriptions.add(watch, start, None).slot);
         }
         let mut deadline = Instant::now() + self.config.poll_timeout;
-        // Asked once: a drain that began between two questions would be seen by neither.
+        // Read once: a drain that begins between two reads would be missed by both.
         let drained = draining.is_cancelled();
         if drained {
             deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
@@ -174,37 +174,37 @@ impl Ganomede {
     }
 }
 
-/// Whether what was read lies behind what was asked for.
+/// Whether the requested position is ahead of the channel.
 fn is_ahead(page: &LogPage) -> bool {
     page.gap.as_ref().is_some_and(|gap| gap.reason == GapReason::BadPosition)
 }
 
-/// A channel as the original's clients name it. They may name any; weir's names have limits.
+/// The channel of that name, if it is valid in weir. The original accepts any name.
 pub(super) fn channel(name: &str) -> Option<Channel> {
     Channel::parse(name).ok()
 }
 
-/// `limit`, where it is a number as JavaScript writes it.
+/// `limit`, at most `most`. Anything but a canonical number means the default.
 pub(super) fn limit(query: &Form<'_>, most: usize) -> usize {
     let limit = query.text("limit").and_then(whole).filter(|limit| *limit > 0).unwrap_or(DEFAULT_LIMIT);
     usize::try_from(limit).unwrap_or(most).min(most)
 }
 
-/// A whole number exactly as JavaScript writes it.
+/// A canonical whole number.
 fn whole(text: &str) -> Option<u64> {
     let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let canonical = plain && (text == "0" || !text.starts_with('0'));
     text.parse().ok().filter(|number| canonical && *number <= MAX_SAFE)
 }
 
-/// The consumer that keeps the positions of a `clientId`: of the same name, where that is one of a consumer. Any other
-/// byte is written `..` and two hexadecimal digits.
-pub fn consumer(client: &str) -> Option<String> {
+/// The consumer that stores the positions of a `clientId`. It has the same name, except that bytes that a consumer's name
+/// cannot contain are written `..` and two hexadecimal digits.
+pub(super) fn consumer(client: &str) -> Option<String> {
     let bytes = client.as_bytes();
     let mut name = String::with_capacity(client.len());
     for (at, byte) in bytes.iter().enumerate() {
         let hex = |at: usize| bytes.get(at).is_some_and(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-        // So that no other name is written like this one.
+        // Escaped as well, so that no two names have the same encoding.
         let ambiguous = *byte == b'.' && bytes.get(at + 1) == Some(&b'.') && hex(at + 2) && hex(at + 3);
         match byte {
             b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b':' | b'-' if !ambiguous => {
@@ -245,9 +245,9 @@ mod tests {
     }
 
     proptest! {
-        /// Read back, every name is the client's: no two clients share a position.
+        /// Every name decodes to that of its client, so no two clients share a position.
         #[test]
-        fn no_two_clients_are_one_consumer(client in "[a-f0-9./é]{1,12}") {
+        fn every_client_has_its_own_consumer(client in "[a-f0-9./é]{1,12}") {
             let name = consumer(&client).unwrap();
             let (mut read, mut rest) = (Vec::new(), name.as_bytes());
             while let Some((first, more)) = rest.split_first() {

@@ -1,4 +1,4 @@
-//! Answers as the original writes them, and events as it shows them.
+//! The wire format of the original: responses and events.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,34 +13,34 @@ use crate::{
     json::write_json_str,
 };
 
-/// The type of what stands where an imported channel had no event: it keeps the place, and no client sees it.
-pub const VOID: &str = "weir.void";
+/// The type of void events: they fill the ids without an event in imported channels, and are not shown to clients.
+pub(super) const VOID: &str = "weir.void";
 
-pub fn is_void(event: &Event) -> bool {
+pub(super) fn is_void(event: &Event) -> bool {
     event.kind_json() == Some(r#""weir.void""#)
 }
 
-/// A failure as the original tells it: `{"code":…,"message":…}`.
+/// An error response: `{"code":…,"message":…}`.
 #[derive(Debug)]
-pub struct Refusal {
-    pub status: StatusCode,
-    pub code: &'static str,
-    pub message: String,
+pub(super) struct GanomedeError {
+    pub(super) status: StatusCode,
+    pub(super) code: &'static str,
+    pub(super) message: String,
 }
 
-impl Refusal {
-    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Refusal { status, code, message: message.into() }
+impl GanomedeError {
+    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        GanomedeError { status, code, message: message.into() }
     }
 
-    /// Of parameters.
-    pub fn invalid(message: impl Into<String>) -> Self {
-        Refusal::new(StatusCode::BAD_REQUEST, "InvalidContent", message)
+    /// Invalid parameters.
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        GanomedeError::new(StatusCode::BAD_REQUEST, "InvalidContent", message)
     }
 }
 
-/// Of what has no counterpart in the original, by the names that `restify-errors` has for the status.
-impl From<Error> for Refusal {
+/// An error that the original does not have gets the code that `restify-errors` has for the status.
+impl From<Error> for GanomedeError {
     fn from(error: Error) -> Self {
         let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let code = match status.as_u16() {
@@ -59,40 +59,40 @@ impl From<Error> for Refusal {
             Code::Internal => "caused by an error in weir, which is in its log".to_owned(),
             _ => error.detail().to_owned(),
         };
-        Refusal { status, code, message }
+        GanomedeError { status, code, message }
     }
 }
 
-impl From<Refusal> for Response<Body> {
-    fn from(refusal: Refusal) -> Self {
+impl From<GanomedeError> for Response<Body> {
+    fn from(error: GanomedeError) -> Self {
         let mut out = br#"{"code":"#.to_vec();
-        write_json_str(refusal.code, &mut out);
+        write_json_str(error.code, &mut out);
         out.extend_from_slice(br#","message":"#);
-        write_json_str(&refusal.message, &mut out);
+        write_json_str(&error.message, &mut out);
         out.push(b'}');
         let mut answer = json(out);
-        *answer.status_mut() = refusal.status;
+        *answer.status_mut() = error.status;
         answer
     }
 }
 
-pub fn json(body: impl Into<Bytes>) -> Response<Body> {
+pub(super) fn json(body: impl Into<Bytes>) -> Response<Body> {
     let mut answer = Response::new(Body::from(body.into()));
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    // The original leaves it out, and whoever stands between may then keep an empty page for the next poll.
+    // The original does not send it, so a proxy may cache an empty page.
     answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     answer
 }
 
-/// A text as JSON.
-pub fn string(text: &str) -> Vec<u8> {
+/// A JSON string.
+pub(super) fn string(text: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len() + 2);
     write_json_str(text, &mut out);
     out
 }
 
-/// Appends an event: `id`, `timestamp`, `type`, `from` and `data`, of which the last may be missing.
-pub fn event(event: &Event, out: &mut Vec<u8>) {
+/// Appends an event: `id`, `timestamp`, `type`, `from` and optional `data`.
+pub(super) fn event(event: &Event, out: &mut Vec<u8>) {
     let mut number = itoa::Buffer::new();
     out.extend_from_slice(br#"{"id":"#);
     out.extend_from_slice(number.format(event.offset).as_bytes());
@@ -103,7 +103,7 @@ pub fn event(event: &Event, out: &mut Vec<u8>) {
     out.extend_from_slice(br#","from":"#);
     out.extend_from_slice(event.from_json().unwrap_or(r#""""#).as_bytes());
     if let Some(data) = event.data_json() {
-        // Here it is an object or an array, always.
+        // In this protocol `data` is an object or an array; other values are wrapped.
         let whole = data.starts_with(['{', '[']);
         out.extend_from_slice(if whole { br#","data":"# } else { br#","data":{"value":"# });
         out.extend_from_slice(data.as_bytes());
@@ -116,8 +116,8 @@ pub fn event(event: &Event, out: &mut Vec<u8>) {
     out.push(b'}');
 }
 
-/// `[…]` of these events.
-pub fn array<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+/// A JSON array of events.
+pub(super) fn array<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
     let mut out = vec![b'['];
     for each in events {
         if out.len() > 1 {
@@ -129,8 +129,8 @@ pub fn array<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
     out
 }
 
-/// What this server says of itself: texts only, under the names of the original.
-pub fn about() -> Bytes {
+/// The response of `/about`, with the members of the original.
+pub(super) fn about() -> Bytes {
     let host = rustix::system::uname();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
     let about = serde_json::json!({
@@ -146,7 +146,7 @@ pub fn about() -> Bytes {
 /// Unix milliseconds as `2026-11-21T15:04:05.678Z`.
 fn iso(ms: u64) -> String {
     let (days, ms) = ((ms / 86_400_000) as i64, ms % 86_400_000);
-    // Howard Hinnant's civil_from_days; from 1970 on.
+    // `civil_from_days` of Howard Hinnant, for dates since 1970.
     let shifted = days + 719_468;
     let era = shifted / 146_097;
     let of_era = shifted % 146_097;
@@ -160,12 +160,12 @@ fn iso(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1000)
 }
 
-/// A fresh one, of version 4.
-pub fn uuid() -> HeaderValue {
+/// A random UUID of version 4.
+pub(super) fn uuid() -> HeaderValue {
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | (4 << 76) | (2 << 62);
     let hex = format!("{bits:032x}");
     let text = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
-    // Hexadecimal digits and hyphens.
+    // Hexadecimal digits and hyphens are valid in a header.
     HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("-"))
 }
 
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn events_of_all_worlds() {
+    fn events_of_any_publisher() {
         let data = |json| EventData::Json(serde_json::from_str(json).unwrap());
         for (parts, json) in [
             (

@@ -1,5 +1,5 @@
-//! Bytes inside JSON. On the wire of Socket.IO they are messages of their own, and a placeholder stands where they belong;
-//! everywhere else in weir they are `{"_base64":"…"}`.
+//! Binary values in JSON. In Socket.IO they are attachments, and placeholders refer to them; elsewhere in weir they are
+//! `{"_base64":"…"}`.
 
 use base64::{
     Engine as _,
@@ -15,11 +15,11 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 const MEMBER: &[u8] = b"\"_base64\"";
-/// Within so many bytes of its beginning a placeholder says that it is one.
+/// The member that identifies a placeholder is within this many bytes of its beginning.
 const SEEN: usize = 64;
 
-/// Puts bytes where their placeholders stand. `None`: a placeholder stands for nothing.
-pub fn inline(json: &str, attachments: &[Vec<u8>]) -> Option<String> {
+/// Replaces placeholders by base64. `None` if a placeholder has no attachment.
+pub(super) fn inline(json: &str, attachments: &[Vec<u8>]) -> Option<String> {
     #[derive(Deserialize)]
     struct Placeholder {
         _placeholder: bool,
@@ -45,9 +45,9 @@ pub fn inline(json: &str, attachments: &[Vec<u8>]) -> Option<String> {
     Some(out)
 }
 
-/// Takes the bytes out and leaves placeholders. `None`: there are none.
-pub fn extract(json: &str) -> Option<(String, Vec<Vec<u8>>)> {
-    // Nearly always that is all.
+/// Replaces base64 by placeholders. `None` if there is none.
+pub(super) fn extract(json: &str) -> Option<(String, Vec<Vec<u8>>)> {
+    // Nearly all payloads end here.
     memmem::find(json.as_bytes(), MEMBER)?;
     let (mut out, mut taken, mut copied) = (String::with_capacity(json.len()), Vec::new(), 0);
     for at in Objects::of(json) {
@@ -61,7 +61,7 @@ pub fn extract(json: &str) -> Option<(String, Vec<Vec<u8>>)> {
     (!taken.is_empty()).then_some((out, taken))
 }
 
-/// The bytes that the object at the beginning of `json` stands for, and its length.
+/// The bytes of the object at the beginning of `json`, and the object's length.
 fn bytes_at(json: &[u8]) -> Option<(Vec<u8>, usize)> {
     let rest = space(json.strip_prefix(b"{")?);
     let rest = space(rest.strip_prefix(MEMBER)?);
@@ -75,7 +75,7 @@ fn space(json: &[u8]) -> &[u8] {
     json.trim_ascii_start()
 }
 
-/// Where the objects of a JSON text begin.
+/// The offsets of the objects in a JSON text.
 struct Objects<'a> {
     json: &'a [u8],
     at: usize,
@@ -97,7 +97,7 @@ impl Iterator for Objects<'_> {
             if self.json[found] == b'{' {
                 return Some(found);
             }
-            // To the end of the string.
+            // Skip to the end of the string.
             loop {
                 let stop = self.at + memchr2(b'"', b'\\', &self.json[self.at..])?;
                 self.at = (stop + 1).min(self.json.len());
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!((&*text, bytes), (r#"{"_placeholder":true,"num":0}"#, vec![vec![1, 2]]));
     }
 
-    /// JSON with bytes in it, as their placeholders, and the bytes.
+    /// JSON with placeholders, and the attachments.
     fn value() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(json!(null)),

@@ -1,4 +1,4 @@
-//! [`Client`]: what one client of a MicroStream hub says.
+//! [`Client`]: the conversation with one MicroStream client.
 
 use std::sync::{
     Arc, Weak,
@@ -10,52 +10,53 @@ use serde_json::value::RawValue;
 use tokio::task::JoinHandle;
 
 use super::{
-    MicroStream, bytes,
+    bytes,
+    hub::MicroStreamHub,
     port::{self, Port},
-    translate::{self, Heartbeat, Payload, Request, Response},
+    translate::{self, HeartbeatEvent, RequestPayload, RequestEvent, ResponseEvent},
 };
 use crate::{
     auth::Identity,
     compat::{
         engineio::{Broken, Conversation, Session, new_sid},
-        socketio::{Event, Kind, Packet, connect_error},
+        socketio::{SocketIoEvent, SocketIoKind, SocketIoPacket, connect_error},
     },
     error::{Code, Error, Retry},
     net::timer::TimerWheel,
     rpc::{AcceptedProvider, Call, HubConnection, ProvideRequest},
 };
 
-/// One client's conversation.
-pub struct Client {
-    hub: Arc<MicroStream>,
+/// One client and its packets.
+pub(super) struct Client {
+    hub: Arc<MicroStreamHub>,
     session: Weak<Session>,
     port: Arc<Port>,
-    /// Its hold on weir's hub, while it is connected.
+    /// Set while the client is connected.
     link: Option<HubConnection>,
     name: Box<str>,
-    /// Its query said one.
+    /// Whether the query of its URL contained the name.
     named: bool,
     stage: Stage,
     registering: Option<Registering>,
-    /// The tick since which it is not connected.
+    /// The tick at which the session began without being connected.
     since: u32,
     /// The tick of its last heartbeat.
     beat: Arc<AtomicU32>,
-    /// When it was last looked at.
+    /// The tick of the last check for a missing heartbeat.
     looked: u32,
-    /// A packet whose bytes have not all come.
+    /// A packet whose attachments are incomplete.
     partial: Option<Box<Partial>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Fresh,
-    /// Other nodes are asked for its name, or the client that has it whether it lives.
+    /// The name is being claimed from other nodes, or the client that has it is being probed.
     Registering,
     Connected,
 }
 
-/// A registration that takes a moment. Dropped, it is given up.
+/// A registration that waits for other nodes or a probe. Dropping it cancels it.
 struct Registering {
     done: Arc<Mutex<Option<Answered>>>,
     task: JoinHandle<()>,
@@ -70,7 +71,7 @@ impl Drop for Registering {
 }
 
 struct Partial {
-    kind: Kind,
+    kind: SocketIoKind,
     payload: String,
     left: usize,
     bytes: Vec<Vec<u8>>,
@@ -80,13 +81,13 @@ struct Partial {
 // === impl Client: packets ===
 
 impl Client {
-    pub fn new(hub: Arc<MicroStream>, session: &Arc<Session>, name: Option<&str>) -> Self {
+    pub(super) fn new(hub: Arc<MicroStreamHub>, session: &Arc<Session>, name: Option<&str>) -> Self {
         let now = hub.wheel.now();
         Client {
             session: Arc::downgrade(session),
             port: Arc::new(Port::new(Arc::downgrade(session), session.outbox.clone(), hub.wheel.clone())),
             link: None,
-            // The original keeps clients without a name under this one.
+            // The original registers clients without a name as this.
             name: name.unwrap_or("undefined").into(),
             named: name.is_some(),
             stage: Stage::Fresh,
@@ -105,8 +106,8 @@ impl Client {
         }
     }
 
-    fn packet(&mut self, packet: &Packet<'_>) -> Result<(), Broken> {
-        if packet.kind == Kind::Connect {
+    fn packet(&mut self, packet: &SocketIoPacket<'_>) -> Result<(), Broken> {
+        if packet.kind == SocketIoKind::Connect {
             if packet.namespace != "/" {
                 self.say(&connect_error(packet.namespace, "Invalid namespace", None));
                 return Ok(());
@@ -121,41 +122,41 @@ impl Client {
             return Err(Broken);
         }
         match packet.kind {
-            Kind::Disconnect => self.part(),
-            Kind::Event | Kind::Ack if packet.attachments > 0 => {
+            SocketIoKind::Disconnect => self.part(),
+            SocketIoKind::Event | SocketIoKind::Ack if packet.attachments > 0 => {
                 let (kind, payload, left) = (packet.kind, packet.payload.to_owned(), packet.attachments);
                 self.partial = Some(Box::new(Partial { kind, payload, left, bytes: Vec::new(), size: 0 }));
             }
-            Kind::Event if !packet.payload.is_empty() => self.event(packet.payload)?,
-            Kind::Event | Kind::Ack => {}
-            Kind::Connect | Kind::ConnectError => return Err(Broken),
+            SocketIoKind::Event if !packet.payload.is_empty() => self.event(packet.payload)?,
+            SocketIoKind::Event | SocketIoKind::Ack => {}
+            SocketIoKind::Connect | SocketIoKind::ConnectError => return Err(Broken),
         }
         Ok(())
     }
 
     fn event(&mut self, payload: &str) -> Result<(), Broken> {
-        let Event { name, argument } = serde_json::from_str(payload).map_err(|_| Broken)?;
+        let SocketIoEvent { name, argument } = serde_json::from_str(payload).map_err(|_| Broken)?;
         if let Some(link) = &self.link {
             match &*name.0 {
                 "request" => self.request(link, argument),
                 "response" => self.response(link, argument),
                 "heartbeat" => self.heartbeat(argument),
-                // The original has no ears for others.
+                // The original ignores other events.
                 _ => {}
             }
         }
         Ok(())
     }
 
-    /// The client leaves, or is made to. Its name is free at once.
+    /// The client disconnects or is disconnected. Its name is released at once.
     fn part(&mut self) {
         self.stage = Stage::Fresh;
         self.since = self.hub.wheel.now();
         self.partial = None;
         self.registering = None;
-        // First of all: who finds the name taken finds out by whom.
+        // Before anything else: a registration that finds the name taken must find the new owner.
         self.link = None;
-        self.hub.leaves(&self.name, &self.beat);
+        self.hub.disconnected(&self.name, &self.beat);
     }
 
     // --- registration ---
@@ -163,7 +164,7 @@ impl Client {
     fn register(&mut self) {
         match self.provide() {
             Ok(Some((link, provided))) => self.connected(link, provided),
-            // It is woken then.
+            // The session is woken when it ends.
             Ok(None) => self.stage = Stage::Registering,
             Err(error) => self.refuse(&error),
         }
@@ -173,7 +174,7 @@ impl Client {
         self.stage = Stage::Fresh;
         self.since = self.hub.wheel.now();
         let (message, data) = match error.code() {
-            // Refused in words it would not come back by itself; cut off it does.
+            // After an error message the client would not reconnect; after a closed connection it does.
             code if code.retry() == Retry::Yes => {
                 if let Some(session) = self.session.upgrade() {
                     session.outbox.finish();
@@ -186,7 +187,7 @@ impl Client {
         self.say(&connect_error("/", &message, Some(&data)));
     }
 
-    /// None: it takes a moment.
+    /// `None` if the registration has to wait.
     fn provide(&mut self) -> Result<Option<(HubConnection, AcceptedProvider)>, Error> {
         let identity = Identity::anonymous();
         let permit = identity.may_provide(&self.name)?;
@@ -194,7 +195,7 @@ impl Client {
         let providing = link.provide(&ProvideRequest {
             subject: permit.subject(),
             exclusive: true,
-            // Whoever comes back after an unclean loss would meet itself.
+            // A client that reconnects after an unclean disconnect would find its own name taken.
             probe: true,
             concurrency: u32::try_from(self.hub.settings.calls).unwrap_or(u32::MAX).saturating_mul(16),
             ..ProvideRequest::new(&self.name)
@@ -221,13 +222,13 @@ impl Client {
     fn connected(&mut self, link: HubConnection, provided: AcceptedProvider) {
         self.stage = Stage::Connected;
         self.beat.store(self.hub.wheel.now(), Relaxed);
-        self.hub.comes(&self.name, &self.beat);
+        self.hub.connected(&self.name, &self.beat);
         let id = new_sid();
         self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
         if let Some(session) = self.session.upgrade() {
             session.with_registration(|registration| registration.set_services(link.provided_services()));
         }
-        // Requests begin here: they come after the answer.
+        // Requests may be sent from here on, after the response.
         drop(provided);
         self.link = Some(link);
     }
@@ -235,16 +236,16 @@ impl Client {
     // --- events ---
 
     fn request(&self, link: &HubConnection, argument: Option<&RawValue>) {
-        // What makes no sense killed the original; here nothing comes of it.
-        let Some(Request { target_service: target, payload: Some(sent) }) = translate::object(argument) else { return };
-        let Some(Payload { id, event, data }) = translate::object(Some(sent)) else { return };
+        // Invalid events crash the original; weir ignores them.
+        let Some(RequestEvent { target_service: target, payload: Some(sent) }) = translate::object(argument) else { return };
+        let Some(RequestPayload { id, event, data }) = translate::object(Some(sent)) else { return };
         let (service, event) = (translate::name(target), translate::name(event));
         let params = translate::params(data);
         let identity = Identity::anonymous();
         let call = Call {
-            // Who waits longer gets it late, as a response like any other.
+            // A caller that waits longer gets a late response, like any other.
             late: true,
-            // The original knows at once.
+            // The original responds at once, without waiting for a provider.
             wait: Some(std::time::Duration::ZERO),
             as_sent: Some(sent),
             caller: identity.subject(),
@@ -254,24 +255,24 @@ impl Client {
     }
 
     fn response(&self, link: &HubConnection, argument: Option<&RawValue>) {
-        let Some(Response { id, response }) = translate::object(argument) else { return };
-        // Of a request that nobody made, or made of somebody else, nothing comes either.
+        let Some(ResponseEvent { id, response }) = translate::object(argument) else { return };
+        // Responses to unknown requests, or to requests of other clients, are ignored.
         if let Some(call) = self.port.answered(id) {
             link.reply(call, translate::answer(response));
         }
     }
 
     fn heartbeat(&self, argument: Option<&RawValue>) {
-        let Some(Heartbeat { service_name }) = translate::object(argument) else { return };
+        let Some(HeartbeatEvent { service_name }) = translate::object(argument) else { return };
         let name = translate::name(service_name);
         if *name == *self.name {
             self.beat.store(self.hub.wheel.now(), Relaxed);
         } else {
-            self.hub.beats(&name);
+            self.hub.heartbeat(&name);
         }
     }
 
-    /// Whether its heartbeat has been missing for too long, at the moments when that is looked at.
+    /// Whether the heartbeat is overdue. Checked once per sweep.
     fn is_stale(&mut self, now: u32) -> bool {
         let sweep = TimerWheel::ticks(self.hub.settings.sweep);
         let due = now / sweep != self.looked / sweep;
@@ -283,10 +284,10 @@ impl Client {
 impl Conversation for Client {
     fn text(&mut self, text: &str) -> Result<(), Broken> {
         if self.partial.is_some() {
-            // Its bytes are missing.
+            // Its attachments are missing.
             return Err(Broken);
         }
-        self.packet(&Packet::read(text).ok_or(Broken)?)
+        self.packet(&SocketIoPacket::read(text).ok_or(Broken)?)
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), Broken> {
@@ -302,7 +303,7 @@ impl Conversation for Client {
         }
         let Some(whole) = self.partial.take() else { return Ok(()) };
         match whole.kind {
-            Kind::Event => self.event(&bytes::inline(&whole.payload, &whole.bytes).ok_or(Broken)?),
+            SocketIoKind::Event => self.event(&bytes::inline(&whole.payload, &whole.bytes).ok_or(Broken)?),
             _ => Ok(()),
         }
     }
@@ -315,7 +316,7 @@ impl Conversation for Client {
                 if self.is_stale(now) {
                     self.kicked();
                 } else if now.is_multiple_of(256) {
-                    // Seldom: what is forgotten here is bounded anyway.
+                    // Seldom, because the map is bounded anyway.
                     self.port.forget(self.hub.memory);
                 }
             }
@@ -333,7 +334,7 @@ impl Conversation for Client {
         }
     }
 
-    /// Socket.IO's clients do not come back after this by themselves.
+    /// Socket.IO clients do not reconnect after this by themselves.
     fn kicked(&mut self) {
         self.part();
         if let Some(session) = self.session.upgrade() {

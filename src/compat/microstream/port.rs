@@ -1,4 +1,4 @@
-//! [`Port`]: a MicroStream client as the hub sees it, to call and to answer.
+//! [`Port`]: the outbound side of a MicroStream client, through which the hub calls it and responds to it.
 
 use std::{
     collections::HashMap,
@@ -20,90 +20,89 @@ use crate::{
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, ProbeCallback, WriteOutcome},
 };
 
-/// Requests that a service was sent and has not answered, beyond which the older ones are forgotten.
-const MAX_ASKED: usize = 100_000;
-/// A request that is younger than this many ticks is not forgotten.
-const YOUNG: u32 = 120;
+/// Maximum number of requests that a client has not answered; beyond it older ones are forgotten.
+const MAX_PENDING: usize = 100_000;
+/// Requests are not forgotten for this number of ticks.
+const MIN_AGE: u32 = 120;
 
 /// The outbound side of one client.
-pub struct Port {
+pub(super) struct Port {
     session: Weak<Session>,
     outbox: Arc<Outbox>,
     wheel: Arc<TimerWheel>,
-    /// What the client was asked, by the id that it knows; those under ids of ours are not here.
-    asked: Mutex<HashMap<Key, Asked, RandomState>>,
+    /// Requests to the client by the id that it knows. Requests with a call id as their id are not in the map.
+    pending: Mutex<HashMap<RequestKey, PendingRequest, RandomState>>,
 }
 
-/// An id as its requester wrote it. Its own library's have 21 letters.
+/// A request id as its sender wrote it. Those of MicroStream's library have 21 characters.
 #[derive(Clone, PartialEq, Eq)]
-struct Key(CallerId);
+struct RequestKey(CallerId);
 
-struct Asked {
+struct PendingRequest {
     call: CallId,
     since: u32,
 }
 
-impl std::hash::Hash for Key {
+impl std::hash::Hash for RequestKey {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         state.write(self.0.id());
     }
 }
 
-impl Key {
+impl RequestKey {
     fn new(id: &str) -> Self {
-        Key(CallerId::new(translate::spelled(id).as_bytes()))
+        RequestKey(CallerId::new(translate::spelled(id).as_bytes()))
     }
 }
 
 impl Port {
-    pub fn new(session: Weak<Session>, outbox: Arc<Outbox>, wheel: Arc<TimerWheel>) -> Self {
-        Port { session, outbox, wheel, asked: Mutex::default() }
+    pub(super) fn new(session: Weak<Session>, outbox: Arc<Outbox>, wheel: Arc<TimerWheel>) -> Self {
+        Port { session, outbox, wheel, pending: Mutex::default() }
     }
 
-    /// The call that the client answers under `id`, once.
-    pub fn answered(&self, id: Option<&RawValue>) -> Option<CallId> {
+    /// Takes the call that a response with this id belongs to.
+    pub(super) fn answered(&self, id: Option<&RawValue>) -> Option<CallId> {
         let id = id.map_or("", RawValue::get);
         if let Some(call) = own(id) {
             return CallId::parse(call);
         }
-        let mut asked = self.asked.lock();
-        let call = asked.remove(&Key::new(id)).map(|asked| asked.call);
-        if asked.is_empty() && asked.capacity() > 1_000 {
-            *asked = HashMap::default();
+        let mut pending = self.pending.lock();
+        let call = pending.remove(&RequestKey::new(id)).map(|pending| pending.call);
+        if pending.is_empty() && pending.capacity() > 1_000 {
+            *pending = HashMap::default();
         }
         call
     }
 
-    /// Forgets what was asked more than `ticks` ago: nobody waits for it.
-    pub fn forget(&self, ticks: u32) {
+    /// Forgets requests that are older than `ticks`, whose callers no longer wait.
+    pub(super) fn forget(&self, ticks: u32) {
         let now = self.wheel.now();
-        let mut asked = self.asked.lock();
-        asked.retain(|_, asked| now - asked.since <= ticks);
-        if asked.is_empty() {
-            *asked = HashMap::default();
+        let mut pending = self.pending.lock();
+        pending.retain(|_, pending| now - pending.since <= ticks);
+        if pending.is_empty() {
+            *pending = HashMap::default();
         }
     }
 
-    /// Remembers that the client is asked under `id`. False: that could not be told from another request, or its number is
-    /// too large.
+    /// Records a request with the sender's id. `false` if the id is in use, or too many requests are recorded.
     fn remember(&self, id: &str, call: CallId) -> bool {
         if own(id).is_some() {
             return false;
         }
         let now = self.wheel.now();
-        let mut asked = self.asked.lock();
-        if asked.len() >= MAX_ASKED {
-            asked.retain(|_, asked| now - asked.since <= YOUNG);
+        let mut pending = self.pending.lock();
+        if pending.len() >= MAX_PENDING {
+            pending.retain(|_, pending| now - pending.since <= MIN_AGE);
         }
-        let key = Key::new(id);
-        if asked.len() >= MAX_ASKED || asked.contains_key(&key) {
+        let key = RequestKey::new(id);
+        if pending.len() >= MAX_PENDING || pending.contains_key(&key) {
             return false;
         }
-        asked.insert(key, Asked { call, since: now });
+        pending.insert(key, PendingRequest { call, since: now });
         true
     }
 
-    /// Sends a `response`.
+    /// Sends a `response` event.
     fn respond(&self, id: &str, response: &str) {
         let before = match id {
             "" => ["", "", "{\"response\":"],
@@ -112,7 +111,7 @@ impl Port {
         self.outbox.send(event("response", before, response, "}"));
     }
 
-    /// Sends a `request`: the payload as it was sent, or one of our own making.
+    /// Sends a `request` event: the payload as it was sent, or one that weir has built.
     fn request(&self, payload: &str) -> WriteOutcome {
         match self.outbox.offer(event("request", [""; 3], payload, "")) {
             Some(true) => WriteOutcome::Written,
@@ -122,7 +121,7 @@ impl Port {
     }
 }
 
-/// Writes an event whose argument is JSON between two texts; its bytes go behind it.
+/// Writes an event whose argument is JSON between two texts, followed by its attachments.
 fn event<'a>(
     name: &'a str,
     before: [&'a str; 3],
@@ -144,12 +143,12 @@ fn event<'a>(
     }
 }
 
-/// A hub's id in its quotes: an id of ours, never a requester's.
+/// The call id in a request id that weir has made, without its quotes.
 fn own(id: &str) -> Option<&str> {
     id.strip_prefix('"')?.strip_suffix('"').filter(|id| id.starts_with("w:"))
 }
 
-/// A payload under another id.
+/// The payload with another id.
 fn under(id: &str, payload: &str, call: CallId) -> String {
     let text = call.text();
     let own = text.as_str();
@@ -158,7 +157,7 @@ fn under(id: &str, payload: &str, call: CallId) -> String {
         let comma = if members.trim_start().starts_with('}') { "" } else { "," };
         return format!("{{\"id\":\"{own}\"{comma}{members}");
     }
-    // Where it stands: `id` is a part of `payload`.
+    // The offset of `id`, which is a slice of `payload`.
     let at = id.as_ptr() as usize - payload.as_ptr() as usize;
     format!("{}\"{own}\"{}", &payload[..at], &payload[at + id.len()..])
 }
@@ -173,14 +172,14 @@ impl Peer for Port {
             }
             let written = self.request(sent);
             if written != WriteOutcome::Written {
-                self.asked.lock().remove(&Key::new(known));
+                self.pending.lock().remove(&RequestKey::new(known));
             }
             return written;
         }
         let mut payload = b"{\"id\":\"".to_vec();
         match call.id {
             Some(id) => payload.extend_from_slice(id.text().as_bytes()),
-            // It answers in any case; nobody waits for this one.
+            // The client responds anyway; the response is ignored.
             None => payload.extend_from_slice(b"w:-"),
         }
         payload.extend_from_slice(b"\",\"event\":");
@@ -190,12 +189,12 @@ impl Peer for Port {
             payload.extend_from_slice(params.get().as_bytes());
         }
         payload.push(b'}');
-        // Of texts only.
+        // Built of JSON texts, so it is valid JSON.
         self.request(str::from_utf8(&payload).unwrap_or_default())
     }
 
     fn cancel(&self, _: CallId) {
-        // There is no word for it.
+        // MicroStream has no cancellation.
     }
 
     fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
@@ -213,15 +212,15 @@ impl Peer for Port {
     }
 
     fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
-        // Its client knows by itself that it is.
+        // MicroStream has no such message.
         self.answer(to, answer);
     }
 
     fn withdrawn(&self, _: &str, reason: &str) {
         match reason {
-            // Somebody else has the name: who is told so stays away.
+            // Another client has the name: after this message the client does not reconnect.
             "replaced" => self.outbox.part("41"),
-            // Who is only cut off comes back by itself, and asks for its name again.
+            // A client that is only disconnected reconnects and registers again.
             _ => self.outbox.finish(),
         }
     }
@@ -234,12 +233,12 @@ impl Peer for Port {
     }
 }
 
-/// What a request's answer needs: its id, and whom it was for, both as they were written.
-pub fn tag(id: Option<&RawValue>, target: Option<&RawValue>) -> CallerId {
+/// The id and the target of a request as they were sent, which its response needs.
+pub(super) fn tag(id: Option<&RawValue>, target: Option<&RawValue>) -> CallerId {
     let id = id.map_or("", RawValue::get).as_bytes();
     match target {
         None => CallerId::new(id),
-        // JSON holds no such byte.
+        // JSON contains no such byte.
         Some(target) => CallerId::new(&[id, &[0], target.get().as_bytes()].concat()),
     }
 }
@@ -313,7 +312,7 @@ mod tests {
         assert_eq!(ask(&port, 6, "{ }"), WriteOutcome::Written);
         assert_eq!(wrote(&port), "42[\"request\",{\"id\":\"w:6\" }]");
         assert_eq!(port.answered(None), CallId::parse("w:5"));
-        assert!(port.asked.lock().is_empty());
+        assert!(port.pending.lock().is_empty());
     }
 
     #[tokio::test]
@@ -322,11 +321,11 @@ mod tests {
         let large = format!(r#"{{"id":"r1","data":"{}"}}"#, "x".repeat(1_000));
         assert_eq!(ask(&port, 1, &large), WriteOutcome::Written);
         assert_eq!(ask(&port, 2, r#"{"id":"r2"}"#), WriteOutcome::Full);
-        assert_eq!(port.asked.lock().len(), 1);
+        assert_eq!(port.pending.lock().len(), 1);
         port.outbox.close();
         assert_eq!(ask(&port, 3, r#"{"id":"r3"}"#), WriteOutcome::Gone);
-        assert_eq!(port.asked.lock().len(), 1);
+        assert_eq!(port.pending.lock().len(), 1);
         port.forget(0);
-        assert_eq!(port.asked.lock().len(), 1);
+        assert_eq!(port.pending.lock().len(), 1);
     }
 }

@@ -1,4 +1,4 @@
-//! Between MicroStream's messages and calls: what a request, a response and a failure become on the other side.
+//! Conversion between MicroStream's messages and calls: requests, responses and errors.
 
 use std::borrow::Cow;
 
@@ -11,53 +11,53 @@ use crate::{
     rpc::{CallAnswer, ProviderError},
 };
 
-/// The argument of `request`.
+/// The argument of a `request` event.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Request<'a> {
+pub(super) struct RequestEvent<'a> {
     #[serde(borrow, default)]
-    pub target_service: Option<&'a RawValue>,
+    pub(super) target_service: Option<&'a RawValue>,
     #[serde(borrow, default)]
-    pub payload: Option<&'a RawValue>,
+    pub(super) payload: Option<&'a RawValue>,
 }
 
-/// Its payload, as far as weir reads it.
+/// The members of its payload that weir reads.
 #[derive(Debug, Deserialize)]
-pub struct Payload<'a> {
+pub(super) struct RequestPayload<'a> {
     #[serde(borrow, default)]
-    pub id: Option<&'a RawValue>,
+    pub(super) id: Option<&'a RawValue>,
     #[serde(borrow, default)]
-    pub event: Option<&'a RawValue>,
+    pub(super) event: Option<&'a RawValue>,
     #[serde(borrow, default)]
-    pub data: Option<&'a RawValue>,
+    pub(super) data: Option<&'a RawValue>,
 }
 
-/// The argument of `response`.
+/// The argument of a `response` event.
 #[derive(Debug, Deserialize)]
-pub struct Response<'a> {
+pub(super) struct ResponseEvent<'a> {
     #[serde(borrow, default)]
-    pub id: Option<&'a RawValue>,
+    pub(super) id: Option<&'a RawValue>,
     #[serde(borrow, default)]
-    pub response: Option<&'a RawValue>,
+    pub(super) response: Option<&'a RawValue>,
 }
 
-/// The argument of `heartbeat`.
+/// The argument of a `heartbeat` event.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Heartbeat<'a> {
+pub(super) struct HeartbeatEvent<'a> {
     #[serde(borrow, default)]
-    pub service_name: Option<&'a RawValue>,
+    pub(super) service_name: Option<&'a RawValue>,
 }
 
-/// An object, read; nothing else is.
-pub fn object<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>) -> Option<T> {
-    // serde would read a struct from an array too.
+/// Deserializes an object; `None` for any other value.
+pub(super) fn object<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>) -> Option<T> {
+    // serde accepts an array for a struct.
     let json = json?.get();
     json.starts_with('{').then(|| serde_json::from_str(json).ok())?
 }
 
-/// The text of a name, as JavaScript puts it into a sentence: a string's own, else its JSON; `undefined` if there is none.
-pub fn name(json: Option<&RawValue>) -> Cow<'_, str> {
+/// A name as JavaScript formats it: the string, or the JSON of another value; `undefined` if it is missing.
+pub(super) fn name(json: Option<&RawValue>) -> Cow<'_, str> {
     let Some(json) = json else { return Cow::Borrowed("undefined") };
     match serde_json::from_str::<JsonStr<'_>>(json.get()) {
         Ok(JsonStr(text)) => text,
@@ -65,22 +65,22 @@ pub fn name(json: Option<&RawValue>) -> Cow<'_, str> {
     }
 }
 
-/// The id of a payload as it stands there; empty if it has none.
-pub fn id_of(payload: &str) -> &str {
+/// The id of a payload as it is written there; empty if it has none.
+pub(super) fn id_of(payload: &str) -> &str {
     const FIRST: &str = "{\"id\":";
-    // Its own client puts it first.
+    // MicroStream's client writes it first.
     if let Some(rest) = payload.strip_prefix(FIRST).and_then(|rest| rest.strip_prefix('"'))
         && let Some(end) = memchr::memchr2(b'"', b'\\', rest.as_bytes())
         && rest.as_bytes()[end] == b'"'
     {
         return &payload[FIRST.len()..FIRST.len() + end + 2];
     }
-    let read: Option<Payload<'_>> = serde_json::from_str(payload).ok();
+    let read: Option<RequestPayload<'_>> = serde_json::from_str(payload).ok();
     read.and_then(|payload| payload.id).map_or("", RawValue::get)
 }
 
-/// An id in the one spelling under which it is remembered.
-pub fn spelled(id: &str) -> Cow<'_, str> {
+/// An id in canonical form, without unnecessary escapes.
+pub(super) fn spelled(id: &str) -> Cow<'_, str> {
     if !id.contains('\\') {
         return Cow::Borrowed(id);
     }
@@ -94,8 +94,8 @@ pub fn spelled(id: &str) -> Cow<'_, str> {
     }
 }
 
-/// `data` as params: what can be none goes into an array.
-pub fn params(data: Option<&RawValue>) -> Option<Cow<'_, RawValue>> {
+/// `data` as params. A value that is neither object nor array is wrapped in an array.
+pub(super) fn params(data: Option<&RawValue>) -> Option<Cow<'_, RawValue>> {
     let data = data?;
     match data.get().as_bytes().first() {
         Some(b'{' | b'[') => Some(Cow::Borrowed(data)),
@@ -103,15 +103,15 @@ pub fn params(data: Option<&RawValue>) -> Option<Cow<'_, RawValue>> {
     }
 }
 
-// === a service's response as the answer to a call ===
+// === responses of services as results of calls ===
 
 #[derive(Deserialize)]
-struct Failing<'a> {
+struct FailedResponse<'a> {
     #[serde(borrow, default)]
     error: Option<&'a RawValue>,
 }
 
-/// What a service puts into `error`, if it does as its library.
+/// The `error` member in the form of MicroStream's library.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct ServiceError<'a> {
@@ -123,8 +123,8 @@ struct ServiceError<'a> {
     error_data: Option<&'a RawValue>,
 }
 
-/// What a response answers. Without one, or with null, it is `{}`: its own client would die of anything less.
-pub fn answer(response: Option<&RawValue>) -> CallAnswer<'_> {
+/// The result of a response. Without one, or with null, it is `{}`: MicroStream's client would crash otherwise.
+pub(super) fn answer(response: Option<&RawValue>) -> CallAnswer<'_> {
     let Some(response) = response.filter(|response| response.get() != "null") else {
         return CallAnswer::Result(empty());
     };
@@ -137,7 +137,7 @@ pub fn answer(response: Option<&RawValue>) -> CallAnswer<'_> {
 /// A truthy `error`.
 fn failing(response: &RawValue) -> Option<&RawValue> {
     memchr::memmem::find(response.get().as_bytes(), b"\"error\"")?;
-    let Failing { error } = object(Some(response))?;
+    let FailedResponse { error } = object(Some(response))?;
     error.filter(|error| !matches!(error.get(), "null" | "false" | "0" | "-0" | "\"\""))
 }
 
@@ -174,7 +174,7 @@ fn provider_error<'a>(response: &'a RawValue, error: &'a RawValue) -> ProviderEr
         member("errorData", error_data);
     }
     if !alone || known.is_none() {
-        // What does not fit is not lost: its own clients get it as it was.
+        // The response does not fit into an error: MicroStream's clients get it unmodified from the data.
         member(WHOLE, response);
     }
     let message = match known {
@@ -188,17 +188,17 @@ fn provider_error<'a>(response: &'a RawValue, error: &'a RawValue) -> ProviderEr
     ProviderError { code, message, data: data.map(Cow::Owned) }
 }
 
-/// The member of an error's data that holds a response which is more than the usual error.
+/// The member of an error's data that holds a whole response, if it is more than an error in the library's form.
 const WHOLE: &str = "microstream";
 
 fn empty() -> &'static RawValue {
     serde_json::from_str("{}").unwrap_or(RawValue::NULL)
 }
 
-// === an answer as the response to a request ===
+// === results of calls as responses ===
 
 /// A provider's error as a response.
-pub fn response_of(error: &ProviderError<'_>, target: Option<&RawValue>, id: &str) -> String {
+pub(super) fn response_of(error: &ProviderError<'_>, target: Option<&RawValue>, id: &str) -> String {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Data<'a> {
@@ -226,11 +226,11 @@ pub fn response_of(error: &ProviderError<'_>, target: Option<&RawValue>, id: &st
     failure(code, &error.message, Some(&with_origin(error_data, target, id)))
 }
 
-/// A failure of weir's as a response. `None`: nothing is sent, as nothing was by the original.
-pub fn response_to(error: &Error, target: Option<&RawValue>, id: &str) -> Option<String> {
+/// An error of weir as a response. `None` if the original does not respond.
+pub(super) fn response_to(error: &Error, target: Option<&RawValue>, id: &str) -> Option<String> {
     Some(match error.code() {
         Code::Timeout | Code::ProviderGone | Code::Cancelled => return None,
-        // A name that can be nobody's is nobody's.
+        // A name that is invalid in weir has no provider.
         Code::NoProvider | Code::InvalidParams => {
             let message = format!("Service \"{}\" not found", name(target));
             failure("TARGET_SERVICE_NOT_FOUND", &message, Some(&with_origin(json!({}), target, id)))
@@ -243,7 +243,7 @@ pub fn response_to(error: &Error, target: Option<&RawValue>, id: &str) -> Option
     })
 }
 
-/// `data` with what the requester knows its request by.
+/// `data` with the target and the id of the request.
 fn with_origin(mut data: serde_json::Value, target: Option<&RawValue>, id: &str) -> String {
     let mut members = serde_json::Map::new();
     if let Some(target) = target {
@@ -272,8 +272,8 @@ fn failure(code: &str, message: &str, error_data: Option<&str>) -> String {
     String::from_utf8(out).unwrap_or_default()
 }
 
-/// Code and data of a registration that is refused since the name is taken. `name` is what the client's query said.
-pub fn duplicate(name: Option<&str>) -> (String, String) {
+/// Code and data of the error if the name is taken. `name` is the one in the client's query.
+pub(super) fn duplicate(name: Option<&str>) -> (String, String) {
     const DUPLICATE: &str = "DUPLICATE_SERVICE_REGISTRATION";
     let data = name.map_or_else(|| json!({}), |name| json!({ "serviceName": name }));
     let message = "Duplicate Service Registration Name! A service with the same name is already registered.";
@@ -281,8 +281,8 @@ pub fn duplicate(name: Option<&str>) -> (String, String) {
     (DUPLICATE.to_owned(), data.to_string())
 }
 
-/// The same of a registration that weir refuses for another reason.
-pub fn refused(error: &Error, name: &str) -> (String, String) {
+/// Code and data of the error if weir rejects the registration for another reason.
+pub(super) fn refused(error: &Error, name: &str) -> (String, String) {
     let code = error.code().as_str().to_ascii_uppercase();
     let data = json!({ "code": code, "message": error.detail(), "errorData": { "serviceName": name } });
     (code, data.to_string())
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_other_worlds() {
+    fn errors_of_other_providers() {
         let of = |code, data: Option<&str>| {
             let data = data.map(|data| Cow::Owned(json(data).to_owned()));
             response_of(&ProviderError { code, message: "m".into(), data }, Some(json("\"A\"")), "\"r1\"")

@@ -1,11 +1,11 @@
-//! Values as JavaScript writes them.
+//! Conversions of JavaScript.
 
 use serde_json::{Number, Value};
 
 use crate::json::write_json_str;
 
 /// `String(value)`, which is also `value + ""`.
-pub fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
         Value::Bool(flag) => flag.to_string(),
@@ -21,7 +21,7 @@ pub fn text(value: &Value) -> String {
 }
 
 /// `JSON.stringify(value)`.
-pub fn stringify(value: &Value, out: &mut Vec<u8>) {
+pub(super) fn stringify(value: &Value, out: &mut Vec<u8>) {
     match value {
         Value::Number(number) => out.extend_from_slice(self::number(number).as_bytes()),
         Value::String(text) => write_json_str(text, out),
@@ -51,11 +51,11 @@ pub fn stringify(value: &Value, out: &mut Vec<u8>) {
     }
 }
 
-/// All numbers are doubles there.
+/// JavaScript's numbers are doubles.
 fn number(number: &Number) -> String {
     let number = number.as_f64().unwrap_or_default();
     match number.abs() {
-        // Also for -0.
+        // -0 too.
         0.0 => "0".to_owned(),
         size if (1e-6..1e21).contains(&size) => number.to_string(),
         _ => {
@@ -65,8 +65,8 @@ fn number(number: &Number) -> String {
     }
 }
 
-/// Whether a value passes for none: `!value`.
-pub fn is_falsy(value: &Value) -> bool {
+/// `!value`.
+pub(super) fn is_falsy(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(flag) => !flag,
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_node_does() {
+    fn conversions_equal_those_of_node_js() {
         for (json, string) in [
             ("12.5", "12.5"),
             ("1.0", "1"),

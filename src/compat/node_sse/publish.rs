@@ -1,4 +1,4 @@
-//! `POST /publish`: a batch of events, all or none.
+//! `POST /publish`: a batch of events, published all or none.
 
 use axum::{
     body::Body,
@@ -10,26 +10,29 @@ use serde_json::{
     value::{RawValue, to_raw_value},
 };
 
-use super::{NodeSse, Refusal, js, wire};
+use super::{
+    context::{NodeSse, NodeSseError},
+    js, wire,
+};
 use crate::{
     channel::Channel,
-    compat,
+    compat::publish::publish,
     error::{Code, Error},
     event::{Draft, DraftParts, EventData, check_kind},
     net::body::read_body,
 };
 
-/// The original's, in bytes.
+/// Maximum size of a body, as in the original.
 const MAX_BODY: usize = 100 * 1024;
-/// What the server says of its own accord.
+/// Types of events that only the server sends.
 const RESERVED: [&str; 3] = ["registered", "lastEvent", "online-presence"];
 const INCOMPLETE: &str =
     "Bad Request: 'channelName', 'type', and 'payload' are three required json fields in an event.";
 
-/// An event as sent. Whatever is left out passes for null, as in JavaScript.
+/// An event of a request. Omitted members are null, as in JavaScript.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Sent<'a> {
+struct PublishedEvent<'a> {
     #[serde(rename = "channelName")]
     channel: Value,
     #[serde(rename = "type")]
@@ -39,21 +42,21 @@ struct Sent<'a> {
 }
 
 impl NodeSse {
-    pub(super) async fn publish(&self, head: &Head, body: Body) -> Result<Response<Body>, Refusal> {
+    pub(super) async fn publish(&self, head: &Head, body: Body) -> Result<Response<Body>, NodeSseError> {
         let time = self.node.config.limits.body_time;
         let body = read_body(body, MAX_BODY, "100 KiB", time).await.map_err(|error| match error.code() {
             Code::TooLarge => {
                 let text = "PayloadTooLargeError: request entity too large";
-                Refusal::Page(StatusCode::PAYLOAD_TOO_LARGE, text.to_owned())
+                NodeSseError::Page(StatusCode::PAYLOAD_TOO_LARGE, text.to_owned())
             }
             _ => error.into(),
         })?;
-        // What is not declared as JSON is not read.
+        // A body of another type is ignored.
         if !is_json(&head.headers) || body.is_empty() {
             return Ok(Response::default());
         }
         let unreadable = |error: &dyn std::fmt::Display| {
-            Refusal::Page(StatusCode::BAD_REQUEST, format!("SyntaxError: {error} in JSON"))
+            NodeSseError::Page(StatusCode::BAD_REQUEST, format!("SyntaxError: {error} in JSON"))
         };
         let text = std::str::from_utf8(&body).map_err(|error| unreadable(&error))?;
         let whole: &RawValue = serde_json::from_str(text).map_err(|error| unreadable(&error))?;
@@ -63,24 +66,24 @@ impl NodeSse {
         let events = events(whole.get())?;
         for event in &events {
             if let Some(kind) = event.kind.as_str().filter(|kind| RESERVED.contains(kind)) {
-                return Err(Refusal::Text(format!("Event type \"{kind}\" is reserved, can't fire!")));
+                return Err(NodeSseError::Text(format!("Event type \"{kind}\" is reserved, can't fire!")));
             }
         }
-        // All are looked at before any is published.
+        // All are validated before any is published.
         let mut batch = Vec::with_capacity(events.len());
         for event in &events {
             batch.push(self.draft(event, &batch).await?);
         }
         if !batch.is_empty() {
-            compat::publish::publish(&self.node, batch).await?;
+            publish(&self.node, batch).await?;
         }
         Ok(Response::default())
     }
 
-    async fn draft(&self, event: &Sent<'_>, before: &[(Channel, Draft)]) -> Result<(Channel, Draft), Refusal> {
-        let incomplete = || Refusal::Text(INCOMPLETE.to_owned());
+    async fn draft(&self, event: &PublishedEvent<'_>, before: &[(Channel, Draft)]) -> Result<(Channel, Draft), NodeSseError> {
+        let incomplete = || NodeSseError::Text(INCOMPLETE.to_owned());
         let payload = event.payload.ok_or_else(incomplete)?;
-        // A text of many bytes is not copied to see that it is none of the few that pass for nothing.
+        // Decides whether the payload is falsy without copying it.
         let falsy = matches!(payload.get(), "\"\"" | "false" | "null")
             || serde_json::from_str::<f64>(payload.get()).is_ok_and(|number| number == 0.0);
         if falsy || js::is_falsy(&event.channel) || js::is_falsy(&event.kind) {
@@ -106,7 +109,7 @@ impl NodeSse {
         Ok((channel, Draft::own(parts, self.node.config.limits.event)?))
     }
 
-    /// Whether anybody has subscribed or published to a channel, as far as it is remembered.
+    /// Whether a client has subscribed or published to the channel.
     pub(super) async fn exists(&self, channel: &Channel) -> Result<bool, Error> {
         if self.known.has(channel) {
             return Ok(true);
@@ -120,22 +123,22 @@ impl NodeSse {
     }
 }
 
-/// `events` of a body, which is nothing if it is not there.
-fn events(body: &str) -> Result<Vec<Sent<'_>>, Refusal> {
+/// `events` of a body; none if it is missing.
+fn events(body: &str) -> Result<Vec<PublishedEvent<'_>>, NodeSseError> {
     #[derive(Default, Deserialize)]
     #[serde(default)]
-    struct Whole<'a> {
+    struct PublishBody<'a> {
         #[serde(borrow)]
         events: Option<&'a RawValue>,
     }
-    // A list has no members.
-    let Ok(Whole { events: Some(events) }) = serde_json::from_str(body) else { return Ok(Vec::new()) };
+    // An array has no members.
+    let Ok(PublishBody { events: Some(events) }) = serde_json::from_str(body) else { return Ok(Vec::new()) };
     let falsy = serde_json::from_str::<Value>(events.get()).is_ok_and(|value| js::is_falsy(&value));
     if falsy {
         return Ok(Vec::new());
     }
     serde_json::from_str(events.get())
-        .map_err(|_| Refusal::Text("Bad Request: 'events' is a list of json objects.".to_owned()))
+        .map_err(|_| NodeSseError::Text("Bad Request: 'events' is a list of json objects.".to_owned()))
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

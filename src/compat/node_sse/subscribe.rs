@@ -1,22 +1,17 @@
 //! `GET /subscribe` and `GET /lastEvent`.
 
-use std::{
-    collections::{HashSet, VecDeque},
-    sync::Arc,
-    task::Context,
-    time::Duration,
-};
+use std::{sync::Arc, task::Context, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
     http::{HeaderValue, Method, Response, Version, header, request::Parts as Head},
 };
-use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::{
-    NodeSse, Refusal, js,
-    presence::{Member, Presence},
+    context::{NodeSse, NodeSseError},
+    js,
+    online::{OnlineClients, OnlineMember},
     wire,
 };
 use crate::{
@@ -36,25 +31,19 @@ use crate::{
     },
 };
 
-/// Names of channels that are remembered to exist though nothing is in them.
-const MAX_KNOWN: usize = 10_000;
-/// Bytes of a `clientId`: everybody online is told of everybody's.
+/// Maximum size of a `clientId` in bytes. All clients receive the ids of all.
 const MAX_CLIENT: usize = 255;
 
-/// Channels that were subscribed to or published to. The original knows all of them for ever.
-#[derive(Default)]
-pub(super) struct Known(Mutex<(HashSet<Channel>, VecDeque<Channel>)>);
-
-/// What one browser hears beside events.
-struct Browser {
-    member: Member,
-    /// Milliseconds of silence before a comment. Different for each: they were all opened at once.
+/// The handler of a stream: sends the list of clients, and comments as heartbeats.
+struct NodeSseStream {
+    member: OnlineMember,
+    /// Heartbeat interval in milliseconds, randomized so that the streams are not in step.
     heartbeat: u32,
 }
 
 impl NodeSse {
-    pub(super) async fn subscribe(&self, head: &Head, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
-        let bad = || Refusal::Text("Bad Request".to_owned());
+    pub(super) async fn subscribe(&self, head: &Head, query: &Form<'_>) -> Result<Response<Body>, NodeSseError> {
+        let bad = || NodeSseError::Text("Bad Request".to_owned());
         let mut channels = Vec::new();
         for name in query.texts("channels").flat_map(|names| names.split(',')).filter(|name| !name.is_empty()) {
             let channel = Channel::parse(name).map_err(|_| bad())?;
@@ -93,7 +82,7 @@ impl NodeSse {
             places.push(subs.add(watch, Start::Now, None).position);
         }
         let id = match given.is_empty() {
-            true => Value::from(self.number().await?),
+            true => Value::from(self.next_client_number().await?),
             false => Value::from(given),
         };
         first.push(wire::frame(None, "registered", &json!({ "clientId": id }).to_string()));
@@ -107,14 +96,14 @@ impl NodeSse {
         }
         let heartbeat = self.node.config.sse.heartbeat.mul_f64(fastrand::f64() / 2.0 + 0.75);
         let heartbeat = u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX);
-        // The last that is done: everybody hears of it, this one too.
-        let member = Presence::join(&self.presence, &js::text(&id));
-        Ok(SubscriptionStream::new(&self.node, subs, Browser { member, heartbeat }).respond(answer, first))
+        // Last, because it sends the list to all clients including this one.
+        let member = OnlineClients::join(&self.online, &js::text(&id));
+        Ok(SubscriptionStream::new(&self.node, subs, NodeSseStream { member, heartbeat }).respond(answer, first))
     }
 
-    pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, Refusal> {
+    pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, NodeSseError> {
         let channel = query.text("channel").and_then(|name| Channel::parse(name).ok());
-        let channel = channel.ok_or_else(|| Refusal::Text("Bad Request".to_owned()))?;
+        let channel = channel.ok_or_else(|| NodeSseError::Text("Bad Request".to_owned()))?;
         let _ = Identity::anonymous().may_subscribe(&channel)?;
         let newest = ReadLimit { events: 1, bytes: 0 };
         let page = self.node.bus.read(&channel, Start::Last(1), newest, None).await?;
@@ -145,7 +134,7 @@ impl NodeSse {
     }
 }
 
-impl StreamHandler for Browser {
+impl StreamHandler for NodeSseStream {
     fn heartbeat(&self) -> Option<HeartbeatPolicy> {
         Some(HeartbeatPolicy::WhenIdle(Duration::from_millis(self.heartbeat.into())))
     }
@@ -162,25 +151,5 @@ impl StreamHandler for Browser {
 
     fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
         stream.out.push(retry_chunk(code));
-    }
-}
-
-// === impl Known ===
-
-impl Known {
-    pub fn has(&self, channel: &Channel) -> bool {
-        self.0.lock().0.contains(channel)
-    }
-
-    pub fn add(&self, channel: &Channel) {
-        let (names, order) = &mut *self.0.lock();
-        if names.insert(channel.clone()) {
-            order.push_back(channel.clone());
-            if order.len() > MAX_KNOWN
-                && let Some(oldest) = order.pop_front()
-            {
-                names.remove(&oldest);
-            }
-        }
     }
 }

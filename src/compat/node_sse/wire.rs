@@ -1,4 +1,4 @@
-//! Frames and pages as the original writes them.
+//! The wire format of the original: frames, sentences and error pages.
 
 use std::borrow::Cow;
 
@@ -18,20 +18,20 @@ use crate::{
     net::chunk,
 };
 
-/// Marks, in the `meta` of an event, what only this world can tell: that a payload was no text, so that its text is the
-/// one that JavaScript makes of it.
-pub const META: &str = "weir.node-sse";
-pub const VALUE: &str = "value";
-/// The event was published to a channel that did not exist. Then the original keeps the payload alone.
-pub const FIRST: &str = "first";
+/// The member of an event's `meta` that marks an event of this adapter whose payload was not a string. Its text is that of
+/// JavaScript's `String(payload)`.
+pub(super) const META: &str = "weir.node-sse";
+pub(super) const VALUE: &str = "value";
+/// The event was published to a channel that did not exist, for which the original stores only the payload.
+pub(super) const FIRST: &str = "first";
 
-/// Nothing but an event of this world looks like this to a browser.
-pub static EVENT: Format = Format { open: chunk::open, event, close: chunk::close };
+/// The format of events on streams of this adapter.
+pub(super) static EVENT: Format = Format { open: chunk::open, event, close: chunk::close };
 
 fn event(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
     let kind = event.kind_json().unwrap_or(r#""message""#);
     out.extend_from_slice(b"event: ");
-    // No type has control characters: it is one line.
+    // A type contains no control characters, so this is one line.
     out.extend_from_slice(read_json_str(kind).as_bytes());
     out.extend_from_slice(
         br#"
@@ -46,7 +46,7 @@ data: {"channelName":"#,
 }
 
 /// `{channelName?,type,payload}` as a chunk.
-pub fn frame(channel: Option<&Channel>, kind: &str, payload: &str) -> Bytes {
+pub(super) fn frame(channel: Option<&Channel>, kind: &str, payload: &str) -> Bytes {
     let mut out = Vec::with_capacity(128 + payload.len());
     chunk::open(&mut out);
     out.extend_from_slice(b"event: ");
@@ -66,7 +66,7 @@ pub fn frame(channel: Option<&Channel>, kind: &str, payload: &str) -> Bytes {
     out.into()
 }
 
-/// The text that subscribers get.
+/// The payload as text.
 fn payload(event: &Event) -> Cow<'_, str> {
     match event.data_json().or(event.data_base64()) {
         Some(text) if text.starts_with('"') => read_json_str(text),
@@ -76,8 +76,8 @@ fn payload(event: &Event) -> Cow<'_, str> {
     }
 }
 
-/// The last event of a channel, as `/lastEvent` has it: a text, or the bare payload of a first one.
-pub fn last_event(event: &Event) -> Value {
+/// The last event of a channel in `/lastEvent`: JSON text, or only the payload of the first event.
+pub(super) fn last_event(event: &Event) -> Value {
     let mark = mark(event);
     let raw = match event.data_json() {
         Some(json) if mark.is_some() || json.starts_with('"') => parse(json),
@@ -94,34 +94,34 @@ pub fn last_event(event: &Event) -> Value {
     Value::String(String::from_utf8_lossy(&out).into_owned())
 }
 
-/// What it was published as, if that is not plain.
+/// The mark of the event in its `meta`.
 fn mark(event: &Event) -> Option<String> {
     let meta = event.meta_json().filter(|meta| meta.contains(META))?;
     let meta: Value = serde_json::from_str(meta).ok()?;
     Some(meta.get(META)?.as_str()?.to_owned())
 }
 
-/// Of what was JSON when it came in.
+/// Parses JSON that was valid when it was published.
 fn parse(json: &str) -> Value {
     serde_json::from_str(json).unwrap_or_default()
 }
 
-/// What weir refuses: a mistake by a sentence, as the original's are, and anything else by a page.
-pub fn failure(error: &Error) -> Response<Body> {
+/// The response to an error of weir: a sentence for a mistake of the client, as in the original, else a page.
+pub(super) fn failure(error: &Error) -> Response<Body> {
     match StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR) {
         StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN => bad_request(format!("Bad Request: {}", error.detail())),
         status => page(status, error.detail()),
     }
 }
 
-pub fn bad_request(text: String) -> Response<Body> {
+pub(super) fn bad_request(text: String) -> Response<Body> {
     let mut answer = Response::new(Body::from(text));
     *answer.status_mut() = StatusCode::BAD_REQUEST;
     answer
 }
 
-/// What Express answers of itself.
-pub fn page(status: StatusCode, text: &str) -> Response<Body> {
+/// An error page of Express.
+pub(super) fn page(status: StatusCode, text: &str) -> Response<Body> {
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;");
     let page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>Error</title>\n</head>\n<body>\n\
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn events_of_all_worlds() {
+    fn events_of_any_publisher() {
         let raw = |json| serde_json::from_str(json).unwrap();
         let frame = |kind: &str, payload: &str| {
             format!("event: {kind}\ndata: {{\"channelName\":\"a\",\"type\":\"{kind}\",\"payload\":{payload}}}\n\n")

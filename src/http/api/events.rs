@@ -325,7 +325,7 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &Readin
     tokio::select! {
         biased;
         answer = reading.answer(&node.bus, &node.draining) => answer,
-        () = waiting.kicked() => Err(Error::new(Code::Kicked, "an operator has ended this read")),
+        () = waiting.kicked() => Err(Error::new(Code::Kicked, "this read was closed by an administrator")),
     }
 }
 

@@ -14,11 +14,10 @@ use super::{
         Report,
         latency::{Latency, Span},
     },
-    client::client,
     commands,
     error::{is_rejected, reason},
 };
-use crate::backend::redis::client::{Address, RedisUrl};
+use crate::backend::redis::client::{Address, RedisUrl, crate_client};
 
 const CONNECT: Duration = Duration::from_secs(5);
 const REPLY: Duration = Duration::from_secs(10);
@@ -55,7 +54,7 @@ impl ExaminedServer {
         let config =
             || AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(REPLY));
         let mut resp3 = Ok(());
-        let connection = match client(url, address, login, ProtocolVersion::RESP3)?
+        let connection = match crate_client(url, address, login, ProtocolVersion::RESP3)?
             .get_multiplexed_async_connection_with_config(&config())
             .await
         {
@@ -63,7 +62,7 @@ impl ExaminedServer {
             Err(error) if error.is_io_error() || is_rejected(&error) => return Err(error),
             Err(error) => {
                 resp3 = Err(reason(&error));
-                client(url, address, login, ProtocolVersion::RESP2)?
+                crate_client(url, address, login, ProtocolVersion::RESP2)?
                     .get_multiplexed_async_connection_with_config(&config())
                     .await?
             }

@@ -4,8 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::super::note;
-use crate::channel::Channel;
+use crate::{channel::Channel, terminal::note};
 
 /// How often progress is reported.
 const INTERVAL: Duration = Duration::from_secs(2);

@@ -16,8 +16,10 @@ use std::{
 use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, aio::MultiplexedConnection, cmd, pipe};
 use serde::Deserialize;
 
-use super::super::{Failure, doctor::redis_client};
-use crate::backend::redis::client::{RedisUrl, TopologyKind};
+use crate::{
+    backend::redis::client::{RedisUrl, TopologyKind, crate_client},
+    terminal::Failure,
+};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Keys of one SCAN, and of one MGET.
@@ -59,7 +61,7 @@ impl ImportSource {
             return Err(Failure::Usage("ganomede-events uses one Redis: write redis://host:6379".into()));
         };
         // Its server may be too old for RESP3.
-        let client = redis_client(&url, address, true, ProtocolVersion::RESP2).map_err(|error| unavailable(&error))?;
+        let client = crate_client(&url, address, true, ProtocolVersion::RESP2).map_err(|error| unavailable(&error))?;
         let config = AsyncConnectionConfig::new();
         let config = config.set_connection_timeout(Some(PATIENCE)).set_response_timeout(Some(PATIENCE));
         let connection =

@@ -2,10 +2,15 @@
 
 use redis::{Client, ConnectionAddr, IntoConnectionInfo as _, ProtocolVersion, RedisResult};
 
-use crate::backend::redis::client::{Address, RedisUrl};
+use super::url::{Address, RedisUrl};
 
 /// A client for one of the servers. Without `login` for a sentinel, which has credentials of its own, if any.
-pub(crate) fn client(url: &RedisUrl, address: &Address, login: bool, protocol: ProtocolVersion) -> RedisResult<Client> {
+pub(crate) fn crate_client(
+    url: &RedisUrl,
+    address: &Address,
+    login: bool,
+    protocol: ProtocolVersion,
+) -> RedisResult<Client> {
     let (host, port) = (address.host.to_string(), address.port);
     let place = match url.tls {
         true => ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None },

@@ -13,10 +13,10 @@ use super::{
 use crate::{
     bus::ReadLimit,
     channel::Channel,
-    cli::Failure,
-    compat::ganomede::VOID,
+    compat::ganomede::wire::VOID,
     event::{Draft, DraftParts, Event, EventData},
     position::{Epoch, Position, Start},
+    terminal::Failure,
 };
 
 /// Events that are read at a time, and void events that are placed at a time.

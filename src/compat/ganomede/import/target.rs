@@ -9,12 +9,12 @@ use std::{
 };
 
 use crate::{
-    app,
-    bus::{Bus, Retention, WallClock},
-    cli::Failure,
+    backend,
+    bus::{self, Bus, Retention, WallClock},
     config::{Backend, Config},
     error::{Code, Error},
     metrics::Metrics,
+    terminal::Failure,
 };
 
 /// Larger than any channel: retention applies after the import.
@@ -44,14 +44,14 @@ impl ImportTarget {
         }
         let unavailable = |error: anyhow::Error| Failure::Unavailable(format!("{error:#}"));
         let metrics = Arc::new(Metrics::new());
-        let topics = app::bus_config(&config);
+        let topics = bus::Config::new(&config);
         let clock = Arc::new(AtomicU64::new(0));
         let mut past = topics.clone();
         past.rules.clear();
         past.retention = EVERYTHING;
         let past =
-            app::bus(&config, past, WallClock::Manual(clock.clone()), metrics.clone()).await.map_err(unavailable)?;
-        let bus = Arc::new(app::bus(&config, topics, WallClock::System, metrics).await.map_err(unavailable)?);
+            backend::open_bus(&config, past, WallClock::Manual(clock.clone()), metrics.clone()).await.map_err(unavailable)?;
+        let bus = Arc::new(backend::open_bus(&config, topics, WallClock::System, metrics).await.map_err(unavailable)?);
         Ok(ImportTarget { bus, past, clock, event_limit: config.limits.event })
     }
 

@@ -4,6 +4,7 @@
 //! becomes an event of type `weir.void`, which clients of ganomede do not see. No progress is stored: the newest event
 //! of a channel in weir shows how far it was imported, and whether the channel is an import of this source.
 
+mod args;
 mod channel;
 mod progress;
 mod source;
@@ -11,25 +12,40 @@ mod target;
 
 use std::collections::BTreeMap;
 
+use clap::{Args as _, FromArgMatches as _};
 use serde::Serialize;
 
 use self::{
+    args::ImportArgs,
     channel::{ChannelImport, ImportedLog},
     progress::{ImportProgress, ImportedCursors},
     source::{ImportSource, SourceSurvey},
     target::{ImportTarget, failed},
 };
-use super::{Failure, args::ImportGanomede, note, output::Output};
+use super::{indices::Indices, poll::consumer};
 use crate::{
     channel::Channel,
-    compat::ganomede::{Indices, consumer},
+    compat::adapter::Importer,
     config::Config,
     error::Code,
     position::Position,
+    terminal::{Failure, Output, note},
+};
+
+/// `weir import ganomede`.
+pub(super) const IMPORTER: Importer = Importer {
+    name: "ganomede",
+    args: ImportArgs::augment_args,
+    run: |matches, config, out| {
+        Box::pin(async move {
+            let args = ImportArgs::from_arg_matches(matches).map_err(|error| Failure::Usage(error.to_string()))?;
+            import_all(&args, config, out).await
+        })
+    },
 };
 
 /// Imports everything into the bus of `config`, or fails before anything is written.
-pub(super) async fn ganomede(args: &ImportGanomede, config: Config, out: &mut Output) -> Result<(), Failure> {
+async fn import_all(args: &ImportArgs, config: Config, out: &mut Output) -> Result<(), Failure> {
     let target = ImportTarget::open(config).await?;
     let mut source = ImportSource::open(&args.from).await?;
     let survey = source.survey().await?;
@@ -43,7 +59,7 @@ pub(super) async fn ganomede(args: &ImportGanomede, config: Config, out: &mut Ou
 }
 
 async fn import(
-    args: &ImportGanomede,
+    args: &ImportArgs,
     source: &mut ImportSource,
     survey: &SourceSurvey,
     target: &ImportTarget,
