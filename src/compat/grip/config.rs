@@ -180,6 +180,9 @@ prefix = "api-"
     #[test]
     fn routes_of_a_disabled_adapter_are_rejected() {
         let problems = read("[[compat.grip.routes]]\norigin = \"http://127.0.0.1:3000\"\n", &[]).unwrap_err();
-        assert!(problems.contains("compat.grip.routes: are set, but compat.enable does not contain grip"), "{problems}");
+        assert!(
+            problems.contains("compat.grip.routes: are set, but compat.enable does not contain grip"),
+            "{problems}"
+        );
     }
 }

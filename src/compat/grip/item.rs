@@ -1,82 +1,82 @@
-//! [`Item`]: what a publisher sends to a channel, in one or more formats. The texts of refusals are Pushpin's.
+//! [`PublishItem`]: the unit of publishing, in one or more formats. The texts of errors are Pushpin's.
 
 use std::collections::BTreeMap;
 
 use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value};
 
-use super::{
-    instruct::Wrong,
-    members::{bytes_of, code_of, headers_of, text_of},
-};
+use super::members::{bytes_of, code_of, headers_of, text_of};
 
-/// One thing to tell those who are held on a channel.
 #[derive(Debug, Default, PartialEq)]
-pub struct Item {
-    pub channel: String,
-    pub id: Option<String>,
-    /// The item before it.
-    pub prev_id: Option<String>,
-    /// What filters know of the publisher.
-    pub meta: BTreeMap<String, String>,
-    /// Does not wait for the item before it.
-    pub unordered: bool,
-    pub stream: Option<Action<Vec<u8>>>,
-    pub response: Option<Action<Response>>,
+pub(super) struct PublishItem {
+    pub(super) channel: String,
+    pub(super) id: Option<String>,
+    /// The predecessor in the channel.
+    pub(super) prev_id: Option<String>,
+    /// The publisher's metadata for filters.
+    pub(super) meta: BTreeMap<String, String>,
+    /// Published without waiting for the predecessor (`no-seq`).
+    pub(super) unordered: bool,
+    pub(super) stream: Option<FormatAction<Vec<u8>>>,
+    pub(super) response: Option<FormatAction<ItemResponse>>,
 }
 
+/// The effect of one format of an item on a held response.
 #[derive(Debug, PartialEq)]
-pub enum Action<T> {
+pub(super) enum FormatAction<T> {
     Send(T),
-    /// Whoever is held asks its origin again.
+    /// The proxy requests the data from the origin.
     Hint,
-    /// The stream ends.
     Close,
 }
 
-/// What answers a held response.
+/// The format `http-response`.
 #[derive(Debug, PartialEq)]
-pub struct Response {
-    pub code: StatusCode,
-    pub headers: HeaderMap,
-    pub body: Body,
+pub(super) struct ItemResponse {
+    pub(super) code: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: ItemBody,
 }
 
 #[derive(Debug, PartialEq)]
-pub enum Body {
+pub(super) enum ItemBody {
     Bytes(Vec<u8>),
-    /// A JSON Patch of what the origin would have answered.
+    /// A JSON Patch of the body of the origin's response.
     Patch(Value),
 }
 
-/// All items of a request. `Err` is the whole body of a 400.
-pub fn read(body: &[u8]) -> Result<Vec<Item>, String> {
+/// All items of a request. The error is the body of a 400 response.
+pub(super) fn read(body: &[u8]) -> Result<Vec<PublishItem>, String> {
     let document: Value = serde_json::from_slice(body).map_err(|_| "Body is not valid JSON.\n".to_owned())?;
     let Value::Object(document) = document else { return Err("Invalid format.\n".into()) };
     let items = match document.get("items") {
         None => Err("object does not contain 'items'".to_owned()),
-        Some(Value::Array(items)) => items.iter().map(Item::read).collect(),
+        Some(Value::Array(items)) => items.iter().map(PublishItem::read).collect(),
         Some(_) => Err("object contains 'items' with wrong type".to_owned()),
     };
-    items.map_err(|wrong| format!("Invalid format: {wrong}\n"))
+    items.map_err(|error| format!("Invalid format: {error}\n"))
 }
 
-impl Item {
-    fn read(value: &Value) -> Result<Self, Wrong> {
+impl PublishItem {
+    fn read(value: &Value) -> Result<Self, String> {
         const WHAT: &str = "publish item object";
         let from = value.as_object().ok_or_else(|| format!("{WHAT} is not an object"))?;
         let channel = text_of(from, WHAT, "channel")?.ok_or_else(|| format!("{WHAT} does not contain 'channel'"))?;
-        let owned = |key: &str| Ok::<_, Wrong>(text_of(from, WHAT, key)?.map(str::to_owned));
-        let mut item =
-            Item { channel: channel.to_owned(), id: owned("id")?, prev_id: owned("prev-id")?, ..Item::default() };
-        // Formats may also stand beside the channel, as long ago.
+        let owned = |key: &str| Ok::<_, String>(text_of(from, WHAT, key)?.map(str::to_owned));
+        let mut item = PublishItem {
+            channel: channel.to_owned(),
+            id: owned("id")?,
+            prev_id: owned("prev-id")?,
+            ..PublishItem::default()
+        };
+        // In the old notation, the formats are members of the item itself.
         let formats = match from.get("formats") {
             None => from,
             Some(formats) => formats.as_object().ok_or_else(|| format!("{WHAT} contains 'formats' with wrong type"))?,
         };
-        let bare = !from.contains_key("formats");
+        let old_notation = !from.contains_key("formats");
         let known = ["http-response", "http-stream", "ws-message"];
-        if formats.is_empty() || (bare && !known.iter().any(|format| formats.contains_key(*format))) {
+        if formats.is_empty() || (old_notation && !known.iter().any(|format| formats.contains_key(*format))) {
             return Err("no formats specified".into());
         }
         if let Some(format) = formats.get("http-response") {
@@ -101,18 +101,18 @@ impl Item {
 fn action<T>(
     format: &Value,
     what: &str,
-    send: impl FnOnce(&Map<String, Value>) -> Result<T, Wrong>,
-) -> Result<Action<T>, Wrong> {
+    send: impl FnOnce(&Map<String, Value>) -> Result<T, String>,
+) -> Result<FormatAction<T>, String> {
     let format = format.as_object().ok_or_else(|| format!("{what} is not an object"))?;
     match text_of(format, what, "action")? {
-        None | Some("send") => send(format).map(Action::Send),
-        Some("hint") => Ok(Action::Hint),
-        Some("close") => Ok(Action::Close),
+        None | Some("send") => send(format).map(FormatAction::Send),
+        Some("hint") => Ok(FormatAction::Hint),
+        Some("close") => Ok(FormatAction::Close),
         Some(_) => Err(format!("{what} contains 'action' with unknown value")),
     }
 }
 
-fn stream(format: &Value) -> Result<Action<Vec<u8>>, Wrong> {
+fn stream(format: &Value) -> Result<FormatAction<Vec<u8>>, String> {
     const WHAT: &str = "'http-stream'";
     action(format, WHAT, |format| {
         bytes_of(format, WHAT, "content-bin", "content")?
@@ -120,20 +120,20 @@ fn stream(format: &Value) -> Result<Action<Vec<u8>>, Wrong> {
     })
 }
 
-fn response(format: &Value) -> Result<Action<Response>, Wrong> {
+fn response(format: &Value) -> Result<FormatAction<ItemResponse>, String> {
     const WHAT: &str = "'http-response'";
     action(format, WHAT, |format| {
         let code = code_of(format, WHAT)?.unwrap_or(StatusCode::OK);
-        // Checked, and lost: HTTP/2 has no reason, and nobody reads it.
+        // Checked, but dropped: HTTP/2 has no reason phrase.
         text_of(format, WHAT, "reason")?;
         let headers = headers_of(format, WHAT)?;
         let body = match (bytes_of(format, WHAT, "body-bin", "body")?, format.get("body-patch")) {
-            (Some(bytes), _) => Body::Bytes(bytes),
-            (None, Some(patch)) if patch.is_array() => Body::Patch(patch.clone()),
+            (Some(bytes), _) => ItemBody::Bytes(bytes),
+            (None, Some(patch)) if patch.is_array() => ItemBody::Patch(patch.clone()),
             (None, Some(_)) => return Err(format!("{WHAT} contains 'body-patch' with wrong type")),
             (None, None) => return Err(format!("{WHAT} does not contain 'body', 'body-bin', or 'body-patch'")),
         };
-        Ok(Response { code, headers, body })
+        Ok(ItemResponse { code, headers, body })
     })
 }
 
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_publishers_send() {
+    fn items_in_all_notations() {
         let items = read(
             br#"{"items":[
                 {"formats":{"http-stream":{"content":"event: message\ndata: {\"a\":1}\n\n"}},"channel":"events-abc"},
@@ -153,18 +153,18 @@ mod tests {
         )
         .unwrap();
         let [a, b, c, d] = &items[..] else { panic!("{items:?}") };
-        assert_eq!(a.stream, Some(Action::Send(b"event: message\ndata: {\"a\":1}\n\n".to_vec())));
+        assert_eq!(a.stream, Some(FormatAction::Send(b"event: message\ndata: {\"a\":1}\n\n".to_vec())));
         assert_eq!((a.id.as_deref(), a.response.is_none()), (None, true));
         assert_eq!((b.id.as_deref(), b.prev_id.as_deref(), &b.meta["sender"][..]), (Some("2"), Some("1"), "s"));
-        assert_eq!(b.stream, Some(Action::Send(vec![0, 255])));
-        let Some(Action::Send(response)) = &b.response else { panic!("{b:?}") };
-        assert_eq!((response.code.as_u16(), &response.body), (201, &Body::Bytes(vec![0])));
-        assert_eq!((&c.stream, &d.stream, &d.response), (&Some(Action::Close), &None, &Some(Action::Hint)));
+        assert_eq!(b.stream, Some(FormatAction::Send(vec![0, 255])));
+        let Some(FormatAction::Send(response)) = &b.response else { panic!("{b:?}") };
+        assert_eq!((response.code.as_u16(), &response.body), (201, &ItemBody::Bytes(vec![0])));
+        assert_eq!((&c.stream, &d.stream, &d.response), (&Some(FormatAction::Close), &None, &Some(FormatAction::Hint)));
         assert_eq!(read(br#"{"items":[]}"#).unwrap(), []);
     }
 
     #[test]
-    fn refusals_have_pushpins_words() {
+    fn errors_have_the_texts_of_pushpin() {
         let item = |formats: &str| format!(r#"{{"items":[{{"channel":"a","formats":{formats}}}]}}"#);
         for (body, wrong) in [
             ("", "Body is not valid JSON.\n"),

@@ -1,5 +1,5 @@
-//! [`Instruct`]: what an origin tells the proxy to do with its answer, in `Grip-…` headers or as a body of
-//! `application/grip-instruct`. A mistake in it is the origin's: the client gets a 502, the text is Pushpin's.
+//! [`Instructions`] of an origin for its response, in `Grip-…` headers or in a body of the type
+//! `application/grip-instruct`. Invalid instructions are a 502 for the client; the texts are Pushpin's.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,86 +7,83 @@ use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use http::{HeaderMap, StatusCode, header};
 use serde_json::{Map, Value};
 
-use super::members::{bytes_of, code_of, headers_of, seconds_of, text_of};
+use super::{
+    headers::strip_grip,
+    members::{bytes_of, code_of, final_status, headers_of, seconds_of, text_of},
+};
 
-/// Of a response hold, and of a keep-alive that names no time.
+/// Default timeout of response holds and keep-alives.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(55);
 const DEFAULT_LINK_TIMEOUT: Duration = Duration::from_secs(120);
-/// The media type of instructions as a body.
-const AS_BODY: &str = "application/grip-instruct";
-/// Filters that weir has.
-pub const FILTERS: [&str; 3] = ["skip-self", "skip-users", "require-sub"];
+const MEDIA_TYPE: &str = "application/grip-instruct";
+const FILTERS: [&str; 3] = ["skip-self", "skip-users", "require-sub"];
 
-/// What to do with an answer beside passing it on.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Instruct {
-    pub hold: Option<Hold>,
-    pub channels: Vec<Channel>,
+pub(super) struct Instructions {
+    pub(super) hold: Option<HoldMode>,
+    pub(super) channels: Vec<HeldChannel>,
     /// How long a response is held.
-    pub timeout: Duration,
-    pub keep_alive: Option<KeepAlive>,
-    /// What filters know of the client.
-    pub meta: BTreeMap<String, String>,
-    /// Instead of the answer's own status.
-    pub status: Option<StatusCode>,
-    /// Where the stream goes on.
-    pub next: Option<Link>,
+    pub(super) timeout: Duration,
+    pub(super) keep_alive: Option<KeepAlive>,
+    /// The client's metadata for filters.
+    pub(super) meta: BTreeMap<String, String>,
+    /// Replaces the status of the response.
+    pub(super) status: Option<StatusCode>,
+    pub(super) next: Option<NextLink>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hold {
-    /// Until an item answers it.
+pub(super) enum HoldMode {
+    /// Until an item is published as the response.
     Response,
-    /// For good, and items are added to it.
+    /// Items are appended to the response.
     Stream,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Channel {
+pub(super) struct HeldChannel {
     /// Without the prefix of the route.
-    pub name: String,
-    /// The item that the answer already contains: what follows it is the next.
-    pub prev_id: Option<String>,
-    pub filters: Vec<String>,
+    pub(super) name: String,
+    /// The newest item that the response contains.
+    pub(super) prev_id: Option<String>,
+    pub(super) filters: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeepAlive {
-    pub data: Vec<u8>,
-    pub timeout: Duration,
-    /// Whether it is sent however much else is.
-    pub always: bool,
+pub(super) struct KeepAlive {
+    pub(super) data: Vec<u8>,
+    pub(super) timeout: Duration,
+    /// Sent regularly, and not only after a time without items.
+    pub(super) interval: bool,
 }
 
+/// Where a stream continues.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
-    pub uri: String,
-    /// Fetched after so long without anything on every channel; `None` for never.
-    pub timeout: Option<Duration>,
+pub(super) struct NextLink {
+    pub(super) uri: String,
+    /// The link is fetched after this time without an item on every channel.
+    pub(super) timeout: Duration,
 }
 
-/// An answer that was all instructions: what the client gets instead.
+/// The response in a body of instructions.
 #[derive(Debug, Default, PartialEq)]
-pub struct Instead {
-    pub status: Option<StatusCode>,
-    pub headers: HeaderMap,
-    pub body: Vec<u8>,
+pub(super) struct EmbeddedResponse {
+    pub(super) status: Option<StatusCode>,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Vec<u8>,
 }
 
-/// What is wrong with instructions.
-pub type Wrong = String;
-
-impl Instruct {
-    /// Whether an answer with this head is more than an answer.
-    pub fn is_in(headers: &HeaderMap) -> bool {
-        headers.contains_key("grip-hold") || headers.contains_key("grip-link") || is_body(headers)
+impl Instructions {
+    /// Whether a response with this header has instructions.
+    pub(super) fn are_in(headers: &HeaderMap) -> bool {
+        headers.contains_key("grip-hold") || headers.contains_key("grip-link") || are_in_body(headers)
     }
 
-    /// Takes the instructions out of `headers`; no header of GRIP is left in them.
-    pub fn take(headers: &mut HeaderMap) -> Result<Self, Wrong> {
-        let found = Self::read(headers);
+    /// Takes the instructions out of `headers`: removes all fields of GRIP, and those that are not exposed.
+    pub(super) fn take(headers: &mut HeaderMap) -> Result<Self, String> {
+        let instructions = Self::read(headers);
         let exposed: Vec<String> = list(headers, "grip-expose-headers").map(|name| name.to_ascii_lowercase()).collect();
-        strip(headers);
+        strip_grip(headers);
         if !exposed.is_empty() {
             let hidden = headers.keys().filter(|name| !exposed.iter().any(|kept| kept == name.as_str())).cloned();
             let hidden: Vec<_> = hidden.collect();
@@ -94,22 +91,24 @@ impl Instruct {
                 headers.remove(name);
             }
         }
-        found
+        instructions
     }
 
-    fn read(headers: &HeaderMap) -> Result<Self, Wrong> {
+    fn read(headers: &HeaderMap) -> Result<Self, String> {
         let one = |name: &str| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()));
-        let mut instruct = Instruct { timeout: DEFAULT_TIMEOUT, ..Instruct::default() };
-        instruct.hold = match one("grip-hold").as_deref() {
+        let mut instructions = Instructions { timeout: DEFAULT_TIMEOUT, ..Instructions::default() };
+        instructions.hold = match one("grip-hold").as_deref() {
             None => None,
-            Some(mode) => Some(hold(mode).ok_or("Grip-Hold must be set to either 'response' or 'stream'".to_owned())?),
+            Some(mode) => {
+                Some(hold_mode(mode).ok_or("Grip-Hold must be set to either 'response' or 'stream'".to_owned())?)
+            }
         };
         for text in list(headers, "grip-channel") {
             let (name, params) = params(&text);
             if name.is_empty() {
                 return Err("failed to parse Grip-Channel".into());
             }
-            let mut channel = Channel { name, ..Channel::default() };
+            let mut channel = HeldChannel { name, ..HeldChannel::default() };
             for (key, value) in params {
                 match key.as_str() {
                     "prev-id" => channel.prev_id = Some(value),
@@ -117,24 +116,24 @@ impl Instruct {
                     _ => {}
                 }
             }
-            instruct.add(channel)?;
+            instructions.add(channel)?;
         }
         if let Some(text) = one("grip-timeout") {
-            instruct.timeout = whole_seconds(&text, "Grip-Timeout")?;
+            instructions.timeout = whole_seconds(&text, "Grip-Timeout")?;
         }
         if let Some(text) = one("grip-keep-alive") {
-            instruct.keep_alive = Some(keep_alive(&text)?);
+            instructions.keep_alive = Some(keep_alive(&text)?);
         }
         for text in list(headers, "grip-set-meta") {
             let Some((key, value)) = text.split_once('=') else {
                 return Err("failed to parse Grip-Set-Meta".into());
             };
-            instruct.meta.insert(key.trim().to_owned(), unquoted(value));
+            instructions.meta.insert(key.trim().to_owned(), unquoted(value));
         }
         if let Some(text) = one("grip-status").filter(|text| !text.is_empty()) {
-            // The reason behind it is lost: HTTP/2 has none, and nobody reads it.
+            // The reason phrase is dropped: HTTP/2 has none.
             let code = text.split(' ').next().and_then(|code| code.parse().ok());
-            instruct.status = Some(code.and_then(status).ok_or("Grip-Status contains invalid status code")?);
+            instructions.status = Some(code.and_then(final_status).ok_or("Grip-Status contains invalid status code")?);
         }
         for text in list(headers, "grip-link") {
             let (uri, params) = params(&text);
@@ -146,12 +145,12 @@ impl Instruct {
             let uri = uri.ok_or("failed to parse Grip-Link value")?.to_owned();
             let timeout = params.iter().find(|(key, _)| key == "timeout");
             let timeout = timeout.map(|(_, value)| whole_seconds(value, "Grip-Link timeout")).transpose()?;
-            instruct.next = Some(Link { uri, timeout: Some(timeout.unwrap_or(DEFAULT_LINK_TIMEOUT)) });
+            instructions.next = Some(NextLink { uri, timeout: timeout.unwrap_or(DEFAULT_LINK_TIMEOUT) });
         }
-        Ok(instruct)
+        Ok(instructions)
     }
 
-    fn add(&mut self, channel: Channel) -> Result<(), Wrong> {
+    fn add(&mut self, channel: HeldChannel) -> Result<(), String> {
         if let Some(unknown) = channel.filters.iter().find(|filter| !FILTERS.contains(&filter.as_str())) {
             return Err(format!("there is no filter '{unknown}'"));
         }
@@ -162,31 +161,33 @@ impl Instruct {
         Ok(())
     }
 
-    /// Adds the instructions of a body to those of its head.
-    pub fn read_body(&mut self, status: StatusCode, body: &[u8]) -> Result<Instead, Wrong> {
+    /// Adds the instructions of a body to those of the header.
+    pub(super) fn read_body(&mut self, status: StatusCode, body: &[u8]) -> Result<EmbeddedResponse, String> {
         if status != StatusCode::OK {
-            return Err(format!("response code for {AS_BODY} content must be 200"));
+            return Err(format!("response code for {MEDIA_TYPE} content must be 200"));
         }
         let document: Value =
-            serde_json::from_slice(body).map_err(|_| format!("failed to parse {AS_BODY} content as JSON"))?;
+            serde_json::from_slice(body).map_err(|_| format!("failed to parse {MEDIA_TYPE} content as JSON"))?;
         let document = document.as_object().ok_or("instruct must be an object")?;
         if let Some(hold) = document.get("hold") {
             self.read_hold(hold.as_object().ok_or("instruct contains 'hold' with wrong type")?)?;
         }
-        let mut instead = Instead::default();
+        let mut embedded = EmbeddedResponse::default();
         if let Some(response) = document.get("response") {
             let response = response.as_object().ok_or("instruct contains 'response' with wrong type")?;
-            instead.status = code_of(response, "response")?;
-            instead.headers = headers_of(response, "response")?;
-            instead.body = bytes_of(response, "response", "body-bin", "body")?.unwrap_or_default();
+            embedded.status = code_of(response, "response")?;
+            embedded.headers = headers_of(response, "response")?;
+            embedded.body = bytes_of(response, "response", "body-bin", "body")?.unwrap_or_default();
         }
-        Ok(instead)
+        Ok(embedded)
     }
 
-    fn read_hold(&mut self, from: &Map<String, Value>) -> Result<(), Wrong> {
+    fn read_hold(&mut self, from: &Map<String, Value>) -> Result<(), String> {
         self.hold = Some(match text_of(from, "hold", "mode")? {
-            None => Hold::Response,
-            Some(mode) => hold(mode).ok_or("hold 'mode' must be set to either 'response' or 'stream'".to_owned())?,
+            None => HoldMode::Response,
+            Some(mode) => {
+                hold_mode(mode).ok_or("hold 'mode' must be set to either 'response' or 'stream'".to_owned())?
+            }
         });
         let channels = from.get("channels").ok_or("'hold' does not contain 'channels'")?;
         for channel in channels.as_array().ok_or("hold contains 'channels' with wrong type")? {
@@ -198,7 +199,7 @@ impl Instruct {
             let filters = filters.transpose()?.into_iter().flatten();
             let filters = filters
                 .map(|filter| filter.as_str().map(str::to_owned).ok_or("filters contains value with wrong type"));
-            self.add(Channel {
+            self.add(HeldChannel {
                 name: name.to_owned(),
                 prev_id: text_of(channel, "channel", "prev-id")?.map(str::to_owned),
                 filters: filters.collect::<Result<_, _>>()?,
@@ -211,8 +212,8 @@ impl Instruct {
             let from = from.as_object().ok_or("hold contains 'keep-alive' with wrong type")?;
             let data = bytes_of(from, "keep-alive", "content-bin", "content")?.unwrap_or_default();
             let timeout = seconds_of(from, "keep-alive", "timeout")?.unwrap_or(DEFAULT_TIMEOUT);
-            let always = text_of(from, "keep-alive", "mode")? == Some("interval");
-            self.keep_alive = Some(KeepAlive { data, timeout: timeout.max(Duration::from_secs(1)), always });
+            let interval = text_of(from, "keep-alive", "mode")? == Some("interval");
+            self.keep_alive = Some(KeepAlive { data, timeout: timeout.max(Duration::from_secs(1)), interval });
         }
         if let Some(meta) = from.get("meta") {
             for (key, value) in meta.as_object().ok_or("hold contains 'meta' with wrong type")? {
@@ -223,49 +224,36 @@ impl Instruct {
         Ok(())
     }
 
-    /// Whether a held stream has to look at each item: its client may not get all of them, or has to get all of them.
-    pub fn is_followed(&self) -> bool {
-        let looks = |channel: &Channel| channel.prev_id.is_some() || !channel.filters.is_empty();
+    /// Whether a held stream must inspect each item, because some are filtered or because none may be missed.
+    pub(super) fn inspect_items(&self) -> bool {
+        let looks = |channel: &HeldChannel| channel.prev_id.is_some() || !channel.filters.is_empty();
         self.next.is_some() || self.channels.iter().any(looks)
     }
 }
 
-/// Whether the body is instructions, and not for the client.
-pub fn is_body(headers: &HeaderMap) -> bool {
+/// Whether the body of a response with this header consists of instructions.
+pub(super) fn are_in_body(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(AS_BODY)
+    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(MEDIA_TYPE)
 }
 
-/// Removes what is between proxy and origin only.
-pub fn strip(headers: &mut HeaderMap) {
-    let grip: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("grip-")).cloned().collect();
-    for name in grip {
-        headers.remove(name);
-    }
-}
-
-fn hold(mode: &str) -> Option<Hold> {
+fn hold_mode(mode: &str) -> Option<HoldMode> {
     match mode {
-        "response" => Some(Hold::Response),
-        "stream" => Some(Hold::Stream),
+        "response" => Some(HoldMode::Response),
+        "stream" => Some(HoldMode::Stream),
         _ => None,
     }
 }
 
-/// A final status: what is informational would not end the exchange.
-pub fn status(code: u16) -> Option<StatusCode> {
-    StatusCode::from_u16(code).ok().filter(|status| !status.is_informational())
-}
-
-fn whole_seconds(text: &str, what: &str) -> Result<Duration, Wrong> {
+fn whole_seconds(text: &str, what: &str) -> Result<Duration, String> {
     let seconds: i64 = text.trim().parse().map_err(|_| format!("failed to parse {what}"))?;
     u32::try_from(seconds)
         .map(|seconds| Duration::from_secs(seconds.into()))
         .map_err(|_| format!("{what} has invalid value"))
 }
 
-/// `data; format=…; timeout=…; mode=…`. The data may hold semicolons: only what looks like these is taken from its end.
-fn keep_alive(text: &str) -> Result<KeepAlive, Wrong> {
+/// `data; format=…; timeout=…; mode=…`. The data may contain semicolons: only known parameters are split off its end.
+fn keep_alive(text: &str) -> Result<KeepAlive, String> {
     let (mut format, mut timeout, mut mode) = (None, None, None);
     let mut data = text;
     while let Some((rest, param)) = data.rsplit_once(';') {
@@ -282,7 +270,7 @@ fn keep_alive(text: &str) -> Result<KeepAlive, Wrong> {
     if data.is_empty() {
         return Err("Grip-Keep-Alive cannot be empty".into());
     }
-    let always = match mode.as_deref() {
+    let interval = match mode.as_deref() {
         None | Some("" | "idle") => false,
         Some("interval") => true,
         Some(mode) => return Err(format!("no such Grip-Keep-Alive mode '{mode}'")),
@@ -294,10 +282,10 @@ fn keep_alive(text: &str) -> Result<KeepAlive, Wrong> {
         Some("base64") => BASE64.decode(data.trim()).map_err(|_| "failed to parse Grip-Keep-Alive base64 format")?,
         Some(format) => return Err(format!("no such Grip-Keep-Alive format '{format}'")),
     };
-    Ok(KeepAlive { data, timeout: timeout.unwrap_or(DEFAULT_TIMEOUT).max(Duration::from_secs(1)), always })
+    Ok(KeepAlive { data, timeout: timeout.unwrap_or(DEFAULT_TIMEOUT).max(Duration::from_secs(1)), interval })
 }
 
-/// The bytes that a C string means.
+/// Decodes the escapes of a C string.
 fn unescaped(text: &str) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
@@ -322,7 +310,7 @@ fn unescaped(text: &str) -> Option<Vec<u8>> {
 
 // === headers ===
 
-/// The items of a header that is a list, however often it is repeated.
+/// The elements of a list field, which may be repeated.
 fn list<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = String> + 'a {
     let values: Vec<String> =
         headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()).collect();
@@ -332,7 +320,7 @@ fn list<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = String> 
         .filter(|item| !item.is_empty())
 }
 
-/// Splits outside of quotes and of `<…>`.
+/// Splits a text, but not within quotes and `<…>`.
 fn split(text: &str, at: char) -> Vec<&str> {
     let (mut parts, mut from) = (Vec::new(), 0);
     let (mut quoted, mut escaped, mut link) = (false, false, false);
@@ -390,32 +378,32 @@ mod tests {
         headers
     }
 
-    fn read(pairs: &[(&'static str, &str)]) -> Result<Instruct, Wrong> {
-        Instruct::take(&mut headers(pairs))
+    fn read(pairs: &[(&'static str, &str)]) -> Result<Instructions, String> {
+        Instructions::take(&mut headers(pairs))
     }
 
     #[test]
-    fn what_eventstream_says() {
-        let instruct = read(&[
+    fn instructions_of_eventstream() {
+        let instructions = read(&[
             ("grip-channel", "events-abc, events-room-abc"),
             ("grip-hold", "stream"),
             ("grip-keep-alive", r"event: keep-alive\ndata: \n\n; format=cstring; timeout=20"),
         ])
         .unwrap();
-        assert_eq!(instruct.hold, Some(Hold::Stream));
-        let names: Vec<_> = instruct.channels.iter().map(|channel| channel.name.as_str()).collect();
+        assert_eq!(instructions.hold, Some(HoldMode::Stream));
+        let names: Vec<_> = instructions.channels.iter().map(|channel| channel.name.as_str()).collect();
         assert_eq!(names, ["events-abc", "events-room-abc"]);
         let keep_alive = KeepAlive {
             data: b"event: keep-alive\ndata: \n\n".into(),
             timeout: Duration::from_secs(20),
-            always: false,
+            interval: false,
         };
-        assert_eq!(instruct.keep_alive, Some(keep_alive));
-        assert!(!instruct.is_followed());
+        assert_eq!(instructions.keep_alive, Some(keep_alive));
+        assert!(!instructions.inspect_items());
     }
 
     #[test]
-    fn every_header() {
+    fn all_headers_are_read() {
         let mut map = headers(&[
             ("grip-hold", "response"),
             ("grip-channel", "a; prev-id=7; filter=skip-self"),
@@ -427,26 +415,26 @@ mod tests {
             ("content-type", "text/plain"),
             ("x-kept", "1"),
         ]);
-        let instruct = Instruct::take(&mut map).unwrap();
+        let instructions = Instructions::take(&mut map).unwrap();
         assert_eq!(map, headers(&[("content-type", "text/plain"), ("x-kept", "1")]));
-        assert_eq!((instruct.hold, instruct.timeout), (Some(Hold::Response), Duration::from_secs(5)));
-        let [a, b, c] = &instruct.channels[..] else { panic!("{instruct:?}") };
+        assert_eq!((instructions.hold, instructions.timeout), (Some(HoldMode::Response), Duration::from_secs(5)));
+        let [a, b, c] = &instructions.channels[..] else { panic!("{instructions:?}") };
         assert_eq!((a.prev_id.as_deref(), &a.filters[..]), (Some("7"), &["skip-self".to_owned()][..]));
         assert_eq!((b.prev_id.as_deref(), c.prev_id.as_deref()), (Some("x,\"y"), None));
-        assert_eq!(instruct.status, Some(StatusCode::NOT_MODIFIED));
-        assert_eq!((&instruct.meta["user"][..], &instruct.meta["other"][..]), ("alice, \"a\"", "1"));
-        let next = Link { uri: "/next?a=1,2;b".into(), timeout: Some(Duration::from_secs(9)) };
-        assert_eq!(instruct.next, Some(next));
-        assert!(instruct.is_followed());
+        assert_eq!(instructions.status, Some(StatusCode::NOT_MODIFIED));
+        assert_eq!((&instructions.meta["user"][..], &instructions.meta["other"][..]), ("alice, \"a\"", "1"));
+        let next = NextLink { uri: "/next?a=1,2;b".into(), timeout: Duration::from_secs(9) };
+        assert_eq!(instructions.next, Some(next));
+        assert!(instructions.inspect_items());
     }
 
     #[test]
-    fn keep_alive_in_all_formats_and_modes() {
-        let read = |text: &str| read(&[("grip-keep-alive", text)]).map(|instruct| instruct.keep_alive.unwrap());
-        assert_eq!(read("x").unwrap(), KeepAlive { data: b"x".into(), timeout: DEFAULT_TIMEOUT, always: false });
+    fn keep_alive_has_formats_and_modes() {
+        let read = |text: &str| read(&[("grip-keep-alive", text)]).map(|instructions| instructions.keep_alive.unwrap());
+        assert_eq!(read("x").unwrap(), KeepAlive { data: b"x".into(), timeout: DEFAULT_TIMEOUT, interval: false });
         assert_eq!(read("a;b; timeout=3").unwrap().data, b"a;b");
-        let interval = read("Ogo=; format=base64; mode=interval; timeout=1").unwrap();
-        assert_eq!(interval, KeepAlive { data: b":\n".into(), timeout: Duration::from_secs(1), always: true });
+        let periodic = read("Ogo=; format=base64; mode=interval; timeout=1").unwrap();
+        assert_eq!(periodic, KeepAlive { data: b":\n".into(), timeout: Duration::from_secs(1), interval: true });
         assert_eq!(read(r"\\\r\n\t\x41; format=cstring").unwrap().data, b"\\\r\n\tA");
         assert_eq!(read(r"\n; format=raw; mode=idle").unwrap().data, br"\n");
         for (text, wrong) in [
@@ -462,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_have_pushpins_words() {
+    fn errors_have_the_texts_of_pushpin() {
         for (name, value, wrong) in [
             ("grip-hold", "forever", "Grip-Hold must be set to either 'response' or 'stream'"),
             ("grip-timeout", "soon", "failed to parse Grip-Timeout"),
@@ -476,24 +464,24 @@ mod tests {
     }
 
     #[test]
-    fn headers_may_be_hidden() {
+    fn headers_that_are_not_exposed_are_removed() {
         let mut map = headers(&[("grip-expose-headers", "X-A"), ("x-a", "1"), ("x-b", "2")]);
-        Instruct::take(&mut map).unwrap();
+        Instructions::take(&mut map).unwrap();
         assert_eq!(map, headers(&[("x-a", "1")]));
     }
 
     #[test]
     fn instructions_as_a_body() {
-        let mut instruct = read(&[]).unwrap();
+        let mut instructions = read(&[]).unwrap();
         let body = br#"{"hold":{"mode":"stream","channels":[{"name":"a","prev-id":"1"},{"name":"b"}],"timeout":9,
             "keep-alive":{"content-bin":"Ogo=","timeout":7},"meta":{"user":"u"}},
             "response":{"code":"201","reason":"Yes","headers":{"X-A":"1","Grip-Hold":"stream","Connection":"close"},"body":"hi"}}"#;
-        let instead = instruct.read_body(StatusCode::OK, body).unwrap();
-        assert_eq!((instead.status, &instead.body[..]), (Some(StatusCode::CREATED), &b"hi"[..]));
-        assert_eq!(instead.headers, headers(&[("x-a", "1")]));
-        assert_eq!((instruct.hold, instruct.channels.len()), (Some(Hold::Stream), 2));
-        assert_eq!(instruct.channels[0].prev_id.as_deref(), Some("1"));
-        assert_eq!(instruct.keep_alive.as_ref().unwrap().data, b":\n");
+        let embedded = instructions.read_body(StatusCode::OK, body).unwrap();
+        assert_eq!((embedded.status, &embedded.body[..]), (Some(StatusCode::CREATED), &b"hi"[..]));
+        assert_eq!(embedded.headers, headers(&[("x-a", "1")]));
+        assert_eq!((instructions.hold, instructions.channels.len()), (Some(HoldMode::Stream), 2));
+        assert_eq!(instructions.channels[0].prev_id.as_deref(), Some("1"));
+        assert_eq!(instructions.keep_alive.as_ref().unwrap().data, b":\n");
         for (body, wrong) in [
             ("{", "failed to parse application/grip-instruct content as JSON"),
             ("[]", "instruct must be an object"),
@@ -503,7 +491,7 @@ mod tests {
             (r#"{"response":{"code":1000}}"#, "response contains 'code' with invalid value"),
             (r#"{"response":{"headers":[["a"]]}}"#, "headers contains list with wrong number of elements"),
         ] {
-            assert_eq!(instruct.read_body(StatusCode::OK, body.as_bytes()).unwrap_err(), wrong);
+            assert_eq!(instructions.read_body(StatusCode::OK, body.as_bytes()).unwrap_err(), wrong);
         }
     }
 }
