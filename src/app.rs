@@ -21,7 +21,7 @@ use crate::{
     http::{Endpoint, ListenerRole},
     metrics::Metrics,
     net::{
-        server::{self, Connections},
+        server::{self, HttpConnections},
         timer::TimerWheel,
     },
     node::Node,
@@ -51,7 +51,7 @@ pub struct App {
     bus: String,
     listeners: Vec<(TcpListener, Arc<Endpoint>)>,
     node: Arc<Node>,
-    connections: Connections,
+    connections: HttpConnections,
     remote_nodes: Arc<RemoteNodes>,
 }
 
@@ -68,7 +68,7 @@ impl App {
         let node = node(config, redis.as_ref(), metrics);
         let remote_nodes = Arc::new(RemoteNodes::new(&node.hub));
         let config = node.config.clone();
-        let connections = Connections::new(connection_limits(&config), node.timers.clone(), node.metrics.clone());
+        let connections = HttpConnections::new(connection_limits(&config), node.timers.clone(), node.metrics.clone());
         let mut adapters = compat::build(&node)?;
         let of_adapters: Vec<_> = adapters.iter_mut().flat_map(|adapter| adapter.listeners.drain(..)).collect();
         let adapters: Arc<[Adapter]> = adapters.into();
@@ -126,7 +126,7 @@ impl App {
     }
 
     /// Open connections, for tests.
-    pub fn connections(&self) -> &Connections {
+    pub fn connections(&self) -> &HttpConnections {
         &self.connections
     }
 
@@ -284,8 +284,8 @@ fn hub_config(config: &Config) -> rpc::Config {
     }
 }
 
-fn connection_limits(config: &Config) -> server::Limits {
-    server::Limits {
+fn connection_limits(config: &Config) -> server::ConnectionLimits {
+    server::ConnectionLimits {
         connections: config.limits.connections,
         header_timeout: config.limits.header_time,
         idle_timeout: config.limits.idle,

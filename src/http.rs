@@ -227,7 +227,7 @@ impl HttpService for Endpoint {
 /// up on an error status.
 fn rejection(head: &Parts, error: Error) -> Response {
     let stream = head.uri.path() == "/v1/sse" || sse::is_wanted(&head.headers);
-    if stream && error.code().retry() == Retry::Yes { sse::refusal(&error) } else { error.into_response() }
+    if stream && error.code().retry() == Retry::Yes { sse::retry_response(&error) } else { error.into_response() }
 }
 
 /// Completes the router's 405, whose `Allow` lists the methods of the path. `OPTIONS` gets the list as a 204.

@@ -1,8 +1,9 @@
-//! Ways in and out. A transport decodes, calls the bus or the hub, and encodes; transports do not import each other.
+//! The native transports. Each decodes requests, calls the bus or the hub, and encodes results. `ws` and `sse` do not
+//! import each other; what they share is in files of its own: `reading`, `present`, `query` and `subscription_stream`.
 
-pub mod present;
-pub mod query;
-pub mod reading;
+pub(crate) mod present;
+pub(crate) mod query;
+pub(crate) mod reading;
 pub mod sse;
-pub mod subscription_stream;
-pub mod ws;
+pub(crate) mod subscription_stream;
+pub(crate) mod ws;

@@ -1,26 +1,27 @@
-//! Engine.IO, revision 4, as a server: what Socket.IO's clients are connected by.
+//! An Engine.IO server, revision 4: the transport below Socket.IO.
 //!
 //! ```text
 //! GET /socket.io/?EIO=4&transport=polling            → 0{"sid":…,"upgrades":["websocket"],…}
 //! POST …&sid=S  40                                   → ok
-//! GET  …&sid=S                                       → what waits, or is held until something does
+//! GET  …&sid=S                                       → the packets that wait, or as soon as there are some
 //! GET  …&transport=websocket&sid=S  (upgrade)        2probe → 3probe, 5: the polls are over
 //! ```
 //!
-//! It knows nothing of what is said: a [`Conversation`] does. Errors, headers and CORS are those of the original, open to
-//! every page.
+//! Messages are handled by a [`SessionHandler`]. Errors, headers and CORS (every origin is allowed) are those of the
+//! original.
 
+mod error;
 mod outbox;
-pub mod packet;
+pub(crate) mod packet;
 mod polling;
 mod session;
+mod settings;
 mod socket;
 
 use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Weak},
-    time::Duration,
 };
 
 use axum::{
@@ -31,84 +32,58 @@ use foldhash::fast::RandomState;
 use http::{HeaderValue, Method, StatusCode, header, request::Parts};
 use parking_lot::Mutex;
 
-pub use self::{
-    outbox::Outbox,
-    session::{Broken, Conversation, Session, Sid, new_sid},
+use self::{
+    error::EngineError,
+    packet::Framing,
+    session::{SessionStage, Sid},
+    socket::EngineSocket,
 };
-use self::{packet::Framing, session::Stage, socket::Socket};
+pub(crate) use self::{
+    outbox::PacketOutbox,
+    session::{EngineSession, ProtocolError, SessionHandler, new_sid},
+    settings::EngineSettings,
+};
 use crate::{
-    net::server::PeerAddr,
-    net::{hijack::Hijack, timer::TICK, websocket::handshake::Handshake},
+    net::{
+        hijack::{Hijack, HijackedConn},
+        server::PeerAddr,
+        timer::TICK,
+        websocket::handshake::Handshake,
+    },
     node::Node,
     transport::query::Query,
 };
 
-/// What a server allows, and how long it waits.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Between two pings, and for the answer to one.
-    pub ping: Duration,
-    pub ping_timeout: Duration,
-    /// How long a client that is asked whether it lives may take.
-    pub probe: Duration,
-    /// The largest message, and the largest body.
-    pub max_payload: usize,
-    /// Bytes that wait for one client.
-    pub queued: usize,
-    /// Clients at a time.
-    pub sessions: usize,
-    /// How long a body may take to arrive.
-    pub body_time: Duration,
-    /// How long a socket may take nothing of what waits for it.
-    pub stalled: Duration,
-    /// How long a socket that wants to take over may take.
-    pub upgrade: Duration,
-    /// How long last words wait to be read.
-    pub farewell: Duration,
-    /// How long a drain waits for calls.
-    pub grace: Duration,
-}
-
-/// Opens the conversation of a session; gets the query of the client's first request.
-pub type Open = Box<dyn Fn(&Arc<Session>, Query<'_>) -> Box<dyn Conversation> + Send + Sync>;
+/// Creates the handler of a session, from the query of the client's first request.
+pub(crate) type OpenHandler = Box<dyn Fn(&Arc<EngineSession>, Query<'_>) -> Box<dyn SessionHandler> + Send + Sync>;
 
 /// All sessions of one adapter.
-pub struct Server {
-    settings: Arc<Settings>,
+pub(crate) struct EngineServer {
+    settings: Arc<EngineSettings>,
     node: Arc<Node>,
-    open: Open,
-    sessions: Mutex<HashMap<Sid, Arc<Session>, RandomState>>,
+    open: OpenHandler,
+    sessions: Mutex<HashMap<Sid, Arc<EngineSession>, RandomState>>,
 }
 
-/// Why a request is refused, with the original's numbers and words.
-#[derive(Clone, Copy, Debug)]
-enum Refusal {
-    Transport,
-    Session,
-    Method,
-    Request,
-    Version,
-}
+// === impl EngineServer ===
 
-// === impl Server ===
-
-impl Server {
-    /// Needs a tokio runtime: one task keeps the time of all sessions, and ends with the server.
-    pub fn start(settings: Arc<Settings>, node: Arc<Node>, open: Open) -> Arc<Self> {
-        let server = Arc::new(Server { settings, node, open, sessions: Mutex::default() });
+impl EngineServer {
+    /// Starts the task that keeps the time of all sessions, and ends with the server. Needs a tokio runtime.
+    pub(crate) fn start(settings: Arc<EngineSettings>, node: Arc<Node>, open: OpenHandler) -> Arc<Self> {
+        let server = Arc::new(EngineServer { settings, node, open, sessions: Mutex::default() });
         tokio::spawn(keep_time(Arc::downgrade(&server)));
         server
     }
 
-    /// Answers a request to the path of Engine.IO, whatever it is.
-    pub async fn answer(self: &Arc<Self>, request: Request<Body>) -> Response<Body> {
+    /// Answers any request to the path of Engine.IO.
+    pub(crate) async fn answer(self: &Arc<Self>, request: Request<Body>) -> Response<Body> {
         let (head, body) = request.into_parts();
-        let asked = head.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
+        let requested_headers = head.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
         let mut answer = match head.method {
-            Method::OPTIONS => preflight(asked),
+            Method::OPTIONS => preflight(requested_headers),
             _ => match self.route(&head, body).await {
                 Ok(answer) => answer,
-                Err(refusal) => refusal.response(),
+                Err(error) => error.response(),
             },
         };
         let headers = answer.headers_mut();
@@ -116,48 +91,48 @@ impl Server {
         answer
     }
 
-    async fn route(self: &Arc<Self>, head: &Parts, body: Body) -> Result<Response<Body>, Refusal> {
-        let mut query = Query::parse(head.uri.query()).map_err(|_| Refusal::Request)?;
-        let mut take = |name| query.take(name).map_err(|_| Refusal::Request);
+    async fn route(self: &Arc<Self>, head: &Parts, body: Body) -> Result<Response<Body>, EngineError> {
+        let mut query = Query::parse(head.uri.query()).map_err(|_| EngineError::BadRequest)?;
+        let mut take = |name| query.take(name).map_err(|_| EngineError::BadRequest);
         let (transport, sid, version) = (take("transport")?, take("sid")?, take("EIO")?);
         let framing = match transport.as_deref() {
             Some("polling") => Framing::Polling,
             Some("websocket") => Framing::WebSocket,
-            _ => return Err(Refusal::Transport),
+            _ => return Err(EngineError::UnknownTransport),
         };
         let upgrade = Handshake::is_wanted(head);
         let remote = PeerAddr::of(head);
         match sid.filter(|sid| !sid.is_empty()) {
             Some(sid) => {
-                let session = self.find(&sid).ok_or(Refusal::Session)?;
+                let session = self.find(&sid).ok_or(EngineError::UnknownSession)?;
                 match framing {
                     Framing::WebSocket if upgrade => self.take_over(head, session),
-                    Framing::Polling if session.stage() != Stage::Socket => match head.method {
+                    Framing::Polling if session.stage() != SessionStage::Socket => match head.method {
                         Method::GET => polling::poll(&session).await,
-                        Method::POST => polling::post(self, &session, head, body).await,
-                        _ => Err(Refusal::Request),
+                        Method::POST => polling::post(&self.settings, &session, head, body).await,
+                        _ => Err(EngineError::BadRequest),
                     },
-                    _ => Err(Refusal::Request),
+                    _ => Err(EngineError::BadRequest),
                 }
             }
-            None if head.method != Method::GET => Err(Refusal::Method),
-            None if framing == Framing::WebSocket && !upgrade => Err(Refusal::Request),
-            None if version.as_deref() != Some("4") => Err(Refusal::Version),
+            None if head.method != Method::GET => Err(EngineError::HandshakeMethod),
+            None if framing == Framing::WebSocket && !upgrade => Err(EngineError::BadRequest),
+            None if version.as_deref() != Some("4") => Err(EngineError::ProtocolVersion),
             None if self.node.timers.is_draining() || self.sessions.lock().len() >= self.settings.sessions => {
-                // The client tries again, with patience.
+                // The client retries with back-off.
                 let mut answer = Response::new(Body::empty());
                 *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
                 Ok(answer)
             }
             None if framing == Framing::WebSocket => {
-                let handshake = Handshake::read(head, &[]).map_err(|_| Refusal::Request)?;
+                let handshake = Handshake::read(head, &[]).map_err(|_| EngineError::BadRequest)?;
                 let session = self.begin(framing, query, remote);
-                // Ends a session whose client is gone before it is taken over.
+                // Ends the session if the client disconnects before the connection is hijacked.
                 let unclaimed = Unclaimed(Some(session));
                 let server = self.clone();
-                Ok(handshake.response(Hijack::new(move |taken| {
+                Ok(handshake.response(Hijack::new(move |conn| {
                     if let Some(session) = unclaimed.claim() {
-                        tokio::spawn(Socket::new(server, session, false, taken));
+                        server.start_socket(session, false, conn);
                     }
                 })))
             }
@@ -168,10 +143,10 @@ impl Server {
         }
     }
 
-    /// A new session; what waits for it is its opening packet.
-    fn begin(&self, framing: Framing, query: Query<'_>, remote: Option<SocketAddr>) -> Arc<Session> {
-        let session = Session::new(&self.settings, &self.node, framing, remote);
-        let Settings { ping, ping_timeout, max_payload, .. } = &*self.settings;
+    /// Creates a session, with its opening packet in the outbox.
+    fn begin(&self, framing: Framing, query: Query<'_>, remote: Option<SocketAddr>) -> Arc<EngineSession> {
+        let session = EngineSession::new(&self.settings, &self.node, framing, remote);
+        let EngineSettings { ping, ping_timeout, max_payload, .. } = &*self.settings;
         let upgrades = if framing == Framing::Polling { r#"["websocket"]"# } else { "[]" };
         session.outbox.text(&format!(
             r#"0{{"sid":"{}","upgrades":{upgrades},"pingInterval":{},"pingTimeout":{},"maxPayload":{max_payload}}}"#,
@@ -184,35 +159,44 @@ impl Server {
         session
     }
 
-    fn take_over(self: &Arc<Self>, head: &Parts, session: Arc<Session>) -> Result<Response<Body>, Refusal> {
-        let handshake = Handshake::read(head, &[]).map_err(|_| Refusal::Request)?;
+    fn take_over(self: &Arc<Self>, head: &Parts, session: Arc<EngineSession>) -> Result<Response<Body>, EngineError> {
+        let handshake = Handshake::read(head, &[]).map_err(|_| EngineError::BadRequest)?;
         if !session.begin_upgrade() {
-            return Err(Refusal::Request);
+            return Err(EngineError::BadRequest);
         }
         let upgrading = Upgrading(Some(session));
         let server = self.clone();
-        Ok(handshake.response(Hijack::new(move |taken| {
+        Ok(handshake.response(Hijack::new(move |conn| {
             if let Some(session) = upgrading.claim() {
-                tokio::spawn(Socket::new(server, session, true, taken));
+                server.start_socket(session, true, conn);
             }
         })))
     }
 
-    fn find(&self, sid: &str) -> Option<Arc<Session>> {
-        let sid: &Sid = sid.as_bytes().try_into().ok()?;
-        let session = self.sessions.lock().get(sid).cloned()?;
-        (session.stage() != Stage::Over).then_some(session)
+    fn start_socket(self: Arc<Self>, session: Arc<EngineSession>, probing: bool, conn: HijackedConn) {
+        let socket = EngineSocket::open(session, self.settings.clone(), &self.node.timers, probing, conn);
+        tokio::spawn(async move {
+            socket.await;
+            // Not dropped earlier: the server's task keeps the time of its sessions.
+            drop(self);
+        });
     }
 
-    /// Looks at all sessions: whom to ping, whom to give up, who is called on, who is over.
-    fn sweep(&self, sessions: &mut Vec<Arc<Session>>) {
+    fn find(&self, sid: &str) -> Option<Arc<EngineSession>> {
+        let sid: &Sid = sid.as_bytes().try_into().ok()?;
+        let session = self.sessions.lock().get(sid).cloned()?;
+        (session.stage() != SessionStage::Over).then_some(session)
+    }
+
+    /// Pings, times out, drains and removes sessions.
+    fn sweep(&self, sessions: &mut Vec<Arc<EngineSession>>) {
         sessions.extend(self.sessions.lock().values().cloned());
         for session in sessions.drain(..) {
             if !session.tick() {
                 let mut table = self.sessions.lock();
                 table.remove(&session.sid);
                 if table.is_empty() {
-                    // A storm of clients leaves no room behind.
+                    // Frees the capacity that a burst of clients has left behind.
                     table.shrink_to_fit();
                 }
             }
@@ -221,7 +205,7 @@ impl Server {
     }
 }
 
-async fn keep_time(server: Weak<Server>) {
+async fn keep_time(server: Weak<EngineServer>) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sessions = Vec::new();
@@ -232,14 +216,14 @@ async fn keep_time(server: Weak<Server>) {
     }
 }
 
-/// A session that no socket has yet.
-struct Unclaimed(Option<Arc<Session>>);
+/// A session that waits for its connection to be hijacked.
+struct Unclaimed(Option<Arc<EngineSession>>);
 
-/// A session whose polls a socket is about to replace.
-struct Upgrading(Option<Arc<Session>>);
+/// A session that waits for the connection which is to replace its polls.
+struct Upgrading(Option<Arc<EngineSession>>);
 
 impl Unclaimed {
-    fn claim(mut self) -> Option<Arc<Session>> {
+    fn claim(mut self) -> Option<Arc<EngineSession>> {
         self.0.take()
     }
 }
@@ -253,7 +237,7 @@ impl Drop for Unclaimed {
 }
 
 impl Upgrading {
-    fn claim(mut self) -> Option<Arc<Session>> {
+    fn claim(mut self) -> Option<Arc<EngineSession>> {
         self.0.take()
     }
 }
@@ -261,31 +245,13 @@ impl Upgrading {
 impl Drop for Upgrading {
     fn drop(&mut self) {
         if let Some(session) = &self.0 {
-            session.give_up_upgrade();
+            session.abandon_upgrade();
         }
     }
 }
 
-// === impl Refusal ===
-
-impl Refusal {
-    fn response(self) -> Response<Body> {
-        let (code, message) = match self {
-            Refusal::Transport => (0, "Transport unknown"),
-            Refusal::Session => (1, "Session ID unknown"),
-            Refusal::Method => (2, "Bad handshake method"),
-            Refusal::Request => (3, "Bad request"),
-            Refusal::Version => (5, "Unsupported protocol version"),
-        };
-        let mut answer = Response::new(Body::from(format!(r#"{{"code":{code},"message":"{message}"}}"#)));
-        *answer.status_mut() = StatusCode::BAD_REQUEST;
-        answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        answer
-    }
-}
-
-/// Every page may, as with the original.
-fn preflight(asked: Option<HeaderValue>) -> Response<Body> {
+/// Allows requests from every origin, as the original does.
+fn preflight(requested: Option<HeaderValue>) -> Response<Body> {
     let mut answer = Response::new(Body::empty());
     *answer.status_mut() = StatusCode::NO_CONTENT;
     let headers = answer.headers_mut();
@@ -293,8 +259,8 @@ fn preflight(asked: Option<HeaderValue>) -> Response<Body> {
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
     headers.insert(header::VARY, HeaderValue::from_static("Access-Control-Request-Headers"));
     headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-    if let Some(asked) = asked {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked);
+    if let Some(requested) = requested {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, requested);
     }
     answer
 }

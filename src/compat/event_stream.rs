@@ -28,7 +28,7 @@ use crate::{
     position::Start,
     transport::{
         query::decode,
-        sse::{is_acceptable, refusal},
+        sse::{is_acceptable, retry_response},
         subscription_stream::{HeartbeatPolicy, StreamContext, StreamHandler, SubscriptionStream, retry_chunk},
     },
 };
@@ -92,7 +92,7 @@ async fn answer(State(it): State<Arc<EventStream>>, request: Request<Body>) -> R
     match it.stream(&head).await {
         Ok(answer) => answer,
         // An `EventSource` does not reconnect after another status.
-        Err(error) if error.code().retry() == Retry::Yes => refusal(&error),
+        Err(error) if error.code().retry() == Retry::Yes => retry_response(&error),
         Err(error) => {
             let status = StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             refused(status, format!("{}\n", error.detail()))

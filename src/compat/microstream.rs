@@ -19,7 +19,7 @@ pub use self::config::Config;
 use self::{client::Client, hub::MicroStreamHub};
 use super::{
     adapter::{Adapter, AdapterEntry},
-    engineio::{self, Server},
+    engineio::{EngineServer, EngineSettings},
 };
 use crate::{error::Result, node::Node};
 
@@ -28,7 +28,7 @@ const PATH: &str = "/socket.io/";
 
 /// Timeout for the upgrade from polling to a WebSocket, as in the original.
 const UPGRADE: Duration = Duration::from_secs(10);
-const FAREWELL: Duration = Duration::from_secs(5);
+const LINGER: Duration = Duration::from_secs(5);
 
 pub(super) const ADAPTER: AdapterEntry =
     AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
@@ -36,13 +36,13 @@ pub(super) const ADAPTER: AdapterEntry =
 fn build(node: &Arc<Node>) -> Result<Adapter> {
     let server = serve(node);
     let answer =
-        |State(server): State<Arc<Server>>, request: Request<Body>| async move { server.answer(request).await };
+        |State(server): State<Arc<EngineServer>>, request: Request<Body>| async move { server.answer(request).await };
     Ok(Adapter::new(|path| path.starts_with(PATH), Router::new().fallback(answer).with_state(server)))
 }
 
-fn serve(node: &Arc<Node>) -> Arc<Server> {
+fn serve(node: &Arc<Node>) -> Arc<EngineServer> {
     let hub = Arc::new(MicroStreamHub::new(node));
-    Server::start(
+    EngineServer::start(
         Arc::new(settings(node)),
         node.clone(),
         Box::new(move |session, mut query| {
@@ -53,9 +53,9 @@ fn serve(node: &Arc<Node>) -> Arc<Server> {
     )
 }
 
-fn settings(node: &Node) -> engineio::Settings {
+fn settings(node: &Node) -> EngineSettings {
     let (own, config): (Config, _) = (node.config.compat.get(), &node.config);
-    engineio::Settings {
+    EngineSettings {
         ping: own.ping,
         ping_timeout: own.ping_timeout,
         probe: own.probe,
@@ -65,7 +65,7 @@ fn settings(node: &Node) -> engineio::Settings {
         body_time: config.limits.body_time,
         stalled: config.limits.stalled,
         upgrade: UPGRADE,
-        farewell: FAREWELL,
+        linger: LINGER,
         grace: config.drain.grace,
     }
 }

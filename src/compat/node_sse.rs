@@ -56,7 +56,7 @@ async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Respo
         Err(NodeSseError::Text(text)) => wire::bad_request(text),
         Err(NodeSseError::Page(status, text)) => wire::page(status, &text),
         // An `EventSource` does not reconnect after another status.
-        Err(NodeSseError::Weir(error)) if streams && error.code().retry() == Retry::Yes => sse::refusal(&error),
+        Err(NodeSseError::Weir(error)) if streams && error.code().retry() == Retry::Yes => sse::retry_response(&error),
         Err(NodeSseError::Weir(error)) => wire::failure(&error),
     };
     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));

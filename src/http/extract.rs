@@ -15,7 +15,7 @@ use crate::{
     node::Node,
 };
 
-pub use crate::net::body::read_body;
+pub(crate) use crate::net::body::read_body;
 
 /// Who asks, or why they may not: for `/v1/ws`.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! Bodies of requests, read whole within their limits.
+//! Request bodies, read completely within their limits.
 
 use std::time::Duration;
 
@@ -10,9 +10,13 @@ use crate::{
     error::{Code, Error, Result},
 };
 
-/// The whole body, at most `limit` bytes (`name` is what the limit is called), if it arrives within `time`.
-pub async fn read_body(body: Body, limit: usize, name: &'static str, time: Duration) -> Result<Bytes> {
-    // The timer costs nothing where the body came with the head: it is registered when it is first waited for.
+/// Reads the whole body.
+///
+/// # Errors
+/// `too_large` beyond `limit` bytes (`name` is the name of the limit); `invalid_request` if it does not arrive within
+/// `time`.
+pub(crate) async fn read_body(body: Body, limit: usize, name: &'static str, time: Duration) -> Result<Bytes> {
+    // The timer costs nothing if the body arrived with the head: it is registered when it is first polled.
     tokio::time::timeout(time, collect(body, limit, name)).await.unwrap_or_else(|_| {
         let time = duration::format(time);
         Err(Error::new(Code::InvalidRequest, format!("the body did not arrive within {time} (limits.body_time)")))
@@ -22,7 +26,7 @@ pub async fn read_body(body: Body, limit: usize, name: &'static str, time: Durat
 async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Bytes> {
     let too_large =
         || Error::new(Code::TooLarge, format!("the body has more than {limit} bytes ({name})")).with("limit", name);
-    // Before the first byte is taken: a client that declares too much is not read to the limit.
+    // Before the first byte is read: a body that is declared too large is rejected at once.
     if http_body::Body::size_hint(&body).lower() > limit as u64 {
         return Err(too_large());
     }
@@ -43,7 +47,7 @@ async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Byt
     if rest.is_empty() {
         return Ok(first);
     }
-    // Several frames: `rest` grew by doubling, so one more copy of the first frame is no worse.
+    // Several frames: `rest` has grown by doubling, so one more copy of the first frame does not matter.
     rest.splice(..0, first.iter().copied());
     Ok(rest.into())
 }
@@ -63,7 +67,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bodies_in_one_piece_and_in_many() {
+    async fn bodies_of_one_frame_and_of_many() {
         assert_eq!(body(&[], 10).await.unwrap(), "");
         assert_eq!(body(&["abc"], 10).await.unwrap(), "abc");
         assert_eq!(body(&["abc", "d", "efgh"], 8).await.unwrap(), "abcdefgh");

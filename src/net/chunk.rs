@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 
-/// What precedes and follows the text of a chunk; [`close`] fills in the size.
+/// The bytes before and after the text of a chunk; [`close`] fills in the size.
 pub(crate) const HEAD: &[u8] = b"000000\r\n";
 pub(crate) const TAIL: &[u8] = b"\r\n";
 /// The end of a chunked body.

@@ -1,9 +1,9 @@
 //! [`Hijack`]: a response that, once its head is written, takes the connection away from the HTTP server.
 //!
-//! A stream needs a small fraction of the memory outside hyper (0.6 KB instead of 11 KB), and WebSockets have to leave
-//! anyway. The handler puts a `Hijack` into the extensions of its response; `http::connection` honours it where it
-//! can (HTTP/1, not HEAD, body not encoded), and else sends the response as it is. So a response with status 200
-//! carries a body that does the same work, slower; a 101 has none.
+//! Outside hyper a stream needs a small fraction of the memory (0.6 KB instead of 11 KB), and WebSockets have to leave
+//! it anyway. The handler puts a `Hijack` into the extensions of its response. [`server`](crate::net::server) applies
+//! it where possible (HTTP/1, not HEAD, body not encoded), and else sends the response as it is. So a response with
+//! status 200 has a body that does the same work, at a higher cost; a 101 has none.
 
 use std::{
     io,
@@ -21,16 +21,16 @@ use tokio::{
 };
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-/// What a connection is carried by.
+/// The transport of a connection.
 pub enum Conn {
     Tcp(TcpStream),
-    /// In memory, for tests of what a socket does too rarely.
+    /// In memory: for tests of conditions that are rare on a socket.
     Pipe(DuplexStream),
 }
 
-/// How the length of the body that follows was announced in the head.
+/// How the head announced the length of the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BodyFraming {
+pub(crate) enum BodyFraming {
     /// HTTP/1.1: chunks, and `0\r\n\r\n` at the end.
     Chunked,
     /// HTTP/1.0: until the connection closes.
@@ -38,41 +38,40 @@ pub enum BodyFraming {
 }
 
 /// A connection that left the HTTP server.
-pub struct HijackedConn {
-    pub io: Conn,
-    pub peer: SocketAddr,
-    /// What was read behind the request. Belongs to the WebSocket; of no meaning for a stream.
-    pub early: Bytes,
-    pub framing: BodyFraming,
-    /// To be held as long as the connection is open.
-    pub permit: ConnectionPermit,
+pub(crate) struct HijackedConn {
+    pub(crate) io: Conn,
+    pub(crate) peer: SocketAddr,
+    /// Bytes that were read behind the request: the first of a WebSocket, meaningless for a stream.
+    pub(crate) early: Bytes,
+    pub(crate) framing: BodyFraming,
+    /// Held as long as the connection is open.
+    pub(crate) permit: ConnectionPermit,
 }
 
-/// Counts one open connection while it lives; a graceful shutdown waits for all of them.
-pub struct ConnectionPermit(#[expect(dead_code, reason = "held for its drop")] TaskTrackerToken);
+/// Counts one open connection until it is dropped. A graceful shutdown waits for all of them.
+pub(crate) struct ConnectionPermit(#[expect(dead_code, reason = "held for its drop")] TaskTrackerToken);
 
 type Take = Box<dyn FnOnce(HijackedConn) + Send>;
 
-/// A response extension. The closure gets the connection, and is expected to spawn a task for it and to return.
-/// It is dropped uncalled if the connection ends before, or cannot be taken: what it captured must clean up after
-/// itself.
+/// A response extension. The closure gets the connection and should spawn a task for it. It is dropped without being
+/// called if the connection ends earlier or cannot be hijacked: what it captures must clean up on drop.
 #[derive(Clone)]
-pub struct Hijack(Arc<Mutex<Option<Take>>>);
+pub(crate) struct Hijack(Arc<Mutex<Option<Take>>>);
 
 impl Hijack {
-    pub fn new(take: impl FnOnce(HijackedConn) + Send + 'static) -> Self {
-        // Extensions must be cloneable and shareable; a closure that runs once is neither.
+    pub(crate) fn new(take: impl FnOnce(HijackedConn) + Send + 'static) -> Self {
+        // Extensions must be `Clone` and `Sync`; an `FnOnce` is neither.
         Hijack(Arc::new(Mutex::new(Some(Box::new(take)))))
     }
 
-    /// The closure, once.
-    pub fn claim(&self) -> Option<impl FnOnce(HijackedConn) + Send + 'static> {
+    /// Takes the closure; `None` if it was taken before.
+    pub(crate) fn claim(&self) -> Option<impl FnOnce(HijackedConn) + Send + 'static> {
         self.0.lock().take()
     }
 }
 
 impl ConnectionPermit {
-    pub fn new(token: TaskTrackerToken) -> Self {
+    pub(crate) fn new(token: TaskTrackerToken) -> Self {
         ConnectionPermit(token)
     }
 }
@@ -80,12 +79,11 @@ impl ConnectionPermit {
 // === impl Conn ===
 
 impl Conn {
-    /// What can be read at once: `None` if that is nothing, `Some(Ok(0))` if the peer has closed.
+    /// Reads what is available: `None` if nothing is, `Some(Ok(0))` if the peer has closed.
     ///
-    /// Costs one load of an atomic while the socket is not readable, where `poll_read` takes a lock to leave its waker
-    /// once more. So it is for a task whose waker is there already: after `Some` it has to `poll_read` until that is
-    /// pending.
-    pub fn try_read(&self, buf: &mut [u8]) -> Option<io::Result<usize>> {
+    /// For a task that has left its waker with `poll_read` already: while the socket is not readable, this costs one
+    /// atomic load, where `poll_read` takes a lock. After `Some` the task must `poll_read` until that is pending.
+    pub(crate) fn try_read(&self, buf: &mut [u8]) -> Option<io::Result<usize>> {
         let Conn::Tcp(socket) = self else { return Some(Err(io::ErrorKind::WouldBlock.into())) };
         let mut tried = false;
         let read = socket.try_io(Interest::READABLE, || {
@@ -94,12 +92,10 @@ impl Conn {
         });
         tried.then_some(read)
     }
-}
 
-impl Conn {
-    /// Whether `poll_read` is worth its while, for a task that has left its waker there already: one load of an atomic,
-    /// where `poll_read` takes a lock.
-    pub fn is_readable(&self) -> bool {
+    /// Whether `poll_read` may return something, for a task that has left its waker with it already: costs one atomic
+    /// load, where `poll_read` takes a lock.
+    pub(crate) fn is_readable(&self) -> bool {
         match self {
             Conn::Tcp(socket) => socket.try_io(Interest::READABLE, || Ok(())).is_ok(),
             Conn::Pipe(_) => true,

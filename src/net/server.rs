@@ -1,9 +1,9 @@
-//! Serves accepted connections: HTTP/1 or HTTP/2 by the first bytes, in hyper, until a response
-//! [takes its connection over](crate::net::hijack).
+//! Serves accepted connections: HTTP/1 or HTTP/2, detected by the first bytes, in hyper, until a response
+//! [hijacks its connection](crate::net::hijack).
 //!
-//! Hyper reads the request and writes the head of the response. The connection leaves at the first flush after the
-//! body was asked for: then the head is surely whole on its way, for `into_parts()` silently drops what is unwritten.
-//! (Therefore `pipeline_flush` must never be switched on: it reports a flush that did not happen.)
+//! Hyper reads the request and writes the head of the response. The connection leaves hyper at the first flush after
+//! the body was polled: then the head is written completely, whereas `into_parts()` silently drops unwritten bytes.
+//! Therefore `pipeline_flush` must never be enabled: it reports a flush that did not happen.
 
 use std::{
     convert::Infallible,
@@ -46,27 +46,27 @@ use crate::{
 };
 
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How often a connection inside hyper is looked at, at least.
-const LOOK: Duration = Duration::from_secs(5);
+/// The longest interval at which the timeouts of a connection inside hyper are checked.
+const CHECK: Duration = Duration::from_secs(5);
 
-/// How often a peer is asked whether it is there, where nothing else would tell.
-const PROBE: Duration = Duration::from_secs(30);
+/// Idle time before the first TCP keepalive probe, and between probes.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 
-/// What a connection may take and how long.
+/// ConnectionLimits and timeouts of connections.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub(crate) struct ConnectionLimits {
     /// Open connections. A few more are answered with `overloaded`; beyond those, connections are closed unread.
-    pub connections: usize,
+    pub(crate) connections: usize,
     /// From the first byte of a request to the end of its head.
-    pub header_timeout: Duration,
-    /// How long a connection is kept open between two requests, or before the first.
-    pub idle_timeout: Duration,
-    /// How long a peer may read nothing of what waits for it.
-    pub stall_timeout: Duration,
+    pub(crate) header_timeout: Duration,
+    /// For a connection between two requests, or before the first.
+    pub(crate) idle_timeout: Duration,
+    /// For a peer to read something of what waits for it.
+    pub(crate) stall_timeout: Duration,
     /// Bytes of a request's head.
-    pub header_bytes: usize,
-    /// Requests at once on one HTTP/2 connection.
-    pub h2_streams: u32,
+    pub(crate) header_bytes: usize,
+    /// Concurrent requests of one HTTP/2 connection.
+    pub(crate) h2_streams: u32,
 }
 
 /// Answers the requests of the connections that one listener accepts.
@@ -75,14 +75,15 @@ pub trait HttpService: Send + Sync + 'static {
 
     fn options(&self) -> ListenerOptions;
 
-    /// Whether a request to `path` is answered although [`Limits::connections`] is reached.
+    /// Whether a request to `path` is answered although [`ConnectionLimits::connections`] is reached.
     fn is_probe(&self, path: &str) -> bool;
 }
 
 /// How the connections of one listener differ from those of others.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ListenerOptions {
-    /// Accept connections beyond [`Limits::connections`], so that an administrator reaches a node that is full.
+    /// Accept connections beyond [`ConnectionLimits::connections`], so that an administrator reaches a node that is
+    /// full.
     pub exempt_from_limit: bool,
     /// Detect a vanished peer by TCP keepalive, for responses that may stay silent for ever.
     pub tcp_keepalive: bool,
@@ -91,32 +92,32 @@ pub struct ListenerOptions {
 /// The address of the peer, in the extensions of every `GET` request and of every request to a listener with
 /// [`ListenerOptions::tcp_keepalive`].
 #[derive(Clone, Copy, Debug)]
-pub struct PeerAddr(pub SocketAddr);
+pub(crate) struct PeerAddr(pub(crate) SocketAddr);
 
-/// Why a request must be rejected, in its extensions: set by the server beyond [`Limits::connections`], and by an HTTP
-/// endpoint for the one route that reports rejections in its own way.
+/// The reason to reject a request, in its extensions: set by the server beyond [`ConnectionLimits::connections`], and
+/// by an HTTP endpoint for the one route that reports rejections in its own way.
 #[derive(Clone, Debug)]
-pub struct Rejected(pub Error);
+pub(crate) struct Rejected(pub(crate) Error);
 
-/// The open connections of one App. Cheap to clone.
+/// The open connections of one node. Cheap to clone.
 #[derive(Clone)]
-pub struct Connections(Arc<Inner>);
+pub struct HttpConnections(Arc<ServerState>);
 
-struct Inner {
-    limits: Limits,
-    look: Duration,
+struct ServerState {
+    limits: ConnectionLimits,
+    check: Duration,
     wheel: Arc<TimerWheel>,
     metrics: Arc<Metrics>,
     tracker: TaskTracker,
-    /// It has been said that no more are admitted, and is still so.
+    /// The limit is reached, and has been logged.
     full: AtomicBool,
     h1: http1::Builder,
     h2: http2::Builder<TokioExecutor>,
 }
 
-impl Default for Limits {
+impl Default for ConnectionLimits {
     fn default() -> Self {
-        Limits {
+        ConnectionLimits {
             connections: 100_000,
             header_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(75),
@@ -127,13 +128,13 @@ impl Default for Limits {
     }
 }
 
-// === impl Connections ===
+// === impl HttpConnections ===
 
-impl Connections {
-    pub fn new(limits: Limits, wheel: Arc<TimerWheel>, metrics: Arc<Metrics>) -> Self {
+impl HttpConnections {
+    pub(crate) fn new(limits: ConnectionLimits, wheel: Arc<TimerWheel>, metrics: Arc<Metrics>) -> Self {
         let mut h1 = http1::Builder::new();
-        // Hyper's own timer would be a Sleep per connection, and would also end idle keep-alive connections; the
-        // wheel does both. A buffer of less than 8 KiB makes hyper panic.
+        // Hyper's own timer would be a Sleep per connection, and would also end idle keep-alive connections; the wheel
+        // handles both. Hyper panics on a buffer of less than 8 KiB.
         h1.header_read_timeout(None)
             .max_header_size(limits.header_bytes)
             .max_buf_size(limits.header_bytes.max(64 * 1024))
@@ -148,10 +149,10 @@ impl Connections {
             .initial_stream_window_size(64 * 1024)
             .initial_connection_window_size(1024 * 1024)
             .max_send_buf_size(64 * 1024);
-        let look = LOOK.min(limits.header_timeout / 2).min(limits.idle_timeout / 2).min(limits.stall_timeout / 2);
-        Connections(Arc::new(Inner {
+        let check = CHECK.min(limits.header_timeout / 2).min(limits.idle_timeout / 2).min(limits.stall_timeout / 2);
+        HttpConnections(Arc::new(ServerState {
             limits,
-            look,
+            check,
             wheel,
             metrics,
             tracker: TaskTracker::new(),
@@ -161,9 +162,14 @@ impl Connections {
         }))
     }
 
-    /// Accepts clients of `endpoint` until `stop`, and closes the listener. Open connections go on: see [`TimerWheel::drain`] and
-    /// [`closed`](Self::closed).
-    pub async fn accept<S: HttpService>(&self, listener: TcpListener, endpoint: Arc<S>, stop: CancellationToken) {
+    /// Accepts clients of `endpoint` until `stop`, and closes the listener. Open connections continue: see
+    /// [`TimerWheel::drain`] and [`closed`](Self::closed).
+    pub(crate) async fn accept<S: HttpService>(
+        &self,
+        listener: TcpListener,
+        endpoint: Arc<S>,
+        stop: CancellationToken,
+    ) {
         let mut stopped = pin!(stop.cancelled());
         loop {
             let accepted = tokio::select! {
@@ -173,25 +179,25 @@ impl Connections {
             };
             match accepted {
                 Ok((socket, peer)) => {
-                    // Refused only for sockets that are gone already.
+                    // Fails only if the socket is closed already.
                     let _ = socket.set_nodelay(true);
-                    // Idle streams would notice a vanished peer only after a quarter of an hour of retransmissions.
+                    // Otherwise a vanished peer is detected only after 15 minutes of retransmissions.
                     let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stall_timeout * 2));
                     if endpoint.options().tcp_keepalive {
-                        // What is held for an origin may be silent for ever: who is there is asked of the system.
-                        let asking = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
-                        let _ = socket2::SockRef::from(&socket).set_tcp_keepalive(&asking);
+                        // Responses may stay silent for ever: the kernel has to detect vanished peers.
+                        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+                        let _ = socket2::SockRef::from(&socket).set_tcp_keepalive(&keepalive);
                     }
                     self.serve(Conn::Tcp(socket), peer, &endpoint);
                 }
-                // The connection died in the queue: the next one may be well.
+                // The connection was closed in the backlog: the next may be fine.
                 Err(error)
                     if matches!(
                         error.kind(),
                         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
                     ) => {}
                 Err(error) => {
-                    // Out of descriptors or memory, as a rule: going on at once would only burn the processor.
+                    // Usually out of descriptors or memory: retrying at once would only waste CPU time.
                     tracing::error!(%error, open = self.len(), "cannot accept connections");
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -201,30 +207,30 @@ impl Connections {
 
     /// Serves one connection in a task of its own.
     pub fn serve<S: HttpService>(&self, io: Conn, peer: SocketAddr, endpoint: &Arc<S>) {
-        let inner = self.0.clone();
-        let permit = ConnectionPermit::new(inner.tracker.token());
-        let (open, cap) = (self.len(), inner.limits.connections);
-        // Whoever looks after the node gets in when it is full, or it would be taken for dead.
+        let server = self.0.clone();
+        let permit = ConnectionPermit::new(server.tracker.token());
+        let (open, cap) = (self.len(), server.limits.connections);
+        // Probes and administrators are served by a full node: it is alive.
         let full = open > cap && !endpoint.options().exempt_from_limit;
         if full {
-            inner.metrics.connections_refused.add(1);
-            if !inner.full.swap(true, Relaxed) {
+            server.metrics.connections_refused.add(1);
+            if !server.full.swap(true, Relaxed) {
                 tracing::warn!(open, "refusing connections: limits.connections is reached");
             }
-            // Some are told why; a flood of them is not worth a task each.
+            // Some get an error response; beyond that a task for each would cost too much.
             if open > cap + cap / 16 + 16 {
                 tracing::debug!(%peer, open, "closed a connection beyond the cap");
                 return;
             }
         } else if open < cap - cap / 16 {
-            inner.full.store(false, Relaxed);
+            server.full.store(false, Relaxed);
         }
-        let connected = inner.metrics.connected(Transport::Http);
-        let client = Client { inner, endpoint: endpoint.clone(), peer, refuse: full };
+        let connected = server.metrics.connected(Transport::Http);
+        let client = HttpClient { server, endpoint: endpoint.clone(), peer, rejected: full };
         tokio::spawn(drive(client, io, permit, connected));
     }
 
-    /// Open connections, in hyper or taken over.
+    /// The number of open connections, in hyper or hijacked.
     pub fn len(&self) -> usize {
         self.0.tracker.len()
     }
@@ -233,8 +239,8 @@ impl Connections {
         self.0.tracker.is_empty()
     }
 
-    /// Waits until the last connection is closed. To be called when nothing is accepted any more.
-    pub async fn closed(&self) {
+    /// Waits until the last connection is closed. To be called once nothing is accepted any more.
+    pub(crate) async fn closed(&self) {
         self.0.tracker.close();
         self.0.tracker.wait().await;
     }
@@ -242,33 +248,33 @@ impl Connections {
 
 impl PeerAddr {
     /// The address of the peer that sent a request, where the server recorded it.
-    pub fn of(head: &Parts) -> Option<SocketAddr> {
+    pub(crate) fn of(head: &Parts) -> Option<SocketAddr> {
         head.extensions.get::<PeerAddr>().map(|PeerAddr(address)| *address)
     }
 }
 
 // === One connection ===
 
-/// What the parts of one connection tell each other. All run in one task; the atomics only satisfy `Send`.
+/// State that the parts of one connection share. All run in one task; the atomics only satisfy `Send`.
 struct ConnectionState {
     wheel: Arc<TimerWheel>,
     stage: AtomicU8,
-    take: Mutex<Option<(Hijack, BodyFraming)>>,
-    /// Requests in work.
+    hijack: Mutex<Option<(Hijack, BodyFraming)>>,
+    /// Requests in progress.
     busy: AtomicU32,
-    /// Ticks since when: a head is being read, no request is in work, nothing could be written. 0: it is not so.
+    /// The ticks since which a head is being read, no request is in progress, nothing could be written. 0: not so.
     reading: AtomicU32,
     quiet: AtomicU32,
     blocked: AtomicU32,
 }
 
-/// The stages of a leave.
+// The stages of a hijack.
 const HTTP: u8 = 0;
-/// A stream's response was handed to hyper, with a body that never ends ([`Reply::Never`]).
+/// A stream's response was passed to hyper, with a body that never ends ([`ResponseBody::Never`]).
 const ARMED: u8 = 1;
-/// Hyper asked that body for data: the head is encoded.
+/// Hyper has polled that body: the head is encoded.
 const ENCODED: u8 = 2;
-/// Hyper flushed: the head is written.
+/// Hyper has flushed: the head is written.
 const FLUSHED: u8 = 3;
 
 impl ConnectionState {
@@ -276,7 +282,7 @@ impl ConnectionState {
         ConnectionState {
             wheel: wheel.clone(),
             stage: AtomicU8::new(HTTP),
-            take: Mutex::new(None),
+            hijack: Mutex::new(None),
             busy: AtomicU32::new(0),
             reading: AtomicU32::new(0),
             quiet: AtomicU32::new(wheel.now()),
@@ -292,23 +298,23 @@ impl ConnectionState {
         self.stage.load(Relaxed) == stage
     }
 
-    /// Bytes came: of a new request, if none is in work.
-    fn heard(&self) {
+    /// Records that bytes were read: of a new request, if none is in progress.
+    fn bytes_read(&self) {
         if self.quiet.load(Relaxed) != 0 && self.reading.load(Relaxed) == 0 {
             self.reading.store(self.wheel.now(), Relaxed);
         }
     }
 
-    /// A request came, and is in work until what is returned is dropped.
-    fn begin(self: &Arc<Self>) -> Done {
+    /// Begins a request, which is in progress until the guard is dropped.
+    fn begin(self: &Arc<Self>) -> RequestInProgress {
         self.busy.fetch_add(1, Relaxed);
         self.reading.store(0, Relaxed);
         self.quiet.store(0, Relaxed);
-        Done(self.clone())
+        RequestInProgress(self.clone())
     }
 
-    /// Why the connection must end now.
-    fn fault(&self, limits: &Limits) -> Option<Code> {
+    /// The timeout that has passed, if any.
+    fn timed_out(&self, limits: &ConnectionLimits) -> Option<Code> {
         let longer = |since: &AtomicU32, limit| match since.load(Relaxed) {
             0 => false,
             since => TimerWheel::span(since, self.wheel.now()) >= limit,
@@ -322,7 +328,7 @@ impl ConnectionState {
         }
     }
 
-    fn is_idle(&self, limits: &Limits) -> bool {
+    fn is_idle(&self, limits: &ConnectionLimits) -> bool {
         let quiet = self.quiet.load(Relaxed);
         quiet != 0
             && self.reading.load(Relaxed) == 0
@@ -330,30 +336,36 @@ impl ConnectionState {
     }
 }
 
-/// Who is on the other end.
-struct Client<S> {
-    inner: Arc<Inner>,
+/// The context of all requests of one connection.
+struct HttpClient<S> {
+    server: Arc<ServerState>,
     endpoint: Arc<S>,
     peer: SocketAddr,
-    refuse: bool,
+    /// The connection exceeds the limit: requests are rejected.
+    rejected: bool,
 }
 
-impl<S> Clone for Client<S> {
+impl<S> Clone for HttpClient<S> {
     fn clone(&self) -> Self {
-        Client { inner: self.inner.clone(), endpoint: self.endpoint.clone(), peer: self.peer, refuse: self.refuse }
+        HttpClient {
+            server: self.server.clone(),
+            endpoint: self.endpoint.clone(),
+            peer: self.peer,
+            rejected: self.rejected,
+        }
     }
 }
 
 async fn drive<S: HttpService>(
-    client: Client<S>,
+    client: HttpClient<S>,
     mut io: Conn,
     permit: ConnectionPermit,
     mut connected: OpenConnection,
 ) {
-    let inner = &client.inner;
-    let state = Arc::new(ConnectionState::new(&inner.wheel));
-    let mut timer = inner.wheel.timer(inner.look);
-    let Some((pre, h2)) = sniff(inner, &state, &mut timer, &mut io).await else { return };
+    let server = &client.server;
+    let state = Arc::new(ConnectionState::new(&server.wheel));
+    let mut timer = server.wheel.timer(server.check);
+    let Some((pre, h2)) = detect_h2(server, &state, &mut timer, &mut io).await else { return };
     let io = TokioIo::new(ObservedConn { io, pre, state: state.clone() });
     if h2 {
         // Boxed: the future of this function should be no larger than HTTP/1 needs.
@@ -361,18 +373,18 @@ async fn drive<S: HttpService>(
     }
 
     let service = service_fn(|request| call(&client, &state, request));
-    let mut connection = inner.h1.serve_connection(io, service);
+    let mut connection = server.h1.serve_connection(io, service);
     let left = std::future::poll_fn(|cx| {
         while let Poll::Ready(due) = timer.poll(cx) {
-            if due == Due::Leave || state.is_idle(&inner.limits) {
+            if due == Due::Leave || state.is_idle(&server.limits) {
                 Pin::new(&mut connection).graceful_shutdown();
             }
             if due == Due::Time {
-                if let Some(fault) = state.fault(&inner.limits) {
-                    connected.closed_with(fault);
+                if let Some(code) = state.timed_out(&server.limits) {
+                    connected.closed_with(code);
                     return Poll::Ready(false);
                 }
-                timer.reset(inner.look);
+                timer.reset(server.check);
             }
         }
         match Pin::new(&mut connection).poll(cx) {
@@ -390,50 +402,50 @@ async fn drive<S: HttpService>(
         }
     })
     .await;
-    let taken = if left { state.take.lock().take() } else { None };
-    let Some((takeover, framing)) = taken else { return };
+    let hijacked = if left { state.hijack.lock().take() } else { None };
+    let Some((hijack, framing)) = hijacked else { return };
     connected.completed();
     let parts = connection.into_parts();
-    if let Some(take) = takeover.claim() {
-        // In a task of its own, so that this one goes, with its two kilobytes and hyper's two buffers of eight.
-        // A copy, though there is hardly ever anything to copy: even an empty slice would keep hyper's buffer alive.
+    if let Some(take) = hijack.claim() {
+        // It gets a task of its own, so that this one ends, with its 2 KB and hyper's two buffers of 8 KB. The bytes
+        // are copied, though there are hardly ever any: even an empty slice would keep hyper's buffer alive.
         let early = Bytes::copy_from_slice(&parts.read_buf);
         take(HijackedConn { io: parts.io.into_inner().io, peer: client.peer, early, framing, permit });
     }
 }
 
 async fn drive_h2<S: HttpService>(
-    client: Client<S>,
+    client: HttpClient<S>,
     io: TokioIo<ObservedConn>,
     _permit: ConnectionPermit,
     mut connected: OpenConnection,
     state: Arc<ConnectionState>,
     mut timer: Timer,
 ) {
-    let inner = client.inner.clone();
+    let server = client.server.clone();
     let peer = client.peer;
     let own = state.clone();
     let service = service_fn(move |request| {
-        // Requests outlive the call: each runs in a task.
+        // Each request runs in its own task.
         let (client, state) = (client.clone(), own.clone());
-        // Boxed, for hyper keeps the room of this future as long as the stream lives: kilobytes, where its body has a
+        // Boxed, as hyper keeps the memory of this future as long as the stream lives: kilobytes, where its body has a
         // few hundred bytes.
         Box::pin(async move { call(&client, &state, request).await })
     });
-    let mut connection = pin!(inner.h2.serve_connection(io, service));
+    let mut connection = pin!(server.h2.serve_connection(io, service));
     std::future::poll_fn(|cx| {
         while let Poll::Ready(due) = timer.poll(cx) {
-            // Heads are hyper's business here: what comes between requests may as well be the answer to a ping.
+            // Hyper limits the time of heads itself: bytes between requests may be the answer to a ping.
             state.reading.store(0, Relaxed);
-            if due == Due::Leave || state.is_idle(&inner.limits) {
+            if due == Due::Leave || state.is_idle(&server.limits) {
                 connection.as_mut().graceful_shutdown();
             }
             if due == Due::Time {
-                if let Some(fault) = state.fault(&inner.limits) {
-                    connected.closed_with(fault);
+                if let Some(code) = state.timed_out(&server.limits) {
+                    connected.closed_with(code);
                     return Poll::Ready(());
                 }
-                timer.reset(inner.look);
+                timer.reset(server.check);
             }
         }
         connection.as_mut().poll(cx).map(|ended| match ended {
@@ -444,18 +456,25 @@ async fn drive_h2<S: HttpService>(
     .await;
 }
 
-/// Reads as much as it takes to know whether the client speaks HTTP/2. `None`: it went, or took too long.
-async fn sniff(inner: &Inner, state: &ConnectionState, timer: &mut Timer, io: &mut Conn) -> Option<(Preface, bool)> {
+/// Reads until it is known whether the client speaks HTTP/2. `None` if it disconnects or takes too long.
+async fn detect_h2(
+    server: &ServerState,
+    state: &ConnectionState,
+    timer: &mut Timer,
+    io: &mut Conn,
+) -> Option<(Preface, bool)> {
     let mut pre = Preface { bytes: [0; PREFACE.len()], at: 0, len: 0 };
     let h2 = std::future::poll_fn(|cx| {
         loop {
             match timer.poll(cx) {
-                // No request was begun: nothing is lost.
+                // No request has begun: nothing is lost.
                 Poll::Ready(Due::Leave | Due::Kicked) => return Poll::Ready(None),
-                Poll::Ready(Due::Time) if state.fault(&inner.limits).is_some() || state.is_idle(&inner.limits) => {
+                Poll::Ready(Due::Time)
+                    if state.timed_out(&server.limits).is_some() || state.is_idle(&server.limits) =>
+                {
                     return Poll::Ready(None);
                 }
-                Poll::Ready(Due::Time) => timer.reset(inner.look),
+                Poll::Ready(Due::Time) => timer.reset(server.check),
                 Poll::Pending => break,
             }
         }
@@ -464,7 +483,7 @@ async fn sniff(inner: &Inner, state: &ConnectionState, timer: &mut Timer, io: &m
             match ready!(Pin::new(&mut *io).poll_read(cx, &mut buf)) {
                 Ok(()) if !buf.filled().is_empty() => {
                     pre.len += buf.filled().len() as u8;
-                    state.heard();
+                    state.bytes_read();
                 }
                 _ => return Poll::Ready(None),
             }
@@ -481,65 +500,65 @@ async fn sniff(inner: &Inner, state: &ConnectionState, timer: &mut Timer, io: &m
     Some((pre, h2))
 }
 
-/// One request: the answer, and the decision whether it takes the connection along.
+/// Answers one request, and decides whether the response hijacks the connection.
 async fn call<S: HttpService>(
-    client: &Client<S>,
+    client: &HttpClient<S>,
     state: &Arc<ConnectionState>,
     mut request: Request<Incoming>,
-) -> Result<Response<Reply>, Infallible> {
+) -> Result<Response<ResponseBody>, Infallible> {
     let done = state.begin();
     let (version, head) = (request.version(), request.method() == Method::HEAD);
-    if client.refuse && !client.endpoint.is_probe(request.uri().path()) {
+    if client.rejected && !client.endpoint.is_probe(request.uri().path()) {
         let error = Error::new(Code::Overloaded, "this node has as many connections as limits.connections allows");
         request.extensions_mut().insert(Rejected(error.with("limit", "limits.connections")));
     }
     if request.method() == Method::GET || client.endpoint.options().tcp_keepalive {
-        // Of those who may stay it is listed where they come from, and origins are told.
+        // Only where it is used: for the list of long-lived connections, and by proxies.
         request.extensions_mut().insert(PeerAddr(client.peer));
     }
     let mut response = client.endpoint.clone().respond(request).await;
-    if client.refuse && version <= Version::HTTP_11 {
+    if client.rejected && version <= Version::HTTP_11 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    if let Some(takeover) = response.extensions_mut().remove::<Hijack>()
+    if let Some(hijack) = response.extensions_mut().remove::<Hijack>()
         && version <= Version::HTTP_11
         && !head
     {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            *state.take.lock() = Some((takeover, BodyFraming::UntilClose));
+            *state.hijack.lock() = Some((hijack, BodyFraming::UntilClose));
         } else if is_plain_stream(&response) {
             let framing = if version == Version::HTTP_11 { BodyFraming::Chunked } else { BodyFraming::UntilClose };
-            *state.take.lock() = Some((takeover, framing));
+            *state.hijack.lock() = Some((hijack, framing));
             state.advance(HTTP, ARMED);
-            // No `Connection: close`, though it closes: under that header Node's fetch takes a connection that was cut
-            // for a stream that ended. A stream that does end says so with its last chunk.
-            // The ordinary body goes here: it never ran.
-            return Ok(response.map(|_| Reply::Never(state.clone())));
+            // No `Connection: close`, though it closes: under that header Node's fetch takes a lost connection for the
+            // end of the stream. A stream that ends sends the last chunk. The ordinary body is dropped here, before its
+            // first poll.
+            return Ok(response.map(|_| ResponseBody::Never(state.clone())));
         }
     }
-    Ok(response.map(|body| Reply::Body(body, done)))
+    Ok(response.map(|body| ResponseBody::Body(body, done)))
 }
 
-/// Whether the body that the head announces is what the takeover will write: a layer may have encoded it.
+/// Whether the head announces the body that the hijacked connection will carry: a layer may have encoded it.
 fn is_plain_stream(response: &Response<AxumBody>) -> bool {
     response.status() == StatusCode::OK
         && !response.headers().contains_key(header::CONTENT_ENCODING)
         && !response.headers().contains_key(header::CONTENT_LENGTH)
 }
 
-// === The body ===
+// === Body ===
 
-/// What hyper gets to send.
-enum Reply {
-    Body(AxumBody, #[expect(dead_code, reason = "held for its drop")] Done),
-    /// Announces a body that is somebody else's to write.
+/// The body that hyper gets.
+enum ResponseBody {
+    Body(AxumBody, #[expect(dead_code, reason = "held for its drop")] RequestInProgress),
+    /// Stands for a body that is written on the hijacked connection.
     Never(Arc<ConnectionState>),
 }
 
-/// The request is answered, to the last byte or the breaking off, when this is dropped.
-struct Done(Arc<ConnectionState>);
+/// One request in progress: dropped when the response is complete or aborted.
+struct RequestInProgress(Arc<ConnectionState>);
 
-impl Drop for Done {
+impl Drop for RequestInProgress {
     fn drop(&mut self) {
         if self.0.busy.fetch_sub(1, Relaxed) == 1 {
             self.0.quiet.store(self.0.wheel.now(), Relaxed);
@@ -547,14 +566,14 @@ impl Drop for Done {
     }
 }
 
-impl Body for Reply {
+impl Body for ResponseBody {
     type Data = Bytes;
     type Error = axum::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         match self.get_mut() {
-            Reply::Body(body, _) => Pin::new(body).poll_frame(cx),
-            Reply::Never(state) => {
+            ResponseBody::Body(body, _) => Pin::new(body).poll_frame(cx),
+            ResponseBody::Never(state) => {
                 state.advance(ARMED, ENCODED);
                 Poll::Pending
             }
@@ -563,22 +582,22 @@ impl Body for Reply {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Reply::Body(body, _) => body.is_end_stream(),
-            Reply::Never(_) => false,
+            ResponseBody::Body(body, _) => body.is_end_stream(),
+            ResponseBody::Never(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Reply::Body(body, _) => body.size_hint(),
-            Reply::Never(_) => SizeHint::default(),
+            ResponseBody::Body(body, _) => body.size_hint(),
+            ResponseBody::Never(_) => SizeHint::default(),
         }
     }
 }
 
-// === The IO ===
+// === IO ===
 
-/// Replays what was sniffed, and sees when hyper flushes and when the peer stops reading.
+/// Replays the bytes that were read to detect HTTP/2, and observes when hyper flushes and when the peer stops reading.
 struct ObservedConn {
     io: Conn,
     pre: Preface,
@@ -613,15 +632,15 @@ impl AsyncRead for ObservedConn {
             let n = pre.len().min(buf.remaining());
             buf.put_slice(&pre[..n]);
             this.pre.at += n as u8;
-            // And reads on: after a first read of only 24 bytes hyper would reserve a second buffer.
+            // Continues to read: after a first read of only 24 bytes hyper would reserve a second buffer.
         }
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
         if buf.filled().len() == before {
             return read;
         }
-        this.state.heard();
+        this.state.bytes_read();
         match read {
-            // An error will come again.
+            // An error will be returned again by the next read.
             Poll::Pending | Poll::Ready(Err(_)) => Poll::Ready(Ok(())),
             Poll::Ready(Ok(())) => Poll::Ready(Ok(())),
         }
@@ -652,7 +671,7 @@ impl AsyncWrite for ObservedConn {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         ready!(Pin::new(&mut this.io).poll_flush(cx))?;
-        // Hyper calls this only when its write buffer is empty.
+        // Hyper flushes only when its write buffer is empty.
         this.state.advance(ENCODED, FLUSHED);
         Poll::Ready(Ok(()))
     }

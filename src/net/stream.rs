@@ -62,14 +62,14 @@ pub(crate) trait StreamSource: Send + Unpin + 'static {
     fn set_peer(&mut self, _: SocketAddr) {}
 }
 
-/// What [`StreamSource::poll`] found.
+/// The result of [`StreamSource::poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
     /// There may be more at once: poll again after the write.
     Full,
     /// Everything is pushed, and the task will be woken when there is more.
     Idle,
-    /// What was pushed is the last.
+    /// The stream ends after what was pushed.
     Ended,
 }
 
@@ -79,8 +79,8 @@ pub(crate) struct StreamOutput {
     framing: BodyFraming,
 }
 
-/// A stream that has not started, shared between the response's body and its [`Hijack`]: the first of the two to be used
-/// takes it.
+/// A stream that has not started, shared between the response's body and its [`Hijack`]: the first of the two to be
+/// used takes it.
 pub(crate) struct StreamResponse<S>(Arc<Mutex<Option<UnstartedStream<S>>>>);
 
 type UnstartedStream<S> = (S, Vec<Bytes>);
@@ -355,8 +355,8 @@ impl StreamOutput {
     }
 }
 
-/// The size of a task that carries `S`: with what tokio adds it should be at most the 512 bytes that its allocation takes
-/// anyway.
+/// The size of a task that carries `S`: with what tokio adds it should be at most the 512 bytes that its allocation
+/// takes anyway.
 #[cfg(test)]
 pub(crate) const fn task_size<S>() -> usize {
     size_of::<HijackedStream<S>>()

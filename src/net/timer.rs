@@ -1,14 +1,14 @@
-//! [`TimerWheel`]: one task that keeps the time for every connection of an App.
+//! [`TimerWheel`]: one task that keeps the time for all connections of a node.
 //!
-//! A `tokio::time::Sleep` per connection costs memory and a lock of the runtime's own wheel; heartbeats, stalled
-//! sockets, tokens and draining need no more than a quarter of a second of precision, and share one waker each here.
+//! A `tokio::time::Sleep` per connection costs memory and a lock of the runtime's own wheel. Heartbeats, stall timeouts
+//! and draining need no more precision than 250 ms, and here share one waker per connection.
 
 use std::{
     collections::HashSet,
     sync::{
         Arc, Weak,
         atomic::{
-            AtomicU32, AtomicUsize,
+            AtomicU32,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
@@ -20,22 +20,20 @@ use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 use tokio::time::Instant;
 
-/// The precision of everything that the wheel times.
-pub const TICK: Duration = Duration::from_millis(250);
+/// The precision of all timers.
+pub(crate) const TICK: Duration = Duration::from_millis(250);
 const BUCKETS: u32 = 128;
-/// Wake-ups between two yields: a bucket may hold tens of thousands of connections.
+/// Wake-ups between two yields: a bucket may hold tens of thousands of timers.
 const BURST: usize = 256;
 
-/// Keeps the time for many connections. Made by [`TimerWheel::start`].
+/// Keeps the time for many connections. Created by [`TimerWheel::start`].
 pub struct TimerWheel {
     /// Ticks since the start, from 1.
     now: AtomicU32,
     /// The tick at which the drain began (0: not draining), and the tick at which all must have left.
     drain: AtomicU32,
     drained: AtomicU32,
-    /// Seats that may still be called; what the drain paces.
-    seats: AtomicUsize,
-    /// How often somebody was kicked.
+    /// How often [`kick`](TimerWheel::kick) was called.
     kicks: AtomicU32,
     buckets: [Bucket; BUCKETS as usize],
 }
@@ -44,34 +42,34 @@ struct Bucket(Mutex<Slab<TimerSlot>>);
 
 struct TimerSlot {
     due: u32,
-    /// Which connection this is of; 0: of none that can be kicked.
+    /// The connection's number; 0 if it cannot be kicked.
     owner: u32,
     leave: bool,
     kicked: bool,
     waker: Option<Waker>,
 }
 
-/// One connection's place on the wheel, given back on drop.
-pub struct Timer {
+/// One connection's timer, which is removed from the wheel on drop.
+pub(crate) struct Timer {
     wheel: Arc<TimerWheel>,
     due: u32,
     key: u32,
-    /// How often somebody had been kicked when this last looked whether it was it.
+    /// The value of the wheel's `kicks` at the last poll.
     kicks: u32,
     bucket: u8,
     left: bool,
-    /// Which task the seat's waker belongs to, so that a poll needs no lock.
+    /// Identifies the task whose waker is in the slot, so that a poll needs no lock. 0: none.
     task: usize,
 }
 
-/// Why a [`Timer`] fired.
+/// The reason why a [`Timer`] fired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Due {
-    /// The time that was asked for has come. Ask for the next with [`Timer::reset`].
+pub(crate) enum Due {
+    /// The time has come. Set the next with [`Timer::reset`].
     Time,
-    /// The node drains, and it is this connection's turn to go. Said once.
+    /// The node drains, and it is this connection's turn to leave. Reported once.
     Leave,
-    /// Somebody wants this connection to end. Said once.
+    /// The connection is kicked. Reported once.
     Kicked,
 }
 
@@ -79,36 +77,35 @@ pub enum Due {
 
 impl TimerWheel {
     /// Starts the task that turns the wheel; it ends when the wheel is dropped. Needs a tokio runtime.
-    pub fn start() -> Arc<Self> {
+    pub(crate) fn start() -> Arc<Self> {
         let wheel = Arc::new(TimerWheel {
             now: AtomicU32::new(1),
             drain: AtomicU32::new(0),
             drained: AtomicU32::new(0),
-            seats: AtomicUsize::new(0),
             kicks: AtomicU32::new(0),
             buckets: std::array::from_fn(|_| Bucket(Mutex::new(Slab::new()))),
         });
-        tokio::spawn(turn(Arc::downgrade(&wheel)));
+        tokio::spawn(run(Arc::downgrade(&wheel)));
         wheel
     }
 
-    /// Ticks since the start: a clock that costs one load.
-    pub fn now(&self) -> u32 {
+    /// Ticks since the start. Costs one atomic load.
+    pub(crate) fn now(&self) -> u32 {
         self.now.load(Relaxed)
     }
 
     /// `time` in ticks, rounded up; at least one, and so few that they can be added to any tick.
-    pub fn ticks(time: Duration) -> u32 {
+    pub(crate) fn ticks(time: Duration) -> u32 {
         u32::try_from(time.as_millis().div_ceil(TICK.as_millis())).unwrap_or(u32::MAX).clamp(1, u32::MAX / 2)
     }
 
     /// The time from tick `since` to tick `now`.
-    pub fn span(since: u32, now: u32) -> Duration {
+    pub(crate) fn span(since: u32, now: u32) -> Duration {
         TICK * now.saturating_sub(since)
     }
 
     /// A timer that fires after `after`, rounded up to ticks.
-    pub fn timer(self: &Arc<Self>, after: Duration) -> Timer {
+    pub(crate) fn timer(self: &Arc<Self>, after: Duration) -> Timer {
         let due = self.now() + TimerWheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
         let key = self.buckets[bucket as usize].lock().insert(TimerSlot {
@@ -118,40 +115,39 @@ impl TimerWheel {
             kicked: false,
             waker: None,
         }) as u32;
-        self.seats.fetch_add(1, Relaxed);
         Timer { wheel: self.clone(), due, key, kicks: 0, bucket, left: false, task: 0 }
     }
 
-    /// Calls on the connections with these numbers to end, and leaves in `who` those that were not found: they are gone,
-    /// or were on their way to another bucket.
-    pub fn kick(&self, who: &mut HashSet<u32>) {
-        let mut calls = Vec::new();
+    /// Kicks the connections with these numbers, and leaves in `owners` those that were not found: they are gone, or
+    /// were moving to another bucket.
+    pub(crate) fn kick(&self, owners: &mut HashSet<u32>) {
+        let mut wakers = Vec::new();
         for bucket in &self.buckets {
-            for (_, seat) in bucket.lock().iter_mut() {
-                if seat.owner != 0 && who.remove(&seat.owner) {
-                    seat.kicked = true;
-                    calls.extend(seat.waker.take());
+            for (_, slot) in bucket.lock().iter_mut() {
+                if slot.owner != 0 && owners.remove(&slot.owner) {
+                    slot.kicked = true;
+                    wakers.extend(slot.waker.take());
                 }
             }
         }
-        // Before they are woken, or they would not look.
+        // Before they are woken: otherwise their poll would not look at the slot.
         self.kicks.fetch_add(1, Release);
-        calls.into_iter().for_each(Waker::wake);
+        wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// Calls on every connection to leave, spread evenly over `window`; those that come later too.
+    /// Lets every connection leave, spread evenly over `window`. Includes connections that are opened later.
     pub fn drain(&self, window: Duration) {
         let now = self.now();
         self.drained.store(now + TimerWheel::ticks(window), Relaxed);
         self.drain.store(now, Relaxed);
     }
 
-    pub fn is_draining(&self) -> bool {
+    pub(crate) fn is_draining(&self) -> bool {
         self.drain.load(Relaxed) != 0
     }
 
-    /// Since when it drains, as of now; zero if it does not.
-    pub fn draining_for(&self) -> Duration {
+    /// For how long it has been draining; zero if it is not.
+    pub(crate) fn draining_for(&self) -> Duration {
         match self.drain.load(Relaxed) {
             0 => Duration::ZERO,
             since => Self::span(since, self.now()),
@@ -159,63 +155,65 @@ impl TimerWheel {
     }
 
     /// Live timers.
-    pub fn len(&self) -> usize {
-        self.seats.load(Relaxed)
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.buckets.iter().map(|bucket| bucket.lock().len()).sum()
     }
 
+    /// Whether there are no live timers.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.buckets.iter().all(|bucket| bucket.lock().is_empty())
     }
 
-    /// Moves the time on by one tick; returns whom to wake.
-    fn tick(&self, calls: &mut Vec<Waker>) {
+    /// Advances the time by one tick, and appends the wakers of due timers to `wakers`.
+    fn tick(&self, wakers: &mut Vec<Waker>) {
         let now = self.now.fetch_add(1, Relaxed) + 1;
-        for (_, seat) in self.buckets[(now % BUCKETS) as usize].lock().iter_mut() {
-            if seat.due <= now {
-                // Not again before the connection asks: it may be busy for longer than a tick.
-                seat.due = u32::MAX;
-                calls.extend(seat.waker.take());
+        for (_, slot) in self.buckets[(now % BUCKETS) as usize].lock().iter_mut() {
+            if slot.due <= now {
+                // Not again before the next reset: the connection may be busy for longer than a tick.
+                slot.due = u32::MAX;
+                wakers.extend(slot.waker.take());
             }
         }
         if self.is_draining() {
-            self.call_to_leave(now, calls);
+            self.begin_leaving(now, wakers);
         }
     }
 
-    /// This tick's share of those who have not been called yet, rounded up: a few go at once.
-    /// What is born during the drain is called too.
-    fn call_to_leave(&self, now: u32, calls: &mut Vec<Waker>) {
+    /// Lets this tick's share of the remaining connections leave, rounded up. Includes connections that were opened
+    /// during the drain.
+    fn begin_leaving(&self, now: u32, wakers: &mut Vec<Waker>) {
         let ticks = self.drained.load(Relaxed).saturating_sub(now) as usize + 1;
         let waiting: usize =
-            self.buckets.iter().map(|bucket| bucket.lock().iter().filter(|(_, seat)| !seat.leave).count()).sum();
+            self.buckets.iter().map(|bucket| bucket.lock().iter().filter(|(_, slot)| !slot.leave).count()).sum();
         let mut share = waiting.div_ceil(ticks);
         for bucket in &self.buckets {
-            for (_, seat) in bucket.lock().iter_mut().filter(|(_, seat)| !seat.leave) {
+            for (_, slot) in bucket.lock().iter_mut().filter(|(_, slot)| !slot.leave) {
                 if share == 0 {
                     return;
                 }
                 share -= 1;
-                seat.leave = true;
-                calls.extend(seat.waker.take());
+                slot.leave = true;
+                wakers.extend(slot.waker.take());
             }
         }
     }
 }
 
-async fn turn(wheel: Weak<TimerWheel>) {
+async fn run(wheel: Weak<TimerWheel>) {
     let start = Instant::now();
-    let mut calls = Vec::new();
+    let mut wakers = Vec::new();
     for tick in 1.. {
         tokio::time::sleep_until(start + TICK * tick).await;
-        // Gone with the App; between ticks nothing is held.
+        // Ends when the wheel is dropped: it is not held between ticks.
         let Some(wheel) = wheel.upgrade() else { return };
-        wheel.tick(&mut calls);
+        wheel.tick(&mut wakers);
         drop(wheel);
-        while !calls.is_empty() {
-            calls.drain(calls.len().saturating_sub(BURST)..).for_each(Waker::wake);
+        while !wakers.is_empty() {
+            wakers.drain(wakers.len().saturating_sub(BURST)..).for_each(Waker::wake);
             tokio::task::yield_now().await;
         }
-        calls.shrink_to(BURST);
+        wakers.shrink_to(BURST);
     }
 }
 
@@ -226,14 +224,15 @@ impl Bucket {
         self.0.lock()
     }
 
-    /// Gives the room back with the last seat: timers walk round the wheel, and would else leave it in every bucket.
+    /// Frees the bucket's memory with its last slot: timers move around the wheel, and would leave capacity in every
+    /// bucket.
     fn remove(&self, key: u32) -> Option<TimerSlot> {
-        let mut seats = self.lock();
-        let seat = seats.try_remove(key as usize);
-        if seats.is_empty() {
-            *seats = Slab::new();
+        let mut slots = self.lock();
+        let slot = slots.try_remove(key as usize);
+        if slots.is_empty() {
+            *slots = Slab::new();
         }
-        seat
+        slot
     }
 }
 
@@ -241,46 +240,42 @@ impl Bucket {
 
 impl Timer {
     /// Ticks since the wheel's start.
-    pub fn now(&self) -> u32 {
+    pub(crate) fn now(&self) -> u32 {
         self.wheel.now()
     }
 
-    pub fn wheel(&self) -> &Arc<TimerWheel> {
-        &self.wheel
-    }
-
-    /// Says which connection this is of, for [`TimerWheel::kick`]. Not 0.
-    pub fn set_owner(&mut self, owner: u32) {
-        if let Some(seat) = self.wheel.buckets[self.bucket as usize].lock().get_mut(self.key as usize) {
-            seat.owner = owner;
+    /// Sets the connection's number, for [`TimerWheel::kick`]. Must not be 0.
+    pub(crate) fn set_owner(&mut self, owner: u32) {
+        if let Some(slot) = self.wheel.buckets[self.bucket as usize].lock().get_mut(self.key as usize) {
+            slot.owner = owner;
         }
     }
 
     /// Fires after `after` from now instead, rounded up to ticks.
-    pub fn reset(&mut self, after: Duration) {
+    pub(crate) fn reset(&mut self, after: Duration) {
         let due = self.wheel.now() + TimerWheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
         self.due = due;
         if bucket != self.bucket {
-            let Some(seat) = self.wheel.buckets[self.bucket as usize].remove(self.key) else { return };
-            self.key = self.wheel.buckets[bucket as usize].lock().insert(seat) as u32;
+            let Some(slot) = self.wheel.buckets[self.bucket as usize].remove(self.key) else { return };
+            self.key = self.wheel.buckets[bucket as usize].lock().insert(slot) as u32;
             self.bucket = bucket;
         }
         let mut bucket = self.wheel.buckets[bucket as usize].lock();
-        let Some(seat) = bucket.get_mut(self.key as usize) else { return };
-        seat.due = due;
+        let Some(slot) = bucket.get_mut(self.key as usize) else { return };
+        slot.due = due;
         if self.wheel.now() >= due {
-            // The hand may have passed while the seat was moved: it will not come back for half a minute.
+            // The wheel may have passed the bucket while the slot was moved, and returns only after a round of 32 s.
             self.task = 0;
-            if let Some(waker) = seat.waker.take() {
+            if let Some(waker) = slot.waker.take() {
                 drop(bucket);
                 waker.wake();
             }
         }
     }
 
-    /// As [`reset`](Self::reset), but never later than what is set already.
-    pub fn shorten(&mut self, after: Duration) {
+    /// Like [`reset`](Self::reset), but never later than the current setting.
+    pub(crate) fn shorten(&mut self, after: Duration) {
         if self.wheel.now() + TimerWheel::ticks(after) < self.due {
             self.reset(after);
         }
@@ -288,7 +283,7 @@ impl Timer {
 
     /// Ready when the time has come or the node drains. After [`Due::Time`] it is pending until the next
     /// [`reset`](Self::reset).
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Due> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Due> {
         let now = self.wheel.now();
         let task = cx.waker().data() as usize;
         let kicks = self.wheel.kicks.load(Acquire);
@@ -297,25 +292,25 @@ impl Timer {
         }
         self.kicks = kicks;
         let mut bucket = self.wheel.buckets[self.bucket as usize].lock();
-        let Some(seat) = bucket.get_mut(self.key as usize) else { return Poll::Pending };
-        // The waker may have been taken to fire: the next poll has to leave one again.
-        if std::mem::take(&mut seat.kicked) {
+        let Some(slot) = bucket.get_mut(self.key as usize) else { return Poll::Pending };
+        // The waker may have been used: the next poll has to leave one again.
+        if std::mem::take(&mut slot.kicked) {
             self.task = 0;
             return Poll::Ready(Due::Kicked);
         }
-        if !self.left && seat.leave {
+        if !self.left && slot.leave {
             self.left = true;
             self.task = 0;
             return Poll::Ready(Due::Leave);
         }
         if now >= self.due {
             self.due = u32::MAX;
-            seat.due = u32::MAX;
+            slot.due = u32::MAX;
             self.task = 0;
             return Poll::Ready(Due::Time);
         }
-        if seat.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
-            seat.waker = Some(cx.waker().clone());
+        if slot.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
+            slot.waker = Some(cx.waker().clone());
         }
         self.task = task;
         Poll::Pending
@@ -325,7 +320,6 @@ impl Timer {
 impl Drop for Timer {
     fn drop(&mut self) {
         self.wheel.buckets[self.bucket as usize].remove(self.key);
-        self.wheel.seats.fetch_sub(1, Relaxed);
     }
 }
 
@@ -335,16 +329,16 @@ mod tests {
 
     use super::*;
 
-    struct Count(AtomicU32);
+    struct WakeCount(AtomicU32);
 
-    impl std::task::Wake for Count {
+    impl std::task::Wake for WakeCount {
         fn wake(self: Arc<Self>) {
             self.0.fetch_add(1, Relaxed);
         }
     }
 
-    fn waker() -> (Arc<Count>, Waker) {
-        let count = Arc::new(Count(AtomicU32::new(0)));
+    fn waker() -> (Arc<WakeCount>, Waker) {
+        let count = Arc::new(WakeCount(AtomicU32::new(0)));
         (count.clone(), count.into())
     }
 
@@ -353,10 +347,10 @@ mod tests {
     }
 
     fn turn(wheel: &TimerWheel, ticks: u32) {
-        let mut calls = Vec::new();
+        let mut wakers = Vec::new();
         for _ in 0..ticks {
-            wheel.tick(&mut calls);
-            calls.drain(..).for_each(Waker::wake);
+            wheel.tick(&mut wakers);
+            wakers.drain(..).for_each(Waker::wake);
         }
     }
 
@@ -375,7 +369,7 @@ mod tests {
         turn(&wheel, 2 * BUCKETS);
         assert_eq!((timer.poll(&mut cx), count.0.load(Relaxed)), (Poll::Pending, 1));
 
-        // Longer than a round, and in whatever bucket.
+        // Also longer than a round, and in any bucket.
         for after in [Duration::from_millis(1), Duration::from_secs(20), Duration::from_secs(80)] {
             timer.reset(after);
             let before = count.0.load(Relaxed);
@@ -391,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_without_end_is_a_long_one() {
+    fn an_endless_time_is_a_long_one() {
         for years in [1, 20, 33, 100] {
             let ticks = TimerWheel::ticks(Duration::from_secs(years * 365 * 24 * 60 * 60));
             assert!(ticks > 126_000_000 && ticks.checked_add(u32::MAX / 2).is_some(), "{years}: {ticks}");
@@ -399,7 +393,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn at_most_only_brings_forward() {
+    async fn shorten_never_postpones() {
         let wheel = TimerWheel::start();
         let mut timer = wheel.timer(Duration::from_secs(20));
         timer.shorten(Duration::from_secs(1));
@@ -409,7 +403,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_drain_is_spread_and_reaches_everyone_once() {
+    async fn a_drain_is_spread_and_reaches_each_timer_once() {
         let wheel = TimerWheel::start();
         let (count, waker) = waker();
         let mut cx = Context::from_waker(&waker);
@@ -419,7 +413,7 @@ mod tests {
         turn(&wheel, 20);
         let half = left(&mut timers, &mut cx);
         assert!((480..=520).contains(&half) && count.0.load(Relaxed) as usize == half, "{half}");
-        // Born in the drain, and called before it has ever looked.
+        // Created during the drain, and due to leave before its first poll.
         timers.push(wheel.timer(Duration::from_secs(3600)));
         turn(&wheel, 21);
         let rest = left(&mut timers, &mut cx);
@@ -428,7 +422,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_kicked_is_woken_and_told_once() {
+    async fn a_kicked_timer_is_woken_once() {
         let wheel = TimerWheel::start();
         let (count, waker) = waker();
         let mut cx = Context::from_waker(&waker);
@@ -441,16 +435,16 @@ mod tests {
             assert_eq!(timer.poll(&mut cx), Poll::Pending);
         });
         let woken = count.0.load(Relaxed);
-        let mut who = HashSet::from([3, 7, 99]);
-        wheel.kick(&mut who);
-        assert_eq!((who, count.0.load(Relaxed) - woken), (HashSet::from([99]), 2));
+        let mut owners = HashSet::from([3, 7, 99]);
+        wheel.kick(&mut owners);
+        assert_eq!((owners, count.0.load(Relaxed) - woken), (HashSet::from([99]), 2));
         let kicked: Vec<usize> = (0..10).filter(|at| timers[*at].poll(&mut cx) == Poll::Ready(Due::Kicked)).collect();
         assert_eq!(kicked, [2, 6]);
         assert!(timers.iter_mut().all(|timer| timer.poll(&mut cx).is_pending()));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn turns_by_itself_and_ends_with_its_owner() {
+    async fn the_task_turns_the_wheel_and_ends_with_it() {
         let wheel = TimerWheel::start();
         let mut timer = wheel.timer(Duration::from_secs(20));
         let start = Instant::now();

@@ -1,6 +1,8 @@
 //! The WebSocket protocol (RFC 6455) on a hijacked connection.
 
-pub mod frame;
-pub mod handshake;
-pub mod output;
-pub mod reader;
+pub(crate) mod frame;
+pub(crate) mod handshake;
+pub(crate) mod outbox;
+pub(crate) mod output;
+mod reader;
+pub(crate) mod socket;

@@ -93,7 +93,8 @@ impl WriteQueue {
         self.poll_flush(cx, io)
     }
 
-    /// Writes once: `head`, then pieces. Returns how many bytes of `head` were written. One of the two must not be empty.
+    /// Writes once: `head`, then pieces. Returns how many bytes of `head` were written. One of the two must not be
+    /// empty.
     ///
     /// Several pieces are one `writev`: with one `write` per piece a reader that is behind never catches up with hyper,
     /// which flattens.

@@ -1,4 +1,5 @@
-//! Who is there: `GET /v1/presence` and `weir.presence`; and how a reader says that it is.
+//! Presence as parameters: `GET /v1/presence` and `weir.presence` list who is present; subscriptions may make their
+//! client present.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -13,25 +14,25 @@ use crate::{
     presence::{MemberList, Presence, PresentClient},
 };
 
-/// Members of one answer, at most and if nothing is said.
+/// Members of one answer: the maximum, and the default.
 const MAX_LIMIT: u64 = 1_000;
 
-/// A question, checked.
+/// A validated request for the members of a channel.
 #[derive(Debug)]
-pub struct Asking {
+pub(crate) struct MembersRequest {
     channel: Channel,
-    /// Only how many.
+    /// Only the number of members.
     count: bool,
     limit: usize,
-    /// The last name of the page before.
+    /// The last name of the previous page.
     after: Option<String>,
     bytes: usize,
 }
 
-/// The same, as written.
+/// The params of `weir.presence`, as sent.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Asked<'a> {
+struct MembersParams<'a> {
     #[serde(borrow)]
     channel: JsonStr<'a>,
     #[serde(default)]
@@ -41,21 +42,21 @@ struct Asked<'a> {
     page: Option<JsonStr<'a>>,
 }
 
-/// `"present":{"client":"c1","info":{}}`, as written.
+/// `"present":{"client":"c1","info":{}}`, as sent.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Present<'a> {
+pub(crate) struct PresentParam<'a> {
     #[serde(borrow)]
     client: JsonStr<'a>,
     #[serde(borrow)]
     info: Option<&'a RawValue>,
 }
 
-// === impl Asking ===
+// === impl MembersRequest ===
 
-impl Asking {
+impl MembersRequest {
     /// From the parameters of `GET /v1/presence`.
-    pub fn from_query(mut query: Query<'_>, limits: &LimitsSection) -> Result<Self> {
+    pub(crate) fn from_query(mut query: Query<'_>, limits: &LimitsSection) -> Result<Self> {
         let channel = query.one_channel()?;
         let count = match query.take("count")?.as_deref() {
             None | Some("false") => false,
@@ -68,10 +69,10 @@ impl Asking {
     }
 
     /// From the params of `weir.presence`.
-    pub fn from_params(params: &str, limits: &LimitsSection) -> Result<Self> {
-        let asked: Asked<'_> = crate::json::parse_json(params)?;
-        let channel = Channel::parse(&asked.channel)?;
-        Self::check(channel, asked.count, asked.limit, asked.page.as_deref(), limits)
+    pub(crate) fn from_params(params: &str, limits: &LimitsSection) -> Result<Self> {
+        let parsed: MembersParams<'_> = crate::json::parse_json(params)?;
+        let channel = Channel::parse(&parsed.channel)?;
+        Self::check(channel, parsed.count, parsed.limit, parsed.page.as_deref(), limits)
     }
 
     fn check(
@@ -92,17 +93,17 @@ impl Asking {
             }
             None => None,
         };
-        Ok(Asking { channel, count, limit: limit as usize, after, bytes: limits.page_bytes })
+        Ok(MembersRequest { channel, count, limit: limit as usize, after, bytes: limits.page_bytes })
     }
 
-    /// Whoever may read a channel may know who else does.
-    pub fn permit(&self, identity: &Identity) -> Result<()> {
+    /// Checks that `identity` may list the members: it must be permitted to subscribe to the channel.
+    pub(crate) fn permit(&self, identity: &Identity) -> Result<()> {
         let _ = identity.may_subscribe(&self.channel)?;
         Ok(())
     }
 
     /// `{"channel":"C","count":2,"position":"k3Vq-7","members":[…],"page":"…"}`
-    pub async fn answer(&self, presence: &Presence) -> Result<Vec<u8>> {
+    pub(crate) async fn answer(&self, presence: &Presence) -> Result<Vec<u8>> {
         let limit = if self.count { 0 } else { self.limit };
         let MemberList { page, position } =
             presence.list(&self.channel, self.after.as_deref(), limit, self.bytes).await?;
@@ -131,10 +132,10 @@ impl Asking {
     }
 }
 
-// === saying so ===
+// === becoming present ===
 
-/// `present=c1` and `info={}` of a URL that reads channels; `most` is `limits.present_info`.
-pub fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<PresentClient>> {
+/// The parameters `present=c1` and `info={}` of a URL that subscribes; `most` is `limits.present_info`.
+pub(crate) fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<PresentClient>> {
     let (client, info) = (query.take("present")?, query.take("info")?);
     let Some(client) = client else {
         return match info {
@@ -149,8 +150,8 @@ pub fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<PresentCl
     PresentClient::new(&client, info, most).map(Some)
 }
 
-impl Present<'_> {
-    pub fn client(&self, most: usize) -> Result<PresentClient> {
+impl PresentParam<'_> {
+    pub(crate) fn client(&self, most: usize) -> Result<PresentClient> {
         PresentClient::new(&self.client, self.info, most)
     }
 }

@@ -1,4 +1,4 @@
-//! The parameters of a URL, and what all readers say in them: which channels, from where, which types.
+//! The parameters of a URL, and those that all reading requests share: channels, start and types.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -9,23 +9,23 @@ use crate::{
     token::AfterParam,
 };
 
-/// Most parameters in one URL. More than any request needs, few enough to search through one by one.
+/// Parameters of one URL. More than any request needs, and few enough for a linear search.
 const MAX_PARAMETERS: usize = 256;
 
-/// The decoded parameters of a URL. Each is taken by whoever understands it; [`finish`](Self::finish) refuses the rest.
+/// The decoded parameters of a URL. A handler takes those that it knows, and [`finish`](Self::finish) rejects the rest.
 #[derive(Debug, Default)]
-pub struct Query<'a> {
+pub(crate) struct Query<'a> {
     left: Vec<(Cow<'a, str>, Cow<'a, str>)>,
 }
 
-/// Where a reader said to start.
+/// The position at which a client asks to start reading.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Begin {
-    /// The default of the transport.
-    Unsaid,
-    /// A position, a token, an offset, `earliest` or `now`, as sent: reading it can fail.
+pub(crate) enum StartParam {
+    /// Not specified: the default of the transport.
+    Default,
+    /// A position, a token, an offset, `earliest` or `now`, not parsed yet.
     After(String),
-    /// So many events before the head.
+    /// At so many events before the end.
     Last(u64),
 }
 
@@ -33,10 +33,10 @@ pub enum Begin {
 
 impl<'a> Query<'a> {
     /// `text` is what follows the `?`. Values are UTF-8 under percent-encoding, `+` is a space; commas mean nothing.
-    pub fn parse(text: Option<&'a str>) -> Result<Self> {
+    pub(crate) fn parse(text: Option<&'a str>) -> Result<Self> {
         let text = text.unwrap_or_default();
         let mut left = Vec::with_capacity(4);
-        // One pass over the bytes: every publish and every poll comes by here.
+        // One pass over the bytes: every publish and every poll is parsed by this.
         let (mut from, mut equals, mut coded) = (0, None, false);
         for (at, byte) in text.bytes().chain([b'&']).enumerate() {
             match byte {
@@ -64,13 +64,13 @@ impl<'a> Query<'a> {
         Ok(Query { left })
     }
 
-    /// Whether a parameter is given and was not taken.
-    pub fn has(&self, name: &str) -> bool {
+    /// Whether a parameter is given and has not been taken.
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.left.iter().any(|(given, _)| given == name)
     }
 
     /// The value of a parameter that may be given once.
-    pub fn take(&mut self, name: &str) -> Result<Option<Cow<'a, str>>> {
+    pub(crate) fn take(&mut self, name: &str) -> Result<Option<Cow<'a, str>>> {
         let Some(at) = self.left.iter().position(|(given, _)| given == name) else { return Ok(None) };
         let (_, value) = self.left.swap_remove(at);
         if self.has(name) {
@@ -80,9 +80,9 @@ impl<'a> Query<'a> {
     }
 
     /// Every value of a parameter that may be repeated, in order.
-    pub fn take_all(&mut self, name: &str) -> Vec<Cow<'a, str>> {
+    pub(crate) fn take_all(&mut self, name: &str) -> Vec<Cow<'a, str>> {
         let mut taken = Vec::new();
-        // `retain` cannot move out; an emptied value is a value nobody sees again.
+        // `retain_mut` cannot move out: the value that is removed is left empty.
         self.left.retain_mut(|(given, value)| {
             let matches = given == name;
             if matches {
@@ -96,7 +96,7 @@ impl<'a> Query<'a> {
     /// The repeated `channel`, without repetitions. There may be none.
     ///
     /// `most` is the value of the limit called `limit`.
-    pub fn channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
+    pub(crate) fn channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
         let mut channels = Vec::new();
         for name in self.take_all("channel") {
             let channel = Channel::parse(&name)?;
@@ -111,36 +111,36 @@ impl<'a> Query<'a> {
     }
 
     /// The parameter `channel` where it may be given once.
-    pub fn channel(&mut self) -> Result<Option<Channel>> {
+    pub(crate) fn channel(&mut self) -> Result<Option<Channel>> {
         self.take("channel")?.map(|name| Channel::parse(&name)).transpose()
     }
 
     /// The parameter `channel` where there must be one.
-    pub fn one_channel(&mut self) -> Result<Channel> {
+    pub(crate) fn one_channel(&mut self) -> Result<Channel> {
         self.channel()?.map_or_else(|| Err(self.no_channel()), Ok)
     }
 
-    /// As [`channels`](Self::channels), where there must be one at least.
-    pub fn some_channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
+    /// Like [`channels`](Self::channels), but at least one is required.
+    pub(crate) fn some_channels(&mut self, most: usize, limit: &'static str) -> Result<Vec<Channel>> {
         let channels = self.channels(most, limit)?;
         if channels.is_empty() { Err(self.no_channel()) } else { Ok(channels) }
     }
 
     fn no_channel(&self) -> Error {
-        // The likely mistake gets its own hint.
+        // A likely mistake gets a hint of its own.
         self.hint().err().unwrap_or_else(|| Error::params("channel is missing: say ?channel=NAME"))
     }
 
     /// The repeated `type`.
-    pub fn types(&mut self) -> Result<Vec<String>> {
+    pub(crate) fn types(&mut self) -> Result<Vec<String>> {
         let types = self.take_all("type");
         types.iter().try_for_each(|kind| check_label("type", kind))?;
         Ok(types.into_iter().map(Cow::into_owned).collect())
     }
 
-    /// Where to start. What a client resumes with wins over what its URL says, for an `EventSource` reconnects with both:
-    /// the header `Last-Event-ID`, then `last_event_id` (or `lastEventId`), then `after` or `last`.
-    pub fn begin(&mut self, last_event_id: Option<&str>) -> Result<Begin> {
+    /// The start. An `EventSource` that reconnects sends its last id beside the parameters of its URL, so the
+    /// precedence is: the header `Last-Event-ID`, `last_event_id` (or `lastEventId`), then `after` or `last`.
+    pub(crate) fn start(&mut self, last_event_id: Option<&str>) -> Result<StartParam> {
         let resumed = match (self.take("last_event_id")?, self.take("lastEventId")?) {
             (None, given) | (given, _) => given,
         };
@@ -149,14 +149,14 @@ impl<'a> Query<'a> {
             return Err(Error::params("after and last exclude each other"));
         }
         Ok(match (last_event_id.map(Cow::Borrowed).or(resumed.as_deref().map(Cow::Borrowed)).or(after), last) {
-            (Some(after), _) => Begin::After(after.into_owned()),
-            (None, Some(last)) => Begin::Last(last),
-            (None, None) => Begin::Unsaid,
+            (Some(after), _) => StartParam::After(after.into_owned()),
+            (None, Some(last)) => StartParam::Last(last),
+            (None, None) => StartParam::Default,
         })
     }
 
     /// A whole number.
-    pub fn number(&mut self, name: &str) -> Result<Option<u64>> {
+    pub(crate) fn number(&mut self, name: &str) -> Result<Option<u64>> {
         let Some(text) = self.take(name)? else { return Ok(None) };
         match text.parse() {
             Ok(number) if !text.starts_with('+') => Ok(Some(number)),
@@ -165,12 +165,12 @@ impl<'a> Query<'a> {
     }
 
     /// A [`duration`].
-    pub fn duration(&mut self, name: &str) -> Result<Option<Duration>> {
+    pub(crate) fn duration(&mut self, name: &str) -> Result<Option<Duration>> {
         self.take(name)?.map(|text| duration(name, &text)).transpose()
     }
 
-    /// Refuses parameters that nobody took, unless they begin with `_`.
-    pub fn finish(self) -> Result<()> {
+    /// Rejects parameters that have not been taken, unless they begin with `_`.
+    pub(crate) fn finish(self) -> Result<()> {
         self.hint()?;
         match self.left.iter().find(|(name, _)| !name.starts_with('_')) {
             Some((name, _)) => Err(Error::params(format!("unknown parameter {name:?}"))),
@@ -186,15 +186,18 @@ impl<'a> Query<'a> {
     }
 }
 
-// === impl Begin ===
+// === impl StartParam ===
 
-impl Begin {
-    /// Where each of `channels` starts. Fails with `invalid_position` on what cannot be read.
-    pub fn starts(&self, channels: &[Channel], default: Start) -> Result<Vec<Start>> {
+impl StartParam {
+    /// Resolves the start of each of `channels`.
+    ///
+    /// # Errors
+    /// `invalid_position` if the text cannot be parsed.
+    pub(crate) fn starts(&self, channels: &[Channel], default: Start) -> Result<Vec<Start>> {
         match self {
-            Begin::Unsaid => Ok(vec![default; channels.len()]),
-            Begin::Last(last) => Ok(vec![Start::Last(*last); channels.len()]),
-            Begin::After(text) => {
+            StartParam::Default => Ok(vec![default; channels.len()]),
+            StartParam::Last(last) => Ok(vec![Start::Last(*last); channels.len()]),
+            StartParam::After(text) => {
                 let after: AfterParam =
                     text.parse().map_err(|error| Error::new(Code::InvalidPosition, format!("after is {error}")))?;
                 after.starts(channels)
@@ -203,25 +206,25 @@ impl Begin {
     }
 }
 
-/// Reads a parameter or member called `name` in the grammar of [`crate::duration`].
-pub fn duration(name: &str, text: &str) -> Result<Duration> {
+/// Parses a parameter or member called `name` in the grammar of [`crate::duration`].
+pub(crate) fn duration(name: &str, text: &str) -> Result<Duration> {
     crate::duration::parse(text).map_err(|reason| Error::params(format!("{name}: {reason}")))
 }
 
-/// A name in a `page`: of characters that no URL minds.
-pub fn hex(name: &[u8]) -> String {
+/// Encodes a name for the parameter `page`, in characters that need no escaping in a URL.
+pub(crate) fn hex(name: &[u8]) -> String {
     name.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What [`hex`] was made of.
-pub fn unhex(text: &str) -> Option<Vec<u8>> {
+/// Decodes what [`hex`] has encoded.
+pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
     let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
     let pairs = text.as_bytes().chunks(2);
     pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
 }
 
-/// Undoes percent-encoding; `plus` says whether `+` is a space (in a query, not in a path).
-pub fn decode(text: &str, plus: bool) -> Result<Cow<'_, str>> {
+/// Decodes percent-encoding; `plus` decodes `+` as a space (in a query, not in a path).
+pub(crate) fn decode(text: &str, plus: bool) -> Result<Cow<'_, str>> {
     if !text.bytes().any(|byte| byte == b'%' || plus && byte == b'+') {
         return Ok(Cow::Borrowed(text));
     }
@@ -252,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_repeat_and_commas_are_letters() {
+    fn channels_are_repeated_and_commas_are_part_of_names() {
         let mut query = query("channel=a,b&channel=50%25&channel=x+y&channel=a,b&_=1");
         let channels = query.some_channels(3, "limits.poll_channels").unwrap();
         assert_eq!(channels.iter().map(Channel::as_str).collect::<Vec<_>>(), ["a,b", "50%", "x y"]);
@@ -260,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_but_legal() {
+    fn unusual_but_valid_queries() {
         let mut query = query("&&a=b=c&d&=e&f=&%67=%68&");
         assert_eq!(query.take("a").unwrap().unwrap(), "b=c");
         assert_eq!(query.take("d").unwrap().unwrap(), "");
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_is_refused() {
+    fn unknown_parameters_are_rejected() {
         assert!(query("chanel=a").finish().is_err());
         assert!(query("channels=a,b").finish().unwrap_err().detail().contains("repeat channel"));
         assert!(query("channels=a").some_channels(1, "x").unwrap_err().detail().contains("repeat channel"));
@@ -282,14 +285,14 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_reader_ignores_its_url() {
-        let begin = |text: &'static str, header| query(text).begin(header);
-        let after = |text: &str| Begin::After(text.to_owned());
+    fn a_resumed_stream_ignores_the_start_of_its_url() {
+        let begin = |text: &'static str, header| query(text).start(header);
+        let after = |text: &str| StartParam::After(text.to_owned());
         assert_eq!(begin("after=earliest", None).unwrap(), after("earliest"));
         assert_eq!(begin("after=earliest", Some("k3Vq00-1")).unwrap(), after("k3Vq00-1"));
         assert_eq!(begin("last=3&lastEventId=k3Vq00-2", None).unwrap(), after("k3Vq00-2"));
-        assert_eq!(begin("last=3", None).unwrap(), Begin::Last(3));
-        assert_eq!(begin("", None).unwrap(), Begin::Unsaid);
+        assert_eq!(begin("last=3", None).unwrap(), StartParam::Last(3));
+        assert_eq!(begin("", None).unwrap(), StartParam::Default);
         assert!(begin("last=3&after=now", None).is_err());
         assert!(begin("last=-3", None).is_err());
         let channels = [Channel::parse("a").unwrap()];

@@ -1,7 +1,6 @@
-//! Reading by request: a page of what there is, and waiting for what is not there yet (a *long-poll*).
+//! ReadRequest pages of events, and waiting for new ones (a *long-poll*): `GET /v1/events` and `weir.read`.
 //!
-//! `GET /v1/events` and `weir.read` are this. Nothing is kept between two requests but, for a named consumer, its
-//! cursors: the next `after` is the acknowledgement.
+//! Nothing is kept between two requests except the cursors of named consumers. The next `after` acknowledges the page.
 
 use std::{future::poll_fn, sync::Arc, time::Duration};
 
@@ -9,7 +8,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::query::{Begin, Query};
+use super::query::{Query, StartParam};
 use crate::{
     auth::Identity,
     bus::{Bus, Filter, Format, Gap, LogPage, ReadLimit, Subscriptions},
@@ -24,54 +23,55 @@ use crate::{
 };
 
 const DEFAULT_LIMIT: usize = 100;
-/// How long a poll that finds nothing waits while this node drains: a fast answer would be asked again at once.
+/// How long a poll that finds nothing waits while this node drains: an immediate response would be requested again at
+/// once.
 const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
-/// What a reader asks for, checked.
+/// A validated request for a page of events.
 #[derive(Debug)]
-pub struct Reading {
+pub(crate) struct ReadRequest {
     channels: Vec<Channel>,
-    begin: Begin,
+    start: StartParam,
     filter: Option<Filter>,
     limit: ReadLimit,
     wait: Duration,
     /// Events to wait for.
     min: usize,
-    consumer: Option<Consuming>,
+    consumer: Option<ConsumerRead>,
 }
 
-/// A reader whose place weir keeps.
+/// A consumer, whose cursors weir keeps.
 #[derive(Debug)]
-struct Consuming {
+struct ConsumerRead {
     name: String,
-    /// Where to begin if it has no cursor yet.
+    /// The start if it has no cursor yet.
     start: Start,
-    /// Commit what is handed out.
+    /// Commit the positions of the page that is returned.
     auto: bool,
 }
 
-/// What a reader gets.
+/// A page of events, of one or more channels.
 #[derive(Debug, Default)]
-pub struct Answer {
+pub(crate) struct ReadPage {
     /// Events as JSON, with commas between.
     events: Vec<u8>,
     count: usize,
     next: Vec<Position>,
     more: bool,
     gaps: Vec<Gap>,
-    /// By channel: whether anything of it is told.
-    told: Vec<bool>,
-    /// A gap comes next, behind what is told: it begins the next answer.
+    /// By channel: whether the page has anything of it.
+    included: Vec<bool>,
+    /// A gap follows, behind events of its channel: it begins the next page.
     cut: bool,
     new: bool,
-    /// Whose page it is, if it will be the same again until it is committed.
+    /// The consumer that will get the same page again until it commits.
     uncommitted: Option<String>,
 }
 
-/// The same, as written: every member optional, nothing checked.
+/// The params of `weir.read`, as sent and not validated.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Asked<'a> {
+struct ReadParams<'a> {
     #[serde(borrow, default)]
     channels: Vec<JsonStr<'a>>,
     #[serde(borrow)]
@@ -91,32 +91,36 @@ struct Asked<'a> {
     commit: Option<JsonStr<'a>>,
 }
 
-// === impl Reading ===
+// === impl ReadRequest ===
 
-impl Reading {
+impl ReadRequest {
     /// From the parameters of `GET /v1/events`; `last_event_id` is the header.
-    pub fn from_query(mut query: Query<'_>, last_event_id: Option<&str>, limits: &LimitsSection) -> Result<Self> {
+    pub(crate) fn from_query(
+        mut query: Query<'_>,
+        last_event_id: Option<&str>,
+        limits: &LimitsSection,
+    ) -> Result<Self> {
         let channels = query.some_channels(limits.stream_channels, "limits.stream_channels")?;
-        let begin = query.begin(last_event_id)?;
+        let start = query.start(last_event_id)?;
         let kinds = query.types()?;
-        let asked = Asked {
+        let params = ReadParams {
             limit: query.number("limit")?,
             wait: query.take("wait")?.map(JsonStr),
             min: query.number("min")?,
             consumer: query.take("consumer")?.map(JsonStr),
             start: query.take("start")?.map(JsonStr),
             commit: query.take("commit")?.map(JsonStr),
-            ..Asked::default()
+            ..ReadParams::default()
         };
         query.finish()?;
-        Self::check(channels, begin, &kinds, asked, limits)
+        Self::check(channels, start, &kinds, params, limits)
     }
 
     /// From the params of `weir.read`: the same names, `channels` and `type` being lists.
-    pub fn from_params(params: &str, limits: &LimitsSection) -> Result<Self> {
-        let mut asked: Asked<'_> = crate::json::parse_json(params)?;
+    pub(crate) fn from_params(json: &str, limits: &LimitsSection) -> Result<Self> {
+        let mut params: ReadParams<'_> = crate::json::parse_json(json)?;
         let mut channels = Vec::new();
-        for name in std::mem::take(&mut asked.channels) {
+        for name in std::mem::take(&mut params.channels) {
             let channel = Channel::parse(&name)?;
             if !channels.contains(&channel) {
                 channels.push(channel);
@@ -128,29 +132,29 @@ impl Reading {
         if channels.is_empty() {
             return Err(Error::params("channels is missing: a list of names"));
         }
-        let begin = match (asked.after.take(), asked.last) {
+        let start = match (params.after.take(), params.last) {
             (Some(_), Some(_)) => return Err(Error::params("after and last exclude each other")),
-            (Some(after), None) => Begin::After(after.0.into_owned()),
-            (None, Some(last)) => Begin::Last(last),
-            (None, None) => Begin::Unsaid,
+            (Some(after), None) => StartParam::After(after.0.into_owned()),
+            (None, Some(last)) => StartParam::Last(last),
+            (None, None) => StartParam::Default,
         };
-        let kinds: Vec<_> = std::mem::take(&mut asked.kinds);
+        let kinds: Vec<_> = std::mem::take(&mut params.kinds);
         let kinds: Vec<&str> = kinds.iter().map(|kind| &**kind).collect();
-        Self::check(channels, begin, &kinds, asked, limits)
+        Self::check(channels, start, &kinds, params, limits)
     }
 
     fn check<S: AsRef<str>>(
         channels: Vec<Channel>,
-        begin: Begin,
+        start: StartParam,
         kinds: &[S],
-        asked: Asked<'_>,
+        params: ReadParams<'_>,
         limits: &LimitsSection,
     ) -> Result<Self> {
-        let events = asked.limit.map_or(DEFAULT_LIMIT.min(limits.page_events), |limit| limit as usize);
+        let events = params.limit.map_or(DEFAULT_LIMIT.min(limits.page_events), |limit| limit as usize);
         if events == 0 || events > limits.page_events {
             return Err(too_many("limit", "limits.page_events", limits.page_events));
         }
-        let wait = match &asked.wait {
+        let wait = match &params.wait {
             Some(text) => duration::parse(text).map_err(|error| Error::params(format!("wait: {error}")))?,
             None => Duration::ZERO,
         };
@@ -158,36 +162,36 @@ impl Reading {
             let most = duration::format(limits.wait);
             return Err(Error::params(format!("wait is at most {most} (limits.wait)")).with("limit", "limits.wait"));
         }
-        let min = asked.min.unwrap_or(1) as usize;
+        let min = params.min.unwrap_or(1) as usize;
         if min == 0 || min > events {
             return Err(Error::params(format!("min is 1 to limit, which is {events}")));
         }
-        let consumer = match asked.consumer {
-            Some(name) => Some(Consuming {
+        let consumer = match params.consumer {
+            Some(name) => Some(ConsumerRead {
                 name: name.0.into_owned(),
-                start: match asked.start.as_deref() {
+                start: match params.start.as_deref() {
                     None | Some("earliest") => Start::Earliest,
                     Some("now") => Start::Now,
                     Some(_) => return Err(Error::params("start is earliest or now")),
                 },
-                auto: match asked.commit.as_deref() {
+                auto: match params.commit.as_deref() {
                     None | Some("manual") => false,
                     Some("auto") => true,
                     Some(_) => return Err(Error::params("commit is manual or auto")),
                 },
             }),
-            None if asked.start.is_some() || asked.commit.is_some() => {
+            None if params.start.is_some() || params.commit.is_some() => {
                 return Err(Error::params("start and commit are about a consumer: name it with consumer"));
             }
             None => None,
         };
         let filter = Filter::new(kinds)?;
         let limit = ReadLimit { events, bytes: limits.page_bytes };
-        Ok(Reading { channels, begin, filter, limit, wait, min, consumer })
+        Ok(ReadRequest { channels, start, filter, limit, wait, min, consumer })
     }
 
-    /// Asks whether `identity` may read this.
-    pub fn permit(&self, identity: &Identity) -> Result<()> {
+    /// Checks that `identity` may read these channels, as this consumer.
+    pub(crate) fn permit(&self, identity: &Identity) -> Result<()> {
         for channel in &self.channels {
             let _ = identity.may_subscribe(channel)?;
         }
@@ -197,45 +201,50 @@ impl Reading {
         Ok(())
     }
 
-    pub fn channels(&self) -> &[Channel] {
+    pub(crate) fn channels(&self) -> &[Channel] {
         &self.channels
     }
 
-    /// Whether the reader is willing to wait.
-    pub fn waits(&self) -> bool {
+    /// Whether the request waits if there are no events.
+    pub(crate) fn waits(&self) -> bool {
         !self.wait.is_zero()
     }
 
-    /// Reads, and waits if there is nothing and the reader asked to. Dropping it gives everything back.
+    /// Reads a page, and waits for events if there are none and the request asks for it. Cancel-safe.
     ///
-    /// While `draining`, nobody is kept: who waits gets what there is, an empty page if nothing.
-    pub async fn answer(&self, bus: &Bus, draining: &CancellationToken) -> Result<Answer> {
+    /// When `draining` is cancelled, a waiting request returns what there is, possibly an empty page.
+    pub(crate) async fn read(&self, bus: &Bus, draining: &CancellationToken) -> Result<ReadPage> {
         let (starts, new) = self.starts(bus).await?;
         let uncommitted =
             self.consumer.as_ref().filter(|consumer| !consumer.auto).map(|consumer| consumer.name.clone());
-        let mut answer =
-            Answer { next: Vec::new(), told: vec![false; self.channels.len()], new, uncommitted, ..Answer::default() };
-        self.begin(bus, starts, &mut answer).await?;
-        if self.waits() && !self.is_enough(&answer) {
-            self.wait(bus, draining, &mut answer).await?;
+        let mut page = ReadPage {
+            next: Vec::new(),
+            included: vec![false; self.channels.len()],
+            new,
+            uncommitted,
+            ..ReadPage::default()
+        };
+        self.read_first(bus, starts, &mut page).await?;
+        if self.waits() && !self.is_enough(&page) {
+            self.wait(bus, draining, &mut page).await?;
         }
-        if let Some(Consuming { name, auto: true, .. }) = &self.consumer {
-            for (channel, next) in self.channels.iter().zip(&answer.next) {
+        if let Some(ConsumerRead { name, auto: true, .. }) = &self.consumer {
+            for (channel, next) in self.channels.iter().zip(&page.next) {
                 bus.commit(name, channel, *next).await?;
             }
         }
-        Ok(answer)
+        Ok(page)
     }
 
-    /// Where to read from, and whether the consumer is new.
+    /// Resolves the start of each channel, and whether the consumer is new.
     async fn starts(&self, bus: &Bus) -> Result<(Vec<Start>, bool)> {
         let Some(consumer) = &self.consumer else {
-            return Ok((self.begin.starts(&self.channels, Start::Earliest)?, false));
+            return Ok((self.start.starts(&self.channels, Start::Earliest)?, false));
         };
-        match &self.begin {
-            Begin::Unsaid => {}
-            Begin::After(after) => commit(bus, &consumer.name, &self.channels, after).await?,
-            Begin::Last(_) => {
+        match &self.start {
+            StartParam::Default => {}
+            StartParam::After(after) => commit(bus, &consumer.name, &self.channels, after).await?,
+            StartParam::Last(_) => {
                 return Err(Error::params("a consumer reads on from its cursor: there is start=now, and seek"));
             }
         }
@@ -247,7 +256,8 @@ impl Reading {
                     new = false;
                     cursor
                 }
-                // Kept from the first poll on, or what is published between two polls from `now` would be lost.
+                // Stored at the first poll: otherwise events that are published between two polls from `now` would be
+                // lost.
                 None => {
                     let at = bus.locate(channel, consumer.start).await?.0;
                     bus.seek(&consumer.name, channel, at).await?;
@@ -259,144 +269,144 @@ impl Reading {
         Ok((starts, new))
     }
 
-    /// The first look. After it, `answer.next` knows a position of every channel.
-    async fn begin(&self, bus: &Bus, starts: Vec<Start>, answer: &mut Answer) -> Result<()> {
+    /// The first read. After it, `page.next` has a position of every channel.
+    async fn read_first(&self, bus: &Bus, starts: Vec<Start>, page: &mut ReadPage) -> Result<()> {
         if let ([channel], [start]) = (&*self.channels, &*starts) {
-            let page = bus.read(channel, *start, self.limit, self.filter.as_ref()).await?;
-            answer.next.push(page.next);
-            answer.more = page.more;
-            answer.take(0, channel, page);
+            let log_page = bus.read(channel, *start, self.limit, self.filter.as_ref()).await?;
+            page.next.push(log_page.next);
+            page.more = log_page.more;
+            page.add(0, channel, log_page);
             return Ok(());
         }
-        // Of several, the page may be full before all were looked at: then the token needs a position nevertheless.
+        // The page may be full before all channels are read, but the token needs a position of each.
         for (channel, start) in self.channels.iter().zip(starts) {
             let at = match start {
                 Start::After(position) => position,
                 start => {
                     let (at, gap) = bus.locate(channel, start).await?;
-                    answer.told[answer.next.len()] = gap.is_some();
-                    answer.gaps.extend(gap);
+                    page.included[page.next.len()] = gap.is_some();
+                    page.gaps.extend(gap);
                     at
                 }
             };
-            answer.next.push(at);
+            page.next.push(at);
         }
-        self.more(bus, answer).await
+        self.read_more(bus, page).await
     }
 
-    /// Reads on in every channel, in turns of equal shares so that a busy one does not fill the page alone.
-    async fn more(&self, bus: &Bus, answer: &mut Answer) -> Result<()> {
+    /// Reads on in every channel, in equal shares, so that a busy channel does not fill the page alone.
+    async fn read_more(&self, bus: &Bus, page: &mut ReadPage) -> Result<()> {
         if let [channel] = &*self.channels {
-            let limit = self.left(answer, self.limit.events);
-            let page = bus.read(channel, Start::After(answer.next[0]), limit, self.filter.as_ref()).await?;
-            answer.more = page.more;
-            answer.take(0, channel, page);
+            let limit = self.left(page, self.limit.events);
+            let log_page = bus.read(channel, Start::After(page.next[0]), limit, self.filter.as_ref()).await?;
+            page.more = log_page.more;
+            page.add(0, channel, log_page);
             return Ok(());
         }
         let mut open: Vec<usize> = (0..self.channels.len()).collect();
-        while !open.is_empty() && !self.is_full(answer) {
-            let share = ((self.limit.events - answer.count) / open.len()).max(1);
+        while !open.is_empty() && !self.is_full(page) {
+            let share = ((self.limit.events - page.count) / open.len()).max(1);
             let mut unread = Vec::new();
             for (turn, at) in open.iter().enumerate() {
-                if self.is_full(answer) {
+                if self.is_full(page) {
                     unread.extend_from_slice(&open[turn..]);
                     break;
                 }
-                let limit = self.left(answer, share);
-                let start = Start::After(answer.next[*at]);
-                let page = bus.read(&self.channels[*at], start, limit, self.filter.as_ref()).await?;
-                let more = page.more;
-                if answer.take(*at, &self.channels[*at], page) && more {
+                let limit = self.left(page, share);
+                let start = Start::After(page.next[*at]);
+                let log_page = bus.read(&self.channels[*at], start, limit, self.filter.as_ref()).await?;
+                let more = log_page.more;
+                if page.add(*at, &self.channels[*at], log_page) && more {
                     unread.push(*at);
                 }
             }
             open = unread;
         }
-        // What was not looked at may have more: who asks again finds out.
-        answer.more = !open.is_empty() || answer.cut;
+        // Channels that were not read may have more: the next request will tell.
+        page.more = !open.is_empty() || page.cut;
         Ok(())
     }
 
     /// Waits for enough, and reads it.
-    async fn wait(&self, bus: &Bus, draining: &CancellationToken, answer: &mut Answer) -> Result<()> {
+    async fn wait(&self, bus: &Bus, draining: &CancellationToken, page: &mut ReadPage) -> Result<()> {
         let mut deadline = Instant::now() + self.wait;
-        // What is published from here on wakes us; what came since the first look is found at the first poll.
+        // Events that are published from here on wake us; those since the first read are found at the first poll.
         let mut subscriptions = Subscriptions::new(Format::NONE);
         let mut slots = Vec::with_capacity(self.channels.len());
-        for (watch, next) in bus.watch(&self.channels).await?.into_iter().zip(&answer.next) {
+        for (watch, next) in bus.watch(&self.channels).await?.into_iter().zip(&page.next) {
             slots.push(subscriptions.add(watch, Start::After(*next), None).slot);
         }
-        // Asked once: a drain that began between two questions would be seen by neither.
+        // Evaluated once: a drain that begins between two checks would be missed by both.
         let drained = draining.is_cancelled();
         if drained {
             deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
         }
         let mut alarm = std::pin::pin!(tokio::time::sleep_until(deadline));
         let mut leaving = std::pin::pin!(draining.cancelled());
-        while !self.is_enough(answer) {
+        while !self.is_enough(page) {
             tokio::select! {
                 biased;
                 () = poll_fn(|cx| subscriptions.poll_changed(cx)) => {}
                 () = &mut leaving, if !drained => break,
                 () = &mut alarm => break,
             }
-            self.more(bus, answer).await?;
-            for (slot, next) in slots.iter().zip(&answer.next) {
+            self.read_more(bus, page).await?;
+            for (slot, next) in slots.iter().zip(&page.next) {
                 subscriptions.seek(*slot, Start::After(*next));
             }
         }
         Ok(())
     }
 
-    /// What still fits, of `share` events.
-    fn left(&self, answer: &Answer, share: usize) -> ReadLimit {
+    /// The limit of the next read: `share` events, or what still fits.
+    fn left(&self, page: &ReadPage, share: usize) -> ReadLimit {
         ReadLimit {
-            events: share.min(self.limit.events.saturating_sub(answer.count)),
-            bytes: self.limit.bytes.saturating_sub(answer.events.len()),
+            events: share.min(self.limit.events.saturating_sub(page.count)),
+            bytes: self.limit.bytes.saturating_sub(page.events.len()),
         }
     }
 
-    fn is_full(&self, answer: &Answer) -> bool {
-        answer.count >= self.limit.events || answer.events.len() >= self.limit.bytes
+    fn is_full(&self, page: &ReadPage) -> bool {
+        page.count >= self.limit.events || page.events.len() >= self.limit.bytes
     }
 
-    /// A gap is told at once: who waits for news of a channel wants to know that some are lost.
-    fn is_enough(&self, answer: &Answer) -> bool {
-        answer.count >= self.min || self.is_full(answer) || !answer.gaps.is_empty() || answer.cut
+    /// A gap is reported at once: the client should know that events are lost.
+    fn is_enough(&self, page: &ReadPage) -> bool {
+        page.count >= self.min || self.is_full(page) || !page.gaps.is_empty() || page.cut
     }
 
     /// Appends the page: `{"events":[…],"next":"…","more":false,"gaps":[]}`.
-    pub fn write_json(&self, answer: &Answer, out: &mut Vec<u8>) {
-        out.reserve(answer.events.len() + 128);
+    pub(crate) fn write_json(&self, page: &ReadPage, out: &mut Vec<u8>) {
+        out.reserve(page.events.len() + 128);
         out.extend_from_slice(br#"{"events":["#);
-        out.extend_from_slice(&answer.events);
+        out.extend_from_slice(&page.events);
         out.extend_from_slice(br#"],"next":""#);
-        // Either has only characters that JSON leaves alone.
-        match *answer.next {
+        // Neither has characters that JSON escapes.
+        match *page.next {
             [position] => position.write(out),
-            _ => out.extend_from_slice(ResumeToken::encode(&self.channels, &answer.next).as_bytes()),
+            _ => out.extend_from_slice(ResumeToken::encode(&self.channels, &page.next).as_bytes()),
         }
         out.extend_from_slice(br#"","more":"#);
-        out.extend_from_slice(if answer.more { b"true" } else { b"false" });
+        out.extend_from_slice(if page.more { b"true" } else { b"false" });
         out.extend_from_slice(br#","gaps":"#);
-        match *answer.gaps {
+        match *page.gaps {
             [] => out.extend_from_slice(b"[]"),
             // Writing into a Vec cannot fail.
-            _ => drop(serde_json::to_writer(&mut *out, &answer.gaps)),
+            _ => drop(serde_json::to_writer(&mut *out, &page.gaps)),
         }
         if let Some(consumer) = &self.consumer {
             out.extend_from_slice(br#","consumer":{"name":"#);
             write_json_str(&consumer.name, out);
-            out.extend_from_slice(if answer.new { br#","new":true}"# } else { b"}" });
+            out.extend_from_slice(if page.new { br#","new":true}"# } else { b"}" });
         }
         out.push(b'}');
     }
 }
 
-// === impl Answer ===
+// === impl ReadPage ===
 
-impl Answer {
-    /// Adds what is handed out, `bytes` as written, to the metrics.
+impl ReadPage {
+    /// Adds the page, of `bytes` as written, to the metrics.
     pub(crate) fn count(&self, metrics: &Metrics, transport: Transport, bytes: usize) {
         metrics.delivered[transport].add(self.count as u64);
         metrics.delivered_bytes[transport].add(bytes as u64);
@@ -406,17 +416,17 @@ impl Answer {
         }
     }
 
-    /// Adds what was read of a channel. A gap comes before all of it: one that would stand behind something of the same
-    /// channel is left for the next answer, and so is what follows it. Then false.
-    fn take(&mut self, at: usize, channel: &Channel, page: LogPage) -> bool {
-        if page.gap.is_some() && self.told[at] {
+    /// Adds what was read of a channel. A gap precedes all events of its channel in a page: if there are some already,
+    /// the gap and what follows it are left for the next page. Then the result is false.
+    fn add(&mut self, at: usize, channel: &Channel, read: LogPage) -> bool {
+        if read.gap.is_some() && self.included[at] {
             (self.cut, self.more) = (true, true);
             return false;
         }
-        self.told[at] |= page.gap.is_some() || !page.events.is_empty();
-        self.next[at] = page.next;
-        self.gaps.extend(page.gap);
-        self.push(channel, &page.events);
+        self.included[at] |= read.gap.is_some() || !read.events.is_empty();
+        self.next[at] = read.next;
+        self.gaps.extend(read.gap);
+        self.push(channel, &read.events);
         true
     }
 
@@ -431,8 +441,8 @@ impl Answer {
     }
 }
 
-/// Moves the cursors of `consumer` forward to `after`, a token of these channels or the position of the only one.
-pub async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str) -> Result<()> {
+/// Advances the cursors of `consumer` to `after`: a token of these channels, or the position of the only one.
+pub(crate) async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str) -> Result<()> {
     let unreadable = |error| Error::new(Code::InvalidPosition, format!("after is {error}"));
     let after: AfterParam = after.parse().map_err(unreadable)?;
     if !matches!(after, AfterParam::Position(_) | AfterParam::Token(_)) {
@@ -451,9 +461,9 @@ pub async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str
     Ok(())
 }
 
-/// As [`commit`] of a consumer that exists. A token does not hold names: it is of `channels`, or else of all that the
-/// consumer reads.
-pub async fn commit_named(bus: &Bus, consumer: &str, channels: Option<Vec<Channel>>, after: &str) -> Result<()> {
+/// Like [`commit`], for a consumer that exists. A token does not contain names: it is of `channels`, or else of all
+/// channels that the consumer reads.
+pub(crate) async fn commit_named(bus: &Bus, consumer: &str, channels: Option<Vec<Channel>>, after: &str) -> Result<()> {
     let Some(known) = bus.consumer(consumer).await? else {
         return Err(Error::new(Code::NotFound, format!("there is no consumer {consumer}")));
     };
@@ -461,8 +471,8 @@ pub async fn commit_named(bus: &Bus, consumer: &str, channels: Option<Vec<Channe
     commit(bus, consumer, &channels, after).await
 }
 
-/// Refuses a position that the channel has not reached: a cursor there could never come back by committing.
-pub async fn check_ahead(bus: &Bus, channel: &Channel, position: Position) -> Result<()> {
+/// Rejects a position that the channel has not reached: a cursor there could not be moved back by a commit.
+pub(crate) async fn check_ahead(bus: &Bus, channel: &Channel, position: Position) -> Result<()> {
     let info = bus.inspect(channel).await?;
     if position.epoch == info.epoch && position.offset > info.top && !info.epoch.is_absent() {
         return Err(Error::new(Code::InvalidPosition, format!("{position} lies ahead of channel {channel}")));

@@ -1,7 +1,7 @@
-//! Server-sent events: `GET /v1/sse`, and `GET /v1/events` for whoever accepts `text/event-stream`.
+//! Server-sent events: `GET /v1/sse`, and `GET /v1/events` for clients that accept `text/event-stream`.
 //!
-//! An `EventSource` gives up for good at any status but 200. So what is wrong for ever (a parameter, a permission) is
-//! a status, and what will pass (a drain, an overload) is a stream that says `weir.retry` and ends.
+//! An `EventSource` never reconnects after a status other than 200. So permanent errors (a parameter, a permission) are
+//! a status, and temporary ones (a drain, an overload) are a stream that sends `weir.retry` and ends.
 
 pub mod frame;
 mod handler;
@@ -25,17 +25,17 @@ use crate::{
     presence::{PresenceLease, PresentClient},
     transport::{
         present,
-        query::{Begin, Query},
+        query::{Query, StartParam},
         subscription_stream::SubscriptionStream,
     },
 };
 
 const EVENT_STREAM: &str = "text/event-stream";
 
-/// What a client asked for.
-struct Asked {
+/// The parameters of a stream.
+struct SseParams {
     channels: Vec<Channel>,
-    begin: Begin,
+    start: StartParam,
     filter: Option<Arc<Filter>>,
     bare_data: bool,
     ids_of_all: bool,
@@ -43,12 +43,12 @@ struct Asked {
 }
 
 /// Whether a request to a path with several representations wants a stream.
-pub fn is_wanted(headers: &HeaderMap) -> bool {
+pub(crate) fn is_wanted(headers: &HeaderMap) -> bool {
     accepted(headers).any(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM))
 }
 
-/// Whether a client can read a stream, as far as it says.
-pub fn is_acceptable(headers: &HeaderMap) -> bool {
+/// Whether the `Accept` header allows a stream.
+pub(crate) fn is_acceptable(headers: &HeaderMap) -> bool {
     !headers.contains_key(header::ACCEPT)
         || accepted(headers)
             .any(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM) || kind.eq_ignore_ascii_case("text/*") || kind == "*/*")
@@ -64,14 +64,14 @@ fn accepted(headers: &HeaderMap) -> impl Iterator<Item = &str> {
         .filter_map(|range| {
             let mut parts = range.split(';').map(str::trim);
             let kind = parts.next()?;
-            let refused = parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse() == Ok(0.0));
-            (!refused).then_some(kind)
+            let rejected = parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse() == Ok(0.0));
+            (!rejected).then_some(kind)
         })
 }
 
-/// A stream that only says when to come back.
-pub fn refusal(error: &Error) -> Response {
-    let after = error.retry_after_ms().unwrap_or_default().max(retry_ms().into());
+/// A stream that only tells the client when to reconnect.
+pub(crate) fn retry_response(error: &Error) -> Response {
+    let after = error.retry_after_ms().unwrap_or_default().max(frame::retry_ms().into());
     response(Body::from(chunk::text(&frame::retry(error.code().as_str(), after, true))))
 }
 
@@ -80,20 +80,18 @@ fn response<B>(body: B) -> Response<B> {
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
-    // nginx would hold back what is small.
+    // Otherwise nginx buffers small writes.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
 
-/// When to reconnect. Different for each client: all of them lose their streams at the same moment.
-fn retry_ms() -> u16 {
-    fastrand::u16(1_000..4_000)
-}
-
-/// Answers a request for a stream, whatever its path. Fails only with what will not pass by itself.
-pub async fn open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result<Response> {
+/// Answers a request for a stream, whatever its path.
+///
+/// # Errors
+/// Permanent errors only; the response to a temporary one is a stream.
+pub(crate) async fn open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result<Response> {
     match try_open(node, identity, head).await {
-        Err(error) if error.code().retry() == Retry::Yes => Ok(refusal(&error)),
+        Err(error) if error.code().retry() == Retry::Yes => Ok(retry_response(&error)),
         opened => opened,
     }
 }
@@ -102,8 +100,8 @@ async fn try_open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result
     if !is_acceptable(&head.headers) {
         return Err(Error::new(Code::NotAcceptable, "this is a stream of text/event-stream, which Accept excludes"));
     }
-    let asked = read(node, head)?;
-    for channel in &asked.channels {
+    let params = read(node, head)?;
+    for channel in &params.channels {
         let _permit = identity.may_subscribe(channel)?;
     }
     if head.method == Method::HEAD {
@@ -113,17 +111,17 @@ async fn try_open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result
         return Err(Error::new(Code::Draining, "this node is leaving"));
     }
     let remote = PeerAddr::of(head);
-    let (stream, first) = begin(node, identity, remote, asked).await?;
+    let (stream, first) = begin(node, identity, remote, params).await?;
     Ok(stream.respond(response(()), first))
 }
 
-fn read(node: &Node, head: &Parts) -> Result<Asked> {
+fn read(node: &Node, head: &Parts) -> Result<SseParams> {
     let mut query = Query::parse(head.uri.query())?;
     let channels = query.some_channels(node.config.limits.stream_channels, "limits.stream_channels")?;
     let filter = Filter::new(&query.types()?)?.map(Arc::new);
-    // Whatever is in it: what is no position is answered by a gap.
+    // Any bytes: an invalid position is answered by a gap.
     let last_event_id = head.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
-    let begin = query.begin(last_event_id.as_deref())?;
+    let start = query.start(last_event_id.as_deref())?;
     let bare_data = match query.take("format")?.as_deref() {
         None | Some("event") => false,
         Some("data") => true,
@@ -136,20 +134,21 @@ fn read(node: &Node, head: &Parts) -> Result<Asked> {
     };
     let present = present::from_query(&mut query, node.config.limits.present_info)?;
     query.finish()?;
-    Ok(Asked { channels, begin, filter, bare_data, ids_of_all, present })
+    Ok(SseParams { channels, start, filter, bare_data, ids_of_all, present })
 }
 
-/// The positions are taken here: what is published while the head of the response is on its way is not missed.
+/// The positions are resolved here, so that events which are published before the client has read the head are not
+/// missed.
 async fn begin(
     node: &Arc<Node>,
     identity: &Identity,
     remote: Option<SocketAddr>,
-    asked: Asked,
+    params: SseParams,
 ) -> Result<(SubscriptionStream<SseHandler>, Vec<Bytes>)> {
-    let Asked { channels, begin, filter, bare_data, ids_of_all, present } = asked;
-    let (starts, unreadable) = match begin.starts(&channels, Start::Now) {
+    let SseParams { channels, start, filter, bare_data, ids_of_all, present } = params;
+    let (starts, unreadable) = match start.starts(&channels, Start::Now) {
         Ok(starts) => (starts, false),
-        // Never a status: that would end an EventSource for good.
+        // Not a status: an EventSource would not reconnect.
         Err(error) if error.code() == Code::InvalidPosition => (vec![Start::Now; channels.len()], true),
         Err(error) => return Err(error),
     };
@@ -185,7 +184,7 @@ async fn begin(
     Ok((SubscriptionStream::for_client(node, identity, remote, subs, handler), first))
 }
 
-/// The reader said where it was, and nobody understood. It goes on at `at`.
+/// The gap for a position that could not be parsed. The stream continues at `at`.
 fn bad_position(channel: Channel, at: Position) -> Gap {
     let next = if at.epoch.is_absent() { at } else { Position { offset: at.offset + 1, ..at } };
     Gap { channel, reason: GapReason::BadPosition, after: None, next, missed: None }
@@ -196,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_accept_means() {
+    fn the_accept_header() {
         let headers = |accept: &'static str| HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]);
         for (accept, acceptable, wanted) in [
             ("text/event-stream", true, true),

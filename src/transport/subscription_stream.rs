@@ -1,11 +1,11 @@
 //! [`SubscriptionStream`]: a response that stays open for the events of some channels.
 //!
-//! The caller provides [`Subscriptions`] with the shared [`Format`](crate::bus::Format) of its protocol, the head of the
-//! response, the first bytes, and a [`StreamHandler`] for everything that is sent beside events. Draining, stalled peers,
-//! metrics and leaving hyper are handled here, for native SSE and for all adapters.
+//! The caller provides [`Subscriptions`] with the shared [`Format`](crate::bus::Format) of its protocol, the head of
+//! the response, the first bytes, and a [`StreamHandler`] for everything that is sent beside events. Draining, stalled
+//! peers, metrics and leaving hyper are handled here, for native SSE and for all adapters.
 //!
-//! Watch the channels and [`add`](Subscriptions::add) them before the response is returned: then no event is missed that
-//! is published after the client has read the head.
+//! Watch the channels and [`add`](Subscriptions::add) them before the response is returned: then no event is missed
+//! that is published after the client has read the head.
 
 use std::{
     net::SocketAddr,
@@ -35,10 +35,10 @@ use crate::{
 /// How often a stream without heartbeat reports what it has delivered.
 const REPORT: Duration = Duration::from_secs(20);
 
-/// What one stream sends beside events, and how it handles events. Everything that is pushed is a whole [chunk].
+/// Defines what one stream sends beside events, and how it handles events. Everything that is pushed is a whole [chunk].
 pub(crate) trait StreamHandler: Send + Unpin + 'static {
-    /// How often [`on_heartbeat`](Self::on_heartbeat) is called; `None` for never. Evaluated at the start and after each
-    /// heartbeat.
+    /// How often [`on_heartbeat`](Self::on_heartbeat) is called; `None` for never. Evaluated at the start and after
+    /// each heartbeat.
     fn heartbeat(&self) -> Option<HeartbeatPolicy> {
         None
     }
@@ -108,8 +108,8 @@ pub(crate) enum StreamAction {
     Close(Code),
 }
 
-/// A `retry:` line that ends the stream of an `EventSource`. The delay is random, so that clients do not reconnect all at
-/// once; a kicked client gets the longest delay there is.
+/// A `retry:` line that ends the stream of an `EventSource`. The delay is random, so that clients do not reconnect all
+/// at once; a kicked client gets the longest delay there is.
 pub(crate) fn retry_chunk(code: Code) -> Bytes {
     let ms = if code == Code::Kicked { i32::MAX } else { fastrand::i32(1_000..4_000) };
     chunk::of(format!("retry: {ms}\n").as_bytes())
@@ -123,8 +123,8 @@ pub(crate) struct SubscriptionStream<H> {
     timer: Timer,
     registration: ConnectionRegistration,
     connected: OpenConnection,
-    /// The tick of the last heartbeat (or of the last data, with [`HeartbeatPolicy::WhenIdle`]), and the ticks from there to
-    /// the next heartbeat.
+    /// The tick of the last heartbeat (or of the last data, with [`HeartbeatPolicy::WhenIdle`]), and the ticks from
+    /// there to the next heartbeat.
     last: u32,
     period: u32,
     /// Events and bytes that were pushed since they were last added to the metrics.
@@ -226,7 +226,7 @@ impl<H: StreamHandler> SubscriptionStream<H> {
                 }
             };
             if !self.apply(action, out) {
-                // What it waits for is polled at the next turn.
+                // The handler is polled again at the next turn.
                 return if action == StreamAction::Wait { Progress::Full } else { Progress::Ended };
             }
         };

@@ -1,204 +1,109 @@
-//! [`Outbox`]: what waits to be written to one client, whatever it is connected by.
+//! [`PacketOutbox`]: the packets that wait for one client, whichever transport it uses.
 //!
-//! Whoever has something to say encodes it into one buffer, in the framing of the moment; the next poll or the socket's
-//! task takes all of it. At an upgrade what is still there changes its framing.
+//! Packets are encoded in the framing of the current transport. The next poll, or the WebSocket's task, takes all of
+//! them. At an upgrade the packets that still wait are reframed.
 
-use std::task::{Context, Poll, Waker};
-
-use parking_lot::{Mutex, MutexGuard};
+use std::task::{Context, Poll};
 
 use super::packet::{Framing, reframe};
-
-/// Beyond so many times its limit nothing is kept for a client: it does not read what it asked for.
-const HARD: usize = 4;
-/// A buffer that a burst made larger than this is not kept.
-pub const KEPT: usize = 64 * 1024;
+use crate::net::websocket::outbox::{OfferOutcome, Outbox, OutboxContent};
 
 /// The outbound side of one session.
-pub struct Outbox {
-    /// Bytes, beyond which others' requests are not taken.
-    most: usize,
-    state: Mutex<State>,
-}
+pub(crate) struct PacketOutbox(Outbox<PacketTransport>);
 
-struct State {
+struct PacketTransport {
     framing: Framing,
-    bytes: Vec<u8>,
-    end: End,
-    /// Polls are answered at once, with nothing if there is nothing: the client waits for that to change over.
+    /// Polls are answered at once, if need be with a no-op: the client waits for that before it completes the upgrade.
     upgrading: bool,
-    waker: Option<Waker>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    Open,
-    /// Nothing is added; the client has been told, and closes by itself.
-    Parting,
-    /// Nothing is added; what is there is delivered, and then the session ends.
-    Finishing,
-    /// It did not read: nothing is delivered any more.
-    Overflown,
-    Gone,
-}
-
-/// What [`Outbox::poll_take`] found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
-    /// The buffer given was empty and now holds packets.
-    Packets,
-    /// Nothing more will come.
-    Over,
-    /// The same, because the client did not read.
-    Slow,
-    /// The client reads elsewhere now.
-    Elsewhere,
-}
-
-// === impl Outbox ===
-
-impl Outbox {
-    pub fn new(framing: Framing, most: usize) -> Self {
-        let state = State { framing, bytes: Vec::new(), end: End::Open, upgrading: false, waker: None };
-        Outbox { most, state: Mutex::new(state) }
+impl PacketOutbox {
+    /// `limit` is in bytes.
+    pub(crate) fn new(framing: Framing, limit: usize) -> Self {
+        PacketOutbox(Outbox::new(limit, PacketTransport { framing, upgrading: false }))
     }
 
-    /// Swaps what waits for the empty `into`, for a reader in `framing`. `Pending`: nothing waits, and the task will be
-    /// woken.
-    pub fn poll_take(&self, cx: &mut Context<'_>, framing: Framing, into: &mut Vec<u8>) -> Poll<Taken> {
-        debug_assert!(into.is_empty());
-        let mut state = self.state.lock();
-        if state.framing != framing {
-            return Poll::Ready(Taken::Elsewhere);
+    /// Swaps what waits for the empty `into`, for a reader of `framing`. `Pending`: nothing waits, and the task will be
+    /// woken. The outbox is closed for a reader of the other framing.
+    pub(crate) fn poll_take(&self, cx: &mut Context<'_>, framing: Framing, into: &mut Vec<u8>) -> Poll<OutboxContent> {
+        let mut state = self.0.lock();
+        if state.extra.framing != framing {
+            return Poll::Ready(OutboxContent::Closed);
         }
-        if !state.bytes.is_empty() {
-            std::mem::swap(&mut state.bytes, into);
-            return Poll::Ready(Taken::Packets);
-        }
-        match state.end {
-            End::Open | End::Parting => {}
-            End::Overflown => return Poll::Ready(Taken::Slow),
-            End::Finishing | End::Gone => return Poll::Ready(Taken::Over),
-        }
-        if framing == Framing::Polling && state.upgrading {
+        let content = state.poll_take(cx, into);
+        if content.is_pending() && framing == Framing::Polling && state.extra.upgrading {
             into.push(b'6');
-            return Poll::Ready(Taken::Packets);
+            return Poll::Ready(OutboxContent::Bytes);
         }
-        if state.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
-            state.waker = Some(cx.waker().clone());
-        }
-        Poll::Pending
+        content
     }
 
-    /// Appends packets in order, unless the session is ending.
-    pub fn send(&self, write: impl FnOnce(Framing, &mut Vec<u8>)) {
-        let mut state = self.state.lock();
-        if state.end != End::Open {
-            return;
-        }
-        let State { framing, bytes, .. } = &mut *state;
-        write(*framing, bytes);
-        if state.bytes.len() > self.most.saturating_mul(HARD) {
-            state.bytes = Vec::new();
-            state.end = End::Overflown;
-        }
-        wake(state);
+    /// Appends packets, unless the session is ending.
+    pub(crate) fn send(&self, write: impl FnOnce(Framing, &mut Vec<u8>)) {
+        self.0.append(|state| write(state.extra.framing, &mut state.bytes));
     }
 
-    /// As [`send`](Self::send), but only while there is room. False: nothing was written. `None`: and nothing will be.
-    pub fn offer(&self, write: impl FnOnce(Framing, &mut Vec<u8>)) -> Option<bool> {
-        let mut state = self.state.lock();
-        if state.end != End::Open {
-            return None;
-        }
-        if state.bytes.len() >= self.most {
-            return Some(false);
-        }
-        let State { framing, bytes, .. } = &mut *state;
-        write(*framing, bytes);
-        wake(state);
-        Some(true)
+    /// Appends packets if the limit is not reached.
+    pub(crate) fn offer(&self, write: impl FnOnce(Framing, &mut Vec<u8>)) -> OfferOutcome {
+        self.0.offer(|state| write(state.extra.framing, &mut state.bytes))
     }
 
     /// Appends one text packet.
-    pub fn text(&self, packet: &str) {
+    pub(crate) fn text(&self, packet: &str) {
         self.send(|framing, out| framing.text(out, |out| out.extend_from_slice(packet.as_bytes())));
     }
 
-    /// Whether so much waits that the client should read before it asks for more.
-    pub fn is_full(&self) -> bool {
-        self.state.lock().bytes.len() >= self.most
+    /// Whether so much waits that the client must read before it is read from again.
+    pub(crate) fn is_full(&self) -> bool {
+        self.0.lock().bytes.len() >= self.0.limit()
     }
 
-    /// Has the session end when all that waits has been read.
-    pub fn finish(&self) {
-        let mut state = self.state.lock();
-        if matches!(state.end, End::Open | End::Parting) {
-            let State { framing, bytes, .. } = &mut *state;
-            if *framing == Framing::Polling {
-                framing.text(bytes, |out| out.push(b'1'));
+    /// Ends the session when all that waits has been read.
+    pub(crate) fn finish(&self) {
+        self.0.update(|state| {
+            if state.finish() && state.extra.framing == Framing::Polling {
+                Framing::Polling.text(&mut state.bytes, |out| out.push(b'1'));
             }
-            state.end = End::Finishing;
-        }
-        wake(state);
+        });
     }
 
-    /// Says `packet` last, upon which the client closes: were it closed at once, the client might see that first.
-    pub fn part(&self, packet: &str) {
+    /// Sends `packet` as the last, upon which the client closes. If the session were closed at once, the client might
+    /// see that first.
+    pub(crate) fn send_last(&self, packet: &str) {
         self.text(packet);
-        let mut state = self.state.lock();
-        if state.end == End::Open {
-            state.end = End::Parting;
-        }
+        self.0.lock().seal();
     }
 
-    /// Whether nothing is added any more.
-    pub fn is_ending(&self) -> bool {
-        self.state.lock().end != End::Open
+    /// Whether nothing can be appended any more.
+    pub(crate) fn is_ending(&self) -> bool {
+        !self.0.lock().is_open()
     }
 
-    /// Whether the last of it has been taken.
-    pub fn is_finished(&self) -> bool {
-        let state = self.state.lock();
-        state.end == End::Finishing && state.bytes.is_empty()
+    /// Whether the session ends, and the last packet has been taken.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.0.lock().is_finished()
     }
 
     /// Nothing is kept from now on.
-    pub fn close(&self) {
-        let mut state = self.state.lock();
-        state.bytes = Vec::new();
-        state.end = End::Gone;
-        wake(state);
+    pub(crate) fn close(&self) {
+        self.0.update(|state| state.close());
     }
 
-    /// From now on polls are not held, or are again.
-    pub fn upgrading(&self, upgrading: bool) {
-        let mut state = self.state.lock();
-        state.upgrading = upgrading;
-        wake(state);
+    /// Begins or abandons an upgrade: while it is under way, polls are answered at once.
+    pub(crate) fn set_upgrading(&self, upgrading: bool) {
+        self.0.update(|state| state.extra.upgrading = upgrading);
     }
 
-    /// What waits is for a WebSocket from now on.
-    pub fn upgrade(&self) {
-        let mut state = self.state.lock();
-        state.bytes = reframe(&state.bytes);
-        state.framing = Framing::WebSocket;
-        state.upgrading = false;
-        wake(state);
+    /// Completes an upgrade: what waits is for a WebSocket from now on.
+    pub(crate) fn upgrade(&self) {
+        self.0.update(|state| {
+            state.bytes = reframe(&state.bytes);
+            state.extra = PacketTransport { framing: Framing::WebSocket, upgrading: false };
+        });
     }
 
-    /// Gives back what an idle connection does not need.
-    pub fn relax(&self) {
-        let mut state = self.state.lock();
-        if state.bytes.is_empty() {
-            state.bytes = Vec::new();
-        }
+    /// Frees what an idle connection does not need.
+    pub(crate) fn shrink(&self) {
+        self.0.lock().shrink();
     }
-}
-
-/// Wakes whoever takes, unless nobody sleeps.
-fn wake(mut state: MutexGuard<'_, State>) {
-    let Some(waker) = state.waker.take() else { return };
-    drop(state);
-    waker.wake();
 }

@@ -1,7 +1,6 @@
-//! Engine.IO packets (revision 4) as bytes: reading what a client sends, and writing in the framing that it reads.
+//! Encoding of Engine.IO packets, revision 4.
 //!
-//! A packet is a digit and its text; over HTTP several make one body, divided by `\x1e`, and bytes are `b` and base64.
-//! A leaf: it knows no session.
+//! A packet is a digit and its text. An HTTP body has one or more, separated by `\x1e`, where bytes are `b` and base64.
 
 use std::borrow::Cow;
 
@@ -13,18 +12,18 @@ use base64::{
 
 use crate::net::websocket::frame;
 
-/// Divides the packets of a body. JSON cannot hold it unescaped.
-const DIVIDER: u8 = 0x1e;
+/// Separates the packets of a body. JSON does not contain it unescaped.
+const SEPARATOR: u8 = 0x1e;
 
-/// Browsers pad, some clients do not.
+/// Browsers add padding, some clients do not.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// What a client sends.
+/// A packet from a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Packet<'a> {
+pub(crate) enum EnginePacket<'a> {
     Close,
     Ping(&'a str),
     Pong,
@@ -34,56 +33,56 @@ pub enum Packet<'a> {
     Noop,
 }
 
-/// How packets are put into bytes.
+/// How packets are framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
-    /// Bodies of HTTP.
+pub(crate) enum Framing {
+    /// In HTTP bodies.
     Polling,
     WebSocket,
 }
 
-/// Reads a text packet. `None` if it is none.
-pub fn read(text: &str) -> Option<Packet<'_>> {
+/// Reads a text packet. `None` if it is malformed.
+pub(crate) fn read(text: &str) -> Option<EnginePacket<'_>> {
     let (kind, rest) = text.split_at_checked(1)?;
     Some(match kind {
-        "1" => Packet::Close,
-        "2" => Packet::Ping(rest),
-        "3" => Packet::Pong,
-        "4" => Packet::Message(rest),
-        "5" => Packet::Upgrade,
-        "6" => Packet::Noop,
+        "1" => EnginePacket::Close,
+        "2" => EnginePacket::Ping(rest),
+        "3" => EnginePacket::Pong,
+        "4" => EnginePacket::Message(rest),
+        "5" => EnginePacket::Upgrade,
+        "6" => EnginePacket::Noop,
         _ => return None,
     })
 }
 
-/// The packets of a body, in order. `None` stands for what is no packet.
-pub fn read_body(body: &str) -> impl Iterator<Item = Option<Packet<'_>>> {
-    body.split(char::from(DIVIDER)).map(|text| match text.strip_prefix('b') {
-        Some(base64) => BASE64.decode(base64).ok().map(|bytes| Packet::Binary(Cow::Owned(bytes))),
+/// The packets of a body, in order, with `None` for a malformed one.
+pub(crate) fn read_body(body: &str) -> impl Iterator<Item = Option<EnginePacket<'_>>> {
+    body.split(char::from(SEPARATOR)).map(|text| match text.strip_prefix('b') {
+        Some(base64) => BASE64.decode(base64).ok().map(|bytes| EnginePacket::Binary(Cow::Owned(bytes))),
         None => read(text),
     })
 }
 
 impl Framing {
     /// Appends a text packet: `write` appends its digit and text.
-    pub fn text(self, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+    pub(crate) fn text(self, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
         match self {
             Framing::Polling => {
-                divide(out);
+                separate(out);
                 write(out);
             }
             Framing::WebSocket => frame::text(out, write),
         }
     }
 
-    /// Appends a message of bytes.
-    pub fn binary(self, out: &mut Vec<u8>, bytes: &[u8]) {
+    /// Appends a binary message.
+    pub(crate) fn binary(self, out: &mut Vec<u8>, bytes: &[u8]) {
         match self {
             Framing::Polling => {
-                divide(out);
+                separate(out);
                 let start = out.len() + 1;
                 out.resize(start + bytes.len().div_ceil(3) * 4, b'b');
-                // The room is exactly what it takes.
+                // Cannot fail: the length is exact.
                 let _ = general_purpose::STANDARD.encode_slice(bytes, &mut out[start..]);
             }
             Framing::WebSocket => frame::binary(out, bytes),
@@ -91,21 +90,21 @@ impl Framing {
     }
 }
 
-fn divide(out: &mut Vec<u8>) {
+fn separate(out: &mut Vec<u8>) {
     if !out.is_empty() {
-        out.push(DIVIDER);
+        out.push(SEPARATOR);
     }
 }
 
-/// A body of ours as frames of a WebSocket: what a poll did not fetch before the upgrade.
-pub fn reframe(body: &[u8]) -> Vec<u8> {
+/// Converts a body of ours to WebSocket frames: packets that no poll has fetched before the upgrade.
+pub(crate) fn reframe(body: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(body.len() + 16);
     if body.is_empty() {
         return out;
     }
-    for packet in body.split(|byte| *byte == DIVIDER) {
+    for packet in body.split(|byte| *byte == SEPARATOR) {
         match packet.strip_prefix(b"b") {
-            // We wrote it.
+            // Cannot fail: it is our own.
             Some(base64) => Framing::WebSocket.binary(&mut out, &BASE64.decode(base64).unwrap_or_default()),
             None => Framing::WebSocket.text(&mut out, |out| out.extend_from_slice(packet)),
         }
@@ -119,17 +118,17 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_digits() {
+    fn packet_types() {
         for (text, packet) in [
-            ("1", Packet::Close),
-            ("2", Packet::Ping("")),
-            ("2probe", Packet::Ping("probe")),
-            ("3", Packet::Pong),
-            ("3probe", Packet::Pong),
-            ("40", Packet::Message("0")),
-            ("4", Packet::Message("")),
-            ("5", Packet::Upgrade),
-            ("6", Packet::Noop),
+            ("1", EnginePacket::Close),
+            ("2", EnginePacket::Ping("")),
+            ("2probe", EnginePacket::Ping("probe")),
+            ("3", EnginePacket::Pong),
+            ("3probe", EnginePacket::Pong),
+            ("40", EnginePacket::Message("0")),
+            ("4", EnginePacket::Message("")),
+            ("5", EnginePacket::Upgrade),
+            ("6", EnginePacket::Noop),
         ] {
             assert_eq!(read(text), Some(packet));
         }
@@ -141,9 +140,9 @@ mod tests {
     #[test]
     fn bodies() {
         let body = "40\u{1e}bAQI=\u{1e}bAQI\u{1e}3";
-        let bytes = || Some(Packet::Binary(Cow::Owned(vec![1, 2])));
+        let bytes = || Some(EnginePacket::Binary(Cow::Owned(vec![1, 2])));
         let packets: Vec<_> = read_body(body).collect();
-        assert_eq!(packets, [Some(Packet::Message("0")), bytes(), bytes(), Some(Packet::Pong)]);
+        assert_eq!(packets, [Some(EnginePacket::Message("0")), bytes(), bytes(), Some(EnginePacket::Pong)]);
         assert_eq!(read_body("b!").collect::<Vec<_>>(), [None]);
         assert_eq!(read_body("").collect::<Vec<_>>(), [None]);
     }
@@ -183,8 +182,8 @@ mod tests {
             let expected: Vec<_> = sent
                 .iter()
                 .map(|sent| Some(match sent {
-                    Sent::Text(text) => Packet::Message(text),
-                    Sent::Binary(bytes) => Packet::Binary(Cow::Borrowed(bytes)),
+                    Sent::Text(text) => EnginePacket::Message(text),
+                    Sent::Binary(bytes) => EnginePacket::Binary(Cow::Borrowed(bytes)),
                 }))
                 .collect();
             prop_assert_eq!(read, expected);

@@ -1,4 +1,4 @@
-//! A session carried by HTTP: one request that is held until there is something to read, and one at a time that writes.
+//! A session over HTTP: one request at a time that waits until there is something to read, and one that writes.
 
 use std::{future::poll_fn, sync::Arc};
 
@@ -10,80 +10,79 @@ use http::{HeaderValue, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 
 use super::{
-    Refusal, Server,
-    outbox::Taken,
+    error::EngineError,
     packet::{self, Framing},
-    session::Session,
+    session::EngineSession,
+    settings::EngineSettings,
 };
-use crate::error::Code;
+use crate::{error::Code, net::websocket::outbox::OutboxContent};
 
-/// What waits for the client, or will.
-pub async fn poll(session: &Arc<Session>) -> Result<Response<Body>, Refusal> {
-    session.heard();
-    let Some(turn) = session.begin_request(true) else {
-        // As the original: somebody else polls under the same id, or the client has lost count.
+/// Answers a poll with the packets that wait for the client, or as soon as there are some.
+pub(super) async fn poll(session: &Arc<EngineSession>) -> Result<Response<Body>, EngineError> {
+    session.client_alive();
+    let Some(request) = session.begin_request(true) else {
+        // Two polls at once are an error of the client, as with the original.
         session.close(Code::Protocol);
-        return Err(Refusal::Request);
+        return Err(EngineError::BadRequest);
     };
     let mut body = Vec::new();
-    let taken = poll_fn(|cx| session.outbox.poll_take(cx, Framing::Polling, &mut body)).await;
-    turn.done();
-    match taken {
-        Taken::Packets if session.outbox.is_finished() => session.close(Code::Kicked),
-        Taken::Packets => {}
-        Taken::Slow => session.close(Code::Slow),
-        Taken::Over | Taken::Elsewhere => {}
+    let content = poll_fn(|cx| session.outbox.poll_take(cx, Framing::Polling, &mut body)).await;
+    request.done();
+    match content {
+        OutboxContent::Bytes if session.outbox.is_finished() => session.close(Code::Kicked),
+        OutboxContent::Bytes => {}
+        OutboxContent::Close(code) => session.close(code),
+        OutboxContent::Closed => {}
     }
     if body.is_empty() {
-        // Nothing more comes this way: a poll ends with a packet nevertheless.
+        // Nothing more comes over polls, but a poll must be answered by a packet.
         body.push(b'6');
     }
-    Ok(answer("text/plain; charset=UTF-8", body.into()))
+    Ok(response("text/plain; charset=UTF-8", body.into()))
 }
 
-/// What the client says.
-pub async fn post(
-    server: &Server,
-    session: &Arc<Session>,
+/// Handles a body of packets from the client.
+pub(super) async fn post(
+    settings: &EngineSettings,
+    session: &Arc<EngineSession>,
     head: &Parts,
     body: Body,
-) -> Result<Response<Body>, Refusal> {
-    session.heard();
-    let Some(turn) = session.begin_request(false) else {
+) -> Result<Response<Body>, EngineError> {
+    session.client_alive();
+    let Some(request) = session.begin_request(false) else {
         session.close(Code::Protocol);
-        return Err(Refusal::Request);
+        return Err(EngineError::BadRequest);
     };
     if head.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/octet-stream") {
         // Bytes travel as base64 in this revision.
         session.close(Code::Protocol);
-        return Err(Refusal::Request);
+        return Err(EngineError::BadRequest);
     }
-    // Dropped with this future, the turn ends the session: nobody knows how much of it came.
-    let body = match read(server, body).await {
+    // If this future is dropped, `request` ends the session: it is unknown how much of the body was received.
+    let body = match read(settings, body).await {
         Ok(body) => body,
         Err(code) => {
             session.close(code);
-            let mut answer = Response::new(Body::empty());
-            *answer.status_mut() = match code {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = match code {
                 Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
                 _ => StatusCode::BAD_REQUEST,
             };
-            return Ok(answer);
+            return Ok(response);
         }
     };
     let read = str::from_utf8(&body).map_err(drop).and_then(|body| {
         packet::read_body(body).try_for_each(|packet| session.receive(&packet.ok_or(())?).map_err(drop))
     });
-    turn.done();
+    request.done();
     if read.is_err() {
         session.close(Code::Protocol);
-        return Err(Refusal::Request);
+        return Err(EngineError::BadRequest);
     }
-    Ok(answer("text/html", Bytes::from_static(b"ok")))
+    Ok(response("text/html", Bytes::from_static(b"ok")))
 }
 
-async fn read(server: &Server, body: Body) -> Result<Bytes, Code> {
-    let settings = &server.settings;
+async fn read(settings: &EngineSettings, body: Body) -> Result<Bytes, Code> {
     if http_body::Body::size_hint(&body).lower() > settings.max_payload as u64 {
         return Err(Code::TooLarge);
     }
@@ -95,10 +94,10 @@ async fn read(server: &Server, body: Body) -> Result<Bytes, Code> {
     }
 }
 
-fn answer(kind: &'static str, body: Bytes) -> Response<Body> {
-    let mut answer = Response::new(Body::from(body));
-    let headers = answer.headers_mut();
+fn response(kind: &'static str, body: Bytes) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    answer
+    response
 }

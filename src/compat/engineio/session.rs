@@ -1,7 +1,7 @@
-//! [`Session`]: one client, by whatever it is connected: polls, a socket, or first the one and then the other.
+//! [`EngineSession`]: one client, connected by polls, by a WebSocket, or first by polls and then by a WebSocket.
 //!
-//! What is said on it is the affair of a [`Conversation`]. It is dropped as soon as the session is to end, so that what
-//! it holds is free at once; the session itself may stay a moment for its last words to be read.
+//! Its messages go to a [`SessionHandler`], which is dropped as soon as the session is to end, so that everything it
+//! holds is released at once. The session itself may stay a moment, until its last packets are read.
 
 use std::{
     net::SocketAddr,
@@ -13,9 +13,9 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    Settings,
-    outbox::Outbox,
-    packet::{Framing, Packet},
+    outbox::PacketOutbox,
+    packet::{EnginePacket, Framing},
+    settings::EngineSettings,
 };
 use crate::{
     auth::Identity,
@@ -27,215 +27,223 @@ use crate::{
     sessions::{ChannelSet, ConnectionRegistration},
 };
 
-/// Longer than anything that a session waits for: its seat on the wheel is there for those who call on it.
+/// Longer than anything that a session waits for: its timer exists only for drains and kicks.
 const LONG: Duration = Duration::from_secs(60 * 60);
 
-/// What a session is about. Called by one task at a time, in the order of what the client sent.
-pub trait Conversation: Send {
-    /// A message of text.
-    fn text(&mut self, text: &str) -> Result<(), Broken>;
+/// The protocol on top of a session. Called by one task at a time, in the order of the client's messages.
+pub(crate) trait SessionHandler: Send {
+    /// Handles a text message.
+    fn on_text(&mut self, text: &str) -> Result<(), ProtocolError>;
 
-    /// A message of bytes.
-    fn bytes(&mut self, bytes: &[u8]) -> Result<(), Broken>;
+    /// Handles a binary message.
+    fn on_bytes(&mut self, bytes: &[u8]) -> Result<(), ProtocolError>;
 
-    /// Some time has passed: a quarter of a second or so.
-    fn tick(&mut self, now: u32) -> Result<(), Broken>;
+    /// Called about every 250 ms, with the current tick.
+    fn on_tick(&mut self, now: u32) -> Result<(), ProtocolError>;
 
-    /// What this one waits for may have happened.
-    fn woken(&mut self);
+    /// Called after [`EngineSession::wake`].
+    fn on_wake(&mut self);
 
-    /// The node goes: nothing new is taken on.
-    fn leave(&mut self);
+    /// The node drains: the handler accepts nothing new.
+    fn on_leave(&mut self);
 
-    /// An operator wants the client to go, and to stay away.
-    fn kicked(&mut self);
+    /// An administrator disconnects the client, which should not reconnect.
+    fn on_kick(&mut self);
 
-    /// Whether nobody waits for it, nor it for anybody.
+    /// Whether nothing is in flight.
     fn is_quiet(&self) -> bool;
 }
 
-/// The client said what makes no sense: its session ends.
+/// The client violated the protocol: its session ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Broken;
+pub(crate) struct ProtocolError;
 
-/// The id of a session: nobody else may guess it.
-pub type Sid = [u8; 20];
+/// The id of a session, which must not be guessable.
+pub(crate) type Sid = [u8; 20];
 
 /// One client.
-pub struct Session {
-    pub sid: Sid,
-    pub outbox: Arc<Outbox>,
-    settings: Arc<Settings>,
+pub(crate) struct EngineSession {
+    pub(super) sid: Sid,
+    pub(crate) outbox: Arc<PacketOutbox>,
+    settings: Arc<EngineSettings>,
     node: Arc<Node>,
-    conversation: Mutex<Option<Box<dyn Conversation>>>,
-    state: Mutex<State>,
+    handler: Mutex<Option<Box<dyn SessionHandler>>>,
+    state: Mutex<SessionState>,
 }
 
-struct State {
-    stage: Stage,
-    /// A poll is held; a body is being read.
+struct SessionState {
+    stage: SessionStage,
+    /// A poll is waiting; a body is being read.
     polled: bool,
     posted: bool,
-    /// When the next ping is due; or, once it is `asked`, its answer.
+    /// The tick at which the next ping is due or, once the client is `pinged`, its answer.
     ping: u32,
-    asked: bool,
-    /// When a session whose last words were not read is forgotten. 0: it is not ending.
+    pinged: bool,
+    /// The tick at which an ending session is removed, even if its last packets are not read. 0: it is not ending.
     until: u32,
     leaving: bool,
     kicked: bool,
-    /// Who wants to know whether the client lives, and until when it has to say so.
-    askers: Vec<(u32, ProbeCallback)>,
-    /// The conversation is over, and nothing left of it.
-    gone: bool,
-    /// Until it is over.
-    present: Option<Present>,
+    /// Liveness probes: the tick until which the client must answer, and the callback for the result.
+    probes: Vec<(u32, ProbeCallback)>,
+    /// The handler is dropped, and what it held is released.
+    handler_dropped: bool,
+    /// Until the session is over.
+    listing: Option<SessionListing>,
 }
 
-/// A client where connections are counted, listed and called on.
-struct Present {
+/// Makes a session count as a connection, appear in the list, and receive drains and kicks.
+struct SessionListing {
     connected: OpenConnection,
     registration: ConnectionRegistration,
     timer: Timer,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub(crate) enum SessionStage {
     Polling,
-    /// A socket wants to take over from the polls.
+    /// A WebSocket is about to take over from polls.
     Upgrading,
     Socket,
     Over,
 }
 
-/// One of the two requests that a session has at a time; given back on drop.
-pub struct Turn<'a> {
-    session: &'a Session,
+/// One of the two requests that a session may have at a time. Ends the session if it is dropped before it is done.
+pub(crate) struct RequestGuard<'a> {
+    session: &'a EngineSession,
     poll: bool,
     done: bool,
 }
 
-// === impl Session ===
+// === impl EngineSession ===
 
-impl Session {
-    pub fn new(settings: &Arc<Settings>, node: &Arc<Node>, framing: Framing, remote: Option<SocketAddr>) -> Arc<Self> {
+impl EngineSession {
+    pub(crate) fn new(
+        settings: &Arc<EngineSettings>,
+        node: &Arc<Node>,
+        framing: Framing,
+        remote: Option<SocketAddr>,
+    ) -> Arc<Self> {
         let now = node.timers.now();
         let connected = node.metrics.connected(Transport::SocketIo);
         let registration =
             node.sessions.register(Transport::SocketIo, &Identity::anonymous(), remote, ChannelSet::Empty);
         let mut timer = node.timers.timer(LONG);
         timer.set_owner(registration.number());
-        Arc::new(Session {
+        Arc::new(EngineSession {
             sid: new_sid(),
             settings: settings.clone(),
             node: node.clone(),
-            outbox: Arc::new(Outbox::new(framing, settings.queued)),
-            conversation: Mutex::new(None),
-            state: Mutex::new(State {
-                stage: if framing == Framing::Polling { Stage::Polling } else { Stage::Socket },
+            outbox: Arc::new(PacketOutbox::new(framing, settings.queued)),
+            handler: Mutex::new(None),
+            state: Mutex::new(SessionState {
+                stage: if framing == Framing::Polling { SessionStage::Polling } else { SessionStage::Socket },
                 polled: false,
                 posted: false,
                 ping: now + TimerWheel::ticks(settings.ping),
-                asked: false,
+                pinged: false,
                 until: 0,
                 leaving: false,
                 kicked: false,
-                askers: Vec::new(),
-                gone: false,
-                present: Some(Present { connected, registration, timer }),
+                probes: Vec::new(),
+                handler_dropped: false,
+                listing: Some(SessionListing { connected, registration, timer }),
             }),
         })
     }
 
-    pub fn begin(&self, conversation: Box<dyn Conversation>) {
-        *self.conversation.lock() = Some(conversation);
+    pub(crate) fn begin(&self, handler: Box<dyn SessionHandler>) {
+        *self.handler.lock() = Some(handler);
     }
 
-    /// Something that the conversation waits for may have happened.
-    pub fn wake(&self) {
-        if let Some(conversation) = self.conversation.lock().as_deref_mut() {
-            conversation.woken();
+    /// Something that the handler waits for may have happened.
+    pub(crate) fn wake(&self) {
+        if let Some(handler) = self.handler.lock().as_deref_mut() {
+            handler.on_wake();
         }
     }
 
-    /// Changes how it is listed.
-    pub fn with_registration(&self, change: impl FnOnce(&ConnectionRegistration)) {
-        if let Some(present) = &self.state.lock().present {
-            change(&present.registration);
+    /// Changes the entry in the list of connections.
+    pub(crate) fn with_registration(&self, change: impl FnOnce(&ConnectionRegistration)) {
+        if let Some(listing) = &self.state.lock().listing {
+            change(&listing.registration);
         }
     }
 
-    pub fn stage(&self) -> Stage {
+    pub(crate) fn stage(&self) -> SessionStage {
         self.state.lock().stage
     }
 
-    pub fn sid(&self) -> &str {
+    pub(crate) fn sid(&self) -> &str {
         str::from_utf8(&self.sid).unwrap_or_default()
     }
 
-    /// Takes one packet of an open session.
-    pub fn receive(&self, packet: &Packet<'_>) -> Result<(), Broken> {
-        let taken = match packet {
-            Packet::Message(text) => self.with(|conversation| conversation.text(text)),
-            Packet::Binary(bytes) => self.with(|conversation| conversation.bytes(bytes)),
-            Packet::Pong | Packet::Noop => Ok(()),
-            Packet::Close => {
+    /// Handles one packet of an open session.
+    pub(crate) fn receive(&self, packet: &EnginePacket<'_>) -> Result<(), ProtocolError> {
+        let result = match packet {
+            EnginePacket::Message(text) => self.with(|handler| handler.on_text(text)),
+            EnginePacket::Binary(bytes) => self.with(|handler| handler.on_bytes(bytes)),
+            EnginePacket::Pong | EnginePacket::Noop => Ok(()),
+            EnginePacket::Close => {
                 self.close_because(None);
                 return Ok(());
             }
-            // Heartbeats go the other way in this revision.
-            Packet::Ping(_) | Packet::Upgrade => Err(Broken),
+            // In this revision the server pings.
+            EnginePacket::Ping(_) | EnginePacket::Upgrade => Err(ProtocolError),
         };
-        match taken {
+        match result {
             Ok(()) if !self.outbox.is_ending() => {}
             Ok(()) => self.end(),
-            Err(Broken) => self.close(Code::Protocol),
+            Err(ProtocolError) => self.close(Code::Protocol),
         }
-        taken
+        result
     }
 
-    fn with(&self, act: impl FnOnce(&mut dyn Conversation) -> Result<(), Broken>) -> Result<(), Broken> {
-        match self.conversation.lock().as_deref_mut() {
-            Some(conversation) => act(conversation),
+    fn with(
+        &self,
+        act: impl FnOnce(&mut dyn SessionHandler) -> Result<(), ProtocolError>,
+    ) -> Result<(), ProtocolError> {
+        match self.handler.lock().as_deref_mut() {
+            Some(handler) => act(handler),
             None => Ok(()),
         }
     }
 
-    /// The client has sent something.
-    pub fn heard(&self) {
+    /// The client has sent something: it is alive.
+    pub(crate) fn client_alive(&self) {
         let mut state = self.state.lock();
-        if state.asked {
-            state.asked = false;
+        if state.pinged {
+            state.pinged = false;
             state.ping = self.node.timers.now() + TimerWheel::ticks(self.settings.ping);
         }
-        if !state.askers.is_empty() {
-            let askers = std::mem::take(&mut state.askers);
+        if !state.probes.is_empty() {
+            let probes = std::mem::take(&mut state.probes);
             drop(state);
-            tell(askers, true);
+            report_probes(probes, true);
         }
     }
 
-    /// Finds out whether the client lives. One that says nothing in time is gone: its session is closed, and what it held is
-    /// free, before that is told.
-    pub fn probe(&self, told: ProbeCallback) {
+    /// Probes whether the client is alive. If it does not answer in time, its session is closed, and what it held is
+    /// released before the callback is called.
+    pub(crate) fn probe(&self, callback: ProbeCallback) {
         let mut state = self.state.lock();
-        if state.gone {
+        if state.handler_dropped {
             drop(state);
-            return told(false);
+            return callback(false);
         }
         let until = self.node.timers.now() + TimerWheel::ticks(self.settings.probe) + 1;
-        state.askers.push((until, told));
+        state.probes.push((until, callback));
         drop(state);
         self.outbox.text("2");
     }
 
-    /// Looks at the clock. False: the session is over, and to be forgotten.
-    pub fn tick(&self) -> bool {
+    /// Handles everything that depends on time. False if the session is over and is to be removed.
+    pub(crate) fn tick(&self) -> bool {
         let now = self.node.timers.now();
         let mut state = self.state.lock();
-        if state.stage == Stage::Over {
+        if state.stage == SessionStage::Over {
             return false;
         }
-        let unanswered = state.asked && now >= state.ping || state.askers.iter().any(|(until, _)| now >= *until);
+        let unanswered = state.pinged && now >= state.ping || state.probes.iter().any(|(until, _)| now >= *until);
         if state.until != 0 && now >= state.until || unanswered {
             drop(state);
             self.close(Code::DeadPeer);
@@ -243,156 +251,156 @@ impl Session {
         }
         let ping = now >= state.ping && state.until == 0;
         if ping {
-            state.asked = true;
+            state.pinged = true;
             state.ping = now + TimerWheel::ticks(self.settings.ping_timeout);
         }
-        let call = state.present.as_mut().and_then(Present::called);
+        let due = state.listing.as_mut().and_then(SessionListing::poll_due);
         let ending = state.until != 0;
-        state.kicked |= call == Some(Due::Kicked);
+        state.kicked |= due == Some(Due::Kicked);
         drop(state);
-        match call {
+        match due {
             Some(Due::Leave) => self.leave(),
             Some(Due::Kicked) => {
-                if let Some(conversation) = self.conversation.lock().as_deref_mut() {
-                    conversation.kicked();
+                if let Some(handler) = self.handler.lock().as_deref_mut() {
+                    handler.on_kick();
                 }
             }
             Some(Due::Time) | None => {}
         }
         if ping {
-            self.outbox.relax();
+            self.outbox.shrink();
             self.outbox.text("2");
         }
         if ending {
             return true;
         }
         let leaving = self.is_leaving();
-        let quiet = leaving && self.conversation.lock().as_ref().is_none_or(|conversation| conversation.is_quiet());
+        let quiet = leaving && self.handler.lock().as_ref().is_none_or(|handler| handler.is_quiet());
         if quiet || leaving && self.node.timers.draining_for() >= self.settings.grace {
             self.outbox.finish();
         }
-        let ticked = self.with(|conversation| conversation.tick(now));
+        let ticked = self.with(|handler| handler.on_tick(now));
         match ticked {
             Ok(()) if self.outbox.is_ending() => self.end(),
             Ok(()) => {}
-            Err(Broken) => self.close(Code::Protocol),
+            Err(ProtocolError) => self.close(Code::Protocol),
         }
         true
     }
 
-    /// This session's turn to go, in a drain.
+    /// It is this session's turn to leave, in a drain.
     fn leave(&self) {
         if !std::mem::replace(&mut self.state.lock().leaving, true)
-            && let Some(conversation) = self.conversation.lock().as_deref_mut()
+            && let Some(handler) = self.handler.lock().as_deref_mut()
         {
-            conversation.leave();
+            handler.on_leave();
         }
     }
 
-    pub fn is_leaving(&self) -> bool {
+    pub(crate) fn is_leaving(&self) -> bool {
         self.state.lock().leaving
     }
 
-    /// Nothing more is done for the client; what waits for it is still delivered.
+    /// Drops the handler; what waits for the client is still delivered.
     fn end(&self) {
         let mut state = self.state.lock();
         if state.until == 0 {
-            state.until = self.node.timers.now() + TimerWheel::ticks(self.settings.farewell);
+            state.until = self.node.timers.now() + TimerWheel::ticks(self.settings.linger);
         }
         drop(state);
-        self.forget();
+        self.drop_handler();
     }
 
-    /// Ends at once, from our side.
-    pub fn close(&self, code: Code) {
+    /// Ends at once, for this reason.
+    pub(crate) fn close(&self, code: Code) {
         self.close_because(Some(code));
     }
 
     /// Ends at once; without a code the client left.
-    pub fn close_because(&self, code: Option<Code>) {
+    pub(crate) fn close_because(&self, code: Option<Code>) {
         let mut state = self.state.lock();
-        if state.stage == Stage::Over {
+        if state.stage == SessionStage::Over {
             return;
         }
-        state.stage = Stage::Over;
-        // Whoever was kicked has left by itself, if it is polite.
+        state.stage = SessionStage::Over;
+        // A kicked client leaves by itself, if it behaves.
         let code = if state.kicked { Some(Code::Kicked) } else { code };
-        let mut present = state.present.take();
-        if let Some(Present { connected, .. }) = &mut present {
+        let mut listing = state.listing.take();
+        if let Some(SessionListing { connected, .. }) = &mut listing {
             match code {
                 Some(code) => connected.closed_with(code),
                 None => connected.closed_by_peer(),
             }
         }
         drop(state);
-        drop(present);
+        drop(listing);
         self.outbox.close();
-        self.forget();
+        self.drop_handler();
     }
 
-    fn forget(&self) {
-        // Not under its own lock: it says goodbye to others.
-        let Some(conversation) = self.conversation.lock().take() else { return };
-        drop(conversation);
-        // What it held is free by now: that is what they wait for.
+    fn drop_handler(&self) {
+        // Not under the lock: its drop calls back into the session.
+        let Some(handler) = self.handler.lock().take() else { return };
+        drop(handler);
+        // The probes wait until everything that the handler held is released, as it is by now.
         let mut state = self.state.lock();
-        state.gone = true;
-        let askers = std::mem::take(&mut state.askers);
+        state.handler_dropped = true;
+        let probes = std::mem::take(&mut state.probes);
         drop(state);
-        tell(askers, false);
+        report_probes(probes, false);
     }
 
     // --- polls ---
 
-    /// Begins a poll, or the reading of a body. `None`: there is one already, or the client reads elsewhere.
-    pub fn begin_request(&self, poll: bool) -> Option<Turn<'_>> {
+    /// Begins a poll, or the reading of a body. `None`: there is one already, or a WebSocket carries the session.
+    pub(crate) fn begin_request(&self, poll: bool) -> Option<RequestGuard<'_>> {
         let mut state = self.state.lock();
-        if !matches!(state.stage, Stage::Polling | Stage::Upgrading) {
+        if !matches!(state.stage, SessionStage::Polling | SessionStage::Upgrading) {
             return None;
         }
         let busy = if poll { &mut state.polled } else { &mut state.posted };
-        // Lazily: a turn that is not taken must not be given back.
-        (!std::mem::replace(busy, true)).then(|| Turn { session: self, poll, done: false })
+        // Lazily: a guard that is not created must not be dropped.
+        (!std::mem::replace(busy, true)).then(|| RequestGuard { session: self, poll, done: false })
     }
 
     // --- upgrade ---
 
-    /// A socket wants to take over. False: one does already, or has.
-    pub fn begin_upgrade(&self) -> bool {
+    /// A WebSocket is to take over. False if one does already, or has.
+    pub(crate) fn begin_upgrade(&self) -> bool {
         let mut state = self.state.lock();
-        let may = state.stage == Stage::Polling && state.until == 0;
+        let may = state.stage == SessionStage::Polling && state.until == 0;
         if may {
-            state.stage = Stage::Upgrading;
+            state.stage = SessionStage::Upgrading;
         }
         may
     }
 
-    /// The socket did not make it.
-    pub fn give_up_upgrade(&self) {
+    /// The WebSocket did not take over: the polls go on.
+    pub(crate) fn abandon_upgrade(&self) {
         let mut state = self.state.lock();
-        if state.stage == Stage::Upgrading {
-            state.stage = Stage::Polling;
+        if state.stage == SessionStage::Upgrading {
+            state.stage = SessionStage::Polling;
             drop(state);
-            self.outbox.upgrading(false);
+            self.outbox.set_upgrading(false);
         }
     }
 
-    /// The socket has taken over. False: the session has ended meanwhile.
-    pub fn upgrade(&self) -> bool {
+    /// The WebSocket takes over. False if the session has ended meanwhile.
+    pub(crate) fn upgrade(&self) -> bool {
         let mut state = self.state.lock();
-        if state.stage != Stage::Upgrading {
+        if state.stage != SessionStage::Upgrading {
             return false;
         }
-        state.stage = Stage::Socket;
+        state.stage = SessionStage::Socket;
         drop(state);
         self.outbox.upgrade();
         true
     }
 }
 
-impl Present {
-    /// Whether somebody calls on it to go. It is asked often enough to need no waker.
-    fn called(&mut self) -> Option<Due> {
+impl SessionListing {
+    /// Whether the session is to leave or is kicked. Polled often enough to need no waker.
+    fn poll_due(&mut self) -> Option<Due> {
         loop {
             match self.timer.poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(Due::Time) => self.timer.reset(LONG),
@@ -403,14 +411,14 @@ impl Present {
     }
 }
 
-impl Turn<'_> {
-    /// The request is answered as it should be.
-    pub fn done(mut self) {
+impl RequestGuard<'_> {
+    /// The request was completed.
+    pub(crate) fn done(mut self) {
         self.done = true;
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for RequestGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.session.state.lock();
         match self.poll {
@@ -419,23 +427,23 @@ impl Drop for Turn<'_> {
         }
         drop(state);
         if !self.done {
-            // The client hung up on a held poll, or in the middle of a body: it is gone, and its name is free.
+            // The client has disconnected during a poll or a body: it is gone.
             self.session.close_because(None);
         }
     }
 }
 
-fn tell(askers: Vec<(u32, ProbeCallback)>, alive: bool) {
-    askers.into_iter().for_each(|(_, told)| told(alive));
+fn report_probes(probes: Vec<(u32, ProbeCallback)>, alive: bool) {
+    probes.into_iter().for_each(|(_, callback)| callback(alive));
 }
 
-/// As the original's look.
-pub fn new_sid() -> Sid {
+/// A random id in the form of the original's.
+pub(crate) fn new_sid() -> Sid {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let mut sid = [0; 20];
     let mut filled = 0;
     while filled < sid.len() {
-        // Interrupted, or before the kernel has any: it will.
+        // Fails only if interrupted, or before the kernel's generator is initialized.
         filled += rustix::rand::getrandom(&mut sid[filled..], rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
     }
     sid.map(|byte| LETTERS[usize::from(byte & 63)])

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     auth::Identity,
     compat::{
-        engineio::{Broken, Conversation, Session, new_sid},
+        engineio::{ProtocolError, SessionHandler, EngineSession, new_sid},
         socketio::{SocketIoEvent, SocketIoKind, SocketIoPacket, connect_error},
     },
     error::{Code, Error, Retry},
@@ -29,7 +29,7 @@ use crate::{
 /// One client and its packets.
 pub(super) struct Client {
     hub: Arc<MicroStreamHub>,
-    session: Weak<Session>,
+    session: Weak<EngineSession>,
     port: Arc<Port>,
     /// Set while the client is connected.
     link: Option<HubConnection>,
@@ -81,7 +81,7 @@ struct Partial {
 // === impl Client: packets ===
 
 impl Client {
-    pub(super) fn new(hub: Arc<MicroStreamHub>, session: &Arc<Session>, name: Option<&str>) -> Self {
+    pub(super) fn new(hub: Arc<MicroStreamHub>, session: &Arc<EngineSession>, name: Option<&str>) -> Self {
         let now = hub.wheel.now();
         Client {
             session: Arc::downgrade(session),
@@ -106,20 +106,20 @@ impl Client {
         }
     }
 
-    fn packet(&mut self, packet: &SocketIoPacket<'_>) -> Result<(), Broken> {
+    fn packet(&mut self, packet: &SocketIoPacket<'_>) -> Result<(), ProtocolError> {
         if packet.kind == SocketIoKind::Connect {
             if packet.namespace != "/" {
                 self.say(&connect_error(packet.namespace, "Invalid namespace", None));
                 return Ok(());
             }
             if self.stage != Stage::Fresh {
-                return Err(Broken);
+                return Err(ProtocolError);
             }
             self.register();
             return Ok(());
         }
         if packet.namespace != "/" || self.stage == Stage::Fresh {
-            return Err(Broken);
+            return Err(ProtocolError);
         }
         match packet.kind {
             SocketIoKind::Disconnect => self.part(),
@@ -129,13 +129,13 @@ impl Client {
             }
             SocketIoKind::Event if !packet.payload.is_empty() => self.event(packet.payload)?,
             SocketIoKind::Event | SocketIoKind::Ack => {}
-            SocketIoKind::Connect | SocketIoKind::ConnectError => return Err(Broken),
+            SocketIoKind::Connect | SocketIoKind::ConnectError => return Err(ProtocolError),
         }
         Ok(())
     }
 
-    fn event(&mut self, payload: &str) -> Result<(), Broken> {
-        let SocketIoEvent { name, argument } = serde_json::from_str(payload).map_err(|_| Broken)?;
+    fn event(&mut self, payload: &str) -> Result<(), ProtocolError> {
+        let SocketIoEvent { name, argument } = serde_json::from_str(payload).map_err(|_| ProtocolError)?;
         if let Some(link) = &self.link {
             match &*name.0 {
                 "request" => self.request(link, argument),
@@ -281,20 +281,20 @@ impl Client {
     }
 }
 
-impl Conversation for Client {
-    fn text(&mut self, text: &str) -> Result<(), Broken> {
+impl SessionHandler for Client {
+    fn on_text(&mut self, text: &str) -> Result<(), ProtocolError> {
         if self.partial.is_some() {
             // Its attachments are missing.
-            return Err(Broken);
+            return Err(ProtocolError);
         }
-        self.packet(&SocketIoPacket::read(text).ok_or(Broken)?)
+        self.packet(&SocketIoPacket::read(text).ok_or(ProtocolError)?)
     }
 
-    fn bytes(&mut self, bytes: &[u8]) -> Result<(), Broken> {
-        let partial = self.partial.as_mut().ok_or(Broken)?;
+    fn on_bytes(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
+        let partial = self.partial.as_mut().ok_or(ProtocolError)?;
         partial.size += bytes.len();
         if partial.size > self.hub.settings.max_bytes {
-            return Err(Broken);
+            return Err(ProtocolError);
         }
         partial.bytes.push(bytes.to_vec());
         partial.left -= 1;
@@ -303,18 +303,18 @@ impl Conversation for Client {
         }
         let Some(whole) = self.partial.take() else { return Ok(()) };
         match whole.kind {
-            SocketIoKind::Event => self.event(&bytes::inline(&whole.payload, &whole.bytes).ok_or(Broken)?),
+            SocketIoKind::Event => self.event(&bytes::inline(&whole.payload, &whole.bytes).ok_or(ProtocolError)?),
             _ => Ok(()),
         }
     }
 
-    fn tick(&mut self, now: u32) -> Result<(), Broken> {
+    fn on_tick(&mut self, now: u32) -> Result<(), ProtocolError> {
         match self.stage {
-            Stage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => return Err(Broken),
+            Stage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => return Err(ProtocolError),
             Stage::Fresh | Stage::Registering => {}
             Stage::Connected => {
                 if self.is_stale(now) {
-                    self.kicked();
+                    self.on_kick();
                 } else if now.is_multiple_of(256) {
                     // Seldom, because the map is bounded anyway.
                     self.port.forget(self.hub.memory);
@@ -324,7 +324,7 @@ impl Conversation for Client {
         Ok(())
     }
 
-    fn woken(&mut self) {
+    fn on_wake(&mut self) {
         let done = self.registering.as_ref().and_then(|registering| registering.done.lock().take());
         let Some((link, provided)) = done else { return };
         self.registering = None;
@@ -335,14 +335,14 @@ impl Conversation for Client {
     }
 
     /// Socket.IO clients do not reconnect after this by themselves.
-    fn kicked(&mut self) {
+    fn on_kick(&mut self) {
         self.part();
         if let Some(session) = self.session.upgrade() {
-            session.outbox.part("41");
+            session.outbox.send_last("41");
         }
     }
 
-    fn leave(&mut self) {
+    fn on_leave(&mut self) {
         if let Some(link) = &self.link {
             link.withdraw_all();
         }

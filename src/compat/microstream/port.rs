@@ -12,11 +12,11 @@ use serde_json::value::RawValue;
 use super::{bytes, translate};
 use crate::{
     compat::{
-        engineio::{Outbox, Session, packet::Framing},
+        engineio::{PacketOutbox, EngineSession, packet::Framing},
         socketio::{close_event, open_event},
     },
     json::write_json_str,
-    net::timer::TimerWheel,
+    net::{timer::TimerWheel, websocket::outbox::OfferOutcome},
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, ProbeCallback, WriteOutcome},
 };
 
@@ -27,8 +27,8 @@ const MIN_AGE: u32 = 120;
 
 /// The outbound side of one client.
 pub(super) struct Port {
-    session: Weak<Session>,
-    outbox: Arc<Outbox>,
+    session: Weak<EngineSession>,
+    outbox: Arc<PacketOutbox>,
     wheel: Arc<TimerWheel>,
     /// Requests to the client by the id that it knows. Requests with a call id as their id are not in the map.
     pending: Mutex<HashMap<RequestKey, PendingRequest, RandomState>>,
@@ -56,7 +56,7 @@ impl RequestKey {
 }
 
 impl Port {
-    pub(super) fn new(session: Weak<Session>, outbox: Arc<Outbox>, wheel: Arc<TimerWheel>) -> Self {
+    pub(super) fn new(session: Weak<EngineSession>, outbox: Arc<PacketOutbox>, wheel: Arc<TimerWheel>) -> Self {
         Port { session, outbox, wheel, pending: Mutex::default() }
     }
 
@@ -114,9 +114,9 @@ impl Port {
     /// Sends a `request` event: the payload as it was sent, or one that weir has built.
     fn request(&self, payload: &str) -> WriteOutcome {
         match self.outbox.offer(event("request", [""; 3], payload, "")) {
-            Some(true) => WriteOutcome::Written,
-            Some(false) => WriteOutcome::Full,
-            None => WriteOutcome::Gone,
+            OfferOutcome::Written => WriteOutcome::Written,
+            OfferOutcome::Full => WriteOutcome::Full,
+            OfferOutcome::Closed => WriteOutcome::Gone,
         }
     }
 }
@@ -219,7 +219,7 @@ impl Peer for Port {
     fn withdrawn(&self, _: &str, reason: &str) {
         match reason {
             // Another client has the name: after this message the client does not reconnect.
-            "replaced" => self.outbox.part("41"),
+            "replaced" => self.outbox.send_last("41"),
             // A client that is only disconnected reconnects and registers again.
             _ => self.outbox.finish(),
         }
@@ -263,7 +263,7 @@ mod tests {
     }
 
     fn port() -> Port {
-        Port::new(Weak::new(), Arc::new(Outbox::new(Framing::Polling, 1_000)), TimerWheel::start())
+        Port::new(Weak::new(), Arc::new(PacketOutbox::new(Framing::Polling, 1_000)), TimerWheel::start())
     }
 
     fn wrote(port: &Port) -> String {

@@ -25,7 +25,7 @@ use crate::{
     node::Node,
     position::{Position, Start},
     transport::{
-        query::{Begin, Query, decode},
+        query::{Query, StartParam, decode},
         reading,
     },
 };
@@ -111,7 +111,7 @@ pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Re
     if node.bus.consumer(&name).await?.is_none() {
         return Err(unknown(&name));
     }
-    let start = Begin::After(after).starts(std::slice::from_ref(&channel), Start::Earliest)?[0];
+    let start = StartParam::After(after).starts(std::slice::from_ref(&channel), Start::Earliest)?[0];
     let at = match start {
         // As given: the reader is told of the gap, if there is one, when it reads.
         Start::After(position) => {

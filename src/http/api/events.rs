@@ -33,7 +33,7 @@ use crate::{
     position::Position,
     transport::{
         query::Query,
-        reading::{Answer, Reading},
+        reading::{ReadPage, ReadRequest},
         sse,
     },
 };
@@ -303,13 +303,13 @@ pub async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Respons
 
 async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response> {
     let query = Query::parse(head.uri.query())?;
-    let reading = Reading::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
+    let reading = ReadRequest::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));
     }
     let answer = match reading.waits() {
-        false => reading.answer(&node.bus, &node.draining).await?,
+        false => reading.read(&node.bus, &node.draining).await?,
         true => listed(node, identity, head, &reading).await?,
     };
     let mut out = Vec::new();
@@ -319,12 +319,12 @@ async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response
 }
 
 /// Registers a read that may wait for as long as it waits, so that it is listed and can be kicked.
-async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &Reading) -> Result<Answer> {
+async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &ReadRequest) -> Result<ReadPage> {
     let mut waiting =
         node.cluster_connections.local().register_read(identity, PeerAddr::of(head), reading.channels().to_vec());
     tokio::select! {
         biased;
-        answer = reading.answer(&node.bus, &node.draining) => answer,
+        answer = reading.read(&node.bus, &node.draining) => answer,
         () = waiting.kicked() => Err(Error::new(Code::Kicked, "this read was closed by an administrator")),
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     http::openapi::{PresenceQuery, Problem},
     node::Node,
-    transport::{present::Asking, query::Query},
+    transport::{present::MembersRequest, query::Query},
 };
 
 /// `GET /v1/presence`.
@@ -24,7 +24,7 @@ use crate::{
     ),
 )]
 pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
-    let asking = Asking::from_query(Query::parse(head.uri.query())?, &node.config.limits)?;
-    asking.permit(&identity)?;
-    Ok(json(StatusCode::OK, asking.answer(&node.presence).await?))
+    let presence = MembersRequest::from_query(Query::parse(head.uri.query())?, &node.config.limits)?;
+    presence.permit(&identity)?;
+    Ok(json(StatusCode::OK, presence.answer(&node.presence).await?))
 }

@@ -1,9 +1,9 @@
-//! WebSocket frames. Ours are written here: a server's frame is not masked, so its bytes can be shared.
-//! The client's are read by [`Decoder`].
+//! WebSocket frames. A server's frames are written by the functions here: they are not masked, so their bytes can be
+//! shared. A client's frames are read by [`Decoder`].
 //!
-//! A data frame that arrived whole, which is nearly every one, is unmasked where it lies and lent out: no copy, no
-//! buffer per connection. Whatever else a client may send (fragments, pieces, control frames, nonsense) goes through
-//! tungstenite, whose state exists only for as long as it is needed.
+//! A data frame that arrives whole, as nearly all do, is unmasked in place and borrowed: no copy, no buffer per
+//! connection. Everything else that a client may send (fragments, partial frames, control frames, invalid data) goes
+//! through tungstenite, whose state exists only as long as it is needed.
 
 use std::{
     io::{self, Read, Write},
@@ -32,19 +32,19 @@ const PING: u8 = 0x89;
 /// Longest header of a client's frame: two bytes, eight of length, four of mask.
 const MAX_HEADER: usize = 14;
 
-/// Room left for a header until the length is known: nearly every payload has 126 to 65,535 bytes.
+/// Bytes reserved for a header until the length is known: nearly every payload has 126 to 65,535 bytes.
 const ROOM: usize = 4;
 
 /// Most bytes of unsent pongs. Only the last ping needs an answer (RFC 6455 §5.5.3).
 const MAX_REPLIES: usize = 4096;
 
 /// Appends one whole text frame, whose payload `write` appends.
-pub fn text(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+pub(crate) fn text(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     whole(TEXT, out, write);
 }
 
 /// Appends one whole binary frame.
-pub fn binary(out: &mut Vec<u8>, payload: &[u8]) {
+pub(crate) fn binary(out: &mut Vec<u8>, payload: &[u8]) {
     whole(BINARY, out, |out| out.extend_from_slice(payload));
 }
 
@@ -56,7 +56,7 @@ fn whole(first: u8, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     let len = out.len() - start - ROOM;
     match len {
         ..126 => {
-            // The shortest form is a must, and browsers check it.
+            // The shortest form is required (RFC 6455 §5.2), and browsers check it.
             out.copy_within(start + ROOM.., start + 2);
             out.truncate(out.len() - 2);
             out[start + 1] = len as u8;
@@ -76,10 +76,10 @@ fn whole(first: u8, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
 }
 
 /// An empty ping.
-pub const PING_FRAME: [u8; 2] = [PING, 0];
+pub(crate) const PING_FRAME: [u8; 2] = [PING, 0];
 
-/// The end of the frame that is at `at` in a row of our own frames; `at` itself if one begins there.
-pub fn boundary(frames: &[u8], at: usize) -> usize {
+/// The end of the frame that `at` lies in, in a sequence of our own frames; `at` itself if a frame begins there.
+pub(crate) fn boundary(frames: &[u8], at: usize) -> usize {
     let mut end = 0;
     while end < at {
         let Some((&[_, short], rest)) = frames.get(end..).and_then(|rest| rest.split_first_chunk()) else {
@@ -96,26 +96,26 @@ pub fn boundary(frames: &[u8], at: usize) -> usize {
 }
 
 /// Appends a close frame. `reason` is an error code's name: short.
-pub fn close(out: &mut Vec<u8>, code: u16, reason: &str) {
+pub(crate) fn close(out: &mut Vec<u8>, code: u16, reason: &str) {
     debug_assert!(reason.len() <= 123);
     out.extend_from_slice(&[CLOSE, 2 + reason.len() as u8]);
     out.extend_from_slice(&code.to_be_bytes());
     out.extend_from_slice(reason.as_bytes());
 }
 
-/// What a client sent.
-pub enum Incoming<'a> {
+/// Something that a client has sent.
+pub(crate) enum Incoming<'a> {
     Message(Payload<'a>),
-    /// A ping (answered already) or a pong: the peer lives.
+    /// A ping, which is answered already, or a pong.
     Alive,
-    /// The client closes, or answers our close. The answer has been written if one is due.
+    /// The client closes, or answers our close frame. If an answer is due, it is among the replies.
     Close,
 }
 
-/// A message: lent from where it was read, or put together from pieces.
-pub enum Payload<'a> {
+/// A message: borrowed from the read buffer, or assembled from fragments.
+pub(crate) enum Payload<'a> {
     Text(&'a str),
-    /// Some clients send their JSON as bytes.
+    /// Some clients send their JSON as binary messages.
     Binary(&'a [u8]),
     Pieces {
         text: bool,
@@ -124,8 +124,11 @@ pub enum Payload<'a> {
 }
 
 impl Payload<'_> {
-    /// The message as text, which only a binary one may not be.
-    pub fn text(&self) -> Result<&str, Utf8Error> {
+    /// The message as text.
+    ///
+    /// # Errors
+    /// If a binary message is not UTF-8.
+    pub(crate) fn text(&self) -> Result<&str, Utf8Error> {
         match self {
             Payload::Text(text) => Ok(text),
             Payload::Binary(bytes) => std::str::from_utf8(bytes),
@@ -134,34 +137,35 @@ impl Payload<'_> {
     }
 }
 
-/// Why a client's frames cannot be read any further: [`Code::TooLarge`] or [`Code::Protocol`].
+/// The reason why a client's frames cannot be read any further: [`Code::TooLarge`] or [`Code::Protocol`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Broken(pub Code);
+pub(crate) struct FrameError(pub(crate) Code);
 
-/// Reads the frames of one client, from whatever pieces they arrive in.
-pub struct Decoder {
+/// Reads the frames of one client, however they are split into reads.
+pub(crate) struct Decoder {
     /// Largest message, in bytes.
     limit: usize,
-    careful: Option<Box<Careful>>,
-    /// Why nothing more is read.
-    broken: Option<Broken>,
+    partial: Option<Box<PartialDecoder>>,
+    /// The error after which nothing more is read.
+    failed: Option<FrameError>,
 }
 
-/// What is kept between two reads while a frame or message has come only in part, or the connection is closing.
-struct Careful {
+/// The state between two reads while a frame or message is incomplete, or the connection is closing.
+struct PartialDecoder {
     context: WebSocketContext,
-    /// The beginning of a header that has not come whole.
+    /// The beginning of an incomplete header.
     header: [u8; MAX_HEADER],
     header_len: u8,
-    /// Bytes of the current frame that tungstenite has not been given.
+    /// Bytes of the current frame that have not been passed to tungstenite.
     owed: u64,
     /// Between the first and the last fragment of a message.
     fragments: bool,
     closing: bool,
 }
 
-/// tungstenite's stream: it reads one frame, or what has come of it, and writes pongs and its answer to a close.
-struct Feed<'a> {
+/// The stream that tungstenite reads from and writes to: it reads one frame or part of one, and writes pongs and the
+/// answer to a close frame.
+struct DecoderStream<'a> {
     input: &'a [u8],
     replies: &'a mut Vec<u8>,
 }
@@ -170,37 +174,41 @@ struct Feed<'a> {
 
 impl Decoder {
     /// `limit` is the largest message, in bytes.
-    pub fn new(limit: usize) -> Self {
-        Decoder { limit, careful: None, broken: None }
+    pub(crate) fn new(limit: usize) -> Self {
+        Decoder { limit, partial: None, failed: None }
     }
 
-    /// Takes the next message off the front of `input`; `None` when all of it has been taken.
+    /// Takes the next message from the front of `input`; `None` when all of it has been taken.
     ///
     /// Pongs and the answer to a close are appended to `replies`.
     ///
     /// # Errors
-    /// [`Broken`] if the client violated the protocol or its message is too large; nothing can be read after it.
-    pub fn next<'a>(
+    /// [`FrameError`] if the client violates the protocol or its message is too large; nothing can be read after that.
+    pub(crate) fn next<'a>(
         &mut self,
         input: &mut &'a mut [u8],
         replies: &mut Vec<u8>,
-    ) -> Result<Option<Incoming<'a>>, Broken> {
-        if let Some(broken) = self.broken {
-            return Err(broken);
+    ) -> Result<Option<Incoming<'a>>, FrameError> {
+        if let Some(error) = self.failed {
+            return Err(error);
         }
-        self.take(input, replies).inspect_err(|broken| self.broken = Some(*broken))
+        self.take(input, replies).inspect_err(|error| self.failed = Some(*error))
     }
 
-    fn take<'a>(&mut self, input: &mut &'a mut [u8], replies: &mut Vec<u8>) -> Result<Option<Incoming<'a>>, Broken> {
+    fn take<'a>(
+        &mut self,
+        input: &mut &'a mut [u8],
+        replies: &mut Vec<u8>,
+    ) -> Result<Option<Incoming<'a>>, FrameError> {
         loop {
             if input.is_empty() {
                 return Ok(None);
             }
-            if self.careful.is_none()
-                && let Some(whole) = Whole::find(input)
+            if self.partial.is_none()
+                && let Some(whole) = WholeFrame::find(input)
             {
                 if whole.payload > self.limit {
-                    return Err(Broken(Code::TooLarge));
+                    return Err(FrameError(Code::TooLarge));
                 }
                 let (frame, rest) = mem::take(input).split_at_mut(whole.header + whole.payload);
                 *input = rest;
@@ -209,15 +217,15 @@ impl Decoder {
                     unmask(payload, *mask);
                 }
                 return Ok(Some(Incoming::Message(match header[0] {
-                    TEXT => Payload::Text(std::str::from_utf8(payload).map_err(|_| Broken(Code::Protocol))?),
+                    TEXT => Payload::Text(std::str::from_utf8(payload).map_err(|_| FrameError(Code::Protocol))?),
                     _ => Payload::Binary(payload),
                 })));
             }
             let limit = self.limit;
-            let careful = self.careful.get_or_insert_with(|| Box::new(Careful::new(limit)));
-            let came = careful.next(input, replies)?;
-            if careful.is_idle() {
-                self.careful = None;
+            let partial = self.partial.get_or_insert_with(|| Box::new(PartialDecoder::new(limit)));
+            let came = partial.next(input, replies)?;
+            if partial.is_idle() {
+                self.partial = None;
             }
             if came.is_some() {
                 return Ok(came);
@@ -227,12 +235,12 @@ impl Decoder {
 }
 
 /// A whole, unfragmented data frame at the front of the input: lengths of its header and payload.
-struct Whole {
+struct WholeFrame {
     header: usize,
     payload: usize,
 }
 
-impl Whole {
+impl WholeFrame {
     fn find(input: &[u8]) -> Option<Self> {
         let (&[first, second], rest) = input.split_first_chunk()?;
         if (first != TEXT && first != BINARY) || second & 0x80 == 0 {
@@ -244,7 +252,7 @@ impl Whole {
             short => (6, short as u64),
         };
         let payload = usize::try_from(payload).ok()?;
-        (input.len() - 2 >= payload.checked_add(header - 2)?).then_some(Whole { header, payload })
+        (input.len() - 2 >= payload.checked_add(header - 2)?).then_some(WholeFrame { header, payload })
     }
 }
 
@@ -259,9 +267,9 @@ fn unmask(payload: &mut [u8], mask: [u8; 4]) {
     }
 }
 
-// === impl Careful ===
+// === impl PartialDecoder ===
 
-impl Careful {
+impl PartialDecoder {
     fn new(limit: usize) -> Self {
         let config = WebSocketConfig::default()
             // Allocated at once, and the most that is read in one step.
@@ -270,7 +278,7 @@ impl Careful {
             .max_write_buffer_size(MAX_REPLIES)
             .max_message_size(Some(limit))
             .max_frame_size(Some(limit));
-        Careful {
+        PartialDecoder {
             context: WebSocketContext::new(Role::Server, Some(config)),
             header: [0; MAX_HEADER],
             header_len: 0,
@@ -280,13 +288,13 @@ impl Careful {
         }
     }
 
-    /// Nothing is left to remember.
+    /// Whether no state needs to be kept.
     fn is_idle(&self) -> bool {
         self.header_len == 0 && self.owed == 0 && !self.fragments && !self.closing
     }
 
-    /// Gives tungstenite at most one frame: so what it holds is known, and it can be let go of between two.
-    fn next<'a>(&mut self, input: &mut &mut [u8], replies: &mut Vec<u8>) -> Result<Option<Incoming<'a>>, Broken> {
+    /// Passes at most one frame to tungstenite, so that its state is known, and can be dropped between two frames.
+    fn next<'a>(&mut self, input: &mut &mut [u8], replies: &mut Vec<u8>) -> Result<Option<Incoming<'a>>, FrameError> {
         let mut header = [0; MAX_HEADER];
         let mut header_len = 0;
         if self.owed == 0 {
@@ -300,7 +308,7 @@ impl Careful {
                     header = self.header;
                     self.header_len = 0;
                     self.owed = payload;
-                    // `parse` took a whole header, of which the beginning was kept.
+                    // `parse` consumed a whole header, of which the beginning was kept from an earlier read.
                     *input = &mut mem::take(input)[header_len - kept..];
                     if matches!(head.opcode, OpCode::Data(_)) {
                         self.fragments = !head.is_final;
@@ -311,7 +319,7 @@ impl Careful {
                     *input = &mut mem::take(input)[more..];
                     return Ok(None);
                 }
-                Err(error) => return Err(broken(&error)),
+                Err(error) => return Err(frame_error(&error)),
             }
         }
         let here = input.len().min(usize::try_from(self.owed).unwrap_or(usize::MAX));
@@ -325,19 +333,19 @@ impl Careful {
         Ok(came)
     }
 
-    fn feed(&mut self, input: &[u8], replies: &mut Vec<u8>) -> Result<Option<Incoming<'static>>, Broken> {
+    fn feed(&mut self, input: &[u8], replies: &mut Vec<u8>) -> Result<Option<Incoming<'static>>, FrameError> {
         use tungstenite::Message;
-        let mut feed = Feed { input, replies };
-        match self.context.read(&mut feed) {
+        let mut stream = DecoderStream { input, replies };
+        match self.context.read(&mut stream) {
             Ok(Message::Text(text)) => Ok(Some(Incoming::Message(Payload::Pieces { text: true, bytes: text.into() }))),
             Ok(Message::Binary(bytes)) => Ok(Some(Incoming::Message(Payload::Pieces { text: false, bytes }))),
             Ok(Message::Close(_)) => {
                 self.closing = true;
-                self.reply(&mut feed);
+                self.reply(&mut stream);
                 Ok(Some(Incoming::Close))
             }
             Ok(_) => {
-                self.reply(&mut feed);
+                self.reply(&mut stream);
                 Ok(Some(Incoming::Alive))
             }
             Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -345,24 +353,24 @@ impl Careful {
                 self.closing = true;
                 Ok(Some(Incoming::Close))
             }
-            Err(error) => Err(broken(&error)),
+            Err(error) => Err(frame_error(&error)),
         }
     }
 
-    /// Has a pong, or the answer to a close, written now. It ends with "closed" after a close: that is expected.
-    fn reply(&mut self, feed: &mut Feed<'_>) {
-        let _ = self.context.flush(feed);
+    /// Writes a pong or the answer to a close frame. After a close it fails with "closed", as expected.
+    fn reply(&mut self, stream: &mut DecoderStream<'_>) {
+        let _ = self.context.flush(stream);
     }
 }
 
-fn broken(error: &tungstenite::Error) -> Broken {
+fn frame_error(error: &tungstenite::Error) -> FrameError {
     match error {
-        tungstenite::Error::Capacity(CapacityError::MessageTooLong { .. }) => Broken(Code::TooLarge),
-        _ => Broken(Code::Protocol),
+        tungstenite::Error::Capacity(CapacityError::MessageTooLong { .. }) => FrameError(Code::TooLarge),
+        _ => FrameError(Code::Protocol),
     }
 }
 
-impl Read for Feed<'_> {
+impl Read for DecoderStream<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.input.is_empty() {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -371,9 +379,9 @@ impl Read for Feed<'_> {
     }
 }
 
-impl Write for Feed<'_> {
+impl Write for DecoderStream<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // One call is one frame. In a flood of pings from somebody who does not read, pongs may be left out.
+        // One call is one frame. Pongs to a flood of pings may be omitted.
         if self.replies.len() < MAX_REPLIES {
             self.replies.extend_from_slice(bytes);
         }
@@ -421,16 +429,16 @@ mod tests {
             for piece in frame.chunks_mut(4096) {
                 let mut piece = piece;
                 let broken = decoder.next(&mut piece, &mut replies).err();
-                assert_eq!((broken, replies.len()), (Some(Broken(Code::TooLarge)), 0));
+                assert_eq!((broken, replies.len()), (Some(FrameError(Code::TooLarge)), 0));
             }
         }
     }
 
-    /// Messages, `None` standing for a close; what is to be answered; and what reads on.
+    /// Messages, with `None` for a close; the replies; and the decoder.
     type Read = (Vec<Option<Vec<u8>>>, Vec<u8>, Decoder);
 
-    /// Reads everything, given in pieces.
-    fn read(pieces: &[&[u8]]) -> Result<Read, Broken> {
+    /// Reads all pieces.
+    fn read(pieces: &[&[u8]]) -> Result<Read, FrameError> {
         let (mut decoder, mut messages, mut replies) = (Decoder::new(LIMIT), Vec::new(), Vec::new());
         for piece in pieces {
             let mut piece = piece.to_vec();
@@ -448,7 +456,7 @@ mod tests {
         Ok((messages, replies, decoder))
     }
 
-    fn refused(bytes: &[u8]) -> Code {
+    fn rejected(bytes: &[u8]) -> Code {
         read(&[bytes]).map(drop).unwrap_err().0
     }
 
@@ -479,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_frames_are_lent() {
+    fn whole_frames_are_borrowed() {
         let mut frames = [client(TEXT, b"one"), client(BINARY, b"\xff"), client(TEXT, "zwei €".as_bytes())].concat();
         let (mut decoder, mut replies) = (Decoder::new(LIMIT), Vec::new());
         let mut input = &mut frames[..];
@@ -487,11 +495,11 @@ mod tests {
             match decoder.next(&mut input, &mut replies).unwrap() {
                 Some(Incoming::Message(Payload::Text(text))) => assert_eq!(Some(text), expected),
                 Some(Incoming::Message(payload @ Payload::Binary(_))) => assert_eq!(payload.text().ok(), expected),
-                _ => panic!("not lent"),
+                _ => panic!("not borrowed"),
             }
         }
         assert!(decoder.next(&mut input, &mut replies).unwrap().is_none());
-        assert!(decoder.careful.is_none());
+        assert!(decoder.partial.is_none());
     }
 
     #[test]
@@ -499,7 +507,7 @@ mod tests {
         let (messages, replies, decoder) = read(&[&client(PING, b"hi")]).unwrap();
         assert!(messages.is_empty());
         assert_eq!(replies, [0x8a, 2, b'h', b'i']);
-        assert!(decoder.careful.is_none());
+        assert!(decoder.partial.is_none());
         let flood = client(PING, &[0; 125]).repeat(1000);
         assert!(read(&[&flood]).unwrap().1.len() < MAX_REPLIES + 200);
     }
@@ -515,24 +523,24 @@ mod tests {
     fn violations() {
         let mut unmasked = Vec::new();
         text(&mut unmasked, |out| out.push(b'x'));
-        assert_eq!(refused(&unmasked), Code::Protocol);
-        assert_eq!(refused(&client(0xc1, b"reserved bit")), Code::Protocol);
-        assert_eq!(refused(&client(0x83, b"reserved opcode")), Code::Protocol);
-        assert_eq!(refused(&client(0x80, b"nothing to continue")), Code::Protocol);
-        assert_eq!(refused(&client(0x09, b"fragmented ping")), Code::Protocol);
-        assert_eq!(refused(&client(PING, &[0; 126])), Code::Protocol);
-        assert_eq!(refused(&client(TEXT, b"\xff")), Code::Protocol);
-        assert_eq!(refused(&[client(0x01, b"\xff"), client(0x80, b"")].concat()), Code::Protocol);
-        assert_eq!(refused(&[client(0x01, b"a"), client(TEXT, b"b")].concat()), Code::Protocol);
-        assert_eq!(refused(&client(CLOSE, b"x")), Code::Protocol);
-        assert_eq!(refused(&client(TEXT, &vec![b'x'; LIMIT + 1])), Code::TooLarge);
-        assert_eq!(refused(&client(TEXT, &vec![b'x'; LIMIT + 1])[..20]), Code::TooLarge);
+        assert_eq!(rejected(&unmasked), Code::Protocol);
+        assert_eq!(rejected(&client(0xc1, b"reserved bit")), Code::Protocol);
+        assert_eq!(rejected(&client(0x83, b"reserved opcode")), Code::Protocol);
+        assert_eq!(rejected(&client(0x80, b"nothing to continue")), Code::Protocol);
+        assert_eq!(rejected(&client(0x09, b"fragmented ping")), Code::Protocol);
+        assert_eq!(rejected(&client(PING, &[0; 126])), Code::Protocol);
+        assert_eq!(rejected(&client(TEXT, b"\xff")), Code::Protocol);
+        assert_eq!(rejected(&[client(0x01, b"\xff"), client(0x80, b"")].concat()), Code::Protocol);
+        assert_eq!(rejected(&[client(0x01, b"a"), client(TEXT, b"b")].concat()), Code::Protocol);
+        assert_eq!(rejected(&client(CLOSE, b"x")), Code::Protocol);
+        assert_eq!(rejected(&client(TEXT, &vec![b'x'; LIMIT + 1])), Code::TooLarge);
+        assert_eq!(rejected(&client(TEXT, &vec![b'x'; LIMIT + 1])[..20]), Code::TooLarge);
         let half = vec![b'x'; LIMIT / 2 + 1];
-        assert_eq!(refused(&[client(0x01, &half), client(0x80, &half)].concat()), Code::TooLarge);
-        assert_eq!(refused(&[0x82, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]), Code::TooLarge);
+        assert_eq!(rejected(&[client(0x01, &half), client(0x80, &half)].concat()), Code::TooLarge);
+        assert_eq!(rejected(&[0x82, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]), Code::TooLarge);
     }
 
-    /// A message as it might be sent: its payload, where it is fragmented, and whether a ping comes in between.
+    /// The payload of a message, and its frames: possibly fragmented, with a ping in between.
     fn message() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
         let payload = prop_oneof![
             prop::collection::vec(any::<u8>(), 0..10),
@@ -572,11 +580,11 @@ mod tests {
             let (messages, _, decoder) = read(&pieces).unwrap();
             let expected: Vec<_> = sent.into_iter().map(|(payload, _)| Some(payload)).collect();
             prop_assert_eq!(messages, expected);
-            prop_assert!(decoder.careful.is_none());
+            prop_assert!(decoder.partial.is_none());
         }
 
         #[test]
-        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn any_bytes_are_read_or_rejected(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = read(&[&bytes]);
         }
     }

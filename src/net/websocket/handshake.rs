@@ -1,4 +1,4 @@
-//! The opening handshake of a WebSocket: what the client's head says, and the answer that takes the connection over.
+//! The opening handshake of a WebSocket (RFC 6455 §4.2).
 
 use axum::{body::Body, response::Response};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts};
@@ -10,23 +10,23 @@ use crate::{
 };
 
 /// A handshake that can be completed.
-pub struct Handshake {
+pub(crate) struct Handshake {
     accept: String,
     protocol: Option<&'static str>,
 }
 
 impl Handshake {
-    /// Whether a request asks for a WebSocket at all.
-    pub fn is_wanted(head: &Parts) -> bool {
+    /// Whether a request asks for a WebSocket.
+    pub(crate) fn is_wanted(head: &Parts) -> bool {
         has_token(&head.headers, header::UPGRADE, "websocket")
     }
 
-    /// Reads the request's head. One of the subprotocols `known` is chosen if any are offered; with none known, offers are
-    /// passed over.
+    /// Reads the request's head. Selects one of the subprotocols `known` if the client offers any; if none are known,
+    /// offers are ignored.
     ///
     /// # Errors
     /// `upgrade_required`, `invalid_request`.
-    pub fn read(head: &Parts, known: &[&'static str]) -> Result<Self> {
+    pub(crate) fn read(head: &Parts, known: &[&'static str]) -> Result<Self> {
         let headers = &head.headers;
         let upgrade = head.method == Method::GET
             && head.version == Version::HTTP_11
@@ -56,8 +56,8 @@ impl Handshake {
         Ok(Handshake { accept: derive_accept_key(key.as_bytes()), protocol })
     }
 
-    /// The 101, after which `takeover` has the connection.
-    pub fn response(self, takeover: Hijack) -> Response {
+    /// The response with status 101, after which `hijack` gets the connection.
+    pub(crate) fn response(self, hijack: Hijack) -> Response {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         let headers = response.headers_mut();
@@ -69,12 +69,12 @@ impl Handshake {
         if let Some(protocol) = self.protocol {
             headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
         }
-        response.extensions_mut().insert(takeover);
+        response.extensions_mut().insert(hijack);
         response
     }
 }
 
-/// The comma-separated parts of a header, wherever its lines end.
+/// The comma-separated elements of a header, from all its lines.
 fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
     let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())

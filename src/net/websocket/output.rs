@@ -1,4 +1,4 @@
-//! [`SocketOutput`]: what is being written to one WebSocket.
+//! [`SocketOutput`]: the bytes that are being written to one WebSocket.
 
 use std::{
     io,
@@ -13,8 +13,8 @@ use crate::net::{hijack::Conn, write_queue::WriteQueue};
 /// A larger buffer is freed once it is written.
 const KEPT: usize = 64 * 1024;
 
-/// What is being written: frames of this connection, then shared frames, then the last ones. Refilled only when it is empty,
-/// so that frames are read in the order in which they were sent.
+/// The bytes that are being written: frames of this connection, then shared frames, then the last ones. Refilled only when it is
+/// empty, so that frames are read in the order in which they were sent.
 #[derive(Default)]
 pub(crate) struct SocketOutput {
     buffer: Vec<u8>,

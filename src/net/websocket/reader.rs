@@ -1,5 +1,5 @@
-//! [`SocketReader`]: what comes over one WebSocket. All sockets of a worker are read into one buffer: nearly always they have
-//! nothing to say, and a buffer for each would be most of what they cost.
+//! [`SocketReader`]: reads from one WebSocket. All sockets of a worker thread are read into one buffer: they are mostly
+//! idle, and a buffer for each would be most of their memory.
 
 use std::{
     cell::Cell,
@@ -13,40 +13,40 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 use crate::net::hijack::Conn;
 
-/// Bytes read at once. Messages are parsed where they lie.
+/// Bytes of one read. Messages are parsed in place.
 const SCRATCH: usize = 64 * 1024;
 
 thread_local! {
-    /// Taken for the time of one read.
+    /// Taken during a read.
     static BUFFER: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
 }
 
-/// A connection, and how it is read.
-pub struct SocketReader {
-    pub io: Conn,
-    /// Read behind the request.
+/// A connection and the state of reading it.
+pub(super) struct SocketReader {
+    pub(super) io: Conn,
+    /// Bytes that were read behind the request.
     early: Bytes,
-    /// The socket has our waker for when something can be read.
-    listening: bool,
+    /// The socket holds our waker for when it becomes readable.
+    armed: bool,
 }
 
-/// What was read, in the worker's buffer, which is given back on drop.
-pub struct Read {
+/// Bytes that were read, in the worker's buffer, which is returned on drop.
+pub(super) struct ReadBytes {
     buffer: Box<[u8]>,
     len: usize,
 }
 
 impl SocketReader {
-    pub fn new(io: Conn, early: Bytes) -> Self {
-        SocketReader { io, early, listening: false }
+    pub(super) fn new(io: Conn, early: Bytes) -> Self {
+        SocketReader { io, early, armed: false }
     }
 
-    /// Reads once. `None`: the peer is gone.
-    pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Option<Read>> {
-        if self.listening && !self.io.is_readable() {
+    /// Reads once. `None` if the peer is gone.
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Option<ReadBytes>> {
+        if self.armed && !self.io.is_readable() {
             return Poll::Pending;
         }
-        let mut read = Read::new();
+        let mut read = ReadBytes::new();
         if !self.early.is_empty() {
             let early = self.early.split_to(self.early.len().min(SCRATCH));
             read.buffer[..early.len()].copy_from_slice(&early);
@@ -56,21 +56,21 @@ impl SocketReader {
         let mut buffer = ReadBuf::new(&mut read.buffer);
         let polled = Pin::new(&mut self.io).poll_read(cx, &mut buffer);
         let len = buffer.filled().len();
-        self.listening = polled.is_pending();
+        self.armed = polled.is_pending();
         let whole = ready!(polled).is_ok() && len > 0;
         read.len = len;
         Poll::Ready(whole.then_some(read))
     }
 }
 
-impl Read {
+impl ReadBytes {
     fn new() -> Self {
         let buffer = BUFFER.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
-        Read { buffer, len: 0 }
+        ReadBytes { buffer, len: 0 }
     }
 }
 
-impl Deref for Read {
+impl Deref for ReadBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -78,13 +78,13 @@ impl Deref for Read {
     }
 }
 
-impl DerefMut for Read {
+impl DerefMut for ReadBytes {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.buffer[..self.len]
     }
 }
 
-impl Drop for Read {
+impl Drop for ReadBytes {
     fn drop(&mut self) {
         BUFFER.set(Some(std::mem::take(&mut self.buffer)));
     }
@@ -97,19 +97,19 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_came_early_comes_first_and_the_end_last() {
+    async fn early_bytes_come_first() {
         let (io, mut peer) = tokio::io::duplex(1_000_000);
         let early: Vec<u8> = (0..=255).cycle().take(SCRATCH + 10).collect();
-        let mut inlet = SocketReader::new(Conn::Pipe(io), early.clone().into());
+        let mut reader = SocketReader::new(Conn::Pipe(io), early.clone().into());
         peer.write_all(b"later").await.unwrap();
         drop(peer);
         let mut got = Vec::new();
-        while let Some(read) = std::future::poll_fn(|cx| inlet.poll_read(cx)).await {
+        while let Some(read) = std::future::poll_fn(|cx| reader.poll_read(cx)).await {
             assert!(!read.is_empty());
             got.extend_from_slice(&read);
         }
         assert_eq!(got, [&early[..], b"later"].concat());
-        // One buffer, used again.
+        // One buffer is reused.
         let kept = BUFFER.take().unwrap();
         assert_eq!(kept.len(), SCRATCH);
     }

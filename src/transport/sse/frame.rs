@@ -1,6 +1,5 @@
-//! Server-sent events as bytes, and nothing else: the [`Format`]s that rings share, and weir's own blocks.
-//!
-//! Everything is encoded as one [chunk](crate::net::chunk).
+//! Encoding of server-sent events: the [`Format`]s of events, and weir's own blocks. Each is one
+//! [chunk](crate::net::chunk).
 
 use std::fmt::Write as _;
 
@@ -15,16 +14,17 @@ use crate::{
     position::Position,
 };
 
-/// A comment that keeps proxies awake. No empty line follows: two common clients would deliver an empty event.
-pub const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
+/// A comment that keeps proxies from closing the connection. No empty line follows: two common clients would deliver an
+/// empty event.
+pub(crate) const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
 
-/// Whole envelopes, each with its position as `id:`. For readers of one channel.
+/// Whole envelopes, each with its position as `id:`. For streams of one channel.
 pub static EVENT: Format = Format { open, event: event::<true>, close };
-/// Without `id:`. For readers of several channels, whose token is theirs alone.
-pub static EVENT_BARE: Format = Format { open, event: event::<false>, close };
+/// Without `id:`. For streams of several channels, each of which has a token of its own.
+pub(crate) static EVENT_BARE: Format = Format { open, event: event::<false>, close };
 /// `event:` is the type, `data:` the bare data.
-pub static DATA: Format = Format { open, event: data::<true>, close };
-pub static DATA_BARE: Format = Format { open, event: data::<false>, close };
+pub(crate) static DATA: Format = Format { open, event: data::<true>, close };
+pub(crate) static DATA_BARE: Format = Format { open, event: data::<false>, close };
 
 fn event<const ID: bool>(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
     if ID {
@@ -48,7 +48,7 @@ fn data<const ID: bool>(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     match event.data_json().or(event.data_base64()) {
         Some(text) if text.starts_with('"') => lines(&read_json_str(text), out),
         Some(json) => lines(json, out),
-        // Not left out: a block without data is never dispatched.
+        // Not omitted: a block without data is never dispatched.
         None => lines("", out),
     }
     out.push(b'\n');
@@ -62,7 +62,7 @@ fn id(position: Position, out: &mut Vec<u8>) {
     out.push(b'\n');
 }
 
-/// A `data:` line for each line, whatever ends it.
+/// A `data:` line for each line, whatever its line ending.
 fn lines(text: &str, out: &mut Vec<u8>) {
     let mut rest = text.as_bytes();
     loop {
@@ -78,9 +78,9 @@ fn lines(text: &str, out: &mut Vec<u8>) {
 
 // === weir's own blocks ===
 
-/// The first block: where the reader is. A dispatched event with an `id:`, for an `EventSource` that loses its
-/// connection before the first event must come back to here; an `id:` alone is not remembered by all clients.
-pub fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
+/// The first block: the positions at which the stream starts. It is an event with an `id:`, so that an `EventSource`
+/// which loses its connection before the first event resumes from here: not all clients remember an `id:` without data.
+pub(crate) fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
     let mut out = start();
     line(&mut out, format_args!("retry: {retry_ms}"));
     named(&mut out, Some(id), "weir.open");
@@ -94,8 +94,8 @@ pub fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = (&'a Ch
     finish(out)
 }
 
-/// History is missing here.
-pub fn gap(id: &str, gap: &Gap) -> Bytes {
+/// Reports that events are missing here.
+pub(crate) fn gap(id: &str, gap: &Gap) -> Bytes {
     let mut out = start();
     named(&mut out, Some(id), "weir.gap");
     // Plain data, written to memory: it cannot fail.
@@ -103,17 +103,22 @@ pub fn gap(id: &str, gap: &Gap) -> Bytes {
     finish(out)
 }
 
-/// Where the reader is, when no event of its channels can say so.
-pub fn position(id: &str) -> Bytes {
+/// Reports the position where no event can carry it.
+pub(crate) fn position(id: &str) -> Bytes {
     let mut out = start();
     named(&mut out, Some(id), "weir.position");
     out.extend_from_slice(b"{}");
     finish(out)
 }
 
-/// The stream ends here, and the client should be back after `after_ms`. No `id:`, so that it keeps its own.
-/// `retry` says so again for an `EventSource`, which has not read a `retry:` on this stream.
-pub fn retry(code: &str, after_ms: u64, retry: bool) -> Bytes {
+/// A delay before reconnecting: random, as all clients lose their streams at the same moment.
+pub(super) fn retry_ms() -> u16 {
+    fastrand::u16(1_000..4_000)
+}
+
+/// Reports that the stream ends, and that the client should reconnect after `after_ms`. No `id:`, so that it keeps its
+/// own. `retry` adds the delay as a `retry:` line, for an `EventSource` that has not got one on this stream.
+pub(crate) fn retry(code: &str, after_ms: u64, retry: bool) -> Bytes {
     let mut out = start();
     if retry {
         line(&mut out, format_args!("retry: {after_ms}"));
@@ -149,26 +154,26 @@ fn line(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     out.extend_from_slice(line.as_bytes());
 }
 
-// === taking chunks apart ===
+// === adding ids to chunks ===
 
 /// The last `id:` of a chunk whose blocks each begin with one.
-pub fn last_id(chunk: &[u8]) -> &[u8] {
+pub(crate) fn last_id(chunk: &[u8]) -> &[u8] {
     let text = &chunk[HEAD.len()..chunk.len() - TAIL.len()];
     let block = &text[last_block(text)..];
     let line = &block[..memchr::memchr(b'\n', block).unwrap_or(block.len())];
     line.strip_prefix(b"id: ").unwrap_or_default()
 }
 
-/// Where the last block begins. Every block ends with an empty line, and none has one inside.
+/// The beginning of the last block. Every block ends with an empty line, and none has one inside.
 fn last_block(text: &[u8]) -> usize {
     memchr::memmem::rfind(&text[..text.len().saturating_sub(2)], b"\n\n").map_or(0, |at| at + 2)
 }
 
-/// Puts `id` before the last block of `piece`, which is a chunk if `chunked`, else the text of one; `many` says whether it
-/// has more than one block. Shares its bytes.
+/// Puts `id` before the last block of `piece`, which is a chunk if `chunked`, else the text of one; `many` says whether
+/// it has more than one block. Shares its bytes.
 ///
-/// Not before the first block: an `id:` is remembered when its block is dispatched, and a client that loses its connection
-/// then would never get the blocks behind it.
+/// Not before the first block: an `id:` is remembered when its block is dispatched, and a client that loses its
+/// connection then would never get the blocks behind it.
 pub(super) fn with_id(piece: &Bytes, many: bool, id: &str, chunked: bool, mut push: impl FnMut(Bytes)) {
     let text = if chunked { text(piece) } else { piece.clone() };
     let id = format!("id: {id}\n");

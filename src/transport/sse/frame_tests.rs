@@ -7,7 +7,7 @@ use crate::{
     event::{Draft, DraftParts, EventData},
 };
 
-/// What an `EventSource` makes of a stream, by the letter of the HTML standard.
+/// A stream as an `EventSource` reads it, following the HTML standard.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Block {
     id: String,
@@ -178,7 +178,7 @@ fn text_of_anything() -> impl Strategy<Value = String> {
     ]
 }
 
-/// What a client gets for the line ends of the text that was sent.
+/// The text that a client gets, with line endings normalized.
 fn with_newlines(text: &str) -> String {
     text.replace("\r\n", "\n").replace('\r', "\n")
 }

@@ -9,7 +9,10 @@ use crate::{
     bus::{Gap, Subscriptions},
     channel::Channel,
     error::Code,
-    net::{stream::StreamOutput, timer::TimerWheel},
+    net::{
+        stream::StreamOutput,
+        timer::{TICK, TimerWheel},
+    },
     position::Position,
     presence::PresenceLease,
     token::TokenEncoder,
@@ -21,9 +24,9 @@ const LONG_TOKEN: usize = 64;
 const TOKEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Milliseconds: 25 days, the longest delay that the timers of browsers support. They take more for no delay at all.
-const NEVER: u32 = i32::MAX as u32;
+const NEVER: u64 = i32::MAX as u64;
 
-/// Where the `id:` lines of a stream come from.
+/// The source of a stream's `id:` lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ids {
     /// One channel: they are inside the shared frames.
@@ -32,6 +35,15 @@ pub(super) enum Ids {
     Token,
     /// Several channels: a token before every frame.
     Each,
+}
+
+/// The token that was sent last. One that is long is sent less often.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LastToken {
+    Short,
+    Long,
+    /// A long token, after which events were sent: the next is due within [`TOKEN_PAUSE`].
+    Outdated,
 }
 
 /// The events of the chunk that was pushed last, if it still can get an id.
@@ -48,20 +60,17 @@ pub(super) struct SseHandler {
     _leases: Box<[PresenceLease]>,
     /// Encodes the positions of several channels.
     token: Option<Box<TokenEncoder>>,
-    /// Milliseconds between heartbeats, on average.
-    heartbeat: u32,
     /// The tick of the last token.
     token_at: u32,
     /// Fingerprint of the last `id:` that was sent. Maintained where positions advance without an event.
     last_id: u32,
     /// The delay that the first block announced as `retry:`.
-    retry_ms: u32,
+    retry_ms: u16,
+    /// Ticks between heartbeats, on average.
+    heartbeat: u16,
     ids: Ids,
     filtered: bool,
-    /// The last token was long, and so will be the next.
-    long: bool,
-    /// Events were sent after the last token: one is due within [`TOKEN_PAUSE`].
-    token_due: bool,
+    last_token: LastToken,
     last_chunk: LastChunk,
 }
 
@@ -79,14 +88,13 @@ impl SseHandler {
         let mut handler = SseHandler {
             _leases: leases,
             token: None,
-            heartbeat: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
             token_at: now,
             last_id: 0,
-            retry_ms: super::retry_ms().into(),
+            retry_ms: frame::retry_ms(),
+            heartbeat: u16::try_from(TimerWheel::ticks(heartbeat)).unwrap_or(u16::MAX),
             ids,
             filtered,
-            long: false,
-            token_due: false,
+            last_token: LastToken::Short,
             last_chunk: LastChunk::None,
         };
         if subscriptions.len() > 1 {
@@ -96,7 +104,7 @@ impl SseHandler {
         handler.next_id(subscriptions, now);
         // Until a gap is reported, ids lie before it: a client that loses its connection in between gets it again.
         let opening = handler.id_before(subscriptions, gaps);
-        let mut first = vec![frame::opening(handler.retry_ms, &opening, positions(subscriptions))];
+        let mut first = vec![frame::opening(handler.retry_ms.into(), &opening, positions(subscriptions))];
         for (reported, gap) in gaps.iter().enumerate() {
             first.push(frame::gap(&handler.id_before(subscriptions, &gaps[reported + 1..]), gap));
         }
@@ -108,8 +116,7 @@ impl SseHandler {
         let id = self.id_before(subscriptions, &[]);
         self.last_id = fingerprint(id.as_bytes());
         self.token_at = now;
-        self.long = id.len() > LONG_TOKEN;
-        self.token_due = false;
+        self.last_token = if id.len() > LONG_TOKEN { LastToken::Long } else { LastToken::Short };
         id
     }
 
@@ -131,7 +138,7 @@ impl StreamHandler for SseHandler {
     fn heartbeat(&self) -> Option<HeartbeatPolicy> {
         // Within a quarter: otherwise clients that connected together stay in step.
         let factor = fastrand::f64() / 2.0 + 0.75;
-        Some(HeartbeatPolicy::Periodic(Duration::from_millis(self.heartbeat.into()).mul_f64(factor)))
+        Some(HeartbeatPolicy::Periodic((TICK * u32::from(self.heartbeat)).mul_f64(factor)))
     }
 
     fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
@@ -170,8 +177,9 @@ impl StreamHandler for SseHandler {
         if last_chunk == LastChunk::None {
             return;
         }
-        if self.long && TimerWheel::span(self.token_at, stream.now) < TOKEN_PAUSE {
-            self.token_due = true;
+        let quiet = TimerWheel::span(self.token_at, stream.now);
+        if self.last_token != LastToken::Short && quiet < TOKEN_PAUSE {
+            self.last_token = LastToken::Outdated;
         } else {
             let id = self.next_id(stream.subscriptions, stream.now);
             add_id(stream.out, last_chunk, &id);
@@ -179,7 +187,7 @@ impl StreamHandler for SseHandler {
     }
 
     fn deadline(&self) -> Option<u32> {
-        self.token_due.then(|| self.token_at + TimerWheel::ticks(TOKEN_PAUSE))
+        (self.last_token == LastToken::Outdated).then(|| self.token_at + TimerWheel::ticks(TOKEN_PAUSE))
     }
 
     fn on_deadline(&mut self, stream: &mut StreamContext<'_>) {
@@ -190,8 +198,8 @@ impl StreamHandler for SseHandler {
     fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
         // The `retry:` line: a delay is all that an `EventSource` understands, also for "do not reconnect".
         let kicked = code == Code::Kicked;
-        let after_ms = if kicked { NEVER } else { self.retry_ms };
-        stream.out.push(frame::retry(code.as_str(), after_ms.into(), kicked));
+        let after_ms = if kicked { NEVER } else { self.retry_ms.into() };
+        stream.out.push(frame::retry(code.as_str(), after_ms, kicked));
     }
 }
 

@@ -1,7 +1,7 @@
-//! JSON-RPC 2.0 as text: reading a message without copying it, and writing the few shapes that weir sends.
+//! JSON-RPC 2.0 as text: reading messages without copying them, and writing the messages that weir sends.
 //!
-//! A leaf: it knows no connection and calls nothing. Some clients die of what is out of place (an `error` with a
-//! fourth member, an array they did not send): whatever weir sends is written by the functions here.
+//! Everything that weir sends is written by the functions here, as some clients fail on unusual messages, such as an
+//! `error` with a fourth member.
 
 use std::{borrow::Cow, fmt};
 
@@ -16,47 +16,47 @@ use crate::{
     json::write_json_str,
 };
 
-/// What one frame or body holds.
+/// The content of one frame or body.
 #[derive(Debug)]
-pub enum Frame<'a> {
-    One(Message<'a>),
-    /// As long as the client made it, and perhaps empty.
+pub(super) enum RpcFrame<'a> {
+    One(RpcMessage<'a>),
+    /// A batch of any length, possibly empty.
     Batch(Vec<&'a RawValue>),
 }
 
 /// One message, borrowed from the text that it came in.
 #[derive(Debug)]
-pub enum Message<'a> {
-    Request(Request<'a>),
-    Reply(Reply<'a>),
+pub(super) enum RpcMessage<'a> {
+    Request(RpcRequest<'a>),
+    Reply(RpcReply<'a>),
 }
 
 #[derive(Debug)]
-pub struct Request<'a> {
-    /// As the client wrote it, to be given back byte for byte. `null` is an id; none at all is a notification.
-    pub id: Option<&'a str>,
-    pub method: Cow<'a, str>,
+pub(super) struct RpcRequest<'a> {
+    /// The id as the client sent it, to be returned byte for byte. `null` is an id; without an id it is a notification.
+    pub(super) id: Option<&'a str>,
+    pub(super) method: Cow<'a, str>,
     /// An object or an array. `null` counts as absent.
-    pub params: Option<&'a RawValue>,
+    pub(super) params: Option<&'a RawValue>,
 }
 
-/// An answer to a request of ours. It is never answered, however odd it is.
+/// An answer to a request of ours. It is never answered, however malformed.
 #[derive(Debug)]
-pub struct Reply<'a> {
-    /// As the client wrote it.
-    pub id: Option<&'a str>,
-    pub result: Option<&'a RawValue>,
-    pub error: Option<&'a RawValue>,
+pub(super) struct RpcReply<'a> {
+    /// The id as the client sent it.
+    pub(super) id: Option<&'a str>,
+    pub(super) result: Option<&'a RawValue>,
+    pub(super) error: Option<&'a RawValue>,
 }
 
-/// A message that cannot be dispatched, with the id under which to say so (`null` where none could be read).
+/// A message that cannot be dispatched, with the id for the error response (`null` if it has no usable id).
 #[derive(Debug)]
-pub struct Unusable<'a> {
-    pub id: &'a str,
-    pub error: Error,
+pub(super) struct Unusable<'a> {
+    pub(super) id: &'a str,
+    pub(super) error: Error,
 }
 
-/// All members that mean something, whatever their values.
+/// All known members, with any values.
 #[derive(Default)]
 struct Members<'a> {
     jsonrpc: Option<&'a RawValue>,
@@ -70,30 +70,30 @@ struct Members<'a> {
 /// Reads a frame.
 ///
 /// # Errors
-/// `parse_error` if it is not JSON, else as [`Message::read`].
-pub fn read(text: &str) -> Result<Frame<'_>, Unusable<'_>> {
+/// `parse_error` if it is not JSON, else as [`RpcMessage::read`].
+pub(super) fn read(text: &str) -> Result<RpcFrame<'_>, Unusable<'_>> {
     if text.trim_start_matches([' ', '\t', '\r', '\n']).starts_with('[') {
-        return serde_json::from_str(text).map(Frame::Batch).map_err(not_json);
+        return serde_json::from_str(text).map(RpcFrame::Batch).map_err(not_json);
     }
-    Message::read(text).map(Frame::One)
+    RpcMessage::read(text).map(RpcFrame::One)
 }
 
-/// That the text is not JSON.
+/// The error for text that is not JSON.
 fn not_json(error: impl fmt::Display) -> Unusable<'static> {
     Unusable { id: "null", error: Error::new(Code::ParseError, format!("not JSON: {error}")) }
 }
 
-impl<'a> Message<'a> {
+impl<'a> RpcMessage<'a> {
     /// Reads one message.
     ///
     /// # Errors
     /// `parse_error`; or `invalid_request` for JSON that is neither request nor answer.
-    pub fn read(text: &'a str) -> Result<Self, Unusable<'a>> {
+    pub(super) fn read(text: &'a str) -> Result<Self, Unusable<'a>> {
         let members: Members = match serde_json::from_str(text) {
             Ok(members) => members,
             Err(error) if !error.is_data() => return Err(not_json(error)),
             Err(error) => {
-                // A scalar is refused before the rest of the text has been looked at.
+                // A scalar is rejected before the rest of the text is checked.
                 if let Err(error) = serde_json::from_str::<IgnoredAny>(text) {
                     return Err(not_json(error));
                 }
@@ -101,38 +101,39 @@ impl<'a> Message<'a> {
             }
         };
         let id = members.id.map(RawValue::get);
-        // Neither result nor error under an id of ours is an answer too, if a bad one: whoever waits for it must not wait on.
+        // A message with an id of ours and neither result nor error is an answer too, if a malformed one: the call must
+        // not wait on.
         let ours = members.method.is_none() && id.is_some_and(|id| id.starts_with(r#""w:"#));
         if members.result.is_some() || members.error.is_some() || ours {
-            return Ok(Message::Reply(Reply { id, result: members.result, error: members.error }));
+            return Ok(RpcMessage::Reply(RpcReply { id, result: members.result, error: members.error }));
         }
         let usable = id.filter(|id| id.starts_with(['"', '-', 'n']) || id.starts_with(|c: char| c.is_ascii_digit()));
-        let refuse = |detail: &'static str| {
+        let reject = |detail: &'static str| {
             Err(Unusable { id: usable.unwrap_or("null"), error: Error::new(Code::InvalidRequest, detail) })
         };
         if members.jsonrpc.is_none_or(|version| version.get() != r#""2.0""#) {
-            return refuse(r#"a message has "jsonrpc":"2.0""#);
+            return reject(r#"a message has "jsonrpc":"2.0""#);
         }
         if id.is_some() && usable.is_none() {
-            return refuse("id is a string, a number or null");
+            return reject("id is a string, a number or null");
         }
         let Some(method) = members.method.and_then(|method| string(method.get())) else {
-            return refuse("method is a string");
+            return reject("method is a string");
         };
         let params = match members.params {
             Some(params) if params.get() == "null" => None,
-            Some(params) if !params.get().starts_with(['{', '[']) => return refuse("params is an object or an array"),
+            Some(params) if !params.get().starts_with(['{', '[']) => return reject("params is an object or an array"),
             params => params,
         };
-        Ok(Message::Request(Request { id, method, params }))
+        Ok(RpcMessage::Request(RpcRequest { id, method, params }))
     }
 }
 
 /// A JSON string's text.
-pub fn string(json: &str) -> Option<Cow<'_, str>> {
+pub(super) fn string(json: &str) -> Option<Cow<'_, str>> {
     let inner = json.strip_prefix('"')?.strip_suffix('"')?;
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
-        // Valid JSON already: a string without escapes is its own text.
+        // It is valid JSON already, and without escapes equal to its text.
         return Some(Cow::Borrowed(inner));
     }
     serde_json::from_str(json).ok().map(Cow::Owned)
@@ -140,9 +141,9 @@ pub fn string(json: &str) -> Option<Cow<'_, str>> {
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
+        struct MembersVisitor;
 
-        impl<'de> Visitor<'de> for Object {
+        impl<'de> Visitor<'de> for MembersVisitor {
             type Value = Members<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -151,28 +152,28 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
 
             fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Members<'de>, M::Error> {
                 let mut members = Members::default();
-                while let Some(Name(name)) = map.next_key()? {
-                    // Not through Option<&RawValue>: that reads `null` as absent.
+                while let Some(MemberName(name)) = map.next_key()? {
+                    // Not by Option<&RawValue>, which reads `null` as absent.
                     let value = map.next_value::<&RawValue>()?;
                     match name {
-                        Member::Jsonrpc => members.jsonrpc = Some(value),
-                        Member::Id => members.id = Some(value),
-                        Member::Method => members.method = Some(value),
-                        Member::Params => members.params = Some(value),
-                        Member::Result => members.result = Some(value),
-                        Member::Error => members.error = Some(value),
-                        Member::Other => {}
+                        MemberKind::Jsonrpc => members.jsonrpc = Some(value),
+                        MemberKind::Id => members.id = Some(value),
+                        MemberKind::Method => members.method = Some(value),
+                        MemberKind::Params => members.params = Some(value),
+                        MemberKind::Result => members.result = Some(value),
+                        MemberKind::Error => members.error = Some(value),
+                        MemberKind::Other => {}
                     }
                 }
                 Ok(members)
             }
         }
 
-        deserializer.deserialize_map(Object)
+        deserializer.deserialize_map(MembersVisitor)
     }
 }
 
-enum Member {
+enum MemberKind {
     Jsonrpc,
     Id,
     Method,
@@ -182,61 +183,61 @@ enum Member {
     Other,
 }
 
-struct Name(Member);
+struct MemberName(MemberKind);
 
-impl<'de> Deserialize<'de> for Name {
+impl<'de> Deserialize<'de> for MemberName {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Text;
+        struct MemberVisitor;
 
-        impl Visitor<'_> for Text {
-            type Value = Name;
+        impl Visitor<'_> for MemberVisitor {
+            type Value = MemberName;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a name")
             }
 
-            fn visit_str<E>(self, name: &str) -> Result<Name, E> {
-                Ok(Name(match name {
-                    "jsonrpc" => Member::Jsonrpc,
-                    "id" => Member::Id,
-                    "method" => Member::Method,
-                    "params" => Member::Params,
-                    "result" => Member::Result,
-                    "error" => Member::Error,
-                    _ => Member::Other,
+            fn visit_str<E>(self, name: &str) -> Result<MemberName, E> {
+                Ok(MemberName(match name {
+                    "jsonrpc" => MemberKind::Jsonrpc,
+                    "id" => MemberKind::Id,
+                    "method" => MemberKind::Method,
+                    "params" => MemberKind::Params,
+                    "result" => MemberKind::Result,
+                    "error" => MemberKind::Error,
+                    _ => MemberKind::Other,
                 }))
             }
         }
 
-        deserializer.deserialize_str(Text)
+        deserializer.deserialize_str(MemberVisitor)
     }
 }
 
-// === what weir sends ===
+// === writing ===
 
 /// `{"jsonrpc":"2.0","id":…,"result":…}`; `result` is JSON.
-pub fn result(out: &mut Vec<u8>, id: &[u8], result: &[u8]) {
+pub(super) fn result(out: &mut Vec<u8>, id: &[u8], result: &[u8]) {
     open_result(out, id);
     out.extend_from_slice(result);
     out.push(b'}');
 }
 
-/// As [`result`], for whatever serialises.
-pub fn result_of(out: &mut Vec<u8>, id: &[u8], result: &impl serde::Serialize) {
+/// Like [`result`], for a value to be serialized.
+pub(super) fn result_of(out: &mut Vec<u8>, id: &[u8], result: &impl serde::Serialize) {
     open_result(out, id);
     json(out, result);
     out.push(b'}');
 }
 
 /// `{"jsonrpc":"2.0","id":…,"error":{…}}`.
-pub fn error(out: &mut Vec<u8>, id: &[u8], error: &Error) {
+pub(super) fn error(out: &mut Vec<u8>, id: &[u8], error: &Error) {
     open_error(out, id);
     json(out, &error.to_rpc());
     out.push(b'}');
 }
 
 /// A provider's error, which is JSON already: exactly `code`, `message` and `data`.
-pub fn error_json(out: &mut Vec<u8>, id: &[u8], error: &[u8]) {
+pub(super) fn error_json(out: &mut Vec<u8>, id: &[u8], error: &[u8]) {
     open_error(out, id);
     out.extend_from_slice(error);
     out.push(b'}');
@@ -244,7 +245,7 @@ pub fn error_json(out: &mut Vec<u8>, id: &[u8], error: &[u8]) {
 
 /// A request of ours, or a notification if it has no id. `id` goes between quotes as it is; `params` is JSON.
 /// The method is `prefix/method` where there is a prefix.
-pub fn request(
+pub(super) fn request(
     out: &mut Vec<u8>,
     id: Option<&[u8]>,
     prefix: Option<&str>,
@@ -281,21 +282,21 @@ pub fn request(
 }
 
 /// A notification of weir's own.
-pub fn notification(out: &mut Vec<u8>, method: &'static str, params: &impl serde::Serialize) {
+pub(super) fn notification(out: &mut Vec<u8>, method: &'static str, params: &impl serde::Serialize) {
     open_notification(out, method);
     json(out, params);
     out.push(b'}');
 }
 
 /// `weir.event`: the one that is written once for many readers.
-pub fn event(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn event(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     open_notification(out, "weir.event");
     write(out);
     out.push(b'}');
 }
 
 /// `weir.late`: an answer after its deadline. `name` is `result` or `error`, `value` JSON.
-pub fn late(out: &mut Vec<u8>, id: &[u8], name: &'static str, value: &[u8]) {
+pub(super) fn late(out: &mut Vec<u8>, id: &[u8], name: &'static str, value: &[u8]) {
     open_notification(out, "weir.late");
     out.extend_from_slice(br#"{"id":"#);
     out.extend_from_slice(id);
@@ -339,14 +340,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn request(text: &str) -> Request<'_> {
-        match Message::read(text) {
-            Ok(Message::Request(request)) => request,
+    fn request(text: &str) -> RpcRequest<'_> {
+        match RpcMessage::read(text) {
+            Ok(RpcMessage::Request(request)) => request,
             other => panic!("{text}: {other:?}"),
         }
     }
 
-    fn refused(text: &str) -> (i32, &str) {
+    fn rejected(text: &str) -> (i32, &str) {
         let unusable = match read(text) {
             Err(unusable) => unusable,
             Ok(other) => panic!("{text}: {other:?}"),
@@ -372,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_has_a_result_or_an_error_is_a_reply() {
+    fn a_message_with_result_or_error_is_a_reply() {
         for text in [
             r#"{"id":"w:1","result":null}"#,
             r#"{"jsonrpc":"2.0","id":null,"error":{}}"#,
@@ -380,10 +381,10 @@ mod tests {
             r#"{"method":"m","id":[],"error":7}"#,
             r#"{"jsonrpc":"2.0","id":"w:1"}"#,
         ] {
-            assert!(matches!(Message::read(text), Ok(Message::Reply(_))), "{text}");
+            assert!(matches!(RpcMessage::read(text), Ok(RpcMessage::Reply(_))), "{text}");
         }
-        match Message::read(r#"{"jsonrpc":"2.0","id":"w:1","result":null}"#) {
-            Ok(Message::Reply(reply)) => {
+        match RpcMessage::read(r#"{"jsonrpc":"2.0","id":"w:1","result":null}"#) {
+            Ok(RpcMessage::Reply(reply)) => {
                 assert_eq!((reply.id, reply.result.unwrap().get()), (Some(r#""w:1""#), "null"));
             }
             other => panic!("{other:?}"),
@@ -391,22 +392,22 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_dispatched() {
-        assert_eq!(refused(r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#), (-32700, "null"));
-        assert_eq!(refused(r#"[{"jsonrpc": "2.0", "method": "sum"},{"jsonrpc": "2.0", "method"]"#), (-32700, "null"));
-        assert_eq!(refused(""), (-32700, "null"));
-        assert_eq!(refused("1x"), (-32700, "null"));
-        assert_eq!(refused("1"), (-32600, "null"));
-        assert_eq!(refused(r#""text""#), (-32600, "null"));
-        assert_eq!(refused("{}"), (-32600, "null"));
-        assert_eq!(refused(r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#), (-32600, "null"));
-        assert_eq!(refused(r#"{"jsonrpc":"2.0","method":"m","id":1,"params":"bar"}"#), (-32600, "1"));
-        assert_eq!(refused(r#"{"jsonrpc":"1.0","method":"m","id":1}"#), (-32600, "1"));
-        assert_eq!(refused(r#"{"method":"m","id":1}"#), (-32600, "1"));
-        assert_eq!(refused(r#"{"jsonrpc":"2.0","method":"m","id":{}}"#), (-32600, "null"));
-        assert_eq!(refused(r#"{"jsonrpc":"2.0","method":"m","id":true}"#), (-32600, "null"));
-        assert!(matches!(read(" [] "), Ok(Frame::Batch(batch)) if batch.is_empty()));
-        assert!(matches!(read("[1,{}]"), Ok(Frame::Batch(batch)) if batch[0].get() == "1"));
+    fn messages_that_cannot_be_dispatched() {
+        assert_eq!(rejected(r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#), (-32700, "null"));
+        assert_eq!(rejected(r#"[{"jsonrpc": "2.0", "method": "sum"},{"jsonrpc": "2.0", "method"]"#), (-32700, "null"));
+        assert_eq!(rejected(""), (-32700, "null"));
+        assert_eq!(rejected("1x"), (-32700, "null"));
+        assert_eq!(rejected("1"), (-32600, "null"));
+        assert_eq!(rejected(r#""text""#), (-32600, "null"));
+        assert_eq!(rejected("{}"), (-32600, "null"));
+        assert_eq!(rejected(r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#), (-32600, "null"));
+        assert_eq!(rejected(r#"{"jsonrpc":"2.0","method":"m","id":1,"params":"bar"}"#), (-32600, "1"));
+        assert_eq!(rejected(r#"{"jsonrpc":"1.0","method":"m","id":1}"#), (-32600, "1"));
+        assert_eq!(rejected(r#"{"method":"m","id":1}"#), (-32600, "1"));
+        assert_eq!(rejected(r#"{"jsonrpc":"2.0","method":"m","id":{}}"#), (-32600, "null"));
+        assert_eq!(rejected(r#"{"jsonrpc":"2.0","method":"m","id":true}"#), (-32600, "null"));
+        assert!(matches!(read(" [] "), Ok(RpcFrame::Batch(batch)) if batch.is_empty()));
+        assert!(matches!(read("[1,{}]"), Ok(RpcFrame::Batch(batch)) if batch[0].get() == "1"));
     }
 
     #[test]
@@ -418,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sent() {
+    fn written_messages() {
         let text = |write: fn(&mut Vec<u8>)| {
             let mut out = Vec::new();
             write(&mut out);

@@ -1,277 +1,190 @@
-//! [`Outbox`]: what waits to be written to one connection, put there by whoever has something to say to it.
-//!
-//! The hub and other connections' tasks encode into its buffer directly: a call costs no allocation and no queue. The
-//! connection's task swaps the buffer for an empty one and writes all of it at once.
+//! [`RpcOutbox`]: the JSON-RPC messages that wait for one client.
 
-use std::{
-    sync::atomic::{
-        AtomicBool,
-        Ordering::{Acquire, Release},
-    },
-    task::{Context, Poll, Waker},
-};
+use std::task::{Context, Poll};
 
-use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 
 use super::jsonrpc;
 use crate::{
     error::{Code, Error},
-    net::websocket::frame,
+    net::websocket::{
+        frame,
+        outbox::{OfferOutcome, Outbox, OutboxContent, OutboxState},
+    },
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, MethodNames, Peer, WriteOutcome},
 };
 
-/// Beyond so many times its limit nothing is kept for a peer: it does not read what it asked for.
-const HARD: usize = 4;
+/// The outbound side of one connection, shared with the hub, which encodes calls and answers into it.
+pub(crate) struct RpcOutbox(Outbox<RpcQueue>);
 
-/// The outbound side of one connection, shared with the hub.
-pub struct Outbox {
-    /// Bytes, beyond which a provider gets no more calls and its own requests wait.
-    most: usize,
-    /// Wrap each message into a WebSocket frame. (Over HTTP there is one message, and it is the body.)
+struct RpcQueue {
+    batches: Slab<AnswerBatch>,
+    /// Bytes of the outbox that are calls of others; the rest is what the client asked for itself.
+    calls: u32,
+    /// Wrap each message into a WebSocket frame. An HTTP response has one message, which is its body.
     framed: bool,
-    /// The waker was used, or never left: the task has to look. Spares it the lock while it is busy with other things.
-    called: AtomicBool,
-    state: Mutex<State>,
 }
 
-#[derive(Default)]
-struct State {
-    bytes: Vec<u8>,
-    /// Of these, what others' calls are: the rest is what the peer asked for itself.
-    calls: usize,
-    batches: Slab<Batch>,
-    /// Bytes of the answers in `batches`.
-    held: usize,
-    end: End,
-    /// Nothing while the connection's task is awake: it looks here before it sleeps.
-    waker: Option<Waker>,
-}
-
-#[derive(Default, PartialEq, Eq)]
-enum End {
-    #[default]
-    Open,
-    /// To be closed for this reason; nothing more is kept.
-    Closing(Code),
-    /// The connection is no more.
-    Gone,
-}
-
-/// Answers to an array, until all are there.
-struct Batch {
+/// The answers to a batch of requests, until all are there.
+struct AnswerBatch {
     out: Vec<u8>,
     left: usize,
 }
 
-/// What [`Outbox::poll_take`] found.
-pub enum Taken {
-    /// The buffer given was empty and now holds frames.
-    Frames,
-    /// The connection is to be closed.
-    Close(Code),
-}
-
-// === impl Outbox ===
-
-impl Outbox {
-    /// Of a WebSocket; `most` is `limits.queued` in bytes.
-    pub fn framed(most: usize) -> Self {
-        Outbox { most, framed: true, called: AtomicBool::new(true), state: Mutex::default() }
+impl RpcOutbox {
+    /// The outbox of a WebSocket; `limit` is `limits.queued` in bytes.
+    pub(crate) fn framed(limit: usize) -> Self {
+        Self::new(limit, true)
     }
 
-    /// For one answer.
-    pub fn bare(most: usize) -> Self {
-        Outbox { most, framed: false, called: AtomicBool::new(true), state: Mutex::default() }
+    /// The outbox of one request over HTTP.
+    pub(crate) fn bare(limit: usize) -> Self {
+        Self::new(limit, false)
+    }
+
+    fn new(limit: usize, framed: bool) -> Self {
+        RpcOutbox(Outbox::new(limit, RpcQueue { batches: Slab::new(), calls: 0, framed }))
     }
 
     /// Swaps what waits for the empty `into`. `Pending`: nothing waits, and the task will be woken.
-    pub fn poll_take(&self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<Taken> {
-        debug_assert!(into.is_empty());
-        if !self.called.load(Acquire) {
-            return Poll::Pending;
-        }
-        let mut state = self.state.lock();
-        if let End::Closing(code) = state.end {
-            return Poll::Ready(Taken::Close(code));
-        }
-        if !state.bytes.is_empty() {
-            std::mem::swap(&mut state.bytes, into);
-            state.calls = 0;
-            return Poll::Ready(Taken::Frames);
-        }
-        if state.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
-            state.waker = Some(cx.waker().clone());
-        }
-        self.called.store(false, Release);
-        Poll::Pending
+    pub(crate) fn poll_take(&self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<OutboxContent> {
+        self.0.poll_take(cx, into, |queue| queue.calls = 0)
     }
 
-    /// Takes what waits, for the last time.
-    pub fn drain(&self, into: &mut Vec<u8>) {
-        let mut state = self.state.lock();
+    /// Moves what waits to the end of `into`.
+    pub(crate) fn drain(&self, into: &mut Vec<u8>) {
+        let mut state = self.0.lock();
         into.append(&mut state.bytes);
-        state.calls = 0;
+        state.extra.calls = 0;
     }
 
-    /// Whether so much of what the peer asked for waits that it should read before it asks for more. Calls of others do
-    /// not count: their replies have to be read.
-    pub fn is_full(&self) -> bool {
-        let state = self.state.lock();
-        state.bytes.len() - state.calls + state.held >= self.most
+    /// Whether so much of what the client asked for waits that it must read before it asks for more. Calls of others do
+    /// not count: the replies to them must be read.
+    pub(crate) fn is_full(&self) -> bool {
+        let state = self.0.lock();
+        state.bytes.len() - state.extra.calls as usize + state.held >= self.0.limit()
     }
 
-    /// Whether so many answers wait to be written that no more should be made. Parts of a batch do not count: it is
-    /// written when it is complete, and would never be.
-    pub fn is_behind(&self) -> bool {
-        let state = self.state.lock();
-        state.bytes.len() - state.calls >= self.most
+    /// Whether so many answers wait to be written that no more should be produced. Parts of a batch do not count: it is
+    /// written only when it is complete.
+    pub(crate) fn is_behind(&self) -> bool {
+        let state = self.0.lock();
+        state.bytes.len() - state.extra.calls as usize >= self.0.limit()
     }
 
-    /// Gives back what an idle connection does not need.
-    pub fn relax(&self) {
-        let mut state = self.state.lock();
-        if state.bytes.is_empty() {
-            state.bytes = Vec::new();
-        }
-        if state.batches.is_empty() {
-            state.batches = Slab::new();
+    /// Frees what an idle connection does not need.
+    pub(crate) fn shrink(&self) {
+        let mut state = self.0.lock();
+        state.shrink();
+        if state.extra.batches.is_empty() {
+            state.extra.batches = Slab::new();
         }
     }
 
     /// Nothing is kept from now on.
-    pub fn close(&self) {
-        let mut state = self.state.lock();
-        *state = State { end: End::Gone, ..State::default() };
+    pub(crate) fn close(&self) {
+        self.0.update(|state| {
+            state.close();
+            (state.extra.batches, state.extra.calls) = (Slab::new(), 0);
+        });
     }
 
-    /// Has the connection closed.
-    pub fn end(&self, code: Code) {
-        self.change(|state| state.end(code));
+    /// Has the connection closed for this reason.
+    pub(crate) fn close_with(&self, code: Code) {
+        self.0.append(|state| {
+            state.close_with(code);
+            state.extra.calls = 0;
+        });
     }
 
-    /// Appends whole frames: control frames, as a rule.
-    pub fn raw(&self, frames: &[u8]) {
-        self.change(|state| state.bytes.extend_from_slice(frames));
+    /// Appends a notification.
+    pub(crate) fn send(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.0.append(|state| {
+            // Over HTTP the first message is the answer: a late reply must not be taken for it.
+            if state.extra.framed {
+                message(state, write);
+            }
+        });
     }
 
-    /// Appends one message of weir's own accord.
-    pub fn send(&self, write: impl FnOnce(&mut Vec<u8>)) {
-        // Over HTTP the first message is the answer: a late reply must not be taken for it.
-        if !self.framed {
-            return;
-        }
-        self.change(|state| self.message(&mut state.bytes, write));
-    }
-
-    /// Answers the request that `to` is of: alone, or as part of its batch.
-    pub fn answer(&self, to: &CallerId, write: impl FnOnce(&mut Vec<u8>)) {
-        self.change(|state| {
-            let Some(note) = to.note.checked_sub(1) else {
-                return self.message(&mut state.bytes, write);
-            };
-            let Some(batch) = state.batches.get_mut(note as usize) else { return };
+    /// Answers the request with the id `to`: alone, or as part of its batch.
+    pub(crate) fn answer(&self, to: &CallerId, write: impl FnOnce(&mut Vec<u8>)) {
+        self.0.append(|state| {
+            let Some(note) = to.note.checked_sub(1) else { return message(state, write) };
+            let Some(batch) = state.extra.batches.get_mut(note as usize) else { return };
             let before = batch.out.len();
             if before > 1 {
                 batch.out.push(b',');
             }
             write(&mut batch.out);
             state.held += batch.out.len() - before;
-            self.settle(state, note);
+            settle(state, note);
         });
     }
 
-    /// Opens an answer of `requests` parts; the note is for their [`CallerId`]s. Each has to be answered, and the batch
-    /// [closed](Self::close_batch) when it has been dispatched.
-    pub fn open_batch(&self, requests: usize) -> u32 {
-        let mut state = self.state.lock();
-        // One more than there are: what answers itself must not finish the batch while it is being dispatched.
-        let batch = Batch { out: vec![b'['], left: requests + 1 };
-        state.batches.insert(batch) as u32 + 1
+    /// Opens an answer of `requests` parts. The result is the note for their [`CallerId`]s. Each has to be answered,
+    /// and the batch [closed](Self::close_batch) when it has been dispatched.
+    pub(crate) fn open_batch(&self, requests: usize) -> u32 {
+        let mut state = self.0.lock();
+        // One more than there are: immediate answers must not complete the batch while it is being dispatched.
+        let batch = AnswerBatch { out: vec![b'['], left: requests + 1 };
+        state.extra.batches.insert(batch) as u32 + 1
     }
 
-    /// All of the batch has been dispatched.
-    pub fn close_batch(&self, note: u32) {
-        self.change(|state| self.settle(state, note - 1));
+    /// All requests of the batch have been dispatched.
+    pub(crate) fn close_batch(&self, note: u32) {
+        self.0.append(|state| settle(state, note - 1));
     }
 
     /// Whether parts of the batch have not been answered.
-    pub fn has_batch(&self, note: u32) -> bool {
-        self.state.lock().batches.contains(note as usize - 1)
-    }
-
-    /// One part of a batch is settled.
-    fn settle(&self, state: &mut State, at: u32) {
-        let Some(batch) = state.batches.get_mut(at as usize) else { return };
-        batch.left -= 1;
-        if batch.left > 0 {
-            return;
-        }
-        let batch = state.batches.remove(at as usize);
-        state.held -= batch.out.len() - 1;
-        // Of nothing but notifications nothing is answered, not even an empty array.
-        if batch.out.len() > 1 {
-            self.message(&mut state.bytes, |out| {
-                out.extend_from_slice(&batch.out);
-                out.push(b']');
-            });
-        }
-    }
-
-    fn message(&self, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
-        match self.framed {
-            true => frame::text(out, write),
-            false => write(out),
-        }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.state.lock();
-        if state.end != End::Open {
-            return;
-        }
-        change(&mut state);
-        if state.bytes.len() + state.held > self.most * HARD {
-            state.end(Code::Slow);
-        }
-        self.wake(state);
-    }
-
-    /// Wakes the connection's task, unless it is awake.
-    fn wake(&self, mut state: MutexGuard<'_, State>) {
-        let Some(waker) = state.waker.take() else { return };
-        self.called.store(true, Release);
-        drop(state);
-        waker.wake();
+    pub(crate) fn has_batch(&self, note: u32) -> bool {
+        self.0.lock().extra.batches.contains(note as usize - 1)
     }
 }
 
-impl State {
-    fn end(&mut self, code: Code) {
-        *self = State { end: End::Closing(code), waker: self.waker.take(), ..State::default() };
+fn message(state: &mut OutboxState<RpcQueue>, write: impl FnOnce(&mut Vec<u8>)) {
+    match state.extra.framed {
+        true => frame::text(&mut state.bytes, write),
+        false => write(&mut state.bytes),
     }
 }
 
-impl Peer for Outbox {
-    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
-        let mut state = self.state.lock();
-        if state.end != End::Open {
-            return WriteOutcome::Gone;
-        }
-        if state.bytes.len() + state.held >= self.most {
-            return WriteOutcome::Full;
-        }
-        let before = state.bytes.len();
-        self.message(&mut state.bytes, |out| {
-            let id = call.id.map(CallId::text);
-            let prefix = (call.names == MethodNames::Qualified).then_some(call.service);
-            let params = call.params.map(|params| params.get().as_bytes());
-            let id = id.as_ref().map(|id| id.as_bytes());
-            jsonrpc::request(out, id, prefix, call.method, params, call.meta.as_ref());
+/// One part of a batch is settled. The batch is written if it was the last.
+fn settle(state: &mut OutboxState<RpcQueue>, at: u32) {
+    let Some(batch) = state.extra.batches.get_mut(at as usize) else { return };
+    batch.left -= 1;
+    if batch.left > 0 {
+        return;
+    }
+    let batch = state.extra.batches.remove(at as usize);
+    state.held -= batch.out.len() - 1;
+    // A batch of notifications is not answered, not even by an empty array.
+    if batch.out.len() > 1 {
+        message(state, |out| {
+            out.extend_from_slice(&batch.out);
+            out.push(b']');
         });
-        state.calls += state.bytes.len() - before;
-        self.wake(state);
-        WriteOutcome::Written
+    }
+}
+
+impl Peer for RpcOutbox {
+    fn call(&self, call: &ForwardedCall<'_>) -> WriteOutcome {
+        let outcome = self.0.offer(|state| {
+            let before = state.bytes.len();
+            message(state, |out| {
+                let id = call.id.map(CallId::text);
+                let prefix = (call.names == MethodNames::Qualified).then_some(call.service);
+                let params = call.params.map(|params| params.get().as_bytes());
+                let id = id.as_ref().map(|id| id.as_bytes());
+                jsonrpc::request(out, id, prefix, call.method, params, call.meta.as_ref());
+            });
+            state.extra.calls += (state.bytes.len() - before) as u32;
+        });
+        match outcome {
+            OfferOutcome::Written => WriteOutcome::Written,
+            OfferOutcome::Full => WriteOutcome::Full,
+            OfferOutcome::Closed => WriteOutcome::Gone,
+        }
     }
 
     fn cancel(&self, id: CallId) {
@@ -281,7 +194,7 @@ impl Peer for Outbox {
     }
 
     fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
-        Outbox::answer(self, to, |out| match answer {
+        RpcOutbox::answer(self, to, |out| match answer {
             CallAnswer::Result(result) => jsonrpc::result(out, to.id(), result.get().as_bytes()),
             CallAnswer::Error(error) => jsonrpc::error_json(out, to.id(), error.to_raw().get().as_bytes()),
             CallAnswer::Failed(error) => jsonrpc::error(out, to.id(), &error),
@@ -304,8 +217,8 @@ impl Peer for Outbox {
     }
 }
 
-/// The answer to a failed request, or nothing if it was a notification.
-pub fn refuse(outbox: &Outbox, to: Option<&CallerId>, error: &Error) {
+/// Answers a failed request. A notification is not answered.
+pub(super) fn reject(outbox: &RpcOutbox, to: Option<&CallerId>, error: &Error) {
     if let Some(to) = to {
         outbox.answer(to, |out| jsonrpc::error(out, to.id(), error));
     }
@@ -313,36 +226,39 @@ pub fn refuse(outbox: &Outbox, to: Option<&CallerId>, error: &Error) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering::Relaxed},
+        },
+        task::Waker,
     };
 
     use super::*;
     use crate::rpc::RelayInfo;
 
-    struct Count(AtomicUsize);
+    struct WakeCount(AtomicUsize);
 
-    impl std::task::Wake for Count {
+    impl std::task::Wake for WakeCount {
         fn wake(self: Arc<Self>) {
             self.0.fetch_add(1, Relaxed);
         }
     }
 
-    fn take(outbox: &Outbox, cx: &mut Context<'_>) -> Option<String> {
+    fn take(outbox: &RpcOutbox, cx: &mut Context<'_>) -> Option<String> {
         let mut bytes = Vec::new();
         match outbox.poll_take(cx, &mut bytes) {
-            Poll::Ready(Taken::Frames) => Some(String::from_utf8(bytes).unwrap()),
-            Poll::Ready(Taken::Close(code)) => Some(code.as_str().to_owned()),
-            Poll::Pending => None,
+            Poll::Ready(OutboxContent::Bytes) => Some(String::from_utf8(bytes).unwrap()),
+            Poll::Ready(OutboxContent::Close(code)) => Some(code.as_str().to_owned()),
+            Poll::Ready(OutboxContent::Closed) | Poll::Pending => None,
         }
     }
 
-    fn put(outbox: &Outbox, note: u32, text: &str) {
+    fn put(outbox: &RpcOutbox, note: u32, text: &str) {
         outbox.answer(&CallerId::new(b"1").with_note(note), |out| out.extend_from_slice(text.as_bytes()));
     }
 
-    fn call(outbox: &Outbox) -> WriteOutcome {
+    fn call(outbox: &RpcOutbox) -> WriteOutcome {
         let call = ForwardedCall {
             id: None,
             service: "s",
@@ -358,8 +274,8 @@ mod tests {
 
     #[test]
     fn a_sleeping_task_is_woken_once() {
-        let outbox = Outbox::bare(1_000);
-        let count = Arc::new(Count(AtomicUsize::new(0)));
+        let outbox = RpcOutbox::bare(1_000);
+        let count = Arc::new(WakeCount(AtomicUsize::new(0)));
         let waker = count.clone().into();
         let mut cx = Context::from_waker(&waker);
         put(&outbox, 0, "a");
@@ -370,19 +286,19 @@ mod tests {
         assert_eq!(count.0.load(Relaxed), 1);
         assert_eq!(take(&outbox, &mut cx).unwrap(), "bc");
         assert_eq!(take(&outbox, &mut cx), None);
-        outbox.end(Code::Draining);
+        outbox.close_with(Code::Draining);
         assert_eq!(count.0.load(Relaxed), 2);
         assert_eq!(take(&outbox, &mut cx).unwrap(), "draining");
     }
 
     #[test]
-    fn a_batch_is_one_array_when_all_is_there() {
-        let outbox = Outbox::bare(1_000);
+    fn a_batch_is_one_array_once_it_is_complete() {
+        let outbox = RpcOutbox::bare(1_000);
         let mut cx = Context::from_waker(Waker::noop());
         let (one, other) = (outbox.open_batch(2), outbox.open_batch(1));
         put(&outbox, one, "1");
         put(&outbox, other, "3");
-        // All answered, but not all dispatched.
+        // All requests are answered, but not all dispatched.
         assert!(outbox.has_batch(other));
         outbox.close_batch(other);
         outbox.close_batch(one);
@@ -393,15 +309,15 @@ mod tests {
         let silent = outbox.open_batch(0);
         outbox.close_batch(silent);
         assert_eq!(take(&outbox, &mut cx), None);
-        assert_eq!(outbox.state.lock().held, 0);
+        assert_eq!(outbox.0.lock().held, 0);
     }
 
     #[test]
-    fn what_is_not_read_has_an_end() {
-        let outbox = Outbox::framed(100);
+    fn unread_messages_are_bounded() {
+        let outbox = RpcOutbox::framed(100);
         while call(&outbox) == WriteOutcome::Written {}
         assert_eq!(call(&outbox), WriteOutcome::Full);
-        // Not what it asked for itself: it is read on.
+        // Calls of others do not stop the reading of replies.
         assert!(!outbox.is_full());
         put(&outbox, 0, &"x".repeat(100));
         assert!(outbox.is_full());
@@ -411,6 +327,6 @@ mod tests {
         outbox.close();
         assert_eq!(call(&outbox), WriteOutcome::Gone);
         put(&outbox, 0, "nowhere");
-        assert!(outbox.state.lock().bytes.is_empty());
+        assert!(outbox.0.lock().bytes.is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! What the methods of weir are asked with: every member of their params, and nothing unknown.
+//! The params of weir's own methods. Unknown members are rejected.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -16,11 +16,11 @@ use crate::{
     json::{JsonStr, json_error_at_path, parse_json},
     position::Start,
     token::AfterParam,
-    transport::{present::Present, query::duration},
+    transport::{present::PresentParam, query::duration},
 };
 
 /// The one object in `params`: `{…}` or `[{…}]`. Absent params are `{}`.
-pub fn object(params: Option<&RawValue>) -> Result<&str> {
+pub(super) fn object(params: Option<&RawValue>) -> Result<&str> {
     let Some(params) = params else { return Ok("{}") };
     if params.get().starts_with('{') {
         return Ok(params.get());
@@ -32,76 +32,78 @@ pub fn object(params: Option<&RawValue>) -> Result<&str> {
 }
 
 /// Reads the params of one method.
-pub fn read<'a, T: Deserialize<'a>>(params: Option<&'a RawValue>) -> Result<T> {
+pub(super) fn read<'a, T: Deserialize<'a>>(params: Option<&'a RawValue>) -> Result<T> {
     parse_json(object(params)?)
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Nothing {}
+pub(super) struct NoParams {}
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Auth {
-    /// Looked at by nobody yet.
+pub(super) struct AuthParams {
+    /// Not used yet.
     #[serde(rename = "token")]
-    pub _token: Box<str>,
+    pub(super) _token: Box<str>,
 }
 
 /// `weir.publish`.
 #[derive(Debug)]
-pub enum Publish<'a> {
+pub(super) enum PublishParams<'a> {
     One(Box<IncomingEvent<'a>>),
     Many(Vec<IncomingEvent<'a>>),
 }
 
-impl<'a> Publish<'a> {
-    pub fn read(params: Option<&'a RawValue>) -> Result<Self> {
+impl<'a> PublishParams<'a> {
+    pub(super) fn read(params: Option<&'a RawValue>) -> Result<Self> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Many<'a> {
+        struct ManyEvents<'a> {
             #[serde(borrow)]
             events: Vec<IncomingEvent<'a>>,
         }
 
         let text = object(params)?;
         match serde_json::from_str(text) {
-            Ok(one) => Ok(Publish::One(one)),
-            Err(not_one) => match serde_json::from_str::<Many<'_>>(text) {
-                Ok(many) => Ok(Publish::Many(many.events)),
-                // About whichever of the two was meant.
-                Err(not_many) if text.contains(r#""events""#) => Err(json_error_at_path::<Many<'_>>(text, &not_many)),
+            Ok(one) => Ok(PublishParams::One(one)),
+            Err(not_one) => match serde_json::from_str::<ManyEvents<'_>>(text) {
+                Ok(many) => Ok(PublishParams::Many(many.events)),
+                // The error is about the form that was meant.
+                Err(not_many) if text.contains(r#""events""#) => {
+                    Err(json_error_at_path::<ManyEvents<'_>>(text, &not_many))
+                }
                 Err(_) => Err(json_error_at_path::<IncomingEvent<'_>>(text, &not_one)),
             },
         }
     }
 }
 
-/// `weir.subscribe`, as written.
+/// `weir.subscribe`, as sent.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Subscribe<'a> {
+pub(super) struct SubscribeParams<'a> {
     #[serde(borrow)]
-    pub channels: Vec<Topic<'a>>,
-    /// For all of them.
+    pub(super) channels: Vec<ChannelParam<'a>>,
+    /// Applies to all of them.
     #[serde(borrow)]
-    pub after: Option<Place<'a>>,
-    /// Who is present on all of them, while they are subscribed.
+    pub(super) after: Option<AfterText<'a>>,
+    /// Makes the client present on all of them, while they are subscribed.
     #[serde(borrow)]
-    pub present: Option<Present<'a>>,
+    pub(super) present: Option<PresentParam<'a>>,
 }
 
 /// `"chat"`, or `{"channel":"orders","after":"k3Vq00-42","type":["created"]}`.
 #[derive(Debug)]
-pub struct Topic<'a>(Object<'a>);
+pub(super) struct ChannelParam<'a>(ChannelObject<'a>);
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Object<'a> {
+struct ChannelObject<'a> {
     #[serde(borrow)]
     channel: JsonStr<'a>,
     #[serde(borrow)]
-    after: Option<Place<'a>>,
+    after: Option<AfterText<'a>>,
     last: Option<u64>,
     #[serde(borrow, default, rename = "type")]
     kinds: Vec<JsonStr<'a>>,
@@ -109,25 +111,25 @@ struct Object<'a> {
 
 /// A position, offset, token, `earliest` or `now`; a bare offset may be a number.
 #[derive(Debug)]
-pub struct Place<'a>(Cow<'a, str>);
+pub(super) struct AfterText<'a>(Cow<'a, str>);
 
 /// One channel to subscribe to.
 #[derive(Debug)]
-pub struct Wanted {
-    pub channel: Channel,
-    /// None: where nothing was said; `now`, or where the subscription is already.
-    pub start: Option<Start>,
-    pub filter: Option<Filter>,
+pub(super) struct SubscribeRequest {
+    pub(super) channel: Channel,
+    /// `None` if not specified: `now`, or the current position of an existing subscription.
+    pub(super) start: Option<Start>,
+    pub(super) filter: Option<Filter>,
 }
 
-impl Subscribe<'_> {
+impl SubscribeParams<'_> {
     /// Checks everything but permissions.
-    pub fn wanted(self) -> Result<Vec<Wanted>> {
+    pub(super) fn requests(self) -> Result<Vec<SubscribeRequest>> {
         if self.channels.is_empty() {
             return Err(Error::params("channels is empty"));
         }
-        let mut wanted = Vec::with_capacity(self.channels.len());
-        for Topic(topic) in self.channels {
+        let mut requests = Vec::with_capacity(self.channels.len());
+        for ChannelParam(topic) in self.channels {
             let channel = Channel::parse(&topic.channel)?;
             let start = match (&topic.after, topic.last, &self.after) {
                 (None, None, _) => None,
@@ -138,64 +140,64 @@ impl Subscribe<'_> {
                 (Some(after), None, None) => Some(after.read()?.starts(std::slice::from_ref(&channel))?[0]),
             };
             let kinds: Vec<&str> = topic.kinds.iter().map(|kind| &**kind).collect();
-            wanted.push(Wanted { channel, start, filter: Filter::new(&kinds)? });
+            requests.push(SubscribeRequest { channel, start, filter: Filter::new(&kinds)? });
         }
-        let mut names: Vec<&Channel> = wanted.iter().map(|wanted| &wanted.channel).collect();
+        let mut names: Vec<&Channel> = requests.iter().map(|requests| &requests.channel).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(Error::params(format!("channel {} is named twice", twice[0])));
         }
         if let Some(after) = &self.after {
-            let channels: Vec<Channel> = wanted.iter().map(|wanted| wanted.channel.clone()).collect();
+            let channels: Vec<Channel> = requests.iter().map(|requests| requests.channel.clone()).collect();
             let starts = after.read()?.starts(&channels)?;
-            wanted.iter_mut().zip(starts).for_each(|(wanted, start)| wanted.start = Some(start));
+            requests.iter_mut().zip(starts).for_each(|(requests, start)| requests.start = Some(start));
         }
-        Ok(wanted)
+        Ok(requests)
     }
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Unsubscribe<'a> {
+pub(super) struct UnsubscribeParams<'a> {
     #[serde(borrow)]
-    pub channels: Vec<JsonStr<'a>>,
+    pub(super) channels: Vec<JsonStr<'a>>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Commit<'a> {
+pub(super) struct CommitParams<'a> {
     #[serde(borrow)]
-    pub consumer: JsonStr<'a>,
+    pub(super) consumer: JsonStr<'a>,
     #[serde(borrow)]
-    pub after: Place<'a>,
-    /// What the token is of, if not all channels of the consumer.
+    pub(super) after: AfterText<'a>,
+    /// The channels of the token, if not all channels of the consumer.
     #[serde(borrow)]
-    pub channels: Option<Vec<JsonStr<'a>>>,
+    pub(super) channels: Option<Vec<JsonStr<'a>>>,
 }
 
-/// `weir.call`, as written.
+/// `weir.call`, as sent.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Call<'a> {
+pub(super) struct CallParams<'a> {
     #[serde(borrow)]
-    pub service: JsonStr<'a>,
+    pub(super) service: JsonStr<'a>,
     #[serde(borrow)]
-    pub method: JsonStr<'a>,
+    pub(super) method: JsonStr<'a>,
     #[serde(borrow)]
-    pub params: Option<&'a RawValue>,
+    pub(super) params: Option<&'a RawValue>,
     #[serde(borrow)]
     timeout: Option<JsonStr<'a>>,
     #[serde(borrow)]
     wait: Option<JsonStr<'a>>,
     #[serde(default)]
-    pub late: bool,
+    pub(super) late: bool,
     stream: Option<IgnoredAny>,
     all: Option<IgnoredAny>,
 }
 
-impl Call<'_> {
-    /// Refuses what cannot be forwarded.
-    pub fn check(&self) -> Result<()> {
+impl CallParams<'_> {
+    /// Rejects a call that cannot be forwarded.
+    pub(super) fn check(&self) -> Result<()> {
         for (name, given) in [("stream", &self.stream), ("all", &self.all)] {
             if given.is_some() {
                 return Err(not_yet(name));
@@ -207,46 +209,46 @@ impl Call<'_> {
         check_label("method", &self.method)
     }
 
-    pub fn timeout(&self) -> Result<Option<Duration>> {
+    pub(super) fn timeout(&self) -> Result<Option<Duration>> {
         self.timeout.as_deref().map(|text| duration("timeout", text)).transpose()
     }
 
-    pub fn wait(&self) -> Result<Option<Duration>> {
+    pub(super) fn wait(&self) -> Result<Option<Duration>> {
         self.wait.as_deref().map(|text| duration("wait", text)).transpose()
     }
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Provide<'a> {
+pub(super) struct ProvideParams<'a> {
     #[serde(borrow)]
-    pub service: JsonStr<'a>,
+    pub(super) service: JsonStr<'a>,
     #[serde(default)]
-    pub exclusive: bool,
+    pub(super) exclusive: bool,
     #[serde(default)]
-    pub takeover: bool,
-    pub concurrency: Option<u32>,
+    pub(super) takeover: bool,
+    pub(super) concurrency: Option<u32>,
     #[serde(default)]
-    pub names: Names,
+    pub(super) names: NamesParam,
     #[serde(default)]
-    pub meta: bool,
+    pub(super) meta: bool,
     #[serde(borrow, default)]
-    pub methods: Vec<JsonStr<'a>>,
+    pub(super) methods: Vec<JsonStr<'a>>,
     standby: Option<IgnoredAny>,
     idempotent: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Names {
+pub(super) enum NamesParam {
     #[default]
     Bare,
     Full,
 }
 
-impl Provide<'_> {
-    /// Refuses what no provider can be.
-    pub fn check(&self) -> Result<()> {
+impl ProvideParams<'_> {
+    /// Rejects an invalid registration.
+    pub(super) fn check(&self) -> Result<()> {
         for (name, given) in [("standby", &self.standby), ("idempotent", &self.idempotent)] {
             if given.is_some() {
                 return Err(not_yet(name));
@@ -261,59 +263,64 @@ impl Provide<'_> {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Withdraw<'a> {
+pub(super) struct WithdrawParams<'a> {
     #[serde(borrow)]
-    pub service: JsonStr<'a>,
+    pub(super) service: JsonStr<'a>,
 }
 
 #[derive(Debug, Deserialize)]
-pub struct Cancel<'a> {
-    /// As the client wrote it. (`$/cancelRequest` may have more members.)
+pub(super) struct CancelParams<'a> {
+    /// The id as the client sent it. (`$/cancelRequest` may have more members.)
     #[serde(borrow)]
-    pub id: &'a RawValue,
+    pub(super) id: &'a RawValue,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Services<'a> {
+pub(super) struct ServicesParams<'a> {
     #[serde(borrow)]
-    pub prefix: Option<JsonStr<'a>>,
+    pub(super) prefix: Option<JsonStr<'a>>,
 }
 
-/// A member that a later version will know.
+/// The error for a member that is reserved for a later version.
 fn not_yet(name: &str) -> Error {
     Error::params(format!("{name}: not yet"))
 }
 
-impl Place<'_> {
-    pub fn read(&self) -> Result<AfterParam> {
+impl AfterText<'_> {
+    pub(super) fn read(&self) -> Result<AfterParam> {
         self.0.parse().map_err(|error| Error::new(Code::InvalidPosition, format!("after is {error}")))
     }
 
-    pub fn as_str(&self) -> &str {
+    pub(super) fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Place<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for AfterText<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let raw = <&RawValue>::deserialize(deserializer)?.get();
         match super::jsonrpc::string(raw) {
-            Some(text) => Ok(Place(text)),
-            None if raw.bytes().all(|byte| byte.is_ascii_digit()) => Ok(Place(Cow::Borrowed(raw))),
+            Some(text) => Ok(AfterText(text)),
+            None if raw.bytes().all(|byte| byte.is_ascii_digit()) => Ok(AfterText(Cow::Borrowed(raw))),
             None => Err(de::Error::custom("after is a position, a token, an offset, earliest or now")),
         }
     }
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Topic<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for ChannelParam<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let raw = <&RawValue>::deserialize(deserializer)?.get();
-        // Not an untagged enum: its errors name nothing.
+        // Not an untagged enum, as its errors do not name the member.
         if let Some(channel) = super::jsonrpc::string(raw) {
-            return Ok(Topic(Object { channel: JsonStr(channel), after: None, last: None, kinds: Vec::new() }));
+            return Ok(ChannelParam(ChannelObject {
+                channel: JsonStr(channel),
+                after: None,
+                last: None,
+                kinds: Vec::new(),
+            }));
         }
-        serde_json::from_str(raw).map(Topic).map_err(de::Error::custom)
+        serde_json::from_str(raw).map(ChannelParam).map_err(de::Error::custom)
     }
 }
 
@@ -325,8 +332,8 @@ mod tests {
         Some(serde_json::from_str(json).unwrap())
     }
 
-    fn wanted(json: &str) -> Result<Vec<Wanted>> {
-        read::<Subscribe<'_>>(raw(json))?.wanted()
+    fn requests(json: &str) -> Result<Vec<SubscribeRequest>> {
+        read::<SubscribeParams<'_>>(raw(json))?.requests()
     }
 
     #[test]
@@ -339,29 +346,29 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_is_named() {
-        let error = read::<Withdraw<'_>>(raw(r#"{"service":"a","force":true}"#)).unwrap_err();
+    fn an_unknown_member_is_named() {
+        let error = read::<WithdrawParams<'_>>(raw(r#"{"service":"a","force":true}"#)).unwrap_err();
         assert_eq!(error.code(), Code::InvalidParams);
         assert!(error.detail().contains("force"), "{error}");
-        assert!(wanted(r#"{"channels":[{"channel":"a","afer":1}]}"#).unwrap_err().detail().contains("afer"));
-        assert!(Publish::read(raw(r#"{"channel":"a","dta":1}"#)).unwrap_err().detail().contains("dta"));
-        assert!(Publish::read(raw(r#"{"events":[{"dta":1}]}"#)).unwrap_err().detail().contains("dta"));
+        assert!(requests(r#"{"channels":[{"channel":"a","afer":1}]}"#).unwrap_err().detail().contains("afer"));
+        assert!(PublishParams::read(raw(r#"{"channel":"a","dta":1}"#)).unwrap_err().detail().contains("dta"));
+        assert!(PublishParams::read(raw(r#"{"events":[{"dta":1}]}"#)).unwrap_err().detail().contains("dta"));
     }
 
     #[test]
-    fn what_is_malformed_is_named() {
-        let error = read::<Call<'_>>(raw(r#"{"service":"a","method":"b","timeout":5}"#)).unwrap_err();
+    fn a_malformed_member_is_named() {
+        let error = read::<CallParams<'_>>(raw(r#"{"service":"a","method":"b","timeout":5}"#)).unwrap_err();
         assert!(error.detail().starts_with("timeout: "), "{error}");
-        assert!(wanted(r#"{"channels":"a"}"#).unwrap_err().detail().starts_with("channels: "));
-        let error = Publish::read(raw(r#"{"events":[{"channel":"a"},{"channel":1}]}"#)).unwrap_err();
+        assert!(requests(r#"{"channels":"a"}"#).unwrap_err().detail().starts_with("channels: "));
+        let error = PublishParams::read(raw(r#"{"events":[{"channel":"a"},{"channel":1}]}"#)).unwrap_err();
         assert!(error.detail().starts_with("events[1].channel: "), "{error}");
-        // What names its member already does not name it twice.
-        assert!(Publish::read(raw(r#"{"data":1}"#)).unwrap_err().detail().starts_with("missing field `channel`"));
+        // An error that names its member already does not name it twice.
+        assert!(PublishParams::read(raw(r#"{"data":1}"#)).unwrap_err().detail().starts_with("missing field `channel`"));
     }
 
     #[test]
     fn subscriptions() {
-        let list = wanted(r#"{"channels":["chat",{"channel":"orders","after":"k3Vq00-42","type":["created"]},{"channel":"log","last":20},{"channel":"b","after":7}]}"#).unwrap();
+        let list = requests(r#"{"channels":["chat",{"channel":"orders","after":"k3Vq00-42","type":["created"]},{"channel":"log","last":20},{"channel":"b","after":7}]}"#).unwrap();
         assert_eq!(list[0].start, None);
         assert_eq!(list[1].start, Some(Start::After("k3Vq00-42".parse().unwrap())));
         assert!(list[1].filter.is_some());
@@ -377,23 +384,23 @@ mod tests {
             r#"{"channels":["a"],"present":{"client":"c","nick":1}}"#,
             r#"{"channels":"a"}"#,
         ] {
-            assert_eq!(wanted(bad).unwrap_err().code(), Code::InvalidParams, "{bad}");
+            assert_eq!(requests(bad).unwrap_err().code(), Code::InvalidParams, "{bad}");
         }
         assert_eq!(
-            wanted(r#"{"channels":[{"channel":"a","after":"x-y-z"}]}"#).unwrap_err().code(),
+            requests(r#"{"channels":[{"channel":"a","after":"x-y-z"}]}"#).unwrap_err().code(),
             Code::InvalidPosition
         );
-        assert_eq!(wanted(r#"{"channels":["a","b"],"after":"earliest"}"#).unwrap()[1].start, Some(Start::Earliest));
+        assert_eq!(requests(r#"{"channels":["a","b"],"after":"earliest"}"#).unwrap()[1].start, Some(Start::Earliest));
     }
 
     #[test]
     fn reserved_members() {
-        let call = |json| read::<Call<'_>>(raw(json)).and_then(|call| call.check());
+        let call = |json| read::<CallParams<'_>>(raw(json)).and_then(|call| call.check());
         assert!(call(r#"{"service":"a","method":"b/c","params":[]}"#).is_ok());
         assert!(call(r#"{"service":"a","method":"b","stream":true}"#).unwrap_err().detail().contains("not yet"));
         assert!(call(r#"{"service":"a","method":"b","params":1}"#).is_err());
         assert!(call(r#"{"service":"a","method":"b\n"}"#).is_err());
-        let provide = |json| read::<Provide<'_>>(raw(json)).and_then(|provide| provide.check());
+        let provide = |json| read::<ProvideParams<'_>>(raw(json)).and_then(|provide| provide.check());
         assert!(provide(r#"{"service":"a","names":"full","methods":["x"]}"#).is_ok());
         assert!(provide(r#"{"service":"a","standby":true}"#).unwrap_err().detail().contains("standby"));
         assert!(provide(r#"{"service":"a","concurrency":0}"#).is_err());

@@ -15,7 +15,7 @@ use weir::{
     compat::default_config,
     config::{Backend, Config},
     http::Endpoint,
-    net::{server::Connections, timer::TimerWheel},
+    net::{server::HttpConnections, timer::TimerWheel},
     node::Node,
     position::Position,
 };
@@ -39,7 +39,7 @@ pub struct Weir {
     pub addresses: Vec<SocketAddr>,
     node: Arc<Node>,
     endpoint: Arc<Endpoint>,
-    connections: Connections,
+    connections: HttpConnections,
     shutdown: CancellationToken,
     run: tokio::task::JoinHandle<anyhow::Result<()>>,
     _shutdown: DropGuard,
@@ -101,7 +101,7 @@ impl Weir {
         &self.node.bus
     }
 
-    pub fn connections(&self) -> &Connections {
+    pub fn connections(&self) -> &HttpConnections {
         &self.connections
     }
 
