@@ -11,7 +11,7 @@ use crate::{
     auth::Identity,
     bus::ChannelInfo,
     error::Result,
-    http::openapi::{ChannelQuery, ListQuery, Problem},
+    http::schema::{ChannelQuery, ListQuery, Problem},
     node::Node,
     transport::query::Query,
 };

@@ -10,7 +10,7 @@ use super::{Listing, to_json};
 use crate::{
     auth::Identity,
     error::{Error, Result},
-    http::openapi::{self, Problem},
+    http::schema::{self, Problem},
     node::Node,
     sessions::{ConnectionFilter, ConnectionInfo},
     transport::query::Query,
@@ -19,7 +19,7 @@ use crate::{
 /// `GET /v1/connections`.
 #[utoipa::path(get, path = "/v1/connections", tag = "administration",
     description = "Lists the streams, WebSockets and waiting reads of all nodes, sorted by id.",
-    params(openapi::ConnectionQuery, openapi::PageQuery),
+    params(schema::ConnectionQuery, schema::PageQuery),
     responses(
         (status = 200, body = Connections),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
@@ -42,7 +42,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
 /// `DELETE /v1/connections`.
 #[utoipa::path(delete, path = "/v1/connections", tag = "administration",
     description = "Closes the connections of a subject, or one connection, on all nodes. A client whose credentials are still valid can reconnect.",
-    params(openapi::KickQuery),
+    params(schema::KickQuery),
     responses(
         (status = 200, body = Kicked),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),

@@ -19,7 +19,7 @@ use crate::{
     error::{Code, Error, Result},
     http::{
         extract::{declared, read_body},
-        openapi::{self, After, ChannelName, Problem},
+        schema::{self, After, ChannelName, Problem},
     },
     json::json_error_at_path,
     node::Node,
@@ -35,7 +35,7 @@ const MAX_BODY: usize = 64 * 1024;
 
 /// `GET /v1/consumers`.
 #[utoipa::path(get, path = "/v1/consumers", tag = "consumers",
-    params(openapi::ListQuery),
+    params(schema::ListQuery),
     responses(
         (status = 200, body = Consumers),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),

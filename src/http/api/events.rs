@@ -24,7 +24,7 @@ use crate::{
     event::{self, Draft, EventData, IncomingEvent},
     http::{
         extract::{declared, is_ndjson, read_body, text},
-        openapi::{self, Page, Problem, Published},
+        schema::{self, Page, Problem, Published},
     },
     json::{JsonStr, json_error, json_error_at_path},
     metrics::Transport,
@@ -54,8 +54,8 @@ enum Publish {
     description = "Publishes events. The body is an event, an array of events, or NDJSON. With the parameter `channel` the body is \
         the data of one event (a body that is not JSON becomes a JSON string). The Content-Type is ignored unless the request has \
         an Origin or a Cookie.",
-    params(openapi::PublishQuery, ("Idempotency-Key" = Option<openapi::Label>, Header, description = "The idempotency key of one event. An event with the same key and content within 5 minutes is not stored again.")),
-    request_body(description = "The events to publish.", content((openapi::Publish = "application/json"), (String = "application/x-ndjson"))),
+    params(schema::PublishQuery, ("Idempotency-Key" = Option<schema::Label>, Header, description = "The idempotency key of one event. An event with the same key and content within 5 minutes is not stored again.")),
+    request_body(description = "The events to publish.", content((schema::Publish = "application/json"), (String = "application/x-ndjson"))),
     responses(
         (status = 201, description = "The events are stored.", body = Published),
         (status = 200, description = "The idempotency key was already used for this event; the position is that of the first one.", body = Published),
@@ -279,7 +279,7 @@ impl<'de> Visitor<'de> for Events {
 /// `GET /v1/events`.
 #[utoipa::path(get, path = "/v1/events", tag = "events",
     description = "Reads events. With `wait` the request waits until there are events (long-poll). With `consumer` weir stores the cursor.",
-    params(openapi::ReadQuery, ("Last-Event-ID" = Option<openapi::After>, Header, description = "Overrides `after`.")),
+    params(schema::ReadQuery, ("Last-Event-ID" = Option<schema::After>, Header, description = "Overrides `after`.")),
     responses(
         (status = 200, description = "A page of events. It is empty if there are none.", body = Page),
         (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`, `limit_reached`", body = Problem, content_type = "application/problem+json"),
@@ -332,7 +332,7 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &ReadRe
 /// `DELETE /v1/events`.
 #[utoipa::path(delete, path = "/v1/events", tag = "administration",
     description = "Trims a channel, or deletes its log.",
-    params(openapi::DeleteQuery),
+    params(schema::DeleteQuery),
     responses(
         (status = 204, description = "The events are deleted."),
         (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),

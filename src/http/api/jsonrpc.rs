@@ -15,7 +15,7 @@ use crate::{
     error::{Code, Result},
     http::{
         extract::{Admitted, declared, read_body},
-        openapi::Problem,
+        schema::Problem,
     },
     node::Node,
     transport::query::Query,

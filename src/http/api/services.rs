@@ -19,7 +19,7 @@ use crate::{
     http::{
         error::problem,
         extract::{declared, read_body},
-        openapi::Problem,
+        schema::Problem,
     },
     node::Node,
     rpc::{Call, CallError, ProviderError, ServiceInfo, call_once},
@@ -54,7 +54,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
         ("method" = String, Path, example = "echo", pattern = "^[A-Za-z][A-Za-z0-9._-]{0,60}$"),
         ("timeout" = Option<String>, Query, description = "Default 30s, maximum 10m.", pattern = "^([1-9][0-9]{0,3}ms|[1-9][0-9]?s|[1-9]m)$", example = "5s"),
     ),
-    request_body(description = "Params.", content = Option<crate::http::openapi::Params>, content_type = "application/json"),
+    request_body(description = "Params.", content = Option<crate::http::schema::Params>, content_type = "application/json"),
     responses(
         (status = 200, description = "The result, byte for byte as sent by the provider.", body = serde_json::Value, content_type = "application/json"),
         (status = "4XX", description = "`parse_error`, `invalid_params`, `method_not_found`, `forbidden`, `too_large`, `unsupported_media_type`; \
