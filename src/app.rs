@@ -130,8 +130,8 @@ impl App {
         &self.connections
     }
 
-    /// Serves until `shutdown` resolves, then shuts down: readiness is withdrawn, accepting stops, polls are answered, streams
-    /// and sockets are closed over `drain.window`, and what is still open after `drain.grace` is aborted.
+    /// Serves until `shutdown` resolves, then shuts down: readiness is withdrawn, accepting stops, polls are answered,
+    /// streams and sockets are closed over `drain.window`, and what is still open after `drain.grace` is aborted.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         let App { listeners, node, connections, remote_nodes, .. } = self;
         let drain = node.config.drain.clone();

@@ -22,7 +22,7 @@ pub use adapter::{AdapterConfig, CompatSection};
 pub use channel_rule::{ChannelRule, Keep};
 #[cfg(test)]
 pub(crate) use load::read;
-pub use load::{Loaded, Override, Problem, Problems, Source, load};
+pub use load::{ConfigProblem, ConfigProblems, Loaded, Override, Source, load};
 pub(crate) use originals::{OriginalVariables, bracketed};
 pub use sections::{Config, LimitsSection, LogSection};
 pub use value::{Ack, Backend, Level, LogFormat, Secret};

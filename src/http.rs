@@ -199,7 +199,8 @@ impl Endpoint {
     fn finish(&self, version: Version, mut answer: Response) -> Response {
         self.node.metrics.requests[StatusClass::new(answer.status().as_u16())].add(1);
         let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
-        // `Connection: close` while draining, so that clients reconnect to another node. HTTP/2 has a GOAWAY frame instead.
+        // `Connection: close` while draining, so that clients reconnect to another node. HTTP/2 has a GOAWAY frame
+        // instead.
         if self.node.draining.is_cancelled() && version <= Version::HTTP_11 && !upgrades {
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -224,8 +225,8 @@ impl HttpService for Endpoint {
     }
 }
 
-/// The response to a rejected request. A stream is rejected in-band if the client may retry, because an `EventSource` gives
-/// up on an error status.
+/// The response to a rejected request. A stream is rejected in-band if the client may retry, because an `EventSource`
+/// gives up on an error status.
 fn rejection(head: &Parts, error: Error) -> Response {
     let stream = head.uri.path() == "/v1/sse" || sse::is_wanted(&head.headers);
     if stream && error.code().retry() == Retry::Yes { sse::retry_response(&error) } else { error.into_response() }

@@ -14,7 +14,7 @@ use weir::{
     backend,
     cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, USAGE, welcome},
     compat,
-    config::{self, Loaded, Problem, Problems},
+    config::{self, ConfigProblem, ConfigProblems, Loaded},
     telemetry,
 };
 
@@ -134,7 +134,7 @@ fn config_command(command: ConfigCommand) -> ExitCode {
     }
 }
 
-fn load(serve: &Serve) -> Result<Loaded, Problems> {
+fn load(serve: &Serve) -> Result<Loaded, ConfigProblems> {
     // A variable that is not UTF-8 is never a valid setting, but problems are reported by its name.
     let environment = std::env::vars_os()
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
@@ -144,12 +144,12 @@ fn load(serve: &Serve) -> Result<Loaded, Problems> {
         Ok(()) => Ok(loaded),
         Err((key, reason)) => {
             let source = loaded.sources.get(key).cloned();
-            Err(Problems(vec![Problem { key: key.into(), source, reason }]))
+            Err(ConfigProblems(vec![ConfigProblem { key: key.into(), source, reason }]))
         }
     }
 }
 
-fn report(problems: &Problems) -> ExitCode {
+fn report(problems: &ConfigProblems) -> ExitCode {
     eprintln!("{problems}");
     ExitCode::from(USAGE)
 }

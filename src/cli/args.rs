@@ -1,4 +1,4 @@
-//! What can be typed, and the help that teaches it.
+//! The arguments of the command line, and their help.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -13,21 +13,20 @@ use crate::{
     token::AfterParam,
 };
 
-const ABOUT: &str =
-    "One bus, three ways in: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
+const ABOUT: &str = "One bus, three transports: services call each other over WebSocket, browsers stream over SSE, batch jobs long-poll.";
 
 const EXAMPLES: &str = "\
 Try it, in three terminals:
   weir                                        a node on http://127.0.0.1:8000, events in memory
   weir tail orders                            watch a channel
-  weir publish orders '{\"id\":7}'              everybody who watches sees it
+  weir publish orders '{\"id\":7}'              all subscribers receive it
 
 Call a service:
   weir provide math -- python3 add.py         one run per call: params in, JSON out
   weir call math/add '[1,2]'
 
-Client commands print JSON, a line each, on standard output, and all else on standard error.
-They end with 0 done, 1 failed, 2 wrong usage, 3 refused (4xx), 4 unavailable (5xx, no node).";
+Client commands print lines of JSON on standard output, and everything else on standard error.
+Exit codes: 0 success, 1 failure, 2 invalid usage, 3 rejected (4xx), 4 unavailable (5xx, no node).";
 
 #[derive(Debug, Parser)]
 #[command(name = "weir", version, about = ABOUT, after_help = EXAMPLES)]
@@ -41,17 +40,17 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run a node (what weir does without a command)
+    /// Run a node (the default command)
     #[command(after_help = SERVE)]
     Serve(Serve),
     #[command(flatten)]
     Client(ClientCommand),
-    /// Bring what another system keeps into the Redis of weir
+    /// Import the data of another system into the Redis of weir
     Import {
         #[command(subcommand)]
         command: ImportCommand,
     },
-    /// Check the settings, or show them
+    /// Validate or print the configuration
     Config {
         #[command(subcommand)]
         command: ConfigCommand,
@@ -59,9 +58,9 @@ pub enum Command {
 }
 
 const SERVE: &str = "\
-Settings come from the file, then the environment, then flags; the later wins.
-`weir config show --explain` prints every key, its value and its meaning.
-In the environment sse.heartbeat is WEIR__SSE__HEARTBEAT.
+The environment overrides the file, and flags override both.
+`weir config show --explain` prints every key with its value and description.
+The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT.
 
   weir --listen 127.0.0.1:9000
   weir serve --config weir.toml
@@ -69,7 +68,7 @@ In the environment sse.heartbeat is WEIR__SSE__HEARTBEAT.
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct Serve {
-    /// File of settings; without one the built-in defaults hold
+    /// Configuration file; without one the defaults apply
     #[arg(long, value_name = "FILE", env = "WEIR_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
     /// Address to listen on, repeatable [default: 127.0.0.1:8000]
@@ -88,22 +87,22 @@ pub struct ImportCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Report everything that is wrong with the settings, or nothing
+    /// Report all errors of the configuration
     Check(Serve),
-    /// Print the settings in force, and where each comes from, as a file that could be used
+    /// Print the effective configuration as a file, with the source of each value
     Show {
         #[command(flatten)]
         serve: Serve,
-        /// With the meaning of each key
+        /// With the description of each key
         #[arg(long)]
         explain: bool,
     },
 }
 
-/// Where the node is that a client command talks to.
+/// The node that a client command connects to.
 #[derive(Clone, Debug, Args)]
 pub struct Remote {
-    /// The node to talk to
+    /// URL of the node
     #[arg(long, env = "WEIR_URL", hide_env_values = true, value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = Base::parse)]
     pub url: Base,
     /// Key or token, sent as `Authorization: Bearer`
@@ -119,47 +118,47 @@ pub enum ClientCommand {
         #[command(flatten)]
         remote: Remote,
         channel: String,
-        /// JSON, or text that becomes a JSON string; `-` reads it from standard input. Without it the event has no data
+        /// JSON, or text that becomes a JSON string; `-` reads standard input. Omitted: the event has no data
         data: Option<String>,
-        /// Publish each line of standard input as an event of its own, as it comes
+        /// Publish each line of standard input as an event, as soon as it is read
         #[arg(long, conflicts_with_all = ["data", "key"])]
         lines: bool,
-        /// The name of what happened
+        /// Type of the event
         #[arg(long = "type", value_name = "TYPE")]
         kind: Option<String>,
-        /// Idempotency key: the same key again within 5 minutes places nothing
+        /// Idempotency key: a repetition with the same key within 5 minutes is not stored
         #[arg(long)]
         key: Option<String>,
-        /// Who says so
+        /// Sender of the event (`from`)
         #[arg(long, value_name = "NAME")]
         from: Option<String>,
     },
 
-    /// Print events as they come; after a lost connection, from where it was
+    /// Print events as they arrive; reconnects and resumes
     #[command(visible_alias = "subscribe", after_help = TAIL)]
     Tail {
         #[command(flatten)]
         remote: Remote,
         #[arg(required = true, value_name = "CHANNEL")]
         channels: Vec<String>,
-        /// Begin with the last N events of each channel
+        /// Start with the last N events of each channel
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
-        /// Begin after this position or token, or `earliest`
+        /// Start after this position or token, or at `earliest`
         #[arg(long, value_name = "POSITION", value_parser = position)]
         after: Option<String>,
         /// Only events of this type, repeatable
         #[arg(long = "type", value_name = "TYPE")]
         kinds: Vec<String>,
-        /// End after N events
+        /// Exit after N events
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
-        /// Be present under this name on these channels, as `weir presence` shows it
+        /// Be a presence member of these channels under this name
         #[arg(long, value_name = "CLIENT")]
         present: Option<String>,
     },
 
-    /// Print events that are there, and where to go on
+    /// Print stored events, and the position to continue from
     #[command(after_help = READ)]
     Read {
         #[command(flatten)]
@@ -178,16 +177,16 @@ pub enum ClientCommand {
         /// At most N events a page [default: 100]
         #[arg(long, value_name = "N")]
         limit: Option<u64>,
-        /// Page after page, until all is read
+        /// Read all pages
         #[arg(long, conflicts_with_all = ["wait", "commit"])]
         all: bool,
-        /// Wait so long for an event if there is none, as 30s
+        /// How long to wait for an event if there is none, such as 30s
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
-        /// Read from the cursor that weir keeps under this name; --after commits first
+        /// Read from the cursor of this consumer; --after commits first
         #[arg(long, value_name = "NAME")]
         consumer: Option<String>,
-        /// Commit what is printed as it is handed out
+        /// Commit events when they are returned
         #[arg(long, requires = "consumer")]
         commit: bool,
     },
@@ -199,73 +198,73 @@ pub enum ClientCommand {
         remote: Remote,
         /// SERVICE/METHOD
         method: String,
-        /// A JSON object or array; `-` reads it from standard input
+        /// A JSON object or array; `-` reads standard input
         params: Option<String>,
-        /// How long the answer may take [default: the node's rpc.timeout]
+        /// Timeout of the call [default: the node's rpc.timeout]
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         timeout: Option<Duration>,
     },
 
-    /// Answer the calls to a service
+    /// Provide a service
     #[command(after_help = PROVIDE)]
     Provide {
         #[command(flatten)]
         remote: Remote,
         service: String,
-        /// How many calls at a time
+        /// Maximum number of concurrent calls
         #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         concurrency: u32,
-        /// Be the only provider, or fail
+        /// Fail if the service has another provider, and admit no other
         #[arg(long)]
         exclusive: bool,
-        /// A command that runs longer is ended, and its call fails
+        /// Timeout of the command; then it is killed and the call fails
         #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration::parse)]
         timeout: Duration,
-        /// Program and arguments, or one text for the shell; without it params come back as the result
+        /// Program and arguments, or one text for the shell; without it the result is the params
         #[arg(last = true, value_name = "CMD")]
         command: Vec<String>,
     },
 
-    /// List the services that can be called
+    /// List available services
     Services {
         #[command(flatten)]
         remote: Remote,
-        /// Only names that begin so
+        /// Only names with this prefix
         #[arg(long)]
         prefix: Option<String>,
     },
 
-    /// Look at a node, or at a Redis, as weir uses it, and say what to change
+    /// Diagnose a node, or a Redis for use by weir, and suggest changes
     #[command(after_help = DOCTOR)]
     Doctor {
         #[command(flatten)]
         remote: Remote,
-        /// The node, as its clients reach it: through every proxy [default: --url]
+        /// URL of the node as clients use it, through all proxies [default: --url]
         #[arg(value_name = "URL", value_parser = Base::parse)]
         node: Option<Base>,
         /// A Redis: redis://, rediss://, redis+sentinel://HOST,…/NAME, redis-cluster://HOST,… [default: that of WEIR__BUS__REDIS__URL]
         #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["node", "long"])]
         redis: Option<String>,
-        /// bus.redis.prefix: what the keys of weir begin with in that Redis
+        /// The prefix of weir's keys in that Redis (bus.redis.prefix)
         #[arg(long, value_name = "PREFIX", default_value = "weir:", requires = "redis")]
         prefix: String,
-        /// Wait for 75 seconds to see which idle connections are cut off
+        /// Wait for 75 seconds to detect whether idle connections are closed
         #[arg(long)]
         long: bool,
     },
 
-    /// List who is on a channel
+    /// List the presence members of a channel
     #[command(after_help = PRESENCE)]
     Presence {
         #[command(flatten)]
         remote: Remote,
         channel: String,
-        /// Only how many
+        /// Only their number
         #[arg(long)]
         count: bool,
     },
 
-    /// List who is connected, on all nodes; end connections
+    /// List or close connections on all nodes
     #[command(args_conflicts_with_subcommands = true, after_help = CONNECTIONS)]
     Connections {
         #[command(flatten)]
@@ -297,7 +296,7 @@ pub enum ClientCommand {
 pub struct List {
     #[command(flatten)]
     pub remote: Remote,
-    /// Only names that begin so
+    /// Only names with this prefix
     #[arg(long)]
     pub prefix: Option<String>,
 }
@@ -306,26 +305,26 @@ pub struct List {
 pub struct Which {
     #[command(flatten)]
     pub remote: Remote,
-    /// Only those of this subject
+    /// Only connections of this subject
     #[arg(long)]
     pub subject: Option<String>,
-    /// Only those that read this channel
+    /// Only connections that read this channel
     #[arg(long)]
     pub channel: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum ConnectionsCommand {
-    /// List (what `weir connections` does without a command)
+    /// List connections (the default)
     List(Which),
-    /// End them, on all nodes
+    /// Close connections on all nodes
     Kick {
         #[command(flatten)]
         remote: Remote,
-        /// All of this subject
+        /// All connections of this subject
         #[arg(long, required_unless_present = "id")]
         subject: Option<String>,
-        /// Just this one, as listed
+        /// The connection with this id
         #[arg(long)]
         id: Option<String>,
     },
@@ -333,15 +332,15 @@ pub enum ConnectionsCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ChannelsCommand {
-    /// List (what `weir channels` does without a command)
+    /// List channels (the default)
     List(List),
-    /// Its epoch, first and top offset, bytes and readers
+    /// Show its epoch, first and top offset, bytes and readers
     Show {
         #[command(flatten)]
         remote: Remote,
         channel: String,
     },
-    /// Delete its events, or those before a position
+    /// Delete all events, or those before a position
     Delete {
         #[command(flatten)]
         remote: Remote,
@@ -353,9 +352,9 @@ pub enum ChannelsCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ConsumersCommand {
-    /// List (what `weir consumers` does without a command)
+    /// List consumers (the default)
     List(List),
-    /// Its cursors, and how far they are behind
+    /// Show its cursors, and how far they are behind
     Show {
         #[command(flatten)]
         remote: Remote,
@@ -366,13 +365,13 @@ pub enum ConsumersCommand {
         #[command(flatten)]
         remote: Remote,
         consumer: String,
-        /// The token that a read ended with
+        /// The token at the end of a read
         after: String,
-        /// The channels of the token, if the node must be told
+        /// The channels of the token, if the token does not contain them
         #[arg(long = "channel", value_name = "CHANNEL")]
         channels: Vec<String>,
     },
-    /// Move a cursor anywhere, back too
+    /// Move a cursor to any position
     Seek {
         #[command(flatten)]
         remote: Remote,
@@ -381,7 +380,7 @@ pub enum ConsumersCommand {
         /// A position, `earliest` or `now`
         after: String,
     },
-    /// Forget it
+    /// Delete it
     Delete {
         #[command(flatten)]
         remote: Remote,
@@ -390,41 +389,41 @@ pub enum ConsumersCommand {
 }
 
 const PUBLISH: &str = "\
-Prints the position that the event was given.
+Prints the position of the event.
 
   weir publish orders '{\"id\":7}' --type created
   weir publish chat hello                             text is a JSON string: \"hello\"
   weir publish backups - < report.json                one event
-  journalctl -f -o json | weir publish --lines logs   an event per line, as they come";
+  journalctl -f -o json | weir publish --lines logs   an event per line";
 
 const TAIL: &str = "\
-Prints an event a line, from now on or from wherever is asked for.
+Prints an event per line, starting with new events unless a start is given.
 
   weir tail orders
   weir tail orders payments --last 10
   weir tail orders --after k3Vq7d-42 --type created | jq .data
 
-What is missing (trimmed before it was read) is announced on standard error as a gap.";
+Missing events, which were trimmed before they were read, are reported on standard error as a gap.";
 
 const READ: &str = "\
-Where to go on is printed on standard error as `next`.
+The position to continue from is printed on standard error as `next`.
 
   weir read orders --last 10
   weir read orders --after k3Vq7d-42 --wait 30s
   weir read orders --all > orders.ndjson
   weir read orders --consumer mailer --wait 30s
 
-A consumer gets the same again until it commits: with --after NEXT, or --commit at once.";
+A consumer gets the same events until it commits: with --after NEXT, or at once with --commit.";
 
 const PRESENCE: &str = "\
-Prints a member a line. Joins and leaves are events: weir tail '$presence/chat'
+Prints a member per line. Joins and leaves are events: weir tail '$presence/chat'
 
   weir presence chat
   weir presence chat --count
-  weir tail chat --present ann              is there, as long as it runs";
+  weir tail chat --present ann              a member while it runs";
 
 const CONNECTIONS: &str = "\
-Prints a connection a line: streams, sockets and reads that wait. Nodes that do not answer are
+Prints a connection per line: streams, sockets and waiting reads. Nodes that do not respond are
 named on standard error.
 
   weir connections
@@ -432,45 +431,45 @@ named on standard error.
   weir connections kick --subject user-7
   weir connections kick --id 8f14e45fceea167a-0000002a
 
-Who is kicked is told not to come back, but can, unless the credentials are withdrawn too.";
+A kicked client is told not to reconnect, but can do so unless its credentials are revoked too.";
 
 const CALL: &str = "\
-Prints the result, as the provider wrote it.
+Prints the result as the provider sent it.
 
   weir call weir/echo '{\"n\":1}'
   weir call math/add '[1,2]' --timeout 5s
   weir call reports/build - < params.json";
 
 const PROVIDE: &str = "\
-The command runs once per call. It finds the params on standard input, and WEIR_SERVICE,
+The command runs once per call. It gets the params on standard input, and WEIR_SERVICE,
 WEIR_METHOD and WEIR_CALLER in its environment; it prints the result: JSON, or text that becomes
-a JSON string. If it fails, what it printed may be the error, as {\"code\":42,\"message\":\"no user\"}.
-A cancelled call ends it.
+a JSON string. If it fails, its output can be the error, as {\"code\":42,\"message\":\"no user\"}.
+A cancelled call kills it.
 
   weir provide echo
   weir provide math -- python3 add.py
   weir provide shout --concurrency 2 -- 'jq .text | tr a-z A-Z'
   weir provide nightly --exclusive -- ./run.sh
 
-After a lost connection it comes back. On the first Ctrl-C it finishes the calls it has and takes
-no more.";
+After a lost connection it reconnects. After the first Ctrl-C it accepts no more calls and finishes
+those in progress.";
 
 const DOCTOR: &str = "\
-Streams, long-polls, a WebSocket and a large body go to the node and back: what buffers, cuts off or
-refuses them on the way is found, and named with what to change.
+Sends streams, long-polls, a WebSocket and a large body through the node, detects what buffers,
+interrupts or rejects them on the way, and suggests changes.
 
   weir doctor https://weir.example.com --token \"$TOKEN\"
-  weir doctor --long                                    also what idle connections meet
-  weir doctor --redis redis://:password@redis:6379      before weir is told to use it
+  weir doctor --long                                    also tests idle connections
+  weir doctor --redis redis://:password@redis:6379      before weir uses it
   weir doctor --redis redis+sentinel://a,b,c/weir | jq 'select(.state != \"ok\")'
 
 A finding is a line of JSON on standard output (unless that is a terminal) and prose on standard
-error. Advice ends with 0, a problem with 1; what cannot be looked at ends with 3 if it does not let
-us in, and with 4 if it is not there. It publishes to a channel of its own, weir.doctor.*, and
-deletes it; in Redis it writes four keys that expire within a minute.";
+error. Exit codes: 0 advice at most, 1 a problem, 3 access denied, 4 unavailable. It publishes to a
+channel of its own, weir.doctor.*, and deletes it; in Redis it writes four keys that expire within a
+minute.";
 
-/// A stream that begins at something unreadable begins at `now`, and says so with a gap: a program can go on from
-/// there, but whoever typed it wants to hear it.
+/// Validates a position. The node would start at `now` after an invalid one and report a gap, which is right for programs but
+/// not for a command line.
 fn position(text: &str) -> Result<String, String> {
     text.parse::<AfterParam>().map(|_| text.to_owned()).map_err(|error| error.to_string())
 }

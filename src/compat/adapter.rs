@@ -26,7 +26,8 @@ pub(super) struct AdapterEntry {
     pub(super) importer: Option<Importer>,
 }
 
-/// `weir import NAME`, which copies the data of the original into weir. The configuration file is the argument `config`.
+/// `weir import NAME`, which copies the data of the original into weir. The configuration file is the argument
+/// `config`.
 pub(crate) struct Importer {
     pub(crate) name: &'static str,
     /// Adds the arguments and the help.
@@ -62,8 +63,8 @@ pub(crate) struct Listener {
 pub(crate) type Handler = Box<dyn Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
 
 impl Adapter {
-    /// An adapter on the main listeners. `router` gets every request whose path is one that it `owns`, of any method, so that
-    /// 404 and 405 are the original's.
+    /// An adapter on the main listeners. `router` gets every request whose path is one that it `owns`, of any method,
+    /// so that 404 and 405 are the original's.
     pub(super) fn new(owns: impl Fn(&str) -> bool + Send + Sync + 'static, router: Router) -> Self {
         Adapter { owns: Box::new(owns), router, our_cors: false, listeners: Vec::new() }
     }

@@ -1,5 +1,5 @@
-//! Endpoints of @fanoutio/eventstream: `[[compat.sse.routes]]` configures paths and the channels that are streamed there, as
-//! its Express handlers do.
+//! Endpoints of @fanoutio/eventstream: `[[compat.sse.routes]]` configures paths and the channels that are streamed
+//! there, as its Express handlers do.
 
 mod config;
 mod path_template;
@@ -42,10 +42,10 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// What the handlers share.
 struct EventStream {
     node: Arc<Node>,
-    routes: Arc<[Route]>,
+    routes: Arc<[SseStreamRoute]>,
 }
 
-struct Route {
+struct SseStreamRoute {
     path: PathTemplate,
     channels: Vec<String>,
 }
@@ -72,9 +72,9 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
     let Config { routes } = node.config.compat.get();
     let route = |route: &SseRoute| {
         let path = PathTemplate::parse(&route.path).map_err(Error::internal)?;
-        Ok(Route { path, channels: route.channels.clone() })
+        Ok(SseStreamRoute { path, channels: route.channels.clone() })
     };
-    let routes: Arc<[Route]> = routes.iter().map(route).collect::<Result<_>>()?;
+    let routes: Arc<[SseStreamRoute]> = routes.iter().map(route).collect::<Result<_>>()?;
     let own = routes.clone();
     let owns = move |path: &str| own.iter().any(|route| route.path.matches(path).is_some());
     let it = EventStream { node: node.clone(), routes };
@@ -132,7 +132,7 @@ impl EventStream {
         for watch in self.node.bus.watch(&channels).await? {
             subs.add(watch, Start::Now, None);
         }
-        Ok(SubscriptionStream::new(&self.node, subs, Quiet).respond(answer, vec![chunk::of(OPEN)]))
+        Ok(SubscriptionStream::new(&self.node, subs, EventStreamHandler).respond(answer, vec![chunk::of(OPEN)]))
     }
 
     /// The channels of a request, without repetitions.
@@ -168,10 +168,10 @@ fn refused(status: StatusCode, text: impl Into<Body>) -> Response<Body> {
     answer
 }
 
-/// Says nothing but that it is there.
-struct Quiet;
+/// Sends heartbeats only.
+struct EventStreamHandler;
 
-impl StreamHandler for Quiet {
+impl StreamHandler for EventStreamHandler {
     fn heartbeat(&self) -> Option<HeartbeatPolicy> {
         Some(HeartbeatPolicy::WhenIdle(SILENCE))
     }

@@ -1,5 +1,6 @@
-//! [`Form`]: query and form parameters as parsed by `qs` of Node.js. Unlike weir's own parser it accepts anything: text that
-//! cannot be decoded stays as it is, and a name that is repeated or has brackets is a list or an object, never a string.
+//! [`Form`]: query and form parameters as parsed by `qs` of Node.js. Unlike weir's own parser it accepts anything: text
+//! that cannot be decoded stays as it is, and a name that is repeated or has brackets is a list or an object, never a
+//! string.
 
 use std::borrow::Cow;
 

@@ -1,7 +1,7 @@
 //! ganomede-events: durable long-poll over HTTP, at `/events/v1/…`, `/latest` and `/about`.
 //!
-//! An id is an offset. A `clientId` is a consumer, and its position the consumer's cursor, which `after` may also move back.
-//! Responses equal those of the original to the byte. Requests that crash the original are answered.
+//! An id is an offset. A `clientId` is a consumer, and its position the consumer's cursor, which `after` may also move
+//! back. Responses equal those of the original to the byte. Requests that crash the original are answered.
 
 mod body;
 mod config;
@@ -28,7 +28,8 @@ use super::{adapter::{Adapter, AdapterEntry}, form::Form};
 use crate::{error::Result, net::body::read_body, node::Node, transport::query::decode};
 
 const PREFIX: &str = "/events/v1";
-/// How long the response of a failed poll is delayed. Clients repeat a poll as soon as it is answered, even by an error.
+/// How long the response of a failed poll is delayed. Clients repeat a poll as soon as it is answered, even by an
+/// error.
 const PAUSE_MS: std::ops::Range<u64> = 250..1000;
 
 /// The paths, with their parameters.

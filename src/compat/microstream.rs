@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{Router, body::Body, extract::State, http::Request};
 
 pub use self::config::Config;
-use self::{client::Client, hub::MicroStreamHub};
+use self::{client::MicroStreamClient, hub::MicroStreamHub};
 use super::{
     adapter::{Adapter, AdapterEntry},
     engineio::{EngineServer, EngineSettings},
@@ -48,7 +48,7 @@ fn serve(node: &Arc<Node>) -> Arc<EngineServer> {
         Box::new(move |session, mut query| {
             // If there are several, the first applies.
             let names = query.take_all("serviceName");
-            Box::new(Client::new(hub.clone(), session, names.first().map(|name| &**name)))
+            Box::new(MicroStreamClient::new(hub.clone(), session, names.first().map(|name| &**name)))
         }),
     )
 }

@@ -1,7 +1,7 @@
 //! node-sse-server: `/subscribe`, `/publish`, `/lastEvent` and `/`.
 //!
-//! Channels and their last events are those of the bus: clients receive events of any publisher on any node. All nodes share
-//! the list of clients that are online.
+//! Channels and their last events are those of the bus: clients receive events of any publisher on any node. All nodes
+//! share the list of clients that are online.
 
 mod config;
 mod context;

@@ -5,10 +5,11 @@ use std::{any::Any, fmt::Debug, net::SocketAddr};
 use super::{
     channel_rule::ChannelRule,
     originals::OriginalVariables,
-    section::{self, Item, Section, Setting, Slot},
+    section::{self, ConfigItem, Section, Setting, Slot},
 };
 
-/// The settings of an adapter (the section `compat.NAME`), and what follows from them for the rest of the configuration.
+/// The settings of an adapter (the section `compat.NAME`), and what follows from them for the rest of the
+/// configuration.
 pub trait AdapterConfig: Section + AdapterObject {
     /// The adapter's name in `compat.enable`, and the key of its section.
     fn name(&self) -> &'static str;
@@ -142,11 +143,11 @@ impl Section for CompatSection {
          and services."
     }
 
-    fn items<'a>(&'a mut self, at: &str, items: &mut Vec<Item<'a>>) {
+    fn items<'a>(&'a mut self, at: &str, items: &mut Vec<ConfigItem<'a>>) {
         let names = self.names();
         let doc = format!("Enabled adapters: any of {}. A disabled adapter uses no resources.", names.join(", "));
         let slot = Slot::Adapters { enabled: &mut self.enable, names };
-        items.push(Item::Setting(Setting { key: section::join(at, "enable"), doc: doc.into(), slot }));
+        items.push(ConfigItem::Setting(Setting { key: section::join(at, "enable"), doc: doc.into(), slot }));
         for adapter in &mut self.adapters {
             let (key, before) = (section::join(at, adapter.name()), items.len());
             section::add(&mut **adapter, key, items);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::section::{self, Item, MIB, Section, Setting, Slot, Table, seconds, section};
+use super::section::{self, ConfigItem, MIB, Section, Setting, Slot, Table, seconds, section};
 
 section! {
     /// Retention of a channel. The first limit reached trims the oldest events.
@@ -40,9 +40,9 @@ impl Section for ChannelRule {
         "The retention of the channels whose name matches."
     }
 
-    fn items<'a>(&'a mut self, at: &str, items: &mut Vec<Item<'a>>) {
+    fn items<'a>(&'a mut self, at: &str, items: &mut Vec<ConfigItem<'a>>) {
         let slot = Slot::Pattern(&mut self.pattern);
-        items.push(Item::Setting(Setting { key: section::join(at, "match"), doc: "".into(), slot }));
+        items.push(ConfigItem::Setting(Setting { key: section::join(at, "match"), doc: "".into(), slot }));
         self.keep.items(&section::join(at, "keep"), items);
     }
 }

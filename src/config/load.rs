@@ -10,7 +10,7 @@ use figment::{
 
 use super::{
     originals::{OriginalSetting, OriginalVariables},
-    section::{Item, Section, Setting, Slot, join},
+    section::{ConfigItem, Section, Setting, Slot, join},
     sections::Config,
 };
 
@@ -43,7 +43,7 @@ pub struct Override {
 
 /// An error of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct ConfigProblem {
     /// Empty if the error is not about one key, for example if a file cannot be read.
     pub key: String,
     /// `None` if the value is a default that contradicts another value.
@@ -53,7 +53,7 @@ pub struct Problem {
 
 /// All errors, printed one per line. Never empty.
 #[derive(Clone, Debug)]
-pub struct Problems(pub Vec<Problem>);
+pub struct ConfigProblems(pub Vec<ConfigProblem>);
 
 /// Overrides `defaults` with `file`, the variables of `environment` that are settings, and `flags`; the later wins.
 ///
@@ -63,7 +63,7 @@ pub fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
     flags: &[Override],
-) -> Result<Loaded, Problems> {
+) -> Result<Loaded, ConfigProblems> {
     let text = file.map(|path| (path.display().to_string(), std::fs::read_to_string(path)));
     read(defaults, text, environment, flags)
 }
@@ -74,7 +74,7 @@ pub(crate) fn read(
     file: Option<(String, io::Result<String>)>,
     environment: impl IntoIterator<Item = (String, String)>,
     flags: &[Override],
-) -> Result<Loaded, Problems> {
+) -> Result<Loaded, ConfigProblems> {
     let environment: Vec<_> = environment.into_iter().collect();
     // The enabled adapters are known after a first pass; their originals' variables apply in a second.
     let first = gather(defaults, &file, &environment, &[], flags);
@@ -86,7 +86,7 @@ pub(crate) fn read(
     if found.problems.is_empty() {
         Ok(Loaded { config, sources: found.sources })
     } else {
-        Err(Problems(found.problems))
+        Err(ConfigProblems(found.problems))
     }
 }
 
@@ -149,7 +149,7 @@ struct MergedValues {
     /// The source of each layer. The name of a layer is its index.
     layers: Vec<Source>,
     sources: BTreeMap<String, Source>,
-    problems: Vec<Problem>,
+    problems: Vec<ConfigProblem>,
 }
 
 /// A file, a variable or a flag.
@@ -275,7 +275,7 @@ impl MergedValues {
     }
 
     fn problem(&mut self, key: &str, source: Option<Source>, reason: String) {
-        self.problems.push(Problem { key: key.to_owned(), source, reason });
+        self.problems.push(ConfigProblem { key: key.to_owned(), source, reason });
     }
 }
 
@@ -290,7 +290,7 @@ impl fmt::Display for Source {
     }
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for ConfigProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(source) = &self.source {
             write!(f, "{source}: ")?;
@@ -302,7 +302,7 @@ impl fmt::Display for Problem {
     }
 }
 
-impl fmt::Display for Problems {
+impl fmt::Display for ConfigProblems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, problem) in self.0.iter().enumerate() {
             write!(f, "{}{problem}", if n == 0 { "" } else { "\n" })?;
@@ -311,7 +311,7 @@ impl fmt::Display for Problems {
     }
 }
 
-impl std::error::Error for Problems {}
+impl std::error::Error for ConfigProblems {}
 
 // === keys ===
 
@@ -321,8 +321,11 @@ fn settings<'a>(section: &'a mut impl Section, at: &str) -> Vec<Setting<'a>> {
     only_settings(items)
 }
 
-fn only_settings(items: Vec<Item<'_>>) -> Vec<Setting<'_>> {
-    items.into_iter().filter_map(|item| if let Item::Setting(setting) = item { Some(setting) } else { None }).collect()
+fn only_settings(items: Vec<ConfigItem<'_>>) -> Vec<Setting<'_>> {
+    items
+        .into_iter()
+        .filter_map(|item| if let ConfigItem::Setting(setting) = item { Some(setting) } else { None })
+        .collect()
 }
 
 fn is_under(key: &str, section: &str) -> bool {

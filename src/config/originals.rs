@@ -1,4 +1,5 @@
-//! The environment variables of the systems that adapters replace, so that a deployment keeps the variables that it has.
+//! The environment variables of the systems that adapters replace, so that a deployment keeps the variables that it
+//! has.
 //!
 //! They apply if exactly one adapter is enabled, because two originals can both have a `PORT`. They override the file;
 //! weir's own variables and the flags override them.
@@ -38,8 +39,8 @@ impl<'a> OriginalVariables<'a> {
         self.settings.extend(value.map(|value| OriginalSetting { variable, key, value }));
     }
 
-    /// `PORT`, and `HOST` if the original has it, as `server.listen`. Without a host the originals listen on all networks;
-    /// weir does so only if `auth.allow_anonymous` permits it.
+    /// `PORT`, and `HOST` if the original has it, as `server.listen`. Without a host the originals listen on all
+    /// networks; weir does so only if `auth.allow_anonymous` permits it.
     pub(crate) fn set_listen(&mut self, host: Option<String>) {
         let port = self.get("PORT");
         let variable = match (&host, &port) {

@@ -4,13 +4,13 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{
     load::Source,
-    section::{Item, Section as _, Setting, Slot, Tables},
+    section::{ConfigItem, Section as _, Setting, Slot, Tables},
     sections::Config,
 };
 
 impl Config {
-    /// Formats the configuration as TOML that [`load`](super::load::load) can read. `explained` adds the description of each key as a
-    /// comment; a key that is in `sources` gets its source as a comment.
+    /// Formats the configuration as TOML that [`load`](super::load::load) can read. `explained` adds the description of
+    /// each key as a comment; a key that is in `sources` gets its source as a comment.
     pub fn to_toml(&self, explained: bool, sources: &BTreeMap<String, Source>) -> String {
         let mut out = String::new();
         let mut config = self.clone();
@@ -18,7 +18,7 @@ impl Config {
         config.items("", &mut items);
         for item in items {
             match item {
-                Item::Section { key, doc } => {
+                ConfigItem::Section { key, doc } => {
                     out.push('\n');
                     if explained {
                         comment(doc, &mut out);
@@ -26,19 +26,19 @@ impl Config {
                     let _ = writeln!(out, "[{key}]");
                 }
                 // It must precede all sections: below a section header the key would belong to that section.
-                Item::Setting(Setting { key, slot: Slot::Tables(list), .. })
+                ConfigItem::Setting(Setting { key, slot: Slot::Tables(list), .. })
                     if list.len() == 0 && !key.contains('.') =>
                 {
                     out.insert_str(0, &format!("{key} = []\n"));
                 }
-                Item::Setting(Setting { key, doc, slot: Slot::Tables(list) }) if list.len() > 0 => {
+                ConfigItem::Setting(Setting { key, doc, slot: Slot::Tables(list) }) if list.len() > 0 => {
                     out.push('\n');
                     if explained {
                         comment(&doc, &mut out);
                     }
                     write_tables(&key, list, sources.get(&key), &mut out);
                 }
-                Item::Setting(Setting { key, doc, slot }) => {
+                ConfigItem::Setting(Setting { key, doc, slot }) => {
                     if explained {
                         comment(&doc, &mut out);
                     }
@@ -64,7 +64,7 @@ fn write_tables(key: &str, list: &mut dyn Tables, source: Option<&Source>, out: 
     for n in 0..list.len() {
         let _ = writeln!(out, "{}[[{key}]]", if n == 0 { "" } else { "\n" });
         for item in list.items(n, "") {
-            if let Item::Setting(Setting { key, slot, .. }) = item {
+            if let ConfigItem::Setting(Setting { key, slot, .. }) = item {
                 let _ = writeln!(out, "{key} = {slot}");
             }
         }

@@ -17,11 +17,11 @@ pub trait Section {
     fn doc(&self) -> &'static str;
 
     /// Appends the settings of this section, whose key is `at`, in the order in which they are printed.
-    fn items<'a>(&'a mut self, at: &str, items: &mut Vec<Item<'a>>);
+    fn items<'a>(&'a mut self, at: &str, items: &mut Vec<ConfigItem<'a>>);
 }
 
 /// An element of the configuration, in the order in which it is printed.
-pub enum Item<'a> {
+pub enum ConfigItem<'a> {
     Section { key: String, doc: &'static str },
     Setting(Setting<'a>),
 }
@@ -85,7 +85,7 @@ pub(crate) trait Tables {
     fn add(&mut self);
     fn len(&self) -> usize;
     /// The items of table `n`.
-    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<Item<'a>>;
+    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<ConfigItem<'a>>;
     fn required(&self) -> &'static [(&'static str, &'static str)];
     fn example(&self) -> &'static str;
 }
@@ -109,7 +109,7 @@ macro_rules! section {
                 concat!($($about, "\n"),+)
             }
 
-            fn items<'a>(&'a mut self, at: &str, items: &mut Vec<$crate::config::section::Item<'a>>) {
+            fn items<'a>(&'a mut self, at: &str, items: &mut Vec<$crate::config::section::ConfigItem<'a>>) {
                 $($crate::config::section::section!(
                     @ $kind, self.$name, $crate::config::section::join(at, stringify!($name)), concat!($($doc, "\n"),*), items
                 );)+
@@ -120,7 +120,7 @@ macro_rules! section {
         $crate::config::section::add(&mut $self.$field, $key, $items)
     };
     (@ $kind:ident, $self:ident.$field:ident, $key:expr, $doc:expr, $items:ident) => {
-        $items.push($crate::config::section::Item::Setting($crate::config::section::Setting {
+        $items.push($crate::config::section::ConfigItem::Setting($crate::config::section::Setting {
             key: $key,
             doc: $doc.into(),
             slot: $crate::config::section::Slot::$kind(&mut $self.$field),
@@ -130,8 +130,8 @@ macro_rules! section {
 pub(crate) use section;
 
 /// Appends a subsection with its items.
-pub(crate) fn add<'a>(section: &'a mut (impl Section + ?Sized), key: String, items: &mut Vec<Item<'a>>) {
-    items.push(Item::Section { key: key.clone(), doc: section.doc() });
+pub(crate) fn add<'a>(section: &'a mut (impl Section + ?Sized), key: String, items: &mut Vec<ConfigItem<'a>>) {
+    items.push(ConfigItem::Section { key: key.clone(), doc: section.doc() });
     section.items(&key, items);
 }
 
@@ -153,7 +153,7 @@ impl<T: Table> Tables for Vec<T> {
         self.len()
     }
 
-    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<Item<'a>> {
+    fn items<'a>(&'a mut self, n: usize, at: &str) -> Vec<ConfigItem<'a>> {
         let mut items = Vec::new();
         self[n].items(at, &mut items);
         items

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    section::{Item, MIB, Section, seconds},
+    section::{ConfigItem, MIB, Section, seconds},
     *,
 };
 use crate::compat;
@@ -39,11 +39,11 @@ fn config_toml_is_generated() {
     config.items("", &mut items);
     for item in items {
         let (key, doc) = match &item {
-            Item::Section { key, doc } => (key, *doc),
-            Item::Setting(setting) => (&setting.key, &*setting.doc),
+            ConfigItem::Section { key, doc } => (key, *doc),
+            ConfigItem::Setting(setting) => (&setting.key, &*setting.doc),
         };
         assert!(!doc.trim().is_empty(), "{key} is not explained");
-        if let Item::Setting(setting) = &item {
+        if let ConfigItem::Setting(setting) = &item {
             assert!(loaded.sources.contains_key(&setting.key), "{key} is not in config.toml");
         }
     }
@@ -196,7 +196,7 @@ impl Section for FakeAdapter {
         ""
     }
 
-    fn items<'a>(&'a mut self, _at: &str, _items: &mut Vec<Item<'a>>) {}
+    fn items<'a>(&'a mut self, _at: &str, _items: &mut Vec<ConfigItem<'a>>) {}
 }
 
 impl AdapterConfig for FakeAdapter {

@@ -101,8 +101,8 @@ mod tests {
         // Only auth.allow_anonymous permits public addresses.
         let open = ganomede(&[("HOST", "0.0.0.0")]).unwrap_err();
         assert!(open.starts_with("HOST: server.listen: 0.0.0.0:9000 can be reached from other machines"), "{open}");
-        let anybody = ganomede(&[("WEIR__AUTH__ALLOW_ANONYMOUS", "true")]).unwrap().config;
-        assert_eq!(anybody.server.listen, ["0.0.0.0:9000".parse().unwrap()]);
+        let allowed = ganomede(&[("WEIR__AUTH__ALLOW_ANONYMOUS", "true")]).unwrap().config;
+        assert_eq!(allowed.server.listen, ["0.0.0.0:9000".parse().unwrap()]);
         assert!(ganomede(&[("HOST", "localhost")]).is_ok());
         assert!(
             ganomede(&[("HOST", "example.com")])

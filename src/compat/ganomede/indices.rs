@@ -1,7 +1,7 @@
 //! [`Indices`]: the definitions of indices.
 //!
-//! A definition is an event of the channel `$ganomede/indices`, so that all nodes have it; the first definition of an id
-//! applies. Definitions never change, so they are cached.
+//! A definition is an event of the channel `$ganomede/indices`, so that all nodes have it; the first definition of an
+//! id applies. Definitions never change, so they are cached.
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -1,11 +1,11 @@
 //! `GET /events`: long-polls, and the positions of clients.
 //!
-//! An id does not contain the epoch of its channel. Two rules prevent that a client whose id is from an earlier epoch (the
-//! memory backend was restarted, the channel was deleted) misses events:
+//! An id does not contain the epoch of its channel. Two rules prevent that a client whose id is from an earlier epoch
+//! (the memory backend was restarted, the channel was deleted) misses events:
 //!
 //! * the cursor that weir stores has an epoch: if it is not the channel's, the client gets all events of the channel;
-//! * an `after` that is ahead of the channel is handled as by the original, but if it is repeated, the client also gets all
-//!   events.
+//! * an `after` that is ahead of the channel is handled as by the original, but if it is repeated, the client also gets
+//!   all events.
 
 use std::{future::poll_fn, time::Duration};
 
@@ -197,8 +197,8 @@ fn whole(text: &str) -> Option<u64> {
     text.parse().ok().filter(|number| canonical && *number <= MAX_SAFE)
 }
 
-/// The consumer that stores the positions of a `clientId`. It has the same name, except that bytes that a consumer's name
-/// cannot contain are written `..` and two hexadecimal digits.
+/// The consumer that stores the positions of a `clientId`. It has the same name, except that bytes that a consumer's
+/// name cannot contain are written `..` and two hexadecimal digits.
 pub(super) fn consumer(client: &str) -> Option<String> {
     let bytes = client.as_bytes();
     let mut name = String::with_capacity(client.len());

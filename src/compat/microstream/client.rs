@@ -1,4 +1,4 @@
-//! [`Client`]: the conversation with one MicroStream client.
+//! [`MicroStreamClient`]: the conversation with one MicroStream client.
 
 use std::sync::{
     Arc, Weak,
@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// One client and its packets.
-pub(super) struct Client {
+pub(super) struct MicroStreamClient {
     hub: Arc<MicroStreamHub>,
     session: Weak<EngineSession>,
     port: Arc<Port>,
@@ -36,8 +36,8 @@ pub(super) struct Client {
     name: Box<str>,
     /// Whether the query of its URL contained the name.
     named: bool,
-    stage: Stage,
-    registering: Option<Registering>,
+    stage: ClientStage,
+    registering: Option<PendingRegistration>,
     /// The tick at which the session began without being connected.
     since: u32,
     /// The tick of its last heartbeat.
@@ -45,11 +45,11 @@ pub(super) struct Client {
     /// The tick of the last check for a missing heartbeat.
     looked: u32,
     /// A packet whose attachments are incomplete.
-    partial: Option<Box<Partial>>,
+    partial: Option<Box<PartialPacket>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum ClientStage {
     Fresh,
     /// The name is being claimed from other nodes, or the client that has it is being probed.
     Registering,
@@ -57,20 +57,20 @@ enum Stage {
 }
 
 /// A registration that waits for other nodes or a probe. Dropping it cancels it.
-struct Registering {
-    done: Arc<Mutex<Option<Answered>>>,
+struct PendingRegistration {
+    done: Arc<Mutex<Option<RegistrationResult>>>,
     task: JoinHandle<()>,
 }
 
-type Answered = (HubConnection, Result<AcceptedProvider, Error>);
+type RegistrationResult = (HubConnection, Result<AcceptedProvider, Error>);
 
-impl Drop for Registering {
+impl Drop for PendingRegistration {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-struct Partial {
+struct PartialPacket {
     kind: SocketIoKind,
     payload: String,
     left: usize,
@@ -78,19 +78,19 @@ struct Partial {
     size: usize,
 }
 
-// === impl Client: packets ===
+// === impl MicroStreamClient: packets ===
 
-impl Client {
+impl MicroStreamClient {
     pub(super) fn new(hub: Arc<MicroStreamHub>, session: &Arc<EngineSession>, name: Option<&str>) -> Self {
         let now = hub.wheel.now();
-        Client {
+        MicroStreamClient {
             session: Arc::downgrade(session),
             port: Arc::new(Port::new(Arc::downgrade(session), session.outbox.clone(), hub.wheel.clone())),
             link: None,
             // The original registers clients without a name as this.
             name: name.unwrap_or("undefined").into(),
             named: name.is_some(),
-            stage: Stage::Fresh,
+            stage: ClientStage::Fresh,
             registering: None,
             since: now,
             beat: Arc::new(AtomicU32::new(now)),
@@ -100,7 +100,7 @@ impl Client {
         }
     }
 
-    fn say(&self, packet: &str) {
+    fn send_packet(&self, packet: &str) {
         if let Some(session) = self.session.upgrade() {
             session.outbox.text(packet);
         }
@@ -109,23 +109,23 @@ impl Client {
     fn packet(&mut self, packet: &SocketIoPacket<'_>) -> Result<(), ProtocolError> {
         if packet.kind == SocketIoKind::Connect {
             if packet.namespace != "/" {
-                self.say(&connect_error(packet.namespace, "Invalid namespace", None));
+                self.send_packet(&connect_error(packet.namespace, "Invalid namespace", None));
                 return Ok(());
             }
-            if self.stage != Stage::Fresh {
+            if self.stage != ClientStage::Fresh {
                 return Err(ProtocolError);
             }
             self.register();
             return Ok(());
         }
-        if packet.namespace != "/" || self.stage == Stage::Fresh {
+        if packet.namespace != "/" || self.stage == ClientStage::Fresh {
             return Err(ProtocolError);
         }
         match packet.kind {
             SocketIoKind::Disconnect => self.part(),
             SocketIoKind::Event | SocketIoKind::Ack if packet.attachments > 0 => {
                 let (kind, payload, left) = (packet.kind, packet.payload.to_owned(), packet.attachments);
-                self.partial = Some(Box::new(Partial { kind, payload, left, bytes: Vec::new(), size: 0 }));
+                self.partial = Some(Box::new(PartialPacket { kind, payload, left, bytes: Vec::new(), size: 0 }));
             }
             SocketIoKind::Event if !packet.payload.is_empty() => self.event(packet.payload)?,
             SocketIoKind::Event | SocketIoKind::Ack => {}
@@ -150,7 +150,7 @@ impl Client {
 
     /// The client disconnects or is disconnected. Its name is released at once.
     fn part(&mut self) {
-        self.stage = Stage::Fresh;
+        self.stage = ClientStage::Fresh;
         self.since = self.hub.wheel.now();
         self.partial = None;
         self.registering = None;
@@ -165,13 +165,13 @@ impl Client {
         match self.provide() {
             Ok(Some((link, provided))) => self.connected(link, provided),
             // The session is woken when it ends.
-            Ok(None) => self.stage = Stage::Registering,
+            Ok(None) => self.stage = ClientStage::Registering,
             Err(error) => self.refuse(&error),
         }
     }
 
     fn refuse(&mut self, error: &Error) {
-        self.stage = Stage::Fresh;
+        self.stage = ClientStage::Fresh;
         self.since = self.hub.wheel.now();
         let (message, data) = match error.code() {
             // After an error message the client would not reconnect; after a closed connection it does.
@@ -184,7 +184,7 @@ impl Client {
             Code::ServiceTaken => translate::duplicate(self.named.then_some(&*self.name)),
             _ => translate::refused(error, &self.name),
         };
-        self.say(&connect_error("/", &message, Some(&data)));
+        self.send_packet(&connect_error("/", &message, Some(&data)));
     }
 
     /// `None` if the registration has to wait.
@@ -215,16 +215,16 @@ impl Client {
                 }
             }
         });
-        self.registering = Some(Registering { done, task });
+        self.registering = Some(PendingRegistration { done, task });
         Ok(None)
     }
 
     fn connected(&mut self, link: HubConnection, provided: AcceptedProvider) {
-        self.stage = Stage::Connected;
+        self.stage = ClientStage::Connected;
         self.beat.store(self.hub.wheel.now(), Relaxed);
         self.hub.connected(&self.name, &self.beat);
         let id = new_sid();
-        self.say(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
+        self.send_packet(&format!("40{{\"sid\":\"{}\"}}", str::from_utf8(&id).unwrap_or_default()));
         if let Some(session) = self.session.upgrade() {
             session.with_registration(|registration| registration.set_services(link.provided_services()));
         }
@@ -281,7 +281,7 @@ impl Client {
     }
 }
 
-impl SessionHandler for Client {
+impl SessionHandler for MicroStreamClient {
     fn on_text(&mut self, text: &str) -> Result<(), ProtocolError> {
         if self.partial.is_some() {
             // Its attachments are missing.
@@ -310,9 +310,9 @@ impl SessionHandler for Client {
 
     fn on_tick(&mut self, now: u32) -> Result<(), ProtocolError> {
         match self.stage {
-            Stage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => return Err(ProtocolError),
-            Stage::Fresh | Stage::Registering => {}
-            Stage::Connected => {
+            ClientStage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => return Err(ProtocolError),
+            ClientStage::Fresh | ClientStage::Registering => {}
+            ClientStage::Connected => {
                 if self.is_stale(now) {
                     self.on_kick();
                 } else if now.is_multiple_of(256) {
@@ -353,9 +353,9 @@ impl SessionHandler for Client {
     }
 }
 
-impl Drop for Client {
+impl Drop for MicroStreamClient {
     fn drop(&mut self) {
-        if self.stage == Stage::Connected {
+        if self.stage == ClientStage::Connected {
             self.part();
         }
     }

@@ -31,14 +31,14 @@ pub(super) struct Port {
     outbox: Arc<PacketOutbox>,
     wheel: Arc<TimerWheel>,
     /// Requests to the client by the id that it knows. Requests with a call id as their id are not in the map.
-    pending: Mutex<HashMap<RequestKey, PendingRequest, RandomState>>,
+    pending: Mutex<HashMap<RequestKey, UnansweredRequest, RandomState>>,
 }
 
 /// A request id as its sender wrote it. Those of MicroStream's library have 21 characters.
 #[derive(Clone, PartialEq, Eq)]
 struct RequestKey(CallerId);
 
-struct PendingRequest {
+struct UnansweredRequest {
     call: CallId,
     since: u32,
 }
@@ -98,7 +98,7 @@ impl Port {
         if pending.len() >= MAX_PENDING || pending.contains_key(&key) {
             return false;
         }
-        pending.insert(key, PendingRequest { call, since: now });
+        pending.insert(key, UnansweredRequest { call, since: now });
         true
     }
 
@@ -225,10 +225,10 @@ impl Peer for Port {
         }
     }
 
-    fn probe(&self, told: ProbeCallback) {
+    fn probe(&self, callback: ProbeCallback) {
         match self.session.upgrade() {
-            Some(session) => session.probe(told),
-            None => told(false),
+            Some(session) => session.probe(callback),
+            None => callback(false),
         }
     }
 }

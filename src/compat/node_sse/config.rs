@@ -4,7 +4,7 @@ use crate::{
     compat::adapter::permanent,
     config::{
         AdapterConfig, ChannelRule, OriginalVariables,
-        section::{Item, Section},
+        section::{ConfigItem, Section},
     },
 };
 
@@ -19,7 +19,7 @@ impl Section for Config {
         ""
     }
 
-    fn items<'a>(&'a mut self, _at: &str, _items: &mut Vec<Item<'a>>) {}
+    fn items<'a>(&'a mut self, _at: &str, _items: &mut Vec<ConfigItem<'a>>) {}
 }
 
 impl AdapterConfig for Config {

@@ -18,8 +18,8 @@ use crate::{
     net::chunk,
 };
 
-/// The member of an event's `meta` that marks an event of this adapter whose payload was not a string. Its text is that of
-/// JavaScript's `String(payload)`.
+/// The member of an event's `meta` that marks an event of this adapter whose payload was not a string. Its text is that
+/// of JavaScript's `String(payload)`.
 pub(super) const META: &str = "weir.node-sse";
 pub(super) const VALUE: &str = "value";
 /// The event was published to a channel that did not exist, for which the original stores only the payload.
@@ -170,12 +170,12 @@ mod tests {
             (value, EventData::Json(raw("[1, 2]")), r#""1,2""#, r#"{"type":"t","payload":[1,2]}"#),
             (value, EventData::Json(raw("12.50")), r#""12.5""#, r#"{"type":"t","payload":12.5}"#),
         ] {
-            let (text, told) = shown(DraftParts { kind, meta, data, ..DraftParts::default() });
-            assert_eq!((text, told), (frame("t", payload), Value::from(last)));
+            let (text, stored) = shown(DraftParts { kind, meta, data, ..DraftParts::default() });
+            assert_eq!((text, stored), (frame("t", payload), Value::from(last)));
         }
-        let (text, told) =
+        let (text, stored) =
             shown(DraftParts { kind, meta: first, data: EventData::Json(raw("[1]")), ..DraftParts::default() });
-        assert_eq!((text, told), (frame("t", r#""1""#), serde_json::json!([1])));
+        assert_eq!((text, stored), (frame("t", r#""1""#), serde_json::json!([1])));
         assert_eq!(
             shown(DraftParts { data: EventData::Text("x"), ..DraftParts::default() }).0,
             frame("message", r#""x""#)

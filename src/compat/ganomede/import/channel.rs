@@ -77,8 +77,8 @@ impl ChannelImport {
         allow_trim: bool,
     ) -> Result<Result<Self, String>, Failure> {
         let ids = source.event_ids(channel.as_str()).await?;
-        // The counter may be ahead of the newest event, which is still being written. Without events only the counter is
-        // known.
+        // The counter may be ahead of the newest event, which is still being written. Without events only the counter
+        // is known.
         let end = ids.map_or(counter, |ids| ids.last);
         let info = target.past.inspect(&channel).await.map_err(|error| failed(&error))?;
         let import = ChannelImport { ids, end, at: info.top, channel };
