@@ -120,7 +120,7 @@ impl App {
         self.node.cluster_connections.local().node()
     }
 
-    /// What handlers share, for tests.
+    /// The parts that handlers share, for tests.
     pub fn node(&self) -> &Arc<Node> {
         &self.node
     }

@@ -434,7 +434,7 @@ mod tests {
         assert_eq!(rejected(DraftParts { kind: Some("weir.gap"), ..Default::default() }).code(), Code::InvalidParams);
         assert_eq!(rejected(DraftParts { kind: Some("a\nb"), ..Default::default() }).code(), Code::InvalidParams);
         assert_eq!(rejected(DraftParts { from: Some(""), ..Default::default() }).code(), Code::InvalidParams);
-        for meta in [r#"{"a":1}"#, r#"{"a":"b","weir.grip":"{}"}"#, r#"{"weir\u002egrip":"{}"}"#] {
+        for meta in [r#"{"a":1}"#, r#"{"a":"b","weir.mark":"{}"}"#, r#"{"weir\u002emark":"{}"}"#] {
             let parts = DraftParts { meta: Some(raw(meta)), ..Default::default() };
             assert_eq!(rejected(parts).code(), Code::InvalidParams, "{meta}");
             assert!(Draft::own(parts, 100).is_ok());

@@ -37,7 +37,7 @@ use crate::{
 use api::events;
 use origin::Origins;
 
-/// What a listener serves.
+/// The purpose of a listener.
 pub(crate) enum ListenerRole {
     /// Clients and administration: there is no `admin.listen`.
     All,

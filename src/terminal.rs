@@ -1,4 +1,4 @@
-//! What commands write: results as lines of JSON on standard output, sentences on standard error.
+//! Output of commands: results as lines of JSON on standard output, sentences on standard error.
 
 use std::{
     fmt,

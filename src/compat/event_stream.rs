@@ -39,7 +39,7 @@ const KEEP_ALIVE: &[u8] = b"event: keep-alive\ndata: \n\n";
 /// The heartbeat interval of the original.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// What the handlers share.
+/// State of the handlers.
 struct EventStream {
     node: Arc<Node>,
     routes: Arc<[SseStreamRoute]>,

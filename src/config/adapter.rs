@@ -1,4 +1,4 @@
-//! [`AdapterConfig`]: what an adapter adds to the configuration, and [`CompatSection`], the section of all adapters.
+//! [`AdapterConfig`]: the settings of an adapter, and [`CompatSection`], the section of all adapters.
 
 use std::{any::Any, fmt::Debug, net::SocketAddr};
 
@@ -52,7 +52,7 @@ pub struct AdapterContext {
     pub(crate) paths: Vec<(&'static str, &'static str)>,
 }
 
-/// What `dyn AdapterConfig` needs to be cloned and compared.
+/// Cloning and comparison of `dyn AdapterConfig`.
 pub trait AdapterObject: Any + Debug + Send + Sync {
     fn boxed(&self) -> Box<dyn AdapterConfig>;
     fn is_equal(&self, other: &dyn AdapterConfig) -> bool;

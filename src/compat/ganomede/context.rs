@@ -1,4 +1,4 @@
-//! [`Ganomede`]: what the handlers of the adapter share.
+//! [`Ganomede`]: the state of the handlers.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! [`MicroStreamHub`]: what the clients of a hub share.
+//! [`MicroStreamHub`]: the state that the clients of a hub share.
 
 use std::{
     collections::HashMap,

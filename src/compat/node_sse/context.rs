@@ -1,4 +1,4 @@
-//! [`NodeSse`]: what the handlers of the adapter share, and their errors.
+//! [`NodeSse`]: the state of the handlers, and their errors.
 
 use std::sync::{
     Arc,
