@@ -3,29 +3,29 @@
 //! see the same channels, because all of them are cursors over one bus.
 #![forbid(unsafe_code)]
 
-pub mod app;
-pub mod auth;
-pub mod backend;
-pub mod bus;
-pub mod channel;
-pub mod cli;
-pub mod cluster;
-pub mod compat;
-pub mod config;
-pub mod duration;
-pub mod error;
-pub mod event;
-pub mod http;
-pub mod json;
-pub mod metrics;
-pub mod net;
-pub mod node;
-pub mod pattern;
-pub mod position;
-pub mod presence;
-pub mod rpc;
-pub mod sessions;
-pub mod telemetry;
-pub mod terminal;
-pub mod token;
-pub mod transport;
+pub mod app; // builds the parts and shuts them down
+mod auth; // identities and permits
+pub mod backend; // where events are kept: in memory or in Redis
+pub mod bus; // channels, readers, positions
+pub mod channel; // names of channels
+pub mod cli; // client commands, `weir doctor`, `weir import`
+pub mod cluster; // what nodes know of each other
+pub mod compat; // adapters for clients of other systems
+pub mod config; // every setting
+mod duration; // durations with a unit, as `500ms`
+pub mod error; // error codes, their status and their retry advice
+pub mod event; // events and drafts
+pub mod http; // routes, HTTP API, cross-origin rules
+mod json; // JSON as text: validation and error positions
+pub mod metrics; // every metric
+pub mod net; // sockets and HTTP connections
+pub mod node; // what handlers and adapters share
+pub mod pattern; // patterns with `*`
+pub mod position; // epochs, offsets and positions
+pub mod presence; // members of channels
+pub mod rpc; // the RPC hub: services, providers, calls
+mod sessions; // open connections, on this node and on all
+pub mod telemetry; // logging
+mod terminal; // what commands write: JSON lines or sentences
+pub mod token; // resume tokens of several channels
+pub mod transport; // SSE, WebSocket and long-poll

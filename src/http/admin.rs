@@ -24,7 +24,7 @@ pub async fn live() -> Response {
 /// `GET /health/ready`. Open to everyone: whether clients are welcome.
 #[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Readiness probe.", responses(
     (status = 200, description = "The node accepts clients.", body = Healthy),
-    (status = 503, description = "`draining`: this node is shutting down. `bus_unavailable`: events cannot be stored and delivered.", body = schema::Problem, content_type = "application/problem+json"),
+    (status = 503, description = "`draining`: this node is shutting down. `bus_unavailable`: events cannot be stored and delivered.", body = schema::ProblemSchema, content_type = "application/problem+json"),
 ))]
 pub async fn ready(State(node): State<Arc<Node>>) -> Response {
     if node.draining.is_cancelled() {

@@ -10,7 +10,7 @@ use utoipa::OpenApi;
 
 use super::{
     admin, api,
-    schema::{Event, Gap, NewEvent, Page, Placed, PresentChannelName, Problem},
+    schema::{EventSchema, GapSchema, NewEvent, PageSchema, PlacedSchema, PresentChannelName, ProblemSchema},
 };
 
 #[derive(OpenApi)]
@@ -44,7 +44,15 @@ use super::{
         admin::metrics,
         document,
     ),
-    components(schemas(Event, NewEvent, Placed, Page, Gap, Problem, PresentChannelName))
+    components(schemas(
+        EventSchema,
+        NewEvent,
+        PlacedSchema,
+        PageSchema,
+        GapSchema,
+        ProblemSchema,
+        PresentChannelName
+    ))
 )]
 struct Document;
 

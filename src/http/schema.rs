@@ -44,12 +44,14 @@ pub struct TypeName(String);
 /// 1 to 128 bytes of UTF-8 without control characters.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 128, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$")]
-pub struct Label(String);
+#[schema(as = Label)]
+pub struct LabelSchema(String);
 
 /// `EPOCH-OFFSET`.
 #[derive(ToSchema)]
 #[schema(pattern = r"^(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}$", example = "k3Vq7a-42")]
-pub struct Position(String);
+#[schema(as = Position)]
+pub struct PositionSchema(String);
 
 /// A position, a token (`next` of an earlier response), an offset, `earliest` or `now`.
 #[derive(ToSchema)]
@@ -75,9 +77,9 @@ pub struct PublishQuery {
     /// The type of the event. Requires `channel`.
     r#type: Option<TypeName>,
     /// The sender of the event. Requires `channel`.
-    from: Option<Label>,
+    from: Option<LabelSchema>,
     /// The idempotency key, equivalent to the header `Idempotency-Key`. Requires `channel`.
-    key: Option<Label>,
+    key: Option<LabelSchema>,
 }
 
 /// Query parameters of `GET /v1/events`.
@@ -97,7 +99,7 @@ pub struct ReadQuery {
     #[param(rename = "lastEventId")]
     last_event_id_too: Option<After>,
     /// Returns only events of this type. Repeat the parameter for several types.
-    r#type: Option<Vec<Label>>,
+    r#type: Option<Vec<LabelSchema>>,
     /// The maximum number of events. Default: 100.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
@@ -135,7 +137,7 @@ pub struct StreamQuery {
     #[param(rename = "lastEventId")]
     last_event_id_too: Option<String>,
     /// Returns only events of this type. Repeat the parameter for several types.
-    r#type: Option<Vec<Label>>,
+    r#type: Option<Vec<LabelSchema>>,
     /// `event` (default): `data:` holds the whole event. `data`: `event:` holds its type and `data:` its data.
     #[param(pattern = "^(event|data)$")]
     format: Option<String>,
@@ -143,7 +145,7 @@ pub struct StreamQuery {
     #[param(pattern = "^all$")]
     ids: Option<String>,
     /// The name under which this client is a presence member of the channels while the stream is open.
-    present: Option<Label>,
+    present: Option<LabelSchema>,
     /// The `info` of the presence member: JSON of at most 1 KiB.
     info: Option<String>,
 }
@@ -154,7 +156,7 @@ pub struct StreamQuery {
 pub struct DeleteQuery {
     channel: OwnChannelName,
     /// The position of the first event to keep. If absent, the whole log is deleted.
-    before: Option<Position>,
+    before: Option<PositionSchema>,
 }
 
 /// Query parameters of every list.
@@ -226,7 +228,8 @@ pub struct ChannelQuery {
 
 /// A stored event.
 #[derive(ToSchema)]
-pub struct Event {
+#[schema(as = Event)]
+pub struct EventSchema {
     #[schema(min_length = 1, max_length = 255)]
     channel: String,
     /// The epoch of the channel's log.
@@ -259,7 +262,7 @@ pub struct NewEvent {
     #[schema(nullable = false)]
     r#type: Option<TypeName>,
     #[schema(nullable = false)]
-    from: Option<Label>,
+    from: Option<LabelSchema>,
     /// Strings of at most 1 KiB in total. Names that begin with `weir.` are reserved.
     #[schema(nullable = false)]
     meta: Option<BTreeMap<String, String>>,
@@ -269,12 +272,13 @@ pub struct NewEvent {
     data_base64: Option<String>,
     /// The idempotency key. An event with the same key and content within 5 minutes is not stored again.
     #[schema(nullable = false)]
-    key: Option<Label>,
+    key: Option<LabelSchema>,
 }
 
 /// The position at which an event was stored.
 #[derive(ToSchema)]
-pub struct Placed {
+#[schema(as = Placed)]
+pub struct PlacedSchema {
     channel: String,
     epoch: String,
     #[schema(minimum = 1)]
@@ -289,14 +293,15 @@ pub struct Placed {
 #[derive(ToSchema)]
 #[serde(untagged)]
 pub enum Published {
-    One(Placed),
-    Many(Vec<Placed>),
+    One(PlacedSchema),
+    Many(Vec<PlacedSchema>),
 }
 
 /// One event or an array of events. With the parameter `channel`, the body is instead the data of one event.
 #[derive(ToSchema)]
 #[serde(untagged)]
-pub enum Publish {
+#[schema(as = Publish)]
+pub enum PublishSchema {
     One(NewEvent),
     Many(NewEvents),
 }
@@ -308,13 +313,14 @@ pub struct NewEvents(Vec<NewEvent>);
 
 /// The result of a read.
 #[derive(ToSchema)]
-pub struct Page {
-    events: Vec<Event>,
+#[schema(as = Page)]
+pub struct PageSchema {
+    events: Vec<EventSchema>,
     /// The value of `after` for the next read.
     next: String,
     /// Whether more events were available at the time of the read.
     more: bool,
-    gaps: Vec<Gap>,
+    gaps: Vec<GapSchema>,
     #[schema(nullable = false)]
     consumer: Option<PageConsumer>,
 }
@@ -330,9 +336,10 @@ pub struct PageConsumer {
 
 /// Requested events that are no longer available.
 #[derive(ToSchema)]
-pub struct Gap {
+#[schema(as = Gap)]
+pub struct GapSchema {
     channel: String,
-    reason: GapReason,
+    reason: GapReasonSchema,
     /// The position of the reader.
     #[schema(required)]
     after: Option<String>,
@@ -345,7 +352,8 @@ pub struct Gap {
 
 #[derive(ToSchema)]
 #[schema(rename_all = "snake_case")]
-pub enum GapReason {
+#[schema(as = GapReason)]
+pub enum GapReasonSchema {
     Trimmed,
     Budget,
     Reset,
@@ -356,7 +364,8 @@ pub enum GapReason {
 
 /// An error (RFC 9457). `code` is stable; a client that does not know a code uses the status.
 #[derive(ToSchema)]
-pub struct Problem {
+#[schema(as = Problem)]
+pub struct ProblemSchema {
     #[schema(example = "urn:weir:error:invalid_params")]
     r#type: String,
     title: String,
@@ -374,7 +383,8 @@ pub struct Problem {
 
 /// The presence members of a channel.
 #[derive(ToSchema)]
-pub struct Presence {
+#[schema(as = Presence)]
+pub struct PresenceSchema {
     channel: String,
     /// The number of all members, on this page or not.
     count: u64,

@@ -11,7 +11,7 @@ use crate::{
     auth::Identity,
     bus::ChannelInfo,
     error::Result,
-    http::schema::{ChannelQuery, ListQuery, Problem},
+    http::schema::{ChannelQuery, ListQuery, ProblemSchema},
     node::Node,
     transport::query::Query,
 };
@@ -22,8 +22,8 @@ use crate::{
     params(ChannelQuery, ListQuery),
     responses(
         (status = 200, body = ChannelOrChannels),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {

@@ -10,7 +10,7 @@ use super::{Listing, to_json};
 use crate::{
     auth::Identity,
     error::{Error, Result},
-    http::schema::{self, Problem},
+    http::schema::{self, ProblemSchema},
     node::Node,
     sessions::{ConnectionFilter, ConnectionInfo},
     transport::query::Query,
@@ -22,7 +22,7 @@ use crate::{
     params(schema::ConnectionQuery, schema::PageQuery),
     responses(
         (status = 200, body = Connections),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
@@ -45,7 +45,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
     params(schema::KickQuery),
     responses(
         (status = 200, body = Kicked),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn kick(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {

@@ -19,7 +19,7 @@ use crate::{
     error::{Code, Error, Result},
     http::{
         extract::{declared, read_body},
-        schema::{self, After, ChannelName, Problem},
+        schema::{self, After, ChannelName, ProblemSchema},
     },
     json::json_error_at_path,
     node::Node,
@@ -38,8 +38,8 @@ const MAX_BODY: usize = 64 * 1024;
     params(schema::ListQuery),
     responses(
         (status = 200, body = Consumers),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
@@ -61,8 +61,8 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses(
         (status = 200, body = Consumer),
-        (status = "4XX", description = "`not_found`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`not_found`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
@@ -80,8 +80,8 @@ pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts)
     request_body = Commit,
     responses(
         (status = 204, description = "Committed."),
-        (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<StatusCode> {
@@ -99,8 +99,8 @@ pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: 
     request_body = Seek,
     responses(
         (status = 204, description = "The cursor is moved."),
-        (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`not_found`, `invalid_params`, `invalid_position`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<StatusCode> {
@@ -129,8 +129,8 @@ pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Re
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses(
         (status = 204, description = "The consumer is deleted."),
-        (status = "4XX", description = "`not_found`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`not_found`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {

@@ -24,7 +24,7 @@ use crate::{
     event::{self, Draft, EventData, IncomingEvent},
     http::{
         extract::{declared, is_ndjson, read_body, text},
-        schema::{self, Page, Problem, Published},
+        schema::{self, PageSchema, ProblemSchema, Published},
     },
     json::{JsonStr, json_error, json_error_at_path},
     metrics::Transport,
@@ -54,13 +54,13 @@ enum Publish {
     description = "Publishes events. The body is an event, an array of events, or NDJSON. With the parameter `channel` the body is \
         the data of one event (a body that is not JSON becomes a JSON string). The Content-Type is ignored unless the request has \
         an Origin or a Cookie.",
-    params(schema::PublishQuery, ("Idempotency-Key" = Option<schema::Label>, Header, description = "The idempotency key of one event. An event with the same key and content within 5 minutes is not stored again.")),
-    request_body(description = "The events to publish.", content((schema::Publish = "application/json"), (String = "application/x-ndjson"))),
+    params(schema::PublishQuery, ("Idempotency-Key" = Option<schema::LabelSchema>, Header, description = "The idempotency key of one event. An event with the same key and content within 5 minutes is not stored again.")),
+    request_body(description = "The events to publish.", content((schema::PublishSchema = "application/json"), (String = "application/x-ndjson"))),
     responses(
         (status = 201, description = "The events are stored.", body = Published),
         (status = 200, description = "The idempotency key was already used for this event; the position is that of the first one.", body = Published),
-        (status = "4XX", description = "`parse_error`, `invalid_request`, `invalid_params`, `forbidden`, `key_reused`, `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`: the event was not stored. `unconfirmed`: the event may have been stored; retry with the same key. For several events, `placed` has a position or null for each.", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`parse_error`, `invalid_request`, `invalid_params`, `forbidden`, `key_reused`, `too_large`, `unsupported_media_type`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`: the event was not stored. `unconfirmed`: the event may have been stored; retry with the same key. For several events, `placed` has a position or null for each.", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn publish_by_route(
@@ -281,9 +281,9 @@ impl<'de> Visitor<'de> for Events {
     description = "Reads events. With `wait` the request waits until there are events (long-poll). With `consumer` weir stores the cursor.",
     params(schema::ReadQuery, ("Last-Event-ID" = Option<schema::After>, Header, description = "Overrides `after`.")),
     responses(
-        (status = 200, description = "A page of events. It is empty if there are none.", body = Page),
-        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`, `limit_reached`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of events. It is empty if there are none.", body = PageSchema),
+        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`, `limit_reached`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn get_by_route(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Response {
@@ -335,8 +335,8 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &ReadRe
     params(schema::DeleteQuery),
     responses(
         (status = 204, description = "The events are deleted."),
-        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "`bus_unavailable`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {

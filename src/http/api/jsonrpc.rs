@@ -15,7 +15,7 @@ use crate::{
     error::{Code, Result},
     http::{
         extract::{Admitted, declared, read_body},
-        schema::Problem,
+        schema::ProblemSchema,
     },
     node::Node,
     transport::query::Query,
@@ -47,7 +47,7 @@ pub async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): Admitted
     responses(
         (status = 200, description = "One response, or an array of responses.", body = serde_json::Value, content_type = "application/json"),
         (status = 204, description = "The body contains only notifications."),
-        (status = "4XX", description = "`invalid_params` (query parameters), `too_large`, `unsupported_media_type`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params` (query parameters), `too_large`, `unsupported_media_type`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn post(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<Response> {

@@ -9,7 +9,7 @@ use super::json;
 use crate::{
     auth::Identity,
     error::Result,
-    http::schema::{PresenceQuery, Problem},
+    http::schema::{PresenceQuery, ProblemSchema},
     node::Node,
     transport::{present::MembersRequest, query::Query},
 };
@@ -19,8 +19,8 @@ use crate::{
     description = "Lists the presence members of a channel, as announced on `$presence/CHANNEL` up to `position`. It requires permission to read the channel.",
     params(PresenceQuery),
     responses(
-        (status = 200, body = crate::http::schema::Presence),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = 200, body = crate::http::schema::PresenceSchema),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {

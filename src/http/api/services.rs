@@ -19,7 +19,7 @@ use crate::{
     http::{
         error::problem,
         extract::{declared, read_body},
-        schema::Problem,
+        schema::ProblemSchema,
     },
     node::Node,
     rpc::{Call, CallError, ProviderError, ServiceInfo, call_once},
@@ -32,7 +32,7 @@ use crate::{
     params(("prefix" = Option<String>, Query, description = "Returns only names with this prefix.")),
     responses(
         (status = 200, body = Services),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
@@ -59,9 +59,9 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
         (status = 200, description = "The result, byte for byte as sent by the provider.", body = serde_json::Value, content_type = "application/json"),
         (status = "4XX", description = "`parse_error`, `invalid_params`, `method_not_found`, `forbidden`, `too_large`, `unsupported_media_type`; \
             `service_error` (422): the provider returned the error in `error`; its `data.status` overrides the status.",
-            body = Problem, content_type = "application/problem+json"),
+            body = ProblemSchema, content_type = "application/problem+json"),
         (status = "5XX", description = "`no_provider`, `busy` (503): the call was not executed. `timeout` (504), `provider_gone`, `bad_reply` (502): \
-            the call may have been executed. `internal`.", body = Problem, content_type = "application/problem+json"),
+            the call may have been executed. `internal`.", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn call(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<Response> {

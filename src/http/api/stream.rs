@@ -14,7 +14,7 @@ use crate::{auth::Identity, error::Result, http::schema, node::Node};
     params(schema::StreamQuery, ("Last-Event-ID" = Option<String>, Header, description = "The position after which to resume. Overrides `after`.")),
     responses(
         (status = 200, description = "Server-sent events, until the client or the node closes the stream.", body = String, content_type = "text/event-stream"),
-        (status = "4XX", description = "`invalid_params`, `forbidden`, `not_acceptable`. Temporary errors are reported in the stream instead.", body = schema::Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "`invalid_params`, `forbidden`, `not_acceptable`. Temporary errors are reported in the stream instead.", body = schema::ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
