@@ -6,6 +6,7 @@ use std::{
     process::ExitCode,
 };
 
+use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::json::write_json_line;
@@ -13,22 +14,22 @@ use crate::json::write_json_line;
 /// Why a command fails, with its exit code and the text for standard error.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// 1: it was tried and failed.
+    /// Exit code 1: the operation failed.
     Failed(String),
-    /// 2: invalid arguments or settings.
+    /// Exit code 2: invalid arguments or settings.
     Usage(String),
-    /// 3: the node rejected it; to repeat it does not help.
-    Refused(String),
-    /// 4: the node, or what it needs, is not available.
+    /// Exit code 3: the node rejected the request, and would reject it again.
+    Rejected(String),
+    /// Exit code 4: the node, or a server that it needs, is unavailable.
     Unavailable(String),
-    /// 0: the reader of standard output has closed it.
+    /// Exit code 0: the reader of standard output has closed it.
     OutputClosed,
 }
 
 /// The exit code for invalid arguments and settings.
 pub const USAGE: u8 = 2;
 
-/// Standard output, written when [`flush`](Output::flush)ed.
+/// Buffered standard output, written by [`flush`](Output::flush).
 pub(crate) struct Output(io::BufWriter<StdoutLock<'static>>);
 
 impl Output {
@@ -49,12 +50,19 @@ impl Output {
         self.0.write_all(&line).map_err(write_failure)
     }
 
+    /// Serializes a value, and flushes it so that a slow command shows its progress.
+    pub(crate) fn value(&mut self, value: &impl Serialize) -> Result<(), Failure> {
+        let line = serde_json::to_string(value).map_err(|error| Failure::Failed(error.to_string()))?;
+        writeln!(self.0, "{line}").map_err(write_failure)?;
+        self.flush()
+    }
+
     pub(crate) fn flush(&mut self) -> Result<(), Failure> {
         self.0.flush().map_err(write_failure)
     }
 }
 
-/// A closed pipe, as in `weir tail … | head -1`, is no failure of the command.
+/// A closed pipe, as in `weir tail … | head -1`, is not a failure of the command.
 fn write_failure(error: io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Failure::OutputClosed,
@@ -62,7 +70,7 @@ fn write_failure(error: io::Error) -> Failure {
     }
 }
 
-/// Prints a sentence for the user to standard error.
+/// Prints a message for the user to standard error.
 pub(crate) fn note(text: fmt::Arguments<'_>) {
     eprintln!("weir: {text}");
 }
@@ -70,12 +78,13 @@ pub(crate) fn note(text: fmt::Arguments<'_>) {
 // === impl Failure ===
 
 impl Failure {
+    /// Prints the failure, and returns its exit code.
     pub(crate) fn exit(self) -> ExitCode {
         let (code, text) = match self {
             Failure::OutputClosed => return ExitCode::SUCCESS,
             Failure::Failed(text) => (1, text),
             Failure::Usage(text) => (USAGE, text),
-            Failure::Refused(text) => (3, text),
+            Failure::Rejected(text) => (3, text),
             Failure::Unavailable(text) => (4, text),
         };
         note(format_args!("{text}"));

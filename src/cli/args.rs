@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
-use super::connect::Base;
+use super::connect::BaseUrl;
 use crate::{
     compat,
     config::{Config, Override},
@@ -19,14 +19,14 @@ const EXAMPLES: &str = "\
 Try it, in three terminals:
   weir                                        a node on http://127.0.0.1:8000, events in memory
   weir tail orders                            watch a channel
-  weir publish orders '{\"id\":7}'              all subscribers receive it
+  weir publish orders '{\"id\":7}'              every reader of the channel receives it
 
 Call a service:
-  weir provide math -- python3 add.py         one run per call: params in, JSON out
+  weir provide math -- python3 add.py         runs once per call: params on stdin, JSON on stdout
   weir call math/add '[1,2]'
 
-Client commands print lines of JSON on standard output, and everything else on standard error.
-Exit codes: 0 success, 1 failure, 2 invalid usage, 3 rejected (4xx), 4 unavailable (5xx, no node).";
+Client commands print one JSON value per line to standard output, and messages to standard error.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 rejected (4xx), 4 unavailable (5xx, no node).";
 
 #[derive(Debug, Parser)]
 #[command(name = "weir", version, about = ABOUT, after_help = EXAMPLES)]
@@ -50,7 +50,7 @@ pub enum Command {
         #[command(subcommand)]
         command: ImportCommand,
     },
-    /// Validate or print the configuration
+    /// Check or show the configuration
     Config {
         #[command(subcommand)]
         command: ConfigCommand,
@@ -58,7 +58,7 @@ pub enum Command {
 }
 
 const SERVE: &str = "\
-The environment overrides the file, and flags override both.
+Environment variables override the configuration file; flags override both.
 `weir config show --explain` prints every key with its value and description.
 The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT.
 
@@ -68,7 +68,7 @@ The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT.
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct Serve {
-    /// Configuration file; without one the defaults apply
+    /// Configuration file [default: none, built-in defaults]
     #[arg(long, value_name = "FILE", env = "WEIR_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
     /// Address to listen on, repeatable [default: 127.0.0.1:8000]
@@ -87,27 +87,27 @@ pub struct ImportCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Report all errors of the configuration
+    /// Validate the configuration and report all errors
     Check(Serve),
-    /// Print the effective configuration as a file, with the source of each value
+    /// Print the effective configuration, with the source of each value, as a configuration file
     Show {
         #[command(flatten)]
         serve: Serve,
-        /// With the description of each key
+        /// Include the description of each key
         #[arg(long)]
         explain: bool,
     },
 }
 
-/// The node that a client command connects to.
+/// The node that a client command uses.
 #[derive(Clone, Debug, Args)]
 pub struct Remote {
     /// URL of the node
-    #[arg(long, env = "WEIR_URL", hide_env_values = true, value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = Base::parse)]
-    pub url: Base,
-    /// Key or token, sent as `Authorization: Bearer`
+    #[arg(long, env = "WEIR_URL", hide_env_values = true, value_name = "URL", default_value = "http://127.0.0.1:8000", value_parser = BaseUrl::parse)]
+    pub(super) url: BaseUrl,
+    /// Credentials, sent as `Authorization: Bearer`
     #[arg(long, env = "WEIR_TOKEN", hide_env_values = true, value_name = "TOKEN")]
-    pub token: Option<String>,
+    pub(super) token: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -117,76 +117,79 @@ pub enum ClientCommand {
     Publish {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the channel
         channel: String,
-        /// JSON, or text that becomes a JSON string; `-` reads standard input. Omitted: the event has no data
+        /// JSON, or text that becomes a JSON string; `-` reads standard input [default: an event without data]
         data: Option<String>,
-        /// Publish each line of standard input as an event, as soon as it is read
+        /// Publish each line of standard input as an event, at once
         #[arg(long, conflicts_with_all = ["data", "key"])]
         lines: bool,
         /// Type of the event
         #[arg(long = "type", value_name = "TYPE")]
         kind: Option<String>,
-        /// Idempotency key: a repetition with the same key within 5 minutes is not stored
+        /// Idempotency key: an event with the same key within 5 minutes is not stored again
         #[arg(long)]
         key: Option<String>,
-        /// Sender of the event (`from`)
+        /// Sender of the event
         #[arg(long, value_name = "NAME")]
         from: Option<String>,
     },
 
-    /// Print events as they arrive; reconnects and resumes
+    /// Print events as they arrive, and resume after a lost connection
     #[command(visible_alias = "subscribe", after_help = TAIL)]
     Tail {
         #[command(flatten)]
         remote: Remote,
+        /// Channels to read
         #[arg(required = true, value_name = "CHANNEL")]
         channels: Vec<String>,
         /// Start with the last N events of each channel
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
-        /// Start after this position or token, or at `earliest`
+        /// Begin after this position or token, or at `earliest` [default: now]
         #[arg(long, value_name = "POSITION", value_parser = position)]
         after: Option<String>,
-        /// Only events of this type, repeatable
+        /// Print only events of this type (repeatable)
         #[arg(long = "type", value_name = "TYPE")]
         kinds: Vec<String>,
         /// Exit after N events
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         count: Option<u64>,
-        /// Be a presence member of these channels under this name
+        /// Be a presence member of the channels under this name
         #[arg(long, value_name = "CLIENT")]
         present: Option<String>,
     },
 
-    /// Print stored events, and the position to continue from
+    /// Print stored events, and the position after them
     #[command(after_help = READ)]
     Read {
         #[command(flatten)]
         remote: Remote,
+        /// Channels to read
         #[arg(required = true, value_name = "CHANNEL")]
         channels: Vec<String>,
-        /// The last N events of each channel
+        /// Begin with the last N events of each channel
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
-        /// After this position or token; `now` with --wait [default: earliest]
+        /// Begin after this position or token, at `earliest` or at `now` [default: earliest]
         #[arg(long, value_name = "POSITION")]
         after: Option<String>,
-        /// Only events of this type, repeatable
+        /// Print only events of this type (repeatable)
         #[arg(long = "type", value_name = "TYPE")]
         kinds: Vec<String>,
-        /// At most N events a page [default: 100]
+        /// Maximum number of events per page [default: 100]
         #[arg(long, value_name = "N")]
         limit: Option<u64>,
-        /// Read all pages
+        /// Read page after page until the newest event
         #[arg(long, conflicts_with_all = ["wait", "commit"])]
         all: bool,
-        /// How long to wait for an event if there is none, such as 30s
+        /// Wait this long for an event if there is none, for example 30s
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
-        /// Read from the cursor of this consumer; --after commits first
+        /// Read from the cursor of this consumer; --after commits that position first
         #[arg(long, value_name = "NAME")]
         consumer: Option<String>,
-        /// Commit events when they are returned
+        /// Commit the returned events with the read
         #[arg(long, requires = "consumer")]
         commit: bool,
     },
@@ -196,11 +199,11 @@ pub enum ClientCommand {
     Call {
         #[command(flatten)]
         remote: Remote,
-        /// SERVICE/METHOD
+        /// The method to call, as SERVICE/METHOD
         method: String,
-        /// A JSON object or array; `-` reads standard input
+        /// Params: a JSON object or array; `-` reads standard input
         params: Option<String>,
-        /// Timeout of the call [default: the node's rpc.timeout]
+        /// Timeout of the call [default: rpc.timeout of the node]
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         timeout: Option<Duration>,
     },
@@ -210,45 +213,46 @@ pub enum ClientCommand {
     Provide {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the service
         service: String,
         /// Maximum number of concurrent calls
         #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         concurrency: u32,
-        /// Fail if the service has another provider, and admit no other
+        /// Be the only provider; fail if there is another one
         #[arg(long)]
         exclusive: bool,
-        /// Timeout of the command; then it is killed and the call fails
+        /// Kill a command that runs longer, and fail its call
         #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration::parse)]
         timeout: Duration,
-        /// Program and arguments, or one text for the shell; without it the result is the params
+        /// Program and arguments, or one line for the shell [default: return the params as the result]
         #[arg(last = true, value_name = "CMD")]
         command: Vec<String>,
     },
 
-    /// List available services
+    /// List the services that have a provider
     Services {
         #[command(flatten)]
         remote: Remote,
-        /// Only names with this prefix
+        /// List only names with this prefix
         #[arg(long)]
         prefix: Option<String>,
     },
 
-    /// Diagnose a node, or a Redis for use by weir, and suggest changes
+    /// Examine a node or a Redis, and advise what to change
     #[command(after_help = DOCTOR)]
     Doctor {
         #[command(flatten)]
         remote: Remote,
-        /// URL of the node as clients use it, through all proxies [default: --url]
-        #[arg(value_name = "URL", value_parser = Base::parse)]
-        node: Option<Base>,
-        /// A Redis: redis://, rediss://, redis+sentinel://HOST,…/NAME, redis-cluster://HOST,… [default: that of WEIR__BUS__REDIS__URL]
+        /// URL of the node as its clients use it, through all proxies [default: --url]
+        #[arg(value_name = "URL", value_parser = BaseUrl::parse)]
+        node: Option<BaseUrl>,
+        /// Examine a Redis: redis://, rediss://, redis+sentinel://HOST,…/NAME or redis-cluster://HOST,… [default: WEIR__BUS__REDIS__URL]
         #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["node", "long"])]
         redis: Option<String>,
-        /// The prefix of weir's keys in that Redis (bus.redis.prefix)
+        /// Prefix of the keys of weir in that Redis (bus.redis.prefix)
         #[arg(long, value_name = "PREFIX", default_value = "weir:", requires = "redis")]
         prefix: String,
-        /// Wait for 75 seconds to detect whether idle connections are closed
+        /// Also test idle connections, which takes 75 seconds
         #[arg(long)]
         long: bool,
     },
@@ -258,13 +262,14 @@ pub enum ClientCommand {
     Presence {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the channel
         channel: String,
-        /// Only their number
+        /// Print only the number of members
         #[arg(long)]
         count: bool,
     },
 
-    /// List or close connections on all nodes
+    /// List or close the connections of all nodes
     #[command(args_conflicts_with_subcommands = true, after_help = CONNECTIONS)]
     Connections {
         #[command(flatten)]
@@ -273,7 +278,7 @@ pub enum ClientCommand {
         command: Option<ConnectionsCommand>,
     },
 
-    /// List channels, show one, trim or delete one
+    /// List, show, trim or delete channels
     #[command(args_conflicts_with_subcommands = true)]
     Channels {
         #[command(flatten)]
@@ -282,7 +287,7 @@ pub enum ClientCommand {
         command: Option<ChannelsCommand>,
     },
 
-    /// List consumers, show one, move its cursors, delete it
+    /// List, show, move or delete consumers
     #[command(args_conflicts_with_subcommands = true)]
     Consumers {
         #[command(flatten)]
@@ -295,36 +300,36 @@ pub enum ClientCommand {
 #[derive(Clone, Debug, Args)]
 pub struct List {
     #[command(flatten)]
-    pub remote: Remote,
-    /// Only names with this prefix
+    pub(super) remote: Remote,
+    /// List only names with this prefix
     #[arg(long)]
-    pub prefix: Option<String>,
+    pub(super) prefix: Option<String>,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct Which {
     #[command(flatten)]
-    pub remote: Remote,
-    /// Only connections of this subject
+    pub(super) remote: Remote,
+    /// List only connections of this subject
     #[arg(long)]
-    pub subject: Option<String>,
-    /// Only connections that read this channel
+    pub(super) subject: Option<String>,
+    /// List only connections that read this channel
     #[arg(long)]
-    pub channel: Option<String>,
+    pub(super) channel: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum ConnectionsCommand {
-    /// List connections (the default)
+    /// List connections (the default command)
     List(Which),
-    /// Close connections on all nodes
+    /// Close connections, on all nodes
     Kick {
         #[command(flatten)]
         remote: Remote,
-        /// All connections of this subject
+        /// Close all connections of this subject
         #[arg(long, required_unless_present = "id")]
         subject: Option<String>,
-        /// The connection with this id
+        /// Close only the connection with this id
         #[arg(long)]
         id: Option<String>,
     },
@@ -332,19 +337,22 @@ pub enum ConnectionsCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ChannelsCommand {
-    /// List channels (the default)
+    /// List channels (the default command)
     List(List),
-    /// Show its epoch, first and top offset, bytes and readers
+    /// Show epoch, first and top offset, bytes and readers of a channel
     Show {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the channel
         channel: String,
     },
-    /// Delete all events, or those before a position
+    /// Delete the events of a channel, or those before a position
     Delete {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the channel
         channel: String,
+        /// Position of the first event to keep
         #[arg(long, value_name = "POSITION")]
         before: Option<String>,
     },
@@ -352,38 +360,43 @@ pub enum ChannelsCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ConsumersCommand {
-    /// List consumers (the default)
+    /// List consumers (the default command)
     List(List),
-    /// Show its cursors, and how far they are behind
+    /// Show the cursors of a consumer and their lag
     Show {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the consumer
         consumer: String,
     },
-    /// Move its cursors forward
+    /// Move the cursors of a consumer forward
     Commit {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the consumer
         consumer: String,
-        /// The token at the end of a read
+        /// Token or position that a read returned as `next`
         after: String,
-        /// The channels of the token, if the token does not contain them
+        /// Channels of the token (repeatable) [default: all channels of the consumer]
         #[arg(long = "channel", value_name = "CHANNEL")]
         channels: Vec<String>,
     },
-    /// Move a cursor to any position
+    /// Move a cursor to any position, also backward
     Seek {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the consumer
         consumer: String,
+        /// Channel of the cursor
         channel: String,
-        /// A position, `earliest` or `now`
+        /// New position: a position, `earliest` or `now`
         after: String,
     },
-    /// Delete it
+    /// Delete a consumer
     Delete {
         #[command(flatten)]
         remote: Remote,
+        /// Name of the consumer
         consumer: String,
     },
 }
@@ -392,84 +405,84 @@ const PUBLISH: &str = "\
 Prints the position of the event.
 
   weir publish orders '{\"id\":7}' --type created
-  weir publish chat hello                             text is a JSON string: \"hello\"
+  weir publish chat hello                             text becomes a JSON string: \"hello\"
   weir publish backups - < report.json                one event
-  journalctl -f -o json | weir publish --lines logs   an event per line";
+  journalctl -f -o json | weir publish --lines logs   one event per line";
 
 const TAIL: &str = "\
-Prints an event per line, starting with new events unless a start is given.
+Prints one event per line.
 
   weir tail orders
   weir tail orders payments --last 10
   weir tail orders --after k3Vq7d-42 --type created | jq .data
 
-Missing events, which were trimmed before they were read, are reported on standard error as a gap.";
+Events that were trimmed before they were read are reported as a gap on standard error.";
 
 const READ: &str = "\
-The position to continue from is printed on standard error as `next`.
+The position for the next read is printed to standard error as `next`.
 
   weir read orders --last 10
   weir read orders --after k3Vq7d-42 --wait 30s
   weir read orders --all > orders.ndjson
   weir read orders --consumer mailer --wait 30s
 
-A consumer gets the same events until it commits: with --after NEXT, or at once with --commit.";
+A consumer reads the same events until it commits, with --after NEXT or --commit.";
 
 const PRESENCE: &str = "\
-Prints a member per line. Joins and leaves are events: weir tail '$presence/chat'
+Prints one member per line. Joins and leaves are events: weir tail '$presence/chat'
 
   weir presence chat
   weir presence chat --count
-  weir tail chat --present ann              a member while it runs";
+  weir tail chat --present ann              is a member while the command runs";
 
 const CONNECTIONS: &str = "\
-Prints a connection per line: streams, sockets and waiting reads. Nodes that do not respond are
-named on standard error.
+Prints one connection per line: streams, WebSockets and waiting reads. Nodes that do not respond are
+listed on standard error.
 
   weir connections
   weir connections --channel orders | jq .remote
   weir connections kick --subject user-7
   weir connections kick --id 8f14e45fceea167a-0000002a
 
-A kicked client is told not to reconnect, but can do so unless its credentials are revoked too.";
+A kicked client is asked not to reconnect, but it can while its credentials are valid.";
 
 const CALL: &str = "\
-Prints the result as the provider sent it.
+Prints the result, unmodified.
 
   weir call weir/echo '{\"n\":1}'
   weir call math/add '[1,2]' --timeout 5s
   weir call reports/build - < params.json";
 
 const PROVIDE: &str = "\
-The command runs once per call. It gets the params on standard input, and WEIR_SERVICE,
-WEIR_METHOD and WEIR_CALLER in its environment; it prints the result: JSON, or text that becomes
-a JSON string. If it fails, its output can be the error, as {\"code\":42,\"message\":\"no user\"}.
-A cancelled call kills it.
+The command runs once per call. It reads the params from standard input, and has WEIR_SERVICE,
+WEIR_METHOD and WEIR_CALLER in its environment. It prints the result: JSON, or text that becomes a
+JSON string. If it fails, it can print an error as {\"code\":42,\"message\":\"no user\"}. If the call is
+cancelled, the command is killed.
 
   weir provide echo
   weir provide math -- python3 add.py
   weir provide shout --concurrency 2 -- 'jq .text | tr a-z A-Z'
   weir provide nightly --exclusive -- ./run.sh
 
-After a lost connection it reconnects. After the first Ctrl-C it accepts no more calls and finishes
-those in progress.";
+It reconnects after a lost connection. The first Ctrl-C lets running calls finish and accepts no new
+ones; the second one aborts them.";
 
 const DOCTOR: &str = "\
-Sends streams, long-polls, a WebSocket and a large body through the node, detects what buffers,
-interrupts or rejects them on the way, and suggests changes.
+Tests streams, long-polls, a WebSocket and a large body, and finds proxies that buffer, close or reject
+them. Each problem is printed with its remedy.
 
   weir doctor https://weir.example.com --token \"$TOKEN\"
-  weir doctor --long                                    also tests idle connections
+  weir doctor --long                                    also idle connections
   weir doctor --redis redis://:password@redis:6379      before weir uses it
   weir doctor --redis redis+sentinel://a,b,c/weir | jq 'select(.state != \"ok\")'
 
-A finding is a line of JSON on standard output (unless that is a terminal) and prose on standard
-error. Exit codes: 0 advice at most, 1 a problem, 3 access denied, 4 unavailable. It publishes to a
-channel of its own, weir.doctor.*, and deletes it; in Redis it writes four keys that expire within a
-minute.";
+A finding is one line of JSON on standard output (unless that is a terminal) and prose on standard
+error. Exit codes: 0 no problem, 1 a problem, 3 the credentials are rejected, 4 not reachable. The
+command publishes to a channel weir.doctor.* and deletes it; in Redis it writes four keys that
+expire within a minute.";
 
-/// Validates a position. The node would start at `now` after an invalid one and report a gap, which is right for programs but
-/// not for a command line.
+/// Rejects an invalid position before the stream is opened. A node would begin the stream at `now` and report a gap, which
+/// suits programs, but not a command line.
 fn position(text: &str) -> Result<String, String> {
     text.parse::<AfterParam>().map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
@@ -477,17 +490,18 @@ fn position(text: &str) -> Result<String, String> {
 // === impl Cli, Serve ===
 
 impl Cli {
+    /// The command; without one it is `serve`.
     pub fn into_command(self) -> Command {
         self.command.unwrap_or(Command::Serve(self.serve))
     }
 }
 
 impl Serve {
-    /// The flags as settings.
+    /// The flags that override settings.
     pub fn overrides(&self) -> Vec<Override> {
-        let given = [("--listen", "server.listen", &self.listen), ("--compat", "compat.enable", &self.compat)];
-        let given = given.into_iter().filter(|(_, _, values)| !values.is_empty());
-        given.map(|(flag, key, values)| Override { flag, key, value: values.join(",") }).collect()
+        let flags = [("--listen", "server.listen", &self.listen), ("--compat", "compat.enable", &self.compat)];
+        let flags = flags.into_iter().filter(|(_, _, values)| !values.is_empty());
+        flags.map(|(flag, key, values)| Override { flag, key, value: values.join(",") }).collect()
     }
 }
 

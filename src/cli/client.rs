@@ -1,4 +1,4 @@
-//! One HTTP/1.1 connection to weir and what is asked over it.
+//! [`NodeClient`]: HTTP requests to a node.
 
 use std::time::Duration;
 
@@ -11,39 +11,46 @@ use serde_json::{Value, value::RawValue};
 use tokio::time::timeout;
 
 use super::{
-    Failure, Target,
-    connect::{Base, connect},
+    args::Remote,
+    connect::{BaseUrl, connect},
+    request_target::RequestTarget,
 };
+use crate::terminal::Failure;
 
-/// The largest answer that is kept: more than any limit of weir lets it send.
-const LARGEST: usize = 64 << 20;
+/// Timeout of requests that a node answers at once.
+pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const USER_AGENT: &str = concat!("weir/", env!("CARGO_PKG_VERSION"));
+/// Maximum size of a response: more than any limit of weir allows.
+const MAX_BYTES: usize = 64 << 20;
 
-/// What every client command needs to know.
-pub struct Client {
-    pub base: Base,
-    /// `Bearer …`, marked sensitive.
+/// A client of one node, with one HTTP/1.1 connection.
+pub(super) struct NodeClient {
+    pub(super) base: BaseUrl,
+    /// `Bearer …`, marked as sensitive.
     token: Option<HeaderValue>,
     connection: Option<http1::SendRequest<Full<Bytes>>>,
 }
 
-impl Client {
-    pub fn new(base: Base, token: Option<&str>) -> Result<Self, String> {
-        let bearer = |token: &str| {
+impl NodeClient {
+    /// Connects with the first request.
+    pub(super) fn new(remote: &Remote) -> Result<Self, Failure> {
+        let bearer = |token: &String| {
             let mut value = HeaderValue::try_from(format!("Bearer {token}"))
-                .map_err(|_| "the token has characters that no token has".to_owned())?;
+                .map_err(|_| Failure::Usage("the token contains characters that a header cannot have".into()))?;
             value.set_sensitive(true);
-            Ok::<_, String>(value)
+            Ok(value)
         };
-        Ok(Client { base, token: token.map(bearer).transpose()?, connection: None })
+        let token = remote.token.as_ref().map(bearer).transpose()?;
+        Ok(NodeClient { base: remote.url.clone(), token, connection: None })
     }
 
-    /// The `Authorization` header, for requests that are made elsewhere.
-    pub fn token(&self) -> Option<&HeaderValue> {
+    /// The value of the `Authorization` header.
+    pub(super) fn token(&self) -> Option<&HeaderValue> {
         self.token.as_ref()
     }
 
-    /// A request with everything but its body.
-    pub fn request(&self, method: Method, target: &Target) -> http::request::Builder {
+    /// A request with the headers that all requests have.
+    pub(super) fn request(&self, method: Method, target: &RequestTarget) -> http::request::Builder {
         let request = Request::builder().method(method).uri(self.base.path(target));
         let request = request.header(header::HOST, self.base.authority()).header(header::USER_AGENT, USER_AGENT);
         match &self.token {
@@ -52,13 +59,13 @@ impl Client {
         }
     }
 
-    /// Asks, and reads the whole answer within `patience`. `None` is an answer without a body.
-    pub async fn ask(
+    /// Sends a request and reads its response, both within `limit`. `None`: the response has no body.
+    pub(super) async fn fetch(
         &mut self,
         method: Method,
-        target: &Target,
+        target: &RequestTarget,
         body: Option<Vec<u8>>,
-        patience: Duration,
+        limit: Duration,
     ) -> Result<Option<Box<RawValue>>, Failure> {
         let mut request = self.request(method, target).header(header::ACCEPT, "application/json");
         if body.is_some() {
@@ -66,23 +73,22 @@ impl Client {
         }
         let body = Full::new(Bytes::from(body.unwrap_or_default()));
         let request = request.body(body).map_err(|error| Failure::Usage(error.to_string()))?;
-        let answer = async {
+        let exchange = async {
             let response = self.send(request).await?;
             let status = response.status().as_u16();
-            let body = whole(response.into_body()).await?;
-            answer(status, &body)
+            parse_response(status, &read_body(response.into_body()).await?)
         };
-        match timeout(patience, answer).await {
-            Ok(answer) => answer,
+        match timeout(limit, exchange).await {
+            Ok(response) => response,
             Err(_) => {
                 self.connection = None;
-                Err(Failure::Unavailable(format!("no answer within {}s", patience.as_secs())))
+                Err(Failure::Unavailable(format!("no response within {}s", limit.as_secs())))
             }
         }
     }
 
-    /// Sends over the connection that is there, or a new one. Nothing is sent twice.
-    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Failure> {
+    /// Sends over the open connection, or else a new one. No part of a request is sent twice.
+    pub(super) async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Failure> {
         let mut request = request;
         if let Some(mut connection) = self.connection.take()
             && connection.ready().await.is_ok()
@@ -92,50 +98,50 @@ impl Client {
                     self.connection = Some(connection);
                     return Ok(response);
                 }
-                // weir closed the idle connection before anything of this went out.
+                // The node closed the idle connection before any byte of the request was sent.
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => request = unsent,
-                    None => return Err(lost(error.error())),
+                    None => return Err(connection_lost(error.error())),
                 },
             }
         }
         let stream = connect(&self.base).await?;
-        let (mut connection, driver) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(&error))?;
-        // Ends with the connection; what goes wrong with it is seen by the request.
+        let (mut connection, driver) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|error| connection_lost(&error))?;
+        // The task ends with the connection. Requests report its errors.
         tokio::spawn(driver);
-        let response = connection.send_request(request).await.map_err(|error| lost(&error))?;
+        let response = connection.send_request(request).await.map_err(|error| connection_lost(&error))?;
         self.connection = Some(connection);
         Ok(response)
     }
 }
 
-pub const USER_AGENT: &str = concat!("weir/", env!("CARGO_PKG_VERSION"));
-
-/// A success is its body as it was written, an error is its problem document.
-pub fn answer(status: u16, body: &[u8]) -> Result<Option<Box<RawValue>>, Failure> {
+/// The body of a successful response, unmodified, or the error of a problem document.
+pub(super) fn parse_response(status: u16, body: &[u8]) -> Result<Option<Box<RawValue>>, Failure> {
     if (200..300).contains(&status) {
         if body.is_empty() {
             return Ok(None);
         }
-        let not_json = |_| Failure::Failed("the answer is not JSON; is this a weir?".into());
+        let not_json = |_| Failure::Failed("the response is not JSON; is this a weir node?".into());
         return serde_json::from_slice(body).map(Some).map_err(not_json);
     }
     let problem: Value = serde_json::from_slice(body).unwrap_or_default();
     let reason = match (problem["code"].as_str(), problem["detail"].as_str()) {
         (Some(code), Some(detail)) => format!("{code}: {detail}"),
         (Some(code), None) => code.to_owned(),
-        _ => format!("HTTP status {status}; is this a weir?"),
+        _ => format!("HTTP status {status}; is this a weir node?"),
     };
-    if status >= 500 { Err(Failure::Unavailable(reason)) } else { Err(Failure::Refused(reason)) }
+    if status >= 500 { Err(Failure::Unavailable(reason)) } else { Err(Failure::Rejected(reason)) }
 }
 
-pub async fn whole(mut body: Incoming) -> Result<Bytes, Failure> {
+/// Reads the whole body.
+pub(super) async fn read_body(mut body: Incoming) -> Result<Bytes, Failure> {
     let mut all = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| lost(&error))?;
+        let frame = frame.map_err(|error| connection_lost(&error))?;
         if let Some(data) = frame.data_ref() {
-            if all.len() + data.len() > LARGEST {
-                return Err(Failure::Failed("the answer is larger than 64 MiB".into()));
+            if all.len() + data.len() > MAX_BYTES {
+                return Err(Failure::Failed("the response is larger than 64 MiB".into()));
             }
             all.extend_from_slice(data);
         }
@@ -143,8 +149,8 @@ pub async fn whole(mut body: Incoming) -> Result<Bytes, Failure> {
     Ok(all.freeze())
 }
 
-/// The connection went away: what was asked may have been done.
-pub fn lost(error: &hyper::Error) -> Failure {
+/// The connection failed: the node may have executed the request.
+pub(super) fn connection_lost(error: &hyper::Error) -> Failure {
     use std::error::Error as _;
     let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
     Failure::Unavailable(format!("connection lost: {error}{cause}"))

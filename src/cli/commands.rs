@@ -1,4 +1,4 @@
-//! The client commands that are one question and its answer, or a few.
+//! The client commands. Those that need more than requests and responses have modules of their own.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -8,91 +8,83 @@ use serde_json::value::RawValue;
 use tokio::io::AsyncReadExt as _;
 
 use super::{
-    Failure, Output, Target,
     args::{ChannelsCommand, ClientCommand, ConnectionsCommand, ConsumersCommand, List, Remote, Which},
-    client::Client,
-    doctor, note, provide, publish, sse,
+    client::{NodeClient, RESPONSE_TIMEOUT},
+    doctor, provide, publish,
+    request_target::RequestTarget,
+    sse,
 };
-use crate::duration;
+use crate::{
+    duration,
+    terminal::{Failure, Output, note},
+};
 
-/// How long an answer may take that should take no time.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-/// A call that names no timeout has the node's, which can be set; beyond this nobody is there.
-const LONG_CALL: Duration = Duration::from_secs(15 * 60);
+/// Timeout of a call without a timeout of its own: the node's configuration decides, and its default maximum is 10 minutes.
+const CALL_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-pub async fn run(command: ClientCommand) -> Result<(), Failure> {
-    let mut out = Output::new();
-    let done = dispatch(command, &mut out).await;
-    // What was printed before a failure counts.
-    out.flush()?;
-    done
-}
-
-async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failure> {
+pub(super) async fn run(command: ClientCommand, out: &mut Output) -> Result<(), Failure> {
     match command {
         ClientCommand::Publish { remote, channel, data, lines, kind, key, from } => {
-            let mut client = client(&remote)?;
-            let label = publish::Label { channel: &channel, kind: kind.as_deref(), from: from.as_deref() };
+            let mut client = NodeClient::new(&remote)?;
+            let fields = publish::EventFields { channel: &channel, kind: kind.as_deref(), from: from.as_deref() };
             match lines {
-                true => publish::lines(&mut client, label, out).await,
+                true => publish::lines(&mut client, fields, out).await,
                 false => {
                     let data = match data.as_deref() {
                         Some(data) => Some(argument(data).await?),
                         None => None,
                     };
-                    publish::one(&mut client, label, key.as_deref(), data.as_deref(), out).await
+                    publish::one(&mut client, fields, key.as_deref(), data.as_deref(), out).await
                 }
             }
         }
         ClientCommand::Tail { remote, channels, last, after, kinds, count, present } => {
-            let target = Target::new("/v1/sse").each("channel", &channels).each("type", &kinds);
-            let target = target.maybe("last", last).maybe("after", after).maybe("present", present);
-            sse::tail(&mut client(&remote)?, &target, count, out).await
+            let target = RequestTarget::new("/v1/sse").each("channel", &channels).each("type", &kinds);
+            let target = target.each("last", last).each("after", after).each("present", present);
+            sse::tail(&mut NodeClient::new(&remote)?, &target, count, out).await
         }
         ClientCommand::Read { remote, channels, last, after, kinds, limit, all, wait, consumer, commit } => {
-            let target = Target::new("/v1/events").each("channel", &channels).each("type", &kinds);
-            let target = target.maybe("limit", limit).maybe("wait", wait.map(duration::format));
-            let target = target.maybe("consumer", consumer).maybe("commit", commit.then_some("auto"));
-            let first = target.clone().maybe("last", last).maybe("after", after);
-            read(&mut client(&remote)?, first, &target, all, PATIENCE + wait.unwrap_or_default(), out).await
+            let target = RequestTarget::new("/v1/events").each("channel", &channels).each("type", &kinds);
+            let target = target.each("limit", limit).each("wait", wait.map(duration::format));
+            let target = target.each("consumer", consumer).each("commit", commit.then_some("auto"));
+            let first = target.clone().each("last", last).each("after", after);
+            read(&mut NodeClient::new(&remote)?, first, &target, all, RESPONSE_TIMEOUT + wait.unwrap_or_default(), out)
+                .await
         }
         ClientCommand::Call { remote, method, params, timeout } => {
             if !method.contains('/') {
-                return Err(Failure::Usage(format!("{method:?} names no method: write SERVICE/METHOD")));
+                return Err(Failure::Usage(format!("{method:?} is not a method: write SERVICE/METHOD")));
             }
             let body = match params {
                 Some(params) => argument(&params).await?.into_owned().into_bytes(),
                 None => Vec::new(),
             };
             if !body.is_empty() && serde_json::from_slice::<&RawValue>(&body).is_err() {
-                return Err(Failure::Usage("params are not JSON".into()));
+                return Err(Failure::Usage("the params are not JSON".into()));
             }
-            let target = Target::new("/v1/services/").path(&method).maybe("timeout", timeout.map(duration::format));
-            let patience = timeout.map_or(LONG_CALL, |timeout| timeout + PATIENCE);
+            let target =
+                RequestTarget::new("/v1/services/").path(&method).each("timeout", timeout.map(duration::format));
+            let limit = timeout.map_or(CALL_TIMEOUT, |timeout| timeout + RESPONSE_TIMEOUT);
             let body = (!body.is_empty()).then_some(body);
-            print(client(&remote)?.ask(Method::POST, &target, body, patience).await?, out)
+            print(NodeClient::new(&remote)?.fetch(Method::POST, &target, body, limit).await?, out)
         }
         ClientCommand::Provide { remote, service, concurrency, exclusive, timeout, command } => {
-            let offer = provide::Offer { service, concurrency, exclusive, timeout, command };
-            provide::provide(&client(&remote)?, &offer).await
+            let offer = provide::ServiceOffer { service, concurrency, exclusive, timeout, command };
+            provide::provide(&NodeClient::new(&remote)?, &offer).await
         }
-        ClientCommand::Services { remote, prefix } => {
-            list(&mut client(&remote)?, "services", named("services", prefix), out).await
-        }
+        ClientCommand::Services { remote, prefix } => list(&remote, "services", named("services", prefix), out).await,
         ClientCommand::Presence { remote, channel, count } => {
-            let target = Target::new("/v1/presence").query("channel", channel);
+            let target = RequestTarget::new("/v1/presence").query("channel", channel);
             match count {
-                true => {
-                    print(client(&remote)?.ask(Method::GET, &target.query("count", true), None, PATIENCE).await?, out)
-                }
-                false => list(&mut client(&remote)?, "members", target, out).await,
+                true => execute(&remote, Method::GET, &target.query("count", true), None, out).await,
+                false => list(&remote, "members", target, out).await,
             }
         }
-        ClientCommand::Connections { list: given, command } => {
-            connections(command.unwrap_or(ConnectionsCommand::List(given)), out).await
+        ClientCommand::Connections { list: default, command } => {
+            connections(command.unwrap_or(ConnectionsCommand::List(default)), out).await
         }
-        ClientCommand::Channels { list: given, command } => {
-            channels(command.unwrap_or(ChannelsCommand::List(given)), out).await
+        ClientCommand::Channels { list: default, command } => {
+            channels(command.unwrap_or(ChannelsCommand::List(default)), out).await
         }
         ClientCommand::Doctor { mut remote, node, redis, prefix, long } => {
             let mut report = doctor::Report::new(out);
@@ -108,52 +100,52 @@ async fn dispatch(command: ClientCommand, out: &mut Output) -> Result<(), Failur
             }
             report.verdict()
         }
-        ClientCommand::Consumers { list: given, command } => {
-            consumers(command.unwrap_or(ConsumersCommand::List(given)), out).await
+        ClientCommand::Consumers { list: default, command } => {
+            consumers(command.unwrap_or(ConsumersCommand::List(default)), out).await
         }
     }
 }
 
 async fn connections(command: ConnectionsCommand, out: &mut Output) -> Result<(), Failure> {
-    let target = Target::new("/v1/connections");
+    let target = RequestTarget::new("/v1/connections");
     match command {
         ConnectionsCommand::List(Which { remote, subject, channel }) => {
-            let target = target.maybe("subject", subject).maybe("channel", channel);
-            list(&mut client(&remote)?, "connections", target, out).await
+            let target = target.each("subject", subject).each("channel", channel);
+            list(&remote, "connections", target, out).await
         }
         ConnectionsCommand::Kick { remote, subject, id } => {
-            let target = target.maybe("subject", subject).maybe("id", id);
-            print(client(&remote)?.ask(Method::DELETE, &target, None, PATIENCE).await?, out)
+            let target = target.each("subject", subject).each("id", id);
+            execute(&remote, Method::DELETE, &target, None, out).await
         }
     }
 }
 
-/// `/v1/{what}`, of names that begin so.
-fn named(what: &str, prefix: Option<String>) -> Target {
-    Target::new(&format!("/v1/{what}")).maybe("prefix", prefix)
+/// A list of `/v1/{member}`, filtered by prefix.
+fn named(member: &str, prefix: Option<String>) -> RequestTarget {
+    RequestTarget::new(&format!("/v1/{member}")).each("prefix", prefix)
 }
 
 async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Failure> {
     let (remote, method, target) = match command {
         ChannelsCommand::List(List { remote, prefix }) => {
-            return list(&mut client(&remote)?, "channels", named("channels", prefix), out).await;
+            return list(&remote, "channels", named("channels", prefix), out).await;
         }
         ChannelsCommand::Show { remote, channel } => {
-            (remote, Method::GET, Target::new("/v1/channels").query("channel", channel))
+            (remote, Method::GET, RequestTarget::new("/v1/channels").query("channel", channel))
         }
         ChannelsCommand::Delete { remote, channel, before } => {
-            let target = Target::new("/v1/events").query("channel", channel).maybe("before", before);
+            let target = RequestTarget::new("/v1/events").query("channel", channel).each("before", before);
             (remote, Method::DELETE, target)
         }
     };
-    print(client(&remote)?.ask(method, &target, None, PATIENCE).await?, out)
+    execute(&remote, method, &target, None, out).await
 }
 
 async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Failure> {
-    let one = |name: &str| Target::new("/v1/consumers/").segment(name);
+    let one = |name: &str| RequestTarget::new("/v1/consumers/").segment(name);
     let (remote, method, target, body) = match command {
         ConsumersCommand::List(List { remote, prefix }) => {
-            return list(&mut client(&remote)?, "consumers", named("consumers", prefix), out).await;
+            return list(&remote, "consumers", named("consumers", prefix), out).await;
         }
         ConsumersCommand::Show { remote, consumer } => (remote, Method::GET, one(&consumer), None),
         ConsumersCommand::Delete { remote, consumer } => (remote, Method::DELETE, one(&consumer), None),
@@ -170,12 +162,12 @@ async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Fa
         }
     };
     let body = body.map(|body| body.to_string().into_bytes());
-    print(client(&remote)?.ask(method, &target, body, PATIENCE).await?, out)
+    execute(&remote, method, &target, body, out).await
 }
 
-/// One page of `GET /v1/events`. Its parts go out as they came.
+/// One page of `GET /v1/events`. Events and gaps are printed unmodified.
 #[derive(Deserialize)]
-struct Page<'a> {
+struct EventsPage<'a> {
     #[serde(borrow)]
     events: Vec<&'a RawValue>,
     next: String,
@@ -185,17 +177,17 @@ struct Page<'a> {
 }
 
 async fn read(
-    client: &mut Client,
-    first: Target,
-    base: &Target,
+    client: &mut NodeClient,
+    first: RequestTarget,
+    base: &RequestTarget,
     all: bool,
-    patience: Duration,
+    limit: Duration,
     out: &mut Output,
 ) -> Result<(), Failure> {
     let mut target = first;
     loop {
-        let answer = client.ask(Method::GET, &target, None, patience).await?;
-        let page: Page<'_> = parse(answer.as_deref())?;
+        let response = client.fetch(Method::GET, &target, None, limit).await?;
+        let page: EventsPage<'_> = parse(response.as_deref())?;
         for gap in &page.gaps {
             note(format_args!("gap: {gap}"));
         }
@@ -211,20 +203,21 @@ async fn read(
     }
 }
 
-/// Prints what every page calls `what`.
-async fn list(client: &mut Client, what: &str, base: Target, out: &mut Output) -> Result<(), Failure> {
+/// Prints the entries of all pages of a list, which are in `member`.
+async fn list(remote: &Remote, member: &str, base: RequestTarget, out: &mut Output) -> Result<(), Failure> {
+    let mut client = NodeClient::new(remote)?;
     let mut page: Option<String> = None;
     loop {
-        let target = base.clone().maybe("page", page.as_deref());
-        let answer = client.ask(Method::GET, &target, None, PATIENCE).await?;
-        let members: std::collections::BTreeMap<Cow<'_, str>, &RawValue> = parse(answer.as_deref())?;
-        let entries: Vec<&RawValue> = parse(members.get(what).copied())?;
+        let target = base.clone().each("page", page.as_deref());
+        let response = client.fetch(Method::GET, &target, None, RESPONSE_TIMEOUT).await?;
+        let members: std::collections::BTreeMap<Cow<'_, str>, &RawValue> = parse(response.as_deref())?;
+        let entries: Vec<&RawValue> = parse(members.get(member).copied())?;
         for entry in entries {
             out.json(entry)?;
         }
         out.flush()?;
         if let Some(silent) = members.get("silent") {
-            note(format_args!("nodes that did not answer: {silent}"));
+            note(format_args!("nodes that did not respond: {silent}"));
         }
         page = match members.get("page") {
             Some(next) => parse(Some(next))?,
@@ -236,26 +229,34 @@ async fn list(client: &mut Client, what: &str, base: Target, out: &mut Output) -
     }
 }
 
-fn parse<'a, T: Deserialize<'a>>(answer: Option<&'a RawValue>) -> Result<T, Failure> {
-    let unexpected = || Failure::Failed("not the answer that a weir gives".into());
-    serde_json::from_str(answer.ok_or_else(unexpected)?.get()).map_err(|_| unexpected())
+fn parse<'a, T: Deserialize<'a>>(response: Option<&'a RawValue>) -> Result<T, Failure> {
+    let unexpected = || Failure::Failed("unexpected response; is this a weir node?".into());
+    serde_json::from_str(response.ok_or_else(unexpected)?.get()).map_err(|_| unexpected())
 }
 
-fn print(answer: Option<Box<RawValue>>, out: &mut Output) -> Result<(), Failure> {
-    answer.map_or(Ok(()), |answer| out.json(&answer))
+fn print(response: Option<Box<RawValue>>, out: &mut Output) -> Result<(), Failure> {
+    response.map_or(Ok(()), |response| out.json(&response))
 }
 
-pub fn client(remote: &Remote) -> Result<Client, Failure> {
-    Client::new(remote.url.clone(), remote.token.as_deref()).map_err(Failure::Usage)
+/// Sends one request, and prints the body of its response.
+async fn execute(
+    remote: &Remote,
+    method: Method,
+    target: &RequestTarget,
+    body: Option<Vec<u8>>,
+    out: &mut Output,
+) -> Result<(), Failure> {
+    print(NodeClient::new(remote)?.fetch(method, target, body, RESPONSE_TIMEOUT).await?, out)
 }
 
-/// Where a password need not be typed.
+/// The URL of the configuration, so that a password need not be an argument.
 fn redis_url() -> Result<String, Failure> {
     const NAME: &str = "WEIR__BUS__REDIS__URL";
-    std::env::var(NAME).map_err(|_| Failure::Usage(format!("which Redis? say --redis URL, or set {NAME}")))
+    std::env::var(NAME)
+        .map_err(|_| Failure::Usage(format!("the URL of Redis is missing: pass --redis URL, or set {NAME}")))
 }
 
-/// An argument, or all of standard input for `-`.
+/// The argument, or the whole standard input if it is `-`.
 async fn argument(text: &str) -> Result<Cow<'_, str>, Failure> {
     if text != "-" {
         return Ok(Cow::Borrowed(text));

@@ -1,4 +1,4 @@
-//! `weir provide`: a service that a command answers, or an echo.
+//! `weir provide`: provides a service whose calls a command executes.
 
 use std::{
     collections::HashMap,
@@ -25,63 +25,65 @@ use tokio_tungstenite::{
 };
 
 use super::{
-    Backoff, Failure, Lenient, Target,
-    client::{Client, USER_AGENT, answer},
-    connect::{Stream, connect},
-    note,
+    backoff::Backoff,
+    client::{NodeClient, USER_AGENT, parse_response},
+    connect::{NodeStream, connect},
+    json_or_text::JsonOrText,
+    request_target::RequestTarget,
 };
+use crate::terminal::{Failure, note};
 
-/// A reply larger than any node takes would end the connection of every other call with it.
-const LARGEST: usize = 16 << 20;
-/// A connection that held so long was a good one: the next loss begins with a short wait again.
-const STEADY: Duration = Duration::from_secs(10);
-/// Pings come every 25 s unless weir is told otherwise; after this nobody is there any more.
+/// Maximum size of a result in bytes. A larger message than the node accepts would end the connection, and all its calls.
+const MAX_BYTES: usize = 16 << 20;
+/// A connection that lasted longer resets the back-off.
+const STABLE: Duration = Duration::from_secs(10);
+/// A connection without a message for so long is dead. The default interval of pings is 25 s.
 const SILENCE: Duration = Duration::from_secs(120);
-/// How long the node may take to accept the connection, and to answer `weir.provide`.
+/// Timeout of the connection, and of the response to `weir.provide`.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
-pub type Socket = WebSocketStream<Box<dyn Stream>>;
+pub(super) type NodeSocket = WebSocketStream<Box<dyn NodeStream>>;
 
-/// What is offered, and who answers.
-pub struct Offer {
-    pub service: String,
-    pub concurrency: u32,
-    pub exclusive: bool,
-    pub timeout: Duration,
-    /// Program and arguments, one text for the shell, or nothing for an echo.
-    pub command: Vec<String>,
+/// A service, and the command that executes its calls.
+pub(super) struct ServiceOffer {
+    pub(super) service: String,
+    pub(super) concurrency: u32,
+    pub(super) exclusive: bool,
+    pub(super) timeout: Duration,
+    /// A program and its arguments, or one line for the shell. Empty: echoes the params.
+    pub(super) command: Vec<String>,
 }
 
-/// Provides until a signal comes, through lost connections. The first signal lets running calls finish.
-pub async fn provide(client: &Client, offer: &Offer) -> Result<(), Failure> {
-    let mut stop = Stop::new()?;
+/// Provides the service until a signal, and reconnects after a lost connection. The first signal lets running calls finish.
+pub(super) async fn provide(client: &NodeClient, offer: &ServiceOffer) -> Result<(), Failure> {
+    let mut stop = StopSignals::new()?;
     let mut backoff = Backoff::default();
     let mut connected = false;
     loop {
-        let begun = Instant::now();
-        let mut session = tokio::select! {
-            session = Session::open(client, offer, connected) => session,
+        let began = Instant::now();
+        let mut connection = tokio::select! {
+            connection = ProviderConnection::open(client, offer, connected) => connection,
             () = stop.wait() => return Ok(()),
         };
-        let ended = match &mut session {
-            Ok(session) => {
+        let ended = match &mut connection {
+            Ok(connection) => {
                 connected = true;
-                session.serve(offer, &mut stop).await
+                connection.serve(offer, &mut stop).await
             }
             Err(failure) => Err(std::mem::replace(failure, Failure::OutputClosed)),
         };
         let reason = match ended {
             Ok(()) => return Ok(()),
             Err(Failure::Unavailable(reason)) if connected => reason,
-            // Refused, or nobody there the first time: a wrong URL should say so at once.
+            // Not retried: a rejection, or the first connection fails, probably because the URL is wrong.
             Err(other) => return Err(other),
         };
-        if begun.elapsed() > STEADY {
+        if began.elapsed() > STABLE {
             backoff.reset();
         }
-        let asked = session.ok().and_then(|session| session.come_back);
-        let wait = asked.unwrap_or_else(|| backoff.next());
-        note(format_args!("{reason}; again in {:.1}s", wait.as_secs_f32()));
+        let requested = connection.ok().and_then(|connection| connection.retry_after);
+        let wait = requested.unwrap_or_else(|| backoff.next());
+        note(format_args!("{reason}; retrying in {:.1}s", wait.as_secs_f32()));
         tokio::select! {
             () = sleep(wait) => {}
             () = stop.wait() => return Ok(()),
@@ -89,25 +91,25 @@ pub async fn provide(client: &Client, offer: &Offer) -> Result<(), Failure> {
     }
 }
 
-/// One connection that provides the service.
-struct Session {
-    socket: Socket,
-    running: JoinSet<Option<(Box<RawValue>, Reply)>>,
-    /// Calls by the text of their id, to end those that are cancelled.
+/// A connection that provides the service.
+struct ProviderConnection {
+    socket: NodeSocket,
+    running: JoinSet<Option<(Box<RawValue>, CallReply)>>,
+    /// Running calls by the JSON of their id, to abort those that are cancelled.
     calls: HashMap<Box<str>, AbortHandle>,
-    /// When the node asked to come back.
-    come_back: Option<Duration>,
+    /// The delay before the next connection that the node requested.
+    retry_after: Option<Duration>,
 }
 
-/// What a call comes to.
-enum Reply {
+/// The outcome of a call.
+enum CallReply {
     Result(Box<RawValue>),
     Error(Value),
 }
 
-/// Whatever the node sends.
+/// A request, notification or response of the node.
 #[derive(Deserialize)]
-struct Incoming<'a> {
+struct ServerMessage<'a> {
     #[serde(borrow)]
     id: Option<&'a RawValue>,
     method: Option<String>,
@@ -117,17 +119,17 @@ struct Incoming<'a> {
     result: Option<&'a RawValue>,
     error: Option<Value>,
     #[serde(default)]
-    meta: Meta,
+    meta: CallerMeta,
 }
 
 #[derive(Default, Deserialize)]
-struct Meta {
+struct CallerMeta {
     #[serde(default)]
     caller: Option<String>,
 }
 
 #[derive(Serialize)]
-struct Outgoing<'a> {
+struct ReplyMessage<'a> {
     jsonrpc: &'static str,
     id: &'a RawValue,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,52 +138,53 @@ struct Outgoing<'a> {
     error: Option<&'a Value>,
 }
 
-// === impl Session ===
+// === impl ProviderConnection ===
 
-impl Session {
-    /// Connects and offers the service. `again` says that a connection of ours may still hold the name.
-    async fn open(client: &Client, offer: &Offer, again: bool) -> Result<Self, Failure> {
-        let late = |_| Failure::Unavailable("the node does not answer".into());
+impl ProviderConnection {
+    /// Connects and provides the service. `again`: the node may still hold the previous connection of this command.
+    async fn open(client: &NodeClient, offer: &ServiceOffer, again: bool) -> Result<Self, Failure> {
+        let late = |_| Failure::Unavailable("the node does not respond".into());
         let socket = timeout(HANDSHAKE, upgrade(client)).await.map_err(late)??;
-        let mut session = Session { socket, running: JoinSet::new(), calls: HashMap::new(), come_back: None };
+        let mut connection =
+            ProviderConnection { socket, running: JoinSet::new(), calls: HashMap::new(), retry_after: None };
         let mut params = json!({
             "service": offer.service, "exclusive": offer.exclusive, "concurrency": offer.concurrency, "meta": true,
         });
         if offer.exclusive && again {
             params["takeover"] = true.into();
         }
-        session.request("provide", "weir.provide", &params).await?;
-        timeout(HANDSHAKE, session.accepted(offer, again)).await.map_err(late)??;
-        Ok(session)
+        connection.request("provide", "weir.provide", &params).await?;
+        timeout(HANDSHAKE, connection.accepted(offer, again)).await.map_err(late)??;
+        Ok(connection)
     }
 
-    async fn accepted(&mut self, offer: &Offer, again: bool) -> Result<(), Failure> {
+    async fn accepted(&mut self, offer: &ServiceOffer, again: bool) -> Result<(), Failure> {
         loop {
             let text = self.next().await?;
-            let Ok(message) = serde_json::from_str::<Incoming<'_>>(&text) else { continue };
+            let Ok(message) = serde_json::from_str::<ServerMessage<'_>>(&text) else { continue };
             if let Some(error) = message.error {
                 let code = error["data"]["code"].as_str().unwrap_or("error");
                 let reason = format!("{code}: {}", error["message"].as_str().unwrap_or("no reason given"));
-                // The connection that we lost may hold the name for as long as the node believes in it.
-                let passing = matches!(code, "draining" | "overloaded" | "rate_limited" | "bus_unavailable")
+                // The service is taken until the node detects that the previous connection is dead.
+                let temporary = matches!(code, "draining" | "overloaded" | "rate_limited" | "bus_unavailable")
                     || (again && code == "service_taken");
-                return Err(if passing { Failure::Unavailable(reason) } else { Failure::Refused(reason) });
+                return Err(if temporary { Failure::Unavailable(reason) } else { Failure::Rejected(reason) });
             }
             if let Some(result) = message.result {
                 let result: Value = serde_json::from_str(result.get()).unwrap_or_default();
                 let providers = result["providers"].as_u64().unwrap_or(1);
-                note(format_args!("providing {} ({providers} in all)", offer.service));
+                note(format_args!("providing {} ({providers} in total)", offer.service));
                 return Ok(());
             }
-            // The first call can come before the answer.
+            // A call can arrive before the response.
             self.message(&text, offer).await?;
         }
     }
 
-    async fn serve(&mut self, offer: &Offer, stop: &mut Stop) -> Result<(), Failure> {
-        let mut leaving = false;
+    async fn serve(&mut self, offer: &ServiceOffer, stop: &mut StopSignals) -> Result<(), Failure> {
+        let mut draining = false;
         loop {
-            if leaving && self.running.is_empty() {
+            if draining && self.running.is_empty() {
                 let close = self.socket.close(None);
                 let _ = timeout(Duration::from_secs(2), close).await;
                 return Ok(());
@@ -194,11 +197,11 @@ impl Session {
                 }
                 Some(done) = self.running.join_next() => self.finished(done).await?,
                 () = stop.wait() => {
-                    if leaving {
+                    if draining {
                         return Ok(());
                     }
-                    leaving = true;
-                    note(format_args!("leaving; {} calls to finish, once more to leave them", self.running.len()));
+                    draining = true;
+                    note(format_args!("shutting down after {} running calls; a second signal aborts them", self.running.len()));
                     self.request("withdraw", "weir.withdraw", &json!({ "service": offer.service })).await?;
                 }
                 () = sleep(SILENCE) => return Err(Failure::Unavailable("the node is silent".into())),
@@ -206,42 +209,43 @@ impl Session {
         }
     }
 
-    async fn message(&mut self, text: &str, offer: &Offer) -> Result<(), Failure> {
-        let Ok(Incoming { id, method: Some(method), params, meta, .. }) = serde_json::from_str::<Incoming<'_>>(text)
+    async fn message(&mut self, text: &str, offer: &ServiceOffer) -> Result<(), Failure> {
+        let Ok(ServerMessage { id, method: Some(method), params, meta, .. }) =
+            serde_json::from_str::<ServerMessage<'_>>(text)
         else {
             return Ok(());
         };
         match (method.as_str(), id) {
             ("weir.cancel", None) => {
                 #[derive(Deserialize)]
-                struct Cancel<'a> {
+                struct CancelParams<'a> {
                     #[serde(borrow)]
                     id: &'a RawValue,
                 }
-                let cancel = params.and_then(|params| serde_json::from_str::<Cancel<'_>>(params.get()).ok());
+                let cancel = params.and_then(|params| serde_json::from_str::<CancelParams<'_>>(params.get()).ok());
                 if let Some(call) = cancel.and_then(|cancel| self.calls.remove(cancel.id.get())) {
                     call.abort();
                 }
             }
             ("weir.drain", None) => {
-                let asked: Value =
+                let params: Value =
                     params.map_or(Value::Null, |params| serde_json::from_str(params.get()).unwrap_or_default());
-                self.come_back = asked["after_ms"].as_u64().map(Duration::from_millis);
+                self.retry_after = params["after_ms"].as_u64().map(Duration::from_millis);
             }
             ("weir.withdrawn", None) => {
-                return Err(Failure::Refused(format!("{} was taken over by another provider", offer.service)));
+                return Err(Failure::Rejected(format!("{} was taken over by another provider", offer.service)));
             }
             (_, Some(id)) if self.running.len() >= offer.concurrency as usize => {
-                let busy = Reply::Error(json!({ "code": -32021, "message": "at its concurrency" }));
+                let busy = CallReply::Error(json!({ "code": -32021, "message": "the concurrency limit is reached" }));
                 self.reply(id, &busy).await?;
             }
             (_, id) => {
-                let work = Work::new(offer, &method, params, meta);
+                let run = CommandRun::new(offer, &method, params, meta);
                 let owned = id.map(ToOwned::to_owned);
                 let key = id.map(|id| Box::<str>::from(id.get()));
                 let task = self.running.spawn(async move {
-                    let reply = work.run().await;
-                    // Without an id nobody wants to know.
+                    let reply = run.reply().await;
+                    // A notification has no reply.
                     owned.map(|id| (id, reply))
                 });
                 if let Some(key) = key {
@@ -254,9 +258,9 @@ impl Session {
 
     async fn finished(
         &mut self,
-        done: Result<Option<(Box<RawValue>, Reply)>, tokio::task::JoinError>,
+        done: Result<Option<(Box<RawValue>, CallReply)>, tokio::task::JoinError>,
     ) -> Result<(), Failure> {
-        // An error is a call that was cancelled.
+        // An error means that the call was cancelled.
         if let Ok(Some((id, reply))) = done {
             self.calls.remove(id.get());
             self.reply(&id, &reply).await?;
@@ -264,12 +268,12 @@ impl Session {
         Ok(())
     }
 
-    async fn reply(&mut self, id: &RawValue, reply: &Reply) -> Result<(), Failure> {
+    async fn reply(&mut self, id: &RawValue, reply: &CallReply) -> Result<(), Failure> {
         let (result, error) = match reply {
-            Reply::Result(result) => (Some(&**result), None),
-            Reply::Error(error) => (None, Some(error)),
+            CallReply::Result(result) => (Some(&**result), None),
+            CallReply::Error(error) => (None, Some(error)),
         };
-        self.send(&Outgoing { jsonrpc: "2.0", id, result, error }).await
+        self.send(&ReplyMessage { jsonrpc: "2.0", id, result, error }).await
     }
 
     async fn request(&mut self, id: &str, method: &str, params: &Value) -> Result<(), Failure> {
@@ -280,7 +284,7 @@ impl Session {
         let text = serde_json::to_string(message).map_err(|error| Failure::Failed(error.to_string()))?;
         match timeout(SILENCE, self.socket.send(Message::text(text))).await {
             Ok(sent) => sent.map_err(broken),
-            Err(_) => Err(Failure::Unavailable("the node takes nothing".into())),
+            Err(_) => Err(Failure::Unavailable("the node reads nothing".into())),
         }
     }
 
@@ -294,8 +298,8 @@ impl Session {
 }
 
 /// Opens a WebSocket to the node.
-pub async fn upgrade(client: &Client) -> Result<Socket, Failure> {
-    let url = client.base.ws(&Target::new("/v1/ws"));
+pub(super) async fn upgrade(client: &NodeClient) -> Result<NodeSocket, Failure> {
+    let url = client.base.ws(&RequestTarget::new("/v1/ws"));
     let mut request = url.into_client_request().map_err(|error| Failure::Usage(error.to_string()))?;
     request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
     if let Some(token) = client.token() {
@@ -306,22 +310,22 @@ pub async fn upgrade(client: &Client) -> Result<Socket, Failure> {
         Ok((socket, _)) => Ok(socket),
         Err(tungstenite::Error::Http(response)) => {
             let body = response.body().as_deref().unwrap_or_default();
-            answer(response.status().as_u16(), body)?;
-            Err(Failure::Failed(format!("HTTP status {} where a WebSocket should be", response.status())))
+            parse_response(response.status().as_u16(), body)?;
+            Err(Failure::Failed(format!("HTTP status {} instead of a WebSocket", response.status())))
         }
         Err(error) => Err(broken(error)),
     }
 }
 
-/// Text of a message, or nothing for what is not for us; the end of the connection is an error.
+/// The text of a message; `None` for other frames. The end of the connection is an error.
 fn text(message: Option<Result<Message, tungstenite::Error>>) -> Result<Option<String>, Failure> {
     match message {
         Some(Ok(Message::Text(text))) => Ok(Some(text.as_str().to_owned())),
         Some(Ok(Message::Close(Some(close)))) => {
             let reason = format!("closed by the node: {} {}", u16::from(close.code), close.reason);
-            // From 4500 on coming back makes no sense.
+            // Close codes from 4500 on are permanent.
             Err(match u16::from(close.code) >= 4500 || close.code == CloseCode::Policy {
-                true => Failure::Refused(reason),
+                true => Failure::Rejected(reason),
                 false => Failure::Unavailable(reason),
             })
         }
@@ -335,18 +339,18 @@ fn broken(error: tungstenite::Error) -> Failure {
     Failure::Unavailable(format!("connection lost: {error}"))
 }
 
-// === Work ===
+// === CommandRun ===
 
-/// One call to answer.
-struct Work {
-    /// None echoes.
+/// The execution of one call.
+struct CommandRun {
+    /// `None` echoes the params.
     command: Option<Command>,
     params: Option<Box<RawValue>>,
     timeout: Duration,
 }
 
-impl Work {
-    fn new(offer: &Offer, method: &str, params: Option<&RawValue>, meta: Meta) -> Self {
+impl CommandRun {
+    fn new(offer: &ServiceOffer, method: &str, params: Option<&RawValue>, meta: CallerMeta) -> Self {
         let command = match offer.command.as_slice() {
             [] => None,
             [line] => {
@@ -363,35 +367,37 @@ impl Work {
         let command = command.map(|mut command| {
             command.env("WEIR_SERVICE", &offer.service).env("WEIR_METHOD", method);
             command.env("WEIR_CALLER", meta.caller.as_deref().unwrap_or_default());
-            // The token is ours; what the command prints goes to callers.
+            // The output of the command is sent to callers and must not leak the token.
             command.env_remove("WEIR_TOKEN");
-            // Ctrl-C is for us: running calls finish.
+            // A process group of its own, so that Ctrl-C does not reach it and running calls finish.
             command.process_group(0);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
             command
         });
-        Work { command, params: params.map(ToOwned::to_owned), timeout: offer.timeout }
+        CommandRun { command, params: params.map(ToOwned::to_owned), timeout: offer.timeout }
     }
 
-    async fn run(self) -> Reply {
+    async fn reply(self) -> CallReply {
         let Some(command) = self.command else {
-            return Reply::Result(self.params.unwrap_or_else(|| RawValue::NULL.to_owned()));
+            return CallReply::Result(self.params.unwrap_or_else(|| RawValue::NULL.to_owned()));
         };
         match timeout(self.timeout, execute(command, self.params.as_deref())).await {
             Ok(Ok(reply)) => reply,
-            Ok(Err(error)) => Reply::Error(json!({ "code": -32000, "message": format!("the command: {error}") })),
-            Err(_) => Reply::Error(json!({ "code": -32000, "message": "the command took too long" })),
+            Ok(Err(error)) => {
+                CallReply::Error(json!({ "code": -32000, "message": format!("the command failed: {error}") }))
+            }
+            Err(_) => CallReply::Error(json!({ "code": -32000, "message": "the command exceeded its timeout" })),
         }
     }
 }
 
-async fn execute(mut command: Command, params: Option<&RawValue>) -> io::Result<Reply> {
+async fn execute(mut command: Command, params: Option<&RawValue>) -> io::Result<CallReply> {
     let mut child = command.spawn()?;
-    let mut group = Group(child.id().and_then(|id| Pid::from_raw(id as i32)));
+    let mut group = ProcessGroup(child.id().and_then(|id| Pid::from_raw(id as i32)));
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
     let write = async {
         if let (Some(mut stdin), Some(params)) = (stdin, params) {
-            // A command that does not read its params is welcome.
+            // A command need not read its params.
             match stdin.write_all(params.get().as_bytes()).await {
                 Ok(()) => stdin.write_all(b"\n").await.or_else(ignore_broken_pipe),
                 Err(error) => ignore_broken_pipe(error),
@@ -403,47 +409,47 @@ async fn execute(mut command: Command, params: Option<&RawValue>) -> io::Result<
     let mut printed = Vec::new();
     let read = async {
         match stdout {
-            Some(stdout) => stdout.take(LARGEST as u64 + 1).read_to_end(&mut printed).await.map(drop),
+            Some(stdout) => stdout.take(MAX_BYTES as u64 + 1).read_to_end(&mut printed).await.map(drop),
             None => Ok(()),
         }
     };
-    // Together: a command may print before it has read everything.
+    // Concurrently, because a command can fill the output pipe before it has read its input.
     let (written, read) = tokio::join!(write, read);
     written?;
     read?;
-    if printed.len() > LARGEST {
+    if printed.len() > MAX_BYTES {
         return Err(io::Error::other("printed more than 16 MiB"));
     }
     let status = child.wait().await?;
-    // Reaped: the number may soon be somebody else's.
+    // The process is reaped and its id can be reused, so the group must not be killed.
     group.0 = None;
     let text = String::from_utf8_lossy(&printed);
     let text = text.trim();
     if status.success() {
-        return Ok(Reply::Result(match text {
+        return Ok(CallReply::Result(match text {
             "" => RawValue::NULL.to_owned(),
-            text => serde_json::value::to_raw_value(&Lenient::of(text)).map_err(io::Error::other)?,
+            text => serde_json::value::to_raw_value(&JsonOrText::of(text)).map_err(io::Error::other)?,
         }));
     }
-    // A command may say why it failed the way JSON-RPC does.
-    let said: Value = serde_json::from_str(text).unwrap_or_default();
-    if let (Some(code), Some(message)) = (said["code"].as_i64(), said["message"].as_str()) {
+    // A failed command can print a JSON-RPC error.
+    let printed: Value = serde_json::from_str(text).unwrap_or_default();
+    if let (Some(code), Some(message)) = (printed["code"].as_i64(), printed["message"].as_str()) {
         let mut error = json!({ "code": code, "message": message });
-        if let Some(data) = said.get("data") {
+        if let Some(data) = printed.get("data") {
             error["data"] = data.clone();
         }
-        return Ok(Reply::Error(error));
+        return Ok(CallReply::Error(error));
     }
-    Ok(Reply::Error(json!({ "code": -32000, "message": format!("the command failed ({status})") })))
+    Ok(CallReply::Error(json!({ "code": -32000, "message": format!("the command failed ({status})") })))
 }
 
-/// A command and all that it started; ended when dropped, as when its call is cancelled.
-struct Group(Option<Pid>);
+/// The process group of a command, killed on drop: a cancelled call drops it.
+struct ProcessGroup(Option<Pid>);
 
-impl Drop for Group {
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
         if let Some(leader) = self.0 {
-            // Fails if they have all ended by themselves.
+            // Fails if all processes have exited.
             let _ = kill_process_group(leader, rustix::process::Signal::KILL);
         }
     }
@@ -453,18 +459,18 @@ fn ignore_broken_pipe(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error) }
 }
 
-// === Stop ===
+// === StopSignals ===
 
-/// SIGINT and SIGTERM.
-struct Stop {
+/// The signals SIGINT and SIGTERM.
+struct StopSignals {
     interrupt: Signal,
     terminate: Signal,
 }
 
-impl Stop {
+impl StopSignals {
     fn new() -> Result<Self, Failure> {
         let listen = |kind| signal(kind).map_err(|error| Failure::Failed(format!("signals: {error}")));
-        Ok(Stop { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+        Ok(StopSignals { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
     }
 
     async fn wait(&mut self) {

@@ -1,4 +1,4 @@
-//! `weir publish`: one event, or a line of standard input each.
+//! `weir publish`: publishes one event, or one per line of standard input.
 
 use http::Method;
 use serde::Serialize;
@@ -8,22 +8,27 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{Failure, Lenient, Output, Target, client::Client, commands::PATIENCE, note};
+use super::{
+    client::{NodeClient, RESPONSE_TIMEOUT},
+    json_or_text::JsonOrText,
+    request_target::RequestTarget,
+};
+use crate::terminal::{Failure, Output, note};
 
-/// Events of a request, and bytes beyond which none is added to it. Within the limits of a node that nobody changed.
+/// Maximum number and size of the events of one request. Both are within the default limits of a node.
 const BATCH: usize = 500;
 const BATCH_BYTES: usize = 4 << 20;
 
-/// What every event of the command has.
+/// The members that all events of the command have.
 #[derive(Clone, Copy)]
-pub struct Label<'a> {
-    pub channel: &'a str,
-    pub kind: Option<&'a str>,
-    pub from: Option<&'a str>,
+pub(super) struct EventFields<'a> {
+    pub(super) channel: &'a str,
+    pub(super) kind: Option<&'a str>,
+    pub(super) from: Option<&'a str>,
 }
 
 #[derive(Serialize)]
-struct Event<'a> {
+struct OutgoingEvent<'a> {
     channel: &'a str,
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     kind: Option<&'a str>,
@@ -32,37 +37,39 @@ struct Event<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    data: Option<Lenient<'a>>,
+    data: Option<JsonOrText<'a>>,
 }
 
-/// Publishes one event, with `data` if there is any.
-pub async fn one(
-    client: &mut Client,
-    label: Label<'_>,
+/// Publishes one event.
+pub(super) async fn one(
+    client: &mut NodeClient,
+    fields: EventFields<'_>,
     key: Option<&str>,
     data: Option<&str>,
     out: &mut Output,
 ) -> Result<(), Failure> {
-    if data.is_some_and(|data| data.starts_with(['{', '[']) && matches!(Lenient::of(data), Lenient::Text(_))) {
-        note(format_args!("the data is not JSON: published as text"));
+    if data.is_some_and(|data| data.starts_with(['{', '[']) && matches!(JsonOrText::of(data), JsonOrText::Text(_))) {
+        note(format_args!("the data is not JSON and is published as text"));
     }
-    let body = json(&label.event(key, data))?;
-    if let Some(placed) = client.ask(Method::POST, &Target::new("/v1/events"), Some(body), PATIENCE).await? {
+    let body = json(&fields.event(key, data))?;
+    if let Some(placed) =
+        client.fetch(Method::POST, &RequestTarget::new("/v1/events"), Some(body), RESPONSE_TIMEOUT).await?
+    {
         out.json(&placed)?;
     }
     Ok(())
 }
 
-/// Publishes each line of standard input as it comes; what has piled up goes together.
-pub async fn lines(client: &mut Client, label: Label<'_>, out: &mut Output) -> Result<(), Failure> {
-    // Bounded: a fast producer waits for a slow node.
+/// Publishes each line of standard input at once. Lines that arrive during a request are batched in the next one.
+pub(super) async fn lines(client: &mut NodeClient, fields: EventFields<'_>, out: &mut Output) -> Result<(), Failure> {
+    // Bounded, so that a slow node causes backpressure.
     let (tx, mut rx) = mpsc::channel::<String>(2 * BATCH);
     let reader = async move {
         let mut lines = BufReader::new(stdin()).lines();
         while let Some(line) =
             lines.next_line().await.map_err(|error| Failure::Failed(format!("standard input: {error}")))?
         {
-            // Closed when publishing has failed, which is what the command then reports.
+            // Closed if publishing failed, and then that error is reported.
             if tx.send(line).await.is_err() {
                 break;
             }
@@ -81,10 +88,11 @@ pub async fn lines(client: &mut Client, label: Label<'_>, out: &mut Output) -> R
                 });
                 let (batch, later) = rest.split_at(fits.count().max(1));
                 rest = later;
-                let events: Vec<_> = batch.iter().map(|line| label.event(None, Some(line))).collect();
+                let events: Vec<_> = batch.iter().map(|line| fields.event(None, Some(line))).collect();
                 let body = json(&events)?;
-                let answer = client.ask(Method::POST, &Target::new("/v1/events"), Some(body), PATIENCE).await?;
-                let placed = answer.as_deref().map(|answer| serde_json::from_str::<Vec<&RawValue>>(answer.get()));
+                let response =
+                    client.fetch(Method::POST, &RequestTarget::new("/v1/events"), Some(body), RESPONSE_TIMEOUT).await?;
+                let placed = response.as_deref().map(|response| serde_json::from_str::<Vec<&RawValue>>(response.get()));
                 for event in placed.transpose().ok().flatten().unwrap_or_default() {
                     out.json(event)?;
                 }
@@ -96,7 +104,7 @@ pub async fn lines(client: &mut Client, label: Label<'_>, out: &mut Output) -> R
     };
     tokio::pin!(reader, writer);
     tokio::select! {
-        // Not both at once: a node that refuses ends the command though standard input goes on.
+        // An error of the node ends the command before the end of standard input.
         done = &mut writer => done,
         read = &mut reader => {
             let published = writer.await;
@@ -105,9 +113,9 @@ pub async fn lines(client: &mut Client, label: Label<'_>, out: &mut Output) -> R
     }
 }
 
-impl<'a> Label<'a> {
-    fn event(self, key: Option<&'a str>, data: Option<&'a str>) -> Event<'a> {
-        Event { channel: self.channel, kind: self.kind, from: self.from, key, data: data.map(Lenient::of) }
+impl<'a> EventFields<'a> {
+    fn event(self, key: Option<&'a str>, data: Option<&'a str>) -> OutgoingEvent<'a> {
+        OutgoingEvent { channel: self.channel, kind: self.kind, from: self.from, key, data: data.map(JsonOrText::of) }
     }
 }
 

@@ -1,4 +1,4 @@
-//! `weir tail`: a stream that comes back where it was.
+//! `weir tail`: prints a stream of events, and resumes it after a lost connection.
 
 use std::time::Duration;
 
@@ -10,108 +10,113 @@ use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Backoff, Failure, Output, Target,
-    client::{Client, answer, lost, whole},
-    note,
+    backoff::Backoff,
+    client::{NodeClient, connection_lost, parse_response, read_body},
+    request_target::RequestTarget,
 };
+use crate::terminal::{Failure, Output, note};
 
-/// Heartbeats come every 25 s at most, unless weir is told otherwise: after this nobody is there any more.
+/// A stream without a byte for so long is dead. The default interval of heartbeats is at most 25 s.
 const SILENCE: Duration = Duration::from_secs(120);
-/// Longer than the longest event.
-const LONGEST_LINE: usize = 64 << 20;
+/// Maximum size of an event in bytes, longer than any event of weir.
+const MAX_EVENT: usize = 64 << 20;
 
 /// One dispatched event of the stream.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Block {
-    pub kind: String,
-    pub data: String,
+pub(super) struct SseEvent {
+    pub(super) kind: String,
+    pub(super) data: String,
 }
 
-/// Server-sent events from bytes, as the HTML specification reads them, but for a lone CR.
+/// Parses server-sent events as the HTML specification says, except that a CR without LF does not end a line.
 #[derive(Default)]
-pub struct Reader {
+pub(super) struct SseParser {
     line: Vec<u8>,
-    block: Block,
+    event: SseEvent,
     has_data: bool,
     id: Option<String>,
     retry: Option<Duration>,
 }
 
-/// Prints events until `count` are out, or for ever. What was printed is not asked for again.
-pub async fn tail(client: &mut Client, target: &Target, count: Option<u64>, out: &mut Output) -> Result<(), Failure> {
-    let mut reader = Reader::default();
+/// Prints `count` events, or all of them until the command is interrupted. No event is printed twice.
+pub(super) async fn tail(
+    client: &mut NodeClient,
+    target: &RequestTarget,
+    count: Option<u64>,
+    out: &mut Output,
+) -> Result<(), Failure> {
+    let mut parser = SseParser::default();
     let mut backoff = Backoff::default();
     let mut left = count;
     let mut connected = false;
     loop {
-        let ended = stream(client, target, &mut reader, &mut backoff, &mut connected, &mut left, out).await;
+        let ended = stream(client, target, &mut parser, &mut backoff, &mut connected, &mut left, out).await;
         let (reason, wait) = match ended {
             Ok(()) => return Ok(()),
             Err(Failure::Unavailable(reason)) if connected => {
-                let wait = reader.retry.take().unwrap_or_else(|| backoff.next());
+                let wait = parser.retry.take().unwrap_or_else(|| backoff.next());
                 (reason, wait)
             }
-            // Refused, or nobody there the first time: a wrong URL should say so at once.
+            // Not retried: a rejection, or the first connection fails, probably because the URL is wrong.
             Err(other) => return Err(other),
         };
-        note(format_args!("{reason}; again in {:.1}s", wait.as_secs_f32()));
+        note(format_args!("{reason}; retrying in {:.1}s", wait.as_secs_f32()));
         sleep(wait).await;
     }
 }
 
-/// One connection's worth. Its end is an error, unless enough was printed.
+/// Prints the events of one connection. Its end is an error unless all events were printed.
 async fn stream(
-    client: &mut Client,
-    target: &Target,
-    reader: &mut Reader,
+    client: &mut NodeClient,
+    target: &RequestTarget,
+    parser: &mut SseParser,
     backoff: &mut Backoff,
     connected: &mut bool,
     left: &mut Option<u64>,
     out: &mut Output,
 ) -> Result<(), Failure> {
     let mut request = client.request(Method::GET, target).header(header::ACCEPT, "text/event-stream");
-    if let Some(id) = &reader.id {
+    if let Some(id) = &parser.id {
         request = request.header("last-event-id", id);
     }
     let request = request.body(Full::new(Bytes::new())).map_err(|error| Failure::Usage(error.to_string()))?;
     let response = match timeout(SILENCE, client.send(request)).await {
         Ok(response) => response?,
-        Err(_) => return Err(Failure::Unavailable("no answer".into())),
+        Err(_) => return Err(Failure::Unavailable("no response".into())),
     };
     let status = response.status().as_u16();
     if status != 200 {
-        let body = whole(response.into_body()).await?;
-        answer(status, &body)?;
-        return Err(Failure::Failed(format!("HTTP status {status} where a stream should be")));
+        parse_response(status, &read_body(response.into_body()).await?)?;
+        return Err(Failure::Failed(format!("HTTP status {status} instead of a stream")));
     }
     *connected = true;
-    reader.restart();
+    parser.restart();
     let mut body: Incoming = response.into_body();
     loop {
         let frame = match timeout(SILENCE, body.frame()).await {
-            Ok(Some(frame)) => frame.map_err(|error| lost(&error))?,
+            Ok(Some(frame)) => frame.map_err(|error| connection_lost(&error))?,
             Ok(None) => return Err(Failure::Unavailable("the stream ended".into())),
             Err(_) => return Err(Failure::Unavailable("the stream is silent".into())),
         };
         let Some(bytes) = frame.data_ref() else { continue };
         let mut rest: &[u8] = bytes;
-        while let Some(block) = reader.next(&mut rest)? {
-            // Only now is it known to work: a node that accepts and ends at once must not be hammered.
-            match block.kind.as_str() {
+        while let Some(event) = parser.next(&mut rest)? {
+            match event.kind.as_str() {
                 "weir.open" | "weir.position" => {}
                 "weir.retry" => {
-                    let parsed: Value = serde_json::from_str(&block.data).unwrap_or_default();
-                    reader.retry = parsed["after_ms"].as_u64().map(Duration::from_millis).or(reader.retry);
+                    let parsed: Value = serde_json::from_str(&event.data).unwrap_or_default();
+                    parser.retry = parsed["after_ms"].as_u64().map(Duration::from_millis).or(parser.retry);
                     if parsed["code"] == "kicked" {
-                        return Err(Failure::Refused("kicked: an operator has ended this stream".into()));
+                        return Err(Failure::Rejected("kicked: an administrator has closed this stream".into()));
                     }
-                    let code = parsed["code"].as_str().unwrap_or("asked to come back").to_owned();
+                    let code = parsed["code"].as_str().unwrap_or("the node closed the stream").to_owned();
                     return Err(Failure::Unavailable(code));
                 }
-                "weir.gap" => note(format_args!("gap: {}", block.data)),
+                "weir.gap" => note(format_args!("gap: {}", event.data)),
                 _ => {
+                    // Not earlier: a node that accepts streams and ends them at once is retried with back-off.
                     backoff.reset();
-                    out.line(&block.data)?;
+                    out.line(&event.data)?;
                     if let Some(left) = left {
                         *left -= 1;
                         if *left == 0 {
@@ -125,37 +130,37 @@ async fn stream(
     }
 }
 
-// === impl Reader ===
+// === impl SseParser ===
 
-impl Reader {
-    /// A new connection: what was half read is gone, the position stays.
+impl SseParser {
+    /// Prepares for a new connection: drops a partial event, and keeps the position.
     fn restart(&mut self) {
-        *self = Reader { id: self.id.take(), ..Reader::default() };
+        *self = SseParser { id: self.id.take(), ..SseParser::default() };
     }
 
-    /// Takes bytes until an event is complete. None when they are used up.
-    pub fn next(&mut self, from: &mut &[u8]) -> Result<Option<Block>, Failure> {
+    /// Consumes bytes until an event is complete. `None`: all bytes are consumed.
+    pub(super) fn next(&mut self, from: &mut &[u8]) -> Result<Option<SseEvent>, Failure> {
         while let Some(end) = memchr::memchr(b'\n', from) {
             self.line.extend_from_slice(&from[..end]);
             *from = &from[end + 1..];
             let line = std::mem::take(&mut self.line);
-            if let Some(block) = self.line(line.strip_suffix(b"\r").unwrap_or(&line)) {
-                return Ok(Some(block));
+            if let Some(event) = self.line(line.strip_suffix(b"\r").unwrap_or(&line)) {
+                return Ok(Some(event));
             }
         }
         self.line.extend_from_slice(from);
         *from = &[];
-        if self.line.len() + self.block.data.len() > LONGEST_LINE {
-            return Err(Failure::Failed("an event of more than 64 MiB; is this a weir?".into()));
+        if self.line.len() + self.event.data.len() > MAX_EVENT {
+            return Err(Failure::Failed("an event is larger than 64 MiB; is this a weir node?".into()));
         }
         Ok(None)
     }
 
-    fn line(&mut self, line: &[u8]) -> Option<Block> {
+    fn line(&mut self, line: &[u8]) -> Option<SseEvent> {
         if line.is_empty() {
-            let block = std::mem::take(&mut self.block);
-            // Without data there is no event, though an id counts.
-            return std::mem::take(&mut self.has_data).then_some(block);
+            let event = std::mem::take(&mut self.event);
+            // An event without data is not dispatched, but its id counts.
+            return std::mem::take(&mut self.has_data).then_some(event);
         }
         let line = String::from_utf8_lossy(line);
         let (field, value) = line.split_once(':').unwrap_or((&line, ""));
@@ -163,11 +168,11 @@ impl Reader {
         match field {
             "data" => {
                 if std::mem::replace(&mut self.has_data, true) {
-                    self.block.data.push('\n');
+                    self.event.data.push('\n');
                 }
-                self.block.data.push_str(value);
+                self.event.data.push_str(value);
             }
-            "event" => value.clone_into(&mut self.block.kind),
+            "event" => value.clone_into(&mut self.event.kind),
             "id" if !value.contains('\0') => self.id = Some(value.to_owned()),
             "retry" => self.retry = value.parse().ok().map(Duration::from_millis).or(self.retry),
             _ => {}
@@ -181,20 +186,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_cut_of_the_stream_reads_the_same() {
+    fn chunk_boundaries_do_not_matter() {
         let text = "retry: 2371\r\nid: k-1\nevent: weir.open\ndata: {}\n\n:\nid: k-2\ndata: a\ndata: b\n\n:\nid: k-3\n\ndata\n\n";
-        let block = |kind: &str, data: &str| Block { kind: kind.into(), data: data.into() };
+        let event = |kind: &str, data: &str| SseEvent { kind: kind.into(), data: data.into() };
         for cut in 0..text.len() {
-            let mut reader = Reader::default();
-            let mut blocks = Vec::new();
+            let mut parser = SseParser::default();
+            let mut events = Vec::new();
             for mut part in [&text.as_bytes()[..cut], &text.as_bytes()[cut..]] {
-                while let Some(block) = reader.next(&mut part).unwrap() {
-                    blocks.push(block);
+                while let Some(event) = parser.next(&mut part).unwrap() {
+                    events.push(event);
                 }
             }
-            assert_eq!(blocks, [block("weir.open", "{}"), block("", "a\nb"), block("", "")], "cut at {cut}");
-            assert_eq!(reader.id.as_deref(), Some("k-3"));
-            assert_eq!(reader.retry, Some(Duration::from_millis(2371)));
+            assert_eq!(events, [event("weir.open", "{}"), event("", "a\nb"), event("", "")], "cut at {cut}");
+            assert_eq!(parser.id.as_deref(), Some("k-3"));
+            assert_eq!(parser.retry, Some(Duration::from_millis(2371)));
         }
     }
 }

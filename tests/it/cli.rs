@@ -79,7 +79,7 @@ fn commands_fail_with_documented_exit_codes() {
     run(url, &["call", "nobody/there"]).fails(4, "no_provider");
     run(url, &["call", "weir/echo", "--timeout", "5"]).fails(2, "5 of what? write 5s or 5ms");
     run(url, &["frobnicate"]).fails(2, "unrecognized");
-    run(&url.replace("http:", "https:"), &["services"]).fails(4, "no TLS is spoken there");
+    run(&url.replace("http:", "https:"), &["services"]).fails(4, "the server does not speak TLS");
     // Text that looks like JSON is published with a note: the shell may have removed quotes.
     let text = run(url, &["publish", "orders", "{id:7}"]);
     assert!(text.notes.contains("not JSON"), "{}", text.notes);
@@ -103,7 +103,7 @@ async fn tail_resumes_after_a_lost_connection() {
     run(&node.url(), &["publish", "a", "3"]).ok();
     seen.push(tail.next()["data"].clone());
     proxy.disconnect();
-    tail.notes_contain("again in");
+    tail.notes_contain("retrying in");
     run(&node.url(), &["publish", "b", "4"]).ok();
     run(&node.url(), &["publish", "a", "5"]).ok();
     seen.extend([tail.next()["data"].clone(), tail.next()["data"].clone()]);
@@ -186,7 +186,7 @@ async fn provide_registers_again_after_a_lost_connection() {
     let provider = Running::start(&proxied, &["provide", "echo", "--exclusive"]);
     provider.notes_contain("providing echo");
     proxy.disconnect();
-    provider.notes_contain("again in");
+    provider.notes_contain("retrying in");
     eventually_blocking("the provider has registered again", || {
         provider.notes().matches("providing echo").count() == 2
     });

@@ -136,12 +136,12 @@ async fn a_healthy_node_has_no_problem() {
     let found = doctor(&[&format!("http://{}", weir.address)]).await;
     assert_eq!(found.code, Some(0), "{}", found.notes);
     for (check, text) in [
-        ("reach", "answers in"),
-        ("ready", "takes clients"),
+        ("reach", "responds in"),
+        ("ready", "accepts clients"),
         ("version", env!("CARGO_PKG_VERSION")),
-        ("stream", "events come"),
+        ("stream", "events arrive"),
         ("long-poll", "an event ends it"),
-        ("websocket", "a call comes back"),
+        ("websocket", "a call takes"),
         ("body", "arrive"),
     ] {
         assert_eq!(found.of(check)["state"], "ok", "{}", found.notes);
@@ -169,7 +169,7 @@ async fn unreachable_and_foreign_servers_are_reported() {
     });
     let found = doctor(&[&other]).await;
     assert_eq!(found.code, Some(4), "{}", found.notes);
-    found.is("reach", "problem", "is this a weir?");
+    found.is("reach", "problem", "is this a weir node?");
     for args in [&["--redis", "http://127.0.0.1"][..], &["--redis"]] {
         let found = doctor(args).await;
         assert_eq!(found.code, Some(2), "{}", found.notes);
@@ -181,7 +181,7 @@ async fn a_buffering_proxy_is_reported() {
     let weir = weir().await;
     let found = doctor(&[&faulty_proxy(weir.address, Fault::Buffers).await]).await;
     assert_eq!(found.code, Some(1), "{}", found.notes);
-    found.is("stream", "problem", "only when 65536 bytes more have been sent");
+    found.is("stream", "problem", "only after 65536 more bytes have been sent");
     assert!(found.of("stream")["change"].as_str().unwrap().contains("proxy_buffering off"));
     for check in ["long-poll", "websocket", "body"] {
         assert_eq!(found.of(check)["state"], "ok", "{}", found.of(check));
@@ -193,9 +193,9 @@ async fn a_proxy_with_an_idle_timeout_is_reported() {
     let weir = weir().await;
     let found = doctor(&[&faulty_proxy(weir.address, Fault::Idle).await, "--long"]).await;
     assert_eq!(found.code, Some(1), "{}", found.notes);
-    found.is("long-poll", "problem", "asked to wait for 3.0 s");
+    found.is("long-poll", "problem", "requested to wait for 3.0 s");
     for check in ["idle stream", "idle socket", "idle poll"] {
-        found.is(check, "problem", "cut off after");
+        found.is(check, "problem", "closed after");
     }
 }
 

@@ -1,25 +1,25 @@
-//! How long something takes that is done many times.
+//! Latency statistics, and durations for people.
 
 use std::{fmt, time::Duration};
 
-/// Durations, in order.
-pub struct Latency(Vec<Duration>);
+/// Sorted durations of a repeated operation.
+pub(super) struct Latency(Vec<Duration>);
 
 impl Latency {
-    pub fn of(mut taken: Vec<Duration>) -> Self {
+    pub(super) fn of(mut taken: Vec<Duration>) -> Self {
         taken.sort_unstable();
         Latency(taken)
     }
 
-    pub fn median(&self) -> Duration {
+    pub(super) fn median(&self) -> Duration {
         self.at(0.5)
     }
 
-    pub fn p99(&self) -> Duration {
+    pub(super) fn p99(&self) -> Duration {
         self.at(0.99)
     }
 
-    pub fn longest(&self) -> Duration {
+    pub(super) fn longest(&self) -> Duration {
         self.0.last().copied().unwrap_or_default()
     }
 
@@ -29,8 +29,8 @@ impl Latency {
     }
 }
 
-/// `0.21 ms`, `1.4 s`: two digits that count.
-pub struct Span(pub Duration);
+/// A duration with two significant digits: `0.21 ms`, `1.4 s`.
+pub(super) struct Span(pub(super) Duration);
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -50,13 +50,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_digits_that_count() {
+    fn spans_have_two_significant_digits() {
         let shown = [210, 1_400, 23_000, 1_360_000, 75_000_000].map(|us| Span(Duration::from_micros(us)).to_string());
         assert_eq!(shown, ["0.21 ms", "1.4 ms", "23 ms", "1.4 s", "75 s"]);
     }
 
     #[test]
-    fn order_does_not_matter() {
+    fn percentiles_do_not_depend_on_the_order() {
         let latency = Latency::of((1..=100).rev().map(Duration::from_millis).collect());
         assert_eq!((latency.median().as_millis(), latency.p99().as_millis()), (51, 100));
         assert_eq!(Latency::of(Vec::new()).p99(), Duration::ZERO);

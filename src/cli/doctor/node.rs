@@ -1,9 +1,9 @@
-//! A running node, through whatever stands before it: proxies hold streams back, cut what is silent and refuse
-//! what is large, and none of it shows in a log of weir.
+//! Examines a node through the proxies in front of it, which may buffer streams, close idle connections and reject large
+//! bodies. None of that is in a log of weir.
 
 use std::{
     collections::VecDeque,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -16,43 +16,46 @@ use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::{
-    super::{
-        Failure, Target,
-        args::Remote,
-        client::{Client, whole},
-        commands::client,
-        provide::{Socket, upgrade},
-        sse::{Block, Reader},
-    },
-    Report,
     latency::{Latency, Span},
+    report::{Report, unix_time},
+};
+use crate::{
+    cli::{
+        args::Remote,
+        client::{NodeClient, parse_response, read_body},
+        provide::{NodeSocket, upgrade},
+        request_target::RequestTarget,
+        sse::{SseEvent, SseParser},
+    },
+    duration,
+    terminal::{Failure, note},
 };
 
-/// How long an answer may take that should take no time.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// What has not come after so long is held back.
-const HELD: Duration = Duration::from_secs(5);
-/// Later than this is late, for an event or an answer.
-const LATE: Duration = Duration::from_secs(1);
-/// A stream that is held back until a buffer is full comes when so much is sent after.
+/// Timeout of requests that a node answers at once.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// An event that has not arrived after this time is buffered on the way.
+const BUFFERED: Duration = Duration::from_secs(5);
+/// A higher latency is a problem.
+const SLOW: Duration = Duration::from_secs(1);
+/// Enough bytes to fill the buffer of a proxy.
 const PADDING: usize = 64 << 10;
-/// How long the poll waits that shows whether polls may wait.
+/// The wait of the first long-poll.
 const SHORT_POLL: Duration = Duration::from_secs(3);
-/// The longest wait that weir allows, and what `--long` tries.
+/// The wait of the long-poll of `--long`: the default maximum of weir.
 const LONG_POLL: Duration = Duration::from_secs(55);
-/// Longer than the minute after which most proxies give up.
+/// How long `--long` keeps connections idle. Most proxies have an idle timeout of a minute.
 const IDLE: Duration = Duration::from_secs(75);
-/// More than the megabyte that nginx allows unless it is told.
+/// The size of the large body, in bytes: more than 1 MB, the default limit of nginx.
 const LARGE: usize = 3 << 19;
 
-const BUFFERS: &str = "something between holds responses back: turn buffering and compression off for text/event-stream \
-                       (nginx: proxy_buffering off), and let X-Accel-Buffering through to outer proxies";
-const GIVES_UP: &str = "something between gives up on what is silent: raise its idle or read timeout above 60s \
-                        (nginx: proxy_read_timeout 75s)";
+const BUFFERS: &str = "a proxy buffers responses: disable buffering and compression of text/event-stream (nginx: \
+                       proxy_buffering off), and forward X-Accel-Buffering to outer proxies";
+const CLOSES_IDLE: &str = "a proxy closes idle connections: raise its idle or read timeout above 60s (nginx: \
+                        proxy_read_timeout 75s)";
 
-/// Looks at a node. `long` also waits as long as clients do.
-pub async fn examine(remote: &Remote, long: bool, report: &mut Report<'_>) -> Result<(), Failure> {
-    let mut client = client(remote)?;
+/// Examines a node. `long`: idle connections too.
+pub(crate) async fn examine(remote: &Remote, long: bool, report: &mut Report<'_>) -> Result<(), Failure> {
+    let mut client = NodeClient::new(remote)?;
     report.of(client.base.to_string());
     reach(&mut client, report).await?;
     ready(&mut client, report).await?;
@@ -60,103 +63,105 @@ pub async fn examine(remote: &Remote, long: bool, report: &mut Report<'_>) -> Re
     clock(&mut client, report).await?;
     let channel = format!("weir.doctor.{:08x}", fastrand::u32(..));
     let mut probe = Probe { remote, client, channel, published: 0 };
-    let looked = probe.examine(long, report).await;
-    probe.leave().await;
-    looked
+    let examined = probe.examine(long, report).await;
+    probe.clean_up().await;
+    examined
 }
 
-async fn reach(client: &mut Client, report: &mut Report<'_>) -> Result<(), Failure> {
-    let target = Target::new("/health/live");
+async fn reach(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(), Failure> {
+    let target = RequestTarget::new("/health/live");
     let mut taken = Vec::new();
     for _ in 0..20 {
         let began = Instant::now();
-        if let Err(failure) = client.ask(Method::GET, &target, None, PATIENCE).await {
-            let (reason, change) = match &failure {
-                Failure::Unavailable(reason) => (reason, "start it, or name the URL where clients reach it"),
-                Failure::Failed(reason) | Failure::Refused(reason) | Failure::Usage(reason) => {
-                    (reason, "something answers there, but not as weir does: is a path missing in the URL?")
+        if let Err(error) = client.fetch(Method::GET, &target, None, RESPONSE_TIMEOUT).await {
+            let (reason, change) = match &error {
+                Failure::Unavailable(reason) => (reason, "start it, or use the URL of its clients"),
+                Failure::Failed(reason) | Failure::Rejected(reason) | Failure::Usage(reason) => {
+                    (reason, "another server responds: is the path of the URL correct?")
                 }
-                Failure::OutputClosed => return Err(failure),
+                Failure::OutputClosed => return Err(error),
             };
             report.problem("reach", reason, change)?;
-            return Err(Failure::Unavailable("there is nothing to look at".into()));
+            return Err(Failure::Unavailable("there is no node to examine".into()));
         }
         taken.push(began.elapsed());
     }
-    // The first has opened the connection.
+    // The first request opened the connection.
     let opening = taken.remove(0);
     let latency = Latency::of(taken);
     let found = format!(
-        "answers in {}, the slowest of 20 in {}; the first took {}",
+        "responds in {}, the slowest of 20 in {}; the first took {}",
         Span(latency.median()),
         Span(latency.longest()),
         Span(opening)
     );
-    match latency.median() > LATE / 4 {
-        true => report.advice("reach", found, "every publish and call takes at least so long: go nearer to it"),
+    match latency.median() > SLOW / 4 {
+        true => {
+            report.advice("reach", found, "every publish and call has this latency: run clients nearer to the node")
+        }
         false => report.ok("reach", found),
     }
 }
 
-async fn ready(client: &mut Client, report: &mut Report<'_>) -> Result<(), Failure> {
-    match client.ask(Method::GET, &Target::new("/health/ready"), None, PATIENCE).await {
-        Ok(_) => report.ok("ready", "takes clients"),
-        Err(Failure::Unavailable(reason) | Failure::Refused(reason) | Failure::Failed(reason)) => {
-            report.problem("ready", format!("takes no clients: {reason}"), "see the node's log; it may be leaving")
-        }
+async fn ready(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(), Failure> {
+    match client.fetch(Method::GET, &RequestTarget::new("/health/ready"), None, RESPONSE_TIMEOUT).await {
+        Ok(_) => report.ok("ready", "accepts clients"),
+        Err(Failure::Unavailable(reason) | Failure::Rejected(reason) | Failure::Failed(reason)) => report.problem(
+            "ready",
+            format!("does not accept clients: {reason}"),
+            "see the log of the node; it may be shutting down",
+        ),
         Err(other) => Err(other),
     }
 }
 
-async fn version(client: &mut Client, report: &mut Report<'_>) -> Result<(), Failure> {
+async fn version(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(), Failure> {
     const OURS: &str = env!("CARGO_PKG_VERSION");
-    let answer = client.ask(Method::GET, &Target::new("/openapi.json"), None, PATIENCE).await;
-    let document: Value = match answer {
+    let response = client.fetch(Method::GET, &RequestTarget::new("/openapi.json"), None, RESPONSE_TIMEOUT).await;
+    let document: Value = match response {
         Ok(Some(document)) => serde_json::from_str(document.get()).unwrap_or_default(),
         _ => Value::Null,
     };
     match document["info"]["version"].as_str() {
         Some(OURS) => report.ok("version", format!("weir {OURS}")),
-        Some(theirs) => report.ok("version", format!("weir {theirs}; this command is of {OURS}")),
-        None => report.advice("version", "it does not say", "let /openapi.json through"),
+        Some(theirs) => report.ok("version", format!("weir {theirs}; this command is version {OURS}")),
+        None => report.advice("version", "unknown", "let proxies forward /openapi.json"),
     }
 }
 
-async fn clock(client: &mut Client, report: &mut Report<'_>) -> Result<(), Failure> {
-    let target = Target::new("/v1/services/weir/time");
-    let (began, before) = (Instant::now(), unix());
-    let answer = match client.ask(Method::POST, &target, None, PATIENCE).await {
-        Ok(answer) => answer,
-        Err(failure) => return refused("clock", failure, "call weir/time", report),
+async fn clock(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(), Failure> {
+    let target = RequestTarget::new("/v1/services/weir/time");
+    let (began, requested) = (Instant::now(), unix_time());
+    let response = match client.fetch(Method::POST, &target, None, RESPONSE_TIMEOUT).await {
+        Ok(response) => response,
+        Err(error) => return rejected("clock", error, "call weir/time", report),
     };
     let taken = began.elapsed();
-    let answer: Value = answer.and_then(|answer| serde_json::from_str(answer.get()).ok()).unwrap_or_default();
-    let Some(theirs) = answer["time"].as_u64() else {
-        return report.advice("clock", "it does not say what time it is", "let /v1/services/weir/time through");
+    let result: Value = response.and_then(|result| serde_json::from_str(result.get()).ok()).unwrap_or_default();
+    let Some(theirs) = result["time"].as_u64() else {
+        return report.advice("clock", "unknown", "let proxies forward /v1/services/weir/time");
     };
-    let theirs = Duration::from_millis(theirs);
-    let ours = before + taken / 2;
-    super::clock("the node's clock", theirs, ours, taken, report)
+    report.clock("the clock of the node", Duration::from_millis(theirs), requested, taken)
 }
 
-/// What we may not do is no failure of the node, but has not been looked at either.
-fn refused(check: &str, failure: Failure, what: &str, report: &mut Report<'_>) -> Result<(), Failure> {
-    match failure {
-        Failure::Refused(reason) if reason.starts_with("unauthorized") || reason.starts_with("token_expired") => {
-            Err(Failure::Refused(format!("{reason}; --token gives one")))
+/// Reports an error of a request. A missing permission is not a problem of the node, but it prevents the check.
+fn rejected(check: &str, error: Failure, permission: &str, report: &mut Report<'_>) -> Result<(), Failure> {
+    match error {
+        Failure::Rejected(reason) if reason.starts_with("unauthorized") || reason.starts_with("token_expired") => {
+            Err(Failure::Rejected(format!("{reason}; pass credentials with --token")))
         }
-        Failure::Refused(reason) => report.advice(check, reason, format!("with a token that may {what}, more is seen")),
+        Failure::Rejected(reason) => report.advice(check, reason, format!("use a token that permits to {permission}")),
         Failure::Unavailable(reason) | Failure::Failed(reason) => {
-            report.problem(check, reason, "see the node's log, and that of what stands before it")
+            report.problem(check, reason, "see the logs of the node and of its proxies")
         }
         other => Err(other),
     }
 }
 
-/// What is looked at on a channel that is ours alone.
+/// The checks that use a channel, which has a random name.
 struct Probe<'a> {
     remote: &'a Remote,
-    client: Client,
+    client: NodeClient,
     channel: String,
     published: u64,
 }
@@ -170,11 +175,11 @@ impl Probe<'_> {
         if long { self.idle(report).await } else { Ok(()) }
     }
 
-    /// Nothing of ours stays behind. A token that may not delete leaves what retention takes.
-    async fn leave(&mut self) {
+    /// Deletes the events. If the token does not permit that, retention deletes them.
+    async fn clean_up(&mut self) {
         if self.published > 0 {
-            let target = Target::new("/v1/events").query("channel", &self.channel);
-            let _ = self.client.ask(Method::DELETE, &target, None, PATIENCE).await;
+            let target = RequestTarget::new("/v1/events").query("channel", &self.channel);
+            let _ = self.client.fetch(Method::DELETE, &target, None, RESPONSE_TIMEOUT).await;
         }
     }
 
@@ -182,29 +187,30 @@ impl Probe<'_> {
         let number = self.published + 1;
         let event = json!({ "channel": self.channel, "data": { "n": number, "padding": ".".repeat(padding) } });
         let body = event.to_string().into_bytes();
-        self.client.ask(Method::POST, &Target::new("/v1/events"), Some(body), PATIENCE).await?;
+        self.client.fetch(Method::POST, &RequestTarget::new("/v1/events"), Some(body), RESPONSE_TIMEOUT).await?;
         self.published = number;
         Ok(number)
     }
 
-    /// How long a stream takes to begin, and each event to come: whatever buffers shows here.
+    /// Measures when a stream begins and how long each event takes, which shows buffering proxies.
     async fn stream(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
         let began = Instant::now();
-        let mut stream = match Stream::open(self.remote, &self.channel).await {
+        let mut stream = match ProbeStream::open(self.remote, &self.channel).await {
             Ok(stream) => stream,
-            Err(failure) => return refused("stream", failure, "subscribe to weir.doctor.*", report),
+            Err(error) => return rejected("stream", error, "subscribe to weir.doctor.*", report),
         };
         if let Some(encoding) = &stream.encoding {
-            return report.problem("stream", format!("compressed on its way ({encoding})"), BUFFERS);
+            return report.problem("stream", format!("compressed by a proxy ({encoding})"), BUFFERS);
         }
-        match timeout(HELD, stream.next()).await {
-            Ok(Ok(block)) if block.kind == "weir.open" => {}
-            Ok(Ok(block)) => {
-                return report.problem("stream", format!("begins with {:?}", block.kind), "is the node overloaded?");
+        match timeout(BUFFERED, stream.next()).await {
+            Ok(Ok(event)) if event.kind == "weir.open" => {}
+            Ok(Ok(event)) => {
+                return report.problem("stream", format!("begins with {:?}", event.kind), "is the node overloaded?");
             }
             Ok(Err(reason)) => return report.problem("stream", reason, BUFFERS),
             Err(_) => {
-                let found = format!("nothing comes within {}, though the first bytes are sent at once", Span(HELD));
+                let found =
+                    format!("no event within {}, although the node sends the first one at once", Span(BUFFERED));
                 return report.problem("stream", found, BUFFERS);
             }
         }
@@ -214,131 +220,133 @@ impl Probe<'_> {
             let began = Instant::now();
             let number = match self.publish(0).await {
                 Ok(number) => number,
-                Err(failure) => {
+                Err(error) => {
                     report.ok("stream", format!("begins after {}", Span(first)))?;
-                    return refused("events", failure, "publish to weir.doctor.*", report);
+                    return rejected("events", error, "publish to weir.doctor.*", report);
                 }
             };
             match stream.event(number).await {
                 Ok(()) => taken.push(began.elapsed()),
-                Err(Some(reason)) => return report.problem("stream", reason, GIVES_UP),
-                Err(None) => return self.held(stream, number, report).await,
+                Err(Some(reason)) => return report.problem("stream", reason, CLOSES_IDLE),
+                Err(None) => return self.buffered(stream, number, report).await,
             }
-            // Apart from each other: a proxy that waits a little for more would otherwise have it at once.
+            // With pauses, because the next event would flush the buffer of a proxy that delays small writes.
             sleep(Duration::from_millis(50)).await;
         }
         let latency = Latency::of(taken);
         let found = format!(
-            "begins after {}; events come {} after they are published, the slowest after {}",
+            "begins after {}; events arrive {} after they are published, the slowest after {}",
             Span(first),
             Span(latency.median()),
             Span(latency.longest())
         );
-        match latency.median() > LATE {
+        match latency.median() > SLOW {
             true => report.problem("stream", found, BUFFERS),
             false => report.ok("stream", found),
         }
     }
 
-    /// An event has not come. Does it, if more is sent?
-    async fn held(&mut self, mut stream: Stream, number: u64, report: &mut Report<'_>) -> Result<(), Failure> {
-        if let Err(failure) = self.publish(PADDING).await {
-            return refused("stream", failure, "publish to weir.doctor.*", report);
+    /// Reports an event that has not arrived: it may be in a buffer that more bytes flush.
+    async fn buffered(&mut self, mut stream: ProbeStream, number: u64, report: &mut Report<'_>) -> Result<(), Failure> {
+        if let Err(error) = self.publish(PADDING).await {
+            return rejected("stream", error, "publish to weir.doctor.*", report);
         }
-        let removed = if stream.unbuffered { "" } else { "; X-Accel-Buffering was removed on the way" };
+        let removed = if stream.unbuffered { "" } else { "; a proxy removed X-Accel-Buffering" };
         let found = match stream.event(number).await {
-            Ok(()) => format!("an event comes only when {PADDING} bytes more have been sent{removed}"),
-            Err(_) => format!("an event does not come within {}{removed}", Span(HELD)),
+            Ok(()) => format!("an event arrives only after {PADDING} more bytes have been sent{removed}"),
+            Err(_) => format!("an event does not arrive within {}{removed}", Span(BUFFERED)),
         };
         report.problem("stream", found, BUFFERS)
     }
 
-    /// A poll waits as long as it asks for, and ends when there is something.
+    /// A long-poll must wait as long as it requests, and end at the first event.
     async fn poll(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
         let began = Instant::now();
-        let next = match self.ask_to_wait(SHORT_POLL).await {
+        let next = match self.long_poll(SHORT_POLL).await {
             Ok(next) => next,
             Err(Failure::Unavailable(reason) | Failure::Failed(reason)) => {
                 let found =
-                    format!("asked to wait for {}, after {}: {reason}", Span(SHORT_POLL), Span(began.elapsed()));
-                return report.problem("long-poll", found, GIVES_UP);
+                    format!("requested to wait for {}, after {}: {reason}", Span(SHORT_POLL), Span(began.elapsed()));
+                return report.problem("long-poll", found, CLOSES_IDLE);
             }
-            Err(other) => return refused("long-poll", other, "subscribe to weir.doctor.*", report),
+            Err(other) => return rejected("long-poll", other, "subscribe to weir.doctor.*", report),
         };
         let waited = began.elapsed();
         if waited < SHORT_POLL * 9 / 10 {
-            let found = format!("asked to wait for {}, it ends after {}", Span(SHORT_POLL), Span(waited));
-            return report.problem("long-poll", found, "is the node leaving, or does something between answer for it?");
+            let found = format!("requested to wait for {}, it ends after {}", Span(SHORT_POLL), Span(waited));
+            return report.problem("long-poll", found, "is the node shutting down, or does a proxy respond for it?");
         }
         if self.published == 0 {
-            return report.ok("long-poll", format!("waits as long as it is asked to ({})", Span(SHORT_POLL)));
+            return report.ok("long-poll", format!("waits as long as requested ({})", Span(SHORT_POLL)));
         }
-        let mut other = client(self.remote)?;
-        let target = Target::new("/v1/events").query("channel", &self.channel).query("after", next);
+        let mut other = NodeClient::new(self.remote)?;
+        let target = RequestTarget::new("/v1/events").query("channel", &self.channel).query("after", next);
         let target = target.query("wait", "10s");
         let publish = async {
-            // The poll should be waiting by then; if it is not, it answers even sooner.
+            // By then the long-poll should be waiting; if it is not, it ends even sooner.
             sleep(Duration::from_millis(200)).await;
             let began = Instant::now();
             self.publish(0).await.map(|_| began)
         };
-        let (answer, began) = tokio::join!(other.ask(Method::GET, &target, None, 2 * PATIENCE), publish);
-        let (Ok(_), Ok(began)) = (&answer, began) else {
-            return match answer {
-                Err(failure) => refused("long-poll", failure, "read weir.doctor.*", report),
-                Ok(_) => report.advice("long-poll", "nothing could be published to it", "try again"),
+        let (response, began) = tokio::join!(other.fetch(Method::GET, &target, None, 2 * RESPONSE_TIMEOUT), publish);
+        let (Ok(_), Ok(began)) = (&response, began) else {
+            return match response {
+                Err(error) => rejected("long-poll", error, "read weir.doctor.*", report),
+                Ok(_) => report.advice("long-poll", "no event could be published to it", "try again"),
             };
         };
         let taken = began.elapsed();
-        let found = format!("waits as long as it is asked to; an event ends it after {}", Span(taken));
-        match taken > HELD {
+        let found = format!("waits as long as requested; an event ends it after {}", Span(taken));
+        match taken > BUFFERED {
             true => report.problem("long-poll", found, BUFFERS),
             false => report.ok("long-poll", found),
         }
     }
 
-    /// A poll that nothing ends. Answers where it stands.
-    async fn ask_to_wait(&self, wait: Duration) -> Result<String, Failure> {
-        let target = Target::new("/v1/events").query("channel", &self.channel).query("after", "now");
-        let target = target.query("wait", crate::duration::format(wait));
-        let answer = client(self.remote)?.ask(Method::GET, &target, None, wait + PATIENCE).await?;
-        let page: Value = answer.and_then(|page| serde_json::from_str(page.get()).ok()).unwrap_or_default();
+    /// A long-poll without an event. Returns its position.
+    async fn long_poll(&self, wait: Duration) -> Result<String, Failure> {
+        let target = RequestTarget::new("/v1/events").query("channel", &self.channel).query("after", "now");
+        let target = target.query("wait", duration::format(wait));
+        let response = NodeClient::new(self.remote)?.fetch(Method::GET, &target, None, wait + RESPONSE_TIMEOUT).await?;
+        let page: Value = response.and_then(|page| serde_json::from_str(page.get()).ok()).unwrap_or_default();
         let next = page["next"].as_str().map(ToOwned::to_owned);
-        next.ok_or_else(|| Failure::Failed("not the answer that a weir gives to a poll".into()))
+        next.ok_or_else(|| Failure::Failed("unexpected response to a long-poll; is this a weir node?".into()))
     }
 
     async fn socket(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
-        const PASS: &str = "let WebSockets through to /v1/ws (nginx: proxy_http_version 1.1, and the headers Upgrade and \
-                            Connection passed on)";
+        const FORWARD: &str = "forward WebSockets to /v1/ws (nginx: proxy_http_version 1.1, and the headers Upgrade and \
+                               Connection)";
         let began = Instant::now();
-        let opened = timeout(PATIENCE, upgrade(&self.client)).await;
+        let opened = timeout(RESPONSE_TIMEOUT, upgrade(&self.client)).await;
         let mut socket = match opened {
             Ok(Ok(socket)) => socket,
-            Ok(Err(Failure::Refused(reason))) if reason.starts_with("upgrade_required") => {
-                return report.problem("websocket", "the request arrives without its Upgrade header", PASS);
+            Ok(Err(Failure::Rejected(reason))) if reason.starts_with("upgrade_required") => {
+                return report.problem("websocket", "the request arrives without its Upgrade header", FORWARD);
             }
-            Ok(Err(Failure::Refused(reason))) if reason.starts_with("unauthorized") => {
-                return refused("websocket", Failure::Refused(reason), "connect", report);
+            Ok(Err(Failure::Rejected(reason))) if reason.starts_with("unauthorized") => {
+                return rejected("websocket", Failure::Rejected(reason), "connect", report);
             }
-            Ok(Err(Failure::Refused(reason) | Failure::Unavailable(reason) | Failure::Failed(reason))) => {
-                return report.problem("websocket", reason, PASS);
+            Ok(Err(Failure::Rejected(reason) | Failure::Unavailable(reason) | Failure::Failed(reason))) => {
+                return report.problem("websocket", reason, FORWARD);
             }
             Ok(Err(other)) => return Err(other),
-            Err(_) => return report.problem("websocket", format!("no answer within {}", Span(PATIENCE)), PASS),
+            Err(_) => {
+                return report.problem("websocket", format!("no response within {}", Span(RESPONSE_TIMEOUT)), FORWARD);
+            }
         };
         let opening = began.elapsed();
         let mut taken = Vec::new();
         for number in 0..20 {
             let began = Instant::now();
             if let Err(reason) = echo(&mut socket, number).await {
-                return report.problem("websocket", format!("opens after {}, then: {reason}", Span(opening)), PASS);
+                return report.problem("websocket", format!("opens after {}, then: {reason}", Span(opening)), FORWARD);
             }
             taken.push(began.elapsed());
         }
         let latency = Latency::of(taken);
-        let _ = timeout(LATE, socket.close(None)).await;
+        let _ = timeout(SLOW, socket.close(None)).await;
         let found = format!(
-            "opens after {}; a call comes back after {}, the slowest of 20 after {}",
+            "opens after {}; a call takes {}, the slowest of 20 {}",
             Span(opening),
             Span(latency.median()),
             Span(latency.longest())
@@ -346,39 +354,40 @@ impl Probe<'_> {
         report.ok("websocket", found)
     }
 
-    /// A body that weir refuses once it has it, so that nothing is placed: who refuses it sooner stands between.
+    /// Sends a large body that weir rejects after it has received all of it, so that no event is stored. An earlier rejection
+    /// comes from a proxy.
     async fn large(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
         let mut body = vec![b' '; LARGE];
         body.extend_from_slice(b"?");
-        let request = self.client.request(Method::POST, &Target::new("/v1/events"));
+        let request = self.client.request(Method::POST, &RequestTarget::new("/v1/events"));
         let request = request.header(header::CONTENT_TYPE, "application/json").body(Full::new(Bytes::from(body)));
         let request = request.map_err(|error| Failure::Failed(error.to_string()))?;
-        let mut client = client(self.remote)?;
-        let answer = async {
+        let mut client = NodeClient::new(self.remote)?;
+        let exchange = async {
             let response = client.send(request).await?;
             let status = response.status().as_u16();
-            Ok::<_, Failure>((status, whole(response.into_body()).await?))
+            Ok::<_, Failure>((status, read_body(response.into_body()).await?))
         };
-        let change = "let bodies of 8 MB through, or publish less at a time (nginx: client_max_body_size 9m)";
-        let found = match timeout(PATIENCE, answer).await {
+        let change = "permit bodies of 8 MB, or publish smaller batches (nginx: client_max_body_size 9m)";
+        let found = match timeout(RESPONSE_TIMEOUT, exchange).await {
             Ok(Ok((status, body))) => {
                 let problem: Value = serde_json::from_slice(&body).unwrap_or_default();
                 if problem["code"].is_string() {
                     return report.ok("body", format!("{LARGE} bytes arrive"));
                 }
-                format!("HTTP status {status} for {LARGE} bytes, and it is not weir that says so")
+                format!("HTTP status {status} for {LARGE} bytes, not from weir")
             }
             Ok(Err(_)) => format!("the connection ends at {LARGE} bytes"),
-            Err(_) => format!("no answer to {LARGE} bytes within {}", Span(PATIENCE)),
+            Err(_) => format!("no response to {LARGE} bytes within {}", Span(RESPONSE_TIMEOUT)),
         };
         report.problem("body", found, change)
     }
 
-    /// What clients do most of the time: nothing.
+    /// Keeps connections idle, as clients do most of the time.
     async fn idle(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
-        super::super::note(format_args!("waiting for {} to see what is cut off", Span(IDLE)));
+        note(format_args!("waiting for {} to detect idle timeouts", Span(IDLE)));
         let stream = async {
-            let mut stream = Stream::open(self.remote, &self.channel).await.ok()?;
+            let mut stream = ProbeStream::open(self.remote, &self.channel).await.ok()?;
             Some(stream.idle().await)
         };
         let socket = async {
@@ -390,43 +399,44 @@ impl Probe<'_> {
         };
         let poll = async {
             let began = Instant::now();
-            (self.ask_to_wait(LONG_POLL).await, began.elapsed())
+            (self.long_poll(LONG_POLL).await, began.elapsed())
         };
         let (stream, socket, (poll, polled)) = tokio::join!(stream, socket, poll);
         match stream {
-            Some(Idle { lasted, silence, .. }) if lasted >= IDLE => {
+            Some(IdleStream { lasted, silence, .. }) if lasted >= IDLE => {
                 report.ok("idle stream", format!("stays open; longest silence {}", Span(silence)))?;
             }
-            Some(Idle { lasted, last, .. }) => {
-                let found = format!("cut off after {}, {} after the last heartbeat", Span(lasted), Span(last));
-                report.problem("idle stream", found, GIVES_UP)?;
+            Some(IdleStream { lasted, last, .. }) => {
+                let found = format!("closed after {}, {} after the last heartbeat", Span(lasted), Span(last));
+                report.problem("idle stream", found, CLOSES_IDLE)?;
             }
-            None => report.advice("idle stream", "could not be opened", "see above")?,
+            None => report.advice("idle stream", "could not be opened", "see the findings above")?,
         }
         match socket {
             Some((_, true)) => report.ok("idle socket", "stays open")?,
             Some((lasted, false)) => {
-                report.problem("idle socket", format!("cut off after {}", Span(lasted)), GIVES_UP)?;
+                report.problem("idle socket", format!("closed after {}", Span(lasted)), CLOSES_IDLE)?;
             }
-            None => report.advice("idle socket", "could not be opened", "see above")?,
+            None => report.advice("idle socket", "could not be opened", "see the findings above")?,
         }
         match poll {
-            Ok(_) => report.ok("idle poll", format!("answered after {}", Span(polled))),
-            Err(_) => report.problem("idle poll", format!("cut off after {}", Span(polled)), GIVES_UP),
+            Ok(_) => report.ok("idle poll", format!("ends after {}", Span(polled))),
+            Err(_) => report.problem("idle poll", format!("closed after {}", Span(polled)), CLOSES_IDLE),
         }
     }
 }
 
-async fn echo(socket: &mut Socket, number: u32) -> Result<(), String> {
+/// Calls `weir/echo` over the WebSocket.
+async fn echo(socket: &mut NodeSocket, number: u32) -> Result<(), String> {
     let request = json!({ "jsonrpc": "2.0", "id": number, "method": "weir/echo", "params": [number] });
     let exchange = async {
         socket.send(Message::text(request.to_string())).await.map_err(|error| error.to_string())?;
         loop {
             match socket.next().await {
                 Some(Ok(Message::Text(text))) => {
-                    let answer: Value = serde_json::from_str(&text).unwrap_or_default();
-                    if answer["id"] == number {
-                        // Also if it is not ours to call: there and back it went.
+                    let response: Value = serde_json::from_str(&text).unwrap_or_default();
+                    if response["id"] == number {
+                        // An error `forbidden` is a response, too.
                         return Ok(());
                     }
                 }
@@ -436,63 +446,62 @@ async fn echo(socket: &mut Socket, number: u32) -> Result<(), String> {
             }
         }
     };
-    timeout(HELD, exchange).await.unwrap_or_else(|_| Err(format!("no answer within {}", Span(HELD))))
+    timeout(BUFFERED, exchange).await.unwrap_or_else(|_| Err(format!("no response within {}", Span(BUFFERED))))
 }
 
-// === Stream ===
+// === ProbeStream ===
 
-/// One stream of server-sent events. It does not come back when it ends.
-struct Stream {
+/// A stream of server-sent events that is not resumed when it ends.
+struct ProbeStream {
     body: Incoming,
-    reader: Reader,
-    ready: VecDeque<Block>,
+    parser: SseParser,
+    ready: VecDeque<SseEvent>,
     encoding: Option<String>,
-    /// What tells proxies not to hold it back has come through.
+    /// The header that disables the buffering of proxies has arrived.
     unbuffered: bool,
 }
 
-/// A stream on which nothing happened.
-struct Idle {
+/// The result of an idle stream.
+struct IdleStream {
     lasted: Duration,
-    /// The longest time without a byte, and the time without one before its end.
+    /// The longest time without a byte, and the time between the last byte and the end.
     silence: Duration,
     last: Duration,
 }
 
-impl Stream {
+impl ProbeStream {
     async fn open(remote: &Remote, channel: &str) -> Result<Self, Failure> {
-        let mut client = client(remote)?;
-        let request = client.request(Method::GET, &Target::new("/v1/sse").query("channel", channel));
-        // As browsers ask.
+        let mut client = NodeClient::new(remote)?;
+        let request = client.request(Method::GET, &RequestTarget::new("/v1/sse").query("channel", channel));
+        // The headers of a browser.
         let request = request.header(header::ACCEPT, "text/event-stream").header(header::ACCEPT_ENCODING, "gzip, br");
         let request = request.body(Full::new(Bytes::new())).map_err(|error| Failure::Usage(error.to_string()))?;
-        let response: Response<Incoming> = match timeout(PATIENCE, client.send(request)).await {
+        let response: Response<Incoming> = match timeout(RESPONSE_TIMEOUT, client.send(request)).await {
             Ok(response) => response?,
-            Err(_) => return Err(Failure::Unavailable(format!("not even a head within {}", Span(PATIENCE)))),
+            Err(_) => return Err(Failure::Unavailable(format!("no response within {}", Span(RESPONSE_TIMEOUT)))),
         };
         let status = response.status().as_u16();
         let value = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(ToOwned::to_owned);
         let encoding = value(header::CONTENT_ENCODING).filter(|encoding| encoding != "identity");
         let unbuffered = response.headers().contains_key("x-accel-buffering");
         if status != 200 {
-            let body = whole(response.into_body()).await?;
-            super::super::client::answer(status, &body)?;
-            return Err(Failure::Failed(format!("HTTP status {status} where a stream should be")));
+            parse_response(status, &read_body(response.into_body()).await?)?;
+            return Err(Failure::Failed(format!("HTTP status {status} instead of a stream")));
         }
         let body = response.into_body();
-        Ok(Stream { body, reader: Reader::default(), ready: VecDeque::new(), encoding, unbuffered })
+        Ok(ProbeStream { body, parser: SseParser::default(), ready: VecDeque::new(), encoding, unbuffered })
     }
 
-    /// Waits for bytes. Not for an event: heartbeats are bytes, too.
+    /// Waits for bytes, which may be a heartbeat.
     async fn bytes(&mut self) -> Result<(), String> {
         match self.body.frame().await {
             Some(Ok(frame)) => {
                 let mut rest = frame.data_ref().map(AsRef::as_ref).unwrap_or_default();
                 loop {
-                    match self.reader.next(&mut rest) {
-                        Ok(Some(block)) => self.ready.push_back(block),
+                    match self.parser.next(&mut rest) {
+                        Ok(Some(event)) => self.ready.push_back(event),
                         Ok(None) => return Ok(()),
-                        Err(_) => return Err("not a stream of events".into()),
+                        Err(_) => return Err("not a stream of server-sent events".into()),
                     }
                 }
             }
@@ -501,42 +510,37 @@ impl Stream {
         }
     }
 
-    async fn next(&mut self) -> Result<Block, String> {
+    async fn next(&mut self) -> Result<SseEvent, String> {
         loop {
-            if let Some(block) = self.ready.pop_front() {
-                return Ok(block);
+            if let Some(event) = self.ready.pop_front() {
+                return Ok(event);
             }
             self.bytes().await?;
         }
     }
 
-    /// Waits for the event of this number. `Err(None)` if it does not come.
+    /// Waits for the event of this number. `Err(None)` if it does not arrive in time.
     async fn event(&mut self, number: u64) -> Result<(), Option<String>> {
         let wait = async {
             loop {
-                let block = self.next().await?;
-                let event: Value = serde_json::from_str(&block.data).unwrap_or_default();
+                let event = self.next().await?;
+                let event: Value = serde_json::from_str(&event.data).unwrap_or_default();
                 if event["data"]["n"] == number {
                     return Ok(());
                 }
             }
         };
-        timeout(HELD, wait).await.map_err(|_| None)?.map_err(Some)
+        timeout(BUFFERED, wait).await.map_err(|_| None)?.map_err(Some)
     }
 
-    async fn idle(&mut self) -> Idle {
+    async fn idle(&mut self) -> IdleStream {
         let began = Instant::now();
-        let mut heard = began;
+        let mut last = began;
         let mut silence = Duration::ZERO;
         while let Ok(Ok(())) = timeout(IDLE.saturating_sub(began.elapsed()), self.bytes()).await {
-            silence = silence.max(heard.elapsed());
-            heard = Instant::now();
+            silence = silence.max(last.elapsed());
+            last = Instant::now();
         }
-        Idle { lasted: began.elapsed(), silence: silence.max(heard.elapsed()), last: heard.elapsed() }
+        IdleStream { lasted: began.elapsed(), silence: silence.max(last.elapsed()), last: last.elapsed() }
     }
-}
-
-/// Since 1970.
-pub fn unix() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }

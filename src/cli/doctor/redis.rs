@@ -19,8 +19,11 @@ use self::{
     error::{is_rejected, reason, remedy},
     server::{ExaminedServer, ServerRole},
 };
-use super::{super::Failure, Report};
-use crate::backend::redis::client::{Address, RedisUrl, TopologyKind};
+use super::report::Report;
+use crate::{
+    backend::redis::client::{Address, RedisUrl, TopologyKind},
+    terminal::Failure,
+};
 
 /// How long a server without TLS may take to reply.
 const PLAIN: Duration = Duration::from_secs(2);
@@ -46,7 +49,7 @@ async fn reach(url: &RedisUrl, address: &Address, report: &mut Report<'_>) -> Re
         Err(error) => {
             unreachable(url, address, &error, "reach", remedy(&error), report).await?;
             Err(match is_rejected(&error) {
-                true => Failure::Refused("Redis rejects the credentials".into()),
+                true => Failure::Rejected("Redis rejects the credentials".into()),
                 false => Failure::Unavailable("there is no server to examine".into()),
             })
         }
@@ -92,15 +95,15 @@ async fn sentinel(
         );
         let able: Result<Value, RedisError> = server.ask(cmd("SENTINEL").arg("CKQUORUM").arg(name)).await;
         if field("flags") != "master" {
-            report.problem("sentinel", found, "the master is down for this sentinel: see its log")?;
+            report.problem("sentinel", found, "this sentinel considers the master to be down: see its log")?;
         } else if let Err(error) = able {
             report.problem(
                 "sentinel",
                 format!("{found}; {}", reason(&error)),
-                "no failover is possible: start more",
+                "failover is impossible: start more sentinels",
             )?;
         } else if replicas == 0 {
-            report.problem("sentinel", found, "there is nothing to fail over to: add a replica")?;
+            report.problem("sentinel", found, "failover is impossible: add a replica")?;
         } else if others < 2 {
             report.advice("sentinel", found, "three sentinels on three machines survive the loss of one")?;
         } else {
@@ -135,7 +138,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
             }
             Err(error) if is_rejected(&error) => {
                 report.problem("reach", reason(&error), remedy(&error))?;
-                return Err(Failure::Refused("Redis rejects the credentials".into()));
+                return Err(Failure::Rejected("Redis rejects the credentials".into()));
             }
             Err(error) => unreachable(url, address, &error, "reach", UNREACHABLE, report).await?,
         }
@@ -146,7 +149,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
     let known: String = match server.ask(cmd("CLUSTER").arg("INFO")).await {
         Ok(known) => known,
         Err(error) => {
-            report.problem("cluster", reason(&error), "write redis:// if it is no cluster")?;
+            report.problem("cluster", reason(&error), "use redis:// if it is not a cluster")?;
             return Ok(());
         }
     };
@@ -161,7 +164,11 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
         let change = "channels in slots without a server are unavailable: see `redis-cli --cluster check`";
         report.problem("cluster", found, change)?;
     } else if failing > 0 {
-        report.problem("cluster", format!("{found}; {failing} failing"), "start what has failed, or forget it")?;
+        report.problem(
+            "cluster",
+            format!("{found}; {failing} failing"),
+            "restart the failed nodes, or remove them (CLUSTER FORGET)",
+        )?;
     } else {
         report.ok("cluster", found)?;
     }
@@ -175,7 +182,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
         report.advice(
             "cluster",
             found,
-            "without one, the channels of a lost master are unavailable until it is back",
+            "without one, the channels of a failed master are unavailable until it is restarted",
         )?;
     }
     for master in masters.iter().filter(|master| !master.failing) {
@@ -189,7 +196,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
     Ok(())
 }
 
-const UNREACHABLE: &str = "start it, or take it out of the URL";
+const UNREACHABLE: &str = "start it, or remove it from the URL";
 
 /// Reports why there is no connection, as far as that can be known.
 async fn unreachable(
@@ -202,8 +209,8 @@ async fn unreachable(
 ) -> Result<(), Failure> {
     // A server without TLS takes the handshake for an incomplete command, so the connection only times out.
     if url.tls && !is_rejected(error) && is_plain(address).await {
-        let change = "leave out the s of rediss, or name the port where it speaks TLS (tls-port)";
-        return report.problem(check, "it replies, but does not speak TLS", change);
+        let change = "use redis:// instead of rediss://, or the TLS port (tls-port)";
+        return report.problem(check, "the server responds, but does not speak TLS", change);
     }
     report.problem(check, reason(error), change)
 }
@@ -215,6 +222,6 @@ async fn is_plain(address: &Address) -> bool {
         socket.write_all(b"PING\r\n").await?;
         socket.read_u8().await
     };
-    // +PONG, or an error that it wants a password.
+    // +PONG, or an error that authentication is required.
     matches!(timeout(PLAIN, ask).await, Ok(Ok(b'+' | b'-')))
 }

@@ -13,7 +13,6 @@ mod target;
 use std::collections::BTreeMap;
 
 use clap::{Args as _, FromArgMatches as _};
-use serde::Serialize;
 
 use self::{
     args::ImportArgs,
@@ -66,26 +65,25 @@ async fn import(
     out: &mut Output,
 ) -> Result<(), Failure> {
     let mut imports = Vec::new();
-    let mut refused = Vec::new();
+    let mut rejected = Vec::new();
     let mut unfit = Vec::new();
     for (name, counter) in &survey.channels {
         match Channel::parse(name).and_then(|channel| channel.writable().map(|()| channel)) {
             Ok(channel) => match ChannelImport::prepare(source, target, channel, *counter, args.allow_trim).await? {
                 Ok(one) => imports.push(one),
-                Err(reason) => refused.push(reason),
+                Err(reason) => rejected.push(reason),
             },
             Err(error) => unfit.push(format!("channel {name:?}: {}", error.detail())),
         }
     }
-    if !refused.is_empty() {
-        return Err(Failure::Refused(format!("nothing was written:\n  {}", refused.join("\n  "))));
+    if !rejected.is_empty() {
+        return Err(Failure::Rejected(format!("nothing was written:\n  {}", rejected.join("\n  "))));
     }
     if args.dry_run {
         for one in &imports {
             let plan = one.plan(source, target.event_limit).await?;
             unfit.extend(plan.unfit.iter().map(|reason| format!("channel {}: {reason}", plan.channel)));
-            out.line(&json(&plan)?)?;
-            out.flush()?;
+            out.value(&plan)?;
         }
         return all_fits(&unfit);
     }
@@ -96,14 +94,12 @@ async fn import(
         let (imported, log) = one.run(source, target, &mut progress).await?;
         unfit.extend(imported.unfit.iter().map(|reason| format!("channel {}: {reason}", imported.channel)));
         held_back += imported.held_back;
-        out.line(&json(&imported)?)?;
-        out.flush()?;
+        out.value(&imported)?;
         logs.extend(log.map(|log| (imported.channel, log)));
     }
     let rest = import_cursors(survey, target, &logs).await?;
     unfit.append(&mut rest.unfit.clone());
-    out.line(&json(&rest)?)?;
-    out.flush()?;
+    out.value(&rest)?;
     note(format_args!(
         "{} events, {} cursors, {} indices in {:.1}s",
         progress.placed,
@@ -167,8 +163,4 @@ async fn import_cursors(
         }
     }
     Ok(rest)
-}
-
-fn json(value: &impl Serialize) -> Result<String, Failure> {
-    serde_json::to_string(value).map_err(|error| Failure::Failed(error.to_string()))
 }

@@ -1,10 +1,10 @@
-//! A client of the `redis` crate for the URL of weir.
+//! A client of the `redis` crate for a URL of weir, for commands that do not need the backend.
 
 use redis::{Client, ConnectionAddr, IntoConnectionInfo as _, ProtocolVersion, RedisResult};
 
 use super::url::{Address, RedisUrl};
 
-/// A client for one of the servers. Without `login` for a sentinel, which has credentials of its own, if any.
+/// A client for one server of `url`. Without `login` for a sentinel, which does not share the credentials of the URL.
 pub(crate) fn crate_client(
     url: &RedisUrl,
     address: &Address,

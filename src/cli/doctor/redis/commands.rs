@@ -1,9 +1,8 @@
-//! Every command that weir sends to Redis, once each, on keys of its own. A test compares the list with the source of
-//! the backend.
+//! The commands that weir sends to Redis. A test compares the list with the source of the backend.
 
 use redis::{Cmd, cmd};
 
-/// Writes what an append writes, without its checks.
+/// A script with the writes of an append, without its checks.
 const APPEND: &str = "local top = tonumber(redis.call('HGET', KEYS[1], 'top') or 0) + 1
 redis.call('XADD', KEYS[2], 'MAXLEN', 100, top .. '-0', 'e', ARGV[1])
 redis.call('HSET', KEYS[1], 'top', top)
@@ -17,7 +16,7 @@ pub(super) fn keys(scratch: &str) -> [String; 4] {
     ["m", "s", "k", "z"].map(|kind| format!("{scratch}:{kind}"))
 }
 
-/// A script that writes what an append writes.
+/// The command that runs [`APPEND`].
 pub(super) fn append(scratch: &str) -> Cmd {
     let [m, s, ..] = keys(scratch);
     let mut command = cmd("EVAL");
@@ -25,7 +24,7 @@ pub(super) fn append(scratch: &str) -> Cmd {
     command
 }
 
-/// Every command, with its name. `sharded`: with the pub/sub of a cluster.
+/// All commands with their names. `sharded`: with the pub/sub of a cluster.
 pub(super) fn all(scratch: &str, sharded: bool) -> Vec<(&'static str, Cmd)> {
     let [m, s, k, z] = keys(scratch);
     let (m, s, k, z) = (m.as_str(), s.as_str(), k.as_str(), z.as_str());

@@ -3,21 +3,23 @@
 use std::{
     collections::HashMap,
     fmt,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, RedisError, aio::MultiplexedConnection, cmd};
 
 use super::{
     super::{
-        super::Failure,
-        Report,
         latency::{Latency, Span},
+        report::{Report, unix_time},
     },
     commands,
     error::{is_rejected, reason},
 };
-use crate::backend::redis::client::{Address, RedisUrl, crate_client};
+use crate::{
+    backend::redis::client::{Address, RedisUrl, crate_client},
+    terminal::Failure,
+};
 
 const CONNECT: Duration = Duration::from_secs(5);
 const REPLY: Duration = Duration::from_secs(10);
@@ -98,7 +100,7 @@ impl ExaminedServer {
                 self.version(role, report)?;
                 self.role(report)?;
             }
-            Err(error) => report.problem("info", reason(error), "weir asks INFO: let its user (ACL: +info)")?,
+            Err(error) => report.problem("info", reason(error), "permit INFO to the user (ACL: +info)")?,
         }
         self.commands(role, prefix, report).await?;
         self.latency(prefix, report).await?;
@@ -143,18 +145,18 @@ impl ExaminedServer {
         match (&self.resp3, role) {
             _ if speaks < (6, 2) => report.problem("version", found, "weir needs Redis 6.2 or later, or Valkey")?,
             (Err(reason), _) => {
-                let change = "events are pushed by RESP3: is there a proxy before it that does not speak it?";
+                let change = "events are pushed over RESP3: is there a proxy that does not support it?";
                 report.problem("version", format!("{found}; no RESP3: {reason}"), change)?;
             }
             (_, ServerRole::Shard) if speaks < (7, 0) => {
-                report.problem("version", found, "in a cluster weir needs the sharded pub/sub of Redis 7.0")?;
+                report.problem("version", found, "weir needs the sharded pub/sub of Redis Cluster 7.0 or later")?;
             }
             _ if name == "Dragonfly" => report.advice("version", found, "weir is tested with Redis and Valkey")?,
             _ => report.ok("version", format!("{found}, RESP3"))?,
         }
         if self.database != 0 {
             let found = format!("database {}", self.database);
-            let change = "pub/sub knows no databases: two weirs on one server need two prefixes, whatever database";
+            let change = "pub/sub ignores databases: two buses on one server need different prefixes even in different databases";
             report.advice("database", found, change)?;
         }
         Ok(())
@@ -163,19 +165,19 @@ impl ExaminedServer {
     fn role(&self, report: &mut Report<'_>) -> Result<(), Failure> {
         if self.field("role") == "slave" {
             let found = format!("a replica of {}:{}", self.field("master_host"), self.field("master_port"));
-            report.problem("role", found, "weir writes: name its master, or the sentinels that know it")?;
+            report.problem("role", found, "weir needs write access: use the URL of the master or of the sentinels")?;
         }
         if self.field("loading") == "1" {
-            report.problem("role", "still loads its data", "wait until it is done")?;
+            report.problem("role", "it is still loading its data", "wait until it is ready")?;
         }
         Ok(())
     }
 
-    /// Runs every command that weir runs, on keys that expire.
+    /// Tries every command that weir uses, on keys that expire.
     async fn commands(&mut self, role: ServerRole, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
         let scratch = format!("{prefix}{{$doctor-{:08x}}}", fastrand::u32(..));
-        // Grouped by reason: each is one thing to change.
-        let mut refused: Vec<(String, Vec<&str>)> = Vec::new();
+        // Grouped by reason, because each reason has one remedy.
+        let mut rejected: Vec<(String, Vec<&str>)> = Vec::new();
         let (mut full, mut denied, mut follows) = (Vec::new(), false, Vec::new());
         let all = commands::all(&scratch, role == ServerRole::Shard);
         for (name, command) in &all {
@@ -189,7 +191,7 @@ impl ExaminedServer {
                 continue;
             }
             let why = reason(&error);
-            // A consequence: an earlier command that should have written the key failed.
+            // A consequence: the command that should have written the key failed.
             if error.code() == Some("NOSCRIPT") || why.contains("no such key") {
                 follows.push((why, vec![*name]));
                 continue;
@@ -205,10 +207,10 @@ impl ExaminedServer {
                 (Some("NOPERM"), _) => "the command is not allowed".to_owned(),
                 (_, why) => why,
             };
-            match refused.iter_mut().find(|(known, _)| *known == why) {
+            match rejected.iter_mut().find(|(known, _)| *known == why) {
                 Some((_, names)) if names.contains(name) => {}
                 Some((_, names)) => names.push(name),
-                None => refused.push((why, vec![name])),
+                None => rejected.push((why, vec![name])),
             }
         }
         let _: Result<redis::Value, _> = self.ask(cmd("DEL").arg(&commands::keys(&scratch))).await;
@@ -217,29 +219,33 @@ impl ExaminedServer {
             let (used, most) = (self.number("used_memory"), self.number("maxmemory"));
             let known = match most {
                 0 => String::new(),
-                _ => format!(", with {} used and a maxmemory of {}", Size(used), Size(most)),
+                _ => format!(", with {} used and a maxmemory of {}", ByteSize(used), ByteSize(most)),
             };
             let found = format!("full: {} are rejected (OOM){known}", full.join(" "));
-            report.problem("memory", found, "publishes fail now: raise maxmemory, or keep less in the channels")?;
-        } else if refused.is_empty() {
-            // Their cause is in none of the other findings.
-            refused = follows;
+            report.problem(
+                "memory",
+                found,
+                "publishes fail now: raise maxmemory, or reduce the retention of channels",
+            )?;
+        } else if rejected.is_empty() {
+            // No other finding reports their cause.
+            rejected = follows;
         }
-        if refused.is_empty() {
+        if rejected.is_empty() {
             let all = all.len() - full.len();
             let which = if self.full { "all else that weir uses works" } else { "all that weir uses work" };
             return report.ok("commands", format!("{which} ({all})"));
         }
-        let refused: Vec<String> = refused.iter().map(|(why, names)| format!("{}: {why}", names.join(" "))).collect();
+        let rejected: Vec<String> = rejected.iter().map(|(why, names)| format!("{}: {why}", names.join(" "))).collect();
         let change = match denied {
             true => format!(
                 "ACL SETUSER NAME ~{prefix}* &{prefix}* +@all -@admin -@dangerous +info +role +config|get allows what weir needs"
             ),
             false => {
-                "weir needs them: see the log of Redis, and what its configuration renames or leaves out".to_owned()
+                "weir needs these commands: see the log of Redis, and rename-command in its configuration".to_owned()
             }
         };
-        report.problem("commands", refused.join("; "), change)
+        report.problem("commands", rejected.join("; "), change)
     }
 
     async fn latency(&mut self, prefix: &str, report: &mut Report<'_>) -> Result<(), Failure> {
@@ -253,7 +259,7 @@ impl ExaminedServer {
                         return report.problem(
                             check,
                             "the connection was lost",
-                            "see the log of Redis, and the network",
+                            "check the log of Redis, and the network",
                         );
                     }
                     // MOVED and ASK count: such a reply takes as long as a small script.
@@ -262,7 +268,7 @@ impl ExaminedServer {
                 }
             }
             if taken.is_empty() {
-                // Rejected, and reported above.
+                // Rejected; `commands` has reported it.
                 continue;
             }
             let latency = Latency::of(taken);
@@ -273,9 +279,9 @@ impl ExaminedServer {
                 Span(latency.longest())
             );
             if latency.median() > SLOW {
-                report.advice(check, found, "every publish waits for it: put Redis near weir, in the same zone")?;
+                report.advice(check, found, "every publish has this latency: run Redis near weir, in the same zone")?;
             } else if latency.p99() > STALLED {
-                report.advice(check, found, "something stalls it: see SLOWLOG and LATENCY DOCTOR")?;
+                report.advice(check, found, "see SLOWLOG and LATENCY DOCTOR for the cause of the stalls")?;
             } else {
                 report.ok(check, found)?;
             }
@@ -285,15 +291,14 @@ impl ExaminedServer {
     }
 
     async fn clock(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
-        let (began, before) =
-            (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+        let (began, requested) = (Instant::now(), unix_time());
         match self.ask::<(u64, u32)>(&cmd("TIME")).await {
             Ok((seconds, micros)) => {
                 let taken = began.elapsed();
                 let theirs = Duration::from_secs(seconds) + Duration::from_micros(micros.into());
-                super::super::clock("the clock of Redis", theirs, before + taken / 2, taken, report)
+                report.clock("the clock of Redis", theirs, requested, taken)
             }
-            Err(error) => report.problem("clock", reason(&error), "weir asks TIME: let its user (ACL: +time)"),
+            Err(error) => report.problem("clock", reason(&error), "weir uses TIME: permit it to the user (ACL: +time)"),
         }
     }
 
@@ -308,34 +313,33 @@ impl ExaminedServer {
         let snapshots = self.setting("save").filter(|save| !save.is_empty());
         if self.field("aof_enabled") == "1" {
             let (found, change) = match self.setting("appendfsync") {
-                Some("always") => ("AOF, written at each command: a crash loses nothing that was answered", None),
+                Some("always") => ("AOF, synced at each command: a crash loses no acknowledged event", None),
                 Some("no") => (
-                    "AOF, written when the system likes: a crash of the machine may lose half a minute",
-                    Some("appendfsync everysec loses a second at most, and costs little"),
+                    "AOF, synced by the operating system: a crash of the machine may lose about 30 seconds",
+                    Some("appendfsync everysec loses one second at most, at little cost"),
                 ),
-                _ => ("AOF, written each second: a crash of the machine may lose the last; readers get a gap", None),
+                _ => (
+                    "AOF, synced each second: a crash of the machine may lose the last second; readers get a gap",
+                    None,
+                ),
             };
             return match change {
                 Some(change) => report.advice("persistence", found, change),
                 None => report.ok("persistence", found),
             };
         }
-        let change = "appendonly yes, appendfsync everysec: then a restart loses a second at most";
+        let change = "set appendonly yes, appendfsync everysec: then a crash loses one second at most";
         if let Some(snapshots) = snapshots {
             let found =
-                format!("snapshots only ({snapshots}): a crash loses what came after the last; readers get a gap");
+                format!("snapshots only ({snapshots}): a crash loses the events since the last one; readers get a gap");
             return report.advice("persistence", found, change);
         }
         if self.settings.is_empty() {
-            return report.advice(
-                "persistence",
-                "no AOF; whether there are snapshots is not known (CONFIG GET is not permitted)",
-                change,
-            );
+            return report.advice("persistence", "no AOF; snapshots are unknown (CONFIG GET is not permitted)", change);
         }
         let found = match role {
             ServerRole::Alone => "none: a restart loses every event and cursor; readers get a gap",
-            _ => "none: a master that is restarted before the failover comes back empty, and empties its replicas",
+            _ => "none: a master that restarts before the failover is empty, and its replicas copy that",
         };
         report.advice("persistence", found, change)
     }
@@ -347,19 +351,19 @@ impl ExaminedServer {
         if self.full {
             // Reported by the commands.
         } else if most == 0 {
-            let found = format!("{} used, no maxmemory", Size(used));
-            let change = "set maxmemory to about two thirds of the machine's: publishes are rejected then, where otherwise \
-                          the system would kill Redis";
+            let found = format!("{} used, no maxmemory", ByteSize(used));
+            let change = "set maxmemory to about two thirds of the machine's memory: a full Redis then rejects publishes, and \
+                          is not killed by the system";
             report.advice("memory", found, change)?;
         } else {
-            let found = format!("{} of {} used", Size(used), Size(most));
+            let found = format!("{} of {} used", ByteSize(used), ByteSize(most));
             match full {
                 95.. => report.problem(
                     "memory",
                     found,
-                    "raise maxmemory, or keep less in the channels: publishes fail soon",
+                    "publishes will fail soon: raise maxmemory, or reduce the retention of channels",
                 )?,
-                80.. => report.advice("memory", found, "raise maxmemory, or keep less in the channels")?,
+                80.. => report.advice("memory", found, "raise maxmemory, or reduce the retention of channels")?,
                 _ => report.ok("memory", found)?,
             }
         }
@@ -368,7 +372,7 @@ impl ExaminedServer {
             ("noeviction", _) => report.ok("eviction", "noeviction")?,
             ("", _) => {}
             (policy, 0) => report.advice("eviction", format!("{policy}, which takes effect with maxmemory"), keep)?,
-            (policy, _) => report.problem("eviction", format!("{policy}: events and cursors may vanish"), keep)?,
+            (policy, _) => report.problem("eviction", format!("{policy}: events and cursors can be evicted"), keep)?,
         }
         match self.number("evicted_keys") {
             0 => Ok(()),
@@ -376,25 +380,27 @@ impl ExaminedServer {
         }
     }
 
-    /// How far a node may be behind before Redis closes its connection for events.
+    /// The output buffer limits above which Redis closes the pub/sub connection of a node.
     fn buffers(&self, report: &mut Report<'_>) -> Result<(), Failure> {
         let Some(limits) = self.setting("client-output-buffer-limit").and_then(pubsub_limit) else {
             return report.advice(
                 "buffers",
-                "not known (CONFIG GET is not permitted)",
+                "unknown (CONFIG GET is not permitted)",
                 "client-output-buffer-limit pubsub should be 32mb 8mb 60 or more",
             );
         };
         let (hard, soft, seconds) = limits;
         let found = match (hard, soft) {
             (0, 0) => "no limit for pub/sub".to_owned(),
-            _ => format!("pub/sub may be behind by {}, or {} for {seconds} s", Size(hard), Size(soft)),
+            _ => {
+                format!("the output buffer of pub/sub may be {}, or {} for {seconds} s", ByteSize(hard), ByteSize(soft))
+            }
         };
-        let change = "client-output-buffer-limit pubsub 32mb 8mb 60: below it a burst closes the connection that events \
-                      come by, and every node reads it again";
+        let change = "set client-output-buffer-limit pubsub 32mb 8mb 60: with less, a burst of events closes the pub/sub \
+                      connections, and every node reads the events again";
         let below = |limit: u64, least: u64| limit != 0 && limit < least;
         if below(hard, 2 * MIB) || below(soft, MIB) {
-            report.problem("buffers", format!("{found}: one large event may be too much"), change)
+            report.problem("buffers", format!("{found}: one large event can exceed it"), change)
         } else if below(hard, 32 * MIB) || below(soft, 8 * MIB) {
             report.advice("buffers", found, change)
         } else {
@@ -405,11 +411,15 @@ impl ExaminedServer {
     fn connections(&self, report: &mut Report<'_>) -> Result<(), Failure> {
         let timeout: u64 = self.setting("timeout").and_then(|timeout| timeout.parse().ok()).unwrap_or(0);
         if (1..10).contains(&timeout) {
-            let found = format!("timeout {timeout}: closes connections that say nothing for so many seconds");
-            report.problem("connections", found, "timeout 0: a node that is busy for a moment would lose its own")?;
+            let found = format!("timeout {timeout}: Redis closes connections that are idle for so many seconds");
+            report.problem(
+                "connections",
+                found,
+                "set timeout 0: a node that is busy for a moment would lose its connections",
+            )?;
         }
         if self.setting("tcp-keepalive") == Some("0") {
-            let change = "tcp-keepalive 60: else connections of machines that are gone stay for ever";
+            let change = "set tcp-keepalive 60: otherwise connections of dead machines stay open";
             report.advice("connections", "tcp-keepalive 0", change)?;
         }
         let open = self.number("connected_clients");
@@ -419,10 +429,10 @@ impl ExaminedServer {
             report.problem(
                 "connections",
                 found,
-                "raise maxclients: a node takes three, and comes back after every loss",
+                "raise maxclients: each node needs three connections, and reconnects after every loss",
             )
         } else if self.number("rejected_connections") > 0 {
-            let found = format!("{found}; {} were turned away since it started", self.field("rejected_connections"));
+            let found = format!("{found}; {} were rejected since it started", self.field("rejected_connections"));
             report.advice("connections", found, "raise maxclients")
         } else if most > 0 {
             report.ok("connections", found)
@@ -437,10 +447,10 @@ impl ExaminedServer {
             return match role {
                 ServerRole::Alone => report.advice(
                     "replicas",
-                    "none: when this server is away, so is weir's bus",
-                    "Sentinel or a cluster takes over within seconds",
+                    "none: while this server is unavailable, the bus is unavailable",
+                    "use Sentinel or a cluster, which fail over within seconds",
                 ),
-                // Reported for all servers together.
+                // Reported by `sentinel` or `cluster`, for all servers together.
                 ServerRole::Replicated | ServerRole::Shard => Ok(()),
             };
         }
@@ -455,15 +465,19 @@ impl ExaminedServer {
             })
             .collect();
         if !behind.is_empty() {
-            return report.problem("replicas", behind.join("; "), "a failover to it loses events: see its log");
+            return report.problem(
+                "replicas",
+                behind.join("; "),
+                "a failover to this replica loses events: see its log",
+            );
         }
-        let found = format!("{count} in step");
+        let found = format!("{count} replicas in sync");
         match self.setting("min-replicas-to-write") {
             Some("0") => report.advice(
                 "replicas",
                 format!("{found}; min-replicas-to-write 0"),
-                "min-replicas-to-write 1, min-replicas-max-lag 10: a master that is cut off stops taking events that its \
-                 successor will not have",
+                "set min-replicas-to-write 1, min-replicas-max-lag 10: a partitioned master then rejects events, which \
+                 its successor would not have",
             ),
             _ => report.ok("replicas", found),
         }
@@ -471,9 +485,9 @@ impl ExaminedServer {
 }
 
 /// `512 KiB`, `3.2 MiB`, `48 GiB`.
-struct Size(u64);
+struct ByteSize(u64);
 
-impl fmt::Display for Size {
+impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = self.0 as f64 / MIB as f64;
         match mib {
@@ -485,13 +499,13 @@ impl fmt::Display for Size {
     }
 }
 
-/// Lines of `name:value`, as INFO and CLUSTER INFO have them.
+/// Parses the lines `name:value` of INFO and CLUSTER INFO.
 pub(super) fn fields(text: &str) -> HashMap<String, String> {
     let fields = text.lines().filter_map(|line| line.trim_end().split_once(':'));
     fields.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
-/// The limits in `normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60`.
+/// Parses the pub/sub limits (hard, soft, seconds) of `normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60`.
 fn pubsub_limit(limits: &str) -> Option<(u64, u64, u64)> {
     let mut words = limits.split_ascii_whitespace().skip_while(|word| *word != "pubsub").skip(1);
     let mut next = || words.next()?.parse().ok();

@@ -15,7 +15,7 @@ An import can be interrupted and run again; it continues where it stopped. Run i
 servers of ganomede still run, stop them, and run it once more. If a channel has events that are
 not imported, nothing is written.";
 
-/// Channels, events, positions of clients and indices of ganomede-events
+/// Import channels, events, positions of clients and indices of ganomede-events
 #[derive(Debug, Args)]
 #[command(after_help = IMPORT)]
 pub(super) struct ImportArgs {

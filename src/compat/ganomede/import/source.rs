@@ -181,7 +181,7 @@ fn id_of(member: &str, channel: &str) -> Option<u64> {
 fn unavailable(error: &redis::RedisError) -> Failure {
     let reason = format!("the source: {error}");
     match error.code() {
-        Some("NOAUTH" | "WRONGPASS" | "NOPERM") => Failure::Refused(reason),
+        Some("NOAUTH" | "WRONGPASS" | "NOPERM") => Failure::Rejected(reason),
         _ => Failure::Unavailable(reason),
     }
 }

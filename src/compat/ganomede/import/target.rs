@@ -34,8 +34,8 @@ pub(super) struct ImportTarget {
 impl ImportTarget {
     pub(super) async fn open(mut config: Config) -> Result<Self, Failure> {
         if config.bus.backend == Backend::Memory {
-            let reason = "bus.backend is memory, and what is imported there is gone with this process: the settings of the \
-                          nodes are needed, with bus.backend = \"redis\" and bus.redis.url";
+            let reason = "bus.backend is memory, which is lost when this process exits: use the settings of the nodes, with \
+                          bus.backend = \"redis\" and bus.redis.url";
             return Err(Failure::Usage(reason.into()));
         }
         if !config.compat.enable.contains(&"ganomede") {
@@ -63,7 +63,7 @@ impl ImportTarget {
 
 /// An error of the bus as the failure of the command.
 pub(super) fn failed(error: &Error) -> Failure {
-    let reason = format!("{}; run it again: it goes on where it was", error.detail());
+    let reason = format!("{}; run the import again to continue it", error.detail());
     match error.code() {
         Code::BusUnavailable | Code::Unconfirmed | Code::Overloaded => Failure::Unavailable(reason),
         _ => Failure::Failed(reason),
