@@ -9,20 +9,20 @@ use serde_json::{Map, Value};
 /// A stable, machine-readable reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
-    /// Not JSON.
+    /// Not valid JSON.
     ParseError,
     /// JSON that is not a request; an empty batch; a batch that is too long.
     InvalidRequest,
     /// A missing, unknown or malformed member or parameter.
     InvalidParams,
-    /// `after` is unreadable.
+    /// `after` is not a valid position.
     InvalidPosition,
     Unauthorized,
     TokenExpired,
     Forbidden,
     /// No such route or consumer.
     NotFound,
-    /// No such `weir.*` method, no `/` in the name, or the provider's own answer.
+    /// No such `weir.*` method, no `/` in the name, or an error of the provider.
     MethodNotFound,
     MethodNotAllowed,
     NotAcceptable,
@@ -145,43 +145,43 @@ impl Code {
             CodeInfo { name, title, http, rpc, close, retry }
         }
         match self {
-            Code::ParseError => info("parse_error", "Not JSON", 400, -32700, 4502, No),
-            Code::InvalidRequest => info("invalid_request", "Not a request", 400, -32600, 0, No),
+            Code::ParseError => info("parse_error", "Invalid JSON", 400, -32700, 4502, No),
+            Code::InvalidRequest => info("invalid_request", "Invalid request", 400, -32600, 0, No),
             Code::InvalidParams => info("invalid_params", "Invalid parameters", 400, -32602, 0, No),
-            Code::InvalidPosition => info("invalid_position", "Unreadable position", 400, -32030, 0, No),
-            Code::Unauthorized => info("unauthorized", "No or bad credentials", 401, -32001, 4500, No),
-            Code::TokenExpired => info("token_expired", "The token has expired", 401, -32002, 4003, No),
+            Code::InvalidPosition => info("invalid_position", "Invalid position", 400, -32030, 0, No),
+            Code::Unauthorized => info("unauthorized", "Missing or invalid credentials", 401, -32001, 4500, No),
+            Code::TokenExpired => info("token_expired", "Token expired", 401, -32002, 4003, No),
             Code::Forbidden => info("forbidden", "Not permitted", 403, -32003, 4501, No),
             Code::NotFound => info("not_found", "Not found", 404, -32004, 0, No),
-            Code::MethodNotFound => info("method_not_found", "No such method", 404, -32601, 0, No),
+            Code::MethodNotFound => info("method_not_found", "Method not found", 404, -32601, 0, No),
             Code::MethodNotAllowed => info("method_not_allowed", "Method not allowed", 405, -32600, 0, No),
             Code::NotAcceptable => info("not_acceptable", "Not acceptable", 406, -32600, 0, No),
             Code::Conflict => info("conflict", "Conflict", 409, -32031, 0, No),
-            Code::WrongMode => info("wrong_mode", "Wrong mode of consumer", 409, -32032, 0, No),
-            Code::LeaseLost => info("lease_lost", "The lease is lost", 409, -32033, 0, No),
-            Code::KeyReused => info("key_reused", "The key was used for another event", 409, -32034, 0, No),
-            Code::ServiceTaken => info("service_taken", "The service is taken", 409, -32025, 0, No),
+            Code::WrongMode => info("wrong_mode", "Wrong consumer mode", 409, -32032, 0, No),
+            Code::LeaseLost => info("lease_lost", "Lease lost", 409, -32033, 0, No),
+            Code::KeyReused => info("key_reused", "Idempotency key reused", 409, -32034, 0, No),
+            Code::ServiceTaken => info("service_taken", "Service already provided", 409, -32025, 0, No),
             Code::TooLarge => info("too_large", "Too large", 413, -32005, 1009, No),
             Code::UnsupportedMediaType => info("unsupported_media_type", "Unsupported media type", 415, -32600, 0, No),
-            Code::ServiceError => info("service_error", "The service answered with an error", 422, -32000, 0, No),
+            Code::ServiceError => info("service_error", "Service error", 422, -32000, 0, No),
             Code::UpgradeRequired => info("upgrade_required", "Upgrade required", 426, -32600, 0, No),
             Code::RateLimited => info("rate_limited", "Too many requests", 429, -32006, 4002, Yes),
-            Code::LimitReached => info("limit_reached", "A limit is reached", 429, -32007, 0, No),
-            Code::Cancelled => info("cancelled", "Cancelled by the caller", 499, -32024, 0, Key),
+            Code::LimitReached => info("limit_reached", "Limit reached", 429, -32007, 0, No),
+            Code::Cancelled => info("cancelled", "Call cancelled", 499, -32024, 0, Key),
             Code::Internal => info("internal", "Internal error", 500, -32603, 1011, Key),
-            Code::ProviderGone => info("provider_gone", "The provider is gone", 502, -32022, 0, Key),
-            Code::BadReply => info("bad_reply", "The provider's reply is unusable", 502, -32026, 0, Key),
-            Code::NoProvider => info("no_provider", "Nobody provides the service", 503, -32020, 0, Yes),
-            Code::Busy => info("busy", "Every provider is busy", 503, -32021, 0, Yes),
-            Code::BusUnavailable => info("bus_unavailable", "The bus is away", 503, -32010, 0, Yes),
+            Code::ProviderGone => info("provider_gone", "Provider disconnected", 502, -32022, 0, Key),
+            Code::BadReply => info("bad_reply", "Invalid reply of the provider", 502, -32026, 0, Key),
+            Code::NoProvider => info("no_provider", "No provider", 503, -32020, 0, Yes),
+            Code::Busy => info("busy", "All providers busy", 503, -32021, 0, Yes),
+            Code::BusUnavailable => info("bus_unavailable", "Bus unavailable", 503, -32010, 0, Yes),
             Code::Overloaded => info("overloaded", "Overloaded", 503, -32011, 1013, Yes),
             Code::Draining => info("draining", "Draining", 503, -32012, 1012, Yes),
-            Code::Timeout => info("timeout", "No answer in time", 504, -32023, 0, Key),
-            Code::Unconfirmed => info("unconfirmed", "The publish is unconfirmed", 504, -32013, 0, Key),
-            Code::DeadPeer => info("dead_peer", "The peer is dead", 408, -32603, 4000, Yes),
-            Code::Slow => info("slow", "The peer reads too slowly", 408, -32603, 4001, Yes),
+            Code::Timeout => info("timeout", "Timeout", 504, -32023, 0, Key),
+            Code::Unconfirmed => info("unconfirmed", "Publish unconfirmed", 504, -32013, 0, Key),
+            Code::DeadPeer => info("dead_peer", "Peer timeout", 408, -32603, 4000, Yes),
+            Code::Slow => info("slow", "Slow consumer", 408, -32603, 4001, Yes),
             Code::Replaced => info("replaced", "Replaced by another connection", 409, -32603, 4004, Yes),
-            Code::Kicked => info("kicked", "Kicked", 403, -32603, 4503, No),
+            Code::Kicked => info("kicked", "Closed by an administrator", 403, -32603, 4503, No),
             Code::Protocol => info("protocol", "Protocol violation", 400, -32600, 4502, No),
         }
     }
@@ -276,7 +276,7 @@ impl Error {
     pub fn internal(cause: impl fmt::Display) -> Self {
         let id = format!("{:08x}", fastrand::u32(..));
         tracing::error!(%id, %cause, "internal error");
-        Error::new(Code::Internal, format!("internal error {id}; its cause is in the log of this node")).with("id", id)
+        Error::new(Code::Internal, format!("internal error {id}; the log of this node has the cause")).with("id", id)
     }
 
     pub fn executed(mut self, executed: Executed) -> Self {
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_tells_whether_it_was_executed() {
+    fn the_status_implies_whether_a_request_was_executed() {
         assert_eq!(Code::NoProvider.executed(), Some(Executed::No));
         assert_eq!(Code::Timeout.executed(), Some(Executed::Maybe));
         assert_eq!(Code::InvalidParams.executed(), None);
@@ -374,7 +374,7 @@ mod tests {
 
     #[test]
     fn an_rpc_error_has_three_members() {
-        let error = Error::new(Code::Busy, "all full").with("service", "jwt").to_rpc();
+        let error = Error::new(Code::Busy, "all providers are busy").with("service", "jwt").to_rpc();
         let members: Vec<_> = error.as_object().unwrap().keys().collect();
         assert_eq!(members, ["code", "message", "data"]);
         assert_eq!(error["data"]["executed"], "no");

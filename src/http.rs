@@ -1,12 +1,12 @@
-//! Every route of weir, and the rules that hold for all of them.
+//! The routes of weir, and the rules that apply to all of them.
 
-pub mod admin;
-pub mod api;
-pub mod error;
-pub mod extract;
-pub mod openapi;
-pub mod origin;
-pub mod schema;
+pub(crate) mod admin;
+pub(crate) mod api;
+pub(crate) mod error;
+pub(crate) mod extract;
+pub(crate) mod openapi;
+pub(crate) mod origin;
+pub(crate) mod schema;
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
@@ -35,7 +35,7 @@ use crate::{
     transport::sse,
 };
 use api::events;
-use origin::Origins;
+use origin::OriginPolicy;
 
 /// The purpose of a listener.
 pub(crate) enum ListenerRole {
@@ -54,7 +54,7 @@ const ADMIN_PATHS: [&str; 4] = ["/metrics", "/v1/channels", "/v1/connections", "
 pub struct Endpoint {
     router: Router,
     role: ListenerRole,
-    origins: Origins,
+    origins: OriginPolicy,
     node: Arc<Node>,
     adapters: Arc<[Adapter]>,
 }
@@ -64,7 +64,7 @@ impl Endpoint {
     pub(crate) fn new(node: Arc<Node>, adapters: Arc<[Adapter]>, loopback: bool, role: ListenerRole) -> Self {
         let allowed = node.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
         // This version has no credentials.
-        let origins = Origins { loopback, anonymous: true, allowed };
+        let origins = OriginPolicy { loopback, anonymous: true, allowed };
         Endpoint { router: router(node.clone(), &role), role, origins, node, adapters }
     }
 
@@ -85,10 +85,10 @@ impl Endpoint {
         {
             return self.answer_by(adapter, head, Body::new(body)).await;
         }
-        let page = self.origins.page(&head);
+        let origin = self.origins.classify(&head);
         let admitted = match head.extensions.get::<Rejected>() {
             Some(Rejected(error)) => Err(error.clone()),
-            None => self.origins.check_host(&head).and_then(|()| self.origins.check_page(&head, &page)),
+            None => self.origins.check_host(&head).and_then(|()| self.origins.check_origin(&head, &origin)),
         };
         let mut answer = match admitted {
             Err(error) if head.uri.path() != "/v1/ws" => rejection(&head, error),
@@ -102,9 +102,9 @@ impl Endpoint {
                 let mut answer = caught(std::pin::pin!(self.route(head, Body::new(body)))).await;
                 if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
                     answer = method_not_allowed(&answer, &method);
-                    if let Some(asked) = preflight {
+                    if let Some(request) = preflight {
                         let allow = answer.headers()[header::ALLOW].clone();
-                        page.preflight(&asked, allow, answer.headers_mut());
+                        origin.preflight(&request, allow, answer.headers_mut());
                     }
                 }
                 answer
@@ -112,7 +112,7 @@ impl Endpoint {
         };
         let headers = answer.headers_mut();
         headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-        page.mark(headers);
+        origin.mark(headers);
         self.finish(version, answer)
     }
 
@@ -126,7 +126,7 @@ impl Endpoint {
         }
     }
 
-    /// Answers on an adapter's listener, to which weir's rules for pages and paths do not apply.
+    /// Answers on an adapter's listener, to which weir's rules for origins and paths do not apply.
     async fn answer_on(&self, listener: &Listener, head: Parts, body: Body) -> Response {
         let admitted = match head.extensions.get::<Rejected>() {
             Some(Rejected(error)) => Err(error.clone()),
@@ -142,18 +142,18 @@ impl Endpoint {
     /// Answers at an adapter's path on a main listener. weir's CORS rules apply if the adapter asks for them.
     async fn answer_by(&self, adapter: &Adapter, head: Parts, body: Body) -> Response {
         let version = head.version;
-        let page = adapter.our_cors.then(|| self.origins.page(&head));
+        let origin = adapter.our_cors.then(|| self.origins.classify(&head));
         let admitted = match head.extensions.get::<Rejected>() {
             Some(Rejected(error)) => Err(error.clone()),
             None => self.origins.check_host(&head),
         };
         let admitted =
-            admitted.and_then(|()| page.as_ref().map_or(Ok(()), |page| self.origins.check_page(&head, page)));
+            admitted.and_then(|()| origin.as_ref().map_or(Ok(()), |origin| self.origins.check_origin(&head, origin)));
         if let Err(error) = admitted {
             let mut answer = rejection(&head, error);
-            match page {
-                Some(page) => page.mark(answer.headers_mut()),
-                // The originals allow every page. A page that cannot read the error would not reconnect.
+            match origin {
+                Some(origin) => origin.mark(answer.headers_mut()),
+                // The originals allow every origin. A page that cannot read the error would not reconnect.
                 None => {
                     let every = HeaderValue::from_static("*");
                     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, every);
@@ -164,15 +164,15 @@ impl Endpoint {
         let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
         let method = head.method.clone();
         let mut answer = caught(adapter.answer(Request::from_parts(head, body))).await;
-        if let Some(page) = page {
+        if let Some(origin) = origin {
             if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
                 answer = method_not_allowed(&answer, &method);
-                if let Some(asked) = preflight {
+                if let Some(request) = preflight {
                     let allow = answer.headers()[header::ALLOW].clone();
-                    page.preflight(&asked, allow, answer.headers_mut());
+                    origin.preflight(&request, allow, answer.headers_mut());
                 }
             }
-            page.mark(answer.headers_mut());
+            origin.mark(answer.headers_mut());
         }
         self.finish(version, answer)
     }
@@ -234,22 +234,22 @@ fn rejection(head: &Parts, error: Error) -> Response {
 
 /// Completes the router's 405, whose `Allow` lists the methods of the path. `OPTIONS` gets the list as a 204.
 fn method_not_allowed(bare: &Response, method: &Method) -> Response {
-    let takes = bare.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok()).unwrap_or_default();
-    let takes: Vec<_> =
-        takes.split(',').map(str::trim).filter(|method| !method.is_empty()).chain(["OPTIONS"]).collect();
-    let takes = takes.join(", ");
+    let methods = bare.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok()).unwrap_or_default();
+    let methods: Vec<_> =
+        methods.split(',').map(str::trim).filter(|method| !method.is_empty()).chain(["OPTIONS"]).collect();
+    let methods = methods.join(", ");
     let mut answer = match *method {
         Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
-        _ => Error::new(Code::MethodNotAllowed, format!("this path takes {takes}")).into_response(),
+        _ => Error::new(Code::MethodNotAllowed, format!("this path supports {methods}")).into_response(),
     };
-    // Method names only: always a legal value.
-    let allow = HeaderValue::from_str(&takes).unwrap_or(HeaderValue::from_static("OPTIONS"));
+    // Method names are always valid in a header.
+    let allow = HeaderValue::from_str(&methods).unwrap_or(HeaderValue::from_static("OPTIONS"));
     answer.headers_mut().insert(header::ALLOW, allow);
     answer
 }
 
 async fn not_found(uri: Uri) -> Error {
-    Error::new(Code::NotFound, format!("there is no {}; GET /openapi.json lists what there is", uri.path()))
+    Error::new(Code::NotFound, format!("there is no {}; GET /openapi.json describes all paths", uri.path()))
 }
 
 async fn at_admin_listener(uri: Uri) -> Error {

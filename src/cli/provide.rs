@@ -218,11 +218,11 @@ impl ProviderConnection {
         match (method.as_str(), id) {
             ("weir.cancel", None) => {
                 #[derive(Deserialize)]
-                struct CancelParams<'a> {
+                struct CancelledCall<'a> {
                     #[serde(borrow)]
                     id: &'a RawValue,
                 }
-                let cancel = params.and_then(|params| serde_json::from_str::<CancelParams<'_>>(params.get()).ok());
+                let cancel = params.and_then(|params| serde_json::from_str::<CancelledCall<'_>>(params.get()).ok());
                 if let Some(call) = cancel.and_then(|cancel| self.calls.remove(cancel.id.get())) {
                     call.abort();
                 }

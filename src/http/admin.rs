@@ -1,4 +1,4 @@
-//! Administration: health and metrics.
+//! Health checks and metrics.
 
 use std::sync::Arc;
 
@@ -15,20 +15,20 @@ use crate::{
     node::Node,
 };
 
-/// `GET /health/live`. Open to everyone, and tells nothing: it never looks at anything that could be away.
+/// `GET /health/live`, without authentication. It depends on no other server.
 #[utoipa::path(get, path = "/health/live", tag = "operations", description = "Liveness probe.", responses((status = 200, description = "The process is alive.", body = Healthy)))]
-pub async fn live() -> Response {
+pub(crate) async fn live() -> Response {
     healthy()
 }
 
-/// `GET /health/ready`. Open to everyone: whether clients are welcome.
+/// `GET /health/ready`, without authentication: whether the node accepts clients.
 #[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Readiness probe.", responses(
     (status = 200, description = "The node accepts clients.", body = Healthy),
     (status = 503, description = "`draining`: this node is shutting down. `bus_unavailable`: events cannot be stored and delivered.", body = schema::ProblemSchema, content_type = "application/problem+json"),
 ))]
-pub async fn ready(State(node): State<Arc<Node>>) -> Response {
+pub(crate) async fn ready(State(node): State<Arc<Node>>) -> Response {
     if node.draining.is_cancelled() {
-        return Error::new(Code::Draining, "this node is leaving").into_response();
+        return Error::new(Code::Draining, "this node is shutting down").into_response();
     }
     if let Err(error) = node.bus.ready() {
         return error.into_response();
@@ -36,10 +36,10 @@ pub async fn ready(State(node): State<Arc<Node>>) -> Response {
     healthy()
 }
 
-/// `GET /metrics`, as Prometheus reads them.
+/// `GET /metrics` in the Prometheus text format.
 #[utoipa::path(get, path = "/metrics", tag = "operations", description = "Metrics in the Prometheus text format.",
     responses((status = 200, body = String, content_type = "text/plain")))]
-pub async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Result<Response> {
+pub(crate) async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;
     observe(&node);
     let mut response = node.metrics.render().into_response();
@@ -48,7 +48,7 @@ pub async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Resul
     Ok(response)
 }
 
-/// What bus and hub count for themselves is taken over when somebody looks.
+/// Updates the gauges whose values bus, presence and hub count themselves.
 fn observe(node: &Node) {
     let topics = node.bus.topics();
     node.metrics.channels.set(topics.count() as i64);
@@ -57,9 +57,9 @@ fn observe(node: &Node) {
     node.hub.update_gauges();
 }
 
-/// A node that is well.
+/// The body of a successful health check.
 #[derive(utoipa::ToSchema)]
-#[expect(dead_code, reason = "a shape in the document")]
+#[expect(dead_code, reason = "a schema of the document")]
 struct Healthy {
     #[schema(example = "ok")]
     status: String,

@@ -1,13 +1,13 @@
 //! The resources under `/v1`, one file each.
 
-pub mod channels;
-pub mod connections;
-pub mod consumers;
-pub mod events;
-pub mod jsonrpc;
-pub mod presence;
-pub mod services;
-pub mod stream;
+pub(crate) mod channels;
+pub(crate) mod connections;
+pub(crate) mod consumers;
+pub(crate) mod events;
+pub(crate) mod jsonrpc;
+pub(crate) mod presence;
+pub(crate) mod services;
+pub(crate) mod stream;
 
 use axum::{
     body::{Body, Bytes},
@@ -20,34 +20,34 @@ use crate::{
     transport::query::{Query, hex, unhex},
 };
 
-/// The content type of every answer that succeeds.
-pub const JSON: HeaderValue = HeaderValue::from_static("application/json");
+/// The content type of successful responses.
+pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// Entries of a list where nothing else is said, and at most.
+/// Default and maximum number of entries of a list.
 const DEFAULT_LIMIT: u64 = 100;
 const MAX_LIMIT: u64 = 1_000;
 
-/// Answers JSON that is already written.
-pub fn json(status: StatusCode, body: impl Into<Bytes>) -> Response {
+/// A response with serialized JSON.
+pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response {
     let mut response = Response::new(Body::from(body.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, JSON);
     response
 }
 
-/// Answers a value.
-pub fn to_json(value: &impl serde::Serialize) -> Response {
+/// A response with a value as JSON.
+pub(crate) fn to_json(value: &impl serde::Serialize) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => json(StatusCode::OK, body),
         Err(error) => Error::internal(error).into_response(),
     }
 }
 
-/// `prefix`, `limit` and `page` of every list.
+/// The query parameters of lists: `prefix`, `limit` and `page`.
 struct Listing {
     prefix: String,
     limit: usize,
-    /// The last name of the page before.
+    /// The last name of the previous page.
     after: Option<String>,
 }
 
@@ -59,7 +59,7 @@ impl Listing {
         }
         let after = match query.take("page")? {
             Some(page) => {
-                let name = unhex(&page).ok_or_else(|| Error::params("page is what the last answer called page"))?;
+                let name = unhex(&page).ok_or_else(|| Error::params("page is the page of the previous response"))?;
                 Some(String::from_utf8_lossy(&name).into_owned())
             }
             None => None,
@@ -68,7 +68,8 @@ impl Listing {
         Ok(Listing { prefix, limit: limit as usize, after })
     }
 
-    /// What to give as `page` next. Asked of a list that was read one entry longer than it is shown, and cuts that off.
+    /// The `page` of the next request, if there are more entries. `entries` has up to one entry more than the limit, which
+    /// is removed.
     fn page<T>(&self, entries: &mut Vec<T>, name: impl Fn(&T) -> &str) -> Option<String> {
         if entries.len() <= self.limit {
             return None;

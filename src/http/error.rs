@@ -1,12 +1,12 @@
-//! Failures as RFC 9457 problem documents.
+//! Errors as problem documents (RFC 9457).
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 
 use crate::error::{Code, Error};
 
-/// The content type of every failure.
-pub const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
+/// The content type of errors.
+pub(crate) const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
@@ -14,8 +14,8 @@ impl IntoResponse for Error {
     }
 }
 
-/// The problem document of `error`: with another status, and with one more member of JSON, where given.
-pub fn problem(error: &Error, status: Option<u16>, member: Option<(&str, &[u8])>) -> Response {
+/// The problem document of `error`. `status` overrides its status; `member` is a name and JSON to add.
+pub(crate) fn problem(error: &Error, status: Option<u16>, member: Option<(&str, &[u8])>) -> Response {
     let status = status.and_then(|status| StatusCode::from_u16(status).ok());
     let status = status.or_else(|| StatusCode::from_u16(error.code().status()).ok());
     let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -23,7 +23,7 @@ pub fn problem(error: &Error, status: Option<u16>, member: Option<(&str, &[u8])>
     document["status"] = status.as_u16().into();
     let mut text = document.to_string().into_bytes();
     if let Some((name, json)) = member {
-        // Behind the last of at least four members. Not by way of a Value, which would round long numbers.
+        // Appended as text, because a `Value` would round long numbers. The document has at least four members.
         text.pop();
         text.extend_from_slice(format!(",\"{name}\":").as_bytes());
         text.extend_from_slice(json);
@@ -34,7 +34,7 @@ pub fn problem(error: &Error, status: Option<u16>, member: Option<(&str, &[u8])>
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, PROBLEM);
     if let Some(ms) = error.retry_after_ms() {
-        // Whole seconds, and never "at once" to those who were told to wait.
+        // In whole seconds, at least 1: 0 would mean an immediate retry.
         headers.insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1_000).max(1)));
     }
     if matches!(error.code(), Code::Unauthorized | Code::TokenExpired) {

@@ -1,4 +1,4 @@
-//! What handlers ask a request for. Every refusal is a problem document, so axum's own extractors are not used.
+//! Extractors of handlers. axum's own extractors are not used, because their errors are not problem documents.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -17,9 +17,9 @@ use crate::{
 
 pub(crate) use crate::net::body::read_body;
 
-/// Who asks, or why they may not: for `/v1/ws`.
+/// The client, or the reason why the request is rejected. `/v1/ws` rejects requests after the upgrade.
 #[derive(Debug)]
-pub struct Admitted(pub Result<Identity>);
+pub(crate) struct Admitted(pub(crate) Result<Identity>);
 
 impl FromRequestParts<Arc<Node>> for Identity {
     type Rejection = Error;
@@ -40,11 +40,11 @@ impl FromRequestParts<Arc<Node>> for Admitted {
     }
 }
 
-/// Refuses a browser's body that is not declared JSON.
+/// Rejects the body of a browser's request that is not declared as JSON.
 ///
-/// Only such a declaration makes a browser ask first (a preflight): without it any page could post, with the cookies
-/// of whoever looks at it. Everyone else's body is read as JSON whatever it is called, for `curl -d` calls it a form.
-pub fn declared(headers: &HeaderMap) -> Result<()> {
+/// A browser sends a preflight request only for such a declaration; without it any page could publish with the cookies of
+/// its user. The body of other clients is read as JSON whatever its content type, because `curl -d` declares a form.
+pub(crate) fn declared(headers: &HeaderMap) -> Result<()> {
     if !headers.contains_key(header::ORIGIN) && !headers.contains_key(header::COOKIE) {
         return Ok(());
     }
@@ -53,7 +53,7 @@ pub fn declared(headers: &HeaderMap) -> Result<()> {
     }
     Err(Error::new(
         Code::UnsupportedMediaType,
-        "a request with an Origin or a Cookie declares its body as application/json or application/x-ndjson",
+        "a request with an Origin or a Cookie must declare its body as application/json or application/x-ndjson",
     ))
 }
 
@@ -61,8 +61,8 @@ fn is_json(headers: &HeaderMap) -> bool {
     media_type(headers).is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"))
 }
 
-/// Whether the body is declared as lines of JSON.
-pub fn is_ndjson(headers: &HeaderMap) -> bool {
+/// Whether the body is declared as newline-delimited JSON.
+pub(crate) fn is_ndjson(headers: &HeaderMap) -> bool {
     media_type(headers).is_some_and(|kind| kind.eq_ignore_ascii_case("application/x-ndjson"))
 }
 
@@ -71,8 +71,8 @@ fn media_type(headers: &HeaderMap) -> Option<&str> {
     Some(headers.get(header::CONTENT_TYPE)?.to_str().ok()?.split(';').next()?.trim())
 }
 
-/// One header's text. What is not text is refused: a key that is overlooked would place an event twice.
-pub fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
+/// The text of a header. A value that is not UTF-8 is an error, because an ignored idempotency key would allow duplicates.
+pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
     let read = |value: &'a HeaderValue| std::str::from_utf8(value.as_bytes());
     headers.get(name).map(read).transpose().map_err(|_| Error::params(format!("the header {name} is not UTF-8")))
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn browsers_declare_their_json() {
+    fn browsers_must_declare_json() {
         let headers = |pairs: &[(&'static str, &'static str)]| {
             pairs
                 .iter()

@@ -59,7 +59,7 @@ struct Document;
 /// `GET /openapi.json`.
 #[utoipa::path(get, path = "/openapi.json", tag = "operations", description = "This document.",
     responses((status = 200, content_type = "application/json", body = std::collections::BTreeMap<String, Value>)))]
-pub async fn document() -> Response {
+pub(crate) async fn document() -> Response {
     static TEXT: LazyLock<Bytes> = LazyLock::new(|| {
         let mut document = serde_json::to_value(Document::openapi()).unwrap_or_default();
         let operations = document["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut());

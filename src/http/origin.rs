@@ -1,8 +1,8 @@
-//! Which web pages may talk to weir: CORS, and the checks that keep other people's pages off a developer's machine.
+//! Cross-origin rules: CORS, and the protection of loopback listeners from web pages.
 //!
-//! Any page in a browser can send requests to `localhost`, and by DNS rebinding even read the answers under a name of
-//! its own. Hence on loopback the `Host` must be the machine itself, and pages from elsewhere may neither write nor
-//! open sockets.
+//! Any page in a browser can send requests to `localhost`, and by DNS rebinding even read the responses under its own host
+//! name. On a loopback listener the `Host` must therefore name this machine, and pages of other origins can neither write
+//! nor open WebSockets.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -19,94 +19,98 @@ const ALLOW_HEADERS: HeaderValue =
 const EXPOSE_HEADERS: HeaderValue = HeaderValue::from_static("Retry-After, traceparent");
 const MAX_AGE: HeaderValue = HeaderValue::from_static("600");
 
-/// What one listener thinks of pages.
+/// The cross-origin rules of one listener.
 #[derive(Clone, Debug)]
-pub struct Origins {
-    /// Every address of the listener is of this machine.
-    pub loopback: bool,
-    /// Everyone is served: then pages of this machine are, if it is also `loopback`.
-    pub anonymous: bool,
+pub(crate) struct OriginPolicy {
+    /// The listener has a loopback address.
+    pub(crate) loopback: bool,
+    /// Clients need no credentials. Then a loopback listener also allows the pages of this machine.
+    pub(crate) anonymous: bool,
     /// `cors.origins`, besides the same origin.
-    pub allowed: Vec<Pattern>,
+    pub(crate) allowed: Vec<Pattern>,
 }
 
-/// What is known of the page behind one request.
+/// The web page that a request comes from.
 #[derive(Debug)]
-pub enum Page {
-    /// No `Origin`: no page, or a navigation.
+pub(crate) enum RequestOrigin {
+    /// No `Origin`: not a page, or a navigation.
     None,
-    /// May see the answer.
-    Friend(HeaderValue),
-    /// May not.
-    Stranger,
+    /// A page that may read the response; the value is its origin.
+    Allowed(HeaderValue),
+    /// A page that may not.
+    Denied,
 }
 
-impl Origins {
-    /// Refuses requests that reached this machine under a name that is not its own.
-    pub fn check_host(&self, head: &Parts) -> Result<()> {
+impl OriginPolicy {
+    /// Rejects requests to a loopback listener whose `Host` does not name this machine (DNS rebinding).
+    pub(crate) fn check_host(&self, head: &Parts) -> Result<()> {
         let host = match (head.uri.authority(), head.headers.get(header::HOST)) {
             (Some(authority), _) => authority.as_str(),
             (None, Some(host)) => host.to_str().unwrap_or_default(),
-            // No browser leaves it out.
+            // HTTP/1.0, which no browser uses.
             (None, None) if head.version < Version::HTTP_11 => return Ok(()),
-            (None, None) => return Err(Error::new(Code::InvalidRequest, "a request of HTTP/1.1 has a Host")),
+            (None, None) => return Err(Error::new(Code::InvalidRequest, "an HTTP/1.1 request must have a Host")),
         };
         if !self.loopback {
             return Ok(());
         }
-        // Nearly always one of these.
+        // A fast path for the usual names.
         let usual = host.strip_prefix("127.0.0.1").or_else(|| host.strip_prefix("localhost"));
         if usual.is_some_and(|rest| rest.is_empty() || rest.starts_with(':')) || is_this_machine(without_port(host)) {
             return Ok(());
         }
         Err(Error::new(
             Code::Forbidden,
-            "this listener is open to this machine only: reach it as localhost or 127.0.0.1, \
-             or let it listen elsewhere (server.listen)",
+            "this listener serves this machine only: use the host localhost or 127.0.0.1, \
+             or listen on another address (server.listen)",
         )
         .with("permission", "host"))
     }
 
-    /// Who is behind the request.
-    pub fn page(&self, head: &Parts) -> Page {
+    /// Determines the origin of a request.
+    pub(crate) fn classify(&self, head: &Parts) -> RequestOrigin {
         let Some(value) = head.headers.get(header::ORIGIN) else {
-            // Images, links and frames send no Origin.
+            // Requests for images, links and frames have no Origin.
             let site = head.headers.get("sec-fetch-site");
-            return if site.is_some_and(|site| site == "cross-site") { Page::Stranger } else { Page::None };
+            return if site.is_some_and(|site| site == "cross-site") {
+                RequestOrigin::Denied
+            } else {
+                RequestOrigin::None
+            };
         };
-        let Ok(origin) = value.to_str() else { return Page::Stranger };
-        // Sandboxed frames, files and redirects: anyone at all.
+        let Ok(origin) = value.to_str() else { return RequestOrigin::Denied };
+        // The origin of every sandboxed frame, local file and redirect.
         if origin == "null" {
-            return Page::Stranger;
+            return RequestOrigin::Denied;
         }
         let host = head.uri.authority().map(|host| host.as_str());
         let host = host.or_else(|| head.headers.get(header::HOST)?.to_str().ok());
         let same = host.is_some_and(|host| is_same(origin, host));
-        let neighbour = self.loopback
+        let this_machine = self.loopback
             && self.anonymous
             && origin
                 .strip_prefix("http://")
                 .is_some_and(|host| matches!(without_port(host), "localhost" | "127.0.0.1"));
-        if same || neighbour || self.allowed.iter().any(|pattern| pattern.matches(origin)) {
-            Page::Friend(value.clone())
+        if same || this_machine || self.allowed.iter().any(|pattern| pattern.matches(origin)) {
+            RequestOrigin::Allowed(value.clone())
         } else {
-            Page::Stranger
+            RequestOrigin::Denied
         }
     }
 
-    /// Refuses what a page from elsewhere must not do here: write, move a consumer's cursor, or open a socket (which CORS
-    /// does not cover).
-    pub fn check_page(&self, head: &Parts, page: &Page) -> Result<()> {
+    /// Rejects requests of denied pages to a loopback listener that write, move the cursor of a consumer, or open a WebSocket
+    /// (which CORS does not cover).
+    pub(crate) fn check_origin(&self, head: &Parts, origin: &RequestOrigin) -> Result<()> {
         let writes = match head.method {
             Method::HEAD | Method::OPTIONS => false,
             Method::GET => head.uri.query().is_some_and(|query| query.contains("consumer=")),
             _ => true,
         };
         let socket = head.headers.get(header::UPGRADE).is_some();
-        match page {
-            Page::Stranger if self.loopback && (writes || socket) => Err(Error::new(
+        match origin {
+            RequestOrigin::Denied if self.loopback && (writes || socket) => Err(Error::new(
                 Code::Forbidden,
-                "pages of this origin may not do that here: name the origin in cors.origins",
+                "pages of this origin are not permitted to do this: add the origin to cors.origins",
             )
             .with("permission", "origin")),
             _ => Ok(()),
@@ -114,19 +118,19 @@ impl Origins {
     }
 }
 
-impl Page {
-    /// Says in an answer who may see it.
-    pub fn mark(self, headers: &mut HeaderMap) {
+impl RequestOrigin {
+    /// Adds the CORS headers of a response.
+    pub(crate) fn mark(self, headers: &mut HeaderMap) {
         headers.append(header::VARY, HeaderValue::from_static("Origin"));
-        if let Page::Friend(origin) = self {
+        if let RequestOrigin::Allowed(origin) = self {
             headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
             headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSE_HEADERS);
         }
     }
 
-    /// Answers the preflight of a friend. `allow` is the route's `Allow`.
-    pub fn preflight(&self, request: &HeaderMap, allow: HeaderValue, headers: &mut HeaderMap) {
-        if matches!(self, Page::Friend(_)) && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
+    /// Adds the CORS headers of a preflight response. `allow` is the `Allow` of the route.
+    pub(crate) fn preflight(&self, request: &HeaderMap, allow: HeaderValue, headers: &mut HeaderMap) {
+        if matches!(self, RequestOrigin::Allowed(_)) && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
             headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, allow);
             headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, ALLOW_HEADERS);
             headers.insert(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE);
@@ -134,7 +138,8 @@ impl Page {
     }
 }
 
-/// Whether `origin` (`scheme://host[:port]`) is the page of `host[:port]`. The scheme is left to the proxy in front.
+/// Whether `origin` (`scheme://host[:port]`) has the host `host[:port]`. The schemes are not compared, because a proxy can
+/// terminate TLS.
 fn is_same(origin: &str, host: &str) -> bool {
     let Some((scheme, from)) = origin.split_once("://") else { return false };
     let standard = match scheme {
@@ -178,12 +183,12 @@ mod tests {
         request.body(()).unwrap().into_parts().0
     }
 
-    fn origins() -> Origins {
-        Origins { loopback: true, anonymous: true, allowed: vec![] }
+    fn origins() -> OriginPolicy {
+        OriginPolicy { loopback: true, anonymous: true, allowed: vec![] }
     }
 
     #[test]
-    fn names_of_this_machine() {
+    fn hosts_of_this_machine_are_recognized() {
         for host in
             ["localhost:8000", "LOCALHOST", "a.localhost:1", "127.0.0.1:8000", "127.8.8.8", "[::1]:8000", "[::1]"]
         {
@@ -192,40 +197,41 @@ mod tests {
         for host in ["evil.example", "localhost.evil.example", "10.0.0.1", "", "[::2]:1", "127.0.0.1.evil.example"] {
             assert!(origins().check_host(&head("GET", &[("host", host)])).is_err(), "{host}");
         }
-        let open = Origins { loopback: false, ..origins() };
+        let open = OriginPolicy { loopback: false, ..origins() };
         assert!(open.check_host(&head("GET", &[("host", "weir.example")])).is_ok());
     }
 
     #[test]
-    fn pages() {
-        let friend = |origins: &Origins, origin: &str, host: &str| {
-            matches!(origins.page(&head("GET", &[("host", host), ("origin", origin)])), Page::Friend(_))
+    fn allowed_origins_are_recognized() {
+        let allowed = |origins: &OriginPolicy, origin: &str, host: &str| {
+            matches!(origins.classify(&head("GET", &[("host", host), ("origin", origin)])), RequestOrigin::Allowed(_))
         };
-        assert!(friend(&origins(), "http://localhost:3000", "localhost:8000"));
-        assert!(friend(&origins(), "http://127.0.0.1", "localhost:8000"));
-        assert!(!friend(&origins(), "http://localhost.evil.example", "localhost:8000"));
-        assert!(!friend(&origins(), "https://evil.example", "localhost:8000"));
-        assert!(!friend(&origins(), "null", "localhost:8000"));
-        let open = Origins { loopback: false, anonymous: true, allowed: vec![Pattern::new("https://*.shop.example")] };
-        assert!(!friend(&open, "http://localhost:3000", "weir.example"));
-        assert!(!friend(&open, "null", "weir.example"));
-        assert!(friend(&open, "https://weir.example", "weir.example"));
-        assert!(friend(&open, "https://weir.example", "Weir.example:443"));
-        assert!(!friend(&open, "https://weir.example:444", "weir.example"));
-        assert!(friend(&open, "https://www.shop.example", "weir.example"));
+        assert!(allowed(&origins(), "http://localhost:3000", "localhost:8000"));
+        assert!(allowed(&origins(), "http://127.0.0.1", "localhost:8000"));
+        assert!(!allowed(&origins(), "http://localhost.evil.example", "localhost:8000"));
+        assert!(!allowed(&origins(), "https://evil.example", "localhost:8000"));
+        assert!(!allowed(&origins(), "null", "localhost:8000"));
+        let open =
+            OriginPolicy { loopback: false, anonymous: true, allowed: vec![Pattern::new("https://*.shop.example")] };
+        assert!(!allowed(&open, "http://localhost:3000", "weir.example"));
+        assert!(!allowed(&open, "null", "weir.example"));
+        assert!(allowed(&open, "https://weir.example", "weir.example"));
+        assert!(allowed(&open, "https://weir.example", "Weir.example:443"));
+        assert!(!allowed(&open, "https://weir.example:444", "weir.example"));
+        assert!(allowed(&open, "https://www.shop.example", "weir.example"));
     }
 
     #[test]
-    fn strangers_read_blindly_and_never_write() {
+    fn denied_pages_cannot_write() {
         let check = |method, headers: &[(&str, &str)]| {
             let head = head(method, headers);
-            origins().check_page(&head, &origins().page(&head)).is_ok()
+            origins().check_origin(&head, &origins().classify(&head)).is_ok()
         };
-        let stranger = ("origin", "https://evil.example");
-        assert!(check("GET", &[stranger]));
-        assert!(!check("POST", &[stranger]));
-        assert!(!check("DELETE", &[stranger]));
-        assert!(!check("GET", &[stranger, ("upgrade", "websocket")]));
+        let denied = ("origin", "https://evil.example");
+        assert!(check("GET", &[denied]));
+        assert!(!check("POST", &[denied]));
+        assert!(!check("DELETE", &[denied]));
+        assert!(!check("GET", &[denied, ("upgrade", "websocket")]));
         assert!(check("POST", &[]));
         let image = ("sec-fetch-site", "cross-site");
         assert!(check("GET", &[image]));
@@ -236,7 +242,7 @@ mod tests {
             let request = Request::get("/v1/events?channel=a&consumer=n&commit=auto").header("sec-fetch-site", site);
             request.body(()).unwrap().into_parts().0
         };
-        let allowed = |head: Parts| origins().check_page(&head, &origins().page(&head));
+        let allowed = |head: Parts| origins().check_origin(&head, &origins().classify(&head));
         assert!(allowed(poll("cross-site")).is_err());
         assert!(allowed(poll("same-site")).is_ok());
     }

@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 /// 1 to 255 bytes of UTF-8 without control characters.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 255, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$", example = "orders")]
-pub struct ChannelName(String);
+pub(crate) struct ChannelName(String);
 
 /// The name of a channel that clients can write to: 1 to 255 bytes. Channels whose name begins with `$` are read-only.
 #[derive(ToSchema)]
@@ -24,7 +24,7 @@ pub struct ChannelName(String);
     pattern = r"^[^$\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$",
     example = "orders"
 )]
-pub struct OwnChannelName(String);
+pub(crate) struct OwnChannelName(String);
 
 /// The name of a channel with presence: 1 to 245 bytes. Channels whose name begins with `$` have no presence.
 #[derive(ToSchema)]
@@ -34,24 +34,24 @@ pub struct OwnChannelName(String);
     pattern = r"^[^$\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$",
     example = "chat"
 )]
-pub struct PresentChannelName(String);
+pub(crate) struct PresentChannelName(String);
 
 /// The type of an event. Types that begin with `weir.` are reserved.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 128, pattern = r"^(?!weir\.)[^\x00-\x1f\x7f-\x9f]+$", example = "created")]
-pub struct TypeName(String);
+pub(crate) struct TypeName(String);
 
 /// 1 to 128 bytes of UTF-8 without control characters.
 #[derive(ToSchema)]
 #[schema(min_length = 1, max_length = 128, pattern = r"^[^\x00-\x1f\x7f-\x9f]+$")]
 #[schema(as = Label)]
-pub struct LabelSchema(String);
+pub(crate) struct LabelSchema(String);
 
 /// `EPOCH-OFFSET`.
 #[derive(ToSchema)]
 #[schema(pattern = r"^(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}$", example = "k3Vq7a-42")]
 #[schema(as = Position)]
-pub struct PositionSchema(String);
+pub(crate) struct PositionSchema(String);
 
 /// A position, a token (`next` of an earlier response), an offset, `earliest` or `now`.
 #[derive(ToSchema)]
@@ -59,19 +59,19 @@ pub struct PositionSchema(String);
     pattern = r"^(earliest|now|[0-9]{1,19}|(0|[A-Zab-vx-z0-9_-][A-Za-z0-9_-]{4}[B-Za-z0-9_-])-[0-9]{1,19}|w[A-Za-z0-9_-]{11,2047})$",
     example = "k3Vq7a-42"
 )]
-pub struct After(String);
+pub(crate) struct After(String);
 
 /// The `page` of the previous response.
 #[derive(ToSchema)]
 #[schema(pattern = "^([0-9a-f]{2})+$")]
-pub struct PageName(String);
+pub(crate) struct PageName(String);
 
 // === parameters ===
 
 /// Query parameters of `POST /v1/events`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct PublishQuery {
+pub(crate) struct PublishQuery {
     /// Publishes one event to this channel; the body is the data of the event.
     channel: Option<OwnChannelName>,
     /// The type of the event. Requires `channel`.
@@ -85,7 +85,7 @@ pub struct PublishQuery {
 /// Query parameters of `GET /v1/events`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ReadQuery {
+pub(crate) struct ReadQuery {
     /// The channel to read. Repeat the parameter for several channels; a comma is part of the name.
     #[param(min_items = 1, max_items = 100)]
     channel: Vec<ChannelName>,
@@ -123,7 +123,7 @@ pub struct ReadQuery {
 /// Query parameters of `GET /v1/sse`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct StreamQuery {
+pub(crate) struct StreamQuery {
     /// The channel to read. Repeat the parameter for several channels; a comma is part of the name.
     #[param(min_items = 1, max_items = 100)]
     channel: Vec<ChannelName>,
@@ -153,7 +153,7 @@ pub struct StreamQuery {
 /// Query parameters of `DELETE /v1/events`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct DeleteQuery {
+pub(crate) struct DeleteQuery {
     channel: OwnChannelName,
     /// The position of the first event to keep. If absent, the whole log is deleted.
     before: Option<PositionSchema>,
@@ -162,7 +162,7 @@ pub struct DeleteQuery {
 /// Query parameters of every list.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ListQuery {
+pub(crate) struct ListQuery {
     /// Returns only names with this prefix.
     prefix: Option<String>,
     /// The maximum number of entries. Default: 100.
@@ -174,7 +174,7 @@ pub struct ListQuery {
 /// Filters of connections. A connection must match all of them.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ConnectionQuery {
+pub(crate) struct ConnectionQuery {
     /// Returns only connections of this authenticated subject.
     subject: Option<String>,
     /// Returns only connections that read this channel.
@@ -186,7 +186,7 @@ pub struct ConnectionQuery {
 /// Query parameters of lists without a prefix.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct PageQuery {
+pub(crate) struct PageQuery {
     /// The maximum number of entries. Default: 100.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u64>,
@@ -196,7 +196,7 @@ pub struct PageQuery {
 /// The connections to close. `subject` or `id` is required.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct KickQuery {
+pub(crate) struct KickQuery {
     subject: Option<String>,
     id: Option<String>,
     /// Closes only connections that read this channel.
@@ -206,7 +206,7 @@ pub struct KickQuery {
 /// Query parameters of `GET /v1/presence`.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct PresenceQuery {
+pub(crate) struct PresenceQuery {
     channel: PresentChannelName,
     /// Returns only the number of members.
     count: Option<bool>,
@@ -219,7 +219,7 @@ pub struct PresenceQuery {
 /// Query parameters of `GET /v1/channels` in addition to those of a list.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ChannelQuery {
+pub(crate) struct ChannelQuery {
     /// Returns this channel instead of a list. Excludes the other parameters.
     channel: Option<ChannelName>,
 }
@@ -229,7 +229,7 @@ pub struct ChannelQuery {
 /// A stored event.
 #[derive(ToSchema)]
 #[schema(as = Event)]
-pub struct EventSchema {
+pub(crate) struct EventSchema {
     #[schema(min_length = 1, max_length = 255)]
     channel: String,
     /// The epoch of the channel's log.
@@ -257,7 +257,7 @@ pub struct EventSchema {
 /// An event to publish.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct NewEvent {
+pub(crate) struct NewEvent {
     channel: OwnChannelName,
     #[schema(nullable = false)]
     r#type: Option<TypeName>,
@@ -278,7 +278,7 @@ pub struct NewEvent {
 /// The position at which an event was stored.
 #[derive(ToSchema)]
 #[schema(as = Placed)]
-pub struct PlacedSchema {
+pub(crate) struct PlacedSchema {
     channel: String,
     epoch: String,
     #[schema(minimum = 1)]
@@ -292,7 +292,7 @@ pub struct PlacedSchema {
 /// An object for one event, an array for an array or NDJSON.
 #[derive(ToSchema)]
 #[serde(untagged)]
-pub enum Published {
+pub(crate) enum Published {
     One(PlacedSchema),
     Many(Vec<PlacedSchema>),
 }
@@ -301,7 +301,7 @@ pub enum Published {
 #[derive(ToSchema)]
 #[serde(untagged)]
 #[schema(as = Publish)]
-pub enum PublishSchema {
+pub(crate) enum PublishSchema {
     One(NewEvent),
     Many(NewEvents),
 }
@@ -309,12 +309,12 @@ pub enum PublishSchema {
 /// Events that are stored in order, atomically per channel.
 #[derive(ToSchema)]
 #[schema(min_items = 1, max_items = 1000)]
-pub struct NewEvents(Vec<NewEvent>);
+pub(crate) struct NewEvents(Vec<NewEvent>);
 
 /// The result of a read.
 #[derive(ToSchema)]
 #[schema(as = Page)]
-pub struct PageSchema {
+pub(crate) struct PageSchema {
     events: Vec<EventSchema>,
     /// The value of `after` for the next read.
     next: String,
@@ -327,7 +327,7 @@ pub struct PageSchema {
 
 /// The consumer of the read.
 #[derive(ToSchema)]
-pub struct PageConsumer {
+pub(crate) struct PageConsumer {
     name: String,
     /// True if the consumer had no cursor: it is new, or weir has deleted it.
     #[schema(nullable = false)]
@@ -337,7 +337,7 @@ pub struct PageConsumer {
 /// Requested events that are no longer available.
 #[derive(ToSchema)]
 #[schema(as = Gap)]
-pub struct GapSchema {
+pub(crate) struct GapSchema {
     channel: String,
     reason: GapReasonSchema,
     /// The position of the reader.
@@ -353,7 +353,7 @@ pub struct GapSchema {
 #[derive(ToSchema)]
 #[schema(rename_all = "snake_case")]
 #[schema(as = GapReason)]
-pub enum GapReasonSchema {
+pub(crate) enum GapReasonSchema {
     Trimmed,
     Budget,
     Reset,
@@ -365,7 +365,7 @@ pub enum GapReasonSchema {
 /// An error (RFC 9457). `code` is stable; a client that does not know a code uses the status.
 #[derive(ToSchema)]
 #[schema(as = Problem)]
-pub struct ProblemSchema {
+pub(crate) struct ProblemSchema {
     #[schema(example = "urn:weir:error:invalid_params")]
     r#type: String,
     title: String,
@@ -384,7 +384,7 @@ pub struct ProblemSchema {
 /// The presence members of a channel.
 #[derive(ToSchema)]
 #[schema(as = Presence)]
-pub struct PresenceSchema {
+pub(crate) struct PresenceSchema {
     channel: String,
     /// The number of all members, on this page or not.
     count: u64,
@@ -401,7 +401,7 @@ pub struct PresenceSchema {
 
 /// A client with a subscription that has presence.
 #[derive(ToSchema)]
-pub struct PresentMember {
+pub(crate) struct PresentMember {
     client: String,
     /// The subject of its credentials.
     subject: String,
@@ -416,7 +416,7 @@ pub struct PresentMember {
 /// Params of a call. They are optional.
 #[derive(ToSchema)]
 #[serde(untagged)]
-pub enum Params {
+pub(crate) enum Params {
     Named(BTreeMap<String, Value>),
     Positional(Vec<Value>),
 }

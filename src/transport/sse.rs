@@ -108,7 +108,7 @@ async fn try_open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result
         return Ok(response(Body::empty()));
     }
     if node.timers.is_draining() {
-        return Err(Error::new(Code::Draining, "this node is leaving"));
+        return Err(Error::new(Code::Draining, "this node is shutting down"));
     }
     let remote = PeerAddr::of(head);
     let (stream, first) = begin(node, identity, remote, params).await?;

@@ -67,7 +67,7 @@ pub(crate) async fn upgrade(node: &Arc<Node>, head: &Parts, admitted: Result<Ide
         Err(error) => return Err(error),
     };
     if node.timers.is_draining() {
-        return Err(Error::new(Code::Draining, "this node is leaving"));
+        return Err(Error::new(Code::Draining, "this node is shutting down"));
     }
     let ready = subscriptions_of_url(node, &identity, head).await?;
     let node = node.clone();

@@ -1,4 +1,4 @@
-//! `/v1/channels`: what there is.
+//! `/v1/channels`: the channels that have a log.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     transport::query::Query,
 };
 
-/// `GET /v1/channels`: one if `channel` is given, else a list.
+/// `GET /v1/channels`: one channel if `channel` is present, otherwise a list.
 #[utoipa::path(get, path = "/v1/channels", tag = "administration",
     description = "Returns one channel if `channel` is present, otherwise a list of the channels that have a log.",
     params(ChannelQuery, ListQuery),
@@ -26,7 +26,7 @@ use crate::{
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let listing = Listing::take(&mut query)?;
     let channel = query.channel()?;

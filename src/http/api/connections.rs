@@ -1,4 +1,4 @@
-//! `/v1/connections`: who is connected, on all nodes, and ending that.
+//! `/v1/connections`: lists and closes the connections of all nodes.
 
 use std::sync::Arc;
 
@@ -25,16 +25,16 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     if query.has("prefix") {
-        return Err(Error::params("unknown parameter \"prefix\": say subject, channel or id"));
+        return Err(Error::params("unknown parameter \"prefix\": use subject, channel or id"));
     }
     let listing = Listing::take(&mut query)?;
-    let which = which(&mut query)?;
+    let filter = filter(&mut query)?;
     query.finish()?;
     let _ = identity.may_administer()?;
-    let mut found = node.cluster_connections.list(&which, listing.after.as_deref(), listing.limit + 1).await;
+    let mut found = node.cluster_connections.list(&filter, listing.after.as_deref(), listing.limit + 1).await;
     let page = listing.page(&mut found.found, |connection| &connection.id);
     Ok(to_json(&Connections { connections: found.found, page, silent: found.silent }))
 }
@@ -48,19 +48,19 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn kick(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn kick(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
-    let which = which(&mut query)?;
+    let filter = filter(&mut query)?;
     query.finish()?;
-    if which.id.is_none() && which.subject.is_none() {
-        return Err(Error::params("who is to be kicked is missing: say subject or id"));
+    if filter.id.is_none() && filter.subject.is_none() {
+        return Err(Error::params("subject or id is required"));
     }
     let _ = identity.may_administer()?;
-    let kicked = node.cluster_connections.kick(&which).await;
+    let kicked = node.cluster_connections.kick(&filter).await;
     Ok(to_json(&Kicked { kicked: kicked.found, silent: kicked.silent }))
 }
 
-fn which(query: &mut Query<'_>) -> Result<ConnectionFilter> {
+fn filter(query: &mut Query<'_>) -> Result<ConnectionFilter> {
     let mut text = |name| Ok::<_, Error>(query.take(name)?.map(|text| text.into_owned()));
     let (id, subject) = (text("id")?, text("subject")?);
     let channel = query.channel()?.map(|channel| channel.as_str().to_owned());

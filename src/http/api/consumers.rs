@@ -1,4 +1,4 @@
-//! `/v1/consumers`: named readers whose place weir keeps.
+//! `/v1/consumers`: named readers whose cursors weir stores.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -30,7 +30,7 @@ use crate::{
     },
 };
 
-/// Largest body of a request about a consumer, in bytes. A token and a channel name fit many times.
+/// Maximum size of a request body in bytes: many times that of a token and a channel name.
 const MAX_BODY: usize = 64 * 1024;
 
 /// `GET /v1/consumers`.
@@ -42,7 +42,7 @@ const MAX_BODY: usize = 64 * 1024;
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let listing = Listing::take(&mut query)?;
     query.finish()?;
@@ -65,7 +65,7 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
     let _ = identity.may_consume(&name)?;
@@ -84,7 +84,11 @@ pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts)
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<StatusCode> {
+pub(crate) async fn commit(
+    State(node): State<Arc<Node>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<StatusCode> {
     let (name, Commit { after, channels }) = read(&node, request, "/commit").await?;
     let _ = identity.may_consume(&name)?;
     let channels = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
@@ -103,7 +107,11 @@ pub async fn commit(State(node): State<Arc<Node>>, identity: Identity, request: 
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<StatusCode> {
+pub(crate) async fn seek(
+    State(node): State<Arc<Node>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<StatusCode> {
     let (name, Seek { channel, after }) = read(&node, request, "/seek").await?;
     let channel = Channel::parse(&channel)?;
     let _ = identity.may_consume(&name)?;
@@ -113,7 +121,7 @@ pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Re
     }
     let start = StartParam::After(after).starts(std::slice::from_ref(&channel), Start::Earliest)?[0];
     let at = match start {
-        // As given: the reader is told of the gap, if there is one, when it reads.
+        // Stored unmodified: if there is a gap, the next read reports it.
         Start::After(position) => {
             reading::check_ahead(&node.bus, &channel, position).await?;
             position
@@ -133,7 +141,7 @@ pub async fn seek(State(node): State<Arc<Node>>, identity: Identity, request: Re
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
+pub(crate) async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
     let _ = identity.may_consume(&name)?;
@@ -215,7 +223,7 @@ impl Consumer {
 impl Lag {
     async fn of(node: &Node, channel: &Channel, position: Position) -> Result<Self> {
         let bus = &node.bus;
-        // The oldest unread event, and so the place from which the cursor really reads on.
+        // The oldest unread event, which may be after a gap.
         let page = bus.read(channel, Start::After(position), ReadLimit { events: 1, bytes: 0 }, None).await?;
         let info = bus.inspect(channel).await?;
         let top = bus.head(channel).await?;

@@ -41,11 +41,11 @@ use crate::{
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 static LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
-/// What a body was read as.
-enum Publish {
-    /// Answered by an object.
+/// A parsed publish request.
+enum PublishRequest {
+    /// The response is an object.
     One(Channel, Draft),
-    /// Answered by an array.
+    /// The response is an array.
     Many(Vec<(Channel, Draft)>),
 }
 
@@ -63,7 +63,7 @@ enum Publish {
         (status = "5XX", description = "`bus_unavailable`: the event was not stored. `unconfirmed`: the event may have been stored; retry with the same key. For several events, `placed` has a position or null for each.", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn publish_by_route(
+pub(crate) async fn publish_by_route(
     State(node): State<Arc<Node>>,
     identity: Identity,
     request: Request<Body>,
@@ -73,13 +73,13 @@ pub async fn publish_by_route(
 }
 
 /// As [`publish_by_route`].
-pub async fn publish(node: &Node, identity: &Identity, head: &Parts, body: Body) -> Result<Response> {
+pub(crate) async fn publish(node: &Node, identity: &Identity, head: &Parts, body: Body) -> Result<Response> {
     declared(&head.headers)?;
     let limits = &node.config.limits;
     let body = read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?;
     let answer = match read(head, &body, node) {
-        Ok(Publish::One(channel, draft)) => publish_one(node, identity, channel, draft).await,
-        Ok(Publish::Many(events)) => publish_many(node, identity, events).await,
+        Ok(PublishRequest::One(channel, draft)) => publish_one(node, identity, channel, draft).await,
+        Ok(PublishRequest::Many(events)) => publish_many(node, identity, events).await,
         Err(error) => Err(error),
     };
     answer.inspect_err(|error| node.metrics.publish_failed(error.code()))
@@ -96,7 +96,7 @@ async fn publish_one(node: &Node, identity: &Identity, channel: Channel, draft: 
 }
 
 async fn publish_many(node: &Node, identity: &Identity, events: Vec<(Channel, Draft)>) -> Result<Response> {
-    // All are asked for before any is placed.
+    // All channels are checked before any event is stored.
     for (channel, _) in &events {
         let _ = identity.may_publish(channel)?;
     }
@@ -147,8 +147,8 @@ fn count(node: &Node, placed: &Placed, size: usize) {
     }
 }
 
-/// Reads a request to publish, in any of its forms.
-fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<Publish> {
+/// Parses a publish request in any of its forms.
+fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<PublishRequest> {
     let limit = node.config.limits.event;
     let header_key = text(&head.headers, &IDEMPOTENCY_KEY)?;
     let Some(query) = head.uri.query() else {
@@ -180,11 +180,11 @@ fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<Publish> {
         Err(_) => EventData::Bytes(body),
     };
     let parts = event::DraftParts { kind: kind.as_deref(), from: from.as_deref(), meta: None, data, key };
-    Ok(Publish::One(channel, Draft::new(parts, limit)?))
+    Ok(PublishRequest::One(channel, Draft::new(parts, limit)?))
 }
 
-/// Reads whole events: an object, an array, or lines.
-fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, node: &Node) -> Result<Publish> {
+/// Parses whole events: an object, an array, or newline-delimited JSON.
+fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, node: &Node) -> Result<PublishRequest> {
     let limits = &node.config.limits;
     let text = std::str::from_utf8(body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
     let lines = is_ndjson(&head.headers);
@@ -213,11 +213,11 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, node: &Node
             let key = one_key(header_key, event.key.as_deref())?.map(str::to_owned);
             event.key = key.map(|key| JsonStr(key.into()));
             let (channel, draft) = event.draft(limits.event)?;
-            return Ok(Publish::One(channel, draft));
+            return Ok(PublishRequest::One(channel, draft));
         }
     }
     if events.is_empty() {
-        return Err(Error::new(Code::InvalidRequest, "there is no event in the body"));
+        return Err(Error::new(Code::InvalidRequest, "the body has no event"));
     }
     if events.len() > limits.publish_events {
         let most = limits.publish_events;
@@ -225,33 +225,37 @@ fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, node: &Node
             .with("limit", "limits.publish_events"));
     }
     if header_key.is_some() {
-        return Err(Error::params("Idempotency-Key is about one event: give each of several its own member key"));
+        return Err(Error::params(
+            "Idempotency-Key applies to one event: with several events, each has its own member key",
+        ));
     }
     let draft =
         |(at, event): (usize, &IncomingEvent<'_>)| event.draft(limits.event).map_err(|error| error.with("event", at));
-    Ok(Publish::Many(events.iter().enumerate().map(draft).collect::<Result<_>>()?))
+    Ok(PublishRequest::Many(events.iter().enumerate().map(draft).collect::<Result<_>>()?))
 }
 
-/// What is wrong with the first event, for whoever meant its data alone.
+/// Explains the parameter `channel` in the error of the first event, because the body may be meant as data only.
 fn first(error: Error) -> Error {
     let detail = error.detail();
     if !(detail.starts_with("unknown field") || detail.starts_with("missing field `channel`")) {
         return error;
     }
-    Error::params(format!("{detail}; with ?channel=NAME in the URL the body is the data, without it the whole event"))
+    Error::params(format!(
+        "{detail}; with ?channel=NAME in the URL the body is the data of the event, without it the whole event"
+    ))
 }
 
-/// The header and the member are the same thing; both may be given if they agree.
+/// The idempotency key of the header or the member. If both are present, they must be equal.
 fn one_key<'a>(header: Option<&'a str>, member: Option<&'a str>) -> Result<Option<&'a str>> {
     match (header, member) {
         (Some(header), Some(member)) if header != member => {
-            Err(Error::params("Idempotency-Key and key differ: give one of them"))
+            Err(Error::params("Idempotency-Key and key differ: use one of them"))
         }
         (header, member) => Ok(header.or(member)),
     }
 }
 
-/// Reads an array up to one event more than is allowed: what a client sends cannot make us keep more.
+/// Deserializes at most one event more than the limit, and skips the rest, which bounds the memory.
 struct Events {
     most: usize,
 }
@@ -286,12 +290,16 @@ impl<'de> Visitor<'de> for Events {
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get_by_route(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Response {
+pub(crate) async fn get_by_route(
+    State(node): State<Arc<Node>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Response {
     get(&node, &identity, &request.into_parts().0).await
 }
 
 /// As [`get_by_route`].
-pub async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Response {
+pub(crate) async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Response {
     let answer = match sse::is_wanted(&head.headers) {
         true => sse::open(node, identity, head).await,
         false => page(node, identity, head).await,
@@ -339,7 +347,7 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &ReadRe
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
+pub(crate) async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     let mut query = Query::parse(head.uri.query())?;
     let channel = query.one_channel()?;
     let before = query.take("before")?;

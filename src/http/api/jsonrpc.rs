@@ -1,4 +1,4 @@
-//! JSON-RPC: `/v1/ws`, and `/v1/rpc` for whoever cannot keep a socket.
+//! JSON-RPC over a WebSocket (`/v1/ws`) and over HTTP (`/v1/rpc`).
 
 use std::sync::Arc;
 
@@ -18,18 +18,17 @@ use crate::{
         schema::ProblemSchema,
     },
     node::Node,
-    transport::query::Query,
-    transport::ws,
+    transport::{query::Query, ws},
 };
 
 /// `GET /v1/ws`.
-pub async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): Admitted, head: Parts) -> Response {
+pub(crate) async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): Admitted, head: Parts) -> Response {
     match ws::upgrade(&node, &head, admitted).await {
         Ok(response) => response,
         Err(error) => {
-            let wanted = error.code() == Code::UpgradeRequired;
+            let upgrade_required = error.code() == Code::UpgradeRequired;
             let mut response = error.into_response();
-            if wanted {
+            if upgrade_required {
                 let headers = response.headers_mut();
                 headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
                 headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
@@ -39,7 +38,7 @@ pub async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): Admitted
     }
 }
 
-/// `POST /v1/rpc`: one message or batch. Always 200, or 204 if there is nothing to answer: failures are JSON-RPC's.
+/// `POST /v1/rpc`: one message or batch. The status is 200, or 204 without a response; errors are those of JSON-RPC.
 #[utoipa::path(post, path = "/v1/rpc", tag = "services",
     description = "JSON-RPC 2.0 over HTTP: one request or a batch, with the methods of the WebSocket except weir.subscribe, \
         weir.unsubscribe, weir.provide and weir.withdraw. JSON-RPC errors have the status 200. Closing the connection cancels the calls.",
@@ -50,7 +49,11 @@ pub async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): Admitted
         (status = "4XX", description = "`invalid_params` (query parameters), `too_large`, `unsupported_media_type`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn post(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+pub(crate) async fn post(
+    State(node): State<Arc<Node>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<Response> {
     let (head, body) = request.into_parts();
     declared(&head.headers)?;
     Query::parse(head.uri.query())?.finish()?;

@@ -1,4 +1,4 @@
-//! `/v1/presence`: who is on a channel.
+//! `/v1/presence`: the presence members of a channel.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let presence = MembersRequest::from_query(Query::parse(head.uri.query())?, &node.config.limits)?;
     presence.permit(&identity)?;
     Ok(json(StatusCode::OK, presence.answer(&node.presence).await?))

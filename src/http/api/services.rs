@@ -1,4 +1,4 @@
-//! `/v1/services`: what can be called, and calling it.
+//! `/v1/services`: lists services and calls their methods.
 
 use std::sync::Arc;
 
@@ -35,12 +35,12 @@ use crate::{
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     let mut query = Query::parse(head.uri.query())?;
     let prefix = query.take("prefix")?.unwrap_or_default();
     query.finish()?;
     let mut services = node.hub.services(&prefix, node.config.limits.services);
-    // What one may not call is none of one's business.
+    // A client sees only the services that it may call.
     services.retain(|info| identity.may_call(&info.service).is_ok());
     Ok(to_json(&Services { services }))
 }
@@ -64,7 +64,11 @@ pub async fn list(State(node): State<Arc<Node>>, identity: Identity, head: Parts
             the call may have been executed. `internal`.", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn call(State(node): State<Arc<Node>>, identity: Identity, request: Request<Body>) -> Result<Response> {
+pub(crate) async fn call(
+    State(node): State<Arc<Node>>,
+    identity: Identity,
+    request: Request<Body>,
+) -> Result<Response> {
     let (head, body) = request.into_parts();
     declared(&head.headers)?;
     let mut query = Query::parse(head.uri.query())?;
@@ -84,11 +88,11 @@ pub async fn call(State(node): State<Arc<Node>>, identity: Identity, request: Re
     match call_once(&node.hub, &call).await {
         Ok(result) => Ok(json(StatusCode::OK, Box::<str>::from(result).into_string())),
         Err(CallError::Weir(error)) => Err(error),
-        Err(CallError::Provider(error)) => Ok(refused(&error)),
+        Err(CallError::Provider(error)) => Ok(provider_error(&error)),
     }
 }
 
-/// The body, if it is what params may be.
+/// Parses the params, if there are any.
 fn params(body: &[u8]) -> Result<Option<&RawValue>> {
     if body.trim_ascii().is_empty() {
         return Ok(None);
@@ -102,8 +106,8 @@ fn params(body: &[u8]) -> Result<Option<&RawValue>> {
     }
 }
 
-/// A provider's error over HTTP. The error itself is in `error`, untouched.
-fn refused(error: &ProviderError<'_>) -> Response {
+/// The response to an error of the provider, which is in the member `error`, unmodified.
+fn provider_error(error: &ProviderError<'_>) -> Response {
     let code = match error.code {
         -32601 => Code::MethodNotFound,
         -32602 => Code::InvalidParams,
@@ -114,14 +118,14 @@ fn refused(error: &ProviderError<'_>) -> Response {
     problem(&summary, error.data.as_deref().and_then(status), Some(("error", error.to_raw().get().as_bytes())))
 }
 
-/// `data.status`, if it is the status of a failure.
+/// `data.status`, if it is an error status.
 fn status(data: &RawValue) -> Option<u16> {
     #[derive(Deserialize)]
-    struct Data {
+    struct ErrorData {
         status: u16,
     }
-    // serde would read a struct from an array too.
-    let Data { status } = data.get().starts_with('{').then(|| serde_json::from_str(data.get()).ok())??;
+    // serde would also deserialize the struct from an array.
+    let ErrorData { status } = data.get().starts_with('{').then(|| serde_json::from_str(data.get()).ok())??;
     (400..600).contains(&status).then_some(status)
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/sse`: the same events as a stream, by a path that needs no `Accept`.
+//! `/v1/sse`: a stream of events, at a path that needs no `Accept` header.
 
 use std::sync::Arc;
 
@@ -17,6 +17,6 @@ use crate::{auth::Identity, error::Result, http::schema, node::Node};
         (status = "4XX", description = "`invalid_params`, `forbidden`, `not_acceptable`. Temporary errors are reported in the stream instead.", body = schema::ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
-pub async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
+pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
     sse::open(&node, &identity, &head).await
 }

@@ -259,7 +259,7 @@ impl RpcSession {
         let identity = self.identity.clone();
         let permit = identity.may_provide(&params.service)?;
         if self.leaving {
-            return Err(Error::new(Code::Draining, "this node is leaving"));
+            return Err(Error::new(Code::Draining, "this node is shutting down"));
         }
         if matches!(params.names, params::NamesParam::Bare) && self.hub().provides_other(&params.service) {
             return Err(mixed_names());
@@ -305,7 +305,7 @@ impl RpcSession {
             return self.take_back(to, service, &mixed_names());
         }
         if self.leaving {
-            return self.take_back(to, service, &Error::new(Code::Draining, "this node is leaving"));
+            return self.take_back(to, service, &Error::new(Code::Draining, "this node is shutting down"));
         }
         let mut answer = serde_json::json!({ "service": service, "providers": provided.providers });
         if let Some(fence) = provided.fence {
