@@ -122,7 +122,7 @@ impl OnlineClients {
         if state.connections == 0 {
             return;
         }
-        let frame = wire::frame(None, "online-online", &state.list());
+        let frame = wire::frame(None, "online-presence", &state.list());
         let pause = match state.connections {
             ..=UNTHROTTLED => Duration::ZERO,
             many => (COST + Duration::from_nanos(frame.len() as u64)) * many as u32,
