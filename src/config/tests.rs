@@ -222,4 +222,9 @@ fn variables_of_an_original_apply_if_it_is_alone() {
         let off = config.to_toml(false, &BTreeMap::new()).contains("level = \"off\"");
         assert_eq!((port, off), if applies { (3000, true) } else { (8000, false) }, "{enabled}");
     }
+    // Flags override the variables of the original.
+    let flag = Override { flag: "--listen", key: "server.listen", value: "127.0.0.1:1".into() };
+    let file = Some(("weir.toml".into(), Ok("compat.enable = [\"one\"]".into())));
+    let flagged = load::read(&defaults, file, environment, &[flag]).unwrap().config;
+    assert_eq!(flagged.server.listen[0].port(), 1);
 }
