@@ -1,4 +1,4 @@
-//! ReadRequest pages of events, and waiting for new ones (a *long-poll*): `GET /v1/events` and `weir.read`.
+//! PageRequest pages of events, and waiting for new ones (a *long-poll*): `GET /v1/events` and `weir.read`.
 //!
 //! Nothing is kept between two requests except the cursors of named consumers. The next `after` acknowledges the page.
 
@@ -29,7 +29,7 @@ const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// A validated request for a page of events.
 #[derive(Debug)]
-pub(crate) struct ReadRequest {
+pub(crate) struct PageRequest {
     channels: Vec<Channel>,
     start: StartParam,
     filter: Option<Filter>,
@@ -91,9 +91,9 @@ struct ReadParams<'a> {
     commit: Option<JsonStr<'a>>,
 }
 
-// === impl ReadRequest ===
+// === impl PageRequest ===
 
-impl ReadRequest {
+impl PageRequest {
     /// From the parameters of `GET /v1/events`; `last_event_id` is the header.
     pub(crate) fn from_query(
         mut query: Query<'_>,
@@ -187,7 +187,7 @@ impl ReadRequest {
         };
         let filter = Filter::new(kinds)?;
         let limit = ReadLimit { events, bytes: limits.page_bytes };
-        Ok(ReadRequest { channels, start, filter, limit, wait, min, consumer })
+        Ok(PageRequest { channels, start, filter, limit, wait, min, consumer })
     }
 
     /// Checks that `identity` may read these channels, as this consumer.

@@ -33,7 +33,7 @@ use crate::{
     position::Position,
     transport::{
         query::Query,
-        reading::{ReadPage, ReadRequest},
+        reading::{PageRequest, ReadPage},
         sse,
     },
 };
@@ -311,7 +311,7 @@ pub(crate) async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> 
 
 async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response> {
     let query = Query::parse(head.uri.query())?;
-    let reading = ReadRequest::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
+    let reading = PageRequest::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));
@@ -327,7 +327,7 @@ async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response
 }
 
 /// Registers a read that may wait for as long as it waits, so that it is listed and can be kicked.
-async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &ReadRequest) -> Result<ReadPage> {
+async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &PageRequest) -> Result<ReadPage> {
     let mut waiting =
         node.cluster_connections.local().register_read(identity, PeerAddr::of(head), reading.channels().to_vec());
     tokio::select! {

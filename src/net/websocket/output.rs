@@ -60,7 +60,7 @@ impl SocketOutput {
     pub(crate) fn drop_unwritten(&mut self) {
         let end = frame::boundary(&self.buffer, self.written);
         self.buffer.truncate(end);
-        // A piece that is partly written is kept whole: where its frames end cannot be told from its middle.
+        // A piece that is partly written is kept whole: its frame boundaries are unknown.
         self.queue.drop_unwritten();
     }
 

@@ -9,7 +9,7 @@ use crate::{
 
 /// A stream as an `EventSource` reads it, following the HTML standard.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Block {
+struct ParsedBlock {
     id: String,
     event: String,
     data: String,
@@ -17,7 +17,7 @@ struct Block {
 
 #[derive(Default)]
 struct Parsed {
-    blocks: Vec<Block>,
+    blocks: Vec<ParsedBlock>,
     retry: Option<u64>,
     comments: usize,
 }
@@ -34,7 +34,7 @@ fn parse(stream: &[u8]) -> Parsed {
             if !data.is_empty() {
                 data.pop();
                 let (event, data) = (std::mem::take(&mut event), std::mem::take(&mut data));
-                parsed.blocks.push(Block { id: id.clone(), event, data });
+                parsed.blocks.push(ParsedBlock { id: id.clone(), event, data });
             }
             event.clear();
             continue;

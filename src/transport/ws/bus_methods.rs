@@ -161,7 +161,7 @@ impl RpcSession {
     }
 
     pub(super) fn read(&mut self, params: Option<&RawValue>) -> Result<MethodOutcome> {
-        let reading = reading::ReadRequest::from_params(params::object(params)?, &self.node.config.limits)?;
+        let reading = reading::PageRequest::from_params(params::object(params)?, &self.node.config.limits)?;
         reading.permit(&self.identity)?;
         let order = if reading.waits() { JobOrder::Waits } else { JobOrder::Alone };
         let node = self.node.clone();

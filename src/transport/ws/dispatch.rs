@@ -355,14 +355,14 @@ fn mixed_names() -> Error {
 /// `code`, `message` and `data` of a provider's error. Other members are dropped, as some clients reject them.
 fn provider_error(json: &str) -> Option<ProviderError<'_>> {
     #[derive(serde::Deserialize)]
-    struct WireError<'a> {
+    struct ProviderErrorJson<'a> {
         code: i64,
         #[serde(borrow, default)]
         message: Option<crate::json::JsonStr<'a>>,
         #[serde(borrow)]
         data: Option<&'a RawValue>,
     }
-    let wire: WireError<'_> = serde_json::from_str(json).ok()?;
+    let wire: ProviderErrorJson<'_> = serde_json::from_str(json).ok()?;
     let message = wire.message.map(|message| message.0).unwrap_or_default();
     Some(ProviderError { code: wire.code, message, data: wire.data.map(std::borrow::Cow::Borrowed) })
 }

@@ -237,9 +237,9 @@ mod tests {
     use super::*;
     use crate::rpc::RelayInfo;
 
-    struct WakeCount(AtomicUsize);
+    struct WakeCounter(AtomicUsize);
 
-    impl std::task::Wake for WakeCount {
+    impl std::task::Wake for WakeCounter {
         fn wake(self: Arc<Self>) {
             self.0.fetch_add(1, Relaxed);
         }
@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn a_sleeping_task_is_woken_once() {
         let outbox = RpcOutbox::bare(1_000);
-        let count = Arc::new(WakeCount(AtomicUsize::new(0)));
+        let count = Arc::new(WakeCounter(AtomicUsize::new(0)));
         let waker = count.clone().into();
         let mut cx = Context::from_waker(&waker);
         put(&outbox, 0, "a");
