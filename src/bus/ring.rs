@@ -42,7 +42,7 @@ pub(crate) struct Ring {
 }
 
 /// How a reader wants its events.
-pub(super) struct ReadRequest<'a> {
+pub(super) struct StepRequest<'a> {
     pub(super) channel: &'a Channel,
     pub(super) filter: Option<&'a Filter>,
     pub(super) format: &'static Format,
@@ -153,7 +153,8 @@ impl Ring {
     // === reading ===
 
     /// The next events for a reader at `position`, which moves past them.
-    pub(super) fn step(&mut self, request: &ReadRequest<'_>, position: &mut Position) -> ReadStep {
+    #[inline]
+    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> ReadStep {
         if position.epoch != self.epoch() || position.offset + 1 < self.start() {
             let (at, gap) = self.bounds.resolve(request.channel, Start::After(*position), self.bounds.time);
             if let Some(gap) = gap {
@@ -179,19 +180,20 @@ impl Ring {
     pub(super) fn step_older(
         &mut self,
         older: &VecDeque<Arc<Event>>,
-        request: &ReadRequest<'_>,
+        request: &StepRequest<'_>,
         position: &mut Position,
     ) -> ReadStep {
         Self::step_through(older, &mut self.frames, request, position)
     }
 
+    #[inline]
     fn step_through(
         events: &VecDeque<Arc<Event>>,
         frames: &mut FrameCache,
-        request: &ReadRequest<'_>,
+        request: &StepRequest<'_>,
         position: &mut Position,
     ) -> ReadStep {
-        let &ReadRequest { channel, filter, format, max_events } = request;
+        let &StepRequest { channel, filter, format, max_events } = request;
         let first = events.front().map_or(position.offset + 1, |event| event.offset);
         let after = |offset: u64| events.range((offset + 1 - first) as usize..);
         let mut bytes = 0;

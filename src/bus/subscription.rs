@@ -17,7 +17,7 @@ use super::{
     format::Format,
     gap::Gap,
     parking::{ParkedReader, ReaderId, ReadyQueue},
-    ring::{ReadRequest, ReadStep, STEP_EVENTS},
+    ring::{ReadStep, STEP_EVENTS, StepRequest},
     topic::Parking,
     watch::Watch,
 };
@@ -209,7 +209,7 @@ impl Subscriptions {
     fn step(&mut self, slot: u32) -> Option<DeliveryItem> {
         let Subscription { watch, position, filter, generation, parking } = self.subs.get_mut(slot as usize)?;
         let parked = || ParkedReader { queue: self.ready.clone(), reader: ReaderId { slot, generation: *generation } };
-        let request = ReadRequest {
+        let request = StepRequest {
             channel: watch.channel(),
             filter: filter.as_deref(),
             format: self.format,

@@ -13,7 +13,7 @@ use super::{
     memory_budget::MemoryBudget,
     parking::{ParkedReader, ParkingKey},
     retention::Retention,
-    ring::{ReadRequest, ReadStep, Ring},
+    ring::{ReadStep, Ring, StepRequest},
     wall_clock::WallClock,
     window::{WaitingKey, Window},
 };
@@ -130,7 +130,8 @@ impl Buffer {
     }
 
     /// See [`Ring::step`] and [`Window::step`].
-    pub(super) fn step(&mut self, request: &ReadRequest<'_>, position: &mut Position) -> ReadStep {
+    #[inline]
+    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> ReadStep {
         match self {
             Buffer::Log(ring) => ring.step(request, position),
             Buffer::Window(window) => window.step(request, position),

@@ -16,7 +16,7 @@ use super::{
     log_bounds::LogBounds,
     parking::{ParkedReader, WakeList},
     retention::Retention,
-    ring::{EVENT_COST, ReadRequest, ReadStep, Ring},
+    ring::{EVENT_COST, ReadStep, Ring, StepRequest},
 };
 use crate::{
     channel::Channel,
@@ -237,7 +237,7 @@ impl Window {
     // === reading ===
 
     /// The next events for a reader at `position`, which moves past them.
-    pub(super) fn step(&mut self, request: &ReadRequest<'_>, position: &mut Position) -> ReadStep {
+    pub(super) fn step(&mut self, request: &StepRequest<'_>, position: &mut Position) -> ReadStep {
         match (self.ring.step(request, position), &self.backlog) {
             (ReadStep::Older, Some(backlog)) if backlog.follows(*position) => {
                 self.ring.step_older(&backlog.events, request, position)

@@ -146,13 +146,13 @@ impl ProviderError<'_> {
     /// The `error` member of a JSON-RPC response: exactly `code`, `message` and, where given, `data`.
     pub(crate) fn to_raw(&self) -> Box<RawValue> {
         #[derive(serde::Serialize)]
-        struct WireError<'a> {
+        struct ErrorObject<'a> {
             code: i64,
             message: &'a str,
             #[serde(skip_serializing_if = "Option::is_none")]
             data: Option<&'a RawValue>,
         }
-        let wire = WireError { code: self.code, message: &self.message, data: self.data.as_deref() };
+        let wire = ErrorObject { code: self.code, message: &self.message, data: self.data.as_deref() };
         to_raw_value(&wire).unwrap_or_else(|_| RawValue::NULL.to_owned())
     }
 }
