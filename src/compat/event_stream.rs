@@ -15,7 +15,10 @@ use axum::{
 
 pub use self::config::{Config, SseRoute};
 use self::path_template::{PathTemplate, fill};
-use super::{adapter::{Adapter, AdapterEntry}, form::Form};
+use super::{
+    adapter::{Adapter, AdapterEntry},
+    form::Form,
+};
 use crate::{
     auth::Identity,
     bus::{Format, Subscriptions},
@@ -65,8 +68,7 @@ fn event(_: &Channel, event: &Event, out: &mut Vec<u8>) {
     out.extend_from_slice(b"\n\n");
 }
 
-pub(super) const ADAPTER: AdapterEntry =
-    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
+pub(super) const ADAPTER: AdapterEntry = AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
 
 fn build(node: &Arc<Node>) -> Result<Adapter> {
     let Config { routes } = node.config.compat.get();

@@ -22,9 +22,12 @@ use axum::{
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
 
-use self::{body::GanomedeBody, context::Ganomede, wire::GanomedeError};
 pub use self::config::Config;
-use super::{adapter::{Adapter, AdapterEntry}, form::Form};
+use self::{body::GanomedeBody, context::Ganomede, wire::GanomedeError};
+use super::{
+    adapter::{Adapter, AdapterEntry},
+    form::Form,
+};
 use crate::{error::Result, net::body::read_body, node::Node, transport::query::decode};
 
 const PREFIX: &str = "/events/v1";
@@ -63,7 +66,8 @@ async fn answer(State(it): State<Arc<Ganomede>>, request: Request<Body>) -> Resp
     let methods = route.methods();
     if !methods.contains(&head.method) {
         let message = format!("{} is not allowed", head.method);
-        let mut answer = Response::from(GanomedeError::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message));
+        let mut answer =
+            Response::from(GanomedeError::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message));
         let methods: Vec<&str> = methods.iter().map(Method::as_str).collect();
         // Names of methods are valid in a header.
         let allow = HeaderValue::from_str(&methods.join(", ")).unwrap_or(HeaderValue::from_static("GET"));
@@ -158,4 +162,3 @@ impl GanomedeRoute {
 fn is_equal(one: &str, other: &str) -> bool {
     one.len() == other.len() && one.bytes().zip(other.bytes()).fold(0, |all, (a, b)| all | (a ^ b)) == 0
 }
-

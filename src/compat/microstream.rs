@@ -30,8 +30,7 @@ const PATH: &str = "/socket.io/";
 const UPGRADE: Duration = Duration::from_secs(10);
 const LINGER: Duration = Duration::from_secs(5);
 
-pub(super) const ADAPTER: AdapterEntry =
-    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
+pub(super) const ADAPTER: AdapterEntry = AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
 
 fn build(node: &Arc<Node>) -> Result<Adapter> {
     let server = serve(node);

@@ -21,9 +21,12 @@ use axum::{
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
 
-use self::context::{NodeSse, NodeSseError};
 pub use self::config::Config;
-use super::{adapter::{Adapter, AdapterEntry}, form::Form};
+use self::context::{NodeSse, NodeSseError};
+use super::{
+    adapter::{Adapter, AdapterEntry},
+    form::Form,
+};
 use crate::{
     error::{Result, Retry},
     node::Node,
@@ -38,8 +41,7 @@ enum NodeSseRoute {
     LastEvent,
 }
 
-pub(super) const ADAPTER: AdapterEntry =
-    AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
+pub(super) const ADAPTER: AdapterEntry = AdapterEntry { config: || Box::<Config>::default(), build, importer: None };
 
 fn build(node: &Arc<Node>) -> Result<Adapter> {
     let node_sse = Arc::new(NodeSse::new(node));
@@ -99,7 +101,11 @@ impl NodeSseRoute {
             return Some(NodeSseRoute::Root);
         }
         let bare = path.strip_suffix('/').unwrap_or(path);
-        let all = [("/subscribe", NodeSseRoute::Subscribe), ("/publish", NodeSseRoute::Publish), ("/lastEvent", NodeSseRoute::LastEvent)];
+        let all = [
+            ("/subscribe", NodeSseRoute::Subscribe),
+            ("/publish", NodeSseRoute::Publish),
+            ("/lastEvent", NodeSseRoute::LastEvent),
+        ];
         all.into_iter().find(|(name, _)| bare.eq_ignore_ascii_case(name)).map(|(_, route)| route)
     }
 }

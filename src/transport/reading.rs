@@ -1,4 +1,4 @@
-//! PageRequest pages of events, and waiting for new ones (a *long-poll*): `GET /v1/events` and `weir.read`.
+//! Reads pages of events, and waiting for new ones (a *long-poll*): `GET /v1/events` and `weir.read`.
 //!
 //! Nothing is kept between two requests except the cursors of named consumers. The next `after` acknowledges the page.
 

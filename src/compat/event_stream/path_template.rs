@@ -58,7 +58,9 @@ impl PathTemplate {
         loop {
             match (ours.next(), theirs.next()) {
                 (Some(TemplateSegment::Rest), _) | (_, Some(TemplateSegment::Rest)) | (None, None) => return true,
-                (Some(TemplateSegment::Literal(one)), Some(TemplateSegment::Literal(two))) if one != two => return false,
+                (Some(TemplateSegment::Literal(one)), Some(TemplateSegment::Literal(two))) if one != two => {
+                    return false;
+                }
                 (Some(_), Some(_)) => {}
                 _ => return false,
             }

@@ -90,7 +90,8 @@ mod tests {
         assert!(shown.contains("level = \"warn\"  # LOG_LEVEL\n") && !shown.contains("s3cret"), "{shown}");
 
         // weir's own variables override those of the original.
-        let own = [SECRET, ("PORT", "9000"), ("WEIR__COMPAT__ENABLE", "ganomede"), ("WEIR__SERVER__LISTEN", "127.0.0.1:1")];
+        let own =
+            [SECRET, ("PORT", "9000"), ("WEIR__COMPAT__ENABLE", "ganomede"), ("WEIR__SERVER__LISTEN", "127.0.0.1:1")];
         let flagged = read("", &own).unwrap();
         assert_eq!(flagged.config.server.listen, ["127.0.0.1:1".parse().unwrap()]);
         assert_eq!(

@@ -46,7 +46,8 @@ impl Ganomede {
 
     /// The newest events, oldest first.
     pub(super) async fn latest(&self, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
-        let channel = query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let channel =
+            query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
         let limit = limit(query, self.node.config.limits.page_events);
         let events = self.newest(&channel, limit, MAX_LATEST).await?;
         Ok(wire::array(events.iter().map(|event| &**event)))

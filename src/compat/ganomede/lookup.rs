@@ -14,14 +14,7 @@ use super::{
     poll::channel,
     wire::{self, GanomedeError, is_void},
 };
-use crate::{
-    bus::ReadLimit,
-    channel::Channel,
-    error::Result,
-    event::Event,
-    json::write_json_str,
-    position::Start,
-};
+use crate::{bus::ReadLimit, channel::Channel, error::Result, event::Event, json::write_json_str, position::Start};
 
 /// Maximum number of the newest events that a lookup reads.
 const MAX_SCAN: u64 = 100_000;

@@ -45,7 +45,8 @@ impl Ganomede {
     pub(super) async fn poll(&self, head: &Head, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
         let client = query.text("clientId").filter(|client| !client.is_empty()).and_then(consumer);
         let client = client.ok_or_else(|| GanomedeError::invalid("Invalid Client ID"))?;
-        let channel = query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let channel =
+            query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
         let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
         let limits = &self.node.config.limits;
         let limit = ReadLimit { events: limit(query, limits.page_events), bytes: limits.page_bytes };

@@ -13,12 +13,12 @@ use super::{
     bytes,
     hub::MicroStreamHub,
     port::{self, Port},
-    translate::{self, HeartbeatEvent, RequestPayload, RequestEvent, ResponseEvent},
+    translate::{self, HeartbeatEvent, RequestEvent, RequestPayload, ResponseEvent},
 };
 use crate::{
     auth::Identity,
     compat::{
-        engineio::{ProtocolError, SessionHandler, EngineSession, new_sid},
+        engineio::{EngineSession, ProtocolError, SessionHandler, new_sid},
         socketio::{SocketIoEvent, SocketIoKind, SocketIoPacket, connect_error},
     },
     error::{Code, Error, Retry},
@@ -237,7 +237,9 @@ impl MicroStreamClient {
 
     fn request(&self, link: &HubConnection, argument: Option<&RawValue>) {
         // Invalid events crash the original; weir ignores them.
-        let Some(RequestEvent { target_service: target, payload: Some(sent) }) = translate::object(argument) else { return };
+        let Some(RequestEvent { target_service: target, payload: Some(sent) }) = translate::object(argument) else {
+            return;
+        };
         let Some(RequestPayload { id, event, data }) = translate::object(Some(sent)) else { return };
         let (service, event) = (translate::name(target), translate::name(event));
         let params = translate::params(data);
@@ -310,7 +312,9 @@ impl SessionHandler for MicroStreamClient {
 
     fn on_tick(&mut self, now: u32) -> Result<(), ProtocolError> {
         match self.stage {
-            ClientStage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => return Err(ProtocolError),
+            ClientStage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => {
+                return Err(ProtocolError);
+            }
             ClientStage::Fresh | ClientStage::Registering => {}
             ClientStage::Connected => {
                 if self.is_stale(now) {

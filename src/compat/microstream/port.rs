@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use super::{bytes, translate};
 use crate::{
     compat::{
-        engineio::{PacketOutbox, EngineSession, packet::Framing},
+        engineio::{EngineSession, PacketOutbox, packet::Framing},
         socketio::{close_event, open_event},
     },
     json::write_json_str,

@@ -80,7 +80,11 @@ impl NodeSse {
         Ok(Response::default())
     }
 
-    async fn draft(&self, event: &PublishedEvent<'_>, before: &[(Channel, Draft)]) -> Result<(Channel, Draft), NodeSseError> {
+    async fn draft(
+        &self,
+        event: &PublishedEvent<'_>,
+        before: &[(Channel, Draft)],
+    ) -> Result<(Channel, Draft), NodeSseError> {
         let incomplete = || NodeSseError::Text(INCOMPLETE.to_owned());
         let payload = event.payload.ok_or_else(incomplete)?;
         // Decides whether the payload is falsy without copying it.

@@ -49,8 +49,9 @@ impl ImportTarget {
         let mut past = topics.clone();
         past.rules.clear();
         past.retention = EVERYTHING;
-        let past =
-            backend::open_bus(&config, past, WallClock::Manual(clock.clone()), metrics.clone()).await.map_err(unavailable)?;
+        let past = backend::open_bus(&config, past, WallClock::Manual(clock.clone()), metrics.clone())
+            .await
+            .map_err(unavailable)?;
         let bus = Arc::new(backend::open_bus(&config, topics, WallClock::System, metrics).await.map_err(unavailable)?);
         Ok(ImportTarget { bus, past, clock, event_limit: config.limits.event })
     }
