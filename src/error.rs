@@ -6,65 +6,6 @@ use std::{borrow::Cow, fmt, time::Duration};
 
 use serde_json::{Map, Value};
 
-/// A stable, machine-readable reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Code {
-    /// Not valid JSON.
-    ParseError,
-    /// JSON that is not a request; an empty batch; a batch that is too long.
-    InvalidRequest,
-    /// A missing, unknown or malformed member or parameter.
-    InvalidParams,
-    /// `after` is not a valid position.
-    InvalidPosition,
-    Unauthorized,
-    TokenExpired,
-    Forbidden,
-    /// No such route or consumer.
-    NotFound,
-    /// No such `weir.*` method, no `/` in the name, or an error of the provider.
-    MethodNotFound,
-    MethodNotAllowed,
-    NotAcceptable,
-    Conflict,
-    WrongMode,
-    LeaseLost,
-    /// The same idempotency key with another body.
-    KeyReused,
-    /// Another provider holds the service exclusively.
-    ServiceTaken,
-    TooLarge,
-    /// A browser's body that is not declared as JSON.
-    UnsupportedMediaType,
-    /// The provider replied with an error.
-    ServiceError,
-    UpgradeRequired,
-    RateLimited,
-    /// The number of subscriptions, calls in flight or consumers.
-    LimitReached,
-    Cancelled,
-    Internal,
-    /// The provider was lost after the call was written.
-    ProviderGone,
-    /// The reply has neither a result nor an error, or is too large.
-    BadReply,
-    NoProvider,
-    Busy,
-    /// The event was not placed.
-    BusUnavailable,
-    Overloaded,
-    Draining,
-    Timeout,
-    /// The event may have been placed: retry with the same key.
-    Unconfirmed,
-    // The following only end connections.
-    DeadPeer,
-    Slow,
-    Replaced,
-    Kicked,
-    Protocol,
-}
-
 /// Whether a client may retry the same request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
@@ -78,7 +19,7 @@ pub enum Retry {
 
 /// Whether the request may have been executed. By HTTP status, 503 is `No`; 502 and 504 are `Maybe`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Executed {
+pub(crate) enum Executed {
     No,
     Maybe,
 }
@@ -92,107 +33,94 @@ struct CodeInfo {
     retry: Retry,
 }
 
-impl Code {
-    /// Every code, in the order of the documented table.
-    pub const ALL: [Code; 38] = {
-        use Code::*;
-        [
-            ParseError,
-            InvalidRequest,
-            InvalidParams,
-            InvalidPosition,
-            Unauthorized,
-            TokenExpired,
-            Forbidden,
-            NotFound,
-            MethodNotFound,
-            MethodNotAllowed,
-            NotAcceptable,
-            Conflict,
-            WrongMode,
-            LeaseLost,
-            KeyReused,
-            ServiceTaken,
-            TooLarge,
-            UnsupportedMediaType,
-            ServiceError,
-            UpgradeRequired,
-            RateLimited,
-            LimitReached,
-            Cancelled,
-            Internal,
-            ProviderGone,
-            BadReply,
-            NoProvider,
-            Busy,
-            BusUnavailable,
-            Overloaded,
-            Draining,
-            Timeout,
-            Unconfirmed,
-            DeadPeer,
-            Slow,
-            Replaced,
-            Kicked,
-            Protocol,
-        ]
+macro_rules! codes {
+    ($($(#[$doc:meta])* $code:ident($name:literal, $title:literal, $http:literal, $rpc:literal, $close:literal, $retry:ident),)+) => {
+        /// A stable, machine-readable reason.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Code {
+            $($(#[$doc])* $code,)+
+        }
+
+        impl Code {
+            /// Every code, in the order of the documented table.
+            pub const ALL: [Code; [$(Code::$code,)+].len()] = [$(Code::$code,)+];
+
+            const fn info(self) -> CodeInfo {
+                let (name, title, http, rpc, close, retry) = match self {
+                    $(Code::$code => ($name, $title, $http, $rpc, $close, Retry::$retry),)+
+                };
+                CodeInfo { name, title, http, rpc, close, retry }
+            }
+        }
     };
+}
 
-    #[rustfmt::skip]
-    const fn info(self) -> CodeInfo {
-        use Retry::{Key, No, Yes};
-        const fn info(name: &'static str, title: &'static str, http: u16, rpc: i32, close: u16, retry: Retry) -> CodeInfo {
-            CodeInfo { name, title, http, rpc, close, retry }
-        }
-        match self {
-            Code::ParseError => info("parse_error", "Invalid JSON", 400, -32700, 4502, No),
-            Code::InvalidRequest => info("invalid_request", "Invalid request", 400, -32600, 0, No),
-            Code::InvalidParams => info("invalid_params", "Invalid parameters", 400, -32602, 0, No),
-            Code::InvalidPosition => info("invalid_position", "Invalid position", 400, -32030, 0, No),
-            Code::Unauthorized => info("unauthorized", "Missing or invalid credentials", 401, -32001, 4500, No),
-            Code::TokenExpired => info("token_expired", "Token expired", 401, -32002, 4003, No),
-            Code::Forbidden => info("forbidden", "Not permitted", 403, -32003, 4501, No),
-            Code::NotFound => info("not_found", "Not found", 404, -32004, 0, No),
-            Code::MethodNotFound => info("method_not_found", "Method not found", 404, -32601, 0, No),
-            Code::MethodNotAllowed => info("method_not_allowed", "Method not allowed", 405, -32600, 0, No),
-            Code::NotAcceptable => info("not_acceptable", "Not acceptable", 406, -32600, 0, No),
-            Code::Conflict => info("conflict", "Conflict", 409, -32031, 0, No),
-            Code::WrongMode => info("wrong_mode", "Wrong consumer mode", 409, -32032, 0, No),
-            Code::LeaseLost => info("lease_lost", "Lease lost", 409, -32033, 0, No),
-            Code::KeyReused => info("key_reused", "Idempotency key reused", 409, -32034, 0, No),
-            Code::ServiceTaken => info("service_taken", "Service already provided", 409, -32025, 0, No),
-            Code::TooLarge => info("too_large", "Too large", 413, -32005, 1009, No),
-            Code::UnsupportedMediaType => info("unsupported_media_type", "Unsupported media type", 415, -32600, 0, No),
-            Code::ServiceError => info("service_error", "Service error", 422, -32000, 0, No),
-            Code::UpgradeRequired => info("upgrade_required", "Upgrade required", 426, -32600, 0, No),
-            Code::RateLimited => info("rate_limited", "Too many requests", 429, -32006, 4002, Yes),
-            Code::LimitReached => info("limit_reached", "Limit reached", 429, -32007, 0, No),
-            Code::Cancelled => info("cancelled", "Call cancelled", 499, -32024, 0, Key),
-            Code::Internal => info("internal", "Internal error", 500, -32603, 1011, Key),
-            Code::ProviderGone => info("provider_gone", "Provider disconnected", 502, -32022, 0, Key),
-            Code::BadReply => info("bad_reply", "Invalid reply of the provider", 502, -32026, 0, Key),
-            Code::NoProvider => info("no_provider", "No provider", 503, -32020, 0, Yes),
-            Code::Busy => info("busy", "All providers busy", 503, -32021, 0, Yes),
-            Code::BusUnavailable => info("bus_unavailable", "Bus unavailable", 503, -32010, 0, Yes),
-            Code::Overloaded => info("overloaded", "Overloaded", 503, -32011, 1013, Yes),
-            Code::Draining => info("draining", "Draining", 503, -32012, 1012, Yes),
-            Code::Timeout => info("timeout", "Timeout", 504, -32023, 0, Key),
-            Code::Unconfirmed => info("unconfirmed", "Publish unconfirmed", 504, -32013, 0, Key),
-            Code::DeadPeer => info("dead_peer", "Peer timeout", 408, -32603, 4000, Yes),
-            Code::Slow => info("slow", "Slow consumer", 408, -32603, 4001, Yes),
-            Code::Replaced => info("replaced", "Replaced by another connection", 409, -32603, 4004, Yes),
-            Code::Kicked => info("kicked", "Closed by an administrator", 403, -32603, 4503, No),
-            Code::Protocol => info("protocol", "Protocol violation", 400, -32600, 4502, No),
-        }
-    }
+// Name, title, HTTP status, JSON-RPC number, WebSocket close code (0: none), retry.
+codes! {
+    /// Not valid JSON.
+    ParseError("parse_error", "Invalid JSON", 400, -32700, 4502, No),
+    /// JSON that is not a request; an empty batch; a batch that is too long.
+    InvalidRequest("invalid_request", "Invalid request", 400, -32600, 0, No),
+    /// A missing, unknown or malformed member or parameter.
+    InvalidParams("invalid_params", "Invalid parameters", 400, -32602, 0, No),
+    /// `after` is not a valid position.
+    InvalidPosition("invalid_position", "Invalid position", 400, -32030, 0, No),
+    Unauthorized("unauthorized", "Missing or invalid credentials", 401, -32001, 4500, No),
+    TokenExpired("token_expired", "Token expired", 401, -32002, 4003, No),
+    Forbidden("forbidden", "Not permitted", 403, -32003, 4501, No),
+    /// No such route or consumer.
+    NotFound("not_found", "Not found", 404, -32004, 0, No),
+    /// No such `weir.*` method, no `/` in the name, or an error of the provider.
+    MethodNotFound("method_not_found", "Method not found", 404, -32601, 0, No),
+    MethodNotAllowed("method_not_allowed", "Method not allowed", 405, -32600, 0, No),
+    NotAcceptable("not_acceptable", "Not acceptable", 406, -32600, 0, No),
+    Conflict("conflict", "Conflict", 409, -32031, 0, No),
+    WrongMode("wrong_mode", "Wrong consumer mode", 409, -32032, 0, No),
+    LeaseLost("lease_lost", "Lease lost", 409, -32033, 0, No),
+    /// The same idempotency key with another body.
+    KeyReused("key_reused", "Idempotency key reused", 409, -32034, 0, No),
+    /// Another provider holds the service exclusively.
+    ServiceTaken("service_taken", "Service already provided", 409, -32025, 0, No),
+    TooLarge("too_large", "Too large", 413, -32005, 1009, No),
+    /// A browser's body that is not declared as JSON.
+    UnsupportedMediaType("unsupported_media_type", "Unsupported media type", 415, -32600, 0, No),
+    /// The provider replied with an error.
+    ServiceError("service_error", "Service error", 422, -32000, 0, No),
+    UpgradeRequired("upgrade_required", "Upgrade required", 426, -32600, 0, No),
+    RateLimited("rate_limited", "Too many requests", 429, -32006, 4002, Yes),
+    /// The number of subscriptions, calls in flight or consumers.
+    LimitReached("limit_reached", "Limit reached", 429, -32007, 0, No),
+    Cancelled("cancelled", "Call cancelled", 499, -32024, 0, Key),
+    Internal("internal", "Internal error", 500, -32603, 1011, Key),
+    /// The provider was lost after the call was written.
+    ProviderGone("provider_gone", "Provider disconnected", 502, -32022, 0, Key),
+    /// The reply has neither a result nor an error, or is too large.
+    BadReply("bad_reply", "Invalid reply of the provider", 502, -32026, 0, Key),
+    NoProvider("no_provider", "No provider", 503, -32020, 0, Yes),
+    Busy("busy", "All providers busy", 503, -32021, 0, Yes),
+    /// The event was not stored.
+    BusUnavailable("bus_unavailable", "Bus unavailable", 503, -32010, 0, Yes),
+    Overloaded("overloaded", "Overloaded", 503, -32011, 1013, Yes),
+    Draining("draining", "Draining", 503, -32012, 1012, Yes),
+    Timeout("timeout", "Timeout", 504, -32023, 0, Key),
+    /// The event may have been stored: retry with the same key.
+    Unconfirmed("unconfirmed", "Publish unconfirmed", 504, -32013, 0, Key),
+    // The following only end connections.
+    DeadPeer("dead_peer", "Peer timeout", 408, -32603, 4000, Yes),
+    Slow("slow", "Slow consumer", 408, -32603, 4001, Yes),
+    Replaced("replaced", "Replaced by another connection", 409, -32603, 4004, Yes),
+    Kicked("kicked", "Closed by an administrator", 403, -32603, 4503, No),
+    Protocol("protocol", "Protocol violation", 400, -32600, 4502, No),
+}
 
+impl Code {
     /// The name in every protocol, as `no_provider`.
     pub const fn as_str(self) -> &'static str {
         self.info().name
     }
 
     /// A short sentence for `title` of RFC 9457.
-    pub const fn title(self) -> &'static str {
+    pub(crate) const fn title(self) -> &'static str {
         self.info().title
     }
 
@@ -219,7 +147,7 @@ impl Code {
     }
 
     /// Whether the request may have been executed, for the codes that leave it open.
-    pub const fn executed(self) -> Option<Executed> {
+    pub(crate) const fn executed(self) -> Option<Executed> {
         match self.status() {
             503 => Some(Executed::No),
             502 | 504 => Some(Executed::Maybe),
@@ -229,7 +157,7 @@ impl Code {
 }
 
 impl Executed {
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Executed::No => "no",
             Executed::Maybe => "maybe",
@@ -252,7 +180,7 @@ struct ErrorDetails {
 
 impl Error {
     /// `detail` is a sentence for humans that names the mistake and its remedy. It must not contain a secret.
-    pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
+    pub(crate) fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
         let retry_after = match code {
             Code::BusUnavailable | Code::Overloaded | Code::Draining => Some(Duration::from_secs(2)),
             Code::NoProvider | Code::Busy | Code::RateLimited => Some(Duration::from_secs(1)),
@@ -268,24 +196,24 @@ impl Error {
     }
 
     /// A parameter is missing, unknown or malformed.
-    pub fn params(detail: impl Into<Cow<'static, str>>) -> Self {
+    pub(crate) fn params(detail: impl Into<Cow<'static, str>>) -> Self {
         Error::new(Code::InvalidParams, detail)
     }
 
     /// A bug. Logs `cause` under an id that the response contains; the cause itself is not sent.
-    pub fn internal(cause: impl fmt::Display) -> Self {
+    pub(crate) fn internal(cause: impl fmt::Display) -> Self {
         let id = format!("{:08x}", fastrand::u32(..));
         tracing::error!(%id, %cause, "internal error");
         Error::new(Code::Internal, format!("internal error {id}; the log of this node has the cause")).with("id", id)
     }
 
-    pub fn executed(mut self, executed: Executed) -> Self {
+    pub(crate) fn executed(mut self, executed: Executed) -> Self {
         self.0.executed = Some(executed);
         self
     }
 
     /// Adds a member beside `code`: to `data` over JSON-RPC, to the problem document over HTTP.
-    pub fn with(mut self, name: &'static str, value: impl Into<Value>) -> Self {
+    pub(crate) fn with(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.0.data.insert(name.to_owned(), value.into());
         self
     }
@@ -302,13 +230,13 @@ impl Error {
         self.0.executed
     }
 
-    pub fn retry_after_ms(&self) -> Option<u64> {
+    pub(crate) fn retry_after_ms(&self) -> Option<u64> {
         self.0.retry_after.map(|after| after.as_millis() as u64)
     }
 
     /// `code`, `executed`, `retry_after_ms` and the members that [`with`](Self::with) added: `error.data` of JSON-RPC, and
     /// the extension members of a problem document.
-    pub fn data(&self) -> Map<String, Value> {
+    pub(crate) fn data(&self) -> Map<String, Value> {
         let mut data = Map::new();
         data.insert("code".into(), self.code().as_str().into());
         if let Some(executed) = self.0.executed {

@@ -14,7 +14,7 @@ use axum::{
     Router,
     body::Body,
     extract::FromRequestParts,
-    http::{HeaderValue, Method, Request, StatusCode, Uri, Version},
+    http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version},
     response::{Html, IntoResponse, Response},
     routing::{any, delete, get, post},
 };
@@ -27,7 +27,7 @@ use tower::ServiceExt;
 use crate::{
     auth::Identity,
     compat::{Adapter, Listener},
-    error::{Code, Error, Retry},
+    error::{Code, Error, Result, Retry},
     metrics::StatusClass,
     net::server::{HttpService, ListenerOptions, Rejected},
     node::Node,
@@ -35,7 +35,7 @@ use crate::{
     transport::sse,
 };
 use api::events;
-use origin::OriginPolicy;
+use origin::{OriginPolicy, RequestOrigin};
 
 /// The purpose of a listener.
 pub(crate) enum ListenerRole {
@@ -86,11 +86,7 @@ impl Endpoint {
             return self.answer_by(adapter, head, Body::new(body)).await;
         }
         let origin = self.origins.classify(&head);
-        let admitted = match head.extensions.get::<Rejected>() {
-            Some(Rejected(error)) => Err(error.clone()),
-            None => self.origins.check_host(&head).and_then(|()| self.origins.check_origin(&head, &origin)),
-        };
-        let mut answer = match admitted {
+        let mut answer = match self.admit(&head, true, Some(&origin)) {
             Err(error) if head.uri.path() != "/v1/ws" => rejection(&head, error),
             checked => {
                 if let Err(error) = checked {
@@ -99,15 +95,8 @@ impl Endpoint {
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
                 // Pinned on the stack: these futures are large, and would otherwise be moved twice.
-                let mut answer = caught(std::pin::pin!(self.route(head, Body::new(body)))).await;
-                if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
-                    answer = method_not_allowed(&answer, &method);
-                    if let Some(request) = preflight {
-                        let allow = answer.headers()[header::ALLOW].clone();
-                        origin.preflight(&request, allow, answer.headers_mut());
-                    }
-                }
-                answer
+                let answer = caught(std::pin::pin!(self.route(head, Body::new(body)))).await;
+                complete_method_not_allowed(answer, &method, preflight, &origin)
             }
         };
         let headers = answer.headers_mut();
@@ -128,12 +117,7 @@ impl Endpoint {
 
     /// Answers on an adapter's listener, to which weir's rules for origins and paths do not apply.
     async fn answer_on(&self, listener: &Listener, head: Parts, body: Body) -> Response {
-        let admitted = match head.extensions.get::<Rejected>() {
-            Some(Rejected(error)) => Err(error.clone()),
-            None if listener.check_host => self.origins.check_host(&head),
-            None => Ok(()),
-        };
-        match admitted {
+        match self.admit(&head, listener.check_host, None) {
             Ok(()) => (listener.handler)(Request::from_parts(head, body)).await,
             Err(error) => rejection(&head, error),
         }
@@ -143,13 +127,7 @@ impl Endpoint {
     async fn answer_by(&self, adapter: &Adapter, head: Parts, body: Body) -> Response {
         let version = head.version;
         let origin = adapter.our_cors.then(|| self.origins.classify(&head));
-        let admitted = match head.extensions.get::<Rejected>() {
-            Some(Rejected(error)) => Err(error.clone()),
-            None => self.origins.check_host(&head),
-        };
-        let admitted =
-            admitted.and_then(|()| origin.as_ref().map_or(Ok(()), |origin| self.origins.check_origin(&head, origin)));
-        if let Err(error) = admitted {
+        if let Err(error) = self.admit(&head, true, origin.as_ref()) {
             let mut answer = rejection(&head, error);
             match origin {
                 Some(origin) => origin.mark(answer.headers_mut()),
@@ -165,16 +143,21 @@ impl Endpoint {
         let method = head.method.clone();
         let mut answer = caught(adapter.answer(Request::from_parts(head, body))).await;
         if let Some(origin) = origin {
-            if answer.status() == StatusCode::METHOD_NOT_ALLOWED {
-                answer = method_not_allowed(&answer, &method);
-                if let Some(request) = preflight {
-                    let allow = answer.headers()[header::ALLOW].clone();
-                    origin.preflight(&request, allow, answer.headers_mut());
-                }
-            }
+            answer = complete_method_not_allowed(answer, &method, preflight, &origin);
             origin.mark(answer.headers_mut());
         }
         self.finish(version, answer)
+    }
+
+    /// Applies the rules of the server and for hosts, and those for origins if there is one.
+    fn admit(&self, head: &Parts, check_host: bool, origin: Option<&RequestOrigin>) -> Result<()> {
+        if let Some(Rejected(error)) = head.extensions.get() {
+            return Err(error.clone());
+        }
+        if check_host {
+            self.origins.check_host(head)?;
+        }
+        origin.map_or(Ok(()), |origin| self.origins.check_origin(head, origin))
     }
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {
@@ -232,19 +215,30 @@ fn rejection(head: &Parts, error: Error) -> Response {
     if stream && error.code().retry() == Retry::Yes { sse::retry_response(&error) } else { error.into_response() }
 }
 
-/// Completes the router's 405, whose `Allow` lists the methods of the path. `OPTIONS` gets the list as a 204.
-fn method_not_allowed(bare: &Response, method: &Method) -> Response {
+/// Completes a 405 of the router, whose `Allow` lists the methods of the path. `OPTIONS` gets the list as a 204; `preflight`
+/// are its headers.
+fn complete_method_not_allowed(
+    bare: Response,
+    method: &Method,
+    preflight: Option<HeaderMap>,
+    origin: &RequestOrigin,
+) -> Response {
+    if bare.status() != StatusCode::METHOD_NOT_ALLOWED {
+        return bare;
+    }
     let methods = bare.headers().get(header::ALLOW).and_then(|allow| allow.to_str().ok()).unwrap_or_default();
-    let methods: Vec<_> =
-        methods.split(',').map(str::trim).filter(|method| !method.is_empty()).chain(["OPTIONS"]).collect();
-    let methods = methods.join(", ");
+    let methods = methods.split(',').map(str::trim).filter(|method| !method.is_empty()).chain(["OPTIONS"]);
+    let methods = Vec::from_iter(methods).join(", ");
+    // Method names are always valid in a header.
+    let allow = HeaderValue::from_str(&methods).unwrap_or(HeaderValue::from_static("OPTIONS"));
     let mut answer = match *method {
         Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
         _ => Error::new(Code::MethodNotAllowed, format!("this path supports {methods}")).into_response(),
     };
-    // Method names are always valid in a header.
-    let allow = HeaderValue::from_str(&methods).unwrap_or(HeaderValue::from_static("OPTIONS"));
-    answer.headers_mut().insert(header::ALLOW, allow);
+    answer.headers_mut().insert(header::ALLOW, allow.clone());
+    if let Some(request) = preflight {
+        origin.preflight(&request, allow, answer.headers_mut());
+    }
     answer
 }
 

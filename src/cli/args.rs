@@ -468,8 +468,8 @@ It reconnects after a lost connection. The first Ctrl-C lets running calls finis
 ones; the second one aborts them.";
 
 const DOCTOR: &str = "\
-Tests streams, long-polls, a WebSocket and a large body, and finds proxies that buffer, close or reject
-them. Each problem is printed with its remedy.
+Tests streams, long-polls, a WebSocket and a large body, and finds proxies that buffer, close or
+reject them. Each problem is printed with its remedy.
 
   weir doctor https://weir.example.com --token \"$TOKEN\"
   weir doctor --long                                    also idle connections

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, header};
+use http::{Method, Response, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use serde_json::Value;
@@ -75,20 +75,11 @@ async fn stream(
     left: &mut Option<u64>,
     out: &mut Output,
 ) -> Result<(), Failure> {
-    let mut request = client.request(Method::GET, target).header(header::ACCEPT, "text/event-stream");
+    let mut request = client.request(Method::GET, target);
     if let Some(id) = &parser.id {
         request = request.header("last-event-id", id);
     }
-    let request = request.body(Full::new(Bytes::new())).map_err(|error| Failure::Usage(error.to_string()))?;
-    let response = match timeout(SILENCE, client.send(request)).await {
-        Ok(response) => response?,
-        Err(_) => return Err(Failure::Unavailable("no response".into())),
-    };
-    let status = response.status().as_u16();
-    if status != 200 {
-        parse_response(status, &read_body(response.into_body()).await?)?;
-        return Err(Failure::Failed(format!("HTTP status {status} instead of a stream")));
-    }
+    let response = open(client, request, SILENCE).await?;
     *connected = true;
     parser.restart();
     let mut body: Incoming = response.into_body();
@@ -128,6 +119,26 @@ async fn stream(
         }
         out.flush()?;
     }
+}
+
+/// Sends a request for a stream. A response other than a stream is an error.
+pub(super) async fn open(
+    client: &mut NodeClient,
+    request: http::request::Builder,
+    limit: Duration,
+) -> Result<Response<Incoming>, Failure> {
+    let request = request.header(header::ACCEPT, "text/event-stream").body(Full::new(Bytes::new()));
+    let request = request.map_err(|error| Failure::Usage(error.to_string()))?;
+    let response = match timeout(limit, client.send(request)).await {
+        Ok(response) => response?,
+        Err(_) => return Err(Failure::Unavailable(format!("no response within {}s", limit.as_secs()))),
+    };
+    let status = response.status().as_u16();
+    if status != 200 {
+        parse_response(status, &read_body(response.into_body()).await?)?;
+        return Err(Failure::Failed(format!("HTTP status {status} instead of a stream")));
+    }
+    Ok(response)
 }
 
 // === impl SseParser ===

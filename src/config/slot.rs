@@ -10,6 +10,11 @@ use super::{
 };
 use crate::duration;
 
+const BACKENDS: [(&str, Backend); 2] = [("memory", Backend::Memory), ("redis", Backend::Redis)];
+const ACKS: [(&str, Ack); 2] = [("stored", Ack::Stored), ("replicated", Ack::Replicated)];
+const FORMATS: [(&str, LogFormat); 3] =
+    [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)];
+
 // === impl Slot ===
 
 impl Slot<'_> {
@@ -51,21 +56,13 @@ impl Slot<'_> {
                 }
                 **to = text;
             }
-            Slot::Backend(to) => match input.text("a name")?.as_str() {
-                "memory" => **to = Backend::Memory,
-                "redis" => **to = Backend::Redis,
-                other => return Err(format!("{other:?} is no backend; there are: memory, redis")),
-            },
-            Slot::Ack(to) => match input.text("a name")?.as_str() {
-                "stored" => **to = Ack::Stored,
-                "replicated" => **to = Ack::Replicated,
-                other => return Err(format!("{other:?} is no acknowledgement; there are: stored, replicated")),
-            },
+            Slot::Backend(to) => **to = choice("a backend", &input.text("a name")?, &BACKENDS)?,
+            Slot::Ack(to) => **to = choice("an acknowledgement", &input.text("a name")?, &ACKS)?,
             Slot::Adapters { enabled, names } => {
+                let names: Vec<_> = names.iter().map(|name| (*name, *name)).collect();
                 let mut list = Vec::new();
                 for text in input.list()? {
-                    let unknown = || format!("{text:?} is no adapter; there are: {}", names.join(", "));
-                    let name = *names.iter().find(|name| **name == text).ok_or_else(unknown)?;
+                    let name = choice("an adapter", &text, &names)?;
                     if !list.contains(&name) {
                         list.push(name);
                     }
@@ -73,12 +70,7 @@ impl Slot<'_> {
                 **enabled = list;
             }
             Slot::Level(to) => **to = Level::parse(&input.text("a level")?)?,
-            Slot::Format(to) => match input.text("a name")?.as_str() {
-                "auto" => **to = LogFormat::Auto,
-                "text" => **to = LogFormat::Text,
-                "json" => **to = LogFormat::Json,
-                other => return Err(format!("{other:?} is no format; there are: auto, text, json")),
-            },
+            Slot::Format(to) => **to = choice("a format", &input.text("a name")?, &FORMATS)?,
             Slot::Path(to) => {
                 let text = input.text("a path")?;
                 if !text.starts_with('/') || text.contains(['?', '#']) || text.contains(char::is_control) {
@@ -110,15 +102,11 @@ impl fmt::Display for Slot<'_> {
             Slot::Origins(list) | Slot::Texts(list) => write_list(list.iter().cloned(), f),
             Slot::Pattern(text) | Slot::Path(text) | Slot::Url(text) | Slot::Text(text) => f.write_str(&quoted(text)),
             Slot::Secret(secret) => f.write_str(if secret.is_empty() { "\"\"" } else { "\"********\"" }),
-            Slot::Backend(Backend::Memory) => f.write_str("\"memory\""),
-            Slot::Backend(Backend::Redis) => f.write_str("\"redis\""),
-            Slot::Ack(Ack::Stored) => f.write_str("\"stored\""),
-            Slot::Ack(Ack::Replicated) => f.write_str("\"replicated\""),
+            Slot::Backend(backend) => f.write_str(&quoted(name_of(**backend, &BACKENDS))),
+            Slot::Ack(ack) => f.write_str(&quoted(name_of(**ack, &ACKS))),
             Slot::Adapters { enabled, .. } => write_list(enabled.iter().map(|name| (*name).to_owned()), f),
             Slot::Level(level) => f.write_str(&quoted(level.as_str())),
-            Slot::Format(LogFormat::Auto) => f.write_str("\"auto\""),
-            Slot::Format(LogFormat::Text) => f.write_str("\"text\""),
-            Slot::Format(LogFormat::Json) => f.write_str("\"json\""),
+            Slot::Format(format) => f.write_str(&quoted(name_of(**format, &FORMATS))),
             // Lists that are not empty are printed as tables of their own.
             Slot::Tables(_) => f.write_str("[]"),
         }
@@ -201,6 +189,17 @@ fn whole(text: &str, wanted: &str) -> Result<usize, String> {
 }
 
 // ===
+
+fn choice<T: Copy>(kind: &str, text: &str, values: &[(&str, T)]) -> Result<T, String> {
+    values.iter().find(|(name, _)| *name == text).map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<_> = values.iter().map(|(name, _)| *name).collect();
+        format!("{text:?} is not {kind}; use one of: {}", names.join(", "))
+    })
+}
+
+fn name_of<T: PartialEq>(value: T, values: &'static [(&str, T)]) -> &'static str {
+    values.iter().find(|(_, known)| *known == value).map_or("", |(name, _)| *name)
+}
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     // Other names would have to be resolved, and can have several addresses.

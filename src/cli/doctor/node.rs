@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
-use http::{Method, Response, header};
+use http::{Method, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
@@ -22,10 +22,10 @@ use super::{
 use crate::{
     cli::{
         args::Remote,
-        client::{NodeClient, parse_response, read_body},
+        client::{NodeClient, read_body},
         provide::{NodeSocket, upgrade},
         request_target::RequestTarget,
-        sse::{SseEvent, SseParser},
+        sse::{self, SseEvent, SseParser},
     },
     duration,
     terminal::{Failure, note},
@@ -473,21 +473,12 @@ impl ProbeStream {
     async fn open(remote: &Remote, channel: &str) -> Result<Self, Failure> {
         let mut client = NodeClient::new(remote)?;
         let request = client.request(Method::GET, &RequestTarget::new("/v1/sse").query("channel", channel));
-        // The headers of a browser.
-        let request = request.header(header::ACCEPT, "text/event-stream").header(header::ACCEPT_ENCODING, "gzip, br");
-        let request = request.body(Full::new(Bytes::new())).map_err(|error| Failure::Usage(error.to_string()))?;
-        let response: Response<Incoming> = match timeout(RESPONSE_TIMEOUT, client.send(request)).await {
-            Ok(response) => response?,
-            Err(_) => return Err(Failure::Unavailable(format!("no response within {}", Span(RESPONSE_TIMEOUT)))),
-        };
-        let status = response.status().as_u16();
-        let value = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(ToOwned::to_owned);
-        let encoding = value(header::CONTENT_ENCODING).filter(|encoding| encoding != "identity");
+        // As browsers do, to detect proxies that compress.
+        let request = request.header(header::ACCEPT_ENCODING, "gzip, br");
+        let response = sse::open(&mut client, request, RESPONSE_TIMEOUT).await?;
+        let encoding = response.headers().get(header::CONTENT_ENCODING).and_then(|value| value.to_str().ok());
+        let encoding = encoding.filter(|encoding| *encoding != "identity").map(ToOwned::to_owned);
         let unbuffered = response.headers().contains_key("x-accel-buffering");
-        if status != 200 {
-            parse_response(status, &read_body(response.into_body()).await?)?;
-            return Err(Failure::Failed(format!("HTTP status {status} instead of a stream")));
-        }
         let body = response.into_body();
         Ok(ProbeStream { body, parser: SseParser::default(), ready: VecDeque::new(), encoding, unbuffered })
     }

@@ -101,40 +101,31 @@ async fn publish_many(node: &Node, identity: &Identity, events: Vec<(Channel, Dr
         let _ = identity.may_publish(channel)?;
     }
     let names: Vec<(Channel, usize)> = events.iter().map(|(channel, draft)| (channel.clone(), draft.size())).collect();
-    match node.bus.publish(identity.subject(), events).await {
-        Ok(placed) => {
-            let mut out = Vec::with_capacity(names.len() * 96);
-            out.push(b'[');
-            for ((channel, size), placed) in names.iter().zip(&placed) {
-                if out.len() > 1 {
-                    out.push(b',');
-                }
+    let (placed, error) = match node.bus.publish(identity.subject(), events).await {
+        Ok(placed) => (placed.into_iter().map(Some).collect(), None),
+        Err(failed) => (failed.placed, Some(failed.error)),
+    };
+    let mut out = Vec::with_capacity(names.len() * 96);
+    out.push(b'[');
+    for ((channel, size), placed) in names.iter().zip(&placed) {
+        if out.len() > 1 {
+            out.push(b',');
+        }
+        match placed {
+            Some(placed) => {
                 placed.write_json(channel, &mut out);
                 count(node, placed, *size);
             }
-            out.push(b']');
-            let repeated = placed.iter().all(|placed| placed.duplicate);
-            Ok(json(if repeated { StatusCode::OK } else { StatusCode::CREATED }, out))
-        }
-        Err(failed) => {
-            let mut out = vec![b'['];
-            for ((channel, size), placed) in names.iter().zip(&failed.placed) {
-                if out.len() > 1 {
-                    out.push(b',');
-                }
-                match placed {
-                    Some(placed) => {
-                        placed.write_json(channel, &mut out);
-                        count(node, placed, *size);
-                    }
-                    None => out.extend_from_slice(b"null"),
-                }
-            }
-            out.push(b']');
-            node.metrics.publish_failed(failed.error.code());
-            Ok(problem(&failed.error, None, Some(("placed", &out))))
+            None => out.extend_from_slice(b"null"),
         }
     }
+    out.push(b']');
+    if let Some(error) = error {
+        node.metrics.publish_failed(error.code());
+        return Ok(problem(&error, None, Some(("placed", &out))));
+    }
+    let repeated = placed.iter().flatten().all(|placed| placed.duplicate);
+    Ok(json(if repeated { StatusCode::OK } else { StatusCode::CREATED }, out))
 }
 
 fn count(node: &Node, placed: &Placed, size: usize) {

@@ -9,15 +9,15 @@ use std::{
 use redis::{AsyncConnectionConfig, Cmd, FromRedisValue, ProtocolVersion, RedisError, aio::MultiplexedConnection, cmd};
 
 use super::{
-    super::{
-        latency::{Latency, Span},
-        report::{Report, unix_time},
-    },
     commands,
     error::{is_rejected, reason},
 };
 use crate::{
     backend::redis::client::{Address, RedisUrl, crate_client},
+    cli::doctor::{
+        latency::{Latency, Span},
+        report::{Report, unix_time},
+    },
     terminal::Failure,
 };
 
@@ -197,15 +197,13 @@ impl ExaminedServer {
                 continue;
             }
             denied |= error.code() == Some("NOPERM");
-            let why = match (error.code(), why) {
-                (Some("NOPERM"), why) if why.contains("keys used") => {
-                    format!("keys that begin with {prefix} are not allowed")
-                }
-                (Some("NOPERM"), why) if why.contains("channels") => {
+            let why = match error.code() {
+                Some("NOPERM") if why.contains("keys used") => format!("keys that begin with {prefix} are not allowed"),
+                Some("NOPERM") if why.contains("channels") => {
                     format!("channels that begin with {prefix} are not allowed")
                 }
-                (Some("NOPERM"), _) => "the command is not allowed".to_owned(),
-                (_, why) => why,
+                Some("NOPERM") => "the command is not allowed".to_owned(),
+                _ => why,
             };
             match rejected.iter_mut().find(|(known, _)| *known == why) {
                 Some((_, names)) if names.contains(name) => {}
