@@ -178,7 +178,7 @@ impl Event {
     }
 
     /// `from`, as the JSON text of a string, quotes included.
-    pub(crate) fn from_json(&self) -> Option<&str> {
+    pub(crate) fn sender_json(&self) -> Option<&str> {
         (self.body.from_start > 0).then(|| self.body.text(self.body.from_start as usize..self.body.tail as usize))
     }
 
@@ -361,7 +361,7 @@ mod tests {
             r#"{"channel":"orders","epoch":"k3Vq00","offset":42,"type":"created","from":"shop/v1","time":1763640000123,"meta":{"traceparent":"00-1"},"data":{"id":7}}"#
         );
         assert_eq!(event.kind_json(), Some(r#""created""#));
-        assert_eq!(event.from_json(), Some(r#""shop/v1""#));
+        assert_eq!(event.sender_json(), Some(r#""shop/v1""#));
         assert_eq!(event.data_json(), Some(r#"{"id":7}"#));
         assert_eq!(event.meta_json(), Some(r#"{"traceparent":"00-1"}"#));
     }
@@ -414,7 +414,7 @@ mod tests {
                     (
                         json(&event),
                         event.kind_json().is_some(),
-                        event.from_json().is_some(),
+                        event.sender_json().is_some(),
                         event.data_json().is_some(),
                     )
                 });

@@ -110,9 +110,9 @@ mod tests {
             serde_json::from_slice::<serde_json::Value>(&out).unwrap()
         };
         let whole = serde_json::json!({ "client": "c\"1", "subject": "u7", "transport": "sse", "info": { "nick": "\"é" }, "since": 1_763_640_000_123_u64 });
-        assert_eq!(text(&|out| info.write_json(&client.name(), out)), whole);
+        assert_eq!(text(&|out| info.write_json(client.name(), out)), whole);
         let brief = serde_json::json!({ "client": "c\"1", "subject": "u7" });
-        assert_eq!(text(&|out| info.write_brief(&client.name(), out)), brief);
+        assert_eq!(text(&|out| info.write_brief(client.name(), out)), brief);
     }
 
     #[test]

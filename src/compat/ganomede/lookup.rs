@@ -86,7 +86,7 @@ impl Ganomede {
 
 /// Whether the event can have the value: a search for its bytes that is cheaper than parsing.
 fn may_have(event: &Event, value: &memmem::Finder<'_>) -> bool {
-    let texts = [event.kind_json(), event.from_json(), event.data_json(), event.data_base64()];
+    let texts = [event.kind_json(), event.sender_json(), event.data_json(), event.data_base64()];
     let written =
         |text: &str| value.find(text.as_bytes()).is_some() || memchr::memchr(b'\\', text.as_bytes()).is_some();
     // The default type is not part of the event.

@@ -101,7 +101,7 @@ pub(super) fn event(event: &Event, out: &mut Vec<u8>) {
     out.extend_from_slice(br#","type":"#);
     out.extend_from_slice(event.kind_json().unwrap_or(r#""message""#).as_bytes());
     out.extend_from_slice(br#","from":"#);
-    out.extend_from_slice(event.from_json().unwrap_or(r#""""#).as_bytes());
+    out.extend_from_slice(event.sender_json().unwrap_or(r#""""#).as_bytes());
     if let Some(data) = event.data_json() {
         // In this protocol `data` is an object or an array; other values are wrapped.
         let whole = data.starts_with(['{', '[']);

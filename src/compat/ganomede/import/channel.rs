@@ -274,5 +274,7 @@ fn is_void(event: &Arc<Event>) -> bool {
 
 /// Whether both have the same content.
 fn is_same(one: &Event, other: &Event) -> bool {
-    one.kind_json() == other.kind_json() && one.from_json() == other.from_json() && one.data_json() == other.data_json()
+    one.kind_json() == other.kind_json()
+        && one.sender_json() == other.sender_json()
+        && one.data_json() == other.data_json()
 }
