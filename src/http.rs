@@ -77,7 +77,7 @@ impl Endpoint {
         let (mut head, body) = request.into_parts();
         let version = head.version;
         if let ListenerRole::Adapter(listener) = &self.role {
-            let answer = caught(self.answer_on(listener, head, Body::new(body))).await;
+            let answer = catch_panic(self.answer_on(listener, head, Body::new(body))).await;
             return self.finish(version, answer);
         }
         if !matches!(self.role, ListenerRole::Admin)
@@ -95,7 +95,7 @@ impl Endpoint {
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
                 // Pinned on the stack: these futures are large, and would otherwise be moved twice.
-                let answer = caught(std::pin::pin!(self.route(head, Body::new(body)))).await;
+                let answer = catch_panic(std::pin::pin!(self.route(head, Body::new(body)))).await;
                 complete_method_not_allowed(answer, &method, preflight, &origin)
             }
         };
@@ -141,7 +141,7 @@ impl Endpoint {
         }
         let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
         let method = head.method.clone();
-        let mut answer = caught(adapter.answer(Request::from_parts(head, body))).await;
+        let mut answer = catch_panic(adapter.answer(Request::from_parts(head, body))).await;
         if let Some(origin) = origin {
             answer = complete_method_not_allowed(answer, &method, preflight, &origin);
             origin.mark(answer.headers_mut());
@@ -252,7 +252,7 @@ async fn at_admin_listener(uri: Uri) -> Error {
 }
 
 /// The response, or `internal` if the handler panics.
-async fn caught(answering: impl Future<Output = Response>) -> Response {
+async fn catch_panic(answering: impl Future<Output = Response>) -> Response {
     // Unwind safety: state that handlers share is behind locks that do not poison; the rest is dropped.
     match AssertUnwindSafe(answering).catch_unwind().await {
         Ok(answer) => answer,
@@ -310,7 +310,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_answered_without_its_message() {
-        let answer = caught(async { panic!("the secret is {}", 42) }).await;
+        let answer = catch_panic(async { panic!("the secret is {}", 42) }).await;
         assert_eq!(answer.status(), 500);
         let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();
         let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();

@@ -143,7 +143,7 @@ pub enum ClientCommand {
         /// Channels to read
         #[arg(required = true, value_name = "CHANNEL")]
         channels: Vec<String>,
-        /// Start with the last N events of each channel
+        /// Begin with the last N events of each channel
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
         /// Begin after this position or token, or at `earliest` [default: now]

@@ -119,14 +119,14 @@ impl fmt::Display for Slot<'_> {
 struct Input<'a>(&'a Value);
 
 impl Input<'_> {
-    fn text(&self, wanted: &str) -> Result<String, String> {
+    fn text(&self, expected: &str) -> Result<String, String> {
         match self.0 {
             Value::String(_, text) => Ok(text.clone()),
             // A number without a unit is the most common mistake: the parser of durations explains it.
-            Value::Num(_, number) if wanted.starts_with("a duration") && number.to_f64().is_none() => {
+            Value::Num(_, number) if expected.starts_with("a duration") && number.to_f64().is_none() => {
                 Ok(number.to_i128().map_or_else(|| "0".into(), |number| number.to_string()))
             }
-            other => Err(format!("needs {wanted}, not {}", kind(other))),
+            other => Err(format!("needs {expected}, not {}", kind(other))),
         }
     }
 
@@ -138,22 +138,22 @@ impl Input<'_> {
         }
     }
 
-    fn whole(&self, wanted: &str) -> Result<usize, String> {
+    fn whole(&self, expected: &str) -> Result<usize, String> {
         let number = match self.0 {
-            Value::String(_, text) => whole(text, wanted)?,
+            Value::String(_, text) => whole(text, expected)?,
             Value::Num(_, number) => match (number.to_i128(), number.to_u128()) {
-                (Some(number), _) => usize::try_from(number).map_err(|_| format!("needs {wanted}, not {number}"))?,
-                (_, Some(number)) => usize::try_from(number).map_err(|_| format!("needs {wanted}, not {number}"))?,
-                _ => return Err(format!("needs {wanted}, not a fraction")),
+                (Some(number), _) => usize::try_from(number).map_err(|_| format!("needs {expected}, not {number}"))?,
+                (_, Some(number)) => usize::try_from(number).map_err(|_| format!("needs {expected}, not {number}"))?,
+                _ => return Err(format!("needs {expected}, not a fraction")),
             },
-            other => return Err(format!("needs {wanted}, not {}", kind(other))),
+            other => return Err(format!("needs {expected}, not {}", kind(other))),
         };
         if number == 0 { Err("must be at least 1".into()) } else { Ok(number) }
     }
 
     fn size(&self) -> Result<usize, String> {
-        const WANTED: &str = "a number of bytes, plain or as \"16MiB\"";
-        let Value::String(_, text) = self.0 else { return self.whole(WANTED) };
+        const EXPECTED: &str = "a number of bytes, plain or as \"16MiB\"";
+        let Value::String(_, text) = self.0 else { return self.whole(EXPECTED) };
         let split = text.find(|c: char| !c.is_ascii_digit() && c != '_').unwrap_or(text.len());
         let (number, unit) = text.split_at(split);
         let factor = match unit.trim_start() {
@@ -164,9 +164,9 @@ impl Input<'_> {
             "KiB" => 1 << 10,
             "MiB" => 1 << 20,
             "GiB" => 1 << 30,
-            _ => return Err(format!("needs {WANTED}, not {text:?}; the units are KiB, MiB, GiB, kB, MB and GB")),
+            _ => return Err(format!("needs {EXPECTED}, not {text:?}; the units are KiB, MiB, GiB, kB, MB and GB")),
         };
-        match whole(number, WANTED).map_err(|_| format!("needs {WANTED}, not {text:?}"))? {
+        match whole(number, EXPECTED).map_err(|_| format!("needs {EXPECTED}, not {text:?}"))? {
             0 => Err("must be at least 1".into()),
             number => number.checked_mul(factor).ok_or_else(|| format!("{text} is more than this machine can count")),
         }
@@ -184,8 +184,8 @@ impl Input<'_> {
     }
 }
 
-fn whole(text: &str, wanted: &str) -> Result<usize, String> {
-    text.replace('_', "").parse().map_err(|_| format!("needs {wanted}, not {text:?}"))
+fn whole(text: &str, expected: &str) -> Result<usize, String> {
+    text.replace('_', "").parse().map_err(|_| format!("needs {expected}, not {text:?}"))
 }
 
 // ===

@@ -44,7 +44,7 @@ impl FromRequestParts<Arc<Node>> for Admitted {
 ///
 /// A browser sends a preflight request only for such a declaration; without it any page could publish with the cookies of
 /// its user. The body of other clients is read as JSON whatever its content type, because `curl -d` declares a form.
-pub(crate) fn declared(headers: &HeaderMap) -> Result<()> {
+pub(crate) fn check_declared_json(headers: &HeaderMap) -> Result<()> {
     if !headers.contains_key(header::ORIGIN) && !headers.contains_key(header::COOKIE) {
         return Ok(());
     }
@@ -72,7 +72,7 @@ fn media_type(headers: &HeaderMap) -> Option<&str> {
 }
 
 /// The text of a header. A value that is not UTF-8 is an error, because an ignored idempotency key would allow duplicates.
-pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
+pub(crate) fn header_text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
     let read = |value: &'a HeaderValue| std::str::from_utf8(value.as_bytes());
     headers.get(name).map(read).transpose().map_err(|_| Error::params(format!("the header {name} is not UTF-8")))
 }
@@ -89,10 +89,15 @@ mod tests {
                 .map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value)))
                 .collect::<HeaderMap>()
         };
-        assert!(declared(&headers(&[("content-type", "text/plain")])).is_ok());
-        assert!(declared(&headers(&[("origin", "null"), ("content-type", "text/plain")])).is_err());
-        assert!(declared(&headers(&[("cookie", "a=1")])).is_err());
-        assert!(declared(&headers(&[("cookie", "a=1"), ("content-type", "Application/JSON; charset=utf-8")])).is_ok());
-        assert!(declared(&headers(&[("origin", "http://a"), ("content-type", "application/x-ndjson")])).is_ok());
+        assert!(check_declared_json(&headers(&[("content-type", "text/plain")])).is_ok());
+        assert!(check_declared_json(&headers(&[("origin", "null"), ("content-type", "text/plain")])).is_err());
+        assert!(check_declared_json(&headers(&[("cookie", "a=1")])).is_err());
+        assert!(
+            check_declared_json(&headers(&[("cookie", "a=1"), ("content-type", "Application/JSON; charset=utf-8")]))
+                .is_ok()
+        );
+        assert!(
+            check_declared_json(&headers(&[("origin", "http://a"), ("content-type", "application/x-ndjson")])).is_ok()
+        );
     }
 }

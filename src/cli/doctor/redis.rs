@@ -74,7 +74,7 @@ async fn sentinel(
             }
         };
         let known: Result<HashMap<String, String>, RedisError> =
-            server.ask(cmd("SENTINEL").arg("MASTER").arg(name)).await;
+            server.query(cmd("SENTINEL").arg("MASTER").arg(name)).await;
         let known = match known {
             Ok(known) => known,
             Err(error) => {
@@ -93,7 +93,7 @@ async fn sentinel(
             field("flags"),
             field("down-after-milliseconds")
         );
-        let able: Result<Value, RedisError> = server.ask(cmd("SENTINEL").arg("CKQUORUM").arg(name)).await;
+        let able: Result<Value, RedisError> = server.query(cmd("SENTINEL").arg("CKQUORUM").arg(name)).await;
         if field("flags") != "master" {
             report.problem("sentinel", found, "this sentinel considers the master to be down: see its log")?;
         } else if let Err(error) = able {
@@ -146,7 +146,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
     let Some(mut server) = first else {
         return Err(Failure::Unavailable("there is no server to examine".into()));
     };
-    let known: String = match server.ask(cmd("CLUSTER").arg("INFO")).await {
+    let known: String = match server.query(cmd("CLUSTER").arg("INFO")).await {
         Ok(known) => known,
         Err(error) => {
             report.problem("cluster", reason(&error), "use redis:// if it is not a cluster")?;
@@ -155,7 +155,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
     };
     let fields = server::fields(&known);
     let number = |field: &str| fields.get(field).and_then(|value| value.parse::<u64>().ok()).unwrap_or(0);
-    let nodes: String = server.ask(cmd("CLUSTER").arg("NODES")).await.unwrap_or_default();
+    let nodes: String = server.query(cmd("CLUSTER").arg("NODES")).await.unwrap_or_default();
     let nodes = parse_nodes(&nodes);
     let masters: Vec<_> = nodes.iter().filter(|node| node.master && node.slots > 0).collect();
     let (covered, failing) = (number("cluster_slots_ok"), nodes.iter().filter(|node| node.failing).count());
@@ -217,11 +217,11 @@ async fn unreachable(
 
 /// Whether a server replies without TLS. No secret is sent.
 async fn is_plain(address: &Address) -> bool {
-    let ask = async {
+    let exchange = async {
         let mut socket = TcpStream::connect((&*address.host, address.port)).await?;
         socket.write_all(b"PING\r\n").await?;
         socket.read_u8().await
     };
     // +PONG, or an error that authentication is required.
-    matches!(timeout(PLAIN, ask).await, Ok(Ok(b'+' | b'-')))
+    matches!(timeout(PLAIN, exchange).await, Ok(Ok(b'+' | b'-')))
 }

@@ -18,7 +18,7 @@ use crate::{
     channel::Channel,
     error::{Code, Error, Result},
     http::{
-        extract::{declared, read_body},
+        extract::{check_declared_json, read_body},
         schema::{self, After, ChannelName, ProblemSchema},
     },
     json::json_error_at_path,
@@ -237,7 +237,7 @@ impl Lag {
 
 async fn read<T: DeserializeOwned>(node: &Node, request: Request<Body>, action: &str) -> Result<(String, T)> {
     let (head, body) = request.into_parts();
-    declared(&head.headers)?;
+    check_declared_json(&head.headers)?;
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, action)?;
     let body = read_body(body, MAX_BODY, "64 KiB", node.config.limits.body_time).await?;

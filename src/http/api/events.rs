@@ -23,7 +23,7 @@ use crate::{
     error::{Code, Error, Result},
     event::{self, Draft, EventData, IncomingEvent},
     http::{
-        extract::{declared, is_ndjson, read_body, text},
+        extract::{check_declared_json, header_text, is_ndjson, read_body},
         schema::{self, PageSchema, ProblemSchema, Published},
     },
     json::{JsonStr, json_error, json_error_at_path},
@@ -74,7 +74,7 @@ pub(crate) async fn publish_by_route(
 
 /// As [`publish_by_route`].
 pub(crate) async fn publish(node: &Node, identity: &Identity, head: &Parts, body: Body) -> Result<Response> {
-    declared(&head.headers)?;
+    check_declared_json(&head.headers)?;
     let limits = &node.config.limits;
     let body = read_body(body, limits.publish_bytes, "limits.publish_bytes", limits.body_time).await?;
     let answer = match read(head, &body, node) {
@@ -141,7 +141,7 @@ fn count(node: &Node, placed: &Placed, size: usize) {
 /// Parses a publish request in any of its forms.
 fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<PublishRequest> {
     let limit = node.config.limits.event;
-    let header_key = text(&head.headers, &IDEMPOTENCY_KEY)?;
+    let header_key = header_text(&head.headers, &IDEMPOTENCY_KEY)?;
     let Some(query) = head.uri.query() else {
         return read_events(head, body, header_key, node);
     };
@@ -302,7 +302,7 @@ pub(crate) async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> 
 
 async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response> {
     let query = Query::parse(head.uri.query())?;
-    let reading = PageRequest::from_query(query, text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
+    let reading = PageRequest::from_query(query, header_text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
         return Ok(json(StatusCode::OK, Bytes::new()));

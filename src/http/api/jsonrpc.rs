@@ -14,7 +14,7 @@ use crate::{
     auth::Identity,
     error::{Code, Result},
     http::{
-        extract::{Admitted, declared, read_body},
+        extract::{Admitted, check_declared_json, read_body},
         schema::ProblemSchema,
     },
     node::Node,
@@ -55,7 +55,7 @@ pub(crate) async fn post(
     request: Request<Body>,
 ) -> Result<Response> {
     let (head, body) = request.into_parts();
-    declared(&head.headers)?;
+    check_declared_json(&head.headers)?;
     Query::parse(head.uri.query())?.finish()?;
     let limits = &node.config.limits;
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;

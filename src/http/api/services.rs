@@ -18,7 +18,7 @@ use crate::{
     error::{Code, Error, Result},
     http::{
         error::problem,
-        extract::{declared, read_body},
+        extract::{check_declared_json, read_body},
         schema::ProblemSchema,
     },
     node::Node,
@@ -70,7 +70,7 @@ pub(crate) async fn call(
     request: Request<Body>,
 ) -> Result<Response> {
     let (head, body) = request.into_parts();
-    declared(&head.headers)?;
+    check_declared_json(&head.headers)?;
     let mut query = Query::parse(head.uri.query())?;
     let timeout = query.duration("timeout")?;
     query.finish()?;

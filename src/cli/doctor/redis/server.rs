@@ -78,11 +78,11 @@ impl ExaminedServer {
             full: false,
         };
         // The first command shows whether the credentials are accepted.
-        let _: String = server.ask(&cmd("PING")).await?;
+        let _: String = server.query(&cmd("PING")).await?;
         Ok(server)
     }
 
-    pub(super) async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
+    pub(super) async fn query<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
         command.query_async(&mut self.connection).await
     }
 
@@ -92,8 +92,8 @@ impl ExaminedServer {
         prefix: &str,
         report: &mut Report<'_>,
     ) -> Result<(), Failure> {
-        let info = self.ask::<String>(&cmd("INFO")).await;
-        self.settings = self.ask(cmd("CONFIG").arg("GET").arg("*")).await.unwrap_or_default();
+        let info = self.query::<String>(&cmd("INFO")).await;
+        self.settings = self.query(cmd("CONFIG").arg("GET").arg("*")).await.unwrap_or_default();
         match &info {
             Ok(info) => {
                 self.info = fields(info);
@@ -181,7 +181,7 @@ impl ExaminedServer {
         let (mut full, mut denied, mut follows) = (Vec::new(), false, Vec::new());
         let all = commands::all(&scratch, role == ServerRole::Shard);
         for (name, command) in &all {
-            let Err(error) = self.ask::<redis::Value>(command).await else { continue };
+            let Err(error) = self.query::<redis::Value>(command).await else { continue };
             // Another master of the cluster owns the slot of the keys.
             if matches!(error.code(), Some("MOVED" | "ASK")) {
                 continue;
@@ -211,7 +211,7 @@ impl ExaminedServer {
                 None => rejected.push((why, vec![name])),
             }
         }
-        let _: Result<redis::Value, _> = self.ask(cmd("DEL").arg(&commands::keys(&scratch))).await;
+        let _: Result<redis::Value, _> = self.query(cmd("DEL").arg(&commands::keys(&scratch))).await;
         self.full = !full.is_empty();
         if self.full {
             let (used, most) = (self.number("used_memory"), self.number("maxmemory"));
@@ -252,7 +252,7 @@ impl ExaminedServer {
             let mut taken = Vec::new();
             for _ in 0..200 {
                 let began = Instant::now();
-                match self.ask::<redis::Value>(&command).await {
+                match self.query::<redis::Value>(&command).await {
                     Err(error) if error.is_io_error() => {
                         return report.problem(
                             check,
@@ -284,13 +284,13 @@ impl ExaminedServer {
                 report.ok(check, found)?;
             }
         }
-        let _: Result<redis::Value, _> = self.ask(cmd("DEL").arg(&commands::keys(&scratch))).await;
+        let _: Result<redis::Value, _> = self.query(cmd("DEL").arg(&commands::keys(&scratch))).await;
         Ok(())
     }
 
     async fn clock(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
         let (began, requested) = (Instant::now(), unix_time());
-        match self.ask::<(u64, u32)>(&cmd("TIME")).await {
+        match self.query::<(u64, u32)>(&cmd("TIME")).await {
             Ok((seconds, micros)) => {
                 let taken = began.elapsed();
                 let theirs = Duration::from_secs(seconds) + Duration::from_micros(micros.into());

@@ -69,7 +69,7 @@ impl ImportSource {
         Ok(ImportSource { connection })
     }
 
-    async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, Failure> {
+    async fn query<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, Failure> {
         command.query_async(&mut self.connection).await.map_err(|error| unavailable(&error))
     }
 
@@ -79,7 +79,7 @@ impl ImportSource {
         for key in self.scan("*:keys", "zset").await? {
             let channel = key.strip_suffix(":keys").unwrap_or_default().to_owned();
             // A set of another program may have such a name, too.
-            let members: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
+            let members: Vec<String> = self.query(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
             if !channel.is_empty() && members.iter().all(|member| id_of(member, &channel).is_some()) {
                 survey.channels.insert(channel, 0);
             }
@@ -108,7 +108,7 @@ impl ImportSource {
         loop {
             let mut scan = cmd("SCAN");
             scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(MANY);
-            let (next, keys): (u64, Vec<Vec<u8>>) = self.ask(&scan).await?;
+            let (next, keys): (u64, Vec<Vec<u8>>) = self.query(&scan).await?;
             // A key that is not UTF-8 is of another program.
             let keys: Vec<String> = keys.into_iter().filter_map(|key| String::from_utf8(key).ok()).collect();
             // SCAN has the argument TYPE only since Redis 6.
@@ -132,7 +132,7 @@ impl ImportSource {
         let keys: Vec<String> = self.scan(&format!("{prefix}*"), "string").await?.into_iter().collect();
         let mut texts = Vec::with_capacity(keys.len());
         for keys in keys.chunks(MANY) {
-            let values: Vec<Option<Vec<u8>>> = self.ask(cmd("MGET").arg(keys)).await?;
+            let values: Vec<Option<Vec<u8>>> = self.query(cmd("MGET").arg(keys)).await?;
             let values = values.into_iter().map(|value| value.and_then(|value| String::from_utf8(value).ok()));
             texts.extend(keys.iter().cloned().zip(values).filter_map(|(key, value)| Some((key, value?))));
         }
@@ -142,9 +142,9 @@ impl ImportSource {
     /// None if there are no events.
     pub(super) async fn event_ids(&mut self, channel: &str) -> Result<Option<EventIds>, Failure> {
         let key = format!("{channel}:keys");
-        let first: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
-        let last: Vec<String> = self.ask(cmd("ZRANGE").arg(&key).arg(-1).arg(-1)).await?;
-        let count: u64 = self.ask(cmd("ZCARD").arg(&key)).await?;
+        let first: Vec<String> = self.query(cmd("ZRANGE").arg(&key).arg(0).arg(0)).await?;
+        let last: Vec<String> = self.query(cmd("ZRANGE").arg(&key).arg(-1).arg(-1)).await?;
+        let count: u64 = self.query(cmd("ZCARD").arg(&key)).await?;
         let id = |members: &[String]| members.first().and_then(|member| id_of(member, channel));
         Ok(id(&first).zip(id(&last)).map(|(first, last)| EventIds { first, last, count }))
     }
@@ -158,18 +158,18 @@ impl ImportSource {
     ) -> Result<Vec<(u64, Option<String>)>, Failure> {
         let mut range = cmd("ZRANGEBYSCORE");
         range.arg(format!("{channel}:keys")).arg(format!("({after}")).arg("+inf").arg("LIMIT").arg(0).arg(limit);
-        let members: Vec<String> = self.ask(&range).await?;
+        let members: Vec<String> = self.query(&range).await?;
         if members.is_empty() {
             return Ok(Vec::new());
         }
-        let events: Vec<Option<String>> = self.ask(cmd("MGET").arg(&members)).await?;
+        let events: Vec<Option<String>> = self.query(cmd("MGET").arg(&members)).await?;
         let ids = members.iter().map(|member| id_of(member, channel));
         let page = ids.zip(events).filter_map(|(id, event)| Some((id?, event)));
         Ok(page.collect())
     }
 
     pub(super) async fn event(&mut self, channel: &str, id: u64) -> Result<Option<String>, Failure> {
-        self.ask(cmd("GET").arg(format!("{channel}:{id}"))).await
+        self.query(cmd("GET").arg(format!("{channel}:{id}"))).await
     }
 }
 
