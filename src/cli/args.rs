@@ -210,24 +210,7 @@ pub enum ClientCommand {
 
     /// Provide a service
     #[command(after_help = PROVIDE)]
-    Provide {
-        #[command(flatten)]
-        remote: Remote,
-        /// Name of the service
-        service: String,
-        /// Maximum number of concurrent calls
-        #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-        concurrency: u32,
-        /// Be the only provider; fail if there is another one
-        #[arg(long)]
-        exclusive: bool,
-        /// Kill a command that runs longer, and fail its call
-        #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration::parse)]
-        timeout: Duration,
-        /// Program and arguments, or one line for the shell [default: return the params as the result]
-        #[arg(last = true, value_name = "CMD")]
-        command: Vec<String>,
-    },
+    Provide(ProvideArgs),
 
     /// List the services that have a provider
     Services {
@@ -295,6 +278,26 @@ pub enum ClientCommand {
         #[command(subcommand)]
         command: Option<ConsumersCommand>,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct ProvideArgs {
+    #[command(flatten)]
+    pub(super) remote: Remote,
+    /// Name of the service
+    pub(super) service: String,
+    /// Maximum number of concurrent calls
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(super) concurrency: u32,
+    /// Be the only provider; fail if there is another one
+    #[arg(long)]
+    pub(super) exclusive: bool,
+    /// Kill a command that runs longer, and fail its call
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration::parse)]
+    pub(super) timeout: Duration,
+    /// Program and arguments, or one line for the shell [default: return the params as the result]
+    #[arg(last = true, value_name = "CMD")]
+    pub(super) command: Vec<String>,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -68,10 +68,7 @@ pub(super) async fn run(command: ClientCommand, out: &mut Output) -> Result<(), 
             let body = (!body.is_empty()).then_some(body);
             print(NodeClient::new(&remote)?.fetch(Method::POST, &target, body, limit).await?, out)
         }
-        ClientCommand::Provide { remote, service, concurrency, exclusive, timeout, command } => {
-            let offer = provide::ServiceOffer { service, concurrency, exclusive, timeout, command };
-            provide::provide(&NodeClient::new(&remote)?, &offer).await
-        }
+        ClientCommand::Provide(args) => provide::provide(&NodeClient::new(&args.remote)?, &args).await,
         ClientCommand::Services { remote, prefix } => list(&remote, "services", named("services", prefix), out).await,
         ClientCommand::Presence { remote, channel, count } => {
             let target = RequestTarget::new("/v1/presence").query("channel", channel);

@@ -25,6 +25,7 @@ use tokio_tungstenite::{
 };
 
 use super::{
+    args::ProvideArgs,
     backoff::Backoff,
     client::{NodeClient, USER_AGENT, parse_response},
     connect::{NodeStream, connect},
@@ -44,31 +45,21 @@ const HANDSHAKE: Duration = Duration::from_secs(30);
 
 pub(super) type NodeSocket = WebSocketStream<Box<dyn NodeStream>>;
 
-/// A service, and the command that executes its calls.
-pub(super) struct ServiceOffer {
-    pub(super) service: String,
-    pub(super) concurrency: u32,
-    pub(super) exclusive: bool,
-    pub(super) timeout: Duration,
-    /// A program and its arguments, or one line for the shell. Empty: echoes the params.
-    pub(super) command: Vec<String>,
-}
-
 /// Provides the service until a signal, and reconnects after a lost connection. The first signal lets running calls finish.
-pub(super) async fn provide(client: &NodeClient, offer: &ServiceOffer) -> Result<(), Failure> {
+pub(super) async fn provide(client: &NodeClient, args: &ProvideArgs) -> Result<(), Failure> {
     let mut stop = StopSignals::new()?;
     let mut backoff = Backoff::default();
     let mut connected = false;
     loop {
         let began = Instant::now();
         let mut connection = tokio::select! {
-            connection = ProviderConnection::open(client, offer, connected) => connection,
+            connection = ProviderConnection::open(client, args, connected) => connection,
             () = stop.wait() => return Ok(()),
         };
         let ended = match &mut connection {
             Ok(connection) => {
                 connected = true;
-                connection.serve(offer, &mut stop).await
+                connection.serve(args, &mut stop).await
             }
             Err(failure) => Err(std::mem::replace(failure, Failure::OutputClosed)),
         };
@@ -142,23 +133,23 @@ struct ReplyMessage<'a> {
 
 impl ProviderConnection {
     /// Connects and provides the service. `again`: the node may still hold the previous connection of this command.
-    async fn open(client: &NodeClient, offer: &ServiceOffer, again: bool) -> Result<Self, Failure> {
+    async fn open(client: &NodeClient, args: &ProvideArgs, again: bool) -> Result<Self, Failure> {
         let late = |_| Failure::Unavailable("the node does not respond".into());
         let socket = timeout(HANDSHAKE, upgrade(client)).await.map_err(late)??;
         let mut connection =
             ProviderConnection { socket, running: JoinSet::new(), calls: HashMap::new(), retry_after: None };
         let mut params = json!({
-            "service": offer.service, "exclusive": offer.exclusive, "concurrency": offer.concurrency, "meta": true,
+            "service": args.service, "exclusive": args.exclusive, "concurrency": args.concurrency, "meta": true,
         });
-        if offer.exclusive && again {
+        if args.exclusive && again {
             params["takeover"] = true.into();
         }
         connection.request("provide", "weir.provide", &params).await?;
-        timeout(HANDSHAKE, connection.accepted(offer, again)).await.map_err(late)??;
+        timeout(HANDSHAKE, connection.accepted(args, again)).await.map_err(late)??;
         Ok(connection)
     }
 
-    async fn accepted(&mut self, offer: &ServiceOffer, again: bool) -> Result<(), Failure> {
+    async fn accepted(&mut self, args: &ProvideArgs, again: bool) -> Result<(), Failure> {
         loop {
             let text = self.next().await?;
             let Ok(message) = serde_json::from_str::<ServerMessage<'_>>(&text) else { continue };
@@ -173,15 +164,15 @@ impl ProviderConnection {
             if let Some(result) = message.result {
                 let result: Value = serde_json::from_str(result.get()).unwrap_or_default();
                 let providers = result["providers"].as_u64().unwrap_or(1);
-                note(format_args!("providing {} ({providers} in total)", offer.service));
+                note(format_args!("providing {} ({providers} in total)", args.service));
                 return Ok(());
             }
             // A call can arrive before the response.
-            self.message(&text, offer).await?;
+            self.message(&text, args).await?;
         }
     }
 
-    async fn serve(&mut self, offer: &ServiceOffer, stop: &mut StopSignals) -> Result<(), Failure> {
+    async fn serve(&mut self, args: &ProvideArgs, stop: &mut StopSignals) -> Result<(), Failure> {
         let mut draining = false;
         loop {
             if draining && self.running.is_empty() {
@@ -192,7 +183,7 @@ impl ProviderConnection {
             tokio::select! {
                 message = self.socket.next() => {
                     if let Some(text) = text(message)? {
-                        self.message(&text, offer).await?;
+                        self.message(&text, args).await?;
                     }
                 }
                 Some(done) = self.running.join_next() => self.finished(done).await?,
@@ -202,14 +193,14 @@ impl ProviderConnection {
                     }
                     draining = true;
                     note(format_args!("shutting down after {} running calls; a second signal aborts them", self.running.len()));
-                    self.request("withdraw", "weir.withdraw", &json!({ "service": offer.service })).await?;
+                    self.request("withdraw", "weir.withdraw", &json!({ "service": args.service })).await?;
                 }
                 () = sleep(SILENCE) => return Err(Failure::Unavailable("the node is silent".into())),
             }
         }
     }
 
-    async fn message(&mut self, text: &str, offer: &ServiceOffer) -> Result<(), Failure> {
+    async fn message(&mut self, text: &str, args: &ProvideArgs) -> Result<(), Failure> {
         let Ok(ServerMessage { id, method: Some(method), params, meta, .. }) =
             serde_json::from_str::<ServerMessage<'_>>(text)
         else {
@@ -233,14 +224,14 @@ impl ProviderConnection {
                 self.retry_after = params["after_ms"].as_u64().map(Duration::from_millis);
             }
             ("weir.withdrawn", None) => {
-                return Err(Failure::Rejected(format!("{} was taken over by another provider", offer.service)));
+                return Err(Failure::Rejected(format!("{} was taken over by another provider", args.service)));
             }
-            (_, Some(id)) if self.running.len() >= offer.concurrency as usize => {
+            (_, Some(id)) if self.running.len() >= args.concurrency as usize => {
                 let busy = CallReply::Error(json!({ "code": -32021, "message": "the concurrency limit is reached" }));
                 self.reply(id, &busy).await?;
             }
             (_, id) => {
-                let run = CommandRun::new(offer, &method, params, meta);
+                let run = CommandRun::new(args, &method, params, meta);
                 let owned = id.map(ToOwned::to_owned);
                 let key = id.map(|id| Box::<str>::from(id.get()));
                 let task = self.running.spawn(async move {
@@ -350,8 +341,8 @@ struct CommandRun {
 }
 
 impl CommandRun {
-    fn new(offer: &ServiceOffer, method: &str, params: Option<&RawValue>, meta: CallerMeta) -> Self {
-        let command = match offer.command.as_slice() {
+    fn new(args: &ProvideArgs, method: &str, params: Option<&RawValue>, meta: CallerMeta) -> Self {
+        let command = match args.command.as_slice() {
             [] => None,
             [line] => {
                 let mut shell = Command::new("sh");
@@ -365,7 +356,7 @@ impl CommandRun {
             }
         };
         let command = command.map(|mut command| {
-            command.env("WEIR_SERVICE", &offer.service).env("WEIR_METHOD", method);
+            command.env("WEIR_SERVICE", &args.service).env("WEIR_METHOD", method);
             command.env("WEIR_CALLER", meta.caller.as_deref().unwrap_or_default());
             // The output of the command is sent to callers and must not leak the token.
             command.env_remove("WEIR_TOKEN");
@@ -374,7 +365,7 @@ impl CommandRun {
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
             command
         });
-        CommandRun { command, params: params.map(ToOwned::to_owned), timeout: offer.timeout }
+        CommandRun { command, params: params.map(ToOwned::to_owned), timeout: args.timeout }
     }
 
     async fn reply(self) -> CallReply {
