@@ -6,7 +6,7 @@
 use std::task::{Context, Poll};
 
 use super::packet::{Framing, reframe};
-use crate::net::websocket::outbox::{OfferOutcome, Outbox, OutboxContent};
+use crate::net::websocket::outbox::{OfferOutcome, Outbox, OutboxContent, OutboxExtra};
 
 /// The outbound side of one session.
 pub(crate) struct PacketOutbox(Outbox<PacketTransport>);
@@ -15,6 +15,10 @@ struct PacketTransport {
     framing: Framing,
     /// Polls are answered at once, if need be with a no-op: the client waits for that before it completes the upgrade.
     upgrading: bool,
+}
+
+impl OutboxExtra for PacketTransport {
+    fn discard(&mut self) {}
 }
 
 impl PacketOutbox {

@@ -18,7 +18,12 @@ use crate::error::Code;
 /// An outbox that exceeds its limit so many times is closed: its client does not read what it asks for.
 const HARD_LIMIT: usize = 4;
 
-/// `X` is what a protocol keeps beside the bytes, under the same lock.
+/// What a protocol keeps beside the bytes of an [`Outbox`], under the same lock.
+pub(crate) trait OutboxExtra {
+    /// Called when the outbox is closed and its bytes are dropped: frees and resets what belongs to them.
+    fn discard(&mut self);
+}
+
 pub(crate) struct Outbox<X> {
     /// Bytes beyond which [`offer`](Self::offer) rejects.
     limit: usize,
@@ -70,7 +75,7 @@ pub(crate) enum OfferOutcome {
     Closed,
 }
 
-impl<X> Outbox<X> {
+impl<X: OutboxExtra> Outbox<X> {
     pub(crate) fn new(limit: usize, extra: X) -> Self {
         let state = OutboxState { bytes: Vec::new(), held: 0, extra, end: OutboxEnd::Open, waker: None };
         Outbox { limit, woken: AtomicBool::new(true), state: Mutex::new(state) }
@@ -147,7 +152,7 @@ impl<X> Outbox<X> {
     }
 }
 
-impl<X> OutboxState<X> {
+impl<X: OutboxExtra> OutboxState<X> {
     /// Swaps the bytes for the empty `into`. `Pending`: there are none, and the task will be woken.
     pub(crate) fn poll_take(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<OutboxContent> {
         debug_assert!(into.is_empty());
@@ -194,14 +199,18 @@ impl<X> OutboxState<X> {
 
     /// Has the connection closed for this reason. Drops all bytes.
     pub(crate) fn close_with(&mut self, code: Code) {
-        self.end = OutboxEnd::Closing(code);
-        (self.bytes, self.held) = (Vec::new(), 0);
+        self.discard(OutboxEnd::Closing(code));
     }
 
     /// Nothing is kept from now on.
     pub(crate) fn close(&mut self) {
-        self.end = OutboxEnd::Closed;
+        self.discard(OutboxEnd::Closed);
+    }
+
+    fn discard(&mut self, end: OutboxEnd) {
+        self.end = end;
         (self.bytes, self.held) = (Vec::new(), 0);
+        self.extra.discard();
     }
 
     /// Frees what an idle connection does not need.

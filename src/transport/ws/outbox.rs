@@ -9,7 +9,7 @@ use crate::{
     error::{Code, Error},
     net::websocket::{
         frame,
-        outbox::{OfferOutcome, Outbox, OutboxContent, OutboxState},
+        outbox::{OfferOutcome, Outbox, OutboxContent, OutboxExtra, OutboxState},
     },
     rpc::{CallAnswer, CallId, CallerId, ForwardedCall, MethodNames, Peer, WriteOutcome},
 };
@@ -29,6 +29,12 @@ struct RpcQueue {
 struct AnswerBatch {
     out: Vec<u8>,
     left: usize,
+}
+
+impl OutboxExtra for RpcQueue {
+    fn discard(&mut self) {
+        (self.batches, self.calls) = (Slab::new(), 0);
+    }
 }
 
 impl RpcOutbox {
@@ -83,18 +89,12 @@ impl RpcOutbox {
 
     /// Nothing is kept from now on.
     pub(crate) fn close(&self) {
-        self.0.update(|state| {
-            state.close();
-            (state.extra.batches, state.extra.calls) = (Slab::new(), 0);
-        });
+        self.0.update(|state| state.close());
     }
 
     /// Has the connection closed for this reason.
     pub(crate) fn close_with(&self, code: Code) {
-        self.0.append(|state| {
-            state.close_with(code);
-            state.extra.calls = 0;
-        });
+        self.0.append(|state| state.close_with(code));
     }
 
     /// Appends a notification.
@@ -322,6 +322,8 @@ mod tests {
         put(&outbox, 0, &"x".repeat(100));
         assert!(outbox.is_full());
         put(&outbox, 0, &"x".repeat(300));
+        // The outbox is closed and empty, although its task has not taken anything yet.
+        assert!(!outbox.is_full() && !outbox.is_behind());
         assert_eq!(take(&outbox, &mut Context::from_waker(Waker::noop())).unwrap(), "slow");
         assert_eq!(call(&outbox), WriteOutcome::Gone);
         outbox.close();
