@@ -178,9 +178,10 @@ async fn begin(
             channels.iter().map(move |channel| node.presence.enter(channel, client, identity.subject(), sse))
         })
         .collect();
+    let leases = leases?;
     gaps.iter().for_each(|gap| node.metrics.gap(gap.reason.as_str()));
     let (heartbeat, now) = (node.config.sse.heartbeat, node.timers.now());
-    let (handler, first) = SseHandler::new(&subs, leases?, &gaps, ids, filter.is_some(), heartbeat, now);
+    let (handler, first) = SseHandler::new(&subs, leases, &gaps, ids, filter.is_some(), heartbeat, now);
     Ok((SubscriptionStream::for_client(node, identity, remote, subs, handler), first))
 }
 
