@@ -340,6 +340,29 @@ async fn binary_and_fragmented_messages_are_read_and_text_is_written() {
 }
 
 #[tokio::test]
+async fn replies_are_not_delayed_by_pings() {
+    const REQUESTS: usize = 4_000;
+    let weir = weir().await;
+    let mut socket = weir.socket().await;
+    for id in 0..REQUESTS {
+        socket.feed(json!({ "jsonrpc": "2.0", "id": id, "method": "weir/echo" }).to_string()).await;
+        socket.feed_frame(Message::Ping(Default::default())).await;
+    }
+    socket.flush().await;
+    // Every read of the node ends with pings, and the first one is followed by others.
+    let (mut replies, mut pongs_before) = (0, 0);
+    while replies < REQUESTS {
+        match socket.frame().await {
+            Message::Text(_) => replies += 1,
+            Message::Pong(_) if replies == 0 => pongs_before += 1,
+            Message::Pong(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(pongs_before < REQUESTS / 2, "{pongs_before}");
+}
+
+#[tokio::test]
 async fn an_oversized_frame_is_closed() {
     let weir = weir().await;
     let mut socket = weir.socket().await;

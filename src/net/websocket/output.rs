@@ -13,8 +13,8 @@ use crate::net::{hijack::Conn, write_queue::WriteQueue};
 /// A larger buffer is freed once it is written.
 const KEPT: usize = 64 * 1024;
 
-/// The bytes that are being written: frames of this connection, then shared frames, then the last ones. Refilled only when it is
-/// empty, so that frames are read in the order in which they were sent.
+/// The bytes that are being written: frames of this connection, then shared frames, then the last ones. The buffer is
+/// refilled only when all is written but control frames, so that messages are read in the order in which they were sent.
 #[derive(Default)]
 pub(crate) struct SocketOutput {
     buffer: Vec<u8>,
@@ -41,7 +41,7 @@ impl SocketOutput {
         }
     }
 
-    /// The buffer for frames of this connection. Only to be used while nothing waits.
+    /// The buffer for frames of this connection. Only to be used while nothing is partly written.
     pub(crate) fn buffer(&mut self) -> &mut Vec<u8> {
         &mut self.buffer
     }

@@ -48,7 +48,7 @@ pub(crate) trait SocketHandler: Send + Unpin + 'static {
         Ok(false)
     }
 
-    /// Fills the empty `out`. True if there may be more at once; else the task will be woken.
+    /// Fills `out`, whose buffer is empty. True if there may be more at once; else the task will be woken.
     fn poll_output(&mut self, cx: &mut Context<'_>, out: &mut SocketOutput) -> Result<bool, Code>;
 
     /// Whether so much waits for the peer that it must read before it is read from again.
@@ -300,8 +300,9 @@ impl<H: SocketHandler> WebSocket<H> {
 
     /// Writes once. Ready: all is written; `true` if there may be more. Pending: the peer takes no more.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, SocketOver>> {
-        // The rest of the last turn goes first, and there may be more behind it.
-        let more = if self.out.is_empty() { self.gather(cx) } else { true };
+        // What is partly written goes first, and there may be more behind it. Whole control frames do not count: a peer
+        // that sends a ping with everything it sends is to get its replies.
+        let more = if self.out.is_empty() || self.blocked == 0 { self.gather(cx) } else { true };
         if self.out.is_empty() {
             return Poll::Ready(Ok(more));
         }

@@ -59,7 +59,11 @@ impl Socket {
 
     /// Queues a message without writing it to the connection.
     pub async fn feed(&mut self, text: impl Into<String>) {
-        self.stream.feed(Message::text(text.into())).await.unwrap();
+        self.feed_frame(Message::text(text.into())).await;
+    }
+
+    pub async fn feed_frame(&mut self, message: Message) {
+        self.stream.feed(message).await.unwrap();
     }
 
     pub async fn flush(&mut self) {
