@@ -15,28 +15,20 @@ mod outbox;
 pub(crate) mod packet;
 mod polling;
 mod session;
+mod session_table;
 mod settings;
 mod socket;
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    sync::{Arc, Weak},
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use axum::{
     body::Body,
     http::{Request, Response},
 };
-use foldhash::fast::RandomState;
 use http::{HeaderValue, Method, StatusCode, header, request::Parts};
-use parking_lot::Mutex;
 
 use self::{
-    error::EngineError,
-    packet::Framing,
-    session::{SessionStage, Sid},
-    socket::EngineSocket,
+    error::EngineError, packet::Framing, session::SessionStage, session_table::SessionTable, socket::EngineSocket,
 };
 pub(crate) use self::{
     outbox::PacketOutbox,
@@ -47,7 +39,6 @@ use crate::{
     net::{
         hijack::{Hijack, HijackedConn},
         server::PeerAddr,
-        timer::TICK,
         websocket::handshake::Handshake,
     },
     node::Node,
@@ -57,22 +48,20 @@ use crate::{
 /// Creates the handler of a session, from the query of the client's first request.
 pub(crate) type OpenHandler = Box<dyn Fn(&Arc<EngineSession>, Query<'_>) -> Box<dyn SessionHandler> + Send + Sync>;
 
-/// All sessions of one adapter.
+/// The server of one adapter.
 pub(crate) struct EngineServer {
     settings: Arc<EngineSettings>,
     node: Arc<Node>,
     open: OpenHandler,
-    sessions: Mutex<HashMap<Sid, Arc<EngineSession>, RandomState>>,
+    sessions: Arc<SessionTable>,
 }
 
 // === impl EngineServer ===
 
 impl EngineServer {
-    /// Starts the task that keeps the time of all sessions, and ends with the server. Needs a tokio runtime.
+    /// Needs a tokio runtime.
     pub(crate) fn start(settings: Arc<EngineSettings>, node: Arc<Node>, open: OpenHandler) -> Arc<Self> {
-        let server = Arc::new(EngineServer { settings, node, open, sessions: Mutex::default() });
-        tokio::spawn(keep_time(Arc::downgrade(&server)));
-        server
+        Arc::new(EngineServer { settings, node, open, sessions: SessionTable::start() })
     }
 
     /// Answers any request to the path of Engine.IO.
@@ -104,7 +93,7 @@ impl EngineServer {
         let remote = PeerAddr::of(head);
         match sid.filter(|sid| !sid.is_empty()) {
             Some(sid) => {
-                let session = self.find(&sid).ok_or(EngineError::UnknownSession)?;
+                let session = self.sessions.find(&sid).ok_or(EngineError::UnknownSession)?;
                 match framing {
                     Framing::WebSocket if upgrade => self.take_over(head, session),
                     Framing::Polling if session.stage() != SessionStage::Socket => match head.method {
@@ -118,7 +107,7 @@ impl EngineServer {
             None if head.method != Method::GET => Err(EngineError::HandshakeMethod),
             None if framing == Framing::WebSocket && !upgrade => Err(EngineError::BadRequest),
             None if version.as_deref() != Some("4") => Err(EngineError::ProtocolVersion),
-            None if self.node.timers.is_draining() || self.sessions.lock().len() >= self.settings.sessions => {
+            None if self.node.timers.is_draining() || self.sessions.len() >= self.settings.sessions => {
                 // The client retries with back-off.
                 let mut answer = Response::new(Body::empty());
                 *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
@@ -155,7 +144,7 @@ impl EngineServer {
             ping_timeout.as_millis(),
         ));
         session.begin((self.open)(&session, query));
-        self.sessions.lock().insert(session.sid, session.clone());
+        self.sessions.insert(session.clone());
         session
     }
 
@@ -173,46 +162,9 @@ impl EngineServer {
         })))
     }
 
-    fn start_socket(self: Arc<Self>, session: Arc<EngineSession>, probing: bool, conn: HijackedConn) {
-        let socket = EngineSocket::open(session, self.settings.clone(), &self.node.timers, probing, conn);
-        tokio::spawn(async move {
-            socket.await;
-            // Not dropped earlier: the server's task keeps the time of its sessions.
-            drop(self);
-        });
-    }
-
-    fn find(&self, sid: &str) -> Option<Arc<EngineSession>> {
-        let sid: &Sid = sid.as_bytes().try_into().ok()?;
-        let session = self.sessions.lock().get(sid).cloned()?;
-        (session.stage() != SessionStage::Over).then_some(session)
-    }
-
-    /// Pings, times out, drains and removes sessions.
-    fn sweep(&self, sessions: &mut Vec<Arc<EngineSession>>) {
-        sessions.extend(self.sessions.lock().values().cloned());
-        for session in sessions.drain(..) {
-            if !session.tick() {
-                let mut table = self.sessions.lock();
-                table.remove(&session.sid);
-                if table.is_empty() {
-                    // Frees the capacity that a burst of clients has left behind.
-                    table.shrink_to_fit();
-                }
-            }
-        }
-        sessions.shrink_to(1_000);
-    }
-}
-
-async fn keep_time(server: Weak<EngineServer>) {
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut sessions = Vec::new();
-    loop {
-        ticks.tick().await;
-        let Some(server) = server.upgrade() else { return };
-        server.sweep(&mut sessions);
+    fn start_socket(&self, session: Arc<EngineSession>, probing: bool, conn: HijackedConn) {
+        let (sessions, settings) = (self.sessions.clone(), self.settings.clone());
+        tokio::spawn(EngineSocket::open(session, sessions, settings, &self.node.timers, probing, conn));
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
 use super::{
     packet::{self, EnginePacket, Framing},
     session::EngineSession,
+    session_table::SessionTable,
     settings::EngineSettings,
 };
 use crate::{
@@ -28,6 +29,8 @@ use crate::{
 
 pub(super) struct EngineSocket {
     session: Arc<EngineSession>,
+    /// Keeps the time of the session, also when the server is gone.
+    _sessions: Arc<SessionTable>,
     settings: Arc<EngineSettings>,
     role: SocketRole,
 }
@@ -46,6 +49,7 @@ impl EngineSocket {
     /// `probing`: polls still carry the session.
     pub(super) fn open(
         session: Arc<EngineSession>,
+        sessions: Arc<SessionTable>,
         settings: Arc<EngineSettings>,
         timers: &Arc<TimerWheel>,
         probing: bool,
@@ -58,7 +62,7 @@ impl EngineSocket {
         };
         let max_message = settings.max_payload;
         // The session has a timer of its own, for drains and kicks.
-        WebSocket::new(conn, timers, None, max_message, EngineSocket { session, settings, role })
+        WebSocket::new(conn, timers, None, max_message, EngineSocket { session, _sessions: sessions, settings, role })
     }
 
     fn end(&mut self, reason: Option<Code>) {
@@ -144,5 +148,16 @@ impl SocketHandler for EngineSocket {
 impl Drop for EngineSocket {
     fn drop(&mut self) {
         self.end(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One per connection, and most of them are idle.
+    #[test]
+    fn a_socket_is_small() {
+        assert!(size_of::<WebSocket<EngineSocket>>() <= 336, "{}", size_of::<WebSocket<EngineSocket>>());
     }
 }
