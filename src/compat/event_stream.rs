@@ -174,7 +174,7 @@ fn refused(status: StatusCode, text: impl Into<Body>) -> Response<Body> {
 struct EventStreamHandler;
 
 impl StreamHandler for EventStreamHandler {
-    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+    fn heartbeat(&self, _: &Node) -> Option<HeartbeatPolicy> {
         Some(HeartbeatPolicy::WhenIdle(SILENCE))
     }
 

@@ -180,8 +180,7 @@ async fn begin(
         .collect();
     let leases = leases?;
     gaps.iter().for_each(|gap| node.metrics.gap(gap.reason.as_str()));
-    let (heartbeat, now) = (node.config.sse.heartbeat, node.timers.now());
-    let (handler, first) = SseHandler::new(&subs, leases, &gaps, ids, filter.is_some(), heartbeat, now);
+    let (handler, first) = SseHandler::new(&subs, leases, &gaps, ids, filter.is_some(), node.timers.now());
     Ok((SubscriptionStream::for_client(node, identity, remote, subs, handler), first))
 }
 

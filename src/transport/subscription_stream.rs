@@ -37,9 +37,9 @@ const REPORT: Duration = Duration::from_secs(20);
 
 /// Defines what one stream sends beside events, and how it handles events. Everything that is pushed is a whole [chunk].
 pub(crate) trait StreamHandler: Send + Unpin + 'static {
-    /// How often [`on_heartbeat`](Self::on_heartbeat) is called; `None` for never. Evaluated at the start and after
-    /// each heartbeat.
-    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+    /// How often [`on_heartbeat`](Self::on_heartbeat) is called; `None` for never. Evaluated at every write and tick, so
+    /// that it may change at any time; a random interval must not be drawn here.
+    fn heartbeat(&self, _: &Node) -> Option<HeartbeatPolicy> {
         None
     }
 
@@ -123,14 +123,11 @@ pub(crate) struct SubscriptionStream<H> {
     timer: Timer,
     registration: ConnectionRegistration,
     connected: OpenConnection,
-    /// The tick of the last heartbeat (or of the last data, with [`HeartbeatPolicy::WhenIdle`]), and the ticks from
-    /// there to the next heartbeat.
+    /// The tick of the last heartbeat or, unless heartbeats are [`HeartbeatPolicy::Periodic`], of the last data.
     last: u32,
-    period: u32,
     /// Events and bytes that were pushed since they were last added to the metrics.
     events: u32,
     bytes: u64,
-    when_idle: bool,
     ended: bool,
 }
 
@@ -148,8 +145,8 @@ impl<H: StreamHandler> SubscriptionStream<H> {
         subscriptions: Subscriptions,
         handler: H,
     ) -> Self {
-        let (period, when_idle) = schedule(&handler);
-        let mut timer = node.timers.timer(TICK * period);
+        let first = period(&handler, node).unwrap_or_else(|| TimerWheel::ticks(REPORT));
+        let mut timer = node.timers.timer(TICK * first);
         let channels = (0..subscriptions.len() as u32).filter_map(|slot| subscriptions.channel(slot).cloned());
         let registration =
             node.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels.collect()));
@@ -159,10 +156,8 @@ impl<H: StreamHandler> SubscriptionStream<H> {
             connected: node.metrics.connected(Transport::Sse),
             node: node.clone(),
             last: timer.now(),
-            period,
             events: 0,
             bytes: 0,
-            when_idle,
             ended: false,
             subscriptions,
             handler,
@@ -186,19 +181,21 @@ impl<H: StreamHandler> SubscriptionStream<H> {
         out.shrink();
         let now = self.timer.now();
         let silent = blocked || self.ended;
-        if now.saturating_sub(self.last) >= self.period {
+        if period(&self.handler, &self.node).is_some_and(|period| now.saturating_sub(self.last) >= period) {
             self.last = now;
-            if !silent && self.handler.heartbeat().is_some() {
+            if !silent {
                 let (handler, mut stream) = self.parts(out);
                 handler.on_heartbeat(&mut stream);
             }
-            (self.period, self.when_idle) = schedule(&self.handler);
         }
         if !silent && self.handler.deadline().is_some_and(|at| now >= at) {
             let (handler, mut stream) = self.parts(out);
             handler.on_deadline(&mut stream);
         }
-        let next = self.last.saturating_add(self.period);
+        let next = match period(&self.handler, &self.node) {
+            Some(period) => self.last.saturating_add(period),
+            None => now + TimerWheel::ticks(REPORT),
+        };
         let next = self.handler.deadline().map_or(next, |at| next.min(at));
         self.timer.reset(TimerWheel::span(now, next));
     }
@@ -269,14 +266,10 @@ impl<H: StreamHandler> SubscriptionStream<H> {
     }
 }
 
-/// The ticks until the next heartbeat, and whether data postpones it.
-fn schedule(handler: &impl StreamHandler) -> (u32, bool) {
-    let (after, when_idle) = match handler.heartbeat() {
-        Some(HeartbeatPolicy::WhenIdle(after)) => (after, true),
-        Some(HeartbeatPolicy::Periodic(after)) => (after, false),
-        None => (REPORT, false),
-    };
-    (TimerWheel::ticks(after), when_idle)
+/// The ticks between heartbeats.
+fn period(handler: &impl StreamHandler, node: &Node) -> Option<u32> {
+    let (HeartbeatPolicy::WhenIdle(after) | HeartbeatPolicy::Periodic(after)) = handler.heartbeat(node)?;
+    Some(TimerWheel::ticks(after))
 }
 
 impl<H: StreamHandler> StreamSource for SubscriptionStream<H> {
@@ -310,7 +303,7 @@ impl<H: StreamHandler> StreamSource for SubscriptionStream<H> {
                 _ => return Progress::Ended,
             }
         };
-        if self.when_idle && out.len() > before {
+        if out.len() > before && !matches!(self.handler.heartbeat(&self.node), Some(HeartbeatPolicy::Periodic(_))) {
             self.last = self.timer.now();
         }
         progress
@@ -369,11 +362,13 @@ mod tests {
 
     struct TestHandler {
         heartbeat: Option<HeartbeatPolicy>,
+        /// Replaces `heartbeat` when direct data is pushed.
+        later: Option<HeartbeatPolicy>,
         actions: Vec<StreamAction>,
     }
 
     impl StreamHandler for TestHandler {
-        fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+        fn heartbeat(&self, _: &Node) -> Option<HeartbeatPolicy> {
             self.heartbeat
         }
         fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
@@ -382,6 +377,7 @@ mod tests {
         fn poll_direct(&mut self, _: &mut Context<'_>, stream: &mut StreamContext<'_>) -> StreamAction {
             let Some(action) = self.actions.pop() else { return StreamAction::Continue };
             stream.out.push(chunk::of(b"direct;"));
+            self.heartbeat = self.later.or(self.heartbeat);
             action
         }
         fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
@@ -405,11 +401,15 @@ mod tests {
         }
 
         async fn body(&self, heartbeat: Option<HeartbeatPolicy>, actions: Vec<StreamAction>) -> Body {
+            self.respond(TestHandler { heartbeat, later: None, actions }).await
+        }
+
+        async fn respond(&self, handler: TestHandler) -> Body {
             let mut subs = Subscriptions::new(&TEXT);
             for watch in self.node.bus.watch(&self.channels).await.unwrap() {
                 subs.add(watch, Start::Now, None);
             }
-            let held = SubscriptionStream::new(&self.node, subs, TestHandler { heartbeat, actions });
+            let held = SubscriptionStream::new(&self.node, subs, handler);
             held.respond(Response::new(()), vec![chunk::of(b"first;")]).into_body()
         }
 
@@ -459,6 +459,21 @@ mod tests {
         assert_eq!(next(&mut body).await.unwrap(), r#"a="y";"#);
         assert_eq!(next(&mut body).await.unwrap(), "alive;");
         assert!(start.elapsed() <= Duration::from_secs(21));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_heartbeat_that_is_set_later_is_not_sent_early() {
+        let fixture = Fixture::new();
+        for before in [None, Some(HeartbeatPolicy::WhenIdle(Duration::from_secs(10)))] {
+            let later = Some(HeartbeatPolicy::WhenIdle(Duration::from_secs(55)));
+            let mut body =
+                fixture.respond(TestHandler { heartbeat: before, later, actions: vec![StreamAction::Continue] }).await;
+            assert_eq!(next(&mut body).await.unwrap(), "first;");
+            assert_eq!(next(&mut body).await.unwrap(), "direct;");
+            let start = Instant::now();
+            assert_eq!(next(&mut body).await.unwrap(), "alive;");
+            assert!((54..=56).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        }
     }
 
     #[tokio::test(start_paused = true)]

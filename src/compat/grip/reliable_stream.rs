@@ -33,6 +33,7 @@ use crate::{
         stream::StreamOutput,
         timer::{Due, Timer},
     },
+    node::Node,
     position::Start,
     transport::subscription_stream::{HeartbeatPolicy, StreamAction, StreamContext, StreamHandler},
 };
@@ -361,7 +362,7 @@ impl ReliableStream {
 }
 
 impl StreamHandler for ReliableStream {
-    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+    fn heartbeat(&self, _: &Node) -> Option<HeartbeatPolicy> {
         self.keep_alive.as_ref().map(|keep_alive| keep_alive.policy)
     }
 

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     bus::Subscriptions,
     net::chunk,
+    node::Node,
     position::Start,
     transport::subscription_stream::{HeartbeatPolicy, StreamAction, StreamContext, StreamHandler, SubscriptionStream},
 };
@@ -82,7 +83,7 @@ fn stream_head(status: StatusCode, headers: HeaderMap) -> Response<()> {
 }
 
 impl StreamHandler for ContentStream {
-    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+    fn heartbeat(&self, _: &Node) -> Option<HeartbeatPolicy> {
         self.keep_alive.as_ref().map(|keep_alive| keep_alive.policy)
     }
 

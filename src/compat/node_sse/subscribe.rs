@@ -22,6 +22,7 @@ use crate::{
     error::{Code, Result},
     event::Event,
     net::chunk,
+    node::Node,
     position::{Position, Start},
     transport::{
         sse::frame::HEARTBEAT,
@@ -135,7 +136,7 @@ impl NodeSse {
 }
 
 impl StreamHandler for NodeSseStream {
-    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+    fn heartbeat(&self, _: &Node) -> Option<HeartbeatPolicy> {
         Some(HeartbeatPolicy::WhenIdle(Duration::from_millis(self.heartbeat.into())))
     }
 

@@ -9,10 +9,8 @@ use crate::{
     bus::{Gap, Subscriptions},
     channel::Channel,
     error::Code,
-    net::{
-        stream::StreamOutput,
-        timer::{TICK, TimerWheel},
-    },
+    net::{stream::StreamOutput, timer::TimerWheel},
+    node::Node,
     position::Position,
     presence::PresenceLease,
     token::TokenEncoder,
@@ -66,8 +64,8 @@ pub(super) struct SseHandler {
     last_id: u32,
     /// The delay that the first block announced as `retry:`.
     retry_ms: u16,
-    /// Ticks between heartbeats, on average.
-    heartbeat: u16,
+    /// Spreads the interval to the next heartbeat: a fraction of [`u16::MAX`].
+    jitter: u16,
     ids: Ids,
     filtered: bool,
     last_token: LastToken,
@@ -82,7 +80,6 @@ impl SseHandler {
         gaps: &[Gap],
         ids: Ids,
         filtered: bool,
-        heartbeat: Duration,
         now: u32,
     ) -> (Self, Vec<Bytes>) {
         let mut handler = SseHandler {
@@ -91,7 +88,7 @@ impl SseHandler {
             token_at: now,
             last_id: 0,
             retry_ms: frame::retry_ms(),
-            heartbeat: u16::try_from(TimerWheel::ticks(heartbeat)).unwrap_or(u16::MAX),
+            jitter: fastrand::u16(..),
             ids,
             filtered,
             last_token: LastToken::Short,
@@ -135,13 +132,14 @@ impl SseHandler {
 }
 
 impl StreamHandler for SseHandler {
-    fn heartbeat(&self) -> Option<HeartbeatPolicy> {
+    fn heartbeat(&self, node: &Node) -> Option<HeartbeatPolicy> {
         // Within a quarter: otherwise clients that connected together stay in step.
-        let factor = fastrand::f64() / 2.0 + 0.75;
-        Some(HeartbeatPolicy::Periodic((TICK * u32::from(self.heartbeat)).mul_f64(factor)))
+        let factor = f64::from(self.jitter) / f64::from(u16::MAX) / 2.0 + 0.75;
+        Some(HeartbeatPolicy::Periodic(node.config.sse.heartbeat.mul_f64(factor)))
     }
 
     fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
+        self.jitter = fastrand::u16(..);
         stream.out.push(Bytes::from_static(frame::HEARTBEAT));
         if self.filtered && fingerprint(self.id_before(stream.subscriptions, &[]).as_bytes()) != self.last_id {
             self.on_deadline(stream);
