@@ -380,6 +380,9 @@ impl Hub {
         let mut in_flight = conn.in_flight.lock();
         if in_flight.len() >= conn.max_calls {
             let detail = format!("{} calls of this connection are in flight, which is the limit", in_flight.len());
+            // An edit removes a service that was created only for this call.
+            drop(in_flight);
+            drop(self.edit(service));
             return Err((caller_id, Some(Error::new(Code::LimitReached, detail).with("limit", "limits.calls"))));
         }
         let vacant = in_flight.vacant_entry();

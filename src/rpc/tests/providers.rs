@@ -229,6 +229,16 @@ fn a_call_may_set_its_wait_but_not_beyond_its_deadline() {
 }
 
 #[test]
+fn calls_beyond_the_limit_of_a_connection_create_no_names() {
+    let world = World::with(Config { calls: 1, ..Config::default() });
+    let caller = world.socket();
+    for service in 0..101 {
+        caller.call_with("1", &format!("new-{service}/x"), |call| call.wait = Some(SECOND));
+    }
+    assert_eq!((world.hub.counts().names, caller.answers()), (1, vec!["1: limit_reached -".to_owned(); 100]));
+}
+
+#[test]
 fn waiting_calls_stay_queued_while_the_provider_is_busy() {
     let world = World::new();
     let (caller, provider) = (world.socket(), world.socket());
