@@ -78,18 +78,24 @@ impl StreamSite {
         let base = format!("{}://{}{}", current.scheme, current.authority, self.path);
         let invalid = || OriginError::Invalid("Grip-Link contains invalid link".into());
         let (target, path) = join(&base, link).ok_or_else(invalid)?;
-        let target = authority(&target);
+        let (scheme, target) = (target.scheme(), authority(&target));
         if current.authority == target {
             return Ok((self.route, path));
         }
         // The link may also name the host by which clients reach the proxy.
-        let front = self.host.as_ref().is_some_and(|host| host.as_bytes().eq_ignore_ascii_case(target.as_bytes()));
+        let front = self.host.as_ref().is_some_and(|host| names_host(scheme, host, target));
         let mut routes = self.proxy.routes.iter();
         let route = routes.position(|route| if front { route.matches(path.path()) } else { route.authority == target });
         route
             .map(|route| (route, path))
             .ok_or_else(|| OriginError::Invalid("Grip-Link leads to no origin of this proxy".into()))
     }
+}
+
+/// Whether a `Host` is this authority, which has no default port of `scheme`.
+fn names_host(scheme: &str, host: &HeaderValue, target: &str) -> bool {
+    let url = host.to_str().ok().and_then(|host| Url::parse(&format!("{scheme}://{host}")).ok());
+    url.is_some_and(|url| authority(&url) == target)
 }
 
 /// Resolves a reference (RFC 3986, section 5.2). A reference to another host must contain the scheme.
@@ -125,6 +131,24 @@ mod tests {
         assert_eq!((authority(&absolute), path.as_str()), ("other.example", "/?x=1"));
         for invalid in ["//elsewhere/x", "/a b", "http://", "http://a b/"] {
             assert_eq!(join("http://origin:3000/", invalid), None);
+        }
+    }
+
+    #[test]
+    fn the_default_port_of_a_host_does_not_matter() {
+        for (link, host, expected) in [
+            ("http://example.com:80/next", "example.com:80", true),
+            ("http://example.com/next", "Example.com:80", true),
+            ("http://example.com:80/next", "example.com", true),
+            ("https://example.com:443/next", "example.com:443", true),
+            ("https://example.com:80/next", "example.com:80", true),
+            ("https://example.com/next", "example.com:80", false),
+            ("http://example.com/next", "elsewhere:80", false),
+            ("http://example.com/next", "", false),
+        ] {
+            let url = Url::parse(link).unwrap();
+            let host = HeaderValue::from_static(host);
+            assert_eq!(names_host(url.scheme(), &host, authority(&url)), expected, "{link} {host:?}");
         }
     }
 }
