@@ -1,6 +1,8 @@
 //! JSON Patch (RFC 6902): items may respond to a held request with a change of the origin's response.
 
-use json_patch::Patch;
+use std::slice;
+
+use json_patch::{Patch, PatchOperation, jsonptr::PointerBuf};
 use serde::Deserialize as _;
 use serde_json::Value;
 
@@ -8,9 +10,25 @@ use serde_json::Value;
 pub(super) fn apply(document: &[u8], patch: &Value) -> Option<Vec<u8>> {
     let mut document: Value = serde_json::from_slice(document).ok()?;
     let patch = Patch::deserialize(patch).ok()?;
-    // "Unsafe" leaves the document half patched on an error; this one is discarded then.
-    json_patch::patch_unsafe(&mut document, &patch).ok()?;
+    for operation in &*patch {
+        match operation {
+            PatchOperation::Remove(operation) => move_to_end(&mut document, &operation.path),
+            PatchOperation::Move(operation) => move_to_end(&mut document, &operation.from),
+            _ => {}
+        }
+        // "Unsafe" leaves the document half patched on an error; this one is discarded then.
+        json_patch::patch_unsafe(&mut document, slice::from_ref(operation)).ok()?;
+    }
     serde_json::to_vec(&document).ok()
+}
+
+/// Makes a member the last of its object: `json_patch` puts the last member in the place of the one that it removes.
+fn move_to_end(document: &mut Value, path: &PointerBuf) {
+    let Some((parent, name)) = path.split_back() else { return };
+    let Some(Value::Object(members)) = document.pointer_mut(parent.as_str()) else { return };
+    if let Some((name, value)) = members.shift_remove_entry(name.decoded().as_ref()) {
+        members.insert(name, value);
+    }
 }
 
 #[cfg(test)]
@@ -36,6 +54,15 @@ mod tests {
         ]);
         let document = json!({"a": 1, "list": [0, 1], "gone": true});
         assert_eq!(patched(document, patch), Some(json!({"a": 2, "list": ["x", 1, "z"], "first": 0, "a/b": 0})));
+    }
+
+    #[test]
+    fn members_keep_their_order() {
+        let document = br#"{"a":1,"gone":0,"b":2,"c":3}"#;
+        let remove = json!([{"op": "remove", "path": "/gone"}]);
+        assert_eq!(apply(document, &remove).unwrap(), br#"{"a":1,"b":2,"c":3}"#);
+        let rename = json!([{"op": "move", "from": "/gone", "path": "/last"}]);
+        assert_eq!(apply(document, &rename).unwrap(), br#"{"a":1,"b":2,"c":3,"last":0}"#);
     }
 
     #[test]
