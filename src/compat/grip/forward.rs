@@ -20,7 +20,7 @@ use super::{
 use crate::net::server::PeerAddr;
 
 /// How often a request is sent to the origin again, because what it waits for has changed meanwhile.
-const MAX_RETRIES: usize = 15;
+const MAX_RETRIES: usize = 16;
 
 pub(super) async fn forward(proxy: Arc<GripProxy>, request: Request<AxumBody>) -> Response<AxumBody> {
     let (head, body) = request.into_parts();
