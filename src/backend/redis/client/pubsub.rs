@@ -353,14 +353,12 @@ async fn subscribe(
             }
             pubsub.send_subscribes(&server)
         };
-        if !unconfirmed {
-            due = None;
-        }
-        let at = *due.get_or_insert_with(|| Instant::now() + CONFIRM);
+        let at = Instant::now() + CONFIRM;
+        due = unconfirmed.then(|| due.unwrap_or(at));
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             () = wake.notified() => {}
-            () = sleep_until(at), if unconfirmed => {
+            () = sleep_until(due.unwrap_or(at)), if unconfirmed => {
                 let Some(pubsub) = pubsub.upgrade() else { return };
                 due = pubsub.retry_unconfirmed(&server);
             }
