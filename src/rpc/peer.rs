@@ -63,7 +63,7 @@ pub struct ForwardedCall<'a> {
     pub params: Option<&'a RawValue>,
     /// The call in the caller's own protocol; see [`Call::as_sent`](super::Call::as_sent).
     pub as_sent: Option<&'a RawValue>,
-    /// SendOutcome along with the params, if the provider asked for it.
+    /// Sent along with the params, if the provider asked for it.
     pub meta: Option<CallMeta<'a>>,
     /// For another node, which places the call with a provider of its own.
     pub(crate) relay: RelayInfo<'a>,

@@ -1,7 +1,7 @@
 //! [`OnlineClients`]: the list of clients that are online, which all clients receive whenever it changes.
 //!
 //! Each node publishes its own list as the info of a shared lease in the cluster, so the list disappears with the node.
-//! (weir's online is per channel, slightly delayed, and does not report a second connection of a client.)
+//! (weir's presence is per channel, slightly delayed, and does not report a second connection of a client.)
 //!
 //! The frame is encoded once per change. With few connections every change is sent, as in the original. With many,
 //! changes are combined if they are more frequent than they can be sent: a thousand reconnecting browsers would
