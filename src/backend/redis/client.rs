@@ -1,8 +1,8 @@
 //! The client: commands, scripts and subscriptions on one server, on the master that Sentinel names, or on a Redis
 //! Cluster.
 //!
-//! Commands, values and the parser of replies come from the `redis` crate. What is here is what its connections do not
-//! promise: whether a lost command ever left this process, bounded queues, the order of commands of many callers, and
+//! Commands, values and typed replies come from the `redis` crate, but not the parser, which costs too much there. The
+//! rest is what its connections do not promise: whether a lost command ever left this process, bounded queues, the order of commands of many callers, and
 //! connections and subscriptions that are opened again for as long as they are wanted.
 
 mod connection;
@@ -12,6 +12,7 @@ mod majority;
 mod pipeline;
 mod pubsub;
 mod reconnect;
+mod resp;
 mod script;
 mod sentinel;
 mod slots;

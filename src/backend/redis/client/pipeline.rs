@@ -9,21 +9,21 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
+use bytes::BytesMut;
 use parking_lot::Mutex;
-use redis::{Cmd, FromRedisValue, PushKind, ServerError, Value, from_redis_value, parse_redis_value_async};
+use redis::{Cmd, FromRedisValue, PushKind, ServerError, Value, from_redis_value};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::{Notify, oneshot},
 };
-use tokio_util::{io::InspectReader, sync::CancellationToken};
+use tokio_util::sync::CancellationToken;
+
+use super::resp::{self, InvalidResp};
 
 /// How often a connection asks its server something, so that a live server is never silent for long.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -201,6 +201,21 @@ impl Pipeline {
         }
     }
 
+    /// Hands on the values that have arrived whole. False if the connection cannot be used any more.
+    fn receive_all(&self, received: &mut BytesMut, handler: &dyn PushHandler) -> bool {
+        loop {
+            match resp::take(received) {
+                Ok(Some(value)) => {
+                    if !self.receive(value, handler) {
+                        return false;
+                    }
+                }
+                Ok(None) => return true,
+                Err(InvalidResp) => return false,
+            }
+        }
+    }
+
     /// Hands a value on. False if it is a reply that no command waits for.
     fn receive(&self, value: Value, handler: &dyn PushHandler) -> bool {
         let reply = match value {
@@ -266,28 +281,25 @@ async fn write_loop(pipeline: Arc<Pipeline>, mut socket: impl AsyncWrite + Unpin
     pipeline.end();
 }
 
-async fn read_loop(pipeline: Arc<Pipeline>, socket: impl AsyncRead + Unpin, handler: Arc<dyn PushHandler>) {
+async fn read_loop(pipeline: Arc<Pipeline>, mut socket: impl AsyncRead + Unpin, handler: Arc<dyn PushHandler>) {
     let mut beat = tokio::time::interval(HEARTBEAT);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    // Bytes count, not whole values: a large reply may take its time. Milliseconds after `opened`.
-    let (opened, last_read) = (Instant::now(), AtomicU64::new(0));
-    let elapsed = || opened.elapsed().as_millis() as u64;
-    let socket = InspectReader::new(socket, |_| last_read.store(elapsed(), Relaxed));
-    // The decoder reads only as much as its buffer has room for, which may be a few bytes.
-    let mut socket = BufReader::with_capacity(16 << 10, socket);
-    let mut decoder = Default::default();
+    // Bytes count, not whole values: a large reply may take its time.
+    let mut last_read = Instant::now();
+    let mut received = BytesMut::with_capacity(16 << 10);
     loop {
         tokio::select! {
             // Bytes that have arrived count before time that has passed: this process itself may have been suspended.
             biased;
             () = pipeline.closed() => break,
-            value = parse_redis_value_async(&mut decoder, &mut socket) => {
-                if !value.is_ok_and(|value| pipeline.receive(value, &*handler)) {
+            read = socket.read_buf(&mut received) => {
+                last_read = Instant::now();
+                if !matches!(read, Ok(1..)) || !pipeline.receive_all(&mut received, &*handler) {
                     break;
                 }
             }
             _ = beat.tick() => {
-                if elapsed() - last_read.load(Relaxed) > SILENCE.as_millis() as u64 {
+                if last_read.elapsed() > SILENCE {
                     break;
                 }
             }
@@ -308,10 +320,8 @@ fn message(error: &ServerError) -> Box<str> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use tokio::io::AsyncReadExt;
-
     use super::*;
+    use proptest::prelude::*;
 
     const STREAM: &[u8] = b"+OK\r\n-MOVED 7 h:1\r\n:42\r\n_\r\n$-1\r\n$3\r\na\r\n\r\n*2\r\n:1\r\n*0\r\n\
         %1\r\n+a\r\n#t\r\n=7\r\ntxt:abc\r\n,1.5\r\n>2\r\n+message\r\n$1\r\nx\r\n";
