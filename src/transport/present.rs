@@ -1,5 +1,5 @@
-//! Presence as parameters: `GET /v1/presence` and `weir.presence` list who is present; subscriptions may make their
-//! client present.
+//! Presence as parameters: `GET /v1/presence` and `weir.presence` list the members of a channel; a subscription can
+//! make its client a member.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;

@@ -1,6 +1,5 @@
 //! All integration tests are one binary, which is linked once.
 
-mod arrows;
 mod cli;
 mod compat;
 mod conformance;
@@ -18,6 +17,7 @@ mod jsonrpsee;
 mod presence;
 mod redis;
 mod sse;
+mod structure;
 mod support;
 mod ws;
 mod ws_bus;

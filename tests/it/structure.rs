@@ -13,8 +13,8 @@ const CIRCLES: &[(&str, &str, &str)] = &[];
 /// Type names with more than one definition: every part of the program has its own.
 const REPEATED: &[&str] = &["Config", "Error", "Result", "Settings"];
 
-/// Words of ARCHITECTURE.md, which is to stay two pages.
-const MAX_WORDS: usize = 1_300;
+/// Words of ARCHITECTURE.md outside of its code blocks, so that it stays about two pages.
+const MAX_WORDS: usize = 1_100;
 
 #[test]
 fn modules_import_only_what_architecture_md_lists() {
@@ -94,7 +94,7 @@ fn most_items_have_restricted_visibility() {
 #[test]
 fn architecture_md_names_what_exists_and_is_two_pages() {
     let text = architecture();
-    let words = text.split_whitespace().count();
+    let words: usize = text.split("```").step_by(2).map(|prose| prose.split_whitespace().count()).sum();
     assert!(words <= MAX_WORDS, "ARCHITECTURE.md has {words} words");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut missing = Vec::new();
