@@ -94,17 +94,14 @@ fn read(from: &[u8], at: &mut usize) -> Result<Value, InvalidResp> {
             *at += length + 2;
             if kind == b'!' { error(bytes)? } else { Value::BulkString(bytes.to_vec()) }
         }
-        b'*' => {
-            let Some(length) = length(line)? else { return Ok(Value::Nil) };
-            Value::Array((0..length).map(|_| read(from, at)).collect::<Result<_, _>>()?)
-        }
+        b'*' => match length(line)? {
+            Some(length) => Value::Array(read_all(length, from, at)?),
+            None => Value::Nil,
+        },
         b'>' => {
-            let kind = match length(line)? {
-                Some(1..) => push_kind(read(from, at)?)?,
-                _ => return Err(InvalidResp),
-            };
-            let length = length(line)?.unwrap_or_default();
-            Value::Push { kind, data: (1..length).map(|_| read(from, at)).collect::<Result<_, _>>()? }
+            let length = length(line)?.and_then(|length| length.checked_sub(1)).ok_or(InvalidResp)?;
+            let kind = push_kind(read(from, at)?)?;
+            Value::Push { kind, data: read_all(length, from, at)? }
         }
         _ => {
             *at = start;
@@ -112,6 +109,15 @@ fn read(from: &[u8], at: &mut usize) -> Result<Value, InvalidResp> {
             redis::parse_redis_value(&from[start..*at]).map_err(|_| InvalidResp)?
         }
     })
+}
+
+fn read_all(count: usize, from: &[u8], at: &mut usize) -> Result<Vec<Value>, InvalidResp> {
+    // Each takes at least three of the bytes that were received, which bounds the allocation.
+    let mut values = Vec::with_capacity(count);
+    for _ in 0..count {
+        values.push(read(from, at)?);
+    }
+    Ok(values)
 }
 
 /// Only the crate can make an error. Its text may quote bytes that are not UTF-8.
