@@ -187,7 +187,8 @@ async fn a_presence_list_equals_the_announcements_up_to_its_position() {
     let mut events = log["events"].as_array().unwrap().iter().peekable();
     let (mut replay, mut last) = (PresenceReplay::default(), 0);
     for list in &lists {
-        let (epoch, offset) = list["position"].as_str().unwrap().split_once('-').unwrap();
+        // An epoch may contain a hyphen.
+        let (epoch, offset) = list["position"].as_str().unwrap().rsplit_once('-').unwrap();
         // Nothing has been announced yet.
         let offset = if epoch == "0" { 0 } else { offset.parse().unwrap() };
         assert!(offset >= last, "from {last} back to {offset}");
