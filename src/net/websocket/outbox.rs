@@ -18,7 +18,7 @@ use crate::error::Code;
 /// An outbox that exceeds its limit so many times is closed: its client does not read what it asks for.
 const HARD_LIMIT: usize = 4;
 
-/// What a protocol keeps beside the bytes of an [`Outbox`], under the same lock.
+/// State that a protocol keeps beside the bytes of an [`Outbox`], under the same lock.
 pub(crate) trait OutboxExtra {
     /// Called when the outbox is closed and its bytes are dropped: frees and resets what belongs to them.
     fn discard(&mut self);

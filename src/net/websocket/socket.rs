@@ -300,7 +300,7 @@ impl<H: SocketHandler> WebSocket<H> {
 
     /// Writes once. Ready: all is written; `true` if there may be more. Pending: the peer takes no more.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, SocketOver>> {
-        // What is partly written goes first, and there may be more behind it. Whole control frames do not count: a peer
+        // A partly written piece goes first, and there may be more behind it. Whole control frames do not count: a peer
         // that sends a ping with everything it sends is to get its replies.
         let more = if self.out.is_empty() || self.blocked == 0 { self.gather(cx) } else { true };
         if self.out.is_empty() {

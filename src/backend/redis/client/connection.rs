@@ -19,7 +19,7 @@ use super::{
 
 const CONNECT: Duration = Duration::from_secs(4);
 
-/// What a server reported when the connection was opened.
+/// The identity and settings that a server reported when the connection was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServerIdentity {
     /// Changes whenever the process is started or promoted to master: writes from before may be lost since.

@@ -1,4 +1,4 @@
-//! What most of several servers agree on.
+//! The answer that most of several servers agree on.
 
 /// The value that more than half of `of` votes have.
 pub(super) fn majority<T: PartialEq>(votes: &[T], of: usize) -> Option<&T> {

@@ -42,7 +42,7 @@ pub(super) fn parse_slots(reply: &[Vec<Value>], asked: &Address) -> Option<Vec<S
     (!ranges.is_empty()).then_some(ranges)
 }
 
-/// What the majority of several views holds of each slot; without a majority, what the first one holds.
+/// The owner of each slot by the majority of several views; without a majority, by the first view.
 pub(super) fn merge_views(views: &[Vec<SlotRange>]) -> Vec<SlotRange> {
     let owners = views.iter().map(|view| {
         let mut owners = vec![None; SLOTS];

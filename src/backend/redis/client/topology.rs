@@ -82,7 +82,7 @@ struct SlotOwner {
     since: Option<std::time::Instant>,
 }
 
-/// What happens to a command whose reply was lost.
+/// The treatment of a command whose reply was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnLostReply {
     /// It is retried: it is idempotent.

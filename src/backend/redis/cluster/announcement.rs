@@ -20,7 +20,7 @@ pub(super) enum Announcement {
     Goodbye {
         from: NodeId,
     },
-    /// What has changed in its session from one revision to another.
+    /// The changes of its session from one revision to another.
     Changes {
         from: NodeId,
         after: u64,

@@ -53,7 +53,7 @@ pub(super) struct ClusterState {
     pub(super) leases: HashMap<Arc<str>, Arc<LeaseState>>,
     /// Names that are being released, and how often.
     pub(super) releasing: HashMap<Arc<str>, usize>,
-    /// What this node publishes about its names, each with its revision.
+    /// The info that this node publishes about its names, each with its revision.
     pub(super) infos: HashMap<Arc<str>, (u64, Bytes)>,
     pub(super) rev: u64,
     /// The revision that was last written to Redis.

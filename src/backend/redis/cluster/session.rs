@@ -86,7 +86,7 @@ impl OwnSession {
             let _ = context.call::<u64>(&index, cmd("ZREM").arg(&index).arg(id.to_string())).await;
             context.announce(&Announcement::Goodbye { from: id }).await;
         };
-        // What is not done in time happens when the session expires.
+        // Steps that time out take effect when the session expires.
         let _ = timeout(LEAVE, leave).await;
     }
 

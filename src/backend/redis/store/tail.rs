@@ -49,8 +49,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const AUDIT: Duration = Duration::from_secs(30);
 /// A channel without readers stays subscribed for this long: readers come back.
 const LINGER: Duration = Duration::from_secs(10);
-/// What is read for a ring, and for readers behind it.
+/// Limits of a read for a ring.
 const WINDOW: ReadLimit = ReadLimit { events: 256, bytes: 64 << 10 };
+/// Limits of a read for readers behind the ring.
 const PAGE: ReadLimit = ReadLimit { events: 1024, bytes: 256 << 10 };
 
 pub(super) struct Tails {

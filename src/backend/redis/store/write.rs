@@ -29,7 +29,7 @@ pub(super) struct PublishBatch {
     pub(super) drafts: Vec<Draft>,
 }
 
-/// What was placed, and the connection over which it was.
+/// The placed events, and the connection that placed them.
 pub(super) type AppendResult = Result<(Vec<Placed>, Arc<RedisConnection>), AppendError>;
 
 #[derive(Clone, Debug)]
