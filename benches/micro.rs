@@ -14,7 +14,7 @@ use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use weir::{
     backend::memory::Memory,
-    bus::{Bus, Config, DeliveryItem, KeyLimits, Retention, Subscriptions, Topics, WallClock},
+    bus::{Bus, Config, DeliveryItem, Retention, Subscriptions, Topics, WallClock},
     channel::Channel,
     event::{Draft, DraftParts, Event, EventData},
     position::{Epoch, Position, Start},
@@ -50,7 +50,7 @@ fn bus() -> Bus {
         rules: Vec::new(),
         retention: Retention { count: 1_000, age: Duration::from_secs(3600), bytes: 64 << 20 },
         budget: 1 << 30,
-        keys: KeyLimits { window: Duration::from_secs(300), count: 10_000 },
+        key_window: Duration::from_secs(300),
         consumer_idle: Duration::from_secs(3600),
         max_consumers: 1_000,
         max_cursors: 1000,

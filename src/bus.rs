@@ -28,7 +28,7 @@ use futures_util::future::try_join_all;
 
 pub use self::{
     channel_info::ChannelInfo,
-    config::{Config, KeyLimits},
+    config::Config,
     consumer::{ConsumerInfo, CursorOp},
     filter::Filter,
     format::Format,

@@ -3,7 +3,7 @@
 //! An event is encoded once, when its draft is made, except for its epoch, offset and time, which the bus assigns. Every
 //! wire format is that encoding with a prefix and a suffix.
 
-use std::{collections::BTreeMap, fmt, ops::Range};
+use std::{collections::BTreeMap, fmt, hash::BuildHasher as _, ops::Range};
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::value::RawValue;
@@ -21,6 +21,9 @@ pub(crate) use incoming::IncomingEvent;
 
 /// Largest `meta` object, in bytes of JSON.
 pub(crate) const MAX_META: usize = 1024;
+/// Members of `meta` that trace a request. Each attempt to publish an event has its own, so they are no part of what an
+/// idempotency key stands for.
+const TRACE_CONTEXT: [&str; 5] = ["traceparent", "tracestate", "baggage", "sentry-trace", "b3"];
 /// Prefix of the types and the members of `meta` that clients may not use.
 const OWN: &str = "weir.";
 
@@ -184,15 +187,7 @@ impl Event {
 
     /// `meta`, as JSON text.
     pub(crate) fn meta_json(&self) -> Option<&str> {
-        const START: &[u8] = br#","meta":"#;
-        let start = self.body.tail as usize;
-        self.body.bytes[start..].starts_with(START).then_some(())?;
-        let end = match (self.body.data_start as usize, self.body.binary) {
-            (0, _) => self.body.bytes.len() - 1,
-            (data, false) => data - r#","data":"#.len(),
-            (data, true) => data - r#","data_base64":"#.len(),
-        };
-        Some(self.body.text(start + START.len()..end))
+        self.body.meta().map(|meta| self.body.text(meta))
     }
 
     /// `data`, as JSON text. `None` if absent or binary.
@@ -285,6 +280,19 @@ impl EncodedBody {
         EncodedBody { bytes: out.into_boxed_slice(), kind_end, from_start, tail, data_start, binary }
     }
 
+    /// Where the value of `meta` is.
+    fn meta(&self) -> Option<Range<usize>> {
+        const START: &[u8] = br#","meta":"#;
+        let start = self.tail as usize;
+        self.bytes[start..].starts_with(START).then_some(())?;
+        let end = match (self.data_start as usize, self.binary) {
+            (0, _) => self.bytes.len() - 1,
+            (data, false) => data - r#","data":"#.len(),
+            (data, true) => data - r#","data_base64":"#.len(),
+        };
+        Some(start + START.len()..end)
+    }
+
     fn text(&self, range: Range<usize>) -> &str {
         // Only whole JSON values are cut out, and the text was UTF-8 when it was received.
         std::str::from_utf8(&self.bytes[range]).unwrap_or_default()
@@ -315,10 +323,21 @@ impl EncodedBody {
         (kind && from && inside && bytes.ends_with(b"}") && std::str::from_utf8(bytes).is_ok()).then_some(body)
     }
 
-    /// A 64-bit hash of the body, equal for equal bodies.
+    /// A 64-bit hash of the content that an idempotency key stands for: everything but the trace context, and whatever
+    /// the order of the members of `meta` is.
     pub(crate) fn fingerprint(&self) -> u64 {
-        use std::hash::BuildHasher;
-        foldhash::quality::FixedState::with_seed(0x7765_6972).hash_one(&self.bytes)
+        let meta = self.meta();
+        let (head, rest) = self.bytes.split_at(self.tail as usize);
+        let rest = meta.as_ref().map_or(rest, |meta| &self.bytes[meta.end..]);
+        let members: BTreeMap<String, &RawValue> =
+            meta.and_then(|meta| serde_json::from_str(self.text(meta)).ok()).unwrap_or_default();
+        let is_content = |name: &&str| !TRACE_CONTEXT.iter().any(|trace| trace.eq_ignore_ascii_case(name));
+        let members: Vec<(&str, &str)> = members
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.get()))
+            .filter(|(name, _)| is_content(name))
+            .collect();
+        foldhash::quality::FixedState::with_seed(0x7765_6972).hash_one((head, members, rest))
     }
 }
 
@@ -373,6 +392,19 @@ mod tests {
             assert_eq!(event(DraftParts { meta, data, ..Default::default() }).meta_json(), Some(r#"{"a":"b"}"#));
             assert_eq!(event(DraftParts { data, ..Default::default() }).meta_json(), None);
         }
+    }
+
+    #[test]
+    fn the_fingerprint_leaves_out_the_trace_context() {
+        let print = |meta: Option<&str>| {
+            let parts = DraftParts { meta: meta.map(raw), data: EventData::Text("x"), ..Default::default() };
+            Draft::new(parts, 1000).unwrap().body.fingerprint()
+        };
+        let traced = r#"{"Traceparent":"00-1","tracestate":"a=1","baggage":"b","sentry-trace":"c","b3":"d"}"#;
+        assert_eq!(print(None), print(Some(traced)));
+        assert_eq!(print(Some(r#"{"a":"1","traceparent":"00-2","b":"2"}"#)), print(Some(r#"{"b":"2","a":"1"}"#)));
+        let distinct = [None, Some(r#"{"a":"1"}"#), Some(r#"{"a":"2"}"#), Some(r#"{"b":"1"}"#)].map(print);
+        assert!((1..4).all(|n| !distinct[..n].contains(&distinct[n])));
     }
 
     #[test]

@@ -7,7 +7,10 @@ use std::{collections::BinaryHeap, future::ready, sync::Arc};
 
 use futures_util::{FutureExt, future::BoxFuture};
 
-use self::{consumers::ConsumerTable, keys::IdempotencyKeys};
+use self::{
+    consumers::ConsumerTable,
+    keys::{IdempotencyKeys, KEY_COST},
+};
 use crate::{
     bus::{
         ChannelInfo, ConsumerInfo, CursorOp, EVENT_COST, GapReason, Log, LogBounds, LogPage, Placed, ReadLimit,
@@ -38,7 +41,8 @@ impl Memory {
     // === writing ===
 
     fn publish(&self, channel: &Channel, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
-        self.reserve(drafts.iter().map(Draft::size).sum())?;
+        let keys = drafts.iter().filter(|draft| draft.key.is_some()).count();
+        self.reserve(drafts.iter().map(Draft::size).sum::<usize>() + keys * KEY_COST)?;
         let topic = self.topics.open(channel);
         let mut buffer = topic.edit();
         let placed = self.place(&topic, &mut buffer, subject, drafts)?;
@@ -48,11 +52,12 @@ impl Memory {
         Ok(placed)
     }
 
-    /// Places all drafts, or none of them if a key is reused.
+    /// Places all drafts, or none of them if a key is reused or cannot be remembered.
     fn place(&self, topic: &Arc<Topic>, ring: &mut Ring, subject: &str, drafts: Vec<Draft>) -> Result<Vec<Placed>> {
         let now = self.topics.now();
         let mut keys = drafts.iter().any(|draft| draft.key.is_some()).then(|| self.keys.of(topic));
-        if let Some(keys) = &keys {
+        if let Some(keys) = &mut keys {
+            keys.expire(self.topics.config().key_window, now);
             keys.check(topic.channel(), subject, &drafts)?;
         }
         ring.bounds_mut().begin(now);
@@ -73,7 +78,7 @@ impl Memory {
             results.push(placed);
         }
         if let Some(keys) = &mut keys {
-            keys.expire(&self.topics.config().keys, now);
+            keys.account();
         }
         trim(ring, topic.retention(), now);
         Ok(results)
@@ -249,7 +254,7 @@ impl Log for Memory {
         let (now, config) = (self.topics.now(), self.topics.config());
         let all = self.topics.sweep(|topic, ring| {
             trim(ring, topic.retention(), now);
-            self.keys.expire(topic.channel(), &config.keys, now);
+            self.keys.expire(topic.channel(), config.key_window, now);
         });
         if all {
             self.consumers.expire(config, now);
@@ -326,7 +331,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        bus::{Config, KeyLimits, WallClock},
+        bus::{Config, WallClock},
         event::DraftParts,
     };
 
@@ -336,7 +341,7 @@ mod tests {
             rules: Vec::new(),
             retention: Retention { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 },
             budget: 1 << 24,
-            keys: KeyLimits { window: Duration::from_secs(60), count: 1000 },
+            key_window: Duration::from_secs(60),
             consumer_idle: Duration::from_secs(60),
             max_consumers: 1,
             max_cursors: 1,
@@ -350,7 +355,7 @@ mod tests {
             let draft = Draft::new(DraftParts { key: Some(&key), ..DraftParts::default() }, 1000).unwrap();
             memory.publish(&channel, "", vec![draft]).unwrap();
         }
-        assert!(topics.used() > 1000 * 100, "{}", topics.used());
+        assert!(topics.used() > 2000 * 100, "{}", topics.used());
         clock.fetch_add(200_000, Relaxed);
         for _ in 0..64 {
             memory.sweep();

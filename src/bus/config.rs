@@ -13,19 +13,13 @@ pub struct Config {
     pub retention: Retention,
     /// Memory of all events, idempotency keys and topics, in bytes.
     pub budget: usize,
-    pub keys: KeyLimits,
+    /// For how long an idempotency key is remembered.
+    pub key_window: Duration,
     /// A consumer that sends no request for this long is removed.
     pub consumer_idle: Duration,
     pub max_consumers: usize,
     /// Channels of one consumer.
     pub max_cursors: usize,
-}
-
-/// For how long idempotency keys are remembered, and how many per channel.
-#[derive(Clone, Copy, Debug)]
-pub struct KeyLimits {
-    pub window: Duration,
-    pub count: usize,
 }
 
 impl Config {
@@ -41,7 +35,7 @@ impl Config {
             rules: of_adapters.iter().chain(&config.channels).map(rule).collect(),
             retention: retention(&config::Keep::default()),
             budget: config.bus.memory.budget,
-            keys: KeyLimits { window: config.bus.idempotency_window, count: config.limits.keys },
+            key_window: config.bus.idempotency_window,
             consumer_idle: config.consumers.idle,
             max_consumers: config.limits.consumers,
             max_cursors: config.limits.consumer_channels,

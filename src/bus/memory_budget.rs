@@ -19,7 +19,7 @@ pub(crate) struct MemoryCharge {
 }
 
 impl MemoryBudget {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         MemoryBudget { limit, used: AtomicUsize::new(0) }
     }
 
@@ -43,6 +43,10 @@ impl MemoryBudget {
 impl MemoryCharge {
     pub(crate) fn new(budget: Arc<MemoryBudget>) -> Self {
         MemoryCharge { budget, bytes: 0 }
+    }
+
+    pub(crate) fn budget(&self) -> &MemoryBudget {
+        &self.budget
     }
 
     pub(crate) fn resize(&mut self, bytes: usize) {

@@ -304,7 +304,7 @@ mod tests {
     use super::*;
     use crate::{
         backend::memory::Memory,
-        bus::{Bus, Config, KeyLimits, Retention, Topics, WallClock},
+        bus::{Bus, Config, Retention, Topics, WallClock},
         event::{Draft, DraftParts},
     };
 
@@ -313,7 +313,7 @@ mod tests {
             rules: Vec::new(),
             retention: Retention { count: 20, age: Duration::from_secs(60), bytes: 1 << 20 },
             budget: 1 << 24,
-            keys: KeyLimits { window: Duration::from_secs(60), count: 10 },
+            key_window: Duration::from_secs(60),
             consumer_idle: Duration::from_secs(60),
             max_consumers: 1,
             max_cursors: 1,

@@ -59,8 +59,9 @@ section! {
         /// `memory` stores events in this process until it exits. `redis` stores them in Redis, shared by all nodes
         /// that use it.
         backend: Backend as Backend = Backend::Memory,
-        /// How long an idempotency key is remembered. A publish repeated with the same key within this time is not
-        /// stored again.
+        /// How long an idempotency key is remembered, at most `1d`. A publish repeated with the same key within this time
+        /// is not stored again. In the memory backend all keys use at most half of `bus.memory.budget`; beyond it,
+        /// publishes with a new key are rejected.
         idempotency_window: Duration as Time = seconds(300),
         memory: MemorySection as Section = MemorySection::default(),
         redis: RedisSection as Section = RedisSection::default(),
@@ -172,9 +173,6 @@ section! {
         presences: usize as Count = 100_000,
         /// Maximum size of the `info` of a presence member.
         present_info: usize as Size = KIB,
-        /// Maximum number of idempotency keys per channel in the memory backend. Redis keeps all keys for
-        /// `bus.idempotency_window`.
-        keys: usize as Count = 10_000,
         /// Size of the write queue of one connection above which weir stops reading from its channels (backpressure).
         queued: usize as Size = 2 * MIB,
         /// A connection whose peer reads none of its queued bytes for this long is closed with the code `slow`.
@@ -270,6 +268,8 @@ impl Config {
             "bus.memory.budget",
             "is less than limits.event, so such an event would not fit",
         );
+        // The metadata of a log, to whose life the keys belong, is kept for at least a day.
+        must(self.bus.idempotency_window <= seconds(24 * 60 * 60), "bus.idempotency_window", "must be at most 1d");
         must(
             self.bus.backend != Backend::Redis || !self.bus.redis.url.is_empty(),
             "bus.redis.url",

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     backend::memory::Memory,
-    bus::{self, Bus, KeyLimits, ReadLimit, Retention, Topics},
+    bus::{self, Bus, ReadLimit, Retention, Topics},
     channel::Channel,
     cluster::{
         MonotonicClock,
@@ -57,7 +57,7 @@ impl PresenceCluster {
             rules: Vec::new(),
             retention: Retention { count: 10_000, age: Duration::from_secs(600), bytes: 1 << 24 },
             budget: 1 << 26,
-            keys: KeyLimits { window: Duration::from_secs(60), count: 1_000 },
+            key_window: Duration::from_secs(60),
             consumer_idle: Duration::from_secs(60),
             max_consumers: 1,
             max_cursors: 1,

@@ -12,7 +12,7 @@ use std::{
 };
 
 use proptest::{prelude::*, test_runner::TestRunner};
-use serde_json::Value;
+use serde_json::{Value, value::RawValue};
 use weir::{
     backend::{
         memory::Memory,
@@ -24,7 +24,7 @@ use weir::{
     bus::*,
     channel::Channel,
     error::Code,
-    event::Draft,
+    event::{Draft, DraftParts, EventData},
     metrics::Metrics,
     pattern::Pattern,
     position::{Epoch, Position, Start},
@@ -305,6 +305,49 @@ async fn a_key_is_published_once<H: Harness>() {
     assert!(!publish("", 2, "k").await.unwrap().duplicate, "forgotten");
     h.bus().remove(&channel("a"), None).await.unwrap();
     assert!(!publish("", 2, "k").await.unwrap().duplicate, "the key is deleted with its event");
+}
+
+async fn every_key_of_the_window_is_remembered<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let first = h.bus().publish_one("", &channel("a"), keyed(1, Some("first"))).await.unwrap();
+    for batch in 0..11 {
+        let drafts = (0..1000).map(|n| (channel("a"), keyed(n, Some(&format!("{batch}-{n}"))))).collect();
+        h.bus().publish("", drafts).await.unwrap();
+    }
+    h.pass(WINDOW - Duration::from_secs(1)).await;
+    let again = h.bus().publish_one("", &channel("a"), keyed(1, Some("first"))).await.unwrap();
+    assert_eq!((again.position, again.duplicate), (first.position, true));
+    h.pass(Duration::from_secs(1)).await;
+    assert!(!h.bus().publish_one("", &channel("a"), keyed(1, Some("first"))).await.unwrap().duplicate);
+}
+
+async fn keys_outlive_the_events_of_a_channel<H: Harness>() {
+    let h = H::start(Retention { age: Duration::from_secs(1), ..KEEP }).await;
+    let publish = async || h.bus().publish_one("", &channel("a"), keyed(1, Some("k"))).await.unwrap();
+    let first = publish().await;
+    h.pass(WINDOW - Duration::from_secs(1)).await;
+    assert_eq!(numbers(&read(h.bus(), "a", Start::Earliest).await), [0; 0]);
+    let again = publish().await;
+    assert_eq!((again.position, again.duplicate), (first.position, true));
+    h.pass(Duration::from_secs(2)).await;
+    assert!(!publish().await.duplicate);
+}
+
+async fn a_retry_with_another_trace_context_is_a_duplicate<H: Harness>() {
+    let h = H::start(KEEP).await;
+    let publish = async |meta: Option<&str>| {
+        let meta: Option<Box<RawValue>> = meta.map(|meta| serde_json::from_str(meta).unwrap());
+        let data = EventData::Text("x");
+        let parts = DraftParts { meta: meta.as_deref(), data, key: Some("k"), ..DraftParts::default() };
+        h.bus().publish_one("", &channel("a"), Draft::new(parts, 1000).unwrap()).await
+    };
+    publish(Some(r#"{"tenant":"7","traceparent":"00-1","tracestate":"v=1"}"#)).await.unwrap();
+    for meta in [r#"{"traceparent":"00-2","baggage":"u=1","tenant":"7"}"#, r#"{"tenant":"7"}"#] {
+        assert!(publish(Some(meta)).await.unwrap().duplicate, "{meta}");
+    }
+    for meta in [Some(r#"{"tenant":"8","traceparent":"00-1"}"#), None] {
+        assert_eq!(publish(meta).await.unwrap_err().code(), Code::KeyReused, "{meta:?}");
+    }
 }
 
 // === cursors ===
@@ -659,7 +702,7 @@ fn config(keep: Retention, budget: usize) -> Config {
         rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
         retention: KEEP,
         budget,
-        keys: KeyLimits { window: WINDOW, count: 10_000 },
+        key_window: WINDOW,
         consumer_idle: Duration::from_secs(30 * 24 * 3600),
         max_consumers: 1000,
         max_cursors: 1000,
@@ -703,6 +746,8 @@ macro_rules! conformance {
                 a_deleted_log_is_announced an_absent_position_does_not_outlive_a_log
                 an_idle_channel_is_reclaimed_and_recreated a_reader_prevents_reclaiming_of_its_channel trimmed_events_are_announced
                 retention_by_age_and_bytes unknown_positions_produce_a_gap an_explicit_trim_is_announced a_key_is_published_once
+                every_key_of_the_window_is_remembered keys_outlive_the_events_of_a_channel
+                a_retry_with_another_trace_context_is_a_duplicate
                 cursors_only_advance channels_are_listed_by_name a_live_reader_receives_published_events
                 a_slow_reader_receives_a_gap a_reader_continues_after_its_log_is_deleted no_event_is_lost_between_a_read_and_a_wait
                 closed_readers_release_everything);
@@ -840,4 +885,27 @@ async fn the_memory_budget_is_enforced_and_announced() {
         let page = read(&h.bus, name, Start::AfterOffset(0)).await;
         assert_eq!(page.gap.unwrap().reason, GapReason::Budget, "{name}");
     }
+}
+
+/// Keys are never evicted: beyond their part of the budget, events with new keys are rejected, and nothing else is.
+#[tokio::test]
+async fn keys_that_cannot_be_remembered_are_rejected() {
+    let h = InMemory::with(KEEP, 1 << 20);
+    let publish = async |n: u64, key: Option<&str>| h.bus.publish_one("", &channel("a"), keyed(n, key)).await;
+    let mut accepted = 0;
+    let error = loop {
+        match publish(accepted, Some(&accepted.to_string())).await {
+            Ok(placed) => assert!(!placed.duplicate),
+            Err(error) => break error,
+        }
+        accepted += 1;
+    };
+    assert_eq!(error.code(), Code::Overloaded);
+    assert!((1000..10_000).contains(&accepted) && h.topics.used() <= 1 << 20, "{accepted}");
+    for n in 0..accepted {
+        assert!(publish(n, Some(&n.to_string())).await.unwrap().duplicate);
+    }
+    assert!(!publish(1, None).await.unwrap().duplicate);
+    h.pass(WINDOW).await;
+    assert!(!publish(1, Some("new")).await.unwrap().duplicate);
 }

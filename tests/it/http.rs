@@ -116,6 +116,42 @@ async fn a_key_is_published_once() {
 }
 
 #[tokio::test]
+async fn a_retry_has_its_own_trace_context() {
+    let weir = weir().await;
+    let publish =
+        |meta: &str| weir.post("/v1/events", format!(r#"{{"channel":"a","key":"k","data":1,"meta":{meta}}}"#));
+    publish(r#"{"tenant":"7","traceparent":"00-1"}"#).await.expect(201);
+    let again = publish(r#"{"traceparent":"00-2","tracestate":"v=1","tenant":"7"}"#).await.expect(200).json();
+    assert_eq!((&again["offset"], &again["duplicate"]), (&json!(1), &json!(true)));
+    publish(r#"{"tenant":"8","traceparent":"00-1"}"#).await.expect_problem("key_reused");
+    let stored = weir.get("/v1/events?channel=a").await.json()["events"][0]["meta"].clone();
+    assert_eq!(stored, json!({ "tenant": "7", "traceparent": "00-1" }));
+}
+
+#[tokio::test]
+async fn a_key_that_cannot_be_remembered_is_rejected_and_the_others_stay() {
+    let weir = weir().with(|config| config.bus.memory.budget = 1 << 20).await;
+    let batch = |from: u64| {
+        let events = (from..from + 100).map(|n| json!({ "channel": "a", "key": n.to_string(), "data": n }).to_string());
+        weir.request("POST", "/v1/events")
+            .header("content-type", "application/x-ndjson")
+            .body(events.collect::<String>())
+    };
+    batch(0).await.expect(201);
+    let mut from = 100;
+    let problem = loop {
+        let reply = batch(from).await;
+        if reply.status != 201 {
+            break reply.expect_problem("overloaded");
+        }
+        from += 100;
+    };
+    assert_eq!((&problem["limit"], &problem["executed"]), (&json!("bus.memory.budget"), &json!("no")));
+    assert!(batch(0).await.expect(200).json().as_array().unwrap().iter().all(|placed| placed["duplicate"] == true));
+    weir.post("/v1/events?channel=a", "without a key").await.expect(201);
+}
+
+#[tokio::test]
 async fn rejected_publishes_append_nothing() {
     let weir = weir().with(|config| config.limits.event = 200).await;
     let long = format!(r#"{{"channel":"a","data":"{}"}}"#, "x".repeat(300));

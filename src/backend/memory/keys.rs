@@ -4,20 +4,23 @@ use std::{
     collections::{HashMap, VecDeque},
     hash::BuildHasher,
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 
 use crate::{
-    bus::{KeyLimits, MemoryBudget, MemoryCharge, Placed, Topic},
+    bus::{MemoryBudget, MemoryCharge, Placed, Topic},
     channel::Channel,
     error::{Code, Error, Result},
     event::Draft,
 };
 
 const SHARDS: usize = 64;
-/// Memory of a key: its place in the table, which is at most half empty, and in the order.
-const KEY_COST: usize = 128;
+/// Memory of a key: its place in the table and in the order, each of which may be half empty.
+pub(super) const KEY_COST: usize = 160;
+/// Tables with room for this many keys more than they hold free it.
+const SPARE: usize = 64;
 
 /// The idempotency keys of all channels that have some. Locked after the buffer of the channel.
 pub(super) struct IdempotencyKeys {
@@ -25,6 +28,8 @@ pub(super) struct IdempotencyKeys {
     /// Chooses the shard of a channel.
     placement: foldhash::fast::RandomState,
     budget: Arc<MemoryBudget>,
+    /// The part of `budget` that keys may use. A key cannot be evicted as an event can: its publish could be repeated.
+    share: Arc<MemoryBudget>,
 }
 
 /// The idempotency keys of one channel.
@@ -34,7 +39,8 @@ pub(super) struct UsedKeys {
     order: VecDeque<(u64, u64)>,
     /// A 64-bit hash stands for (subject, key). Its seed is secret, so that no client can make two keys collide.
     hasher: foldhash::quality::RandomState,
-    charge: MemoryCharge,
+    budget: MemoryCharge,
+    share: MemoryCharge,
     /// Keeps the topic in use: keys and epoch of a channel live and die together.
     _topic: Arc<Topic>,
 }
@@ -56,6 +62,7 @@ impl IdempotencyKeys {
         IdempotencyKeys {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             placement: Default::default(),
+            share: Arc::new(MemoryBudget::new(budget.limit() / 2)),
             budget,
         }
     }
@@ -71,7 +78,8 @@ impl IdempotencyKeys {
                 used: HashMap::default(),
                 order: VecDeque::new(),
                 hasher: Default::default(),
-                charge: MemoryCharge::new(self.budget.clone()),
+                budget: MemoryCharge::new(self.budget.clone()),
+                share: MemoryCharge::new(self.share.clone()),
                 _topic: topic.clone(),
             })
         })
@@ -82,11 +90,11 @@ impl IdempotencyKeys {
         self.shard(channel).remove(channel);
     }
 
-    /// Forgets the keys of a channel that are too old.
-    pub(super) fn expire(&self, channel: &Channel, limits: &KeyLimits, now: u64) {
+    /// Forgets the keys of a channel that are older than `window`.
+    pub(super) fn expire(&self, channel: &Channel, window: Duration, now: u64) {
         let mut shard = self.shard(channel);
         if let Some(keys) = shard.get_mut(channel) {
-            keys.expire(limits, now);
+            keys.expire(window, now);
             if keys.order.is_empty() {
                 shard.remove(channel);
             }
@@ -95,10 +103,11 @@ impl IdempotencyKeys {
 }
 
 impl UsedKeys {
-    /// Checks a whole batch before it is placed: a known key with another body rejects all of it.
+    /// Checks a whole batch before it is placed: a known key with another body rejects all of it, and so does a new key
+    /// for which there is no memory, because a repetition of its publish would not be recognized.
     ///
     /// # Errors
-    /// `key_reused`.
+    /// `key_reused` or `overloaded`.
     pub(super) fn check(&self, channel: &Channel, subject: &str, drafts: &[Draft]) -> Result<()> {
         let mut batch: HashMap<u64, u64> = HashMap::new();
         for draft in drafts {
@@ -111,6 +120,12 @@ impl UsedKeys {
                     format!("the key {key:?} was used for another event of channel {channel}"),
                 ));
             }
+        }
+        let new = batch.keys().filter(|hash| !self.used.contains_key(hash)).count();
+        let share = self.share.budget();
+        if new > 0 && share.used() + new * KEY_COST > share.limit() {
+            let reason = format!("the idempotency keys use {} bytes, half of bus.memory.budget", share.limit());
+            return Err(Error::new(Code::Overloaded, reason).with("limit", "bus.memory.budget"));
         }
         Ok(())
     }
@@ -130,14 +145,24 @@ impl UsedKeys {
         self.order.push_back((now, key.hash));
     }
 
-    /// Forgets the keys that are too old or too many, and accounts for the memory of the rest.
-    pub(super) fn expire(&mut self, limits: &KeyLimits, now: u64) {
-        let old = now.saturating_sub(limits.window.as_millis() as u64);
-        while self.order.len() > limits.count || self.order.front().is_some_and(|(used, _)| *used < old) {
-            if let Some((_, hash)) = self.order.pop_front() {
-                self.used.remove(&hash);
-            }
+    /// Forgets the keys that are older than `window`.
+    pub(super) fn expire(&mut self, window: Duration, now: u64) {
+        let window = window.as_millis() as u64;
+        while let Some((_, hash)) = self.order.pop_front_if(|(used, _)| *used + window <= now) {
+            self.used.remove(&hash);
         }
-        self.charge.resize(self.order.len() * KEY_COST);
+        let len = self.order.len();
+        if self.order.capacity() > SPARE + 4 * len {
+            self.order.shrink_to(2 * len);
+            self.used.shrink_to(2 * len);
+        }
+        self.account();
+    }
+
+    /// Accounts for the memory of the keys.
+    pub(super) fn account(&mut self) {
+        let bytes = self.order.len() * KEY_COST;
+        self.budget.resize(bytes);
+        self.share.resize(bytes);
     }
 }

@@ -61,7 +61,7 @@ impl BusNode {
             rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
             retention: keep,
             budget: 64 << 20,
-            keys: KeyLimits { window: Duration::from_secs(300), count: 10_000 },
+            key_window: Duration::from_secs(300),
             consumer_idle: Duration::from_secs(3600),
             max_consumers: 1000,
             max_cursors: 1000,

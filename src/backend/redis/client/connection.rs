@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -16,6 +16,9 @@ use super::{
     tls,
     url::{Address, RedisUrl},
 };
+
+/// The warning about evictions is logged once, and not for each connection.
+static EVICTION_REPORTED: AtomicBool = AtomicBool::new(false);
 
 const CONNECT: Duration = Duration::from_secs(4);
 
@@ -142,6 +145,13 @@ impl RedisConnection {
         let generation = format!("{}{}", prefix(&run_id), prefix(&replid)).into();
         let evicts =
             !matches!(&*field("maxmemory"), "" | "0") && !matches!(&*field("maxmemory_policy"), "" | "noeviction");
+        if evicts && !EVICTION_REPORTED.swap(true, Relaxed) {
+            tracing::warn!(
+                server = %at,
+                "Redis may evict keys: set maxmemory-policy to noeviction, or events are lost and repeated publishes with \
+                 an idempotency key are stored twice"
+            );
+        }
         // A replica that was promoted does not report when.
         let started_as_master = field("second_repl_offset") == "-1";
         let uptime = if started_as_master { info.get("uptime_in_seconds").unwrap_or(0) } else { 0 };

@@ -110,7 +110,7 @@ end
 
 local time = math.max(now, last)
 local stamp = '\1e' .. epoch .. struct.pack('>I6', time)
-local answer, shown = {epoch, time}, {}
+local answer, shown, keyed = {epoch, time}, {}, false
 for n = 1, (#ARGV - 9) / 3 do
   local at = 7 + 3 * n
   local before = known and known[n]
@@ -128,9 +128,13 @@ for n = 1, (#ARGV - 9) / 3 do
     if key > 0 then
       redis.call('SET', KEYS[key + 2],
         string.format('1 %s %s %s %d %d', life, ARGV[at + 1], epoch, top, time), 'PX', ARGV[9])
+      keyed = true
     end
   end
 end
+-- The life must not end before its idempotency keys: the log counts as read for as long as they are remembered.
+local read = now + tonumber(ARGV[9]) - age - LINGER
+if keyed and read > now then redis.call('HSET', meta, 'w', string.format('%d', read)) end
 
 if #shown > 0 or seldom then
   if seldom or total >= check_total then

@@ -17,7 +17,7 @@ local version, top, last = struct.unpack('>I1I6I6', found[1])
 if version ~= 1 then return 0 end
 local age = tonumber(ARGV[6])
 if now > math.max(last, tonumber(found[5] or 0)) + age + LINGER then return 0 end
-redis.call('HSET', meta, 'w', string.format('%d', now))
+redis.call('HSET', meta, 'w', string.format('%d', math.max(now, tonumber(found[5] or 0))))
 redis.call('PEXPIRE', meta, string.format('%d', 2 * age + GRACE))
 local server = ARGV[2]
 if found[3] ~= server then server = generation(server) end

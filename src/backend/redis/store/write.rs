@@ -81,7 +81,7 @@ impl LogWriter {
         }
         let mut all: Vec<&[u8]> = vec![meta.as_bytes(), stream.as_bytes()];
         all.extend(idempotency.iter().map(String::as_bytes));
-        let (now, window) = (context.script_now(), millis(context.topics.config().keys.window));
+        let (now, window) = (context.script_now(), millis(context.topics.config().key_window));
         let fill = |connection: &RedisConnection, command: &mut Cmd| {
             command.arg(now).arg(&*connection.server.generation).arg(&*Epoch::random().text());
             command.arg(context.topology.publish_verb()).arg(&*events);
