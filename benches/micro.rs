@@ -13,9 +13,10 @@ use divan::{Bencher, counter::ItemsCount};
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use weir::{
-    backend::memory::Memory,
-    bus::{Bus, Config, DeliveryItem, Retention, Subscriptions, Topics, WallClock},
+    backend::memory,
+    bus::{Bus, Config, DeliveryItem, Retention, Subscriptions, WallClock},
     channel::Channel,
+    cluster::{MonotonicClock, single::single_node},
     event::{Draft, DraftParts, Event, EventData},
     position::{Epoch, Position, Start},
     rpc::{Call, CallAnswer, CallId, CallerId, ForwardedCall, Hub, HubConnection, Peer, ProvideRequest, WriteOutcome},
@@ -46,17 +47,9 @@ fn channel() -> Channel {
 }
 
 fn bus() -> Bus {
-    let config = Config {
-        rules: Vec::new(),
-        retention: Retention { count: 1_000, age: Duration::from_secs(3600), bytes: 64 << 20 },
-        budget: 1 << 30,
-        key_window: Duration::from_secs(300),
-        consumer_idle: Duration::from_secs(3600),
-        max_consumers: 1_000,
-        max_cursors: 1000,
-    };
-    let topics = Arc::new(Topics::new(config, WallClock::System));
-    Bus::new(Arc::new(Memory::new(topics.clone())), topics)
+    let retention = Retention { count: 1_000, age: Duration::from_secs(3600), bytes: 64 << 20 };
+    let config = Config { rules: Vec::new(), retention, budget: 1 << 30, ..Config::default() };
+    memory::bus(config, WallClock::System)
 }
 
 // === encode ===
@@ -163,12 +156,7 @@ impl Peer for Quiet {
 /// A call that is routed to its provider and its reply to the caller, with a number of registered providers.
 #[divan::bench(args = [1, 8])]
 fn call_routing(bencher: Bencher, providers: usize) {
-    let hub = Hub::new(
-        weir::rpc::Config::default(),
-        weir::cluster::MonotonicClock::real(),
-        weir::cluster::single::single_node(),
-        Arc::default(),
-    );
+    let hub = Hub::new(Arc::default(), MonotonicClock::real(), single_node(), Arc::default());
     let peers: Vec<(Arc<Quiet>, HubConnection)> = (0..providers)
         .map(|_| {
             let peer = Arc::new(Quiet::default());

@@ -25,8 +25,8 @@ use crate::{
         timer::TimerWheel,
     },
     node::Node,
-    presence::{self, Presence},
-    rpc::{self, Hub, RemoteNodes},
+    presence::Presence,
+    rpc::{Hub, RemoteNodes},
     sessions::{ConnectionRegistry, cluster::ClusterConnections},
 };
 
@@ -198,11 +198,11 @@ pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<M
         None => cluster::single::single_node(),
     };
     let timers = TimerWheel::start();
-    let presence = presence::Config { leases: config.limits.presences, event: config.limits.event };
-    let presence = Presence::new(presence, bus.clone(), cluster.clone(), metrics.clone());
+    let config = Arc::new(config);
+    let presence = Presence::new(config.clone(), bus.clone(), cluster.clone(), metrics.clone());
     let sessions = ConnectionRegistry::new(timers.clone());
     let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
-    let hub = Hub::new(hub_config(&config), cluster::MonotonicClock::real(), cluster.clone(), metrics.clone());
+    let hub = Hub::new(config.clone(), cluster::MonotonicClock::real(), cluster.clone(), metrics.clone());
     Arc::new(Node {
         bus,
         hub,
@@ -212,7 +212,7 @@ pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<M
         cluster,
         timers,
         metrics,
-        config: Arc::new(config),
+        config,
         draining: CancellationToken::new(),
     })
 }
@@ -266,21 +266,6 @@ fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandl
 impl Drop for Tasks {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
-    }
-}
-
-fn hub_config(config: &Config) -> rpc::Config {
-    rpc::Config {
-        timeout: config.rpc.timeout,
-        max_timeout: config.rpc.max_timeout,
-        wait_for_provider: config.rpc.wait_for_provider,
-        late_window: config.rpc.late_window,
-        late: config.limits.late,
-        calls: config.limits.calls,
-        waiting: config.limits.waiting,
-        waiting_bytes: config.limits.waiting_bytes,
-        services: config.limits.services,
-        provides: config.limits.provides,
     }
 }
 

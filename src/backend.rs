@@ -7,15 +7,12 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::anyhow;
 
-use self::{
-    memory::Memory,
-    redis::{
-        Redis, RedisSettings,
-        client::{RedisUrl, Topology},
-    },
+use self::redis::{
+    Redis, RedisSettings,
+    client::{RedisUrl, Topology},
 };
 use crate::{
-    bus::{self, Bus, Log, Topics, WallClock},
+    bus::{self, Bus, Topics, WallClock},
     config::{Backend, Config},
     metrics::Metrics,
 };
@@ -41,15 +38,10 @@ pub(crate) async fn connect(config: &Config, metrics: Arc<Metrics>) -> anyhow::R
 
 /// The bus on Redis, or in memory without it. Requires a tokio runtime.
 pub(crate) fn bus_on(redis: Option<&Arc<Topology>>, config: &Config, limits: bus::Config, clock: WallClock) -> Bus {
+    let Some(topology) = redis else { return memory::bus(limits, clock) };
     let topics = Arc::new(Topics::new(limits, clock));
-    let log: Arc<dyn Log> = match redis {
-        None => Arc::new(Memory::new(topics.clone())),
-        Some(topology) => {
-            let settings = RedisSettings { prefix: config.bus.redis.prefix.clone(), ack: config.bus.redis.ack };
-            Arc::new(Redis::start(topology.clone(), topics.clone(), settings))
-        }
-    };
-    Bus::new(log, topics)
+    let settings = RedisSettings { prefix: config.bus.redis.prefix.clone(), ack: config.bus.redis.ack };
+    Bus::new(Arc::new(Redis::start(topology.clone(), topics.clone(), settings)), topics)
 }
 
 /// A bus without a node.

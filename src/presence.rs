@@ -18,12 +18,13 @@ mod replication;
 use std::sync::Arc;
 
 pub use self::member::PresentClient;
+pub(crate) use self::member_table::MemberPage;
 use self::{announcer::Announcer, core::PresenceCore, member_table::MemberKey, replication::Replication};
-pub(crate) use self::{core::Config, member_table::MemberPage};
 use crate::{
     bus::{Bus, ReadLimit},
     channel::Channel,
     cluster::Cluster,
+    config::Config,
     error::{Code, Error, Result},
     event::Event,
     metrics::Metrics,
@@ -57,7 +58,12 @@ pub(crate) struct MemberList {
 // === impl Presence ===
 
 impl Presence {
-    pub(crate) fn new(config: Config, bus: Arc<Bus>, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        bus: Arc<Bus>,
+        cluster: Arc<dyn Cluster>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         Arc::new(Presence { core: PresenceCore::new(config, bus, cluster, metrics) })
     }
 
@@ -86,7 +92,7 @@ impl Presence {
         let core = &self.core;
         let info = client.info(subject, transport, core.bus.now());
         let mut state = core.state.lock();
-        let limit = core.config.leases;
+        let limit = core.config.limits.presences;
         if state.table.lease_count() >= limit {
             let detail = format!("this node holds {limit} members, as limits.presences allows");
             return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.presences"));

@@ -40,7 +40,7 @@ pub use call_id::{CallId, CallerId};
 pub(crate) use call_once::{CallError, call_once};
 pub use connection::HubConnection;
 pub(crate) use connection::ProvidedServices;
-pub use hub::{Config, Hub, HubCounts, ReplyOutcome};
+pub use hub::{Hub, HubCounts, ReplyOutcome};
 #[cfg(test)]
 pub(crate) use peer::RelayInfo;
 pub use peer::{CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, ProbeCallback, ProviderError, WriteOutcome};

@@ -13,8 +13,8 @@ use self::{
 };
 use crate::{
     bus::{
-        ChannelInfo, ConsumerInfo, CursorOp, EVENT_COST, GapReason, Log, LogBounds, LogPage, Placed, ReadLimit,
-        Retention, Ring, Tail, Topic, Topics,
+        Bus, ChannelInfo, Config, ConsumerInfo, CursorOp, EVENT_COST, GapReason, Log, LogBounds, LogPage, Placed,
+        ReadLimit, Retention, Ring, Tail, Topic, Topics, WallClock,
     },
     channel::Channel,
     error::{Code, Error, Result},
@@ -30,6 +30,12 @@ pub struct Memory {
     topics: Arc<Topics>,
     keys: IdempotencyKeys,
     consumers: ConsumerTable,
+}
+
+/// A bus in memory.
+pub fn bus(config: Config, clock: WallClock) -> Bus {
+    let topics = Arc::new(Topics::new(config, clock));
+    Bus::new(Arc::new(Memory::new(topics.clone())), topics)
 }
 
 impl Memory {
@@ -330,22 +336,13 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        bus::{Config, WallClock},
-        event::DraftParts,
-    };
+    use crate::event::DraftParts;
 
     #[test]
     fn the_budget_includes_keys_that_outlive_their_events() {
-        let config = Config {
-            rules: Vec::new(),
-            retention: Retention { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 },
-            budget: 1 << 24,
-            key_window: Duration::from_secs(60),
-            consumer_idle: Duration::from_secs(60),
-            max_consumers: 1,
-            max_cursors: 1,
-        };
+        let retention = Retention { count: 1, age: Duration::from_secs(60), bytes: 1 << 20 };
+        let key_window = Duration::from_secs(60);
+        let config = Config { rules: Vec::new(), retention, budget: 1 << 24, key_window, ..Config::default() };
         let clock = Arc::new(AtomicU64::new(1_000_000));
         let topics = Arc::new(Topics::new(config, WallClock::Manual(clock.clone())));
         let memory = Memory::new(topics.clone());

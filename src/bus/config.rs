@@ -22,6 +22,12 @@ pub struct Config {
     pub max_cursors: usize,
 }
 
+impl Default for Config {
+    fn default() -> Self {
+        Config::new(&config::Config::default())
+    }
+}
+
 impl Config {
     /// The limits of a configuration. Rules of adapters for their own channels precede those of `channels`.
     pub(crate) fn new(config: &config::Config) -> Self {

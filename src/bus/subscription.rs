@@ -299,27 +299,18 @@ impl Subscription {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, task::Waker, time::Duration};
+    use std::task::Waker;
 
     use super::*;
     use crate::{
-        backend::memory::Memory,
-        bus::{Bus, Config, Retention, Topics, WallClock},
+        backend::memory,
+        bus::{Bus, Config, Retention, WallClock},
         event::{Draft, DraftParts},
     };
 
     fn bus() -> Bus {
-        let config = Config {
-            rules: Vec::new(),
-            retention: Retention { count: 20, age: Duration::from_secs(60), bytes: 1 << 20 },
-            budget: 1 << 24,
-            key_window: Duration::from_secs(60),
-            consumer_idle: Duration::from_secs(60),
-            max_consumers: 1,
-            max_cursors: 1,
-        };
-        let topics = Arc::new(Topics::new(config, WallClock::System));
-        Bus::new(Arc::new(Memory::new(topics.clone())), topics)
+        let retention = Retention { count: 20, ..Config::default().retention };
+        memory::bus(Config { rules: Vec::new(), retention, ..Config::default() }, WallClock::System)
     }
 
     /// A reader that is polled two or three times per wake-up, as hyper polls a body, does not park twice.

@@ -104,7 +104,7 @@ impl<'a> Announcer<'a> {
     async fn announce_on(&self, channel: &Channel, changes: Vec<MemberChange>) {
         let Ok(events) = channel.presence() else { return };
         let (leaves, joins): (Vec<_>, Vec<_>) = changes.into_iter().partition(|change| change.info.is_none());
-        let limit = EVENT_BYTES.min(self.core.config.event / 2);
+        let limit = EVENT_BYTES.min(self.core.config.limits.event / 2);
         for (kind, changes) in [(LEAVE, leaves), (JOIN, joins)] {
             let mut changes = changes.into_iter().peekable();
             while changes.peek().is_some() {
@@ -140,7 +140,7 @@ impl<'a> Announcer<'a> {
         let key = format!("{:016x}", fastrand::u64(..));
         let parts =
             DraftParts { kind: Some(kind), data: EventData::Json(&json), key: Some(&key), ..DraftParts::default() };
-        let draft = Draft::new(parts, self.core.config.event)?;
+        let draft = Draft::new(parts, self.core.config.limits.event)?;
         loop {
             match self.core.bus.publish_one("", events, draft.clone()).await {
                 Ok(placed) => return Ok(Some(placed.position)),

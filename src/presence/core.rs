@@ -12,18 +12,10 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::{member::MemberInfo, member_table::MemberTable};
-use crate::{bus::Bus, channel::Channel, cluster::Cluster, metrics::Metrics, position::Position};
-
-#[derive(Clone, Debug)]
-pub(crate) struct Config {
-    /// Leases of this node, at most.
-    pub(crate) leases: usize,
-    /// Bytes of one event, at most.
-    pub(crate) event: usize,
-}
+use crate::{bus::Bus, channel::Channel, cluster::Cluster, config::Config, metrics::Metrics, position::Position};
 
 pub(super) struct PresenceCore {
-    pub(super) config: Config,
+    pub(super) config: Arc<Config>,
     pub(super) bus: Arc<Bus>,
     pub(super) cluster: Arc<dyn Cluster>,
     pub(super) metrics: Arc<Metrics>,
@@ -53,7 +45,7 @@ pub(super) struct Announced {
 }
 
 impl PresenceCore {
-    pub(super) fn new(config: Config, bus: Arc<Bus>, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(config: Arc<Config>, bus: Arc<Bus>, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Self {
         PresenceCore {
             config,
             bus,

@@ -10,8 +10,8 @@ use std::{
 };
 
 use crate::{
-    backend::memory::Memory,
-    bus::{self, Bus, ReadLimit, Retention, Topics},
+    backend::memory,
+    bus::{self, Bus, ReadLimit, WallClock},
     channel::Channel,
     cluster::{
         MonotonicClock,
@@ -19,7 +19,7 @@ use crate::{
     },
     metrics::Metrics,
     position::Start,
-    presence::{Config, Presence, PresenceLease, PresentClient},
+    presence::{Presence, PresenceLease, PresentClient},
 };
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -53,17 +53,7 @@ struct AnnouncementLog {
 
 impl PresenceCluster {
     fn start(count: usize) -> Self {
-        let config = bus::Config {
-            rules: Vec::new(),
-            retention: Retention { count: 10_000, age: Duration::from_secs(600), bytes: 1 << 24 },
-            budget: 1 << 26,
-            key_window: Duration::from_secs(60),
-            consumer_idle: Duration::from_secs(60),
-            max_consumers: 1,
-            max_cursors: 1,
-        };
-        let topics = Arc::new(Topics::new(config, bus::WallClock::System));
-        let bus = Arc::new(Bus::new(Arc::new(Memory::new(topics.clone())), topics));
+        let bus = Arc::new(memory::bus(bus::Config::default(), WallClock::System));
         let time = Arc::new(AtomicU64::new(0));
         let net = TestNetwork::new(MonotonicClock::Manual(time.clone()));
         let carried = net.clone();
@@ -84,8 +74,7 @@ impl PresenceCluster {
 
     fn join(&mut self) {
         let node = self.net.join();
-        let config = Config { leases: 100_000, event: 1 << 20 };
-        let presence = Presence::new(config, self.bus.clone(), node.clone(), Arc::new(Metrics::new()));
+        let presence = Presence::new(Arc::default(), self.bus.clone(), node.clone(), Arc::new(Metrics::new()));
         let run = tokio::spawn(presence.clone().run());
         self.nodes.push(PresenceNode { node, presence, run });
     }

@@ -45,7 +45,7 @@ impl ProvidedServices {
 impl HubConnection {
     /// `peer` must not own the connection, or neither is ever dropped.
     pub fn new(hub: &Arc<Hub>, peer: Arc<dyn Peer>) -> Self {
-        Self::with_max_calls(hub, peer, hub.config.calls)
+        Self::with_max_calls(hub, peer, hub.config.limits.calls)
     }
 
     /// As [`new`](Self::new), with a limit of its own on the calls that it has in flight.

@@ -32,35 +32,11 @@ use super::{
 use crate::{
     channel::check_label,
     cluster::{Cluster, MonotonicClock, NodeId},
+    config::Config,
     duration,
     error::{Code, Error, Executed, Result},
     metrics::{CallOutcome, Metrics},
 };
-
-/// Limits and defaults of the hub. Its own defaults are those of the documented protocol.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Time limit of a call that names none, including the wait for a provider.
-    pub(crate) timeout: Duration,
-    /// Longest time limit that a call may name.
-    pub(crate) max_timeout: Duration,
-    /// How long a call waits for a provider of a service that had one within the last minute.
-    pub(crate) wait_for_provider: Duration,
-    /// How long after its deadline a call accepts a late reply.
-    pub(crate) late_window: Duration,
-    /// Calls that accept a late reply, on this node.
-    pub(crate) late: usize,
-    /// Calls in flight of one connection.
-    pub(crate) calls: usize,
-    /// Calls that wait for a provider, on this node.
-    pub(crate) waiting: usize,
-    /// Bytes of the calls that wait for a provider, on this node.
-    pub(crate) waiting_bytes: usize,
-    /// Services that have a provider, on this node; and as many again whose provider left within the last minute.
-    pub(crate) services: usize,
-    /// Services that one connection provides; at most 1,000.
-    pub(crate) provides: usize,
-}
 
 /// Sizes of the hub's tables, for tests and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,7 +67,7 @@ pub enum ReplyOutcome {
 
 /// Connects callers with providers; see the [module](super). Shared as an `Arc`.
 pub struct Hub {
-    pub(super) config: Config,
+    pub(super) config: Arc<Config>,
     pub(super) clock: MonotonicClock,
     pub(super) cluster: Arc<dyn Cluster>,
     pub(super) metrics: Arc<Metrics>,
@@ -152,23 +128,6 @@ pub(super) struct FollowUp<'h> {
 /// The service, the effects on it, and whether it is to be removed from the registry.
 type FollowUpWork = (Arc<ServiceEntry>, Effects, bool);
 
-impl Default for Config {
-    fn default() -> Self {
-        Config {
-            timeout: Duration::from_secs(30),
-            max_timeout: Duration::from_secs(600),
-            wait_for_provider: Duration::from_secs(2),
-            late_window: Duration::from_secs(300),
-            late: 10_000,
-            calls: 1_000,
-            waiting: 10_000,
-            waiting_bytes: 64 << 20,
-            services: 10_000,
-            provides: 1_000,
-        }
-    }
-}
-
 // === impl Hub: what app and transports use ===
 
 impl Hub {
@@ -177,9 +136,14 @@ impl Hub {
     /// The service that the hub itself provides.
     const BUILT_IN: &'static str = "weir";
 
-    pub fn new(config: Config, clock: MonotonicClock, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(
+        config: Arc<Config>,
+        clock: MonotonicClock,
+        cluster: Arc<dyn Cluster>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         Arc::new(Hub {
-            late: LateCalls::new(config.late),
+            late: LateCalls::new(config.limits.late),
             config,
             clock,
             cluster,
@@ -318,8 +282,8 @@ impl Hub {
         if call.as_sent.is_none() {
             check_label("method", call.method)?;
         }
-        let max = self.config.max_timeout;
-        let timeout = call.timeout.unwrap_or_else(|| self.config.timeout.min(max));
+        let max = self.config.rpc.max_timeout;
+        let timeout = call.timeout.unwrap_or_else(|| self.config.rpc.timeout.min(max));
         if timeout > max || call.wait.is_some_and(|wait| wait > max) {
             return Err(Error::params(format!("timeout and wait are at most {}", duration::format(max))));
         }
@@ -452,13 +416,14 @@ impl Hub {
     /// Until when a call may wait for a provider, and its permit; or why it may not.
     fn may_wait(&self, name: &str, state: &ServiceState, request: &CallRequest<'_>) -> Result<(u64, WaitPermit)> {
         let now = self.clock.now();
-        let default = self.config.wait_for_provider.as_millis() as u64;
+        let default = self.config.rpc.wait_for_provider.as_millis() as u64;
         let until = match request.wait {
             Some(wait) if wait > 0 => now + wait,
             None if default > 0 && ServiceRegistry::is_expected(state, now) => now + default,
             _ => return Err(no_provider(name)),
         };
-        let permit = self.waiting_room.acquire(request.bytes(), self.config.waiting, self.config.waiting_bytes);
+        let limits = &self.config.limits;
+        let permit = self.waiting_room.acquire(request.bytes(), limits.waiting, limits.waiting_bytes);
         Ok((until, permit.ok_or_else(|| no_provider(name).with("limit", "limits.waiting"))?))
     }
 
@@ -696,7 +661,7 @@ impl Hub {
         let Some(in_flight) = call.caller.take(call.at, call.seq) else { return };
         self.record(&call.caller, &in_flight, error.code().into());
         if let Some((provider, id)) = late {
-            let until = now + self.config.late_window.as_millis() as u64;
+            let until = now + self.config.rpc.late_window.as_millis() as u64;
             let caller_id = in_flight.late.then(|| in_flight.caller_id.clone());
             self.late.put(id, until, call.caller.clone(), caller_id, provider);
         }
@@ -732,7 +697,7 @@ impl Hub {
         self.timed.store(0, Relaxed);
         self.late.sweep(now);
         self.registry.retain_ticking(|service| self.sweep_calls(service, now));
-        self.registry.forget_expired(now, self.config.services);
+        self.registry.forget_expired(now, self.config.limits.services);
         // Many names are checked less often; a call checks the lease itself.
         if self.sweeps.borrow().is_multiple_of(8) || self.registry.leased() < 64 {
             self.registry.retain_leased(|service| self.sweep_lease(service));

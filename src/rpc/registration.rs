@@ -167,15 +167,15 @@ impl Registration {
     }
 
     fn check_limits(&self, service: &Arc<ServiceEntry>) -> Result<()> {
-        let config = &self.hub.config;
+        let limits = &self.hub.config.limits;
         let provides = self.conn.provides.lock();
         let is_new = !provides.iter().any(|(_, slot)| Arc::ptr_eq(&slot.service, service));
-        if is_new && provides.len() >= config.provides.min(CallId::SLOTS) {
+        if is_new && provides.len() >= limits.provides.min(CallId::SLOTS) {
             let detail = format!("this connection provides {} services, which is the limit", provides.len());
             return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.provides"));
         }
         drop(provides);
-        if !service.state.lock().marks.counted && self.hub.registry.provided() >= config.services {
+        if !service.state.lock().marks.counted && self.hub.registry.provided() >= limits.services {
             let detail = "this node has as many services as it accepts";
             return Err(Error::new(Code::LimitReached, detail).with("limit", "limits.services"));
         }

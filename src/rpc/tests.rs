@@ -152,7 +152,7 @@ fn a_late_reply_is_delivered_within_the_window_if_requested() {
 
 #[test]
 fn late_calls_are_bounded_and_end_with_either_connection() {
-    let world = World::with(Config { late: 2, ..Config::default() });
+    let world = World::with(|limits| limits.late = 2);
     let (provider, other, caller) = (world.provider("a"), world.provider("b"), world.socket());
     for tag in ["1", "2", "3"] {
         caller.call_with(tag, "a/x", |call| (call.late, call.timeout) = (true, Some(SECOND)));
@@ -219,7 +219,7 @@ fn a_closed_provider_fails_its_calls_at_once() {
 
 #[test]
 fn calls_in_flight_are_limited_per_connection() {
-    let world = World::with(Config { calls: 2, ..Config::default() });
+    let world = World::with(|limits| limits.calls = 2);
     let (provider, caller) = (world.provider("a"), world.socket());
     for tag in ["1", "2", "3"] {
         caller.call(tag, "a/x");

@@ -703,9 +703,8 @@ fn config(keep: Retention, budget: usize) -> Config {
         retention: KEEP,
         budget,
         key_window: WINDOW,
-        consumer_idle: Duration::from_secs(30 * 24 * 3600),
         max_consumers: 1000,
-        max_cursors: 1000,
+        ..Config::default()
     }
 }
 

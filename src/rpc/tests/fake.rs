@@ -14,9 +14,12 @@ use parking_lot::Mutex;
 use serde_json::{Value, value::RawValue};
 
 use super::*;
-use crate::cluster::{
-    MonotonicClock,
-    test_network::{TestNetwork, TestNode},
+use crate::{
+    cluster::{
+        MonotonicClock,
+        test_network::{TestNetwork, TestNode},
+    },
+    config::{Config, LimitsSection},
 };
 
 #[derive(Default)]
@@ -119,16 +122,18 @@ pub fn raw(json: &str) -> &RawValue {
 
 impl World {
     pub fn new() -> Self {
-        Self::with(Config::default())
+        Self::with(|_| {})
     }
 
-    pub fn with(config: Config) -> Self {
+    pub fn with(limit: impl FnOnce(&mut LimitsSection)) -> Self {
+        let mut config = Config::default();
+        limit(&mut config.limits);
         let clock = Arc::new(AtomicU64::new(1_000));
         let net = TestNetwork::new(MonotonicClock::Manual(clock.clone()));
-        Self::join(&net, &clock, config)
+        Self::join(&net, &clock, config.into())
     }
 
-    pub fn join(net: &Arc<TestNetwork>, clock: &Arc<AtomicU64>, config: Config) -> Self {
+    pub fn join(net: &Arc<TestNetwork>, clock: &Arc<AtomicU64>, config: Arc<Config>) -> Self {
         let node = net.join();
         let hub = Hub::new(config, MonotonicClock::Manual(clock.clone()), node.clone(), Arc::default());
         let remote = RemoteNodes::new(&hub);

@@ -23,13 +23,9 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn new(nodes: usize) -> Self {
-        Self::with(nodes, Config::default())
-    }
-
-    pub fn with(nodes: usize, config: Config) -> Self {
         let clock = Arc::new(AtomicU64::new(1_000));
         let net = TestNetwork::new(MonotonicClock::Manual(clock.clone()));
-        let nodes = (0..nodes).map(|_| World::join(&net, &clock, config.clone())).collect();
+        let nodes = (0..nodes).map(|_| World::join(&net, &clock, Arc::default())).collect();
         let cluster = Cluster { nodes, net, clock };
         cluster.settle();
         cluster

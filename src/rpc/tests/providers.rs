@@ -230,7 +230,7 @@ fn a_call_may_set_its_wait_but_not_beyond_its_deadline() {
 
 #[test]
 fn calls_beyond_the_limit_of_a_connection_create_no_names() {
-    let world = World::with(Config { calls: 1, ..Config::default() });
+    let world = World::with(|limits| limits.calls = 1);
     let caller = world.socket();
     for service in 0..101 {
         caller.call_with("1", &format!("new-{service}/x"), |call| call.wait = Some(SECOND));
@@ -258,7 +258,7 @@ fn waiting_calls_stay_queued_while_the_provider_is_busy() {
 
 #[test]
 fn waiting_calls_are_bounded() {
-    let world = World::with(Config { waiting: 2, ..Config::default() });
+    let world = World::with(|limits| limits.waiting = 2);
     let caller = world.socket();
     drop((world.provider("a"), world.provider("b")));
     caller.call("1", "a/x");
@@ -269,13 +269,13 @@ fn waiting_calls_are_bounded() {
     caller.call("4", "a/x");
     assert_eq!(world.hub.counts().waiting, 2);
 
-    let world = World::with(Config { waiting: 0, ..Config::default() });
+    let world = World::with(|limits| limits.waiting = 0);
     let caller = world.socket();
     caller.call_with("1", "new/x", |call| call.wait = Some(SECOND));
     caller.hub.notify(&Call { wait: Some(SECOND), ..Call::new("newer", "x", None) });
     assert_eq!((caller.answers().len(), world.hub.counts().names), (1, 0));
 
-    let world = World::with(Config { waiting_bytes: 50, ..Config::default() });
+    let world = World::with(|limits| limits.waiting_bytes = 50);
     let caller = world.socket();
     drop(world.provider("a"));
     caller.call(&"1".repeat(30), "a/x");
@@ -352,7 +352,7 @@ fn reserved_and_malformed_names_are_rejected() {
 
 #[test]
 fn the_number_of_services_is_limited() {
-    let world = World::with(Config { services: 3, provides: 2, ..Config::default() });
+    let world = World::with(|limits| (limits.services, limits.provides) = (3, 2));
     let (one, two) = (world.socket(), world.socket());
     one.provide("a", |_| {}).unwrap();
     one.provide("b", |_| {}).unwrap();
@@ -365,7 +365,7 @@ fn the_number_of_services_is_limited() {
 
 #[test]
 fn forgotten_names_cost_nothing() {
-    let world = World::with(Config { services: 100, ..Config::default() });
+    let world = World::with(|limits| limits.services = 100);
     for n in 0..10_000 {
         drop(world.provider(&n.to_string()));
         world.hub.sweep();

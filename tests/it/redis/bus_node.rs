@@ -60,11 +60,7 @@ impl BusNode {
         let config = Config {
             rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
             retention: keep,
-            budget: 64 << 20,
-            key_window: Duration::from_secs(300),
-            consumer_idle: Duration::from_secs(3600),
-            max_consumers: 1000,
-            max_cursors: 1000,
+            ..Config::default()
         };
         let topics = Arc::new(Topics::new(config, WallClock::System));
         let metrics = Arc::new(Metrics::new());
