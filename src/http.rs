@@ -31,7 +31,6 @@ use crate::{
     metrics::StatusClass,
     net::server::{HttpService, ListenerOptions, Rejected},
     node::Node,
-    pattern::Pattern,
     transport::sse,
 };
 use api::events;
@@ -62,9 +61,7 @@ pub struct Endpoint {
 impl Endpoint {
     /// `loopback`: only this machine can reach the listener.
     pub(crate) fn new(node: Arc<Node>, adapters: Arc<[Adapter]>, loopback: bool, role: ListenerRole) -> Self {
-        let allowed = node.config.cors.origins.iter().map(|origin| Pattern::new(origin)).collect();
-        // This version has no credentials.
-        let origins = OriginPolicy { loopback, anonymous: true, allowed };
+        let origins = OriginPolicy::new(loopback, &node.config.cors.origins, &node.config.server.hosts);
         Endpoint { router: router(node.clone(), &role), role, origins, node, adapters }
     }
 
@@ -86,7 +83,7 @@ impl Endpoint {
             return self.answer_by(adapter, head, Body::new(body)).await;
         }
         let origin = self.origins.classify(&head);
-        let mut answer = match self.admit(&head, true, Some(&origin)) {
+        let mut answer = match self.admit(&mut head, true, Some((&origin, true))) {
             Err(error) if head.uri.path() != "/v1/ws" => rejection(&head, error),
             checked => {
                 if let Err(error) = checked {
@@ -116,18 +113,20 @@ impl Endpoint {
     }
 
     /// Answers on an adapter's listener, to which weir's rules for origins and paths do not apply.
-    async fn answer_on(&self, listener: &Listener, head: Parts, body: Body) -> Response {
-        match self.admit(&head, listener.check_host, None) {
+    async fn answer_on(&self, listener: &Listener, mut head: Parts, body: Body) -> Response {
+        match self.admit(&mut head, listener.check_host, None) {
             Ok(()) => (listener.handler)(Request::from_parts(head, body)).await,
             Err(error) => rejection(&head, error),
         }
     }
 
     /// Answers at an adapter's path on a main listener. weir's CORS rules apply if the adapter asks for them.
-    async fn answer_by(&self, adapter: &Adapter, head: Parts, body: Body) -> Response {
+    async fn answer_by(&self, adapter: &Adapter, mut head: Parts, body: Body) -> Response {
         let version = head.version;
-        let origin = adapter.our_cors.then(|| self.origins.classify(&head));
-        if let Err(error) = self.admit(&head, true, origin.as_ref()) {
+        let origin = self.origins.classify(&head);
+        let admitted = self.admit(&mut head, true, Some((&origin, adapter.our_cors)));
+        let origin = adapter.our_cors.then_some(origin);
+        if let Err(error) = admitted {
             let mut answer = rejection(&head, error);
             match origin {
                 Some(origin) => origin.mark(answer.headers_mut()),
@@ -149,15 +148,16 @@ impl Endpoint {
         self.finish(version, answer)
     }
 
-    /// Applies the rules of the server and for hosts, and those for origins if there is one.
-    fn admit(&self, head: &Parts, check_host: bool, origin: Option<&RequestOrigin>) -> Result<()> {
+    /// Applies the rules of the server and for hosts, and those for origins if there is one; with it comes whether weir's
+    /// CORS rules apply.
+    fn admit(&self, head: &mut Parts, check_host: bool, origin: Option<(&RequestOrigin, bool)>) -> Result<()> {
         if let Some(Rejected(error)) = head.extensions.get() {
             return Err(error.clone());
         }
         if check_host {
             self.origins.check_host(head)?;
         }
-        origin.map_or(Ok(()), |origin| self.origins.check_origin(head, origin))
+        origin.map_or(Ok(()), |(origin, cors)| self.origins.check_origin(head, origin, cors))
     }
 
     async fn route(&self, mut head: Parts, body: Body) -> Response {

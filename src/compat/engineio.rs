@@ -36,6 +36,7 @@ pub(crate) use self::{
     settings::EngineSettings,
 };
 use crate::{
+    auth::Identity,
     net::{
         hijack::{Hijack, HijackedConn},
         server::PeerAddr,
@@ -105,6 +106,7 @@ impl EngineServer {
                 }
             }
             None if head.method != Method::GET => Err(EngineError::HandshakeMethod),
+            None if Identity::of(&head.extensions).may_connect().is_err() => Err(EngineError::Forbidden),
             None if framing == Framing::WebSocket && !upgrade => Err(EngineError::BadRequest),
             None if version.as_deref() != Some("4") => Err(EngineError::ProtocolVersion),
             None if self.node.timers.is_draining() || self.sessions.len() >= self.settings.sessions => {

@@ -119,8 +119,9 @@ impl EventStream {
             let detail = format!("{} channels, limits.stream_channels is {most}.", channels.len());
             return Err(Error::params(detail));
         }
+        let identity = Identity::of(&head.extensions);
         for channel in &channels {
-            let _ = Identity::anonymous().may_subscribe(channel)?;
+            let _ = identity.may_subscribe(channel)?;
         }
         let mut answer = Response::new(());
         let headers = answer.headers_mut();

@@ -41,6 +41,10 @@ section! {
     ServerSection {
         /// Addresses with ports: a string (several separated by commas) or a list. Port 0 selects a free port.
         listen: Vec<SocketAddr> as Addresses = vec![SocketAddr::from(([127, 0, 0, 1], 8000))],
+        /// Host names by which clients reach a listener on a loopback address, besides those of this machine: for a
+        /// proxy that forwards the `Host` of its clients, such as `weir.example` (`*` matches any run of characters).
+        /// Listeners on other addresses accept every name.
+        hosts: Vec<String> as Texts = Vec::new(),
     }
 }
 

@@ -24,8 +24,8 @@ pub(crate) struct Admitted(pub(crate) Result<Identity>);
 impl FromRequestParts<Arc<Node>> for Identity {
     type Rejection = Error;
 
-    async fn from_request_parts(_: &mut Parts, _: &Arc<Node>) -> Result<Self> {
-        Ok(Identity::anonymous())
+    async fn from_request_parts(head: &mut Parts, _: &Arc<Node>) -> Result<Self> {
+        Ok(Identity::of(&head.extensions))
     }
 }
 
@@ -45,7 +45,11 @@ impl FromRequestParts<Arc<Node>> for Admitted {
 /// A browser sends a preflight request only for such a declaration; without it any page could publish with the cookies of
 /// its user. The body of other clients is read as JSON whatever its content type, because `curl -d` declares a form.
 pub(crate) fn check_declared_json(headers: &HeaderMap) -> Result<()> {
-    if !headers.contains_key(header::ORIGIN) && !headers.contains_key(header::COOKIE) {
+    // Browsers send `Origin` with every POST, but older ones left it out of forms.
+    let browser = headers.contains_key(header::ORIGIN)
+        || headers.contains_key(header::COOKIE)
+        || headers.get("sec-fetch-site").is_some_and(|site| site != "none");
+    if !browser {
         return Ok(());
     }
     if is_json(headers) || is_ndjson(headers) {
@@ -92,6 +96,7 @@ mod tests {
         assert!(check_declared_json(&headers(&[("content-type", "text/plain")])).is_ok());
         assert!(check_declared_json(&headers(&[("origin", "null"), ("content-type", "text/plain")])).is_err());
         assert!(check_declared_json(&headers(&[("cookie", "a=1")])).is_err());
+        assert!(check_declared_json(&headers(&[("sec-fetch-site", "cross-site")])).is_err());
         assert!(
             check_declared_json(&headers(&[("cookie", "a=1"), ("content-type", "Application/JSON; charset=utf-8")]))
                 .is_ok()

@@ -4,30 +4,41 @@
 //! name. On a loopback listener the `Host` must therefore name this machine, and pages of other origins can neither write
 //! nor open WebSockets.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv6Addr},
+};
 
 use axum::http::{HeaderMap, HeaderValue, Method, Version, request::Parts};
-use http::header;
+use http::{HeaderName, header};
+use parking_lot::Mutex;
 
 use crate::{
+    auth::{Identity, foreign_page},
     error::{Code, Error, Result},
     pattern::Pattern,
 };
 
-const ALLOW_HEADERS: HeaderValue =
-    HeaderValue::from_static("Authorization, Content-Type, Last-Event-ID, Idempotency-Key, traceparent");
 const EXPOSE_HEADERS: HeaderValue = HeaderValue::from_static("Retry-After, traceparent");
 const MAX_AGE: HeaderValue = HeaderValue::from_static("600");
+const PREFLIGHT_VARY: HeaderValue =
+    HeaderValue::from_static("Access-Control-Request-Method, Access-Control-Request-Headers");
+static REQUEST_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-request-private-network");
+static ALLOW_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-allow-private-network");
 
 /// The cross-origin rules of one listener.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct OriginPolicy {
     /// The listener has a loopback address.
-    pub(crate) loopback: bool,
+    loopback: bool,
     /// Clients need no credentials. Then a loopback listener also allows the pages of this machine.
-    pub(crate) anonymous: bool,
+    anonymous: bool,
     /// `cors.origins`, besides the same origin.
-    pub(crate) allowed: Vec<Pattern>,
+    allowed: Vec<Pattern>,
+    /// `server.hosts`, besides the names of this machine.
+    hosts: Vec<Pattern>,
+    denied_origins: LogOnce,
+    rejected_hosts: LogOnce,
 }
 
 /// The web page that a request comes from.
@@ -41,7 +52,29 @@ pub(crate) enum RequestOrigin {
     Denied,
 }
 
+/// The values that a rejection has been logged for. Clients choose them, so their number and size are bounded.
+#[derive(Debug, Default)]
+struct LogOnce(Mutex<HashSet<Box<str>>>);
+
 impl OriginPolicy {
+    /// `loopback`: only this machine can reach the listener. `origins` are patterns of `cors.origins`, `hosts` those of
+    /// `server.hosts`.
+    pub(crate) fn new(loopback: bool, origins: &[String], hosts: &[String]) -> Self {
+        let patterns = |texts: &[String]| {
+            // An empty pattern would match an empty header.
+            texts.iter().filter(|text| !text.is_empty()).map(|text| Pattern::new(text)).collect()
+        };
+        OriginPolicy {
+            loopback,
+            // This version has no credentials.
+            anonymous: true,
+            allowed: patterns(origins),
+            hosts: patterns(hosts),
+            denied_origins: LogOnce::default(),
+            rejected_hosts: LogOnce::default(),
+        }
+    }
+
     /// Rejects requests to a loopback listener whose `Host` does not name this machine (DNS rebinding).
     pub(crate) fn check_host(&self, head: &Parts) -> Result<()> {
         let host = match (head.uri.authority(), head.headers.get(header::HOST)) {
@@ -59,19 +92,31 @@ impl OriginPolicy {
         if usual.is_some_and(|rest| rest.is_empty() || rest.starts_with(':')) || is_this_machine(without_port(host)) {
             return Ok(());
         }
+        let name = without_port(host).to_ascii_lowercase();
+        if self.hosts.iter().any(|pattern| pattern.matches(&name)) {
+            return Ok(());
+        }
+        if self.rejected_hosts.is_first(host) {
+            tracing::warn!(
+                %host,
+                "rejected a request: its Host does not name this machine, and the listener is on a loopback address. \
+                 Behind a proxy, add the name to server.hosts or let the proxy send Host: localhost"
+            );
+        }
         Err(Error::new(
             Code::Forbidden,
-            "this listener serves this machine only: use the host localhost or 127.0.0.1, \
-             or listen on another address (server.listen)",
+            "the Host header does not name this machine, which is all that a listener on a loopback address serves: \
+             use the host localhost or 127.0.0.1; behind a proxy, add the name to server.hosts or let the proxy send \
+             Host: localhost; for clients on other machines, listen on another address (server.listen)",
         )
         .with("permission", "host"))
     }
 
     /// Determines the origin of a request.
     pub(crate) fn classify(&self, head: &Parts) -> RequestOrigin {
+        let site = head.headers.get("sec-fetch-site");
         let Some(value) = head.headers.get(header::ORIGIN) else {
             // Requests for images, links and frames have no Origin.
-            let site = head.headers.get("sec-fetch-site");
             return if site.is_some_and(|site| site == "cross-site") {
                 RequestOrigin::Denied
             } else {
@@ -81,40 +126,50 @@ impl OriginPolicy {
         let Ok(origin) = value.to_str() else { return RequestOrigin::Denied };
         // The origin of every sandboxed frame, local file and redirect.
         if origin == "null" {
+            if self.denied_origins.is_first(origin) {
+                tracing::warn!(
+                    "restricted a page of the origin null (a file or a sandboxed frame), which is never allowed"
+                );
+            }
             return RequestOrigin::Denied;
         }
         let host = head.uri.authority().map(|host| host.as_str());
         let host = host.or_else(|| head.headers.get(header::HOST)?.to_str().ok());
-        let same = host.is_some_and(|host| is_same(origin, host));
+        // No page can forge `Sec-Fetch-Site`. It also holds behind a proxy that changes the Host.
+        let same = site.is_some_and(|site| site == "same-origin") || host.is_some_and(|host| is_same(origin, host));
         let this_machine = self.loopback
             && self.anonymous
             && origin
                 .strip_prefix("http://")
                 .is_some_and(|host| matches!(without_port(host), "localhost" | "127.0.0.1"));
         if same || this_machine || self.allowed.iter().any(|pattern| pattern.matches(origin)) {
-            RequestOrigin::Allowed(value.clone())
-        } else {
-            RequestOrigin::Denied
+            return RequestOrigin::Allowed(value.clone());
         }
+        if self.denied_origins.is_first(origin) {
+            tracing::warn!(%origin, "restricted a page of an origin that is not allowed: to allow it, add it to cors.origins");
+        }
+        RequestOrigin::Denied
     }
 
-    /// Rejects requests of denied pages to a loopback listener that write, move the cursor of a consumer, or open a WebSocket
-    /// (which CORS does not cover).
-    pub(crate) fn check_origin(&self, head: &Parts, origin: &RequestOrigin) -> Result<()> {
-        let writes = match head.method {
-            Method::HEAD | Method::OPTIONS => false,
-            Method::GET => head.uri.query().is_some_and(|query| query.contains("consumer=")),
-            _ => true,
-        };
-        let socket = head.headers.get(header::UPGRADE).is_some();
-        match origin {
-            RequestOrigin::Denied if self.loopback && (writes || socket) => Err(Error::new(
-                Code::Forbidden,
-                "pages of this origin are not permitted to do this: add the origin to cors.origins",
-            )
-            .with("permission", "origin")),
-            _ => Ok(()),
+    /// Applies the rules for pages of denied origins. On a loopback listener they can neither write nor open a WebSocket
+    /// (which CORS does not cover). `cors`: weir's CORS rules apply to the path, rather than those of an adapter, which
+    /// allow every origin.
+    ///
+    /// A browser sends a `GET` without a preflight, so such a page gets an identity that may only read: the handler that
+    /// has decoded the request decides whether it changes something.
+    pub(crate) fn check_origin(&self, head: &mut Parts, origin: &RequestOrigin, cors: bool) -> Result<()> {
+        if !matches!(origin, RequestOrigin::Denied) {
+            return Ok(());
         }
+        let reads = matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
+        let socket = head.headers.contains_key(header::UPGRADE);
+        if self.loopback && (!reads || socket) {
+            return Err(foreign_page());
+        }
+        if reads && !socket && (self.loopback || cors) {
+            head.extensions.insert(Identity::read_only());
+        }
+        Ok(())
     }
 }
 
@@ -128,13 +183,36 @@ impl RequestOrigin {
         }
     }
 
-    /// Adds the CORS headers of a preflight response. `allow` is the `Allow` of the route.
+    /// Adds the CORS headers of a preflight response. `allow` is the `Allow` of the route. All headers that the page asks
+    /// for are allowed: tracing and client libraries add their own, and none gives a page more rights.
     pub(crate) fn preflight(&self, request: &HeaderMap, allow: HeaderValue, headers: &mut HeaderMap) {
-        if matches!(self, RequestOrigin::Allowed(_)) && request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
-            headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, allow);
-            headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, ALLOW_HEADERS);
-            headers.insert(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE);
+        if !request.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD) {
+            return;
         }
+        headers.append(header::VARY, PREFLIGHT_VARY);
+        if !matches!(self, RequestOrigin::Allowed(_)) {
+            return;
+        }
+        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, allow);
+        for requested in request.get_all(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+            headers.append(header::ACCESS_CONTROL_ALLOW_HEADERS, requested.clone());
+        }
+        headers.insert(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE);
+        // A page of a public address asks for the permission to use a server on this machine or network.
+        if request.get(&REQUEST_PRIVATE_NETWORK).is_some_and(|value| value == "true") {
+            headers.insert(ALLOW_PRIVATE_NETWORK.clone(), HeaderValue::from_static("true"));
+        }
+    }
+}
+
+impl LogOnce {
+    const MAX_VALUES: usize = 100;
+    const MAX_LENGTH: usize = 256;
+
+    /// Whether `value` is to be logged, because it has not been yet.
+    fn is_first(&self, value: &str) -> bool {
+        let mut logged = self.0.lock();
+        value.len() <= Self::MAX_LENGTH && logged.len() < Self::MAX_VALUES && logged.insert(value.into())
     }
 }
 
@@ -184,7 +262,7 @@ mod tests {
     }
 
     fn origins() -> OriginPolicy {
-        OriginPolicy { loopback: true, anonymous: true, allowed: vec![] }
+        OriginPolicy::new(true, &[], &[])
     }
 
     #[test]
@@ -197,8 +275,19 @@ mod tests {
         for host in ["evil.example", "localhost.evil.example", "10.0.0.1", "", "[::2]:1", "127.0.0.1.evil.example"] {
             assert!(origins().check_host(&head("GET", &[("host", host)])).is_err(), "{host}");
         }
-        let open = OriginPolicy { loopback: false, ..origins() };
+        let open = OriginPolicy::new(false, &[], &[]);
         assert!(open.check_host(&head("GET", &[("host", "weir.example")])).is_ok());
+        let named = OriginPolicy::new(true, &[], &["weir.example".into(), "*.weir.example".into(), String::new()]);
+        for (host, accepted) in [
+            ("weir.example", true),
+            ("Weir.Example:8443", true),
+            ("eu.weir.example", true),
+            ("localhost", true),
+            ("weir.example.evil", false),
+            ("", false),
+        ] {
+            assert_eq!(named.check_host(&head("GET", &[("host", host)])).is_ok(), accepted, "{host}");
+        }
     }
 
     #[test]
@@ -211,8 +300,7 @@ mod tests {
         assert!(!allowed(&origins(), "http://localhost.evil.example", "localhost:8000"));
         assert!(!allowed(&origins(), "https://evil.example", "localhost:8000"));
         assert!(!allowed(&origins(), "null", "localhost:8000"));
-        let open =
-            OriginPolicy { loopback: false, anonymous: true, allowed: vec![Pattern::new("https://*.shop.example")] };
+        let open = OriginPolicy::new(false, &["https://*.shop.example".into()], &[]);
         assert!(!allowed(&open, "http://localhost:3000", "weir.example"));
         assert!(!allowed(&open, "null", "weir.example"));
         assert!(allowed(&open, "https://weir.example", "weir.example"));
@@ -223,27 +311,45 @@ mod tests {
 
     #[test]
     fn denied_pages_cannot_write() {
-        let check = |method, headers: &[(&str, &str)]| {
-            let head = head(method, headers);
-            origins().check_origin(&head, &origins().classify(&head)).is_ok()
+        let check = |policy: &OriginPolicy, method, headers: &[(&str, &str)]| {
+            let mut head = head(method, headers);
+            let origin = policy.classify(&head);
+            policy.check_origin(&mut head, &origin, true).map(|()| Identity::of(&head.extensions).may_connect().is_ok())
         };
-        let denied = ("origin", "https://evil.example");
-        assert!(check("GET", &[denied]));
-        assert!(!check("POST", &[denied]));
-        assert!(!check("DELETE", &[denied]));
-        assert!(!check("GET", &[denied, ("upgrade", "websocket")]));
-        assert!(check("POST", &[]));
+        let (local, public) = (origins(), OriginPolicy::new(false, &[], &[]));
+        let page = ("origin", "https://evil.example");
         let image = ("sec-fetch-site", "cross-site");
-        assert!(check("GET", &[image]));
-        assert!(!check("POST", &[image]));
-        assert!(check("POST", &[("sec-fetch-site", "same-origin")]));
-        assert!(check("POST", &[("origin", "http://localhost:5173")]));
-        let poll = |site| {
-            let request = Request::get("/v1/events?channel=a&consumer=n&commit=auto").header("sec-fetch-site", site);
-            request.body(()).unwrap().into_parts().0
-        };
-        let allowed = |head: Parts| origins().check_origin(&head, &origins().classify(&head));
-        assert!(allowed(poll("cross-site")).is_err());
-        assert!(allowed(poll("same-site")).is_ok());
+        for denied in [page, image, ("origin", "null")] {
+            for method in ["GET", "HEAD"] {
+                assert!(!check(&local, method, &[denied]).unwrap(), "{method} {denied:?}");
+                assert!(!check(&public, method, &[denied]).unwrap(), "{method} {denied:?}");
+            }
+            for method in ["POST", "DELETE", "PUT"] {
+                assert!(check(&local, method, &[denied]).is_err(), "{method} {denied:?}");
+                // Browsers ask before they send these.
+                assert!(check(&public, method, &[denied]).unwrap(), "{method} {denied:?}");
+            }
+            assert!(check(&local, "GET", &[denied, ("upgrade", "websocket")]).is_err());
+            assert!(check(&public, "GET", &[denied, ("upgrade", "websocket")]).unwrap());
+        }
+        for allowed in [
+            &[][..],
+            &[("sec-fetch-site", "same-origin")],
+            &[("sec-fetch-site", "same-site")],
+            &[("origin", "http://localhost:5173")],
+            &[("origin", "https://weir.example"), ("sec-fetch-site", "same-origin")],
+        ] {
+            for method in ["GET", "POST"] {
+                assert!(check(&local, method, allowed).unwrap(), "{method} {allowed:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_is_logged_once() {
+        let once = LogOnce::default();
+        assert!(once.is_first("a") && !once.is_first("a") && once.is_first("b"));
+        assert!(!once.is_first(&"x".repeat(10_000)));
+        assert_eq!((0..1_000).filter(|n| once.is_first(&n.to_string())).count(), LogOnce::MAX_VALUES - 2);
     }
 }

@@ -1,6 +1,8 @@
 //! Presence as parameters: `GET /v1/presence` and `weir.presence` list the members of a channel; a subscription can
 //! make its client a member.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -11,7 +13,8 @@ use crate::{
     config::LimitsSection,
     error::{Error, Result},
     json::{JsonStr, write_json_str},
-    presence::{MemberList, Presence, PresentClient},
+    metrics::{MetricLabel as _, Transport},
+    presence::{MemberList, Presence, PresenceLease, PresentClient},
 };
 
 /// Members of one answer: the maximum, and the default.
@@ -148,6 +151,30 @@ pub(crate) fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<Pr
         .map(|info| serde_json::from_str(info).map_err(|error| Error::params(format!("info is JSON: {error}"))))
         .transpose()?;
     PresentClient::new(&client, info, most).map(Some)
+}
+
+/// Makes `client`, if any, present on those of `channels` that can have presence; the result has an entry for each channel.
+/// Reserved channels have none, so that one stream can show a channel and its `$presence/…`.
+///
+/// # Errors
+/// `invalid_params` if no channel can have presence, or the name of one is too long for it; `forbidden`; `limit_reached`.
+pub(crate) fn enter<'a>(
+    presence: &Arc<Presence>,
+    identity: &Identity,
+    channels: impl Iterator<Item = &'a Channel> + Clone,
+    client: Option<&PresentClient>,
+    transport: Transport,
+) -> Result<Vec<Option<PresenceLease>>> {
+    let Some(client) = client else { return Ok(channels.map(|_| None).collect()) };
+    let all_reserved = channels.clone().all(Channel::is_reserved);
+    let enter = |channel: &Channel| {
+        if channel.is_reserved() && !all_reserved {
+            return Ok(None);
+        }
+        let permit = identity.may_enter(channel)?;
+        presence.enter(channel, client, permit.subject(), transport.value()).map(Some)
+    };
+    channels.map(enter).collect()
 }
 
 impl PresentParam<'_> {

@@ -18,7 +18,7 @@ use crate::{
     bus::{Filter, Format, Gap, GapReason, Subscriptions},
     channel::Channel,
     error::{Code, Error, Result, Retry},
-    metrics::{MetricLabel as _, Transport},
+    metrics::Transport,
     net::{chunk, server::PeerAddr},
     node::Node,
     position::{Position, Start},
@@ -171,14 +171,8 @@ async fn begin(
             gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
         }
     }
-    let leases: Result<Box<[PresenceLease]>> = present
-        .iter()
-        .flat_map(|client| {
-            let sse = Transport::Sse.value();
-            channels.iter().map(move |channel| node.presence.enter(channel, client, identity.subject(), sse))
-        })
-        .collect();
-    let leases = leases?;
+    let leases = present::enter(&node.presence, identity, channels.iter(), present.as_ref(), Transport::Sse)?;
+    let leases: Box<[PresenceLease]> = leases.into_iter().flatten().collect();
     gaps.iter().for_each(|gap| node.metrics.gap(gap.reason.as_str()));
     let (handler, first) = SseHandler::new(&subs, leases, &gaps, ids, filter.is_some(), node.timers.now());
     Ok((SubscriptionStream::for_client(node, identity, remote, subs, handler), first))

@@ -20,11 +20,8 @@ use axum::response::Response;
 use http::{header, request::Parts};
 
 use self::{
-    connection::RpcSocket,
-    outbox::RpcOutbox,
-    params::SubscribeRequest,
-    session::RpcSession,
-    subscriptions::{ReadySubscription, enter_presence},
+    connection::RpcSocket, outbox::RpcOutbox, params::SubscribeRequest, session::RpcSession,
+    subscriptions::ReadySubscription,
 };
 use crate::{
     auth::Identity,
@@ -97,13 +94,13 @@ async fn subscriptions_of_url(node: &Node, identity: &Identity, head: &Parts) ->
         let _ = identity.may_subscribe(channel)?;
     }
     let watches = node.bus.watch(&channels).await?;
+    let leases = present::enter(&node.presence, identity, channels.iter(), client.as_ref(), Transport::Ws)?;
     let mut ready = Vec::with_capacity(channels.len());
-    for ((channel, start), watch) in channels.into_iter().zip(starts).zip(watches) {
+    for (((channel, start), watch), lease) in channels.into_iter().zip(starts).zip(watches).zip(leases) {
         let start = match start {
             Start::Now => Start::After(watch.resolve(start).0),
             start => start,
         };
-        let lease = enter_presence(node, identity, &channel, client.as_ref())?;
         ready.push((SubscribeRequest { channel, start: Some(start), filter: Filter::new(&kinds)? }, watch, lease));
     }
     Ok(ready)

@@ -1,5 +1,7 @@
 //! Rules for every request: methods, unknown paths, CORS, host names.
 
+use weir::compat::ganomede::Config as Ganomede;
+
 use crate::support::{Request, event::channel, eventually, weir};
 
 #[tokio::test]
@@ -104,12 +106,14 @@ async fn local_origins_are_allowed() {
             .request("OPTIONS", "/v1/events")
             .header("origin", origin)
             .header("access-control-request-method", "POST");
-        let reply = preflight.header("access-control-request-headers", "idempotency-key").await.expect(204);
+        let headers = "idempotency-key,traceparent,tracestate,baggage,sentry-trace,cache-control,x-requested-with";
+        let reply = preflight.header("access-control-request-headers", headers).await.expect(204);
         assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
         assert!(reply.header("access-control-allow-methods").unwrap().contains("DELETE"));
-        let headers = "Authorization, Content-Type, Last-Event-ID, Idempotency-Key, traceparent";
         assert_eq!(reply.header("access-control-allow-headers"), Some(headers));
         assert_eq!(reply.header("access-control-max-age"), Some("600"));
+        assert_eq!(reply.header("access-control-allow-private-network"), None);
+        assert_eq!(reply.all("vary"), "Access-Control-Request-Method, Access-Control-Request-Headers, Origin");
         // Pages may read errors, too.
         let reply = weir.request("GET", "/v1/events").header("origin", origin).await;
         assert_eq!(reply.header("access-control-allow-origin"), Some(origin));
@@ -145,6 +149,101 @@ async fn foreign_origins_are_rejected() {
 }
 
 #[tokio::test]
+async fn every_route_answers_the_preflight_of_an_allowed_page() {
+    let weir = weir().with(|config| config.cors.origins = vec!["https://shop.example".into()]).await;
+    for path in [
+        "/v1/events",
+        "/v1/sse?channel=a",
+        "/v1/rpc",
+        "/v1/presence?channel=a",
+        "/v1/services",
+        "/v1/services/a/b",
+        "/v1/consumers/n/commit",
+        "/v1/consumers/n",
+        "/v1/channels",
+        "/v1/connections",
+        "/health/ready",
+        "/metrics",
+        "/openapi.json",
+    ] {
+        let preflight = |origin| {
+            weir.request("OPTIONS", path)
+                .header("origin", origin)
+                .header("access-control-request-method", "GET")
+                .header("access-control-request-headers", "x-anything")
+                .header("access-control-request-private-network", "true")
+        };
+        let reply = preflight("https://shop.example").await.expect(204);
+        assert_eq!(reply.header("access-control-allow-origin"), Some("https://shop.example"), "{path}");
+        assert_eq!(reply.header("access-control-allow-headers"), Some("x-anything"), "{path}");
+        assert_eq!(reply.header("access-control-allow-methods"), reply.header("allow"), "{path}");
+        assert_eq!(reply.header("access-control-allow-private-network"), Some("true"), "{path}");
+        let denied = preflight("https://evil.example").await.expect(204);
+        assert!(!denied.headers.iter().any(|(name, _)| name.starts_with("access-control-")), "{path}");
+    }
+}
+
+/// A browser sends these requests for an image, a form or an `EventSource` of any page, without asking first.
+#[tokio::test]
+async fn pages_of_other_origins_change_nothing() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec!["ganomede", "node-sse", "microstream"];
+            config.compat.get_mut::<Ganomede>().unwrap().secret = "s3cret".into();
+        })
+        .await;
+    for event in ["1", "2"] {
+        weir.publish("a", event).await;
+    }
+    let changes = [
+        "/v1/events?channel=a&consumer=n&commit=auto",
+        "/v1/events?channel=a&%63onsumer=n&commit=auto",
+        "/v1/events?channel=a&c%6fnsume%72=n&commit=auto",
+        "/v1/events?commit=auto&consumer=n&&channel=a",
+        "/v1/events?channel=a&consumer=n&start=now",
+        "/v1/sse?channel=a&present=ann",
+        "/v1/sse?channel=a&p%72esent=ann",
+        "/events/v1/events?clientId=n&channel=a&after=1&secret=s3cret",
+        "/events/v1/events?%63lientId=n&channel=a&after=1&secret=s3cret",
+        "/subscribe?channels=a&clientId=7",
+        "/socket.io/?EIO=4&transport=polling",
+    ];
+    for path in changes {
+        for (name, value) in [("origin", "https://evil.example"), ("sec-fetch-site", "cross-site"), ("origin", "null")]
+        {
+            weir.request("GET", path).header(name, value).await.expect(403);
+        }
+    }
+    weir.get("/v1/consumers/n").await.expect_problem("not_found");
+    assert_eq!(weir.get("/v1/presence?channel=a").await.json()["count"], 0);
+    assert_eq!(weir.get("/v1/connections").await.json()["connections"], serde_json::json!([]));
+    for (path, body) in [
+        ("/publish", r#"{"events":[{"channelName":"a","type":"t","payload":"p"}]}"#),
+        ("/events/v1/events?secret=s3cret", r#"{"clientId":"n","channel":"a","from":"f","type":"t"}"#),
+        ("/socket.io/?EIO=4&transport=polling", "40"),
+        ("/v1/events?channel=a", "3"),
+        ("/v1/rpc", r#"{"jsonrpc":"2.0","method":"weir.publish","params":{"channel":"a"}}"#),
+        ("/v1/services/weir/echo", "{}"),
+        ("/v1/consumers/n/commit", "{}"),
+    ] {
+        for kind in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"] {
+            let post = weir.request("POST", path).header("content-type", kind).header("origin", "https://evil.example");
+            post.body(body).await.expect(403);
+        }
+    }
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 2);
+    // What only reads is answered, but without the headers with which the page could see it.
+    for path in ["/v1/events?channel=a", "/v1/events?channel=a&_consumer=n", "/health/ready", "/v1/services"] {
+        let reply = weir.request("GET", path).header("origin", "https://evil.example").await.expect(200);
+        assert_eq!(reply.header("access-control-allow-origin"), None);
+    }
+    // The pages of this machine, and other clients, may do all of this.
+    weir.request("GET", changes[0]).header("origin", "http://localhost:3000").await.expect(200);
+    weir.get(changes[7]).await.expect(200);
+    weir.get(changes[10]).await.expect(200);
+}
+
+#[tokio::test]
 async fn configured_origins_are_allowed() {
     let weir = weir().with(|config| config.cors.origins = vec!["https://*.shop.example".into()]).await;
     let post = |origin: &str| {
@@ -168,6 +267,8 @@ async fn only_host_names_of_this_machine_are_accepted() {
         for path in ["/v1/events?channel=a", "/", "/health/live", "/nowhere"] {
             let problem = weir.request("GET", path).header("host", host).await.expect_problem("forbidden");
             assert_eq!(problem["permission"], "host");
+            let detail = problem["detail"].as_str().unwrap();
+            assert!(detail.contains("Host header") && detail.contains("server.hosts"), "{detail}");
         }
     }
     let mut client = weir.client().await;
@@ -176,6 +277,29 @@ async fn only_host_names_of_this_machine_are_accepted() {
     // HTTP/1.0 requests need no host.
     client.write("GET /health/live HTTP/1.0\r\n\r\n").await;
     client.response().await.expect(200);
+}
+
+#[tokio::test]
+async fn a_proxy_on_the_same_machine_may_forward_the_host_of_its_clients() {
+    let weir = weir().with(|config| config.server.hosts = vec!["weir.example".into()]).await;
+    let page = |method, path: &str| {
+        weir.request(method, path)
+            .header("host", "weir.example")
+            .header("origin", "https://weir.example")
+            .header("content-type", "application/json")
+    };
+    page("POST", "/v1/events?channel=a").body("1").await.expect(201);
+    let reply = page("GET", "/v1/events?channel=a&consumer=n").await.expect(200);
+    assert_eq!(reply.header("access-control-allow-origin"), Some("https://weir.example"));
+    weir.request("GET", "/").header("host", "other.example").await.expect_problem("forbidden");
+    // If the proxy replaces the Host, the browser still confirms that the page has the origin of the request.
+    let replaced = weir.request("POST", "/v1/events?channel=a").header("sec-fetch-site", "same-origin");
+    replaced
+        .header("origin", "https://weir.example")
+        .header("content-type", "application/json")
+        .body("2")
+        .await
+        .expect(201);
 }
 
 #[tokio::test]

@@ -247,6 +247,22 @@ async fn invalid_presence_requests_are_rejected() {
     assert_eq!(weir.node().presence.counts().0, 0);
 }
 
+/// A chat needs one stream for its events and its members, not two.
+#[tokio::test]
+async fn one_stream_shows_a_channel_and_its_members() {
+    let weir = weir().await;
+    let mut stream =
+        EventStream::opened(weir.address, "channel=room&channel=$presence/room&channel=$services&present=ann").await;
+    let join = stream.block().await.unwrap().json();
+    assert_eq!((&join["channel"], &join["data"]["members"][0]["client"]), (&json!("$presence/room"), &json!("ann")));
+    let mut socket = Socket::open_at(weir.address, "/v1/ws?channel=$presence/room&channel=room&present=bob").await;
+    assert_eq!(stream.block().await.unwrap().json()["data"]["members"][0]["client"], "bob");
+    let params = json!({ "channels": ["$presence/hall", "hall"], "present": { "client": "bob" } });
+    socket.call("weir.subscribe", params).await;
+    assert_eq!(names(&until(&weir, "room", 2).await), ["ann", "bob"]);
+    assert_eq!(names(&until(&weir, "hall", 1).await), ["bob"]);
+}
+
 #[tokio::test]
 async fn members_leave_before_the_node_stops() {
     let weir = weir().with(|config| config.drain.window = Duration::ZERO).await;

@@ -9,6 +9,7 @@ pub(super) enum EngineError {
     UnknownSession,
     HandshakeMethod,
     BadRequest,
+    Forbidden,
     ProtocolVersion,
 }
 
@@ -19,10 +20,14 @@ impl EngineError {
             EngineError::UnknownSession => (1, "Session ID unknown"),
             EngineError::HandshakeMethod => (2, "Bad handshake method"),
             EngineError::BadRequest => (3, "Bad request"),
+            EngineError::Forbidden => (4, "Forbidden"),
             EngineError::ProtocolVersion => (5, "Unsupported protocol version"),
         };
         let mut response = Response::new(Body::from(format!(r#"{{"code":{code},"message":"{message}"}}"#)));
-        *response.status_mut() = StatusCode::BAD_REQUEST;
+        *response.status_mut() = match self {
+            EngineError::Forbidden => StatusCode::FORBIDDEN,
+            _ => StatusCode::BAD_REQUEST,
+        };
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response
     }

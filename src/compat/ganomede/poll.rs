@@ -48,14 +48,15 @@ impl Ganomede {
         let channel =
             query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
         let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
+        let identity = Identity::of(&head.extensions);
+        let _ = identity.may_consume(&client)?;
         let limits = &self.node.config.limits;
         let limit = ReadLimit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
 
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
         if place.page.events.is_empty() && !self.config.poll_timeout.is_zero() {
-            let mut listed =
-                self.node.sessions.register_read(&Identity::anonymous(), PeerAddr::of(head), vec![channel.clone()]);
+            let mut listed = self.node.sessions.register_read(&identity, PeerAddr::of(head), vec![channel.clone()]);
             tokio::select! {
                 biased;
                 waited = self.wait(&channel, &mut place, limit) => waited?,

@@ -55,9 +55,12 @@ impl NodeSse {
         if channels.is_empty() || channels.len() > self.node.config.limits.stream_channels {
             return Err(bad());
         }
+        let identity = Identity::of(&head.extensions);
         for channel in &channels {
-            let _ = Identity::anonymous().may_subscribe(channel)?;
+            let _ = identity.may_subscribe(channel)?;
         }
+        // The list of online clients is sent to all of them.
+        let _ = identity.may_connect()?;
         let given = query.texts("clientId").collect::<Vec<_>>().join(",");
         if given.len() > MAX_CLIENT {
             return Err(bad());

@@ -11,7 +11,7 @@ use super::{
     outbox::reject,
     params::{self, PublishParams},
     session::{MethodOutcome, NULL, RpcSession},
-    subscriptions::{ReadySubscription, SocketSubscriptions, enter_presence},
+    subscriptions::{ReadySubscription, SocketSubscriptions},
     work::{FinishedJob, JobOrder, JobOutput},
 };
 use crate::{
@@ -94,11 +94,9 @@ impl RpcSession {
         let work = async move {
             let channels: Vec<Channel> = requests.iter().map(|request| request.channel.clone()).collect();
             let watches = node.bus.watch(&channels).await?;
-            let ready = requests.into_iter().zip(watches).map(|(request, watch)| {
-                let lease = enter_presence(&node, &identity, &request.channel, client.as_ref())?;
-                Ok((request, watch, lease))
-            });
-            Ok(JobOutput::Subscribe(ready.collect::<Result<_>>()?))
+            let leases = present::enter(&node.presence, &identity, channels.iter(), client.as_ref(), Transport::Ws)?;
+            let ready = requests.into_iter().zip(watches).zip(leases);
+            Ok(JobOutput::Subscribe(ready.map(|((request, watch), lease)| (request, watch, lease)).collect()))
         };
         Ok(MethodOutcome::Later { work: Box::pin(work), bytes: 0, order: JobOrder::Alone })
     }

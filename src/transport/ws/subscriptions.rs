@@ -14,15 +14,12 @@ use serde::Serialize;
 
 use super::{jsonrpc, params::SubscribeRequest};
 use crate::{
-    auth::Identity,
     bus::{Delivery, DeliveryItem, Format, Gap, Subscriptions, Watch},
     channel::Channel,
-    error::Result,
-    metrics::{Gauge, MetricLabel as _, Transport},
+    metrics::Gauge,
     net::websocket::frame,
-    node::Node,
     position::{Position, Start},
-    presence::{PresenceLease, PresentClient},
+    presence::PresenceLease,
     sessions::{ChannelSet, SubscribedChannels},
 };
 
@@ -38,17 +35,6 @@ pub(super) static FORMAT: Format = Format {
 
 /// A subscription that can begin: its channel is watched, and its client is present if it asked to be.
 pub(super) type ReadySubscription = (SubscribeRequest, Watch, Option<PresenceLease>);
-
-/// Makes `client`, if any, present on `channel`.
-pub(super) fn enter_presence(
-    node: &Node,
-    identity: &Identity,
-    channel: &Channel,
-    client: Option<&PresentClient>,
-) -> Result<Option<PresenceLease>> {
-    let enter = |client| node.presence.enter(channel, client, identity.subject(), Transport::Ws.value());
-    client.map(enter).transpose()
-}
 
 /// The subscriptions of one socket, one per channel.
 pub(super) struct SocketSubscriptions {
