@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use crate::{
     channel::{Channel, check_label},
     error::{Code, Error, Result},
-    json::{write_json_line, write_json_str},
+    json::{JsonStr, write_json_line, write_json_str},
     position::{Epoch, Position},
 };
 
@@ -149,10 +149,10 @@ fn check_meta(meta: &RawValue) -> Result<()> {
     if meta.get().len() > MAX_META {
         return Err(Error::new(Code::TooLarge, format!("meta has at most {MAX_META} bytes")).with("limit", "meta"));
     }
-    let members: BTreeMap<String, String> =
+    let members: BTreeMap<JsonStr<'_>, JsonStr<'_>> =
         serde_json::from_str(meta.get()).map_err(|_| Error::params("meta is an object of strings"))?;
     match members.keys().find(|name| name.starts_with(OWN)) {
-        Some(name) => Err(Error::params(format!("meta.{name}: members beginning with weir. are weir's own"))),
+        Some(name) => Err(Error::params(format!("meta.{}: members beginning with weir. are weir's own", &**name))),
         None => Ok(()),
     }
 }
@@ -329,14 +329,11 @@ impl EncodedBody {
         let meta = self.meta();
         let (head, rest) = self.bytes.split_at(self.tail as usize);
         let rest = meta.as_ref().map_or(rest, |meta| &self.bytes[meta.end..]);
-        let members: BTreeMap<String, &RawValue> =
+        let members: BTreeMap<JsonStr<'_>, &RawValue> =
             meta.and_then(|meta| serde_json::from_str(self.text(meta)).ok()).unwrap_or_default();
         let is_content = |name: &&str| !TRACE_CONTEXT.iter().any(|trace| trace.eq_ignore_ascii_case(name));
-        let members: Vec<(&str, &str)> = members
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.get()))
-            .filter(|(name, _)| is_content(name))
-            .collect();
+        let members: Vec<(&str, &str)> =
+            members.iter().map(|(name, value)| (&**name, value.get())).filter(|(name, _)| is_content(name)).collect();
         foldhash::quality::FixedState::with_seed(0x7765_6972).hash_one((head, members, rest))
     }
 }

@@ -15,7 +15,7 @@ use super::{
     connect::{BaseUrl, connect},
     request_target::RequestTarget,
 };
-use crate::terminal::Failure;
+use crate::{json::parse_owned, terminal::Failure};
 
 /// Timeout of requests that a node answers at once.
 pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -125,7 +125,7 @@ pub(super) fn parse_response(status: u16, body: &[u8]) -> Result<Option<Box<RawV
         let not_json = |_| Failure::Failed("the response is not JSON; is this a weir node?".into());
         return serde_json::from_slice(body).map(Some).map_err(not_json);
     }
-    let problem: Value = serde_json::from_slice(body).unwrap_or_default();
+    let problem: Value = parse_owned(body).unwrap_or_default();
     let reason = match (problem["code"].as_str(), problem["detail"].as_str()) {
         (Some(code), Some(detail)) => format!("{code}: {detail}"),
         (Some(code), None) => code.to_owned(),

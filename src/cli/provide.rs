@@ -32,7 +32,10 @@ use super::{
     json_or_text::JsonOrText,
     request_target::RequestTarget,
 };
-use crate::terminal::{Failure, note};
+use crate::{
+    json::parse_owned,
+    terminal::{Failure, note},
+};
 
 /// Maximum size of a result in bytes. A larger message than the node accepts would end the connection, and all its calls.
 const MAX_BYTES: usize = 16 << 20;
@@ -423,7 +426,7 @@ async fn execute(mut command: Command, params: Option<&RawValue>) -> io::Result<
         }));
     }
     // A failed command can print a JSON-RPC error.
-    let printed: Value = serde_json::from_str(text).unwrap_or_default();
+    let printed: Value = parse_owned(text.as_bytes()).unwrap_or_default();
     if let (Some(code), Some(message)) = (printed["code"].as_i64(), printed["message"].as_str()) {
         let mut error = json!({ "code": code, "message": message });
         if let Some(data) = printed.get("data") {

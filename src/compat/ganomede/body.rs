@@ -10,12 +10,15 @@ use md5::{Digest as _, Md5};
 use serde_json::value::RawValue;
 
 use super::wire::GanomedeError;
-use crate::compat::form::Form;
+use crate::{
+    compat::form::Form,
+    json::{JsonStr, read_json_str},
+};
 
 pub(super) enum GanomedeBody<'a> {
     Nothing,
     Form(Form<'a>),
-    Json(IndexMap<String, &'a RawValue>),
+    Json(IndexMap<JsonStr<'a>, &'a RawValue>),
 }
 
 impl<'a> GanomedeBody<'a> {
@@ -47,12 +50,20 @@ impl<'a> GanomedeBody<'a> {
         })
     }
 
+    fn member(&self, name: &str) -> Option<&'a RawValue> {
+        let GanomedeBody::Json(members) = self else { return None };
+        members.get(&JsonStr(name.into())).copied()
+    }
+
     /// A member that is a string and not empty.
     pub(super) fn text(&self, name: &str) -> Option<String> {
         let text = match self {
             GanomedeBody::Nothing => None,
             GanomedeBody::Form(form) => form.text(name).map(str::to_owned),
-            GanomedeBody::Json(members) => serde_json::from_str(members.get(name)?.get()).ok(),
+            GanomedeBody::Json(_) => {
+                let value = self.member(name)?.get();
+                value.starts_with('"').then(|| read_json_str(value).into_owned())
+            }
         };
         text.filter(|text| !text.is_empty())
     }
@@ -65,7 +76,7 @@ impl<'a> GanomedeBody<'a> {
             // A form has text, or `data[…]`, which the original reads as an object of strings.
             GanomedeBody::Form(form) if form.has("data") => Err(invalid()),
             GanomedeBody::Form(_) => Ok(None),
-            GanomedeBody::Json(members) => match members.get("data") {
+            GanomedeBody::Json(_) => match self.member("data") {
                 Some(data) if data.get().starts_with(['{', '[']) => Ok(Some(data)),
                 Some(_) => Err(invalid()),
                 None => Ok(None),

@@ -14,7 +14,14 @@ use super::{
     poll::channel,
     wire::{self, GanomedeError, is_void},
 };
-use crate::{bus::ReadLimit, channel::Channel, error::Result, event::Event, json::write_json_str, position::Start};
+use crate::{
+    bus::ReadLimit,
+    channel::Channel,
+    error::Result,
+    event::Event,
+    json::{parse_owned, write_json_str},
+    position::Start,
+};
 
 /// Maximum number of the newest events that a lookup reads.
 const MAX_SCAN: u64 = 100_000;
@@ -97,7 +104,7 @@ fn may_have(event: &Event, value: &memmem::Finder<'_>) -> bool {
 fn has(event: &Event, field: &str, value: &str) -> bool {
     let mut json = Vec::with_capacity(event.size() + 64);
     wire::event(event, &mut json);
-    let Ok(root) = serde_json::from_slice::<Value>(&json) else { return false };
+    let Ok(root) = parse_owned::<Value>(&json) else { return false };
     // A member whose name contains dots has precedence over a path.
     let found = match root.get(field) {
         Some(found) => Some(found),

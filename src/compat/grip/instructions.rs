@@ -11,6 +11,7 @@ use super::{
     headers::strip_grip,
     members::{bytes_of, code_of, final_status, headers_of, seconds_of, text_of},
 };
+use crate::json::parse_owned;
 
 /// Default timeout of response holds and keep-alives.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(55);
@@ -166,8 +167,7 @@ impl Instructions {
         if status != StatusCode::OK {
             return Err(format!("response code for {MEDIA_TYPE} content must be 200"));
         }
-        let document: Value =
-            serde_json::from_slice(body).map_err(|_| format!("failed to parse {MEDIA_TYPE} content as JSON"))?;
+        let document: Value = parse_owned(body).map_err(|_| format!("failed to parse {MEDIA_TYPE} content as JSON"))?;
         let document = document.as_object().ok_or("instruct must be an object")?;
         if let Some(hold) = document.get("hold") {
             self.read_hold(hold.as_object().ok_or("instruct contains 'hold' with wrong type")?)?;

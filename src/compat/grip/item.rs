@@ -6,6 +6,7 @@ use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value};
 
 use super::members::{bytes_of, code_of, headers_of, text_of};
+use crate::json::parse_owned;
 
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct PublishItem {
@@ -47,7 +48,7 @@ pub(super) enum ItemBody {
 
 /// All items of a request. The error is the body of a 400 response.
 pub(super) fn read(body: &[u8]) -> Result<Vec<PublishItem>, String> {
-    let document: Value = serde_json::from_slice(body).map_err(|_| "Body is not valid JSON.\n".to_owned())?;
+    let document: Value = parse_owned(body).map_err(|_| "Body is not valid JSON.\n".to_owned())?;
     let Value::Object(document) = document else { return Err("Invalid format.\n".into()) };
     let items = match document.get("items") {
         None => Err("object does not contain 'items'".to_owned()),

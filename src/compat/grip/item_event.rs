@@ -22,6 +22,7 @@ use super::{
 use crate::{
     error::Result,
     event::{self, Draft, DraftParts, Event, EventData},
+    json::read_json_str,
 };
 
 /// The member of `meta`. Its value is a string that contains JSON, because all values of `meta` are strings.
@@ -252,12 +253,7 @@ fn bytes_of(event: &Event) -> Cow<'_, [u8]> {
 
 /// Decodes a JSON string; other JSON is returned unchanged.
 fn text_of(json: &str) -> Cow<'_, str> {
-    let Some(inner) = json.strip_prefix('"').and_then(|json| json.strip_suffix('"')) else { return json.into() };
-    match memchr::memchr(b'\\', inner.as_bytes()) {
-        None => inner.into(),
-        // A lone surrogate is valid JSON, but not a Rust string: it stays escaped.
-        Some(_) => serde_json::from_str::<String>(json).map_or(inner.into(), Cow::Owned),
-    }
+    if json.starts_with('"') { read_json_str(json) } else { json.into() }
 }
 
 /// Writes an SSE block in the canonical notation.

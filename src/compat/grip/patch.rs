@@ -6,9 +6,11 @@ use json_patch::{Patch, PatchOperation, jsonptr::PointerBuf};
 use serde::Deserialize as _;
 use serde_json::Value;
 
+use crate::json::parse_owned;
+
 /// The document after the patch; `None` if it is not JSON, or the patch is invalid or does not apply.
 pub(super) fn apply(document: &[u8], patch: &Value) -> Option<Vec<u8>> {
-    let mut document: Value = serde_json::from_slice(document).ok()?;
+    let mut document: Value = parse_owned(document).ok()?;
     let patch = Patch::deserialize(patch).ok()?;
     for operation in &*patch {
         match operation {

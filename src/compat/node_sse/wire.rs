@@ -14,7 +14,7 @@ use crate::{
     channel::Channel,
     error::Error,
     event::Event,
-    json::{read_json_str, write_json_str},
+    json::{parse_owned, read_json_str, write_json_str},
     net::chunk,
 };
 
@@ -97,13 +97,13 @@ pub(super) fn last_event(event: &Event) -> Value {
 /// The mark of the event in its `meta`.
 fn mark(event: &Event) -> Option<String> {
     let meta = event.meta_json().filter(|meta| meta.contains(META))?;
-    let meta: Value = serde_json::from_str(meta).ok()?;
+    let meta: Value = parse_owned(meta.as_bytes()).ok()?;
     Some(meta.get(META)?.as_str()?.to_owned())
 }
 
 /// Parses JSON that was valid when it was published.
 fn parse(json: &str) -> Value {
-    serde_json::from_str(json).unwrap_or_default()
+    parse_owned(json.as_bytes()).unwrap_or_default()
 }
 
 /// The response to an error of weir: a sentence for a mistake of the client, as in the original, else a page.

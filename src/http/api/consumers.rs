@@ -21,7 +21,7 @@ use crate::{
         extract::{check_declared_json, read_body},
         schema::{self, After, ChannelName, ProblemSchema},
     },
-    json::json_error_at_path,
+    json::{json_error_at_path, well_formed},
     node::Node,
     position::{Position, Start},
     transport::{
@@ -242,7 +242,7 @@ async fn read<T: DeserializeOwned>(node: &Node, request: Request<Body>, action: 
     let name = name(&head, action)?;
     let body = read_body(body, MAX_BODY, "64 KiB", node.config.limits.body_time).await?;
     let text = std::str::from_utf8(&body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
-    let read = serde_json::from_str(text).map_err(|error| json_error_at_path::<T>(text, &error))?;
+    let read = serde_json::from_str(&well_formed(text)).map_err(|error| json_error_at_path::<T>(text, &error))?;
     Ok((name, read))
 }
 

@@ -7,13 +7,13 @@ use std::{borrow::Cow, fmt};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, Visitor},
+    de::{self, IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
 
 use crate::{
     error::{Code, Error, Result},
-    json::write_json_str,
+    json::{read_json_str, write_json_str},
 };
 
 /// The content of one frame or body.
@@ -131,12 +131,7 @@ impl<'a> RpcMessage<'a> {
 
 /// A JSON string's text.
 pub(super) fn string(json: &str) -> Option<Cow<'_, str>> {
-    let inner = json.strip_prefix('"')?.strip_suffix('"')?;
-    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
-        // It is valid JSON already, and without escapes equal to its text.
-        return Some(Cow::Borrowed(inner));
-    }
-    serde_json::from_str(json).ok().map(Cow::Owned)
+    json.starts_with('"').then(|| read_json_str(json))
 }
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
@@ -189,27 +184,35 @@ impl<'de> Deserialize<'de> for MemberName {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct MemberVisitor;
 
-        impl Visitor<'_> for MemberVisitor {
+        impl<'de> Visitor<'de> for MemberVisitor {
             type Value = MemberName;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a name")
             }
 
-            fn visit_str<E>(self, name: &str) -> Result<MemberName, E> {
+            fn visit_borrowed_bytes<E: de::Error>(self, name: &'de [u8]) -> Result<MemberName, E> {
+                if name.iter().any(|byte| *byte < b' ') {
+                    return Err(E::custom("a name contains a control character"));
+                }
+                self.visit_bytes(name)
+            }
+
+            fn visit_bytes<E>(self, name: &[u8]) -> Result<MemberName, E> {
                 Ok(MemberName(match name {
-                    "jsonrpc" => MemberKind::Jsonrpc,
-                    "id" => MemberKind::Id,
-                    "method" => MemberKind::Method,
-                    "params" => MemberKind::Params,
-                    "result" => MemberKind::Result,
-                    "error" => MemberKind::Error,
+                    b"jsonrpc" => MemberKind::Jsonrpc,
+                    b"id" => MemberKind::Id,
+                    b"method" => MemberKind::Method,
+                    b"params" => MemberKind::Params,
+                    b"result" => MemberKind::Result,
+                    b"error" => MemberKind::Error,
                     _ => MemberKind::Other,
                 }))
             }
         }
 
-        deserializer.deserialize_str(MemberVisitor)
+        // As bytes, because a name need not be text (see `json`): then it is another member, which is ignored.
+        deserializer.deserialize_bytes(MemberVisitor)
     }
 }
 

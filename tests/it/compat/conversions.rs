@@ -142,3 +142,59 @@ async fn an_event_written_by_any_api_is_read_by_all() {
     assert_eq!(weir.get("/").await.expect(200).text(), "ROOT");
     weir.get("/health/live").await.expect(200);
 }
+
+/// JavaScript cuts emoji in two: `"\ud83d"` is valid JSON and no character. JSON keeps it, and text has U+FFFD for it.
+#[tokio::test]
+async fn half_a_surrogate_pair_becomes_u_fffd_where_text_is_taken_out_of_json() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec!["ganomede", "node-sse"];
+            config.compat.get_mut::<ganomede::Config>().unwrap().secret = "s".into();
+            config.compat.get_mut::<ganomede::Config>().unwrap().poll_timeout = Duration::ZERO;
+        })
+        .await;
+    let channel = "c%EF%BF%BD";
+    let mut sse = weir.sse(&format!("channel={channel}&format=data")).await;
+    sse.opening().await;
+    let mut node_sse = TextStream::open(weir.address, &format!("/subscribe?channels={channel}&clientId=me")).await;
+    node_sse.read_until(|text| text.contains("online-presence") && text.ends_with("\n\n")).await;
+    node_sse.skip();
+    let data = r#""one\ntwo \"q\" \u00e9 \ud83d""#;
+    let fields = r#""type":"t\ud83d","from":"\ude00\ud83d","meta":{"m\ud83d":"\ude00"}"#;
+    let event = format!(r#"{{"channel":"c\ud83d",{fields},"key":"k\ud83d","data":{data}}}"#);
+    let text = "one\ntwo \"q\" é \u{fffd}";
+
+    let placed = weir.post("/v1/events", event.clone()).await.expect(201).json();
+    assert_eq!(placed["channel"], "c\u{fffd}");
+    assert_eq!(weir.post("/v1/events", event.clone()).await.expect(200).json()["duplicate"], true);
+    let page = weir.get(format!("/v1/events?channel={channel}")).await.expect(200);
+    assert!(page.text().contains(&format!(r#""data":{data}"#)), "JSON stays as it was written: {}", page.text());
+    assert!(page.text().contains(r#""type":"t�","from":"��""#), "{}", page.text());
+    let block = sse.next().await;
+    assert_eq!((block.event.as_str(), block.data.as_str()), ("t\u{fffd}", text));
+    let payload = json!({ "channelName": "c\u{fffd}", "type": "t\u{fffd}", "payload": text });
+    node_sse.expect(&format!("event: t\u{fffd}\ndata: {payload}\n\n")).await;
+
+    let mut socket = weir.socket().await;
+    socket
+        .send(format!(r#"{{"\ud83d":1,"jsonrpc":"2.0","id":"\ud83d","method":"weir.publish","params":{event}}}"#))
+        .await;
+    let answer = socket.text().await;
+    assert!(answer.contains(r#""id":"\ud83d""#) && answer.contains(r#""duplicate":true"#), "{answer}");
+    socket.send(r#"{"jsonrpc":"2.0","id":2,"method":"weir.subscribe","params":{"channels":["c\ud83d"]}}"#).await;
+    let answer = socket.text().await;
+    assert!(answer.contains("c\u{fffd}"), "{answer}");
+    socket.send(r#"{"jsonrpc":"2.0","id":3,"method":"weir.subscribe","params":{"\ud83d":1}}"#).await;
+    let answer = socket.text().await;
+    assert!(answer.contains("invalid_params"), "valid JSON with an unknown member: {answer}");
+
+    weir.get(format!("/v1/events?channel={channel}&consumer=me&start=earliest")).await.expect(200);
+    weir.post("/v1/consumers/me/seek", r#"{"channel":"c\ud83d","after":"earliest"}"#).await.expect(204);
+    let emitted = r#"{"clientId":"\ud83d","secret":"s","channel":"c\ud83d","from":"g","type":"add","data":["\ud83d"]}"#;
+    let request = weir.request("POST", "/events/v1/events").header("content-type", "application/json").body(emitted);
+    assert!(request.await.expect(200).text().contains(r#""data":["\ud83d"]"#));
+    let fired = r#"{"events":[{"channelName":"c\ud83d","type":"note","payload":"\ud83d"}]}"#;
+    weir.request("POST", "/publish").header("content-type", "application/json").body(fired).await.expect(200);
+    let last = weir.get(format!("/v1/events?channel={channel}&last=2")).await.expect(200);
+    assert!(last.text().contains(r#""type":"add""#) && last.text().contains(r#""type":"note""#), "{}", last.text());
+}

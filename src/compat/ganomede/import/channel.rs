@@ -15,6 +15,7 @@ use crate::{
     channel::Channel,
     compat::ganomede::wire::VOID,
     event::{Draft, DraftParts, Event, EventData},
+    json::JsonStr,
     position::{Epoch, Position, Start},
     terminal::Failure,
 };
@@ -50,8 +51,10 @@ pub(super) struct ImportedLog {
 struct StoredEvent<'a> {
     timestamp: u64,
     #[serde(rename = "type")]
-    kind: String,
-    from: String,
+    #[serde(borrow)]
+    kind: JsonStr<'a>,
+    #[serde(borrow)]
+    from: JsonStr<'a>,
     #[serde(borrow)]
     data: Option<&'a RawValue>,
 }

@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use crate::{
     backend::redis::client::{RedisUrl, TopologyKind, crate_client},
+    json::parse_owned,
     terminal::Failure,
 };
 
@@ -88,7 +89,7 @@ impl ImportSource {
             let name = &key["indices:".len()..];
             if let Ok(counter) = value.parse() {
                 survey.channels.insert(name.to_owned(), counter);
-            } else if let Ok(index) = serde_json::from_str::<SourceIndex>(&value) {
+            } else if let Ok(index) = parse_owned::<SourceIndex>(value.as_bytes()) {
                 survey.indices.push(index);
             }
         }

@@ -230,3 +230,12 @@ async fn grip_items_and_events_of_other_apis_are_converted() {
         assert!(received.contains(frame), "{received}");
     }
 }
+
+#[tokio::test]
+async fn half_a_surrogate_pair_becomes_u_fffd() {
+    let grip = without_clients().await;
+    let body = r#"{"items":[{"channel":"c\ud83d","id":"i\ud83d","formats":{"http-stream":{"content":"one \ude00"}}}]}"#;
+    assert_eq!(ask(&grip, "POST", "/publish/", &[], body).await.text(), "Published\n");
+    let page = grip.weir.get("/v1/events?channel=c%EF%BF%BD").await.json();
+    assert_eq!(page["events"][0]["data"], "one \u{fffd}");
+}
