@@ -65,4 +65,16 @@ mod tests {
     fn the_command_line_is_consistent() {
         <Cli as clap::CommandFactory>::command().debug_assert();
     }
+
+    #[test]
+    fn the_configuration_knows_the_variables_of_the_command_line() {
+        fn check(command: &clap::Command) {
+            for variable in command.get_arguments().filter_map(clap::Arg::get_env) {
+                let variable = variable.to_str().unwrap();
+                assert!(crate::config::COMMAND_VARIABLES.contains(&variable), "{variable}");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&<Cli as clap::CommandFactory>::command());
+    }
 }

@@ -1,7 +1,7 @@
 //! All settings with their defaults and descriptions, and the loading of them.
 //!
 //! Sources in increasing precedence: a TOML file, the environment (`WEIR__SSE__HEARTBEAT` is `sse.heartbeat`), flags.
-//! An unknown key is an error. All errors are reported together, each with its key and its source.
+//! An unknown key or `WEIR_` variable is an error. All errors are reported together, each with its key and its source.
 //! `config.toml` at the root of the repository is generated from the sections (`UPDATE=1 cargo test config`).
 //!
 //! A section that is not an adapter's is in `sections`. An adapter's section is its [`AdapterConfig`]; the caller of
@@ -21,7 +21,7 @@ pub(crate) use adapter::AdapterContext;
 pub use adapter::{AdapterConfig, CompatSection};
 pub use channel_rule::{ChannelRule, Keep};
 #[cfg(test)]
-pub(crate) use load::read;
+pub(crate) use load::{COMMAND_VARIABLES, read};
 pub use load::{ConfigProblem, ConfigProblems, Loaded, Override, Source, load};
 pub(crate) use originals::{OriginalVariables, bracketed};
 pub use sections::{Config, LimitsSection, LogSection};

@@ -38,6 +38,10 @@ fn serve_node(serve: &Serve) -> ExitCode {
         Err(problems) => return report(&problems),
     };
     telemetry::start(&loaded.config.log);
+    if !loaded.service_links.is_empty() {
+        let variables = loaded.service_links.join(" ");
+        tracing::debug!(variables, "ignoring the variables that Kubernetes sets for a Service");
+    }
     raise_open_files(loaded.config.limits.connections);
     match run(loaded.config) {
         Ok(()) => ExitCode::SUCCESS,
@@ -127,7 +131,7 @@ fn config_command(command: ConfigCommand) -> ExitCode {
             eprintln!("weir: the configuration is valid");
             ExitCode::SUCCESS
         }
-        Ok(Loaded { config, sources }) => {
+        Ok(Loaded { config, sources, .. }) => {
             let _ = write!(stdout(), "{}", config.to_toml(explain, &sources));
             ExitCode::SUCCESS
         }

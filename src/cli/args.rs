@@ -60,7 +60,7 @@ pub enum Command {
 const SERVE: &str = "\
 Environment variables override the configuration file; flags override both.
 `weir config show --explain` prints every key with its value and description.
-The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT.
+The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT; an unknown WEIR_ variable is an error.
 
   weir --listen 127.0.0.1:9000
   weir serve --config weir.toml

@@ -14,15 +14,17 @@ use super::{
     sections::Config,
 };
 
-/// `WEIR__SSE__HEARTBEAT` is `sse.heartbeat`. The two underscores distinguish settings from `WEIR_URL` and from the
-/// variables that Kubernetes adds for a service called weir (`WEIR_PORT=tcp://…`).
-const PREFIX: &str = "WEIR__";
+/// The variables that are no settings: those of the command line, and those of commands that `weir provide` runs.
+pub(crate) const COMMAND_VARIABLES: [&str; 6] =
+    ["WEIR_CONFIG", "WEIR_URL", "WEIR_TOKEN", "WEIR_SERVICE", "WEIR_METHOD", "WEIR_CALLER"];
 
 /// A configuration and the sources of its values. A key that is not in `sources` has its default.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub config: Config,
     pub sources: BTreeMap<String, Source>,
+    /// The variables that Kubernetes sets for a Service whose name begins with `weir`; they are no settings.
+    pub service_links: Vec<String>,
 }
 
 /// The source of a value.
@@ -55,7 +57,7 @@ pub struct ConfigProblem {
 #[derive(Clone, Debug)]
 pub struct ConfigProblems(pub Vec<ConfigProblem>);
 
-/// Overrides `defaults` with `file`, the variables of `environment` that are settings, and `flags`; the later wins.
+/// Overrides `defaults` with `file`, the variables of `environment` that begin with `WEIR_`, and `flags`; the later wins.
 ///
 /// The environment is a parameter so that tests have their own.
 pub fn load(
@@ -75,7 +77,8 @@ pub(crate) fn read(
     environment: impl IntoIterator<Item = (String, String)>,
     flags: &[Override],
 ) -> Result<Loaded, ConfigProblems> {
-    let environment: Vec<_> = environment.into_iter().collect();
+    let (service_links, environment): (Vec<_>, Vec<_>) =
+        environment.into_iter().partition(|(name, value)| is_service_link(name, value));
     // The enabled adapters are known after a first pass; their originals' variables apply in a second.
     let first = gather(defaults, &file, &environment, &[], flags);
     let originals = originals(&first.0, &environment);
@@ -84,7 +87,8 @@ pub(crate) fn read(
         false => gather(defaults, &file, &environment, &originals, flags),
     };
     if found.problems.is_empty() {
-        Ok(Loaded { config, sources: found.sources })
+        let service_links = service_links.into_iter().map(|(name, _)| name).collect();
+        Ok(Loaded { config, sources: found.sources, service_links })
     } else {
         Err(ConfigProblems(found.problems))
     }
@@ -111,7 +115,9 @@ fn gather(
 ) -> (Config, MergedValues) {
     let mut config = defaults.clone();
     let mut found = MergedValues::default();
-    let lists: Vec<String> = settings(&mut config, "")
+    let known = settings(&mut config, "");
+    let keys: Vec<String> = known.iter().map(|setting| setting.key.clone()).collect();
+    let lists: Vec<String> = known
         .into_iter()
         .filter_map(|setting| matches!(setting.slot, Slot::Tables(_)).then_some(setting.key))
         .collect();
@@ -121,11 +127,17 @@ fn gather(
     for OriginalSetting { variable, key, value } in originals {
         found.text(key, value.clone(), Source::Environment((*variable).into()), &lists);
     }
-    let mut variables: Vec<_> = environment.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
+    let mut variables: Vec<_> = environment
+        .iter()
+        .filter(|(name, _)| name.to_uppercase().starts_with("WEIR_") && !COMMAND_VARIABLES.contains(&name.as_str()))
+        .collect();
     variables.sort();
     for (name, value) in variables {
-        let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
-        found.text(&key, value.clone(), Source::Environment(name.as_str().into()), &lists);
+        let source = Source::Environment(name.as_str().into());
+        match keys.iter().find(|key| variable(key) == *name) {
+            Some(key) => found.text(key, value.clone(), source, &lists),
+            None => found.problem("", Some(source), unknown_variable(name, &keys)),
+        }
     }
     for Override { flag, key, value } in flags {
         found.text(key, value.clone(), Source::Flag(flag), &lists);
@@ -333,14 +345,68 @@ fn is_under(key: &str, section: &str) -> bool {
 }
 
 fn unknown(key: &str, settings: &[Setting<'_>]) -> String {
-    let name = key.rsplit('.').next().unwrap_or(key);
-    let near = settings.iter().map(|setting| (edits(key, &setting.key), &setting.key)).min();
-    let elsewhere = settings.iter().find(|setting| setting.key.rsplit('.').next() == Some(name));
-    match (near, elsewhere) {
-        (Some((1..=2, near)), _) => format!("unknown key; did you mean {near}?"),
-        (_, Some(elsewhere)) => format!("unknown key; did you mean {}?", elsewhere.key),
-        _ => "unknown key".into(),
+    match nearest(key, settings.iter().map(|setting| &*setting.key)) {
+        Some(near) => format!("unknown key; did you mean {near}?"),
+        None => "unknown key".into(),
     }
+}
+
+fn unknown_variable(name: &str, keys: &[String]) -> String {
+    let upper = name.to_uppercase();
+    let command = COMMAND_VARIABLES.into_iter().find(|known| edits(known, &upper) <= 2).map(str::to_owned);
+    match command.or_else(|| nearest(&upper["WEIR_".len()..], keys.iter().map(String::as_str)).map(variable)) {
+        Some(near) => format!("unknown variable; did you mean {near}?"),
+        None => "unknown variable; the variable of sse.heartbeat is WEIR__SSE__HEARTBEAT".into(),
+    }
+}
+
+/// The environment variable of a setting.
+fn variable(key: &str) -> String {
+    format!("WEIR__{}", key.to_uppercase().replace('.', "__"))
+}
+
+/// Whether Kubernetes sets this variable for a Service named `weir` or `weir-…` in the namespace
+/// (`enableServiceLinks`): `WEIR_SERVICE_HOST`, `WEIR_SERVICE_PORT_HTTP`, `WEIR_PORT=tcp://…`, `WEIR_PORT_8000_TCP_ADDR`.
+fn is_service_link(name: &str, value: &str) -> bool {
+    let Some(name) = name.strip_prefix("WEIR") else { return false };
+    let is_url = || ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme));
+    let is_port = |rest: &str| {
+        let mut words = rest.split('_');
+        words.next().is_some_and(|port| port.parse::<u16>().is_ok())
+            && words.next().is_some_and(|protocol| ["TCP", "UDP", "SCTP"].contains(&protocol))
+    };
+    name.ends_with("_SERVICE_HOST")
+        || name.ends_with("_SERVICE_PORT")
+        || name.contains("_SERVICE_PORT_")
+        || name.ends_with("_PORT") && is_url()
+        || name.match_indices("_PORT_").any(|(at, found)| is_port(&name[at + found.len()..]))
+}
+
+/// The key that a mistaken key or variable most likely stands for: one that differs in two letters, one that contains it
+/// (`LISTEN`, `REDIS_URL`), or one whose last part it contains (`ws.heartbeat`). The first of `keys` if several fit.
+fn nearest<'a>(name: &str, keys: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let words = |text: &str| {
+        let text = text.to_lowercase();
+        let words: Vec<_> = text.split(['.', '_']).filter(|word| !word.is_empty()).map(synonym).collect();
+        format!("_{}_", words.join("_"))
+    };
+    let name = words(name);
+    let rank = |key: &str| {
+        let (whole, last) = (words(key), words(key.rsplit('.').next().unwrap_or(key)));
+        match edits(&name, &whole) {
+            edits @ 0..=2 => Some((0, edits)),
+            _ if whole.contains(&name) => Some((1, 0)),
+            // A longer part says more.
+            _ if name.contains(&last) => Some((2, usize::MAX - last.len())),
+            _ => None,
+        }
+    };
+    keys.filter_map(|key| Some((rank(key)?, key))).min_by_key(|(rank, _)| *rank).map(|(_, key)| key)
+}
+
+/// The word of the settings for what other servers call `PORT`.
+fn synonym(word: &str) -> &str {
+    if ["port", "host", "addr", "address", "bind"].contains(&word) { "listen" } else { word }
 }
 
 /// Levenshtein distance in bytes, for hints.

@@ -19,8 +19,9 @@ fn file() -> std::path::PathBuf {
 const HEAD: &str = "\
 # All settings of weir with their defaults. A configuration file (weir --config FILE, or WEIR_CONFIG) needs only the settings
 # that it changes. Environment variables override the file (WEIR__SSE__HEARTBEAT=15s; lists separated by commas), and flags
-# override both. Durations have a unit (500ms, 5s, 2m, 1h, 30d); sizes are in bytes or have a unit (512KiB, 16MiB, 8MB).
-# `weir config check` validates a configuration. Generated from the sections in src/ by `UPDATE=1 cargo test config`.
+# override both. An unknown key is an error, and so is an unknown variable that begins with WEIR_. Durations have a unit
+# (500ms, 5s, 2m, 1h, 30d); sizes are in bytes or have a unit (512KiB, 16MiB, 8MB). `weir config check` validates a
+# configuration. Generated from the sections in src/ by `UPDATE=1 cargo test config`.
 
 ";
 
@@ -102,8 +103,8 @@ weir.toml: cors.origins: "null" is not an origin: write https://example.com or h
 weir.toml: channels[0].keep.count: needs a whole number, not -1
 weir.toml: channels[0].keep.wiegth: unknown key
 weir.toml: channels[1]: has no `match`: which channels is it for?
-WEIR__PLUGINS__URL: plugins.url: unknown key; did you mean bus.redis.url?
-WEIR__HEARTBEAT: heartbeat: unknown key; did you mean sse.heartbeat?
+WEIR__PLUGINS__URL: unknown variable; did you mean WEIR__BUS__REDIS__URL?
+WEIR__HEARTBEAT: unknown variable; did you mean WEIR__SSE__HEARTBEAT?
 WEIR__LOG__LEVEL: log.level: "louder" is no level: write one of error, warn, info, debug, trace, off, or by target as "info,weir::rpc=debug""#
         .lines()
         .collect();
@@ -111,6 +112,73 @@ WEIR__LOG__LEVEL: log.level: "louder" is no level: write one of error, warn, inf
     expected.sort_unstable();
     lines.sort_unstable();
     assert_eq!(lines, expected);
+}
+
+#[test]
+fn an_unknown_variable_is_an_error_with_the_right_name() {
+    for (mistaken, right) in [
+        ("WEIR_LISTEN", "WEIR__SERVER__LISTEN"),
+        ("WEIR_PORT", "WEIR__SERVER__LISTEN"),
+        ("WEIR_LISTEN_ADDR", "WEIR__SERVER__LISTEN"),
+        ("WEIR_ADMIN_LISTEN", "WEIR__ADMIN__LISTEN"),
+        ("WEIR_ADMIN_PORT", "WEIR__ADMIN__LISTEN"),
+        ("WEIR_SSE_HEARTBEAT", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR___SSE__HEARTBEAT", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__SSE___HEARTBEAT", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__SSE_HEARTBEAT", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__SSE__HEARTBEAT__", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__SSE__HEARTBEAT__SECONDS", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__SSE__HEARBEAT", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__WS__HEARTBEAT", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__SSE", "WEIR__SSE__HEARTBEAT"),
+        ("weir__sse__heartbeat", "WEIR__SSE__HEARTBEAT"),
+        ("Weir_Sse_Heartbeat", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR__sse__heartbeat", "WEIR__SSE__HEARTBEAT"),
+        ("WEIR_REDIS_URL", "WEIR__BUS__REDIS__URL"),
+        ("WEIR_REDIS", "WEIR__BUS__REDIS__URL"),
+        ("WEIR_LOG", "WEIR__LOG__LEVEL"),
+        ("WEIR_LOG_LEVEL", "WEIR__LOG__LEVEL"),
+        ("WEIR_COMPAT", "WEIR__COMPAT__ENABLE"),
+        ("WEIR_CHANNELS", "WEIR__CHANNELS"),
+        ("WEIR__CHANNELS__0__MATCH", "WEIR__CHANNELS"),
+        ("WEIR_ALLOW_ANONYMOUS", "WEIR__AUTH__ALLOW_ANONYMOUS"),
+        ("WEIR_CONF", "WEIR_CONFIG"),
+        ("weir_url", "WEIR_URL"),
+    ] {
+        let expected = format!("{mistaken}: unknown variable; did you mean {right}?");
+        assert_eq!(read("", &[(mistaken, "1")], &[]).unwrap_err(), expected);
+    }
+    for none in ["WEIR_", "WEIR__", "WEIR_FROBNICATE"] {
+        assert!(read("", &[(none, "1")], &[]).unwrap_err().starts_with(&format!("{none}: unknown variable")), "{none}");
+    }
+    // Not weir's.
+    read("", &[("WEIRD_LISTEN", "1"), ("MY_WEIR_LISTEN", "1"), ("WEIR", "1")], &[]).unwrap();
+    read("", &COMMAND_VARIABLES.map(|name| (name, "1")), &[]).unwrap();
+}
+
+#[test]
+fn the_variables_that_kubernetes_sets_for_a_service_are_ignored() {
+    let links = [
+        ("WEIR_SERVICE_HOST", "10.96.0.7"),
+        ("WEIR_SERVICE_PORT", "8000"),
+        ("WEIR_SERVICE_PORT_HTTP", "8000"),
+        ("WEIR_PORT", "tcp://10.96.0.7:8000"),
+        ("WEIR_PORT_8000_TCP", "tcp://10.96.0.7:8000"),
+        ("WEIR_PORT_8000_TCP_PROTO", "tcp"),
+        ("WEIR_PORT_8000_TCP_PORT", "8000"),
+        ("WEIR_PORT_8000_TCP_ADDR", "10.96.0.7"),
+        ("WEIR_PORT_53_UDP_ADDR", "10.96.0.7"),
+        ("WEIR_ADMIN_SERVICE_HOST", "10.96.0.8"),
+        ("WEIR_ADMIN_SERVICE_PORT_METRICS", "9000"),
+        ("WEIR_ADMIN_PORT", "tcp://10.96.0.8:9000"),
+        ("WEIR_ADMIN_PORT_9000_TCP_ADDR", "10.96.0.8"),
+    ];
+    let loaded = read("", &links, &[]).unwrap();
+    assert_eq!(loaded.config, compat::default_config());
+    assert_eq!(loaded.service_links, links.map(|(name, _)| name));
+    for mistaken in [("WEIR_PORT", "8000"), ("WEIR_ADMIN_PORT", "9000"), ("WEIR_PORT_TCP", "8000")] {
+        assert!(read("", &[mistaken], &[]).is_err(), "{mistaken:?}");
+    }
 }
 
 #[test]

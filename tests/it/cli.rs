@@ -268,6 +268,27 @@ fn settings_are_validated_and_shown_with_their_source() {
 }
 
 #[test]
+fn an_unknown_variable_prevents_a_start_unless_kubernetes_sets_it() {
+    for command in [&["config", "check"][..], &["config", "show"], &["serve"], &[]] {
+        let environment = [("WEIR_LISTEN", "127.0.0.1:0"), ("weir__sse__heartbeat", "5s")];
+        let output = weir_command().args(command).envs(environment).output().unwrap();
+        let notes = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{notes}");
+        let expected = "WEIR_LISTEN: unknown variable; did you mean WEIR__SERVER__LISTEN?\n\
+                        weir__sse__heartbeat: unknown variable; did you mean WEIR__SSE__HEARTBEAT?\n";
+        assert_eq!(notes, expected);
+    }
+    let links =
+        [("WEIR_PORT", "tcp://10.96.0.7:8000"), ("WEIR_SERVICE_HOST", "10.96.0.7"), ("WEIR__LOG__LEVEL", "debug")];
+    let node = Process::start(&links);
+    let log = node.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("WEIR_PORT")).collect();
+    assert!(lines.len() == 1 && lines[0].contains("DEBUG") && lines[0].contains("WEIR_SERVICE_HOST"), "{log}");
+    let checked = weir_command().args(["config", "check"]).envs(links).output().unwrap();
+    assert!(checked.status.success());
+}
+
+#[test]
 fn sigterm_and_sigint_shut_a_node_down_gracefully() {
     for signal in [Signal::TERM, Signal::INT] {
         let node = Process::start(&[]);

@@ -78,7 +78,7 @@ mod tests {
             let own = [SECRET, ("PORT", "9000"), ("POLL_TIMEOUT", "30000"), ("LOG_LEVEL", "WARN")];
             read("compat.enable = [\"ganomede\"]\nlog.level = \"debug\"", &[&own, more].concat())
         };
-        let Loaded { config, sources } = ganomede(&[]).unwrap();
+        let Loaded { config, sources, .. } = ganomede(&[]).unwrap();
         assert_eq!(config.server.listen, ["127.0.0.1:9000".parse().unwrap()]);
         assert_eq!(config.compat.get::<Config>().secret.reveal(), "s3cret");
         assert_eq!(config.compat.get::<Config>().poll_timeout, seconds(30));
