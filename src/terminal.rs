@@ -1,14 +1,18 @@
-//! Output of commands: results as lines of JSON on standard output, sentences on standard error.
+//! Output of commands: results as lines of JSON or as tables on standard output, sentences on standard error.
+
+mod table;
 
 use std::{
     fmt,
-    io::{self, StdoutLock, Write as _},
+    io::{self, IsTerminal as _, StdoutLock, Write as _},
     process::ExitCode,
 };
 
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+use self::table::TextTable;
+pub(crate) use self::table::utc;
 use crate::json::write_json_line;
 
 /// Why a command fails, with its exit code and the text for standard error.
@@ -59,6 +63,46 @@ impl Output {
 
     pub(crate) fn flush(&mut self) -> Result<(), Failure> {
         self.0.flush().map_err(write_failure)
+    }
+}
+
+/// Prints the objects of a list: on a terminal as a table, otherwise as lines of JSON.
+pub(crate) struct ObjectList<'a> {
+    out: &'a mut Output,
+    table: Option<TextTable>,
+}
+
+/// Whether results are printed for people: standard output is a terminal, and JSON is not requested.
+pub(crate) fn is_for_people(json: bool) -> bool {
+    !json && io::stdout().is_terminal()
+}
+
+impl<'a> ObjectList<'a> {
+    /// `json`: lines of JSON on a terminal, too.
+    pub(crate) fn new(json: bool, out: &'a mut Output) -> Self {
+        ObjectList { out, table: is_for_people(json).then(TextTable::default) }
+    }
+
+    pub(crate) fn add(&mut self, object: &RawValue) -> Result<(), Failure> {
+        match (&mut self.table, serde_json::from_str(object.get())) {
+            (Some(table), Ok(members)) => {
+                table.add(&members);
+                Ok(())
+            }
+            // Not an object.
+            _ => self.out.json(object),
+        }
+    }
+
+    /// Ends the list. On a terminal, an empty list is a message.
+    pub(crate) fn finish(self) -> Result<(), Failure> {
+        let Some(table) = self.table else { return self.out.flush() };
+        let lines = table.lines();
+        if lines.is_empty() {
+            note(format_args!("the list is empty"));
+        }
+        lines.iter().try_for_each(|line| self.out.line(line))?;
+        self.out.flush()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
+use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 
 use super::connect::BaseUrl;
 use crate::{
@@ -26,6 +26,7 @@ Call a service:
   weir call math/add '[1,2]'
 
 Client commands print one JSON value per line to standard output, and messages to standard error.
+On a terminal, lists are tables; --json prints JSON there, too.
 Exit codes: 0 success, 1 failure, 2 wrong usage, 3 rejected (4xx), 4 unavailable (5xx, no node).";
 
 #[derive(Debug, Parser)]
@@ -60,7 +61,8 @@ pub enum Command {
 const SERVE: &str = "\
 Environment variables override the configuration file; flags override both.
 `weir config show --explain` prints every key with its value and description.
-The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT; an unknown WEIR_ variable is an error.
+The environment variable of sse.heartbeat is WEIR__SSE__HEARTBEAT. An unknown key or an unknown
+variable that begins with WEIR_ is an error.
 
   weir --listen 127.0.0.1:9000
   weir serve --config weir.toml
@@ -99,7 +101,7 @@ pub enum ConfigCommand {
     },
 }
 
-/// The node that a client command uses.
+/// The node that a client command uses, and the form of its results.
 #[derive(Clone, Debug, Args)]
 pub struct Remote {
     /// URL of the node
@@ -108,6 +110,9 @@ pub struct Remote {
     /// Credentials, sent as `Authorization: Bearer`
     #[arg(long, env = "WEIR_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(super) token: Option<String>,
+    /// Print lines of JSON on a terminal too, where lists are tables
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -326,11 +331,12 @@ pub enum ConnectionsCommand {
     /// List connections (the default command)
     List(Which),
     /// Close connections, on all nodes
+    #[command(group(ArgGroup::new("which").args(["subject", "id"]).required(true).multiple(true)))]
     Kick {
         #[command(flatten)]
         remote: Remote,
         /// Close all connections of this subject
-        #[arg(long, required_unless_present = "id")]
+        #[arg(long)]
         subject: Option<String>,
         /// Close only the connection with this id
         #[arg(long)]

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     duration,
-    terminal::{Failure, Output, note},
+    terminal::{Failure, ObjectList, Output, note},
 };
 
 /// Timeout of a call without a timeout of its own: the node's configuration decides, and its default maximum is 10 minutes.
@@ -84,7 +84,7 @@ pub(super) async fn run(command: ClientCommand, out: &mut Output) -> Result<(), 
             channels(command.unwrap_or(ChannelsCommand::List(default)), out).await
         }
         ClientCommand::Doctor { mut remote, node, redis, prefix, long } => {
-            let mut report = doctor::Report::new(out);
+            let mut report = doctor::Report::new(remote.json, out);
             match redis {
                 Some(url) => {
                     let url = if url.is_empty() { redis_url()? } else { url };
@@ -128,7 +128,7 @@ async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Fail
             return list(&remote, "channels", named("channels", prefix), out).await;
         }
         ChannelsCommand::Show { remote, channel } => {
-            (remote, Method::GET, RequestTarget::new("/v1/channels").query("channel", channel))
+            return show(&remote, &RequestTarget::new("/v1/channels").query("channel", channel), out).await;
         }
         ChannelsCommand::Delete { remote, channel, before } => {
             let target = RequestTarget::new("/v1/events").query("channel", channel).each("before", before);
@@ -144,7 +144,7 @@ async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Fa
         ConsumersCommand::List(List { remote, prefix }) => {
             return list(&remote, "consumers", named("consumers", prefix), out).await;
         }
-        ConsumersCommand::Show { remote, consumer } => (remote, Method::GET, one(&consumer), None),
+        ConsumersCommand::Show { remote, consumer } => return show(&remote, &one(&consumer), out).await,
         ConsumersCommand::Delete { remote, consumer } => (remote, Method::DELETE, one(&consumer), None),
         ConsumersCommand::Commit { remote, consumer, after, channels } => {
             let mut body = serde_json::json!({ "after": after });
@@ -203,16 +203,14 @@ async fn read(
 /// Prints the entries of all pages of a list, which are in `member`.
 async fn list(remote: &Remote, member: &str, base: RequestTarget, out: &mut Output) -> Result<(), Failure> {
     let mut client = NodeClient::new(remote)?;
+    let mut listed = ObjectList::new(remote.json, out);
     let mut page: Option<String> = None;
     loop {
         let target = base.clone().each("page", page.as_deref());
         let response = client.fetch(Method::GET, &target, None, RESPONSE_TIMEOUT).await?;
         let members: std::collections::BTreeMap<Cow<'_, str>, &RawValue> = parse(response.as_deref())?;
         let entries: Vec<&RawValue> = parse(members.get(member).copied())?;
-        for entry in entries {
-            out.json(entry)?;
-        }
-        out.flush()?;
+        entries.into_iter().try_for_each(|entry| listed.add(entry))?;
         if let Some(silent) = members.get("silent") {
             note(format_args!("nodes that did not respond: {silent}"));
         }
@@ -221,9 +219,17 @@ async fn list(remote: &Remote, member: &str, base: RequestTarget, out: &mut Outp
             None => None,
         };
         if page.is_none() {
-            return Ok(());
+            return listed.finish();
         }
     }
+}
+
+/// Prints one object like a list of it.
+async fn show(remote: &Remote, target: &RequestTarget, out: &mut Output) -> Result<(), Failure> {
+    let object = NodeClient::new(remote)?.fetch(Method::GET, target, None, RESPONSE_TIMEOUT).await?;
+    let mut listed = ObjectList::new(remote.json, out);
+    object.as_deref().map_or(Ok(()), |object| listed.add(object))?;
+    listed.finish()
 }
 
 fn parse<'a, T: Deserialize<'a>>(response: Option<&'a RawValue>) -> Result<T, Failure> {

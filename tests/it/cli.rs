@@ -237,6 +237,58 @@ fn consumer_commands_read_commit_seek_and_delete() {
     run(url, &["consumers", "show", "mailer"]).fails(3, "not_found");
 }
 
+/// The lines that a command prints on a terminal.
+fn on_terminal(url: &str, args: &str) -> Vec<String> {
+    let line = format!("{} {args}", env!("CARGO_BIN_EXE_weir"));
+    let output = Command::new("script").args(["-qec", &line, "/dev/null"]).env("WEIR_URL", url).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    text.lines().map(|line| line.trim_end().to_owned()).collect()
+}
+
+#[test]
+fn lists_are_tables_on_a_terminal() {
+    let node = Process::start(&[]);
+    let url = &*node.url();
+    assert_eq!(on_terminal(url, "consumers"), ["weir: the list is empty"]);
+    run(url, &["publish", "orders", "1"]).ok();
+    run(url, &["publish", "orders-of-today", "2"]).ok();
+    run(url, &["read", "orders", "--consumer", "mailer", "--commit"]).ok();
+    let tail = Running::start(url, &["tail", "chat", "--present", "ann"]);
+    eventually_blocking("ann is present", || run(url, &["presence", "chat"]).ok().len() == 1);
+
+    let channels = on_terminal(url, "channels --prefix orders");
+    assert_eq!(channels.len(), 3, "{channels:?}");
+    let words: Vec<_> = channels[0].split_whitespace().collect();
+    assert_eq!(words, ["CHANNEL", "EPOCH", "FIRST", "TOP", "BYTES", "READERS", "TIME"]);
+    let time = channels[1].rsplit(' ').next().unwrap();
+    assert!(time.starts_with("20") && time.contains('T') && time.ends_with('Z'), "{channels:?}");
+    assert_eq!(channels[1].find(time), channels[0].find("TIME"), "columns are aligned: {channels:?}");
+
+    assert!(on_terminal(url, "channels show orders")[1].starts_with("orders  "));
+    let lag = "NAME    MODE    CHANNEL  POSITION";
+    for list in ["consumers", "consumers list", "consumers show mailer"] {
+        let lines = on_terminal(url, list);
+        assert!(
+            lines.len() == 2 && lines[0].starts_with(lag) && lines[1].starts_with("mailer  cursor  orders"),
+            "{lines:?}"
+        );
+    }
+    for (list, column) in [("services", "PROVIDERS"), ("presence chat", "CLIENT"), ("connections", "TRANSPORT")] {
+        let lines = on_terminal(url, list);
+        assert!(lines.len() == 2 && lines[0].contains(column), "{lines:?}");
+    }
+    let commands = ["services", "presence chat", "connections", "consumers", "consumers show mailer", "channels list"];
+    for list in commands {
+        for line in on_terminal(url, &format!("{list} --json")) {
+            assert!(serde_json::from_str::<Value>(&line).unwrap().is_object(), "{line}");
+        }
+    }
+    // In a pipe.
+    assert!(run(url, &["channels", "--json"]).ok()[0]["time"].is_u64());
+    drop(tail);
+}
+
 #[test]
 fn settings_are_validated_and_shown_with_their_source() {
     let file = std::env::temp_dir().join(format!("weir-cli-test-{}.toml", std::process::id()));
@@ -366,6 +418,26 @@ fn no_line_of_help_is_longer_than_a_hundred_columns() {
         command.get_subcommands().for_each(check);
     }
     check(&<weir::cli::Cli as clap::CommandFactory>::command());
+}
+
+#[test]
+fn every_command_and_argument_has_help_and_usage_lines_show_what_is_required() {
+    fn check(command: &clap::Command) {
+        assert!(command.get_about().is_some(), "weir {}", command.get_name());
+        for argument in command.get_arguments() {
+            assert!(argument.get_help().is_some(), "weir {}: {argument}", command.get_name());
+        }
+        command.get_subcommands().for_each(check);
+    }
+    check(&<weir::cli::Cli as clap::CommandFactory>::command());
+    let usage = |args: &[&str]| {
+        let output = weir_command().args(args).arg("--help").output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        help.lines().find_map(|line| line.strip_prefix("Usage: weir ")).unwrap().to_owned()
+    };
+    assert_eq!(usage(&["connections", "kick"]), "connections kick [OPTIONS] <--subject <SUBJECT>|--id <ID>>");
+    assert_eq!(usage(&["publish"]), "publish [OPTIONS] <CHANNEL> [DATA]");
+    assert_eq!(usage(&["provide"]), "provide [OPTIONS] <SERVICE> [-- <CMD>...]");
 }
 
 #[tokio::test]

@@ -2,14 +2,13 @@
 
 use std::{
     fmt,
-    io::{IsTerminal as _, stdout},
     time::{Duration, SystemTime},
 };
 
 use serde::Serialize;
 
 use super::latency::Span;
-use crate::terminal::{Failure, Output, note};
+use crate::terminal::{Failure, Output, is_for_people, note};
 
 /// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -49,8 +48,9 @@ pub(crate) struct Report<'a> {
 // === impl Report ===
 
 impl<'a> Report<'a> {
-    pub(crate) fn new(out: &'a mut Output) -> Self {
-        Report { out, json: !stdout().is_terminal(), server: None, problems: 0, advice: 0 }
+    /// `json`: lines of JSON on a terminal, too.
+    pub(crate) fn new(json: bool, out: &'a mut Output) -> Self {
+        Report { out, json: !is_for_people(json), server: None, problems: 0, advice: 0 }
     }
 
     /// Sets the server of the following findings.

@@ -11,6 +11,7 @@ use crate::{
     error::{Code, Error},
     event::Event,
     json::write_json_str,
+    terminal::utc,
 };
 
 /// The type of void events: they fill the ids without an event in imported channels, and are not shown to clients.
@@ -138,26 +139,9 @@ pub(super) fn about() -> Bytes {
         "type": "ganomede-events",
         "version": env!("CARGO_PKG_VERSION"),
         "description": "weir, in the place of ganomede-events",
-        "startDate": iso(now),
+        "startDate": utc(now),
     });
     Bytes::from(about.to_string())
-}
-
-/// Unix milliseconds as `2026-11-21T15:04:05.678Z`.
-fn iso(ms: u64) -> String {
-    let (days, ms) = ((ms / 86_400_000) as i64, ms % 86_400_000);
-    // `civil_from_days` of Howard Hinnant, for dates since 1970.
-    let shifted = days + 719_468;
-    let era = shifted / 146_097;
-    let of_era = shifted % 146_097;
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1000)
 }
 
 /// A random UUID of version 4.
@@ -216,9 +200,9 @@ mod tests {
 
     #[test]
     fn dates() {
-        assert_eq!(iso(0), "1970-01-01T00:00:00.000Z");
-        assert_eq!(iso(951_827_696_001), "2000-02-29T12:34:56.001Z");
-        assert_eq!(iso(1_763_640_000_123), "2025-11-20T12:00:00.123Z");
+        assert_eq!(utc(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(utc(951_827_696_001), "2000-02-29T12:34:56.001Z");
+        assert_eq!(utc(1_763_640_000_123), "2025-11-20T12:00:00.123Z");
     }
 
     #[test]
