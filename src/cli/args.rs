@@ -152,7 +152,7 @@ pub enum ClientCommand {
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
         /// Begin after this position or token, or at `earliest` [default: now]
-        #[arg(long, value_name = "POSITION", value_parser = position)]
+        #[arg(long, value_name = "POSITION", allow_hyphen_values = true, value_parser = position)]
         after: Option<String>,
         /// Print only events of this type (repeatable)
         #[arg(long = "type", value_name = "TYPE")]
@@ -177,7 +177,7 @@ pub enum ClientCommand {
         #[arg(long, value_name = "N", conflicts_with = "after")]
         last: Option<u64>,
         /// Begin after this position or token, at `earliest` or at `now` [default: earliest]
-        #[arg(long, value_name = "POSITION")]
+        #[arg(long, value_name = "POSITION", allow_hyphen_values = true)]
         after: Option<String>,
         /// Print only events of this type (repeatable)
         #[arg(long = "type", value_name = "TYPE")]
@@ -362,7 +362,7 @@ pub enum ChannelsCommand {
         /// Name of the channel
         channel: String,
         /// Position of the first event to keep
-        #[arg(long, value_name = "POSITION")]
+        #[arg(long, value_name = "POSITION", allow_hyphen_values = true)]
         before: Option<String>,
     },
 }
@@ -385,6 +385,7 @@ pub enum ConsumersCommand {
         /// Name of the consumer
         consumer: String,
         /// Token or position that a read returned as `next`
+        #[arg(allow_hyphen_values = true)]
         after: String,
         /// Channels of the token (repeatable) [default: all channels of the consumer]
         #[arg(long = "channel", value_name = "CHANNEL")]
@@ -399,6 +400,7 @@ pub enum ConsumersCommand {
         /// Channel of the cursor
         channel: String,
         /// New position: a position, `earliest` or `now`
+        #[arg(allow_hyphen_values = true)]
         after: String,
     },
     /// Delete a consumer
@@ -486,9 +488,10 @@ reject them. Each problem is printed with its remedy.
   weir doctor --redis redis+sentinel://a,b,c/weir | jq 'select(.state != \"ok\")'
 
 A finding is one line of JSON on standard output (unless that is a terminal) and prose on standard
-error. Exit codes: 0 no problem, 1 a problem, 3 the credentials are rejected, 4 not reachable. The
-command publishes to a channel weir.doctor.* and deletes it; in Redis it writes four keys that
-expire within a minute.";
+error. Exit codes: 0 no problem, 1 a problem, 3 rejected (4xx), 4 not reachable. The command
+publishes to a channel weir.doctor.* and deletes it; in Redis it writes four keys that expire
+within a minute. Its requests have the User-Agent weir-doctor, and cause no errors in the metrics
+of a node without a problem.";
 
 /// Rejects an invalid position before the stream is opened. A node would begin the stream at `now` and report a gap, which
 /// suits programs, but not a command line.

@@ -73,6 +73,9 @@ fn commands_fail_with_documented_exit_codes() {
     run(url, &["publish", "$services", "1"]).fails(3, "forbidden");
     run(url, &["read", "orders", "--after", "what?"]).fails(3, "invalid_position");
     run(url, &["tail", "orders", "--after", "what?"]).fails(2, "not a position");
+    // An epoch may begin with a hyphen.
+    run(url, &["read", "orders", "--after", "-u3Vq0-6"]).ok();
+    run(url, &["consumers", "commit", "mailer", "-u3Vq0-6", "--channel", "orders"]).fails(3, "");
     run(url, &["tail", "orders", "--after", "earliest", "--last", "3"]).fails(2, "cannot be used with");
     run(url, &["call", "weir/echo", "{oops"]).fails(2, "not JSON");
     run(url, &["call", "echo"]).fails(2, "SERVICE/METHOD");
