@@ -19,15 +19,11 @@ use futures_util::future::BoxFuture;
 pub use self::{
     clock::MonotonicClock,
     inbox::{Inbox, InboxEvent},
-    lease::{Claim, ClaimError, Lease},
+    lease::{Claim, ClaimError, Lease, LeaseBackend, LeaseState},
     message::{MessageKind, Priority, SendOutcome},
     node_id::NodeId,
-    watchers::{ClusterMember, ClusterMembers, Roster, RosterEntry},
-};
-pub(crate) use self::{
-    lease::{LeaseBackend, LeaseState},
     peer_links::{BatchOutcome, MessageBatch, PeerLinks, ReceiveOutcome},
-    watchers::Watchers,
+    watchers::{ClusterMember, ClusterMembers, Roster, RosterEntry, Watchers},
 };
 
 /// The contract of a cluster backend. No method blocks: what is impossible at the moment fails at once.
@@ -62,7 +58,5 @@ pub trait Cluster: Send + Sync {
     fn leave(&self) -> BoxFuture<'static, ()>;
 }
 
-#[cfg(test)]
-pub(crate) mod test_network;
 #[cfg(test)]
 mod tests;

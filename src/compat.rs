@@ -61,11 +61,3 @@ pub(crate) fn build(node: &Arc<Node>) -> Result<Vec<Adapter>> {
     let entries = ADAPTERS.iter().filter(|entry| enabled.contains(&(entry.config)().name()));
     entries.map(|entry| (entry.build)(node)).collect()
 }
-
-/// Loads a configuration with all adapters, for their tests.
-#[cfg(test)]
-fn read_config(file: &str, environment: &[(&str, &str)]) -> std::result::Result<crate::config::Loaded, String> {
-    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    let file = Some(("weir.toml".into(), Ok(file.into())));
-    crate::config::read(&default_config(), file, environment, &[]).map_err(|problems| problems.to_string())
-}

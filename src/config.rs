@@ -17,15 +17,11 @@ mod sections;
 mod slot;
 mod value;
 
-pub(crate) use adapter::AdapterContext;
-pub use adapter::{AdapterConfig, CompatSection};
+pub use adapter::{AdapterConfig, AdapterContext, CompatSection};
 pub use channel_rule::{ChannelRule, Keep};
-#[cfg(test)]
-pub(crate) use load::{COMMAND_VARIABLES, read};
-pub use load::{ConfigProblem, ConfigProblems, Loaded, Override, Source, load};
-pub(crate) use originals::{OriginalVariables, bracketed};
+pub use load::{COMMAND_VARIABLES, ConfigProblem, ConfigProblems, Loaded, Override, Source, load, read};
+pub use originals::OriginalVariables;
+pub(crate) use originals::bracketed;
+pub use section::{ConfigItem, Section};
 pub use sections::{Config, LimitsSection, LogSection};
 pub use value::{Ack, Backend, Level, LogFormat, Secret};
-
-#[cfg(test)]
-mod tests;

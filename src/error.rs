@@ -236,7 +236,7 @@ impl Error {
 
     /// `code`, `executed`, `retry_after_ms` and the members that [`with`](Self::with) added: `error.data` of JSON-RPC, and
     /// the extension members of a problem document.
-    pub(crate) fn data(&self) -> Map<String, Value> {
+    pub fn data(&self) -> Map<String, Value> {
         let mut data = Map::new();
         data.insert("code".into(), self.code().as_str().into());
         if let Some(executed) = self.0.executed {

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod app; // builds the parts and shuts them down
-mod auth; // identities and permits
+pub mod auth; // identities and permits
 pub mod backend; // where events are kept: in memory or in Redis
 pub mod bus; // channels, readers, positions
 pub mod channel; // names of channels
@@ -24,7 +24,7 @@ pub mod pattern; // patterns with `*`
 pub mod position; // epochs, offsets and positions
 pub mod presence; // members of channels
 pub mod rpc; // the RPC hub: services, providers, calls
-mod sessions; // open connections, on this node and on all
+pub mod sessions; // open connections, on this node and on all
 pub mod telemetry; // logging
 mod terminal; // what commands write: JSON lines or sentences
 pub mod token; // resume tokens of several channels

@@ -43,7 +43,7 @@ macro_rules! label {
 
 label! {
     /// The transport of a connection, an event or a request.
-    pub(crate) Transport as "transport" {
+    pub Transport as "transport" {
         /// Plain requests. A request that becomes a stream or a socket counts as that.
         Http = "http",
         Sse = "sse",

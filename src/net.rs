@@ -2,7 +2,7 @@
 //! this module knows a route, the bus or the hub.
 
 pub(crate) mod body;
-pub(crate) mod chunk;
+pub mod chunk;
 pub mod hijack;
 pub mod server;
 pub(crate) mod stream;

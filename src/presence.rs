@@ -17,8 +17,11 @@ mod replication;
 
 use std::sync::Arc;
 
-pub use self::member::PresentClient;
-pub(crate) use self::member_table::MemberPage;
+pub use self::{
+    member::{MemberInfo, PresentClient},
+    member_table::MemberPage,
+};
+
 use self::{announcer::Announcer, core::PresenceCore, member_table::MemberKey, replication::Replication};
 use crate::{
     bus::{Bus, ReadLimit},
@@ -49,26 +52,21 @@ pub struct PresenceLease {
 }
 
 /// A page of the members of one channel.
-pub(crate) struct MemberList {
-    pub(crate) page: MemberPage,
+pub struct MemberList {
+    pub page: MemberPage,
     /// Reading `$presence/…` from here on keeps the list up to date. `None` while the bus is unavailable.
-    pub(crate) position: Option<Position>,
+    pub position: Option<Position>,
 }
 
 // === impl Presence ===
 
 impl Presence {
-    pub(crate) fn new(
-        config: Arc<Config>,
-        bus: Arc<Bus>,
-        cluster: Arc<dyn Cluster>,
-        metrics: Arc<Metrics>,
-    ) -> Arc<Self> {
+    pub fn new(config: Arc<Config>, bus: Arc<Bus>, cluster: Arc<dyn Cluster>, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Presence { core: PresenceCore::new(config, bus, cluster, metrics) })
     }
 
     /// Replicates members to other nodes and announces them, until it is dropped.
-    pub(crate) async fn run(self: Arc<Self>) {
+    pub async fn run(self: Arc<Self>) {
         tokio::join!(Replication::new(&self.core).run(), Announcer::new(&self.core).run());
     }
 
@@ -106,13 +104,7 @@ impl Presence {
 
     /// Members of a channel in the order of names, starting after the name `after`: at most `limit`, and about `bytes` of
     /// JSON.
-    pub(crate) async fn list(
-        &self,
-        channel: &Channel,
-        after: Option<&str>,
-        limit: usize,
-        bytes: usize,
-    ) -> Result<MemberList> {
+    pub async fn list(&self, channel: &Channel, after: Option<&str>, limit: usize, bytes: usize) -> Result<MemberList> {
         let events = channel.presence()?;
         let page = self.core.state.lock().table.page(channel, after, limit, bytes);
         let position = match page.position {
@@ -156,6 +148,3 @@ impl Drop for PresenceLease {
         core.metrics.presence_leases.add(-1);
     }
 }
-
-#[cfg(test)]
-mod tests;

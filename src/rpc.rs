@@ -32,12 +32,11 @@ mod remote_nodes;
 mod remote_provider;
 mod service;
 mod tables;
-#[cfg(test)]
-mod tests;
 
 pub use call::Call;
 pub use call_id::{CallId, CallerId};
-pub(crate) use call_once::{CallError, call_once};
+pub use call_once::{CallError, CallFuture, call_once};
+pub use changes::{ServiceChange, ServiceChangeKind, UnpublishedChange};
 pub use connection::HubConnection;
 pub(crate) use connection::ProvidedServices;
 pub use hub::{Hub, HubCounts, ReplyOutcome};
@@ -46,5 +45,5 @@ pub(crate) use peer::RelayInfo;
 pub use peer::{CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, ProbeCallback, ProviderError, WriteOutcome};
 pub use provider::ProvideRequest;
 pub use registration::{AcceptedProvider, ProvideFuture};
-pub(crate) use remote_nodes::RemoteNodes;
+pub use remote_nodes::RemoteNodes;
 pub use service::ServiceInfo;

@@ -43,7 +43,7 @@ pub struct ConnectionRegistry {
 }
 
 /// One registered connection. Dropping it removes the entry.
-pub(crate) struct ConnectionRegistration {
+pub struct ConnectionRegistration {
     registry: Arc<ConnectionRegistry>,
     key: u32,
     number: u32,
@@ -69,7 +69,7 @@ struct ConnectionEntry {
 }
 
 /// The channels that a connection reads.
-pub(crate) enum ChannelSet {
+pub enum ChannelSet {
     Empty,
     One(Channel),
     Many(Arc<[Channel]>),
@@ -78,26 +78,26 @@ pub(crate) enum ChannelSet {
 }
 
 /// The channels of one socket, and the slot of each subscription.
-pub(crate) type SubscribedChannels = HashMap<Channel, u32, RandomState>;
+pub type SubscribedChannels = HashMap<Channel, u32, RandomState>;
 
 /// Selects connections: all given fields must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct ConnectionFilter {
+pub struct ConnectionFilter {
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) id: Option<String>,
+    pub id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) subject: Option<String>,
+    pub subject: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) channel: Option<String>,
+    pub channel: Option<String>,
 }
 
 /// A stream, a WebSocket or a waiting read. Lists are sorted by `id`.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[schema(as = Connection)]
-pub(crate) struct ConnectionInfo {
+pub struct ConnectionInfo {
     /// `NODE-NUMBER`: the node, and a number that increases with each connection.
-    pub(crate) id: String,
-    pub(crate) node: String,
+    pub id: String,
+    pub node: String,
     #[schema(example = "ws")]
     pub(crate) transport: String,
     /// The subject of its credentials.
@@ -117,19 +117,19 @@ pub(crate) struct ConnectionInfo {
 // === impl ConnectionRegistry ===
 
 impl ConnectionRegistry {
-    pub(crate) fn new(wheel: Arc<TimerWheel>) -> Arc<Self> {
+    pub fn new(wheel: Arc<TimerWheel>) -> Arc<Self> {
         let node = fastrand::u64(1..);
         Arc::new(ConnectionRegistry { node, wheel, numbers: AtomicU32::new(0), entries: Mutex::default() })
     }
 
     /// This run of the node, as in [`ConnectionInfo::node`].
-    pub(crate) fn node(&self) -> String {
+    pub fn node(&self) -> String {
         format!("{:016x}", self.node)
     }
 
     /// Adds a connection. It can only be kicked once its timer has the registration's
     /// [`number`](ConnectionRegistration::number) as its [owner](Timer::set_owner).
-    pub(crate) fn register(
+    pub fn register(
         self: &Arc<Self>,
         transport: Transport,
         identity: &Identity,
@@ -319,7 +319,7 @@ impl ChannelSet {
 
 impl ConnectionRegistration {
     /// The owner to set on the connection's timer.
-    pub(crate) fn number(&self) -> u32 {
+    pub fn number(&self) -> u32 {
         self.number
     }
 

@@ -29,7 +29,7 @@ impl<K: Hash + Eq, V> ChangeQueue<K, V> {
     }
 
     /// Takes all changes since the last call.
-    pub(crate) fn take(&self) -> Vec<V> {
+    pub fn take(&self) -> Vec<V> {
         std::mem::take(&mut *self.0.changes.lock()).into_values().collect()
     }
 

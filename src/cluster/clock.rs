@@ -22,7 +22,7 @@ impl MonotonicClock {
     }
 
     /// Milliseconds since the clock was made.
-    pub(crate) fn now(&self) -> u64 {
+    pub fn now(&self) -> u64 {
         self.micros() / 1_000
     }
 

@@ -35,11 +35,11 @@ pub struct Lease {
 }
 
 /// A lease, as the holder and the backend share it.
-pub(crate) struct LeaseState {
-    pub(crate) name: Arc<str>,
-    pub(crate) claim: Claim,
+pub struct LeaseState {
+    pub name: Arc<str>,
+    pub claim: Claim,
     /// The fencing token of an exclusive name; 0 for a shared one.
-    pub(crate) fence: u64,
+    pub fence: u64,
     clock: MonotonicClock,
     /// The expiry of an exclusive lease in milliseconds of `clock`, less a safety margin. Each renewal extends it.
     until: AtomicU64,
@@ -49,7 +49,7 @@ pub(crate) struct LeaseState {
 }
 
 /// The backend that keeps a lease.
-pub(crate) trait LeaseBackend: Send + Sync {
+pub trait LeaseBackend: Send + Sync {
     /// [`LeaseState::info`] has changed and is to be published to other nodes.
     fn info_changed(&self, lease: &Arc<LeaseState>);
 
@@ -63,12 +63,12 @@ pub(crate) trait LeaseBackend: Send + Sync {
 }
 
 impl Lease {
-    pub(crate) fn new(state: Arc<LeaseState>, backend: Arc<dyn LeaseBackend>) -> Self {
+    pub fn new(state: Arc<LeaseState>, backend: Arc<dyn LeaseBackend>) -> Self {
         Lease { state, backend }
     }
 
     /// The fencing token of an exclusive name.
-    pub(crate) fn fence(&self) -> Option<u64> {
+    pub fn fence(&self) -> Option<u64> {
         (self.state.claim == Claim::Exclusive).then_some(self.state.fence)
     }
 
@@ -78,12 +78,12 @@ impl Lease {
 
     /// Whether the name is certainly held at this moment. While other nodes cannot be reached, an exclusive lease becomes
     /// invalid before another node can claim the name, and valid again later if none did.
-    pub(crate) fn is_valid(&self) -> bool {
+    pub fn is_valid(&self) -> bool {
         self.state.is_valid()
     }
 
     /// Whether the lease is invalid for good: another node holds the name, or may have held it.
-    pub(crate) fn is_lost(&self) -> bool {
+    pub fn is_lost(&self) -> bool {
         self.state.is_lost()
     }
 
@@ -99,7 +99,7 @@ impl Lease {
     }
 
     /// Sets what other nodes see in their rosters. `None`, the default, hides the name.
-    pub(crate) fn set_info(&self, info: Option<Bytes>) {
+    pub fn set_info(&self, info: Option<Bytes>) {
         if self.backend.is_single_node() || *self.state.info.lock() == info {
             return;
         }
@@ -121,7 +121,7 @@ impl Drop for Lease {
 
 impl LeaseState {
     /// `until`: milliseconds of `clock`; `u64::MAX` for a lease that does not expire.
-    pub(crate) fn new(name: Arc<str>, claim: Claim, fence: u64, clock: MonotonicClock, until: u64) -> Arc<Self> {
+    pub fn new(name: Arc<str>, claim: Claim, fence: u64, clock: MonotonicClock, until: u64) -> Arc<Self> {
         Arc::new(LeaseState {
             name,
             claim,
@@ -142,20 +142,20 @@ impl LeaseState {
         }
     }
 
-    pub(crate) fn is_lost(&self) -> bool {
+    pub fn is_lost(&self) -> bool {
         self.lost.load(SeqCst)
     }
 
-    pub(crate) fn renew(&self, until: u64) {
+    pub fn renew(&self, until: u64) {
         self.until.store(until, SeqCst);
     }
 
-    pub(crate) fn mark_lost(&self) {
+    pub fn mark_lost(&self) {
         self.lost.store(true, SeqCst);
         self.changed.notify_waiters();
     }
 
-    pub(crate) fn info(&self) -> Option<Bytes> {
+    pub fn info(&self) -> Option<Bytes> {
         self.info.lock().clone()
     }
 }

@@ -7,7 +7,7 @@ use std::fmt;
 pub struct NodeId(pub(crate) u64);
 
 impl NodeId {
-    pub(crate) fn random() -> Self {
+    pub fn random() -> Self {
         NodeId(fastrand::u64(1..))
     }
 

@@ -41,7 +41,7 @@ const SOFT_LIMIT: usize = 4 << 20;
 const HARD_LIMIT: usize = 32 << 20;
 
 /// The links of one node.
-pub(crate) struct PeerLinks {
+pub struct PeerLinks {
     state: Mutex<PeerLinksState>,
     changed: Notify,
 }
@@ -79,14 +79,14 @@ struct PeerLink {
 
 /// A batch to be sent. There is one per peer at a time: the next one follows once [`PeerLinks::complete`] was called.
 #[derive(Clone, Debug)]
-pub(crate) struct MessageBatch {
-    pub(crate) to: NodeId,
-    pub(crate) bytes: Bytes,
+pub struct MessageBatch {
+    pub to: NodeId,
+    pub bytes: Bytes,
 }
 
 /// The result of sending a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum BatchOutcome {
+pub enum BatchOutcome {
     /// It was handed to the other node.
     Delivered,
     /// It certainly did not reach the other node.
@@ -96,7 +96,7 @@ pub(crate) enum BatchOutcome {
 
 /// The result of receiving a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ReceiveOutcome {
+pub enum ReceiveOutcome {
     /// The sender is a peer; the batch was processed.
     Accepted,
     /// The sender is not a peer, and the batch was ignored. The caller may add the peer and try again.
@@ -106,7 +106,7 @@ pub(crate) enum ReceiveOutcome {
 }
 
 impl PeerLinks {
-    pub(crate) fn new(me: NodeId) -> Self {
+    pub fn new(me: NodeId) -> Self {
         let [(calls, one), (connections, two), (presence, three)] = MessageKind::ALL.map(|_| Inbox::new());
         let (inboxes, unclaimed) = ([one, two, three], [Some(calls), Some(connections), Some(presence)]);
         let state = PeerLinksState { me, links: HashMap::new(), lives: 0, due: VecDeque::new(), inboxes, unclaimed };
@@ -114,7 +114,7 @@ impl PeerLinks {
     }
 
     /// See [`Cluster::inbox`](super::Cluster::inbox).
-    pub(crate) fn inbox(&self, kind: MessageKind) -> Inbox {
+    pub fn inbox(&self, kind: MessageKind) -> Inbox {
         let mut state = self.state.lock();
         if let Some(inbox) = state.unclaimed[kind.index()].take() {
             return inbox;
@@ -125,7 +125,7 @@ impl PeerLinks {
     }
 
     /// Gives this node a new id, which removes all peers.
-    pub(crate) fn reset(&self, me: NodeId) {
+    pub fn reset(&self, me: NodeId) {
         let mut state = self.state.lock();
         state.me = me;
         let peers: Vec<NodeId> = state.links.keys().copied().collect();
@@ -135,7 +135,7 @@ impl PeerLinks {
     }
 
     /// Starts exchanging messages with `peer`. False: it is a peer already, or this node itself.
-    pub(crate) fn add_peer(&self, peer: NodeId) -> bool {
+    pub fn add_peer(&self, peer: NodeId) -> bool {
         let mut state = self.state.lock();
         if peer == state.me {
             return false;
@@ -156,16 +156,16 @@ impl PeerLinks {
     }
 
     /// Ends the link to a node that is gone or cannot be reached. False: it was not a peer.
-    pub(crate) fn remove_peer(&self, peer: NodeId) -> bool {
+    pub fn remove_peer(&self, peer: NodeId) -> bool {
         self.state.lock().remove_peer(peer)
     }
 
-    pub(crate) fn has_peer(&self, node: NodeId) -> bool {
+    pub fn has_peer(&self, node: NodeId) -> bool {
         self.state.lock().links.contains_key(&node)
     }
 
     /// See [`Cluster::send`](super::Cluster::send).
-    pub(crate) fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome {
+    pub fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome {
         let mut state = self.state.lock();
         let Some(link) = state.links.get_mut(&to) else { return SendOutcome::NoSuchNode };
         let limit = match priority {
@@ -187,7 +187,7 @@ impl PeerLinks {
     }
 
     /// The next batch to send, if there is one.
-    pub(crate) fn next_batch(&self) -> Option<MessageBatch> {
+    pub fn next_batch(&self) -> Option<MessageBatch> {
         self.state.lock().next_batch()
     }
 
@@ -212,7 +212,7 @@ impl PeerLinks {
     }
 
     /// Ends the sending of a batch.
-    pub(crate) fn complete(&self, batch: &MessageBatch, outcome: BatchOutcome) {
+    pub fn complete(&self, batch: &MessageBatch, outcome: BatchOutcome) {
         let mut state = self.state.lock();
         let Some(link) = state.links.get_mut(&batch.to).filter(|link| link.carries(batch)) else { return };
         link.maybe_sent = outcome != BatchOutcome::Undelivered;
@@ -231,7 +231,7 @@ impl PeerLinks {
     }
 
     /// Processes a received batch.
-    pub(crate) fn receive(&self, batch: &Bytes) -> ReceiveOutcome {
+    pub fn receive(&self, batch: &Bytes) -> ReceiveOutcome {
         let mut state = self.state.lock();
         let outcome = state.receive(batch);
         drop(state);

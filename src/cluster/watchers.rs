@@ -17,23 +17,23 @@ pub type Roster = ChangeQueue<(Arc<str>, NodeId), RosterEntry>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClusterMember {
-    pub(crate) node: NodeId,
-    pub(crate) up: bool,
+    pub node: NodeId,
+    pub up: bool,
 }
 
 /// The entry that a node publishes for a name that it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RosterEntry {
-    pub(crate) name: Arc<str>,
-    pub(crate) node: NodeId,
+    pub name: Arc<str>,
+    pub node: NodeId,
     /// Increases with every entry that this node publishes, whatever the name.
-    pub(crate) rev: u64,
+    pub rev: u64,
     /// As set by [`Lease::set_info`](super::Lease::set_info). `None`: the node no longer holds the name.
-    pub(crate) info: Option<Bytes>,
+    pub info: Option<Bytes>,
 }
 
 #[derive(Default)]
-pub(crate) struct Watchers {
+pub struct Watchers {
     members: Vec<ChangeSender<NodeId, ClusterMember>>,
     /// Each with the prefix of the names that it watches.
     rosters: Vec<(String, RosterSender)>,
@@ -43,7 +43,7 @@ type RosterSender = ChangeSender<(Arc<str>, NodeId), RosterEntry>;
 
 impl Watchers {
     /// A new subscription to members, which starts with the nodes in `up`.
-    pub(crate) fn members(&mut self, up: impl IntoIterator<Item = NodeId>) -> ClusterMembers {
+    pub fn members(&mut self, up: impl IntoIterator<Item = NodeId>) -> ClusterMembers {
         let (queue, sender) = ChangeQueue::new();
         for node in up {
             sender.send(node, ClusterMember { node, up: true });
@@ -53,7 +53,7 @@ impl Watchers {
     }
 
     /// A new subscription to a roster, which starts with the entries in `known` that match.
-    pub(crate) fn roster(&mut self, prefix: &str, known: impl IntoIterator<Item = RosterEntry>) -> Roster {
+    pub fn roster(&mut self, prefix: &str, known: impl IntoIterator<Item = RosterEntry>) -> Roster {
         let (queue, sender) = ChangeQueue::new();
         for entry in known.into_iter().filter(|entry| entry.name.starts_with(prefix)) {
             sender.send((entry.name.clone(), entry.node), entry);
@@ -62,11 +62,11 @@ impl Watchers {
         queue
     }
 
-    pub(crate) fn member_changed(&mut self, node: NodeId, up: bool) {
+    pub fn member_changed(&mut self, node: NodeId, up: bool) {
         self.members.retain(|sender| sender.send(node, ClusterMember { node, up }));
     }
 
-    pub(crate) fn roster_changed(&mut self, entry: &RosterEntry) {
+    pub fn roster_changed(&mut self, entry: &RosterEntry) {
         let key = (entry.name.clone(), entry.node);
         self.rosters.retain(|(prefix, sender)| {
             // A dropped subscription is removed at the next change that matches it.

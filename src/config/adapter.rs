@@ -45,11 +45,11 @@ pub trait AdapterConfig: Section + AdapterObject {
 
 /// The rest of the configuration, for [`AdapterConfig::contradictions`].
 pub struct AdapterContext {
-    pub(crate) enabled: bool,
+    pub enabled: bool,
     /// `auth.allow_anonymous`.
-    pub(crate) allow_anonymous: bool,
+    pub allow_anonymous: bool,
     /// The paths of weir and of all enabled adapters, with their owners.
-    pub(crate) paths: Vec<(&'static str, &'static str)>,
+    pub paths: Vec<(&'static str, &'static str)>,
 }
 
 /// Cloning and comparison of `dyn AdapterConfig`.
@@ -77,7 +77,7 @@ pub struct CompatSection {
 
 impl CompatSection {
     /// The defaults of these adapters; none is enabled.
-    pub(crate) fn new(adapters: impl IntoIterator<Item = Box<dyn AdapterConfig>>) -> Self {
+    pub fn new(adapters: impl IntoIterator<Item = Box<dyn AdapterConfig>>) -> Self {
         CompatSection { enable: Vec::new(), adapters: adapters.into_iter().collect() }
     }
 
@@ -92,7 +92,7 @@ impl CompatSection {
     }
 
     /// The settings of an adapter, by their type: its defaults in a configuration that does not know the adapter.
-    pub(crate) fn get<T: AdapterConfig + Clone + Default>(&self) -> T {
+    pub fn get<T: AdapterConfig + Clone + Default>(&self) -> T {
         let all = self.adapters.iter().map(|adapter| &**adapter as &dyn Any);
         all.filter_map(|adapter| adapter.downcast_ref::<T>()).next().cloned().unwrap_or_default()
     }

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// The variables that are no settings: those of the command line, and those of commands that `weir provide` runs.
-pub(crate) const COMMAND_VARIABLES: [&str; 6] =
+pub const COMMAND_VARIABLES: [&str; 6] =
     ["WEIR_CONFIG", "WEIR_URL", "WEIR_TOKEN", "WEIR_SERVICE", "WEIR_METHOD", "WEIR_CALLER"];
 
 /// A configuration and the sources of its values. A key that is not in `sources` has its default.
@@ -71,7 +71,7 @@ pub fn load(
 }
 
 /// As [`load`], with the content of the file.
-pub(crate) fn read(
+pub fn read(
     defaults: &Config,
     file: Option<(String, io::Result<String>)>,
     environment: impl IntoIterator<Item = (String, String)>,

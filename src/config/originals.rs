@@ -41,7 +41,7 @@ impl<'a> OriginalVariables<'a> {
 
     /// `PORT`, and `HOST` if the original has it, as `server.listen`. Without a host the originals listen on all
     /// networks; weir does so only if `auth.allow_anonymous` permits it.
-    pub(crate) fn set_listen(&mut self, host: Option<String>) {
+    pub fn set_listen(&mut self, host: Option<String>) {
         let port = self.get("PORT");
         let variable = match (&host, &port) {
             (Some(_), _) => "HOST",
@@ -55,7 +55,7 @@ impl<'a> OriginalVariables<'a> {
     }
 
     /// `LOG_LEVEL` as `log.level`; it has two names that weir does not have, and may be in capitals.
-    pub(crate) fn set_log_level(&mut self) {
+    pub fn set_log_level(&mut self) {
         let level = self.get("LOG_LEVEL").map(|name| match name.to_lowercase().as_str() {
             "silent" => "off".to_owned(),
             "fatal" => "error".to_owned(),

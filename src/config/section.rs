@@ -28,8 +28,8 @@ pub enum ConfigItem<'a> {
 
 /// A key, its description, and the variable that holds its value.
 pub struct Setting<'a> {
-    pub(crate) key: String,
-    pub(crate) doc: Cow<'static, str>,
+    pub key: String,
+    pub doc: Cow<'static, str>,
     pub(crate) slot: Slot<'a>,
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn of(text: &[u8]) -> Bytes {
 }
 
 /// The text of a chunk.
-pub(crate) fn text(chunk: &Bytes) -> Bytes {
+pub fn text(chunk: &Bytes) -> Bytes {
     match chunk.is_empty() {
         true => Bytes::new(),
         false => chunk.slice(HEAD.len()..chunk.len() - TAIL.len()),

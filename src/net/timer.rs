@@ -50,7 +50,7 @@ struct TimerSlot {
 }
 
 /// One connection's timer, which is removed from the wheel on drop.
-pub(crate) struct Timer {
+pub struct Timer {
     wheel: Arc<TimerWheel>,
     due: u32,
     key: u32,
@@ -64,7 +64,7 @@ pub(crate) struct Timer {
 
 /// The reason why a [`Timer`] fired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Due {
+pub enum Due {
     /// The time has come. Set the next with [`Timer::reset`].
     Time,
     /// The node drains, and it is this connection's turn to leave. Reported once.
@@ -77,7 +77,7 @@ pub(crate) enum Due {
 
 impl TimerWheel {
     /// Starts the task that turns the wheel; it ends when the wheel is dropped. Needs a tokio runtime.
-    pub(crate) fn start() -> Arc<Self> {
+    pub fn start() -> Arc<Self> {
         let wheel = Arc::new(TimerWheel {
             now: AtomicU32::new(1),
             drain: AtomicU32::new(0),
@@ -105,7 +105,7 @@ impl TimerWheel {
     }
 
     /// A timer that fires after `after`, rounded up to ticks.
-    pub(crate) fn timer(self: &Arc<Self>, after: Duration) -> Timer {
+    pub fn timer(self: &Arc<Self>, after: Duration) -> Timer {
         let due = self.now() + TimerWheel::ticks(after);
         let bucket = (due % BUCKETS) as u8;
         let key = self.buckets[bucket as usize].lock().insert(TimerSlot {
@@ -245,7 +245,7 @@ impl Timer {
     }
 
     /// Sets the connection's number, for [`TimerWheel::kick`]. Must not be 0.
-    pub(crate) fn set_owner(&mut self, owner: u32) {
+    pub fn set_owner(&mut self, owner: u32) {
         if let Some(slot) = self.wheel.buckets[self.bucket as usize].lock().get_mut(self.key as usize) {
             slot.owner = owner;
         }
@@ -283,7 +283,7 @@ impl Timer {
 
     /// Ready when the time has come or the node drains. After [`Due::Time`] it is pending until the next
     /// [`reset`](Self::reset).
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Due> {
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Due> {
         let now = self.wheel.now();
         let task = cx.waker().data() as usize;
         let kicks = self.wheel.kicks.load(Acquire);

@@ -17,7 +17,7 @@ pub struct PresentClient {
 
 /// A member without its name, encoded once: `,"subject":"u7","transport":"sse","info":{}`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct MemberInfo {
+pub struct MemberInfo {
     pub(super) text: Box<str>,
     /// Length of the part of `text` that `leave` events contain: the subject.
     pub(super) brief: u16,

@@ -92,10 +92,10 @@ pub(super) struct MemberChange {
 
 /// A part of the announced members of a channel.
 #[derive(Debug, Default)]
-pub(crate) struct MemberPage {
+pub struct MemberPage {
     /// Number of all members of the channel.
-    pub(crate) count: usize,
-    pub(crate) members: Vec<(Arc<str>, Arc<MemberInfo>)>,
+    pub count: usize,
+    pub members: Vec<(Arc<str>, Arc<MemberInfo>)>,
     pub(crate) more: bool,
     /// The last announcement that the page reflects.
     pub(super) position: Option<Position>,

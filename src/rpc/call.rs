@@ -19,15 +19,15 @@ pub struct Call<'a> {
     pub(crate) method: &'a str,
     pub(crate) params: Option<&'a RawValue>,
     /// Subject of the caller, from its permit.
-    pub(crate) caller: &'a str,
-    pub(crate) traceparent: Option<&'a str>,
+    pub caller: &'a str,
+    pub traceparent: Option<&'a str>,
     /// None: the configured one.
-    pub(crate) timeout: Option<Duration>,
+    pub timeout: Option<Duration>,
     /// How long to wait for a provider, even of a service that never had one. None: the configured time, and only if
     /// the service had a provider within the last minute.
-    pub(crate) wait: Option<Duration>,
+    pub wait: Option<Duration>,
     /// A reply after the deadline is delivered by [`Peer::late`](super::Peer::late).
-    pub(crate) late: bool,
+    pub late: bool,
     /// The call in the protocol of an adapter, JSON, for providers of the same protocol; others receive `method` and
     /// `params`. The adapter decides what is a method name then.
     pub(crate) as_sent: Option<&'a RawValue>,
@@ -88,7 +88,7 @@ impl<'a> Call<'a> {
     }
 
     /// Splits the name of a call at its last `/`. `method_not_found` if there is none.
-    pub(crate) fn split(name: &str) -> Result<(&str, &str)> {
+    pub fn split(name: &str) -> Result<(&str, &str)> {
         name.rsplit_once('/').ok_or_else(|| {
             Error::new(Code::MethodNotFound, format!("{name} is neither a method of weir nor SERVICE/METHOD"))
         })

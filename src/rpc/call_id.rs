@@ -152,7 +152,7 @@ impl CallerId {
         self
     }
 
-    pub(crate) fn id(&self) -> &[u8] {
+    pub fn id(&self) -> &[u8] {
         match &self.id {
             CallerIdBytes::Short { len, bytes } => &bytes[..usize::from(*len)],
             CallerIdBytes::Long(bytes) => bytes,

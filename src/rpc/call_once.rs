@@ -21,14 +21,14 @@ use crate::error::Error;
 
 /// The answer, in the future. Dropping it cancels the call.
 #[must_use = "dropping it cancels the call"]
-pub(crate) struct CallFuture {
+pub struct CallFuture {
     answer: oneshot::Receiver<CallResult>,
     _connection: HubConnection,
 }
 
 /// Why a call has no result.
 #[derive(Clone, Debug)]
-pub(crate) enum CallError {
+pub enum CallError {
     /// The provider answered with an error.
     Provider(ProviderError<'static>),
     /// The hub could not get an answer.
@@ -41,7 +41,7 @@ type CallResult = Result<Box<RawValue>, CallError>;
 struct OneCall(Mutex<Option<oneshot::Sender<CallResult>>>);
 
 /// Makes a call and waits for its answer. The call is made at once, not when the future is first polled.
-pub(crate) fn call_once(hub: &Arc<Hub>, call: &Call<'_>) -> CallFuture {
+pub fn call_once(hub: &Arc<Hub>, call: &Call<'_>) -> CallFuture {
     let (sender, answer) = oneshot::channel();
     let connection = HubConnection::new(hub, Arc::new(OneCall(Mutex::new(Some(sender)))));
     connection.call(CallerId::new(b""), call);

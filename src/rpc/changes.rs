@@ -16,23 +16,23 @@ use super::tables::{ServiceEntry, ServiceState};
 
 /// A service after its providers changed: the data of an event on `$services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct ServiceChange {
-    pub(crate) service: String,
-    pub(crate) providers: usize,
-    pub(crate) exclusive: bool,
+pub struct ServiceChange {
+    pub service: String,
+    pub providers: usize,
+    pub exclusive: bool,
     #[serde(skip)]
-    pub(crate) kind: ServiceChangeKind,
+    pub kind: ServiceChangeKind,
 }
 
 /// A change that is about to be published.
 #[must_use = "a change that could not be published has to be requeued"]
-pub(crate) struct UnpublishedChange {
-    pub(crate) change: ServiceChange,
+pub struct UnpublishedChange {
+    pub change: ServiceChange,
     service: Arc<ServiceEntry>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ServiceChangeKind {
+pub enum ServiceChangeKind {
     /// More providers than last published, or an exclusive one replaced.
     Provided,
     Withdrawn,
@@ -58,7 +58,7 @@ type Unpublished = BTreeMap<Arc<str>, (u64, Arc<ServiceEntry>)>;
 
 impl ServiceChangeKind {
     /// The event's type.
-    pub(crate) const fn as_str(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             ServiceChangeKind::Provided => "provided",
             ServiceChangeKind::Withdrawn => "withdrawn",

@@ -67,12 +67,12 @@ impl HubConnection {
     }
 
     /// Sends a notification to one provider, even if that is at its concurrency; there is no answer and no error.
-    pub(crate) fn notify(&self, call: &Call<'_>) {
+    pub fn notify(&self, call: &Call<'_>) {
         self.hub.notify(call);
     }
 
     /// Cancels the calls in flight under `id`, which are answered with `cancelled`. Returns how many there were.
-    pub(crate) fn cancel(&self, id: &[u8]) -> usize {
+    pub fn cancel(&self, id: &[u8]) -> usize {
         self.fail(|call| call.caller_id.id() == id, &Error::new(Code::Cancelled, "cancelled by the caller"))
     }
 
@@ -111,14 +111,14 @@ impl HubConnection {
     ///
     /// # Errors
     /// `not_found` if this connection does not provide the service.
-    pub(crate) fn withdraw(&self, service: &str) -> Result<usize> {
+    pub fn withdraw(&self, service: &str) -> Result<usize> {
         let unknown = || Error::new(Code::NotFound, format!("this connection does not provide {service}"));
         let service = self.hub.registry.find(service).ok_or_else(unknown)?;
         registration::withdraw(&self.hub, &self.conn, &service).ok_or_else(unknown)
     }
 
     /// Ends all registrations, as [`withdraw`](Self::withdraw) does: for a node that drains.
-    pub(crate) fn withdraw_all(&self) -> usize {
+    pub fn withdraw_all(&self) -> usize {
         let services: Vec<_> = self.conn.provides.lock().iter().map(|(_, slot)| slot.service.clone()).collect();
         services.iter().filter_map(|service| registration::withdraw(&self.hub, &self.conn, service)).sum()
     }
@@ -129,12 +129,12 @@ impl HubConnection {
     }
 
     /// Calls made and not answered.
-    pub(crate) fn in_flight(&self) -> usize {
+    pub fn in_flight(&self) -> usize {
         self.conn.in_flight.lock().len()
     }
 
     /// Whether it has no call in flight and provides no service.
-    pub(crate) fn is_idle(&self) -> bool {
+    pub fn is_idle(&self) -> bool {
         self.in_flight() == 0 && self.conn.provides.lock().is_empty()
     }
 

@@ -53,6 +53,12 @@ pub struct HubCounts {
     pub late: usize,
     /// Names in the registry: services that have a provider, or had one within the last minute.
     pub names: usize,
+    /// Services that had a provider within the last minute, or that the list is about to forget.
+    pub remembered: usize,
+    /// Services whose name this node holds in the cluster.
+    pub leased: usize,
+    /// Queries to other nodes whether the holder of a name is alive.
+    pub queries: usize,
 }
 
 /// The effect of a reply.
@@ -179,7 +185,7 @@ impl Hub {
 
     /// Waits for changes of the providers of services: one entry per service, however often it changed. For one task; of
     /// several nodes only the leader receives them.
-    pub(crate) async fn next_changes(&self) -> Vec<UnpublishedChange> {
+    pub async fn next_changes(&self) -> Vec<UnpublishedChange> {
         loop {
             let changes = self.take_changes();
             if !changes.is_empty() {
@@ -190,12 +196,12 @@ impl Hub {
     }
 
     /// Takes back changes that could not be published. They are returned again soon, with the providers of that moment.
-    pub(crate) fn requeue_changes(&self, changes: impl Iterator<Item = UnpublishedChange>) {
+    pub fn requeue_changes(&self, changes: impl Iterator<Item = UnpublishedChange>) {
         self.registry.changes.requeue(changes, self.clock.now());
     }
 
     /// The changes that this node has to publish now.
-    pub(super) fn take_changes(&self) -> Vec<UnpublishedChange> {
+    pub fn take_changes(&self) -> Vec<UnpublishedChange> {
         self.registry.changes.take(self.cluster.is_leader(), self.clock.now())
     }
 
@@ -206,6 +212,9 @@ impl Hub {
             services: self.registry.provided(),
             late: self.late.len(),
             names: services.len(),
+            remembered: self.registry.remembered(),
+            leased: self.registry.leased(),
+            queries: self.name_queries.len(),
             ..HubCounts::default()
         };
         for service in services {
@@ -215,6 +224,11 @@ impl Hub {
             counts.waiting += state.calls.waiting;
         }
         counts
+    }
+
+    /// Panics if the tables contradict each other. For tests.
+    pub fn assert_consistent(&self) {
+        self.registry.list("").iter().for_each(|service| service.state.lock().assert_consistent());
     }
 
     pub(crate) fn update_gauges(&self) {
@@ -692,7 +706,7 @@ impl Hub {
 
 impl Hub {
     /// Finds what is due. One task calls it about every 20 ms.
-    pub(crate) fn sweep(&self) {
+    pub fn sweep(&self) {
         let now = self.clock.now();
         self.timed.store(0, Relaxed);
         self.late.sweep(now);

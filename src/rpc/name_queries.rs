@@ -44,7 +44,6 @@ impl NameQueries {
         self.0.lock().retain(|_, (asked, _)| *asked != node);
     }
 
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.0.lock().len()
     }

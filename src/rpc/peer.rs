@@ -144,7 +144,7 @@ impl ProviderError<'_> {
     }
 
     /// The `error` member of a JSON-RPC response: exactly `code`, `message` and, where given, `data`.
-    pub(crate) fn to_raw(&self) -> Box<RawValue> {
+    pub fn to_raw(&self) -> Box<RawValue> {
         #[derive(serde::Serialize)]
         struct ErrorObject<'a> {
             code: i64,

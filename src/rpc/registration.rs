@@ -56,9 +56,9 @@ pub struct AcceptedProvider {
     conn: Arc<PeerState>,
     provider: u32,
     /// Providers of the service on all nodes.
-    pub(crate) providers: usize,
+    pub providers: usize,
     /// Fencing token of an exclusive provider.
-    pub(crate) fence: Option<u64>,
+    pub fence: Option<u64>,
 }
 
 /// A registration in progress.

@@ -99,6 +99,10 @@ impl ServiceRegistry {
         retain(&self.leased, visit);
     }
 
+    pub(super) fn remembered(&self) -> usize {
+        self.remembered.lock().len()
+    }
+
     pub(super) fn leased(&self) -> usize {
         self.leased.lock().len()
     }
@@ -180,11 +184,4 @@ fn retain(list: &Mutex<Vec<Arc<ServiceEntry>>>, visit: impl FnMut(&Arc<ServiceEn
     let mut services = std::mem::take(&mut *list.lock());
     services.retain(visit);
     list.lock().append(&mut services);
-}
-
-#[cfg(test)]
-impl ServiceRegistry {
-    pub(super) fn remembered(&self) -> usize {
-        self.remembered.lock().len()
-    }
 }

@@ -31,7 +31,7 @@ use crate::{
 const HEARTBEAT: u64 = 1_000;
 
 /// The hub's links to the other nodes of the cluster.
-pub(crate) struct RemoteNodes {
+pub struct RemoteNodes {
     hub: Arc<Hub>,
     members: ClusterMembers,
     roster: Roster,
@@ -55,7 +55,7 @@ struct NodeLink {
 }
 
 impl RemoteNodes {
-    pub(crate) fn new(hub: &Arc<Hub>) -> Self {
+    pub fn new(hub: &Arc<Hub>) -> Self {
         RemoteNodes {
             members: hub.cluster.members(),
             roster: hub.cluster.roster(NAME_PREFIX),
@@ -78,7 +78,7 @@ impl RemoteNodes {
     }
 
     /// Handles all that has come from the cluster. False: there was nothing.
-    pub(super) fn process_events(&self) -> bool {
+    pub fn process_events(&self) -> bool {
         // Members first: a node whose link was lost and that is up again must not be seen as up and then lost.
         let members = self.members.take();
         let mail = self.inbox.take();
@@ -133,7 +133,7 @@ impl RemoteNodes {
 
     /// Sends heartbeats on quiet links with calls, which is how each end notices lost messages. One task calls it after
     /// every [`Hub::sweep`].
-    pub(crate) fn send_heartbeats(&self) {
+    pub fn send_heartbeats(&self) {
         let now = self.hub.clock.now();
         let links: Vec<NodeLink> = self.nodes.lock().values().filter_map(|node| node.link.clone()).collect();
         for NodeLink { peer, connection } in links {
@@ -309,8 +309,8 @@ impl RemoteNodes {
         }
     }
 
-    #[cfg(test)]
-    pub(super) fn links(&self) -> usize {
+    /// Nodes to which there is a link. For tests.
+    pub fn links(&self) -> usize {
         self.nodes.lock().values().filter(|node| node.link.is_some()).count()
     }
 }

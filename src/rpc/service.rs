@@ -52,10 +52,9 @@ impl ServiceState {
     }
 }
 
-#[cfg(test)]
 impl ServiceState {
-    /// Checks what has to hold between two operations.
-    pub(super) fn check(&self) {
+    /// Panics unless what has to hold between two operations does.
+    pub(super) fn assert_consistent(&self) {
         use super::tables::{CallPlace, NO_ENTRY, ProviderStage};
         let ServiceState { providers, calls, marks, .. } = self;
         let mut linked = 0;

@@ -49,10 +49,10 @@ struct PendingRequest {
 
 /// The combined result of all nodes.
 #[derive(Debug, Default)]
-pub(crate) struct Gathered<T> {
-    pub(crate) found: T,
+pub struct Gathered<T> {
+    pub found: T,
     /// Names of the nodes that did not reply in time.
-    pub(crate) silent: Vec<String>,
+    pub silent: Vec<String>,
 }
 
 /// JSON on the wire, after the version.
@@ -89,7 +89,7 @@ enum ConnectionsReply {
 }
 
 impl ClusterConnections {
-    pub(crate) fn new(local: Arc<ConnectionRegistry>, cluster: Arc<dyn Cluster>) -> Arc<Self> {
+    pub fn new(local: Arc<ConnectionRegistry>, cluster: Arc<dyn Cluster>) -> Arc<Self> {
         Arc::new(ClusterConnections { local, cluster, numbers: AtomicU64::new(0), state: Mutex::default() })
     }
 
@@ -99,7 +99,7 @@ impl ClusterConnections {
     }
 
     /// Answers other nodes and receives their replies. Never returns.
-    pub(crate) async fn run(self: Arc<Self>) {
+    pub async fn run(self: Arc<Self>) {
         let (members, inbox) = (self.cluster.members(), self.cluster.inbox(MessageKind::Connections));
         loop {
             tokio::select! {
@@ -134,7 +134,7 @@ impl ClusterConnections {
     }
 
     /// Up to `limit` connections of all nodes that match `filter`, in the order of ids, starting after the id `after`.
-    pub(crate) async fn list(
+    pub async fn list(
         &self,
         filter: &ConnectionFilter,
         after: Option<&str>,
@@ -158,7 +158,7 @@ impl ClusterConnections {
     }
 
     /// Ends the connections that match `filter` on all nodes and returns their number.
-    pub(crate) async fn kick(&self, filter: &ConnectionFilter) -> Gathered<usize> {
+    pub async fn kick(&self, filter: &ConnectionFilter) -> Gathered<usize> {
         let own = self.local.kick(filter);
         let replies = self.request(|number| ConnectionsMessage::Kick { number, filter: filter.clone() }).await;
         let others = replies.found.into_iter().map(|reply| match reply {
@@ -268,16 +268,7 @@ impl Drop for PendingGuard<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, task::Poll, time::Instant};
-
     use super::*;
-    use crate::{
-        auth::Identity,
-        cluster::{MonotonicClock, test_network::TestNetwork},
-        metrics::Transport,
-        net::timer::{Due, TimerWheel},
-        sessions::ChannelSet,
-    };
 
     #[test]
     fn the_wire_form_of_messages() {
@@ -294,76 +285,5 @@ mod tests {
         ] {
             assert_eq!(serde_json::to_string(&message).unwrap(), json);
         }
-    }
-
-    #[tokio::test]
-    async fn requests_reach_all_nodes_and_silent_nodes_are_named() {
-        let time = Arc::new(AtomicU64::new(0));
-        let net = TestNetwork::new(MonotonicClock::Manual(time));
-        let nodes: Vec<_> = (0..3).map(|_| net.join()).collect();
-        let carrier = net.clone();
-        tokio::spawn(async move {
-            loop {
-                carrier.carry();
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        });
-        let mut clusters = Vec::new();
-        let mut registrations = Vec::new();
-        for node in &nodes {
-            let wheel = TimerWheel::start();
-            let connections = ClusterConnections::new(ConnectionRegistry::new(wheel.clone()), node.clone());
-            tokio::spawn(connections.clone().run());
-            for _ in 0..50 {
-                let registration =
-                    connections.local().register(Transport::Ws, &Identity::anonymous(), None, ChannelSet::Empty);
-                let mut timer = wheel.timer(Duration::from_secs(1_000));
-                timer.set_owner(registration.number());
-                registrations.push((registration, timer));
-            }
-            clusters.push(connections);
-        }
-        let all = |from: usize| {
-            let connections = clusters[from].clone();
-            async move { connections.list(&ConnectionFilter::default(), None, 1000).await }
-        };
-        for from in 0..3 {
-            let start = Instant::now();
-            while all(from).await.found.len() < 150 {
-                assert!(start.elapsed() < Duration::from_secs(20));
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            assert!(all(from).await.silent.is_empty());
-        }
-        // Pages over all nodes.
-        let (mut ids, mut after) = (Vec::new(), None::<String>);
-        loop {
-            let page = clusters[1].list(&ConnectionFilter::default(), after.as_deref(), 40).await.found;
-            let Some(last) = page.last() else { break };
-            after = Some(last.id.clone());
-            ids.extend(page.into_iter().map(|it| it.id));
-        }
-        assert_eq!(ids.len(), 150);
-        assert!(ids.is_sorted());
-        // A connection of another node.
-        let (own, other) = (clusters[0].local().node(), clusters[2].local().node());
-        let id = ids.iter().find(|id| id.starts_with(&other)).unwrap();
-        let filter = ConnectionFilter { id: Some(id.clone()), ..ConnectionFilter::default() };
-        assert_eq!(clusters[0].kick(&filter).await.found, 1);
-        let mut kicked = 0;
-        for (_, timer) in &mut registrations {
-            let polled = std::future::poll_fn(|cx| Poll::Ready(timer.poll(cx))).await;
-            kicked += usize::from(polled == Poll::Ready(Due::Kicked));
-        }
-        assert_eq!(kicked, 1);
-
-        nodes[2].stop(true);
-        let found = tokio::time::timeout(Duration::from_secs(20), all(0)).await.unwrap();
-        assert_eq!((found.found.len(), found.silent), (100, vec![other.clone()]));
-        let names: BTreeSet<String> = found.found.into_iter().map(|it| it.node).collect();
-        assert!(names.contains(&own) && !names.contains(&other));
-        let kicked =
-            clusters[0].kick(&ConnectionFilter { subject: Some(String::new()), ..ConnectionFilter::default() }).await;
-        assert_eq!((kicked.found, kicked.silent), (100, vec![other]));
     }
 }

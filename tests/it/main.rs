@@ -1,10 +1,13 @@
 //! All integration tests are one binary, which is linked once.
 
 mod cli;
+mod cluster;
 mod compat;
+mod config;
 mod conformance;
 mod connection;
 mod connection_list;
+mod connection_nodes;
 mod doctor;
 mod errors;
 mod guarantees;
@@ -12,11 +15,14 @@ mod http;
 mod http_read;
 mod http_rules;
 mod http_services;
+mod hub;
 mod import;
 mod jsonrpsee;
 mod presence;
+mod presence_nodes;
 mod redis;
 mod sse;
+mod sse_frames;
 mod structure;
 mod support;
 mod ws;

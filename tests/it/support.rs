@@ -26,6 +26,7 @@ pub mod service;
 pub mod socket;
 pub mod sse;
 pub mod start;
+pub mod test_network;
 
 pub use eventually::{MINUTE, eventually, eventually_blocking, eventually_within, in_time};
 pub use http::{Client, Request, Response, get_json};

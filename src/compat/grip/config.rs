@@ -51,7 +51,7 @@ impl Table for GripRoute {
 
 impl GripRoute {
     /// Decodes the key. `None` if it begins with `base64:` and is not valid base64; empty if no key is set.
-    pub(super) fn key_bytes(&self) -> Option<Vec<u8>> {
+    pub fn key_bytes(&self) -> Option<Vec<u8>> {
         match self.key.reveal().strip_prefix("base64:") {
             Some(text) => BASE64.decode(text).ok(),
             None => Some(self.key.reveal().into()),
@@ -105,84 +105,5 @@ impl AdapterConfig for Config {
             found.push(("compat.grip.publish_listen", reason));
         }
         found
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{compat::read_config as read, config};
-
-    const ROUTES: &str = r#"
-[compat]
-enable = ["grip"]
-[[compat.grip.routes]]
-origin = "http://127.0.0.1:3000/"
-key = "base64:c2VjcmV0"
-[[compat.grip.routes]]
-path = "/api"
-origin = "https://example.com"
-prefix = "api-"
-"#;
-
-    fn routes(config: &config::Config) -> Vec<GripRoute> {
-        config.compat.get::<Config>().routes
-    }
-
-    #[test]
-    fn routes_have_their_own_keys() {
-        let loaded = read(ROUTES, &[]).unwrap();
-        let [one, two] = &routes(&loaded.config)[..] else { panic!("{loaded:?}") };
-        assert_eq!((one.path.as_str(), one.origin.as_str()), ("/", "http://127.0.0.1:3000"));
-        assert_eq!(one.key_bytes().as_deref(), Some(&b"secret"[..]));
-        assert_eq!((two.path.as_str(), two.prefix.as_str(), two.key.is_empty()), ("/api", "api-", true));
-        let text = [("WEIR__COMPAT__GRIP__ROUTES", r#"[{origin="http://a:1", path="/x"}]"#)];
-        assert_eq!(routes(&read(ROUTES, &text).unwrap().config)[0].path, "/x");
-
-        let wrong = "[[compat.grip.routes]]\npath = \"x\"\n[[compat.grip.routes]]\norigin = \"http://a/b\"\nkee = 1";
-        let problems = read(wrong, &[]).unwrap_err();
-        for problem in [
-            "compat.grip.routes[0].path: \"x\" is not a path",
-            "compat.grip.routes[0]: has no `origin`",
-            "compat.grip.routes[1].origin: \"http://a/b\" is not where a server is",
-            "compat.grip.routes[1].kee: unknown key",
-        ] {
-            assert!(problems.contains(problem), "{problems}");
-        }
-    }
-
-    #[test]
-    fn keys_are_not_printed_and_their_placeholder_is_rejected() {
-        let loaded = read(ROUTES, &[]).unwrap();
-        let shown = loaded.config.to_toml(true, &loaded.sources);
-        assert!(!shown.contains("c2VjcmV0") && !format!("{loaded:?}").contains("c2VjcmV0"), "{shown}");
-        assert!(shown.contains("\n[[compat.grip.routes]]\npath = \"/\"\n"), "{shown}");
-        let problems = read(&shown, &[]).unwrap_err();
-        assert!(problems.contains("compat.grip.routes[0].key: is what weir shows instead of the secret"), "{problems}");
-    }
-
-    #[test]
-    fn a_public_publish_address_requires_keys() {
-        let open = format!("{ROUTES}\n[compat.grip]\npublish_listen = \"0.0.0.0:5561\"\nlisten = \"0.0.0.0:7999\"");
-        let problems = read(&open, &[]).unwrap_err();
-        assert!(problems.contains("compat.grip.publish_listen: 0.0.0.0:5561 can be reached"), "{problems}");
-        assert_eq!(problems.lines().count(), 1);
-        let keyed = open.replace("prefix = \"api-\"", "key = \"k\"");
-        assert!(read(&keyed, &[]).is_ok());
-        let twice = ROUTES.replace("/api", "/");
-        assert!(read(&twice, &[]).unwrap_err().contains("compat.grip.routes: / has two origins"));
-        let bad = ROUTES.replace("c2VjcmV0", "c2Vjcm*");
-        assert!(read(&bad, &[]).unwrap_err().contains("the key of / is not valid base64"));
-        let clash = format!("{ROUTES}\n[compat.grip]\nlisten = \"127.0.0.1:8000\"");
-        assert!(read(&clash, &[]).unwrap_err().contains("compat.grip.listen: 127.0.0.1:8000 is listed twice"));
-    }
-
-    #[test]
-    fn routes_of_a_disabled_adapter_are_rejected() {
-        let problems = read("[[compat.grip.routes]]\norigin = \"http://127.0.0.1:3000\"\n", &[]).unwrap_err();
-        assert!(
-            problems.contains("compat.grip.routes: are set, but compat.enable does not contain grip"),
-            "{problems}"
-        );
     }
 }

@@ -45,16 +45,3 @@ impl AdapterConfig for Config {
         variables.set_log_level();
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use crate::compat::read_config;
-
-    #[test]
-    fn variables_of_the_original() {
-        let variables = [("PORT", "3000"), ("LOG_LEVEL", "silent")];
-        let config = read_config("compat.enable = [\"microstream\"]", &variables).unwrap().config;
-        assert_eq!(config.server.listen, ["127.0.0.1:3000".parse().unwrap()]);
-        assert!(config.to_toml(false, &std::collections::BTreeMap::new()).contains("level = \"off\""));
-    }
-}

@@ -42,16 +42,3 @@ impl AdapterConfig for Config {
         variables.set("DEBUG_LOGS", "log.level", debug.map(|_| "debug".to_owned()));
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use crate::{compat::read_config, config};
-
-    #[test]
-    fn variables_of_the_original() {
-        let variables = [("PORT", "9090"), ("DEBUG_LOGS", "true")];
-        let config = read_config("compat.enable = [\"node-sse\"]", &variables).unwrap().config;
-        assert_eq!(config.server.listen, ["127.0.0.1:9090".parse().unwrap()]);
-        assert_ne!(config.log.level, config::Config::default().log.level);
-    }
-}

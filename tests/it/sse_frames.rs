@@ -1,10 +1,17 @@
+//! Server-sent events as bytes: what the formats and weir's own blocks write, and what an `EventSource` reads from it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
 use proptest::prelude::*;
 use serde_json::value::RawValue;
-
-use super::*;
-use crate::{
-    bus::GapReason,
-    event::{Draft, DraftParts, EventData},
+use weir::{
+    bus::{Format, Gap, GapReason},
+    channel::Channel,
+    event::{Draft, DraftParts, Event, EventData},
+    net::chunk::text,
+    position::Position,
+    transport::sse::frame::{DATA, DATA_BARE, EVENT, EVENT_BARE, HEARTBEAT, gap, opening, position, retry, with_id},
 };
 
 /// A stream as an `EventSource` reads it, following the HTML standard.
@@ -74,9 +81,9 @@ fn channel(name: &str) -> Channel {
     Channel::parse(name).unwrap()
 }
 
-fn placed(offset: u64, parts: DraftParts<'_>) -> std::sync::Arc<Event> {
+fn placed(offset: u64, parts: DraftParts<'_>) -> Arc<Event> {
     let at = Position { epoch: "k3Vq00".parse().unwrap(), offset };
-    std::sync::Arc::new(Draft::new(parts, 1_000_000).unwrap().place(at, 1763640000123))
+    Arc::new(Draft::new(parts, 1_000_000).unwrap().place(at, 1763640000123))
 }
 
 fn raw(json: &str) -> Box<RawValue> {
@@ -84,7 +91,7 @@ fn raw(json: &str) -> Box<RawValue> {
 }
 
 /// The stream's text of these events, after a check that the chunk holds just that.
-fn encode(format: &'static Format, events: &[std::sync::Arc<Event>]) -> Vec<u8> {
+fn encode(format: &'static Format, events: &[Arc<Event>]) -> Vec<u8> {
     let chunk = format.encode(&channel("orders"), events);
     let text = text(&chunk);
     assert_eq!(unchunk(&chunk), text);

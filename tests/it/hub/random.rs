@@ -172,9 +172,7 @@ impl Run {
                 self.drop(at);
             }
         }
-        for service in self.world.hub.registry.list("") {
-            service.state.lock().check();
-        }
+        self.world.hub.assert_consistent();
     }
 
     fn drop(&mut self, at: usize) {
