@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use self::table::TextTable;
 pub(crate) use self::table::utc;
-use crate::json::write_json_line;
+use crate::json::{parse_owned, write_json_line};
 
 /// Why a command fails, with its exit code and the text for standard error.
 #[derive(Debug, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl<'a> ObjectList<'a> {
     }
 
     pub(crate) fn add(&mut self, object: &RawValue) -> Result<(), Failure> {
-        match (&mut self.table, serde_json::from_str(object.get())) {
+        match (&mut self.table, parse_owned(object.get().as_bytes())) {
             (Some(table), Ok(members)) => {
                 table.add(&members);
                 Ok(())

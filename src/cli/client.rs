@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Method, Request, Response, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header, response::Parts};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
-use serde_json::{Value, value::RawValue};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use tokio::time::timeout;
 
 use super::{
@@ -19,7 +20,11 @@ use crate::{json::parse_owned, terminal::Failure};
 
 /// Timeout of requests that a node answers at once.
 pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
-pub(super) const USER_AGENT: &str = concat!("weir/", env!("CARGO_PKG_VERSION"));
+const USER_AGENT: &str = concat!("weir/", env!("CARGO_PKG_VERSION"));
+/// Marks the requests of `weir doctor` in the logs of proxies.
+const DOCTOR_USER_AGENT: &str = concat!("weir-doctor/", env!("CARGO_PKG_VERSION"));
+/// In the reason of an error that a proxy or another server responds with.
+pub(super) const NOT_FROM_WEIR: &str = "which is not from weir; is this a weir node?";
 /// Maximum size of a response: more than any limit of weir allows.
 const MAX_BYTES: usize = 64 << 20;
 
@@ -28,6 +33,7 @@ pub(super) struct NodeClient {
     pub(super) base: BaseUrl,
     /// `Bearer …`, marked as sensitive.
     token: Option<HeaderValue>,
+    pub(super) user_agent: HeaderValue,
     connection: Option<http1::SendRequest<Full<Bytes>>>,
 }
 
@@ -41,7 +47,13 @@ impl NodeClient {
             Ok(value)
         };
         let token = remote.token.as_ref().map(bearer).transpose()?;
-        Ok(NodeClient { base: remote.url.clone(), token, connection: None })
+        let user_agent = HeaderValue::from_static(USER_AGENT);
+        Ok(NodeClient { base: remote.url.clone(), token, user_agent, connection: None })
+    }
+
+    /// As [`new`](Self::new), for `weir doctor`.
+    pub(super) fn of_doctor(remote: &Remote) -> Result<Self, Failure> {
+        Ok(NodeClient { user_agent: HeaderValue::from_static(DOCTOR_USER_AGENT), ..NodeClient::new(remote)? })
     }
 
     /// The value of the `Authorization` header.
@@ -52,7 +64,7 @@ impl NodeClient {
     /// A request with the headers that all requests have.
     pub(super) fn request(&self, method: Method, target: &RequestTarget) -> http::request::Builder {
         let request = Request::builder().method(method).uri(self.base.path(target));
-        let request = request.header(header::HOST, self.base.authority()).header(header::USER_AGENT, USER_AGENT);
+        let request = request.header(header::HOST, self.base.authority()).header(header::USER_AGENT, &self.user_agent);
         match &self.token {
             Some(token) => request.header(header::AUTHORIZATION, token),
             None => request,
@@ -67,17 +79,24 @@ impl NodeClient {
         body: Option<Vec<u8>>,
         limit: Duration,
     ) -> Result<Option<Box<RawValue>>, Failure> {
+        self.exchange(method, target, body, limit).await?.into_json()
+    }
+
+    /// As [`fetch`](Self::fetch), for a response of any status.
+    pub(super) async fn exchange(
+        &mut self,
+        method: Method,
+        target: &RequestTarget,
+        body: Option<Vec<u8>>,
+        limit: Duration,
+    ) -> Result<NodeResponse, Failure> {
         let mut request = self.request(method, target).header(header::ACCEPT, "application/json");
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
         let body = Full::new(Bytes::from(body.unwrap_or_default()));
         let request = request.body(body).map_err(|error| Failure::Usage(error.to_string()))?;
-        let exchange = async {
-            let response = self.send(request).await?;
-            let status = response.status().as_u16();
-            parse_response(status, &read_body(response.into_body()).await?)
-        };
+        let exchange = async { NodeResponse::read(self.send(request).await?).await };
         match timeout(limit, exchange).await {
             Ok(response) => response,
             Err(_) => {
@@ -116,26 +135,71 @@ impl NodeClient {
     }
 }
 
-/// The body of a successful response, unmodified, or the error of a problem document.
-pub(super) fn parse_response(status: u16, body: &[u8]) -> Result<Option<Box<RawValue>>, Failure> {
-    if (200..300).contains(&status) {
-        if body.is_empty() {
-            return Ok(None);
-        }
-        let not_json = |_| Failure::Failed("the response is not JSON; is this a weir node?".into());
-        return serde_json::from_slice(body).map(Some).map_err(not_json);
+/// A whole response, of weir or of another server.
+pub(super) struct NodeResponse {
+    pub(super) status: StatusCode,
+    /// Of a redirect.
+    pub(super) location: Option<String>,
+    body: Bytes,
+}
+
+/// A problem document of weir.
+#[derive(Deserialize)]
+pub(super) struct ProblemDocument {
+    #[serde(rename = "type")]
+    kind: String,
+    pub(super) title: String,
+    pub(super) code: String,
+    #[serde(default)]
+    pub(super) detail: String,
+}
+
+impl NodeResponse {
+    pub(super) async fn read(response: Response<Incoming>) -> Result<Self, Failure> {
+        let (head, body) = response.into_parts();
+        Ok(NodeResponse::new(&head, read_body(body).await?))
     }
-    let problem: Value = parse_owned(body).unwrap_or_default();
-    let reason = match (problem["code"].as_str(), problem["detail"].as_str()) {
-        (Some(code), Some(detail)) => format!("{code}: {detail}"),
-        (Some(code), None) => code.to_owned(),
-        _ => format!("HTTP status {status}; is this a weir node?"),
-    };
-    if status >= 500 { Err(Failure::Unavailable(reason)) } else { Err(Failure::Rejected(reason)) }
+
+    pub(super) fn new(head: &Parts, body: Bytes) -> Self {
+        let location = head.headers.get(header::LOCATION).and_then(|location| location.to_str().ok());
+        NodeResponse { status: head.status, location: location.map(ToOwned::to_owned), body }
+    }
+
+    /// None: the response is not an error, or it is not from weir.
+    pub(super) fn problem(&self) -> Option<ProblemDocument> {
+        let problem: ProblemDocument = parse_owned(&self.body).ok()?;
+        problem.kind.starts_with("urn:weir:error:").then_some(problem)
+    }
+
+    /// The body of a successful response, unmodified, or the error.
+    pub(super) fn into_json(self) -> Result<Option<Box<RawValue>>, Failure> {
+        if self.status.is_success() {
+            if self.body.is_empty() {
+                return Ok(None);
+            }
+            let not_json = |_| Failure::Failed("the response is not JSON; is this a weir node?".into());
+            return serde_json::from_slice(&self.body).map(Some).map_err(not_json);
+        }
+        let reason = self.reason();
+        Err(match self.status.as_u16() {
+            500.. => Failure::Unavailable(reason),
+            400.. => Failure::Rejected(reason),
+            _ => Failure::Failed(reason),
+        })
+    }
+
+    /// The error in words: the code and the detail, or [`NOT_FROM_WEIR`].
+    pub(super) fn reason(&self) -> String {
+        match (self.problem(), &self.location) {
+            (Some(problem), _) => format!("{}: {}", problem.code, problem.detail),
+            (None, Some(location)) => format!("HTTP status {}, a redirect to {location}: use that URL", self.status),
+            (None, None) => format!("HTTP status {}, {NOT_FROM_WEIR}", self.status),
+        }
+    }
 }
 
 /// Reads the whole body.
-pub(super) async fn read_body(mut body: Incoming) -> Result<Bytes, Failure> {
+async fn read_body(mut body: Incoming) -> Result<Bytes, Failure> {
     let mut all = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| connection_lost(&error))?;

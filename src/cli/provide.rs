@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures_util::{SinkExt as _, StreamExt as _};
-use http::{HeaderValue, header};
+use http::header;
 use rustix::process::{Pid, kill_process_group};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json, value::RawValue};
@@ -27,7 +27,7 @@ use tokio_tungstenite::{
 use super::{
     args::ProvideArgs,
     backoff::Backoff,
-    client::{NodeClient, USER_AGENT, parse_response},
+    client::{NodeClient, NodeResponse},
     connect::{NodeStream, connect},
     json_or_text::JsonOrText,
     request_target::RequestTarget,
@@ -295,7 +295,7 @@ impl ProviderConnection {
 pub(super) async fn upgrade(client: &NodeClient) -> Result<NodeSocket, Failure> {
     let url = client.base.ws(&RequestTarget::new("/v1/ws"));
     let mut request = url.into_client_request().map_err(|error| Failure::Usage(error.to_string()))?;
-    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
+    request.headers_mut().insert(header::USER_AGENT, client.user_agent.clone());
     if let Some(token) = client.token() {
         request.headers_mut().insert(header::AUTHORIZATION, token.clone());
     }
@@ -303,9 +303,9 @@ pub(super) async fn upgrade(client: &NodeClient) -> Result<NodeSocket, Failure> 
     match client_async(request, stream).await {
         Ok((socket, _)) => Ok(socket),
         Err(tungstenite::Error::Http(response)) => {
-            let body = response.body().as_deref().unwrap_or_default();
-            parse_response(response.status().as_u16(), body)?;
-            Err(Failure::Failed(format!("HTTP status {} instead of a WebSocket", response.status())))
+            let (head, body) = response.into_parts();
+            NodeResponse::new(&head, body.unwrap_or_default().into()).into_json()?;
+            Err(Failure::Failed(format!("HTTP status {}, but not a WebSocket; is this a weir node?", head.status)))
         }
         Err(error) => Err(broken(error)),
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Response, header};
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use serde_json::Value;
@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     backoff::Backoff,
-    client::{NodeClient, connection_lost, parse_response, read_body},
+    client::{NodeClient, NodeResponse, connection_lost},
     request_target::RequestTarget,
 };
 use crate::terminal::{Failure, Output, note};
@@ -133,12 +133,13 @@ pub(super) async fn open(
         Ok(response) => response?,
         Err(_) => return Err(Failure::Unavailable(format!("no response within {}s", limit.as_secs()))),
     };
-    let status = response.status().as_u16();
-    if status != 200 {
-        parse_response(status, &read_body(response.into_body()).await?)?;
-        return Err(Failure::Failed(format!("HTTP status {status} instead of a stream")));
+    let status = response.status();
+    let kind = response.headers().get(header::CONTENT_TYPE).map_or(b"".as_slice(), HeaderValue::as_bytes);
+    if status == StatusCode::OK && kind.starts_with(b"text/event-stream") {
+        return Ok(response);
     }
-    Ok(response)
+    NodeResponse::read(response).await?.into_json()?;
+    Err(Failure::Failed(format!("HTTP status {status}, but not a stream; is this a weir node?")))
 }
 
 // === impl SseParser ===

@@ -156,23 +156,109 @@ async fn unreachable_and_foreign_servers_are_reported() {
     let found = doctor(&["127.0.0.1:1"]).await;
     assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "cannot connect");
-    // A server other than weir.
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let other = listener.local_addr().unwrap().to_string();
-    tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let _ = socket.read(&mut [0; 4096]).await;
-                let _ = socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await;
-            });
-        }
-    });
-    let found = doctor(&[&other]).await;
+    let found = doctor(&[&server_with("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await.0]).await;
     assert_eq!(found.code, Some(4), "{}", found.notes);
     found.is("reach", "problem", "is this a weir node?");
     for args in [&["--redis", "http://127.0.0.1"][..], &["--redis"]] {
         let found = doctor(args).await;
         assert_eq!(found.code, Some(2), "{}", found.notes);
+    }
+}
+
+/// A server with the same response to every request. Returns its address and the requests.
+async fn server_with(response: &str) -> (String, Arc<parking_lot::Mutex<String>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (response, requests) = (response.to_owned(), Arc::new(parking_lot::Mutex::new(String::new())));
+    let received = requests.clone();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let (response, received) = (response.clone(), received.clone());
+            tokio::spawn(async move {
+                let mut buf = [0; 4096];
+                let n = socket.read(&mut buf).await.unwrap_or(0);
+                received.lock().push_str(&String::from_utf8_lossy(&buf[..n]));
+                let _ = socket.write_all(response.as_bytes()).await;
+            });
+        }
+    });
+    (address, requests)
+}
+
+#[tokio::test]
+async fn an_error_of_weir_is_reported_as_it_is() {
+    let weir = weir().await;
+    // A Host that a loopback listener rejects.
+    let found = doctor(&[&format!("http://0.0.0.0:{}", weir.address.port())]).await;
+    assert_eq!(found.code, Some(3), "{}", found.notes);
+    found.is("reach", "problem", "weir responds 403 Forbidden, Not permitted (forbidden): the Host header");
+    assert!(!found.notes.contains("another server"), "{}", found.notes);
+    weir.shut_down();
+    let node = |code: &str, status: u16, title: &str| {
+        let body = format!(
+            r#"{{"type":"urn:weir:error:{code}","title":"{title}","status":{status},"code":"{code}","detail":"why"}}"#
+        );
+        format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    };
+    let found = doctor(&[&server_with(&node("unauthorized", 401, "No")).await.0]).await;
+    found.fails(3, "weir responds 401 Unauthorized, No (unauthorized): why");
+    assert!(found.of("reach")["change"].as_str().unwrap().contains("--token"));
+    let found = doctor(&[&server_with(&node("overloaded", 503, "Busy")).await.0]).await;
+    found.fails(4, "weir responds 503 Service Unavailable, Busy (overloaded): why");
+}
+
+#[tokio::test]
+async fn an_error_of_a_proxy_or_of_another_server_is_not_taken_for_one_of_weir() {
+    for (status, headers, code, text) in [
+        ("401 Unauthorized", "www-authenticate: Basic\r\n", 3, "pass the credentials that it requires"),
+        ("403 Forbidden", "", 3, "a proxy rejects the request"),
+        ("502 Bad Gateway", "", 4, "a proxy does not reach the node"),
+        ("404 Not Found", "", 4, "another server responds"),
+        (
+            "301 Moved Permanently",
+            "location: https://weir.example.com/\r\n",
+            4,
+            "a redirect to https://weir.example.com/",
+        ),
+    ] {
+        let response = format!("HTTP/1.1 {status}\r\n{headers}content-length: 12\r\n\r\n<h1>No.</h1>");
+        let (address, requests) = server_with(&response).await;
+        let found = doctor(&[&address]).await;
+        found.fails(code, text);
+        found.is("reach", "problem", &format!("HTTP status {status}"));
+        assert!(requests.lock().contains("\r\nuser-agent: weir-doctor/"), "{}", requests.lock());
+    }
+    let found = doctor(&[&server_with("\x15\x03\x01\0\x02\x02\x16").await.0]).await;
+    found.fails(4, "use https://");
+    // A server that is healthy, too.
+    let json = r#"{"status":"ok","info":{"title":"Pet store"}}"#;
+    let (address, _) =
+        server_with(&format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{json}", json.len()))
+            .await;
+    doctor(&[&address]).await.fails(4, "the server is not weir, but \"Pet store\"");
+}
+
+#[tokio::test]
+async fn an_admin_listener_is_named_as_such() {
+    let weir = weir().with(|config| config.admin.listen = Some(([127, 0, 0, 1], 0).into())).await;
+    let found = doctor(&[&weir.addresses.last().unwrap().to_string()]).await;
+    found.fails(1, "an admin listener (admin.listen) does not serve them");
+    let found = doctor(&[&weir.address.to_string()]).await;
+    assert_eq!(found.code, Some(0), "{}", found.notes);
+}
+
+#[tokio::test]
+async fn a_run_without_a_problem_adds_to_no_failure_counter() {
+    let weir = weir().await;
+    let found = doctor(&[&weir.address.to_string()]).await;
+    assert_eq!(found.code, Some(0), "{}", found.notes);
+    let metrics = weir.get("/metrics").await.expect(200);
+    let failed = ["weir_publish_failures_total{", "requests_total{status=\"4xx\"}", "requests_total{status=\"5xx\"}"];
+    let series = metrics.text().lines().filter(|line| failed.iter().any(|name| line.contains(name)));
+    let others =
+        metrics.text().lines().filter(|line| line.starts_with("weir_rpc_calls_total{") && !line.contains("\"ok\""));
+    for line in series.chain(others) {
+        assert!(line.ends_with(" 0"), "{line}");
     }
 }
 

@@ -6,10 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Method, header};
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
@@ -22,7 +21,7 @@ use super::{
 use crate::{
     cli::{
         args::Remote,
-        client::{NodeClient, read_body},
+        client::{NOT_FROM_WEIR, NodeClient, NodeResponse},
         provide::{NodeSocket, upgrade},
         request_target::RequestTarget,
         sse::{self, SseEvent, SseParser},
@@ -48,6 +47,8 @@ const IDLE: Duration = Duration::from_secs(75);
 /// The size of the large body, in bytes: more than 1 MB, the default limit of nginx.
 const LARGE: usize = 3 << 19;
 
+const NO_NODE: &str = "there is no node to examine";
+const FOREIGN: &str = "another server responds: is the path of the URL correct?";
 const BUFFERS: &str = "a proxy buffers responses: disable buffering and compression of text/event-stream (nginx: \
                        proxy_buffering off), and forward X-Accel-Buffering to outer proxies";
 const CLOSES_IDLE: &str = "a proxy closes idle connections: raise its idle or read timeout above 60s (nginx: \
@@ -55,7 +56,7 @@ const CLOSES_IDLE: &str = "a proxy closes idle connections: raise its idle or re
 
 /// Examines a node. `long`: idle connections too.
 pub(crate) async fn examine(remote: &Remote, long: bool, report: &mut Report<'_>) -> Result<(), Failure> {
-    let mut client = NodeClient::new(remote)?;
+    let mut client = NodeClient::of_doctor(remote)?;
     report.of(client.base.to_string());
     reach(&mut client, report).await?;
     ready(&mut client, report).await?;
@@ -73,16 +74,27 @@ async fn reach(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(), F
     let mut taken = Vec::new();
     for _ in 0..20 {
         let began = Instant::now();
-        if let Err(error) = client.fetch(Method::GET, &target, None, RESPONSE_TIMEOUT).await {
-            let (reason, change) = match &error {
-                Failure::Unavailable(reason) => (reason, "start it, or use the URL of its clients"),
-                Failure::Failed(reason) | Failure::Rejected(reason) | Failure::Usage(reason) => {
-                    (reason, "another server responds: is the path of the URL correct?")
-                }
-                Failure::OutputClosed => return Err(error),
-            };
-            report.problem("reach", reason, change)?;
-            return Err(Failure::Unavailable("there is no node to examine".into()));
+        let response = match client.exchange(Method::GET, &target, None, RESPONSE_TIMEOUT).await {
+            Ok(response) => response,
+            Err(Failure::Unavailable(reason)) => {
+                let change = match &reason {
+                    reason if reason.contains("certificate") => {
+                        "correct the certificate, or trust its authority (SSL_CERT_FILE=ca.pem)"
+                    }
+                    reason if reason.contains("invalid HTTP") => "does the server speak TLS? use https://",
+                    _ => "start it, or use the URL of its clients",
+                };
+                report.problem("reach", reason, change)?;
+                return Err(Failure::Unavailable(NO_NODE.into()));
+            }
+            Err(other) => return Err(other),
+        };
+        if !response.status.is_success() {
+            return reached_error(&response, report);
+        }
+        if let Err(Failure::Failed(reason)) = response.into_json() {
+            report.problem("reach", reason, FOREIGN)?;
+            return Err(Failure::Unavailable(NO_NODE.into()));
         }
         taken.push(began.elapsed());
     }
@@ -100,6 +112,38 @@ async fn reach(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(), F
             report.advice("reach", found, "every publish and call has this latency: run clients nearer to the node")
         }
         false => report.ok("reach", found),
+    }
+}
+
+/// Reports that `/health/live` responds with an error, which a weir that serves this client does not.
+fn reached_error(response: &NodeResponse, report: &mut Report<'_>) -> Result<(), Failure> {
+    let status = response.status;
+    let (found, change) = match response.problem() {
+        Some(problem) => (
+            format!("weir responds {status}, {} ({}): {}", problem.title, problem.code, problem.detail),
+            match problem.code.as_str() {
+                "unauthorized" | "token_expired" => "pass credentials with --token",
+                _ if status.is_server_error() => "see the log of the node; it may be shutting down",
+                _ => "do what the response says; the log of the node has more",
+            },
+        ),
+        None => (
+            response.reason(),
+            match status.as_u16() {
+                300..=399 => "use the URL that it redirects to: clients of weir do not follow redirects",
+                401 | 403 | 407 => {
+                    "a proxy rejects the request: pass the credentials that it requires (--token), or permit it"
+                }
+                502..=504 => "a proxy does not reach the node: is it running, and does the proxy have its address?",
+                _ => FOREIGN,
+            },
+        ),
+    };
+    report.problem("reach", found, change)?;
+    // The rejection of a proxy counts, because the credentials may be for it.
+    match status.is_client_error() && (response.problem().is_some() || matches!(status.as_u16(), 401 | 403 | 407)) {
+        true => Err(Failure::Rejected(format!("the request is rejected with status {status}"))),
+        false => Err(Failure::Unavailable(NO_NODE.into())),
     }
 }
 
@@ -122,6 +166,10 @@ async fn version(client: &mut NodeClient, report: &mut Report<'_>) -> Result<(),
         Ok(Some(document)) => serde_json::from_str(document.get()).unwrap_or_default(),
         _ => Value::Null,
     };
+    if document["info"]["title"].as_str().is_some_and(|title| title != "weir") {
+        report.problem("version", format!("the server is not weir, but {}", document["info"]["title"]), FOREIGN)?;
+        return Err(Failure::Unavailable(NO_NODE.into()));
+    }
     match document["info"]["version"].as_str() {
         Some(OURS) => report.ok("version", format!("weir {OURS}")),
         Some(theirs) => report.ok("version", format!("weir {theirs}; this command is version {OURS}")),
@@ -149,6 +197,18 @@ fn rejected(check: &str, error: Failure, permission: &str, report: &mut Report<'
     match error {
         Failure::Rejected(reason) if reason.starts_with("unauthorized") || reason.starts_with("token_expired") => {
             Err(Failure::Rejected(format!("{reason}; pass credentials with --token")))
+        }
+        Failure::Rejected(reason) if reason.contains(NOT_FROM_WEIR) => {
+            report.problem(check, reason, "a proxy rejects the request: let it forward /v1/")
+        }
+        // Of the paths that the command uses, all listeners for clients have all.
+        Failure::Rejected(reason) if reason.starts_with("not_found") => {
+            report.problem(
+                check,
+                reason,
+                "use the URL of the clients: an admin listener (admin.listen) does not serve them",
+            )?;
+            Err(Failure::Failed("the listener does not serve clients".into()))
         }
         Failure::Rejected(reason) => report.advice(check, reason, format!("use a token that permits to {permission}")),
         Failure::Unavailable(reason) | Failure::Failed(reason) => {
@@ -279,7 +339,7 @@ impl Probe<'_> {
         if self.published == 0 {
             return report.ok("long-poll", format!("waits as long as requested ({})", Span(SHORT_POLL)));
         }
-        let mut other = NodeClient::new(self.remote)?;
+        let mut other = NodeClient::of_doctor(self.remote)?;
         let target = RequestTarget::new("/v1/events").query("channel", &self.channel).query("after", next);
         let target = target.query("wait", "10s");
         let publish = async {
@@ -307,7 +367,8 @@ impl Probe<'_> {
     async fn long_poll(&self, wait: Duration) -> Result<String, Failure> {
         let target = RequestTarget::new("/v1/events").query("channel", &self.channel).query("after", "now");
         let target = target.query("wait", duration::format(wait));
-        let response = NodeClient::new(self.remote)?.fetch(Method::GET, &target, None, wait + RESPONSE_TIMEOUT).await?;
+        let response =
+            NodeClient::of_doctor(self.remote)?.fetch(Method::GET, &target, None, wait + RESPONSE_TIMEOUT).await?;
         let page: Value = response.and_then(|page| serde_json::from_str(page.get()).ok()).unwrap_or_default();
         let next = page["next"].as_str().map(ToOwned::to_owned);
         next.ok_or_else(|| Failure::Failed("unexpected response to a long-poll; is this a weir node?".into()))
@@ -323,7 +384,7 @@ impl Probe<'_> {
             Ok(Err(Failure::Rejected(reason))) if reason.starts_with("upgrade_required") => {
                 return report.problem("websocket", "the request arrives without its Upgrade header", FORWARD);
             }
-            Ok(Err(Failure::Rejected(reason))) if reason.starts_with("unauthorized") => {
+            Ok(Err(Failure::Rejected(reason))) if !reason.contains(NOT_FROM_WEIR) => {
                 return rejected("websocket", Failure::Rejected(reason), "connect", report);
             }
             Ok(Err(Failure::Rejected(reason) | Failure::Unavailable(reason) | Failure::Failed(reason))) => {
@@ -354,31 +415,22 @@ impl Probe<'_> {
         report.ok("websocket", found)
     }
 
-    /// Sends a large body that weir rejects after it has received all of it, so that no event is stored. An earlier rejection
-    /// comes from a proxy.
+    /// Publishes a small event in a large body, most of which is white space.
     async fn large(&mut self, report: &mut Report<'_>) -> Result<(), Failure> {
-        let mut body = vec![b' '; LARGE];
-        body.extend_from_slice(b"?");
-        let request = self.client.request(Method::POST, &RequestTarget::new("/v1/events"));
-        let request = request.header(header::CONTENT_TYPE, "application/json").body(Full::new(Bytes::from(body)));
-        let request = request.map_err(|error| Failure::Failed(error.to_string()))?;
-        let mut client = NodeClient::new(self.remote)?;
-        let exchange = async {
-            let response = client.send(request).await?;
-            let status = response.status().as_u16();
-            Ok::<_, Failure>((status, read_body(response.into_body()).await?))
-        };
+        let mut body = json!({ "channel": self.channel }).to_string().into_bytes();
+        body.resize(LARGE, b' ');
         let change = "permit bodies of 8 MB, or publish smaller batches (nginx: client_max_body_size 9m)";
-        let found = match timeout(RESPONSE_TIMEOUT, exchange).await {
-            Ok(Ok((status, body))) => {
-                let problem: Value = serde_json::from_slice(&body).unwrap_or_default();
-                if problem["code"].is_string() {
-                    return report.ok("body", format!("{LARGE} bytes arrive"));
-                }
-                format!("HTTP status {status} for {LARGE} bytes, not from weir")
+        let target = RequestTarget::new("/v1/events");
+        let mut client = NodeClient::of_doctor(self.remote)?;
+        let found = match client.exchange(Method::POST, &target, Some(body), RESPONSE_TIMEOUT).await {
+            // An error of weir is a response to the whole body, too.
+            Ok(response) if response.status.is_success() || response.problem().is_some() => {
+                self.published += u64::from(response.status.is_success());
+                return report.ok("body", format!("{LARGE} bytes arrive"));
             }
-            Ok(Err(_)) => format!("the connection ends at {LARGE} bytes"),
-            Err(_) => format!("no response to {LARGE} bytes within {}", Span(RESPONSE_TIMEOUT)),
+            Ok(response) => format!("{} to {LARGE} bytes", response.reason()),
+            Err(Failure::Unavailable(reason)) => format!("{reason} at {LARGE} bytes"),
+            Err(other) => return Err(other),
         };
         report.problem("body", found, change)
     }
@@ -471,7 +523,7 @@ struct IdleStream {
 
 impl ProbeStream {
     async fn open(remote: &Remote, channel: &str) -> Result<Self, Failure> {
-        let mut client = NodeClient::new(remote)?;
+        let mut client = NodeClient::of_doctor(remote)?;
         let request = client.request(Method::GET, &RequestTarget::new("/v1/sse").query("channel", channel));
         // As browsers do, to detect proxies that compress.
         let request = request.header(header::ACCEPT_ENCODING, "gzip, br");
