@@ -488,10 +488,10 @@ reject them. Each problem is printed with its remedy.
   weir doctor --redis redis+sentinel://a,b,c/weir | jq 'select(.state != \"ok\")'
 
 A finding is one line of JSON on standard output (unless that is a terminal) and prose on standard
-error. Exit codes: 0 no problem, 1 a problem, 3 rejected (4xx), 4 not reachable. The command
-publishes to a channel weir.doctor.* and deletes it; in Redis it writes four keys that expire
-within a minute. Its requests have the User-Agent weir-doctor, and cause no errors in the metrics
-of a node without a problem.";
+error. Exit codes: 0 no problem, 1 a problem, 3 the node, a proxy or Redis rejects the requests,
+4 not reachable. The command publishes to a channel weir.doctor.* and deletes it; in Redis it
+writes four keys that expire within a minute. Its requests have the User-Agent weir-doctor, and
+cause no errors in the metrics of a node without a problem.";
 
 /// Rejects an invalid position before the stream is opened. A node would begin the stream at `now` and report a gap, which
 /// suits programs, but not a command line.

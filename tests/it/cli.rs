@@ -1,7 +1,7 @@
 //! The command line interface: real processes, real sockets, exit codes.
 
 use std::{
-    io::{BufRead as _, BufReader, Read as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::TcpListener,
     path::Path,
     process::{Command, Stdio},
@@ -91,6 +91,30 @@ fn commands_fail_with_documented_exit_codes() {
     let nowhere = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     for command in [&["services"][..], &["tail", "x"], &["provide", "x"]] {
         run(&nowhere, command).fails(4, "cannot connect to http://127.0.0.1:");
+    }
+}
+
+#[test]
+fn responses_of_other_servers_are_told_apart_from_those_of_weir() {
+    for (response, code, notes) in [
+        ("401 Unauthorized\r\ncontent-length: 9", 3, "HTTP status 401 Unauthorized, which is not from weir"),
+        ("502 Bad Gateway\r\ncontent-length: 9", 4, "HTTP status 502 Bad Gateway, which is not from weir"),
+        ("302 Found\r\nlocation: /login\r\ncontent-length: 9", 1, "a redirect to /login"),
+        ("200 OK\r\ncontent-type: text/html\r\ncontent-length: 9", 1, "is this a weir node?"),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for mut client in listener.incoming().map_while(Result::ok) {
+                // The head of the request arrives in one piece.
+                let _ = client.read(&mut [0; 4096]);
+                let _ =
+                    client.write_all(format!("HTTP/1.1 {response}\r\nconnection: close\r\n\r\n<p>no</p>").as_bytes());
+            }
+        });
+        for command in [&["services"][..], &["tail", "orders"], &["provide", "echo"], &["publish", "orders", "1"]] {
+            run(&url, command).fails(code, notes);
+        }
     }
 }
 
