@@ -7,12 +7,12 @@ use http::{Method, Request, Response, StatusCode, header, uri::PathAndQuery};
 use hyper::body::Incoming;
 
 use super::{
-    headers::{prepare_request, sign, strip_hop_by_hop, wants_websocket},
-    instructions::{self, HoldMode, Instructions},
+    headers::{merge_content_length, prepare_request, sign, strip_hop_by_hop, wants_websocket},
+    instructions::{self, HoldMode, Instructions, take_no_encoding},
     next_link::StreamSite,
     origin_client::{OriginError, OriginRequest},
     proxy::GripProxy,
-    response::{OriginBody, OriginResponse, pass_through, text_response},
+    response::{OriginBody, OriginResponse, pass_through, text_response, without_forbidden_body},
     response_hold::{HoldOutcome, Retries, hold_response},
     stream_hold::hold_stream,
     tunnel::tunnel,
@@ -31,6 +31,10 @@ pub(super) async fn forward(proxy: Arc<GripProxy>, request: Request<AxumBody>) -
     let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
     let remote = PeerAddr::of(&head);
     let mut headers = head.headers;
+    if headers.get_all(header::HOST).iter().nth(1).is_some() {
+        // RFC 9112, section 3.2: the origin might choose another one than a proxy in between.
+        return text_response(StatusCode::BAD_REQUEST, "A request has one Host.\n");
+    }
     let websocket = wants_websocket(&headers);
     prepare_request(&mut headers, &head.uri, remote.map(|remote| remote.ip()), proxy.signature(route));
     let host = headers.get(header::HOST).cloned();
@@ -56,7 +60,7 @@ pub(super) async fn forward(proxy: Arc<GripProxy>, request: Request<AxumBody>) -
             Err(error) => Err(error),
         };
         let last_ids = match outcome {
-            Ok(HoldOutcome::Done(response)) => return response,
+            Ok(HoldOutcome::Done(response)) => return without_forbidden_body(response),
             Ok(HoldOutcome::Retry(last_ids)) => last_ids,
             Err(error) => return error.into_response(),
         };
@@ -78,6 +82,7 @@ async fn handle_response(
     let instructed = *method != Method::HEAD && Instructions::are_in(response.headers());
     let in_body = instructions::are_in_body(response.headers());
     strip_hop_by_hop(response.headers_mut());
+    merge_content_length(response.headers_mut());
     let taken = Instructions::take(response.headers_mut());
     let (mut head, body) = response.into_parts();
     if !instructed {
@@ -96,10 +101,7 @@ async fn handle_response(
         response = OriginResponse { status, headers: read.headers, body: OriginBody::Bytes(read.body.into()) };
     }
     response.status = instructions.status.unwrap_or(response.status);
-    if response.headers.contains_key(header::CONTENT_ENCODING) {
-        // Published items would be appended unencoded.
-        return Err(OriginError::Invalid("an answer that is held cannot have a Content-Encoding".into()));
-    }
+    take_no_encoding(&mut response.headers)?;
     proxy.check_limits(&instructions)?;
     match (instructions.hold, &instructions.next) {
         (Some(HoldMode::Response), _) => hold_response(&site, instructions, response, retries).await,

@@ -33,6 +33,40 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Removes the fields of a client that have other characters than letters, digits and hyphens in their names. Origins that
+/// follow CGI read `Grip_Sig` as `Grip-Sig`, so they could be taken for fields of a proxy.
+fn strip_ambiguous(headers: &mut HeaderMap) {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    let ambiguous: Vec<_> = headers.keys().filter(|name| !name.as_str().bytes().all(is_plain)).cloned().collect();
+    for name in ambiguous {
+        headers.remove(name);
+    }
+}
+
+/// Replaces a repeated `Content-Length` by one, or by none if the values differ (RFC 9112, section 6.3).
+pub(super) fn merge_content_length(headers: &mut HeaderMap) {
+    let lines = headers.get_all(header::CONTENT_LENGTH).iter().map(|line| line.to_str().unwrap_or_default());
+    let mut values: Vec<&str> = lines.flat_map(|line| line.split(',')).map(str::trim).collect();
+    if values.len() < 2 {
+        return;
+    }
+    values.dedup();
+    match (values.len(), HeaderValue::from_str(values[0])) {
+        (1, Ok(value)) => drop(headers.insert(header::CONTENT_LENGTH, value)),
+        _ => drop(headers.remove(header::CONTENT_LENGTH)),
+    }
+}
+
+/// Removes what is no trailer from the trailers of a client or an origin (RFC 9110, section 6.5.1).
+pub(super) fn strip_trailers(trailers: &mut HeaderMap) {
+    strip_hop_by_hop(trailers);
+    strip_ambiguous(trailers);
+    strip_grip(trailers);
+    for name in [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::HOST, header::TRAILER] {
+        trailers.remove(name);
+    }
+}
+
 /// Removes the `Grip-…` fields, which are for proxy and origin only.
 pub(super) fn strip_grip(headers: &mut HeaderMap) {
     let grip: Vec<_> = headers.keys().filter(|name| name.as_str().starts_with("grip-")).cloned().collect();
@@ -59,7 +93,9 @@ pub(super) fn prepare_request(headers: &mut HeaderMap, uri: &Uri, peer: Option<I
         headers.get_all(header::TE).iter().any(|value| value.to_str().is_ok_and(|te| te.contains("trailers")));
     let websocket = wants_websocket(headers);
     strip_hop_by_hop(headers);
+    strip_ambiguous(headers);
     strip_grip(headers);
+    merge_content_length(headers);
     // The server of the client's connection has responded to it.
     headers.remove(header::EXPECT);
     // Published items are appended to the response unencoded.
@@ -136,6 +172,11 @@ mod tests {
             ("x-forwarded-proto", "https"),
             ("accept-encoding", "gzip"),
             ("te", "trailers, deflate"),
+            ("grip_sig", "forged"),
+            ("x_forwarded_for", "10.0.0.9"),
+            ("x.user", "admin"),
+            ("content-length", "3"),
+            ("content-length", "3, 3"),
             ("upgrade", "websocket"),
             ("cookie", "a=1"),
             ("cookie", "b=2"),
@@ -150,6 +191,7 @@ mod tests {
             ("x-forwarded-proto", "https"),
             ("x-forwarded-host", "example.com"),
             ("accept-encoding", "identity"),
+            ("content-length", "3"),
             ("connection", "te"),
             ("te", "trailers"),
             ("cookie", "a=1; b=2"),

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::{
     headers::strip_grip,
     members::{bytes_of, code_of, final_status, headers_of, seconds_of, text_of},
+    origin_client::OriginError,
 };
 use crate::json::parse_owned;
 
@@ -229,6 +230,20 @@ impl Instructions {
         let looks = |channel: &HeldChannel| channel.prev_id.is_some() || !channel.filters.is_empty();
         self.next.is_some() || self.channels.iter().any(looks)
     }
+}
+
+/// Removes a `Content-Encoding` that names no encoding, by which some servers keep others from compressing a stream.
+///
+/// # Errors
+/// The content is encoded: published items could not be appended to it.
+pub(super) fn take_no_encoding(headers: &mut HeaderMap) -> Result<(), OriginError> {
+    let lines = headers.get_all(header::CONTENT_ENCODING).iter().map(|line| line.to_str().unwrap_or("?"));
+    let mut encodings = lines.flat_map(|line| line.split(',')).map(str::trim);
+    if !encodings.all(|name| ["", "identity", "none"].iter().any(|none| none.eq_ignore_ascii_case(name))) {
+        return Err(OriginError::Invalid("an answer that is held cannot have a Content-Encoding".into()));
+    }
+    headers.remove(header::CONTENT_ENCODING);
+    Ok(())
 }
 
 /// Whether the body of a response with this header consists of instructions.

@@ -8,7 +8,7 @@ use url::{Position, Url};
 
 use super::{
     headers::sign,
-    instructions::{self, HoldMode, Instructions},
+    instructions::{self, HoldMode, Instructions, take_no_encoding},
     origin_client::{OriginError, OriginRequest},
     proxy::GripProxy,
     response::OriginBody,
@@ -67,6 +67,7 @@ impl StreamSite {
             if instructions.hold == Some(HoldMode::Response) {
                 return Err(OriginError::Invalid("next link returned non-stream hold".into()));
             }
+            take_no_encoding(&mut head.headers)?;
             proxy.check_limits(&instructions)?;
             Ok(FetchedPart { instructions, body, route: index, path })
         }

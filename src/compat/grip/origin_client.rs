@@ -1,6 +1,8 @@
 //! [`OriginClient`]: sends requests to origins.
 
 use std::{
+    error::Error as StdError,
+    io,
     pin::Pin,
     sync::{
         Arc,
@@ -20,17 +22,21 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
+    client::legacy::{self, Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
 use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
 
-use super::{config::Config, response::text_response};
+use super::{config::Config, headers::strip_trailers, response::text_response};
 use crate::{error::Error, net::timer::TimerWheel};
 
 /// How long an idle connection to an origin is kept. Shorter than the keep-alive of common servers (Node: 5 s; most: 60 s
-/// or more), because a request on a connection that the origin closes is retried only if none of it was written.
+/// or more), because a request on a connection that the origin closes is retried only if it is idempotent or none of it was
+/// written.
 const POOL_IDLE: Duration = Duration::from_secs(4);
+
+/// Maximum number of header fields of a response.
+const MAX_FIELDS: usize = 1_000;
 
 /// A connection pool for all origins.
 pub(super) struct OriginClient {
@@ -43,8 +49,10 @@ pub(super) struct OriginClient {
 #[derive(Debug)]
 pub(super) enum OriginError {
     Unreachable,
-    /// The connection broke, or the response is not HTTP.
+    /// The response is not HTTP, or its body broke off.
     Broken,
+    /// The connection was closed without a response.
+    Unanswered,
     /// No response head in this time.
     Timeout(Duration),
     /// The client did not send its request body in time.
@@ -91,13 +99,33 @@ impl OriginClient {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
             .pool_max_idle_per_host(config.idle_connections)
+            .http1_max_headers(MAX_FIELDS)
+            // A proxy removes them (RFC 9112, sections 5.1 and 5.2). In requests of clients they are errors.
+            .http1_allow_spaces_after_header_name_in_responses(true)
+            .http1_allow_obsolete_multiline_headers_in_responses(true)
             .build(https);
         Ok(OriginClient { client, timeout: config.timeout, timers })
     }
 
     /// Sends a request and waits for the response head. The exchange is aborted when this future, or the body of the
     /// response, is dropped.
+    ///
+    /// An idempotent request is sent once more if its connection closes without a response, as an idle connection does
+    /// that the origin closes at the same time (RFC 9110, section 9.2.2).
     pub(super) async fn send(
+        &self,
+        scheme: &Scheme,
+        authority: &Authority,
+        request: OriginRequest,
+    ) -> Result<Response<Incoming>, OriginError> {
+        let repetition = request.repetition();
+        match (self.send_once(scheme, authority, request).await, repetition) {
+            (Err(OriginError::Unanswered), Some(request)) => self.send_once(scheme, authority, request).await,
+            (result, _) => result,
+        }
+    }
+
+    async fn send_once(
         &self,
         scheme: &Scheme,
         authority: &Authority,
@@ -120,7 +148,11 @@ impl OriginClient {
                 Ok(Ok(response)) => return Ok(response),
                 Ok(Err(error)) => {
                     tracing::debug!(origin = %authority, %error, "request to origin failed");
-                    return Err(if error.is_connect() { OriginError::Unreachable } else { OriginError::Broken });
+                    return Err(match error.is_connect() {
+                        true => OriginError::Unreachable,
+                        false if is_unanswered(&error) => OriginError::Unanswered,
+                        false => OriginError::Broken,
+                    });
                 }
                 Err(_) => {
                     // The timeout applies only while the upload makes no progress.
@@ -135,6 +167,28 @@ impl OriginClient {
                 }
             }
         }
+    }
+}
+
+/// Whether the connection ended before a response did, as opposed to a response that is not HTTP.
+fn is_unanswered(error: &legacy::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<hyper::Error>());
+    cause.is_some_and(|cause| {
+        cause.is_incomplete_message()
+            || cause.is_canceled()
+            || cause.source().is_some_and(<dyn StdError>::is::<io::Error>)
+    })
+}
+
+impl OriginRequest {
+    /// The same request, if it is idempotent and has no body.
+    fn repetition(&self) -> Option<Self> {
+        (self.method.is_idempotent() && self.body.is_end_stream()).then(|| OriginRequest {
+            method: self.method.clone(),
+            path: self.path.clone(),
+            headers: self.headers.clone(),
+            body: AxumBody::empty(),
+        })
     }
 }
 
@@ -158,7 +212,13 @@ impl Body for UploadBody {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let polled = Pin::new(&mut self.body).poll_frame(cx).map_ok(|frame| match frame.into_trailers() {
+            Ok(mut trailers) => {
+                strip_trailers(&mut trailers);
+                Frame::trailers(trailers)
+            }
+            Err(frame) => frame,
+        });
         if polled.is_ready() {
             self.progress.moved.store(self.progress.timers.now(), Relaxed);
             self.progress.done.store(self.body.is_end_stream() || matches!(polled, Poll::Ready(None)), Relaxed);
@@ -186,7 +246,7 @@ impl OriginError {
     pub(super) fn into_response(self) -> Response<AxumBody> {
         let (status, reason) = match self {
             OriginError::Unreachable => (StatusCode::BAD_GATEWAY, "it cannot be reached".to_owned()),
-            OriginError::Broken => (StatusCode::BAD_GATEWAY, "it broke off".to_owned()),
+            OriginError::Broken | OriginError::Unanswered => (StatusCode::BAD_GATEWAY, "it broke off".to_owned()),
             OriginError::Timeout(time) => {
                 (StatusCode::GATEWAY_TIMEOUT, format!("it did not answer within {}", crate::duration::format(time)))
             }

@@ -3,11 +3,11 @@
 use axum::body::Body as AxumBody;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use http_body::Frame;
+use http_body::{Body as _, Frame};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 
-use super::headers::strip_grip;
+use super::headers::strip_trailers;
 
 /// A response of an origin, after its instructions were taken out.
 pub(super) struct OriginResponse {
@@ -29,11 +29,6 @@ impl OriginResponse {
         };
         *response.status_mut() = self.status;
         *response.headers_mut() = self.headers;
-        // Grip-Status may have replaced a status that allows a body.
-        if matches!(self.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
-            *response.body_mut() = AxumBody::empty();
-            response.headers_mut().remove(header::CONTENT_LENGTH);
-        }
         response
     }
 }
@@ -43,12 +38,24 @@ pub(super) fn pass_through(response: Response<Incoming>) -> Response<AxumBody> {
     response.map(|body| {
         AxumBody::new(body.map_frame(|frame| match frame.into_trailers() {
             Ok(mut trailers) => {
-                strip_grip(&mut trailers);
+                strip_trailers(&mut trailers);
                 Frame::trailers(trailers)
             }
             Err(frame) => frame.into_data().map_or_else(|_| Frame::data(Bytes::new()), Frame::data),
         }))
     })
+}
+
+/// Removes the body that the status of a response forbids (RFC 9110, sections 15.3.5, 15.3.6 and 15.4.5): over HTTP/2 it
+/// would break the stream. `Grip-Status` or an item may have set the status.
+pub(super) fn without_forbidden_body(mut response: Response<AxumBody>) -> Response<AxumBody> {
+    let forbidden = [StatusCode::NO_CONTENT, StatusCode::RESET_CONTENT, StatusCode::NOT_MODIFIED];
+    let has_body = !response.body().is_end_stream();
+    if forbidden.contains(&response.status()) && (has_body || response.status() == StatusCode::NO_CONTENT) {
+        *response.body_mut() = AxumBody::empty();
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    response
 }
 
 pub(super) fn text_response(status: StatusCode, text: impl Into<String>) -> Response<AxumBody> {

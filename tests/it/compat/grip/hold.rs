@@ -1,7 +1,11 @@
 //! Held streams without a link, and held responses.
 
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
 use std::time::Duration;
+use tokio::net::TcpStream;
 
 use super::{Grip, Origin, before, behind, route};
 use crate::support::{Client, Request, eventually, weir};
@@ -326,4 +330,61 @@ async fn a_stream_with_skip_self_omits_its_own_items() {
     assert_eq!(client.chunks(3).await, "his");
     drop(client);
     eventually("no connection is left", async || grip.weir.connections().is_empty()).await;
+}
+
+#[tokio::test]
+async fn an_answer_that_names_no_encoding_is_held() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    for encoding in ["identity", "None", "identity, none", ""] {
+        let mut client = Client::connect(grip.proxy).await;
+        client.send("GET", "/x", &[], b"").await;
+        let headers = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Content-Encoding", encoding)];
+        origin.next().await.answer(&headers, "open;").await;
+        let head = client.head().await;
+        assert_eq!((head.status, head.header("content-encoding")), (200, None), "{encoding}");
+        grip.stream("a", "item;").await;
+        assert_eq!(client.chunks(10).await, "open;item;", "{encoding}");
+    }
+    let pending = tokio::spawn(grip.request("GET", "/x").into_future());
+    let headers = [("Grip-Hold", "stream"), ("Grip-Channel", "a"), ("Content-Encoding", "identity, gzip")];
+    origin.next().await.answer(&headers, "").await;
+    pending.await.unwrap().expect(502);
+}
+
+#[tokio::test]
+async fn a_status_without_a_body_is_sent_without_one() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let socket = TokioIo::new(TcpStream::connect(grip.proxy).await.unwrap());
+    let (mut http2, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), socket).await.unwrap();
+    tokio::spawn(connection);
+    for status in [204, 205, 304] {
+        // The status of an item, of Grip-Status for a held response, a held stream, and a response that is passed on.
+        for (hold, published) in [("response", true), ("response", false), ("stream", false), ("", false)] {
+            let request = http::Request::get("http://localhost/x").body(Empty::<Bytes>::new()).unwrap();
+            let pending = tokio::spawn(http2.send_request(request));
+            let status = status.to_string();
+            let mut headers = vec![("ETag", "1")];
+            if !published {
+                headers.push(("Grip-Status", status.as_str()));
+            }
+            if !hold.is_empty() {
+                headers.extend([("Grip-Hold", hold), ("Grip-Channel", "a")]);
+            }
+            if hold == "response" && !published {
+                headers.push(("Grip-Timeout", "0"));
+            }
+            origin.next().await.answer(&headers, "a body").await;
+            if published {
+                grip.readers("a", 1).await;
+                grip.publish("a", json!({"http-response": {"code": status, "body": "BODY"}})).await;
+            }
+            let reply = pending.await.unwrap().unwrap();
+            assert_eq!((reply.status().as_str(), &reply.headers()["etag"]), (&*status, &"1".parse().unwrap()));
+            assert_eq!(reply.into_body().collect().await.unwrap().to_bytes(), "", "{status} {hold}");
+        }
+    }
+    drop(http2);
+    grip.weir.idle().await;
 }

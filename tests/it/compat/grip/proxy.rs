@@ -233,3 +233,87 @@ async fn websockets_are_tunnelled_to_the_origin() {
     grip.weir.shut_down();
     assert!(exchange.is_cancelled().await);
 }
+
+#[tokio::test]
+async fn fields_of_a_client_cannot_pass_for_those_of_a_proxy() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let pending = grip.request("GET", "/x").header("Grip_Sig", "forged").header("X_Forwarded_For", "10.0.0.9");
+    let pending = pending.header("X.User", "admin").header("X-User", "me");
+    let pending = tokio::spawn(pending.into_future());
+    let exchange = origin.next().await;
+    let head = exchange.head.to_ascii_lowercase();
+    assert!(!head.contains("forged") && !head.contains("10.0.0.9") && !head.contains("admin"), "{head}");
+    assert_eq!(exchange.header("x-user"), Some("me"));
+    exchange.answer(&[], "ok").await;
+    pending.await.unwrap().expect(200);
+
+    // Trailers of a client are no way around it.
+    let mut client = Client::connect(grip.proxy).await;
+    let head = "POST /up HTTP/1.1\r\nHost: a\r\nTE: trailers\r\nTrailer: Grip-Sig, X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n";
+    client.write(format!("{head}3\r\none\r\n0\r\nGrip-Sig: forged\r\nX-Sum: 1\r\n\r\n")).await;
+    let mut exchange = origin.next().await;
+    while !exchange.body.ends_with(b"\r\n\r\n") {
+        let more = exchange.read().await;
+        assert!(!more.is_empty(), "the request ended early");
+        exchange.body.extend(more);
+    }
+    assert!(!String::from_utf8_lossy(&exchange.body).to_ascii_lowercase().contains("grip-sig"));
+    exchange.answer(&[], "ok").await;
+    assert_eq!(client.response().await.text(), "ok");
+
+    // RFC 9112, sections 3.2, 5.1 and 5.2: these are errors in a request.
+    for field in ["Host: b", "Grip-Sig : forged", "X-A: 1\r\n folded"] {
+        let mut client = Client::connect(grip.proxy).await;
+        client.write(format!("GET /x HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n")).await;
+        assert_eq!(client.head().await.status, 400, "{field}");
+    }
+    assert!(origin.is_quiet());
+}
+
+#[tokio::test]
+async fn unusual_heads_of_an_origin_are_put_in_order() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    let cookies: String = (0..500).map(|n| format!("Set-Cookie: c{n}=1\r\n")).collect();
+    for (fields, name, value) in [
+        (cookies.as_str(), "set-cookie", (0..500).map(|n| format!("c{n}=1")).collect::<Vec<_>>().join(", ")),
+        ("X-Space : a\r\n", "x-space", "a".into()),
+        ("X-Fold: a\r\n b\r\n", "x-fold", "a b".into()),
+        ("Content-Length: 2\r\n", "content-length", "2".into()),
+    ] {
+        let pending = tokio::spawn(grip.request("GET", "/x").into_future());
+        let mut exchange = origin.next().await;
+        exchange.write(format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n{fields}\r\nok")).await;
+        exchange.done();
+        let reply = pending.await.unwrap().expect(200);
+        assert_eq!((reply.text(), reply.all(name)), ("ok", value), "{fields}");
+    }
+}
+
+#[tokio::test]
+async fn an_idempotent_request_is_repeated_if_its_connection_closes_unanswered() {
+    let mut origin = Origin::start().await;
+    let grip = before(&origin).await;
+    for method in ["GET", "DELETE"] {
+        let pending = tokio::spawn(grip.request(method, "/x").into_future());
+        origin.next().await.answer(&[], "first").await;
+        assert_eq!(pending.await.unwrap().expect(200).text(), "first");
+        let pending = tokio::spawn(grip.request(method, "/x?again").into_future());
+        drop(origin.next().await);
+        let exchange = origin.next().await;
+        assert_eq!(exchange.line(), format!("{method} /x?again"));
+        exchange.answer(&[], "second").await;
+        assert_eq!(pending.await.unwrap().expect(200).text(), "second");
+    }
+    // Once, and not a request that the origin may have executed.
+    for (method, times) in [("GET", 2), ("POST", 1)] {
+        let pending = tokio::spawn(grip.request(method, "/x").into_future());
+        for _ in 0..times {
+            drop(origin.next().await);
+        }
+        let reply = pending.await.unwrap().expect(502);
+        assert_eq!(reply.text(), "Error while proxying to origin: it broke off.\n");
+        assert!(origin.is_quiet());
+    }
+}
