@@ -20,10 +20,7 @@ use crate::{
     event::{Draft, DraftParts, EventData},
     http::{Endpoint, ListenerRole},
     metrics::Metrics,
-    net::{
-        server::{self, HttpConnections},
-        timer::TimerWheel,
-    },
+    net::{server::HttpConnections, timer::TimerWheel},
     node::Node,
     presence::Presence,
     rpc::{Hub, RemoteNodes},
@@ -68,7 +65,7 @@ impl App {
         let node = node(config, redis.as_ref(), metrics);
         let remote_nodes = Arc::new(RemoteNodes::new(&node.hub));
         let config = node.config.clone();
-        let connections = HttpConnections::new(connection_limits(&config), node.timers.clone(), node.metrics.clone());
+        let connections = HttpConnections::new(config.limits.clone(), node.timers.clone(), node.metrics.clone());
         let mut adapters = compat::build(&node)?;
         let of_adapters: Vec<_> = adapters.iter_mut().flat_map(|adapter| adapter.listeners.drain(..)).collect();
         let adapters: Arc<[Adapter]> = adapters.into();
@@ -266,16 +263,5 @@ fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandl
 impl Drop for Tasks {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
-    }
-}
-
-fn connection_limits(config: &Config) -> server::ConnectionLimits {
-    server::ConnectionLimits {
-        connections: config.limits.connections,
-        header_timeout: config.limits.header_time,
-        idle_timeout: config.limits.idle,
-        stall_timeout: config.limits.stalled,
-        header_bytes: config.limits.header,
-        h2_streams: u32::try_from(config.limits.h2_streams).unwrap_or(u32::MAX),
     }
 }

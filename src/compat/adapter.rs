@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    http::{Request, Response},
+    http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header},
 };
 use clap::ArgMatches;
 use futures_util::future::{BoxFuture, LocalBoxFuture};
@@ -97,6 +97,20 @@ where
 {
     let state = state.clone();
     Box::new(move |request| Box::pin(answer(state.clone(), request)))
+}
+
+/// The response of Express's `cors` to a preflight with the headers `request`: allows requests from every origin.
+pub(super) fn preflight(request: &HeaderMap) -> Response<Body> {
+    let mut answer = Response::new(Body::empty());
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    let headers = answer.headers_mut();
+    let methods = HeaderValue::from_static("GET,HEAD,PUT,PATCH,POST,DELETE");
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
+    headers.insert(header::VARY, HeaderValue::from_static("Access-Control-Request-Headers"));
+    if let Some(requested) = request.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, requested.clone());
+    }
+    answer
 }
 
 /// Retention of a channel whose `count` newest events are kept for good.

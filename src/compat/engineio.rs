@@ -35,6 +35,7 @@ pub(crate) use self::{
     session::{EngineSession, ProtocolError, SessionHandler, new_sid},
     settings::EngineSettings,
 };
+use super::adapter::preflight;
 use crate::{
     auth::Identity,
     net::{
@@ -68,15 +69,17 @@ impl EngineServer {
     /// Answers any request to the path of Engine.IO.
     pub(crate) async fn answer(self: &Arc<Self>, request: Request<Body>) -> Response<Body> {
         let (head, body) = request.into_parts();
-        let requested_headers = head.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
         let mut answer = match head.method {
-            Method::OPTIONS => preflight(requested_headers),
+            Method::OPTIONS => preflight(&head.headers),
             _ => match self.route(&head, body).await {
                 Ok(answer) => answer,
                 Err(error) => error.response(),
             },
         };
         let headers = answer.headers_mut();
+        if head.method == Method::OPTIONS {
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        }
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
         answer
     }
@@ -202,19 +205,4 @@ impl Drop for Upgrading {
             session.abandon_upgrade();
         }
     }
-}
-
-/// Allows requests from every origin, as the original does.
-fn preflight(requested: Option<HeaderValue>) -> Response<Body> {
-    let mut answer = Response::new(Body::empty());
-    *answer.status_mut() = StatusCode::NO_CONTENT;
-    let headers = answer.headers_mut();
-    let methods = HeaderValue::from_static("GET,HEAD,PUT,PATCH,POST,DELETE");
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
-    headers.insert(header::VARY, HeaderValue::from_static("Access-Control-Request-Headers"));
-    headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-    if let Some(requested) = requested {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, requested);
-    }
-    answer
 }

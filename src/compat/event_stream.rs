@@ -31,7 +31,7 @@ use crate::{
     position::Start,
     transport::{
         query::decode,
-        sse::{is_acceptable, retry_response},
+        sse::{self, is_acceptable, retry_response},
         subscription_stream::{HeartbeatPolicy, StreamContext, StreamHandler, SubscriptionStream, retry_chunk},
     },
 };
@@ -123,19 +123,15 @@ impl EventStream {
         for channel in &channels {
             let _ = identity.may_subscribe(channel)?;
         }
-        let mut answer = Response::new(());
-        let headers = answer.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
-        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         if head.method == Method::HEAD {
-            return Ok(answer.map(|()| Body::empty()));
+            return Ok(sse::response(Body::empty()));
         }
         let mut subs = Subscriptions::new(&BLOCK);
         for watch in self.node.bus.watch(&channels).await? {
             subs.add(watch, Start::Now, None);
         }
-        Ok(SubscriptionStream::new(&self.node, subs, EventStreamHandler).respond(answer, vec![chunk::of(OPEN)]))
+        Ok(SubscriptionStream::new(&self.node, subs, EventStreamHandler)
+            .respond(sse::response(()), vec![chunk::of(OPEN)]))
     }
 
     /// The channels of a request, without repetitions.

@@ -24,7 +24,7 @@ use axum::{
 pub use self::config::Config;
 use self::context::{NodeSse, NodeSseError};
 use super::{
-    adapter::{Adapter, AdapterEntry},
+    adapter::{Adapter, AdapterEntry, preflight},
     form::Form,
 };
 use crate::{
@@ -52,7 +52,8 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
 async fn answer(State(it): State<Arc<NodeSse>>, request: Request<Body>) -> Response<Body> {
     let (head, body) = request.into_parts();
     let streams = matches!(NodeSseRoute::find(head.uri.path()), Some(NodeSseRoute::Subscribe));
-    let answer = if head.method == Method::OPTIONS { Ok(preflight(&head)) } else { it.answer(&head, body).await };
+    let answer =
+        if head.method == Method::OPTIONS { Ok(preflight(&head.headers)) } else { it.answer(&head, body).await };
     let mut answer = match answer {
         Ok(answer) => answer,
         Err(NodeSseError::Text(text)) => wire::bad_request(text),
@@ -78,20 +79,6 @@ impl NodeSse {
             _ => Err(NodeSseError::Page(StatusCode::NOT_FOUND, format!("Cannot {} {path}", head.method))),
         }
     }
-}
-
-/// The response of Express's `cors` to any preflight.
-fn preflight(head: &Head) -> Response<Body> {
-    let mut answer = Response::new(Body::empty());
-    *answer.status_mut() = StatusCode::NO_CONTENT;
-    let headers = answer.headers_mut();
-    let methods = HeaderValue::from_static("GET,HEAD,PUT,PATCH,POST,DELETE");
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
-    headers.insert(header::VARY, HeaderValue::from_static("Access-Control-Request-Headers"));
-    if let Some(asked) = head.headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
-    }
-    answer
 }
 
 impl NodeSseRoute {

@@ -37,6 +37,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    config::LimitsSection,
     error::{Code, Error},
     metrics::{Metrics, OpenConnection, Transport},
     net::{
@@ -52,37 +53,20 @@ const CHECK: Duration = Duration::from_secs(5);
 /// Idle time before the first TCP keepalive probe, and between probes.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
-/// ConnectionLimits and timeouts of connections.
-#[derive(Clone, Debug)]
-pub(crate) struct ConnectionLimits {
-    /// Open connections. A few more are answered with `overloaded`; beyond those, connections are closed unread.
-    pub(crate) connections: usize,
-    /// From the first byte of a request to the end of its head.
-    pub(crate) header_timeout: Duration,
-    /// For a connection between two requests, or before the first.
-    pub(crate) idle_timeout: Duration,
-    /// For a peer to read something of what waits for it.
-    pub(crate) stall_timeout: Duration,
-    /// Bytes of a request's head.
-    pub(crate) header_bytes: usize,
-    /// Concurrent requests of one HTTP/2 connection.
-    pub(crate) h2_streams: u32,
-}
-
 /// Answers the requests of the connections that one listener accepts.
 pub trait HttpService: Send + Sync + 'static {
     fn respond(self: Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Response<AxumBody>> + Send;
 
     fn options(&self) -> ListenerOptions;
 
-    /// Whether a request to `path` is answered although [`ConnectionLimits::connections`] is reached.
+    /// Whether a request to `path` is answered although `limits.connections` is reached.
     fn is_probe(&self, path: &str) -> bool;
 }
 
 /// How the connections of one listener differ from those of others.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ListenerOptions {
-    /// Accept connections beyond [`ConnectionLimits::connections`], so that an administrator reaches a node that is
+    /// Accept connections beyond `limits.connections`, so that an administrator reaches a node that is
     /// full.
     pub exempt_from_limit: bool,
     /// Detect a vanished peer by TCP keepalive, for responses that may stay silent for ever.
@@ -94,7 +78,7 @@ pub struct ListenerOptions {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PeerAddr(pub(crate) SocketAddr);
 
-/// The reason to reject a request, in its extensions: set by the server beyond [`ConnectionLimits::connections`], and
+/// The reason to reject a request, in its extensions: set by the server beyond `limits.connections`, and
 /// by an HTTP endpoint for the one route that reports rejections in its own way.
 #[derive(Clone, Debug)]
 pub(crate) struct Rejected(pub(crate) Error);
@@ -104,7 +88,7 @@ pub(crate) struct Rejected(pub(crate) Error);
 pub struct HttpConnections(Arc<ServerState>);
 
 struct ServerState {
-    limits: ConnectionLimits,
+    limits: LimitsSection,
     check: Duration,
     wheel: Arc<TimerWheel>,
     metrics: Arc<Metrics>,
@@ -115,41 +99,28 @@ struct ServerState {
     h2: http2::Builder<TokioExecutor>,
 }
 
-impl Default for ConnectionLimits {
-    fn default() -> Self {
-        ConnectionLimits {
-            connections: 100_000,
-            header_timeout: Duration::from_secs(10),
-            idle_timeout: Duration::from_secs(75),
-            stall_timeout: Duration::from_secs(30),
-            header_bytes: 16 * 1024,
-            h2_streams: 200,
-        }
-    }
-}
-
 // === impl HttpConnections ===
 
 impl HttpConnections {
-    pub(crate) fn new(limits: ConnectionLimits, wheel: Arc<TimerWheel>, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(limits: LimitsSection, wheel: Arc<TimerWheel>, metrics: Arc<Metrics>) -> Self {
         let mut h1 = http1::Builder::new();
         // Hyper's own timer would be a Sleep per connection, and would also end idle keep-alive connections; the wheel
         // handles both. Hyper panics on a buffer of less than 8 KiB.
         h1.header_read_timeout(None)
-            .max_header_size(limits.header_bytes)
-            .max_buf_size(limits.header_bytes.max(64 * 1024))
+            .max_header_size(limits.header)
+            .max_buf_size(limits.header.max(64 * 1024))
             .half_close(false)
             .writev(false);
         let mut h2 = http2::Builder::new(TokioExecutor::new());
         h2.timer(TokioTimer::new())
             .keep_alive_interval(Duration::from_secs(25))
             .keep_alive_timeout(Duration::from_secs(20))
-            .max_concurrent_streams(limits.h2_streams)
-            .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+            .max_concurrent_streams(u32::try_from(limits.h2_streams).unwrap_or(u32::MAX))
+            .max_header_list_size(u32::try_from(limits.header).unwrap_or(u32::MAX))
             .initial_stream_window_size(64 * 1024)
             .initial_connection_window_size(1024 * 1024)
             .max_send_buf_size(64 * 1024);
-        let check = CHECK.min(limits.header_timeout / 2).min(limits.idle_timeout / 2).min(limits.stall_timeout / 2);
+        let check = CHECK.min(limits.header_time / 2).min(limits.idle / 2).min(limits.stalled / 2);
         HttpConnections(Arc::new(ServerState {
             limits,
             check,
@@ -182,7 +153,7 @@ impl HttpConnections {
                     // Fails only if the socket is closed already.
                     let _ = socket.set_nodelay(true);
                     // Otherwise a vanished peer is detected only after 15 minutes of retransmissions.
-                    let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stall_timeout * 2));
+                    let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(self.0.limits.stalled * 2));
                     if endpoint.options().tcp_keepalive {
                         // Responses may stay silent for ever: the kernel has to detect vanished peers.
                         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
@@ -314,25 +285,23 @@ impl ConnectionState {
     }
 
     /// The timeout that has passed, if any.
-    fn timed_out(&self, limits: &ConnectionLimits) -> Option<Code> {
+    fn timed_out(&self, limits: &LimitsSection) -> Option<Code> {
         let longer = |since: &AtomicU32, limit| match since.load(Relaxed) {
             0 => false,
             since => TimerWheel::span(since, self.wheel.now()) >= limit,
         };
-        if longer(&self.blocked, limits.stall_timeout) {
+        if longer(&self.blocked, limits.stalled) {
             Some(Code::Slow)
-        } else if self.quiet.load(Relaxed) != 0 && longer(&self.reading, limits.header_timeout) {
+        } else if self.quiet.load(Relaxed) != 0 && longer(&self.reading, limits.header_time) {
             Some(Code::Timeout)
         } else {
             None
         }
     }
 
-    fn is_idle(&self, limits: &ConnectionLimits) -> bool {
+    fn is_idle(&self, limits: &LimitsSection) -> bool {
         let quiet = self.quiet.load(Relaxed);
-        quiet != 0
-            && self.reading.load(Relaxed) == 0
-            && TimerWheel::span(quiet, self.wheel.now()) >= limits.idle_timeout
+        quiet != 0 && self.reading.load(Relaxed) == 0 && TimerWheel::span(quiet, self.wheel.now()) >= limits.idle
     }
 }
 

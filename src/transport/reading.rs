@@ -27,6 +27,14 @@ const DEFAULT_LIMIT: usize = 100;
 /// once.
 const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
+/// Waits for events of subscriptions, until a deadline or until this node drains.
+pub(crate) struct EventWait<'a> {
+    deadline: Instant,
+    draining: &'a CancellationToken,
+    /// This node was draining already when the wait began.
+    is_drained: bool,
+}
+
 /// A validated request for a page of events.
 #[derive(Debug)]
 pub(crate) struct PageRequest {
@@ -89,6 +97,27 @@ struct ReadParams<'a> {
     start: Option<JsonStr<'a>>,
     #[serde(borrow)]
     commit: Option<JsonStr<'a>>,
+}
+
+// === impl EventWait ===
+
+impl<'a> EventWait<'a> {
+    pub(crate) fn new(deadline: Instant, draining: &'a CancellationToken) -> Self {
+        // Evaluated once: a drain that begins between two checks would be missed by both.
+        let is_drained = draining.is_cancelled();
+        let deadline = if is_drained { deadline.min(Instant::now() + DRAIN_PAUSE) } else { deadline };
+        EventWait { deadline, draining, is_drained }
+    }
+
+    /// False: the wait is over.
+    pub(crate) async fn changed(&self, subscriptions: &mut Subscriptions) -> bool {
+        tokio::select! {
+            biased;
+            () = poll_fn(|cx| subscriptions.poll_changed(cx)) => true,
+            () = self.draining.cancelled(), if !self.is_drained => false,
+            () = tokio::time::sleep_until(self.deadline) => false,
+        }
+    }
 }
 
 // === impl PageRequest ===
@@ -329,27 +358,15 @@ impl PageRequest {
 
     /// Waits for enough, and reads it.
     async fn wait(&self, bus: &Bus, draining: &CancellationToken, page: &mut ReadPage) -> Result<()> {
-        let mut deadline = Instant::now() + self.wait;
+        let deadline = Instant::now() + self.wait;
         // Events that are published from here on wake us; those since the first read are found at the first poll.
         let mut subscriptions = Subscriptions::new(Format::NONE);
         let mut slots = Vec::with_capacity(self.channels.len());
         for (watch, next) in bus.watch(&self.channels).await?.into_iter().zip(&page.next) {
             slots.push(subscriptions.add(watch, Start::After(*next), None).slot);
         }
-        // Evaluated once: a drain that begins between two checks would be missed by both.
-        let drained = draining.is_cancelled();
-        if drained {
-            deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
-        }
-        let mut alarm = std::pin::pin!(tokio::time::sleep_until(deadline));
-        let mut leaving = std::pin::pin!(draining.cancelled());
-        while !self.is_enough(page) {
-            tokio::select! {
-                biased;
-                () = poll_fn(|cx| subscriptions.poll_changed(cx)) => {}
-                () = &mut leaving, if !drained => break,
-                () = &mut alarm => break,
-            }
+        let wait = EventWait::new(deadline, draining);
+        while !self.is_enough(page) && wait.changed(&mut subscriptions).await {
             self.read_more(bus, page).await?;
             for (slot, next) in slots.iter().zip(&page.next) {
                 subscriptions.seek(*slot, Start::After(*next));

@@ -75,7 +75,7 @@ pub(crate) fn retry_response(error: &Error) -> Response {
     response(Body::from(chunk::text(&frame::retry(error.code().as_str(), after, true))))
 }
 
-fn response<B>(body: B) -> Response<B> {
+pub(crate) fn response<B>(body: B) -> Response<B> {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));

@@ -7,10 +7,8 @@
 //! * an `after` that is ahead of the channel is handled as by the original, but if it is repeated, the client also gets
 //!   all events.
 
-use std::{future::poll_fn, time::Duration};
-
 use axum::http::request::Parts as Head;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
 use super::{
     context::Ganomede,
@@ -25,14 +23,13 @@ use crate::{
     metrics::Transport,
     net::server::PeerAddr,
     position::{Position, Start},
+    transport::reading::EventWait,
 };
 
 /// The default of `limit`, as in the published version of the original.
 const DEFAULT_LIMIT: u64 = 100;
 /// `Number.MAX_SAFE_INTEGER` of JavaScript.
 const MAX_SAFE: u64 = (1 << 53) - 1;
-/// The timeout of a poll while this node drains. Clients repeat a poll as soon as it is answered.
-const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// The page that a poll has read, and where it waits.
 struct PollState {
@@ -135,7 +132,7 @@ impl Ganomede {
 
     /// Waits for an event, and reads a page.
     async fn wait(&self, channel: &Channel, place: &mut PollState, limit: ReadLimit) -> Result<(), Error> {
-        let (bus, draining) = (&self.node.bus, &self.node.draining);
+        let bus = &self.node.bus;
         let mut subscriptions = Subscriptions::new(Format::NONE);
         let start = match place.ahead {
             Some(_) => Start::Now,
@@ -145,21 +142,8 @@ impl Ganomede {
         for watch in bus.watch(std::slice::from_ref(channel)).await? {
             slot = Some(subscriptions.add(watch, start, None).slot);
         }
-        let mut deadline = Instant::now() + self.config.poll_timeout;
-        // Read once: a drain that begins between two reads would be missed by both.
-        let drained = draining.is_cancelled();
-        if drained {
-            deadline = deadline.min(Instant::now() + DRAIN_PAUSE);
-        }
-        let mut alarm = std::pin::pin!(sleep_until(deadline));
-        let mut leaving = std::pin::pin!(draining.cancelled());
-        while place.page.events.is_empty() {
-            tokio::select! {
-                biased;
-                () = poll_fn(|cx| subscriptions.poll_changed(cx)) => {}
-                () = &mut leaving, if !drained => return Ok(()),
-                () = &mut alarm => return Ok(()),
-            }
+        let wait = EventWait::new(Instant::now() + self.config.poll_timeout, &self.node.draining);
+        while place.page.events.is_empty() && wait.changed(&mut subscriptions).await {
             if let Some(after) = place.ahead {
                 let page = self.read(channel, Start::AfterOffset(after), limit).await?;
                 if !is_ahead(&page) {

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::{
     bytes,
-    hub::MicroStreamHub,
+    hub::{ATTACHED, CONNECT, MicroStreamHub},
     port::{self, Port},
     translate::{self, HeartbeatEvent, RequestEvent, RequestPayload, ResponseEvent},
 };
@@ -191,13 +191,13 @@ impl MicroStreamClient {
     fn provide(&mut self) -> Result<Option<(HubConnection, AcceptedProvider)>, Error> {
         let identity = Identity::anonymous();
         let permit = identity.may_provide(&self.name)?;
-        let link = HubConnection::with_max_calls(&self.hub.rpc, self.port.clone(), self.hub.settings.calls);
+        let link = HubConnection::with_max_calls(&self.hub.rpc, self.port.clone(), self.hub.config.calls);
         let providing = link.provide(&ProvideRequest {
             subject: permit.subject(),
             exclusive: true,
             // A client that reconnects after an unclean disconnect would find its own name taken.
             probe: true,
-            concurrency: u32::try_from(self.hub.settings.calls).unwrap_or(u32::MAX).saturating_mul(16),
+            concurrency: u32::try_from(self.hub.config.calls).unwrap_or(u32::MAX).saturating_mul(16),
             ..ProvideRequest::new(&self.name)
         });
         let providing = match providing.try_finish() {
@@ -276,10 +276,10 @@ impl MicroStreamClient {
 
     /// Whether the heartbeat is overdue. Checked once per sweep.
     fn is_stale(&mut self, now: u32) -> bool {
-        let sweep = TimerWheel::ticks(self.hub.settings.sweep);
+        let sweep = TimerWheel::ticks(self.hub.config.sweep);
         let due = now / sweep != self.looked / sweep;
         self.looked = now;
-        due && TimerWheel::span(self.beat.load(Relaxed), now) > self.hub.settings.heartbeat_timeout
+        due && TimerWheel::span(self.beat.load(Relaxed), now) > self.hub.config.heartbeat_timeout
     }
 }
 
@@ -295,7 +295,7 @@ impl SessionHandler for MicroStreamClient {
     fn on_bytes(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
         let partial = self.partial.as_mut().ok_or(ProtocolError)?;
         partial.size += bytes.len();
-        if partial.size > self.hub.settings.max_bytes {
+        if partial.size > self.hub.config.max_payload.saturating_mul(ATTACHED) {
             return Err(ProtocolError);
         }
         partial.bytes.push(bytes.to_vec());
@@ -312,7 +312,7 @@ impl SessionHandler for MicroStreamClient {
 
     fn on_tick(&mut self, now: u32) -> Result<(), ProtocolError> {
         match self.stage {
-            ClientStage::Fresh if TimerWheel::span(self.since, now) > self.hub.settings.connect => {
+            ClientStage::Fresh if TimerWheel::span(self.since, now) > CONNECT => {
                 return Err(ProtocolError);
             }
             ClientStage::Fresh | ClientStage::Registering => {}

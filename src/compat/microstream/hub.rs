@@ -16,25 +16,19 @@ use super::config::Config;
 use crate::{net::timer::TimerWheel, node::Node, rpc::Hub};
 
 /// Maximum size of the attachments of one packet, in multiples of `max_payload`.
-const ATTACHED: usize = 8;
+pub(super) const ATTACHED: usize = 8;
 /// Timeout for the connect packet, as in the original.
-const CONNECT: Duration = Duration::from_secs(45);
+pub(super) const CONNECT: Duration = Duration::from_secs(45);
+
+/// What the clients share.
 pub(super) struct MicroStreamHub {
     pub(super) rpc: Arc<Hub>,
     pub(super) wheel: Arc<TimerWheel>,
-    pub(super) settings: ClientSettings,
+    pub(super) config: Config,
     /// The number of ticks for which a caller may wait for a response.
     pub(super) memory: u32,
     /// The clients that are connected to this node.
     names: Mutex<HashMap<Box<str>, Beat, RandomState>>,
-}
-
-pub(super) struct ClientSettings {
-    pub(super) heartbeat_timeout: Duration,
-    pub(super) sweep: Duration,
-    pub(super) connect: Duration,
-    pub(super) calls: usize,
-    pub(super) max_bytes: usize,
 }
 
 /// The tick of a client's last heartbeat.
@@ -42,17 +36,11 @@ pub(super) type Beat = Arc<AtomicU32>;
 
 impl MicroStreamHub {
     pub(super) fn new(node: &Arc<Node>) -> Self {
-        let (own, rpc): (Config, _) = (node.config.compat.get(), &node.config.rpc);
+        let rpc = &node.config.rpc;
         MicroStreamHub {
             rpc: node.hub.clone(),
             wheel: node.timers.clone(),
-            settings: ClientSettings {
-                heartbeat_timeout: own.heartbeat_timeout,
-                sweep: own.sweep,
-                connect: CONNECT,
-                calls: own.calls,
-                max_bytes: own.max_payload.saturating_mul(ATTACHED),
-            },
+            config: node.config.compat.get(),
             memory: TimerWheel::ticks(rpc.timeout.min(rpc.max_timeout) + rpc.late_window),
             names: Mutex::default(),
         }
