@@ -83,6 +83,10 @@ browser() {
     [[ -x $CHROMIUM ]] || die "no browser at $CHROMIUM"
 }
 
+reverse_proxy() { # RUNLEVEL: Debian does not start it as a service, because the tests start their own
+    [[ -x /usr/sbin/nginx ]] || RUNLEVEL=1 packages "nginx, for the test of a reverse proxy" nginx-light
+}
+
 virtual_environment() {
     command -v python3 >/dev/null || packages "Python" python3
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed; this is $(python3 --version)"
@@ -134,6 +138,7 @@ if ((${#clients[@]})); then
     if cargo build --locked --quiet --bin weir; then
         if wants node || wants docs || wants history; then node_modules; fi
         if wants node || wants docs; then browser; fi
+        if wants node; then reverse_proxy; fi
         if wants python || wants openapi || wants abuse; then virtual_environment; fi
         # One file at a time: suites that compete for two cores fail occasionally. --test-force-exit: Node 20 can leave the handle of
         # a destroyed socket open, and waits for it for ever after the last test.
