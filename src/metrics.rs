@@ -93,164 +93,124 @@ label! {
     }
 }
 
-/// Handles to every metric.
-#[derive(Debug)]
-pub struct Metrics {
-    /// See [`Metrics::connected`].
-    pub(crate) connections: PerLabel<Transport, Gauge>,
-    pub(crate) connections_accepted: PerLabel<Transport, Counter>,
-    /// By transport and reason: an error code, `peer`, `done` or `error`.
-    pub(crate) connections_closed: RareCounter<2>,
-    /// Closed without reading a request, because of `limits.connections`.
-    pub(crate) connections_refused: Counter,
-    pub(crate) requests: PerLabel<StatusClass, Counter>,
+/// Defines [`Metrics`]: a metric is its help text, the field of its handle, and its registration by name and labels.
+macro_rules! metrics {
+    ($($(#[doc = $help:literal])+ $field:ident: $type:ty = $register:ident($name:literal $(, $labels:expr)?);)+) => {
+        /// Handles to every metric.
+        #[derive(Debug)]
+        pub struct Metrics {
+            $($(#[doc = $help])+ pub(crate) $field: $type,)+
+            repeats: RepeatDetector,
+            registry: MetricRegistry,
+        }
 
-    pub(crate) subscriptions: PerLabel<Transport, Gauge>,
-    /// Channels with a log or a reader on this node.
-    pub(crate) channels: Gauge,
-    pub(crate) published: PerLabel<Transport, Counter>,
-    pub(crate) published_bytes: PerLabel<Transport, Counter>,
-    pub(crate) duplicates: Counter,
-    /// By [`Code`]. See [`Metrics::publish_failed`].
-    pub(crate) publish_failures: RareCounter<1>,
-    pub(crate) delivered: PerLabel<Transport, Counter>,
-    /// Framing included.
-    pub(crate) delivered_bytes: PerLabel<Transport, Counter>,
-    /// By reason.
-    pub(crate) gaps: RareCounter<1>,
-    pub(crate) bus_memory_bytes: Gauge,
+        impl Metrics {
+            pub fn new() -> Self {
+                let registry = MetricRegistry::new();
+                registry.info("weir_build_info", "Always 1. The label is the version.", "version", env!("CARGO_PKG_VERSION"));
+                let started =
+                    registry.gauge("weir_start_time_seconds", "Unix time at which this node started, in seconds.");
+                started.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64));
+                Metrics {
+                    // The lines of a doc comment begin with a space.
+                    $($field: registry.$register($name, concat!($($help),+).trim_start() $(, $labels)?),)+
+                    repeats: RepeatDetector::default(),
+                    registry,
+                }
+            }
+        }
+    };
+}
 
-    /// See [`Metrics::consumer_page_read`].
-    pub(crate) consumer_repeats: Counter,
+metrics! {
+    /// 1 while this node accepts clients, 0 while it starts or drains.
+    ready: Gauge = gauge("weir_ready");
 
-    pub(crate) calls: PerLabel<CallOutcome, Counter>,
-    pub(crate) call_seconds: PerLabel<CallOutcome, Histogram>,
-    pub(crate) calls_in_flight: Gauge,
-    pub(crate) calls_late: Counter,
-    pub(crate) services: Gauge,
-    pub(crate) providers: Gauge,
+    /// Open connections, by transport.
+    connections: PerLabel<Transport, Gauge> = gauges("weir_connections");
+    /// Connections accepted.
+    connections_accepted: PerLabel<Transport, Counter> = counters("weir_connections_accepted_total");
+    /// Connections closed. The reason is an error code, peer (closed by the client), done (completed) or error.
+    connections_closed: RareCounter<2> = rare("weir_connections_closed_total", ["transport", "reason"]);
+    /// Connections rejected because of limits.connections.
+    connections_refused: Counter = counter("weir_connections_refused_total");
+    /// HTTP requests answered, by class of the status code.
+    requests: PerLabel<StatusClass, Counter> = counters("weir_http_requests_total");
+
+    /// Active subscriptions, one per reader and channel.
+    subscriptions: PerLabel<Transport, Gauge> = gauges("weir_subscriptions");
+    /// Channels with events or a reader on this node.
+    channels: Gauge = gauge("weir_channels");
+    /// Events appended to a log.
+    published: PerLabel<Transport, Counter> = counters("weir_events_published_total");
+    /// Encoded bytes of the events appended to a log.
+    published_bytes: PerLabel<Transport, Counter> = counters("weir_events_published_bytes_total");
+    /// Publishes not appended because their idempotency key was a repetition.
+    duplicates: Counter = counter("weir_publish_duplicates_total");
+    /// Publishes rejected, by error code.
+    publish_failures: RareCounter<1> = rare("weir_publish_failures_total", ["code"]);
+    /// Events delivered to readers.
+    delivered: PerLabel<Transport, Counter> = counters("weir_events_delivered_total");
+    /// Bytes of the events delivered to readers.
+    delivered_bytes: PerLabel<Transport, Counter> = counters("weir_events_delivered_bytes_total");
+    /// Gaps reported to readers: requested history is no longer available.
+    gaps: RareCounter<1> = rare("weir_gaps_total", ["reason"]);
+    /// Bytes of all events in the memory backend.
+    bus_memory_bytes: Gauge = gauge("weir_bus_memory_bytes");
+
+    /// Pages that a consumer read for at least the third time within a second, because it does not commit.
+    consumer_repeats: Counter = counter("weir_consumer_repeats_total");
+
+    /// Calls completed.
+    calls: PerLabel<CallOutcome, Counter> = counters("weir_rpc_calls_total");
+    /// Duration of calls, from request to reply. Sampled at high rates.
+    call_seconds: PerLabel<CallOutcome, Histogram> = histograms("weir_rpc_duration_seconds");
+    /// Calls in flight.
+    calls_in_flight: Gauge = gauge("weir_rpc_in_flight");
+    /// Replies received after the deadline of their call.
+    calls_late: Counter = counter("weir_rpc_late_total");
+    /// Services with a provider on this node.
+    services: Gauge = gauge("weir_rpc_services");
+    /// Providers on this node, one per connection and service.
+    providers: Gauge = gauge("weir_rpc_providers");
+
+    /// Messages about calls sent to other nodes.
+    mail_sent: Counter = counter("weir_node_mail_sent_total");
+    /// Messages about calls received from other nodes.
+    mail_received: Counter = counter("weir_node_mail_received_total");
+    /// Reachable other nodes.
+    links: Gauge = gauge("weir_node_links");
+    /// Links to other nodes that broke, because a message was lost or the node left. Calls in flight over them
+    /// failed.
+    links_lost: Counter = counter("weir_node_links_lost_total");
 
     /// Connections to Redis that were re-established.
-    pub(crate) redis_reconnects: PerLabel<RedisConnectionKind, Counter>,
-    /// From a publish to the reply of Redis.
-    pub(crate) redis_append_seconds: Histogram,
-    /// From the time of an event to its arrival on this node.
-    pub(crate) redis_lag_seconds: Histogram,
+    redis_reconnects: PerLabel<RedisConnectionKind, Counter> = counters("weir_redis_reconnects_total");
+    /// Time from a publish to its confirmation by Redis.
+    redis_append_seconds: Histogram = histogram("weir_redis_append_seconds");
+    /// Time from an event, by the clock of Redis, to its arrival on this node.
+    redis_lag_seconds: Histogram = histogram("weir_redis_lag_seconds");
     /// Log reads that found events of which no notification had arrived.
-    pub(crate) redis_repairs: Counter,
-    /// Messages that could not be read.
-    pub(crate) redis_unreadable: Counter,
-    /// Servers through which probes return.
-    pub(crate) redis_echoing: Gauge,
+    redis_repairs: Counter = counter("weir_redis_repairs_total");
+    /// Messages from Redis that this version cannot read.
+    redis_unreadable: Counter = counter("weir_redis_unreadable_total");
+    /// Redis servers through which the probes of this node return.
+    redis_echoing: Gauge = gauge("weir_redis_echoing");
 
-    pub(crate) presence_leases: Gauge,
-    pub(crate) presence_members: Gauge,
-    pub(crate) presence_announced: Counter,
+    /// Subscriptions on this node that hold a presence member.
+    presence_leases: Gauge = gauge("weir_presence_leases");
+    /// Announced presence members of all channels, on all nodes.
+    presence_members: Gauge = gauge("weir_presence_members");
+    /// Joins and leaves announced by this node.
+    presence_announced: Counter = counter("weir_presence_announced_total");
 
-    /// Messages about calls, between nodes.
-    pub(crate) mail_sent: Counter,
-    pub(crate) mail_received: Counter,
-    /// Other nodes that can be reached.
-    pub(crate) links: Gauge,
-    pub(crate) links_lost: Counter,
-
-    pub(crate) ws_ignored: Counter,
-    pub(crate) ws_unreadable: Counter,
-
-    /// 1 while the node accepts clients.
-    pub(crate) ready: Gauge,
-
-    repeats: RepeatDetector,
-    registry: MetricRegistry,
+    /// Replies on WebSockets that match no call.
+    ws_ignored: Counter = counter("weir_ws_ignored_total");
+    /// Messages on WebSockets that are not valid JSON.
+    ws_unreadable: Counter = counter("weir_ws_unreadable_total");
 }
 
 impl Metrics {
-    pub fn new() -> Self {
-        let it = MetricRegistry::new();
-        it.info("weir_build_info", "Always 1. The label is the version.", "version", env!("CARGO_PKG_VERSION"));
-        let started = it.gauge("weir_start_time_seconds", "Unix time at which this node started, in seconds.");
-        started.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64));
-        Metrics {
-            ready: it.gauge("weir_ready", "1 while this node accepts clients, 0 while it starts or drains."),
-
-            connections: it.gauges("weir_connections", "Open connections, by transport."),
-            connections_accepted: it.counters("weir_connections_accepted_total", "Connections accepted."),
-            connections_closed: it.rare_pairs(
-                "weir_connections_closed_total",
-                "Connections closed. The reason is an error code, peer (closed by the client), done (completed) or error.",
-                ["transport", "reason"],
-            ),
-            connections_refused: it.counter(
-                "weir_connections_refused_total",
-                "Connections rejected because of limits.connections.",
-            ),
-            requests: it.counters("weir_http_requests_total", "HTTP requests answered, by class of the status code."),
-
-            subscriptions: it.gauges("weir_subscriptions", "Active subscriptions, one per reader and channel."),
-            channels: it.gauge("weir_channels", "Channels with events or a reader on this node."),
-            published: it.counters("weir_events_published_total", "Events appended to a log."),
-            published_bytes: it.counters("weir_events_published_bytes_total", "Encoded bytes of the events appended to a log."),
-            duplicates: it
-                .counter("weir_publish_duplicates_total", "Publishes not appended because their idempotency key was a repetition."),
-            publish_failures: it.rare("weir_publish_failures_total", "Publishes rejected, by error code.", "code"),
-            delivered: it.counters("weir_events_delivered_total", "Events delivered to readers."),
-            delivered_bytes: it.counters("weir_events_delivered_bytes_total", "Bytes of the events delivered to readers."),
-            gaps: it.rare("weir_gaps_total", "Gaps reported to readers: requested history is no longer available.", "reason"),
-            bus_memory_bytes: it.gauge("weir_bus_memory_bytes", "Bytes of all events in the memory backend."),
-
-            consumer_repeats: it.counter(
-                "weir_consumer_repeats_total",
-                "Pages that a consumer read for at least the third time within a second, because it does not commit.",
-            ),
-
-            calls: it.counters("weir_rpc_calls_total", "Calls completed."),
-            call_seconds: it.histograms(
-                "weir_rpc_duration_seconds",
-                "Duration of calls, from request to reply. Sampled at high rates.",
-            ),
-            calls_in_flight: it.gauge("weir_rpc_in_flight", "Calls in flight."),
-            calls_late: it.counter("weir_rpc_late_total", "Replies received after the deadline of their call."),
-            services: it.gauge("weir_rpc_services", "Services with a provider on this node."),
-            providers: it.gauge("weir_rpc_providers", "Providers on this node, one per connection and service."),
-
-            mail_sent: it.counter("weir_node_mail_sent_total", "Messages about calls sent to other nodes."),
-            mail_received: it.counter("weir_node_mail_received_total", "Messages about calls received from other nodes."),
-            links: it.gauge("weir_node_links", "Reachable other nodes."),
-            links_lost: it.counter(
-                "weir_node_links_lost_total",
-                "Links to other nodes that broke, because a message was lost or the node left. Calls in flight over them failed.",
-            ),
-
-            redis_reconnects: it
-                .counters("weir_redis_reconnects_total", "Connections to Redis that were re-established."),
-            redis_append_seconds: it
-                .histogram("weir_redis_append_seconds", "Time from a publish to its confirmation by Redis."),
-            redis_lag_seconds: it.histogram(
-                "weir_redis_lag_seconds",
-                "Time from an event, by the clock of Redis, to its arrival on this node.",
-            ),
-            redis_repairs: it.counter(
-                "weir_redis_repairs_total",
-                "Log reads that found events of which no notification had arrived.",
-            ),
-            redis_unreadable: it
-                .counter("weir_redis_unreadable_total", "Messages from Redis that this version cannot read."),
-            redis_echoing: it
-                .gauge("weir_redis_echoing", "Redis servers through which the probes of this node return."),
-
-            presence_leases: it.gauge("weir_presence_leases", "Subscriptions on this node that hold a presence member."),
-            presence_members: it.gauge("weir_presence_members", "Announced presence members of all channels, on all nodes."),
-            presence_announced: it
-                .counter("weir_presence_announced_total", "Joins and leaves announced by this node."),
-
-            ws_ignored: it.counter("weir_ws_ignored_total", "Replies on WebSockets that match no call."),
-            ws_unreadable: it.counter("weir_ws_unreadable_total", "Messages on WebSockets that are not valid JSON."),
-
-            repeats: RepeatDetector::default(),
-            registry: it,
-        }
-    }
-
     /// The Prometheus text format 0.0.4, with the standard `process_` metrics.
     pub fn render(&self) -> String {
         let mut out = self.registry.render();

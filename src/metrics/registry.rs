@@ -131,11 +131,7 @@ impl MetricRegistry {
         each(|labels| Histogram(self.0.register_histogram(&Key::from_parts(name, labels), &METADATA)))
     }
 
-    pub(super) fn rare(&self, name: &'static str, help: &'static str, label: &'static str) -> RareCounter<1> {
-        self.rare_pairs(name, help, [label])
-    }
-
-    pub(super) fn rare_pairs<const N: usize>(
+    pub(super) fn rare<const N: usize>(
         &self,
         name: &'static str,
         help: &'static str,
