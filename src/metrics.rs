@@ -97,7 +97,6 @@ label! {
 macro_rules! metrics {
     ($($(#[doc = $help:literal])+ $field:ident: $type:ty = $register:ident($name:literal $(, $labels:expr)?);)+) => {
         /// Handles to every metric.
-        #[derive(Debug)]
         pub struct Metrics {
             $($(#[doc = $help])+ pub(crate) $field: $type,)+
             repeats: RepeatDetector,
@@ -271,7 +270,6 @@ impl Default for Metrics {
 /// Counts one open connection. Dropping it counts the connection as closed, for the reason last set or else `error`.
 ///
 /// Kept small: an idle stream takes a few hundred bytes in all.
-#[derive(Debug)]
 #[must_use = "dropping the guard counts the connection as closed"]
 pub(crate) struct OpenConnection {
     metrics: Arc<Metrics>,

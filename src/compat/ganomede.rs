@@ -21,6 +21,7 @@ use axum::{
     extract::State,
     http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts as Head},
 };
+use subtle::ConstantTimeEq as _;
 
 pub use self::config::Config;
 use self::{body::GanomedeBody, context::Ganomede, wire::GanomedeError};
@@ -100,7 +101,9 @@ impl Ganomede {
         let query = Form::parse(head.uri.query().unwrap_or_default());
         let body = GanomedeBody::read(head, &body)?;
         let secret = self.config.secret.reveal();
-        let is_secret = |text: Option<&str>| text.is_some_and(|text| !text.is_empty() && is_equal(text, secret));
+        // Compares in constant time.
+        let is_equal = |text: &str| text.as_bytes().ct_eq(secret.as_bytes()).into();
+        let is_secret = |text: Option<&str>| text.is_some_and(|text| !text.is_empty() && is_equal(text));
         let knows_secret = is_secret(body.text("secret").as_deref()) || is_secret(query.text("secret"));
         if route.requires_secret() && !knows_secret {
             // The original sends an empty message by mistake.
@@ -156,9 +159,4 @@ impl GanomedeRoute {
     fn requires_secret(&self) -> bool {
         !matches!(self, GanomedeRoute::About | GanomedeRoute::Ping { .. })
     }
-}
-
-/// Compares in constant time.
-fn is_equal(one: &str, other: &str) -> bool {
-    one.len() == other.len() && one.bytes().zip(other.bytes()).fold(0, |all, (a, b)| all | (a ^ b)) == 0
 }

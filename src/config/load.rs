@@ -5,8 +5,10 @@ use std::{collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 use figment::{
     Figment, Metadata, Profile, Provider,
     providers::{Format as _, Toml},
+    util::nest,
     value::{Dict, Map, Tag, Value},
 };
+use strsim::levenshtein;
 
 use super::{
     originals::{OriginalSetting, OriginalVariables},
@@ -198,15 +200,8 @@ impl MergedValues {
         if lists.iter().any(|list| list == key) {
             return self.toml(&format!("{key} = {value}"), key, source);
         }
-        let mut nested = Value::from(value);
-        let mut names = key.rsplit('.').peekable();
-        while let Some(name) = names.next() {
-            let table = Dict::from([(name.to_owned(), nested)]);
-            if names.peek().is_none() {
-                return self.layer(Profile::Default.collect(table), source);
-            }
-            nested = Value::from(table);
-        }
+        let table = nest(key, value.into()).into_dict().unwrap_or_default();
+        self.layer(Profile::Default.collect(table), source);
     }
 
     fn toml(&mut self, text: &str, key: &str, source: Source) {
@@ -353,7 +348,7 @@ fn unknown(key: &str, settings: &[Setting<'_>]) -> String {
 
 fn unknown_variable(name: &str, keys: &[String]) -> String {
     let upper = name.to_uppercase();
-    let command = COMMAND_VARIABLES.into_iter().find(|known| edits(known, &upper) <= 2).map(str::to_owned);
+    let command = COMMAND_VARIABLES.into_iter().find(|known| levenshtein(known, &upper) <= 2).map(str::to_owned);
     match command.or_else(|| nearest(&upper["WEIR_".len()..], keys.iter().map(String::as_str)).map(variable)) {
         Some(near) => format!("unknown variable; did you mean {near}?"),
         None => "unknown variable; the variable of sse.heartbeat is WEIR__SSE__HEARTBEAT".into(),
@@ -393,7 +388,7 @@ fn nearest<'a>(name: &str, keys: impl Iterator<Item = &'a str>) -> Option<&'a st
     let name = words(name);
     let rank = |key: &str| {
         let (whole, last) = (words(key), words(key.rsplit('.').next().unwrap_or(key)));
-        match edits(&name, &whole) {
+        match levenshtein(&name, &whole) {
             edits @ 0..=2 => Some((0, edits)),
             _ if whole.contains(&name) => Some((1, 0)),
             // A longer part says more.
@@ -407,19 +402,4 @@ fn nearest<'a>(name: &str, keys: impl Iterator<Item = &'a str>) -> Option<&'a st
 /// The word of the settings for what other servers call `PORT`.
 fn synonym(word: &str) -> &str {
     if ["port", "host", "addr", "address", "bind"].contains(&word) { "listen" } else { word }
-}
-
-/// Levenshtein distance in bytes, for hints.
-fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let kept = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = kept.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }

@@ -1,6 +1,6 @@
 //! Handles of metrics, which make an update an atomic operation without a lookup, and the registry that they come from.
 
-use std::{fmt, marker::PhantomData, ops::Index, sync::Arc, time::Duration};
+use std::{marker::PhantomData, ops::Index, sync::Arc, time::Duration};
 
 use metrics::{Key, KeyName, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
@@ -35,7 +35,7 @@ pub(crate) trait MetricLabel: Copy + 'static {
 pub(crate) struct PerLabel<L, M>(Box<[M]>, PhantomData<L>);
 
 /// Counters by `N` labels, looked up at each use: for rare events. The label values are constants of the program.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct RareCounter<const N: usize> {
     registry: MetricRegistry,
     name: &'static str,
@@ -158,12 +158,6 @@ impl MetricRegistry {
     fn gauge_of(&self, name: &'static str, help: &'static str, labels: &[(&'static str, &'static str)]) -> Gauge {
         self.0.describe_gauge(KeyName::from(name), None, help.into());
         Gauge(self.0.register_gauge(&Key::from_parts(name, labels), &METADATA))
-    }
-}
-
-impl fmt::Debug for MetricRegistry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("MetricRegistry")
     }
 }
 
