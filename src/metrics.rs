@@ -236,6 +236,22 @@ impl Metrics {
         OpenConnection { metrics: self.clone(), transport, reason: CloseReason::Error }
     }
 
+    /// A publish has placed an event of `size` bytes, or has repeated an earlier one.
+    pub(crate) fn event_published(&self, transport: Transport, is_repeated: bool, size: usize) {
+        if is_repeated {
+            self.duplicates.add(1);
+        } else {
+            self.published[transport].add(1);
+            self.published_bytes[transport].add(size as u64);
+        }
+    }
+
+    /// `bytes`: framing included.
+    pub(crate) fn events_delivered(&self, transport: Transport, events: u64, bytes: u64) {
+        self.delivered[transport].add(events);
+        self.delivered_bytes[transport].add(bytes);
+    }
+
     pub(crate) fn publish_failed(&self, code: Code) {
         self.publish_failures.of([code.as_str()]).add(1);
     }

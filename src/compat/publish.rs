@@ -15,9 +15,8 @@ pub(super) async fn publish(node: &Node, events: Vec<(Channel, Draft)>) -> Resul
         Ok(placed) => (placed.into_iter().map(Some).collect(), None),
         Err(failed) => (failed.placed, Some(failed.error)),
     };
-    for size in placed.iter().zip(sizes).filter_map(|(placed, size)| placed.is_some().then_some(size)) {
-        node.metrics.published[Transport::Http].add(1);
-        node.metrics.published_bytes[Transport::Http].add(size as u64);
+    for (placed, size) in placed.iter().zip(sizes).filter_map(|(placed, size)| Some(((*placed)?, size))) {
+        node.metrics.event_published(Transport::Http, placed.duplicate, size);
     }
     match failed {
         None => Ok(placed.into_iter().flatten().collect()),

@@ -425,8 +425,7 @@ impl PageRequest {
 impl ReadPage {
     /// Adds the page, of `bytes` as written, to the metrics.
     pub(crate) fn count(&self, metrics: &Metrics, transport: Transport, bytes: usize) {
-        metrics.delivered[transport].add(self.count as u64);
-        metrics.delivered_bytes[transport].add(bytes as u64);
+        metrics.events_delivered(transport, self.count as u64, bytes as u64);
         self.gaps.iter().for_each(|gap| metrics.gap(gap.reason.as_str()));
         if let Some(consumer) = self.uncommitted.as_ref().filter(|_| self.count > 0) {
             metrics.consumer_page_read((consumer, &self.next));

@@ -261,8 +261,8 @@ impl<H: StreamHandler> SubscriptionStream<H> {
     }
 
     fn report(&mut self) {
-        self.node.metrics.delivered[Transport::Sse].add(std::mem::take(&mut self.events).into());
-        self.node.metrics.delivered_bytes[Transport::Sse].add(std::mem::take(&mut self.bytes));
+        let (events, bytes) = (std::mem::take(&mut self.events), std::mem::take(&mut self.bytes));
+        self.node.metrics.events_delivered(Transport::Sse, events.into(), bytes);
     }
 }
 
@@ -329,8 +329,7 @@ impl<H: StreamHandler> StreamSource for SubscriptionStream<H> {
 impl<H> Drop for SubscriptionStream<H> {
     fn drop(&mut self) {
         let metrics = &self.node.metrics;
-        metrics.delivered[Transport::Sse].add(self.events.into());
-        metrics.delivered_bytes[Transport::Sse].add(self.bytes);
+        metrics.events_delivered(Transport::Sse, self.events.into(), self.bytes);
         metrics.subscriptions[Transport::Sse].add(-(self.subscriptions.len() as i64));
     }
 }

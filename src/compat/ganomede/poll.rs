@@ -68,8 +68,7 @@ impl Ganomede {
         let events = &place.page.events;
         let out = wire::array(events.iter().map(|event| &**event));
         if !events.is_empty() {
-            self.node.metrics.delivered[Transport::Poll].add(events.len() as u64);
-            self.node.metrics.delivered_bytes[Transport::Poll].add(out.len() as u64);
+            self.node.metrics.events_delivered(Transport::Poll, events.len() as u64, out.len() as u64);
         }
         Ok(out)
     }

@@ -96,11 +96,7 @@ impl GripProxy {
             self.await_previous(item, &channel).await.map_err(|error| rejected(&error))?;
             let size = draft.size();
             match self.node.bus.publish_one(SUBJECT, &channel, draft).await {
-                Ok(placed) if placed.duplicate => self.node.metrics.duplicates.add(1),
-                Ok(_) => {
-                    self.node.metrics.published[Transport::Http].add(1);
-                    self.node.metrics.published_bytes[Transport::Http].add(size as u64);
-                }
+                Ok(placed) => self.node.metrics.event_published(Transport::Http, placed.duplicate, size),
                 // Items with the same id are the same item, even if their contents differ.
                 Err(error) if error.code() == Code::KeyReused => self.node.metrics.duplicates.add(1),
                 Err(error) => {

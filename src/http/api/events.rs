@@ -18,7 +18,6 @@ use serde_json::value::RawValue;
 use super::{super::error::problem, json};
 use crate::{
     auth::Identity,
-    bus::Placed,
     channel::Channel,
     error::{Code, Error, Result},
     event::{self, Draft, EventData, IncomingEvent},
@@ -32,6 +31,7 @@ use crate::{
     node::Node,
     position::Position,
     transport::{
+        publishing,
         query::Query,
         reading::{PageRequest, ReadPage},
         sse,
@@ -89,7 +89,7 @@ async fn publish_one(node: &Node, identity: &Identity, channel: Channel, draft: 
     let subject = identity.may_publish(&channel)?.subject();
     let size = draft.size();
     let placed = node.bus.publish_one(subject, &channel, draft).await?;
-    count(node, &placed, size);
+    node.metrics.event_published(Transport::Http, placed.duplicate, size);
     let mut out = Vec::new();
     placed.write_json(&channel, &mut out);
     Ok(json(if placed.duplicate { StatusCode::OK } else { StatusCode::CREATED }, out))
@@ -100,42 +100,12 @@ async fn publish_many(node: &Node, identity: &Identity, events: Vec<(Channel, Dr
     for (channel, _) in &events {
         let _ = identity.may_publish(channel)?;
     }
-    let names: Vec<(Channel, usize)> = events.iter().map(|(channel, draft)| (channel.clone(), draft.size())).collect();
-    let (placed, error) = match node.bus.publish(identity.subject(), events).await {
-        Ok(placed) => (placed.into_iter().map(Some).collect(), None),
-        Err(failed) => (failed.placed, Some(failed.error)),
-    };
-    let mut out = Vec::with_capacity(names.len() * 96);
-    out.push(b'[');
-    for ((channel, size), placed) in names.iter().zip(&placed) {
-        if out.len() > 1 {
-            out.push(b',');
-        }
-        match placed {
-            Some(placed) => {
-                placed.write_json(channel, &mut out);
-                count(node, placed, *size);
-            }
-            None => out.extend_from_slice(b"null"),
-        }
+    let published = publishing::publish_many(node, identity.subject(), Transport::Http, events).await;
+    if let Some(error) = published.error {
+        return Ok(problem(&error, None, Some(("placed", &published.json))));
     }
-    out.push(b']');
-    if let Some(error) = error {
-        node.metrics.publish_failed(error.code());
-        return Ok(problem(&error, None, Some(("placed", &out))));
-    }
-    let repeated = placed.iter().flatten().all(|placed| placed.duplicate);
-    Ok(json(if repeated { StatusCode::OK } else { StatusCode::CREATED }, out))
-}
-
-fn count(node: &Node, placed: &Placed, size: usize) {
-    let metrics = &node.metrics;
-    if placed.duplicate {
-        metrics.duplicates.add(1);
-    } else {
-        metrics.published[Transport::Http].add(1);
-        metrics.published_bytes[Transport::Http].add(size as u64);
-    }
+    let status = if published.all_repeated { StatusCode::OK } else { StatusCode::CREATED };
+    Ok(json(status, published.json))
 }
 
 /// Parses a publish request in any of its forms.

@@ -15,14 +15,17 @@ use super::{
     work::{FinishedJob, JobOrder, JobOutput},
 };
 use crate::{
-    bus::{Placed, PublishFailed},
     channel::Channel,
     error::{Code, Error, Result},
     event::Draft,
-    metrics::{Metrics, Transport},
+    metrics::Transport,
     node::Node,
     rpc::CallerId,
-    transport::{present, reading},
+    transport::{
+        present,
+        publishing::{self, PublishedEvents},
+        reading,
+    },
 };
 
 /// Jobs that are finished before other connections have their turn: with the memory backend none of them waits.
@@ -41,7 +44,7 @@ impl RpcSession {
                 let work = async move {
                     let placed = node.bus.publish_one(identity.subject(), &channel, draft).await;
                     let placed = placed.inspect_err(|error| node.metrics.publish_failed(error.code()))?;
-                    count(&node.metrics, &placed, size);
+                    node.metrics.event_published(Transport::Ws, placed.duplicate, size);
                     let mut out = Vec::new();
                     placed.write_json(&channel, &mut out);
                     Ok(JobOutput::Result(out))
@@ -271,39 +274,11 @@ impl RpcSession {
 }
 
 async fn publish_many(node: &Node, subject: &str, drafts: Vec<(Channel, Draft)>) -> Result<JobOutput> {
-    let names: Vec<(Channel, usize)> = drafts.iter().map(|(channel, draft)| (channel.clone(), draft.size())).collect();
-    let (placed, failed) = match node.bus.publish(subject, drafts).await {
-        Ok(placed) => (placed.into_iter().map(Some).collect(), None),
-        Err(PublishFailed { error, placed }) => (placed, Some(error)),
-    };
-    let mut out = vec![b'['];
-    for ((channel, size), placed) in names.iter().zip(&placed) {
-        if out.len() > 1 {
-            out.push(b',');
-        }
-        match placed {
-            Some(placed) => {
-                count(&node.metrics, placed, *size);
-                placed.write_json(channel, &mut out);
-            }
-            None => out.extend_from_slice(NULL),
-        }
-    }
-    out.push(b']');
-    match failed {
-        None => Ok(JobOutput::Result(out)),
+    let PublishedEvents { json, error, .. } = publishing::publish_many(node, subject, Transport::Ws, drafts).await;
+    match error {
+        None => Ok(JobOutput::Result(json)),
         Some(error) => {
-            node.metrics.publish_failed(error.code());
-            Err(error.with("placed", serde_json::from_slice::<serde_json::Value>(&out).unwrap_or_default()))
+            Err(error.with("placed", serde_json::from_slice::<serde_json::Value>(&json).unwrap_or_default()))
         }
-    }
-}
-
-fn count(metrics: &Metrics, placed: &Placed, size: usize) {
-    if placed.duplicate {
-        metrics.duplicates.add(1);
-    } else {
-        metrics.published[Transport::Ws].add(1);
-        metrics.published_bytes[Transport::Ws].add(size as u64);
     }
 }

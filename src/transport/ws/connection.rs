@@ -52,8 +52,8 @@ impl RpcSocket {
     }
 
     fn report(&mut self) {
-        self.node.metrics.delivered[Transport::Ws].add(std::mem::take(&mut self.events));
-        self.node.metrics.delivered_bytes[Transport::Ws].add(std::mem::take(&mut self.bytes));
+        let (events, bytes) = (std::mem::take(&mut self.events), std::mem::take(&mut self.bytes));
+        self.node.metrics.events_delivered(Transport::Ws, events, bytes);
     }
 }
 
