@@ -92,6 +92,8 @@ codes! {
     LimitReached("limit_reached", "Limit reached", 429, -32007, 0, No),
     Cancelled("cancelled", "Call cancelled", 499, -32024, 0, Key),
     Internal("internal", "Internal error", 500, -32603, 1011, Key),
+    /// A transfer coding that weir does not have.
+    NotImplemented("not_implemented", "Not implemented", 501, -32600, 0, No),
     /// The provider was lost after the call was written.
     ProviderGone("provider_gone", "Provider disconnected", 502, -32022, 0, Key),
     /// The reply has neither a result nor an error, or is too large.

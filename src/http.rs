@@ -29,7 +29,10 @@ use crate::{
     compat::{Adapter, Listener},
     error::{Code, Error, Result, Retry},
     metrics::StatusClass,
-    net::server::{HttpService, ListenerOptions, Rejected},
+    net::{
+        content_coding::{check_transfer_coding, decode_content},
+        server::{HttpService, ListenerOptions, Rejected},
+    },
     node::Node,
     transport::sse,
 };
@@ -46,7 +49,8 @@ pub(crate) enum ListenerRole {
     Adapter(Listener),
 }
 
-/// The paths that are served at `admin.listen` only, if it is set.
+/// The paths that are served at `admin.listen` only, if it is set. Paths that clients use too have their other methods
+/// there: deleting events and consumers.
 const ADMIN_PATHS: [&str; 4] = ["/metrics", "/v1/channels", "/v1/connections", "/v1/consumers"];
 
 /// The HTTP service of a listener: the rules for every request, then the routes.
@@ -73,14 +77,15 @@ impl Endpoint {
     {
         let (mut head, body) = request.into_parts();
         let version = head.version;
+        let body = self.decode(&mut head, Body::new(body));
         if let ListenerRole::Adapter(listener) = &self.role {
-            let answer = catch_panic(self.answer_on(listener, head, Body::new(body))).await;
+            let answer = catch_panic(self.answer_on(listener, head, body)).await;
             return self.finish(version, answer);
         }
         if !matches!(self.role, ListenerRole::Admin)
             && let Some(adapter) = self.adapters.iter().find(|adapter| adapter.owns(head.uri.path()))
         {
-            return self.answer_by(adapter, head, Body::new(body)).await;
+            return self.answer_by(adapter, head, body).await;
         }
         let origin = self.origins.classify(&head);
         let mut answer = match self.admit(&mut head, true, Some((&origin, true))) {
@@ -92,7 +97,7 @@ impl Endpoint {
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
                 // Pinned on the stack: these futures are large, and would otherwise be moved twice.
-                let answer = catch_panic(std::pin::pin!(self.route(head, Body::new(body)))).await;
+                let answer = catch_panic(std::pin::pin!(self.route(head, body))).await;
                 complete_method_not_allowed(answer, &method, preflight, &origin)
             }
         };
@@ -100,6 +105,21 @@ impl Endpoint {
         headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
         origin.mark(headers);
         self.finish(version, answer)
+    }
+
+    /// Removes the coding of the body, on every path. A request with an unsupported one gets the error as its
+    /// [`Rejected`].
+    fn decode(&self, head: &mut Parts, body: Body) -> Body {
+        // A proxy forwards the body as it is.
+        let proxy = matches!(&self.role, ListenerRole::Adapter(listener) if listener.is_proxy);
+        let decoded = check_transfer_coding(&head.headers).and_then(|()| match proxy {
+            true => Ok(body),
+            false => decode_content(head, body),
+        });
+        decoded.unwrap_or_else(|error| {
+            head.extensions.get_or_insert_with(|| Rejected(error));
+            Body::empty()
+        })
     }
 
     /// The purpose of the listener, for the log.
@@ -114,7 +134,7 @@ impl Endpoint {
 
     /// Answers on an adapter's listener, to which weir's rules for origins and paths do not apply.
     async fn answer_on(&self, listener: &Listener, mut head: Parts, body: Body) -> Response {
-        match self.admit(&mut head, listener.check_host, None) {
+        match self.admit(&mut head, !listener.is_proxy, None) {
             Ok(()) => (listener.handler)(Request::from_parts(head, body)).await,
             Err(error) => rejection(&head, error),
         }
@@ -277,7 +297,7 @@ fn router(node: Arc<Node>, role: &ListenerRole) -> Router {
         .route("/v1/ws", get(jsonrpc::upgrade))
         .route("/v1/rpc", post(jsonrpc::post))
         .route("/v1/presence", get(presence::get))
-        .route("/v1/consumers/{name}", get(consumers::get).delete(consumers::delete))
+        .route("/v1/consumers/{name}", get(consumers::get))
         .route("/v1/consumers/{name}/commit", post(consumers::commit))
         .route("/v1/consumers/{name}/seek", post(consumers::seek))
         .route("/v1/services", get(services::list))
@@ -287,7 +307,8 @@ fn router(node: Arc<Node>, role: &ListenerRole) -> Router {
         .route("/v1/events", delete(events::delete))
         .route("/v1/channels", get(channels::get))
         .route("/v1/connections", get(connections::list).delete(connections::kick))
-        .route("/v1/consumers", get(consumers::list));
+        .route("/v1/consumers", get(consumers::list))
+        .route("/v1/consumers/{name}", delete(consumers::delete));
     let routes = match role {
         ListenerRole::All => health.merge(clients).merge(admin),
         ListenerRole::Clients => ADMIN_PATHS

@@ -17,6 +17,19 @@ use crate::error::{Code, Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct JsonStr<'a>(pub Cow<'a, str>);
 
+/// JSON as it was received, without the byte order mark that some programs write before it (RFC 8259, section 8.1).
+pub(crate) fn without_bom(json: &[u8]) -> &[u8] {
+    json.strip_prefix("\u{feff}".as_bytes()).unwrap_or(json)
+}
+
+/// The text of a JSON body.
+///
+/// # Errors
+/// `parse_error` if it is not UTF-8.
+pub(crate) fn json_text(body: &[u8]) -> Result<&str> {
+    std::str::from_utf8(without_bom(body)).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))
+}
+
 /// Parses JSON. The error names the member that it is about.
 pub(crate) fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T> {
     serde_json::from_str(json).map_err(|error| json_error_at_path::<T>(json, &error))

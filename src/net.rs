@@ -3,6 +3,7 @@
 
 pub(crate) mod body;
 pub mod chunk;
+pub(crate) mod content_coding;
 pub mod hijack;
 pub mod server;
 pub(crate) mod stream;

@@ -2,6 +2,7 @@
 //! import each other; what they share is in files of its own: `publishing`, `reading`, `present`, `query` and
 //! `subscription_stream`.
 
+pub(crate) mod accept;
 pub(crate) mod present;
 pub(crate) mod publishing;
 pub(crate) mod query;

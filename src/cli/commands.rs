@@ -128,7 +128,15 @@ async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Fail
             return list(&remote, "channels", named("channels", prefix), out).await;
         }
         ChannelsCommand::Show { remote, channel } => {
-            return show(&remote, &RequestTarget::new("/v1/channels").query("channel", channel), out).await;
+            let target = RequestTarget::new("/v1/channels").query("channel", &channel);
+            let info = NodeClient::new(&remote)?.fetch(Method::GET, &target, None, RESPONSE_TIMEOUT).await?;
+            return match parse(info.as_deref()) {
+                // The state of a channel that has neither events nor readers, such as one with a misspelled name.
+                Ok(ShownChannel { epoch, readers: 0 }) if epoch == "0" => {
+                    Err(Failure::Rejected(format!("there is no channel {channel}")))
+                }
+                _ => show(&remote, info, out),
+            };
         }
         ChannelsCommand::Delete { remote, channel, before } => {
             let target = RequestTarget::new("/v1/events").query("channel", channel).each("before", before);
@@ -138,13 +146,24 @@ async fn channels(command: ChannelsCommand, out: &mut Output) -> Result<(), Fail
     execute(&remote, method, &target, None, out).await
 }
 
+/// What `channels show` needs of a channel.
+#[derive(Deserialize)]
+struct ShownChannel {
+    epoch: String,
+    readers: u32,
+}
+
 async fn consumers(command: ConsumersCommand, out: &mut Output) -> Result<(), Failure> {
     let one = |name: &str| RequestTarget::new("/v1/consumers/").segment(name);
     let (remote, method, target, body) = match command {
         ConsumersCommand::List(List { remote, prefix }) => {
             return list(&remote, "consumers", named("consumers", prefix), out).await;
         }
-        ConsumersCommand::Show { remote, consumer } => return show(&remote, &one(&consumer), out).await,
+        ConsumersCommand::Show { remote, consumer } => {
+            let consumer =
+                NodeClient::new(&remote)?.fetch(Method::GET, &one(&consumer), None, RESPONSE_TIMEOUT).await?;
+            return show(&remote, consumer, out);
+        }
         ConsumersCommand::Delete { remote, consumer } => (remote, Method::DELETE, one(&consumer), None),
         ConsumersCommand::Commit { remote, consumer, after, channels } => {
             let mut body = serde_json::json!({ "after": after });
@@ -225,8 +244,7 @@ async fn list(remote: &Remote, member: &str, base: RequestTarget, out: &mut Outp
 }
 
 /// Prints one object like a list of it.
-async fn show(remote: &Remote, target: &RequestTarget, out: &mut Output) -> Result<(), Failure> {
-    let object = NodeClient::new(remote)?.fetch(Method::GET, target, None, RESPONSE_TIMEOUT).await?;
+fn show(remote: &Remote, object: Option<Box<RawValue>>, out: &mut Output) -> Result<(), Failure> {
     let mut listed = ObjectList::new(remote.json, out);
     object.as_deref().map_or(Ok(()), |object| listed.add(object))?;
     listed.finish()

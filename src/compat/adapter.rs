@@ -54,8 +54,8 @@ pub(crate) struct Listener {
     /// Shown after the error if the address is in use.
     pub(crate) if_in_use: &'static str,
     pub(crate) tcp_keepalive: bool,
-    /// Whether the `Host` of requests must name this machine, if the address is a loopback address.
-    pub(crate) check_host: bool,
+    /// Requests are for the servers behind it: their `Host` need not name this machine, and their bodies stay encoded.
+    pub(crate) is_proxy: bool,
     pub(crate) handler: Handler,
 }
 

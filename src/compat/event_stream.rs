@@ -26,7 +26,7 @@ use crate::{
     error::{Code, Error, Result, Retry},
     event::Event,
     json::read_json_str,
-    net::chunk,
+    net::{body::not_generated, chunk},
     node::Node,
     position::Start,
     transport::{
@@ -124,7 +124,7 @@ impl EventStream {
             let _ = identity.may_subscribe(channel)?;
         }
         if head.method == Method::HEAD {
-            return Ok(sse::response(Body::empty()));
+            return Ok(sse::response(not_generated()));
         }
         let mut subs = Subscriptions::new(&BLOCK);
         for watch in self.node.bus.watch(&channels).await? {

@@ -121,7 +121,6 @@ impl Ganomede {
                 answer.headers_mut().insert(header::CONTENT_TYPE, kind);
                 Ok(answer)
             }
-            GanomedeRoute::Ping { .. } if head.method == Method::HEAD => Ok(Response::new(Body::empty())),
             GanomedeRoute::Ping { token } => Ok(wire::json(wire::string(&format!("pong/{token}")))),
         }
     }

@@ -46,8 +46,7 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
         purpose: "GRIP proxy",
         if_in_use: ": is Pushpin still running? compat.grip.listen sets another address",
         tcp_keepalive: true,
-        // The host is an origin's.
-        check_host: false,
+        is_proxy: true,
         handler: handler(&proxy, forward),
     });
     let publish_listener = proxy.config.publish_listen.map(|address| Listener {
@@ -55,7 +54,7 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
         purpose: "GRIP publish",
         if_in_use: ": is Pushpin still running? compat.grip.publish_listen sets another address",
         tcp_keepalive: false,
-        check_host: true,
+        is_proxy: false,
         handler: handler(&proxy, |proxy, request| async move { proxy.publish(request).await }),
     });
     let owns = |path: &str| matches!(path, "/grip/publish" | "/grip/publish/");

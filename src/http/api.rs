@@ -57,7 +57,7 @@ impl Listing {
         if !(1..=MAX_LIMIT).contains(&limit) {
             return Err(Error::params(format!("limit: 1 to {MAX_LIMIT}")));
         }
-        let after = match query.take("page")? {
+        let after = match query.take_nonempty("page")? {
             Some(page) => {
                 let name = unhex(&page).ok_or_else(|| Error::params("page is the page of the previous response"))?;
                 Some(String::from_utf8_lossy(&name).into_owned())

@@ -3,7 +3,10 @@
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 
-use crate::error::{Code, Error};
+use crate::{
+    error::{Code, Error},
+    net::content_coding::ACCEPTED,
+};
 
 /// The content type of errors.
 pub(crate) const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
@@ -36,6 +39,10 @@ pub(crate) fn problem(error: &Error, status: Option<u16>, member: Option<(&str, 
     if let Some(ms) = error.retry_after_ms() {
         // In whole seconds, at least 1: 0 would mean an immediate retry.
         headers.insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1_000).max(1)));
+    }
+    // A coding of the body was the reason. Otherwise the header must not be sent (RFC 9110, section 12.5.3).
+    if error.data().contains_key("accept_encoding") {
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));
     }
     if matches!(error.code(), Code::Unauthorized | Code::TokenExpired) {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -61,8 +61,13 @@ pub(crate) fn check_declared_json(headers: &HeaderMap) -> Result<()> {
     ))
 }
 
-fn is_json(headers: &HeaderMap) -> bool {
-    media_type(headers).is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"))
+/// Whether the body is declared as JSON: `application/json` or `application/…+json`. A `charset` has no meaning
+/// (RFC 8259, section 11).
+pub(crate) fn is_json(headers: &HeaderMap) -> bool {
+    media_type(headers).is_some_and(|kind| {
+        let kind = kind.to_ascii_lowercase();
+        kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
+    })
 }
 
 /// Whether the body is declared as newline-delimited JSON.
@@ -78,7 +83,12 @@ fn media_type(headers: &HeaderMap) -> Option<&str> {
 /// The text of a header. A value that is not UTF-8 is an error, because an ignored idempotency key would allow duplicates.
 pub(crate) fn header_text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>> {
     let read = |value: &'a HeaderValue| std::str::from_utf8(value.as_bytes());
-    headers.get(name).map(read).transpose().map_err(|_| Error::params(format!("the header {name} is not UTF-8")))
+    let mut values = headers.get_all(name).iter();
+    let first = values.next();
+    if values.any(|value| Some(value) != first) {
+        return Err(Error::params(format!("the header {name} has more than one value")));
+    }
+    first.map(read).transpose().map_err(|_| Error::params(format!("the header {name} is not UTF-8")))
 }
 
 #[cfg(test)]

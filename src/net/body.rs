@@ -10,6 +10,12 @@ use crate::{
     error::{Code, Error, Result},
 };
 
+/// The body of a response to `HEAD` whose content is not generated. Its length is unknown: an empty body would get a
+/// `Content-Length: 0`, which is not that of `GET` (RFC 9110, section 8.6).
+pub(crate) fn not_generated() -> Body {
+    Body::from_stream(futures_util::stream::empty::<std::result::Result<Bytes, std::convert::Infallible>>())
+}
+
 /// Reads the whole body.
 ///
 /// # Errors
@@ -33,7 +39,8 @@ async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Byt
     let mut first = Bytes::new();
     let mut rest: Vec<u8> = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| Error::new(Code::InvalidRequest, "the body ended early"))?;
+        let detail = "the body ended early, or it is not encoded as its Content-Encoding says";
+        let frame = frame.map_err(|_| Error::new(Code::InvalidRequest, detail))?;
         let Ok(data) = frame.into_data() else { continue };
         if first.len() + rest.len() + data.len() > limit {
             return Err(too_large());

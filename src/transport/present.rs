@@ -61,12 +61,12 @@ impl MembersRequest {
     /// From the parameters of `GET /v1/presence`.
     pub(crate) fn from_query(mut query: Query<'_>, limits: &LimitsSection) -> Result<Self> {
         let channel = query.one_channel()?;
-        let count = match query.take("count")?.as_deref() {
+        let count = match query.take_nonempty("count")?.as_deref() {
             None | Some("false") => false,
             Some("true") => true,
             Some(_) => return Err(Error::params("count is true or false")),
         };
-        let (limit, page) = (query.number("limit")?, query.take("page")?);
+        let (limit, page) = (query.number("limit")?, query.take_nonempty("page")?);
         query.finish()?;
         Self::check(channel, count, limit, page.as_deref(), limits)
     }
@@ -139,7 +139,7 @@ impl MembersRequest {
 
 /// The parameters `present=c1` and `info={}` of a URL that subscribes; `most` is `limits.present_info`.
 pub(crate) fn from_query(query: &mut Query<'_>, most: usize) -> Result<Option<PresentClient>> {
-    let (client, info) = (query.take("present")?, query.take("info")?);
+    let (client, info) = (query.take("present")?, query.take_nonempty("info")?);
     let Some(client) = client else {
         return match info {
             Some(_) => Err(Error::params("info is about a client that is present: name it with present")),

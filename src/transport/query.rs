@@ -79,6 +79,12 @@ impl<'a> Query<'a> {
         Ok(Some(value))
     }
 
+    /// As [`take`](Self::take), for a parameter whose empty value has no meaning: it is as if absent. Never for one that
+    /// selects or names something (`channel`, `consumer`, `subject`, `before`, `key` …): without it a request does more.
+    pub(crate) fn take_nonempty(&mut self, name: &str) -> Result<Option<Cow<'a, str>>> {
+        Ok(self.take(name)?.filter(|value| !value.is_empty()))
+    }
+
     /// Every value of a parameter that may be repeated, in order.
     pub(crate) fn take_all(&mut self, name: &str) -> Vec<Cow<'a, str>> {
         let mut taken = Vec::new();
@@ -141,10 +147,12 @@ impl<'a> Query<'a> {
     /// The start. An `EventSource` that reconnects sends its last id beside the parameters of its URL, so the
     /// precedence is: the header `Last-Event-ID`, `last_event_id` (or `lastEventId`), then `after` or `last`.
     pub(crate) fn start(&mut self, last_event_id: Option<&str>) -> Result<StartParam> {
-        let resumed = match (self.take("last_event_id")?, self.take("lastEventId")?) {
+        // An id that was reset is empty, which means none (WHATWG HTML, section 9.2.4).
+        let last_event_id = last_event_id.filter(|id| !id.is_empty());
+        let resumed = match (self.take_nonempty("last_event_id")?, self.take_nonempty("lastEventId")?) {
             (None, given) | (given, _) => given,
         };
-        let (after, last) = (self.take("after")?, self.number("last")?);
+        let (after, last) = (self.take_nonempty("after")?, self.number("last")?);
         if after.is_some() && last.is_some() {
             return Err(Error::params("after and last exclude each other"));
         }
@@ -155,18 +163,18 @@ impl<'a> Query<'a> {
         })
     }
 
-    /// A whole number.
+    /// A whole number. An empty value is as if absent.
     pub(crate) fn number(&mut self, name: &str) -> Result<Option<u64>> {
-        let Some(text) = self.take(name)? else { return Ok(None) };
+        let Some(text) = self.take_nonempty(name)? else { return Ok(None) };
         match text.parse() {
             Ok(number) if !text.starts_with('+') => Ok(Some(number)),
             _ => Err(Error::params(format!("{name} is a whole number"))),
         }
     }
 
-    /// A [`duration`].
+    /// A [`duration`]. An empty value is as if absent.
     pub(crate) fn duration(&mut self, name: &str) -> Result<Option<Duration>> {
-        self.take(name)?.map(|text| duration(name, &text)).transpose()
+        self.take_nonempty(name)?.map(|text| duration(name, &text)).transpose()
     }
 
     /// Rejects parameters that have not been taken, unless they begin with `_`.
@@ -293,6 +301,10 @@ mod tests {
         assert_eq!(begin("last=3&lastEventId=k3Vq00-2", None).unwrap(), after("k3Vq00-2"));
         assert_eq!(begin("last=3", None).unwrap(), StartParam::Last(3));
         assert_eq!(begin("", None).unwrap(), StartParam::Default);
+        assert_eq!(begin("after=earliest&last_event_id=", Some("")).unwrap(), after("earliest"));
+        assert_eq!(begin("last_event_id=&lastEventId=k3Vq00-2", Some("")).unwrap(), after("k3Vq00-2"));
+        assert_eq!(begin("after=&last=3", None).unwrap(), StartParam::Last(3));
+        assert_eq!(begin("after=&last=", None).unwrap(), StartParam::Default);
         assert!(begin("last=3&after=now", None).is_err());
         assert!(begin("last=-3", None).is_err());
         let channels = [Channel::parse("a").unwrap()];

@@ -134,11 +134,11 @@ impl PageRequest {
         let kinds = query.types()?;
         let params = ReadParams {
             limit: query.number("limit")?,
-            wait: query.take("wait")?.map(JsonStr),
+            wait: query.take_nonempty("wait")?.map(JsonStr),
             min: query.number("min")?,
             consumer: query.take("consumer")?.map(JsonStr),
-            start: query.take("start")?.map(JsonStr),
-            commit: query.take("commit")?.map(JsonStr),
+            start: query.take_nonempty("start")?.map(JsonStr),
+            commit: query.take_nonempty("commit")?.map(JsonStr),
             ..ReadParams::default()
         };
         query.finish()?;
@@ -161,7 +161,7 @@ impl PageRequest {
         if channels.is_empty() {
             return Err(Error::params("channels is missing: a list of names"));
         }
-        let start = match (params.after.take(), params.last) {
+        let start = match (params.after.take().filter(|after| !after.is_empty()), params.last) {
             (Some(_), Some(_)) => return Err(Error::params("after and last exclude each other")),
             (Some(after), None) => StartParam::After(after.0.into_owned()),
             (None, Some(last)) => StartParam::Last(last),

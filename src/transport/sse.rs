@@ -19,12 +19,12 @@ use crate::{
     channel::Channel,
     error::{Code, Error, Result, Retry},
     metrics::Transport,
-    net::{chunk, server::PeerAddr},
+    net::{body::not_generated, chunk, server::PeerAddr},
     node::Node,
     position::{Position, Start},
     presence::{PresenceLease, PresentClient},
     transport::{
-        present,
+        accept, present,
         query::{Query, StartParam},
         subscription_stream::SubscriptionStream,
     },
@@ -42,31 +42,17 @@ struct SseParams {
     present: Option<PresentClient>,
 }
 
-/// Whether a request to a path with several representations wants a stream.
+/// Whether a request to a path with several representations wants a stream: `Accept` names `text/event-stream`, and does not
+/// prefer JSON.
 pub(crate) fn is_wanted(headers: &HeaderMap) -> bool {
-    accepted(headers).any(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM))
+    let json = accept::preference(headers, "application/json").map_or(0, |json| json.quality);
+    accept::preference(headers, EVENT_STREAM)
+        .is_some_and(|stream| stream.exact && stream.quality > 0 && stream.quality >= json)
 }
 
 /// Whether the `Accept` header allows a stream.
 pub(crate) fn is_acceptable(headers: &HeaderMap) -> bool {
-    !headers.contains_key(header::ACCEPT)
-        || accepted(headers)
-            .any(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM) || kind.eq_ignore_ascii_case("text/*") || kind == "*/*")
-}
-
-/// The media types of `Accept` that are not excluded by `q=0`.
-fn accepted(headers: &HeaderMap) -> impl Iterator<Item = &str> {
-    headers
-        .get_all(header::ACCEPT)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|range| {
-            let mut parts = range.split(';').map(str::trim);
-            let kind = parts.next()?;
-            let rejected = parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse() == Ok(0.0));
-            (!rejected).then_some(kind)
-        })
+    accept::preference(headers, EVENT_STREAM).is_some_and(|stream| stream.quality > 0)
 }
 
 /// A stream that only tells the client when to reconnect.
@@ -105,7 +91,7 @@ async fn try_open(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Result
         let _permit = identity.may_subscribe(channel)?;
     }
     if head.method == Method::HEAD {
-        return Ok(response(Body::empty()));
+        return Ok(response(not_generated()));
     }
     if node.timers.is_draining() {
         return Err(Error::new(Code::Draining, "this node is shutting down"));
@@ -122,12 +108,12 @@ fn read(node: &Node, head: &Parts) -> Result<SseParams> {
     // Any bytes: an invalid position is answered by a gap.
     let last_event_id = head.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
     let start = query.start(last_event_id.as_deref())?;
-    let bare_data = match query.take("format")?.as_deref() {
+    let bare_data = match query.take_nonempty("format")?.as_deref() {
         None | Some("event") => false,
         Some("data") => true,
         Some(_) => return Err(Error::params("format is event or data")),
     };
-    let ids_of_all = match query.take("ids")?.as_deref() {
+    let ids_of_all = match query.take_nonempty("ids")?.as_deref() {
         None => false,
         Some("all") => true,
         Some(_) => return Err(Error::params("ids is all, or left out")),
@@ -193,13 +179,17 @@ mod tests {
         let headers = |accept: &'static str| HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]);
         for (accept, acceptable, wanted) in [
             ("text/event-stream", true, true),
-            ("application/json, Text/Event-Stream;q=0.5", true, true),
+            ("application/json, Text/Event-Stream;q=0.5", true, false),
+            ("application/json, Text/Event-Stream", true, true),
+            ("application/json;q=0.4, text/event-stream;q=0.5", true, true),
+            ("text/event-stream, */*;q=0.1", true, true),
+            ("text/event-stream;q=0.5, */*", true, false),
             ("*/*", true, false),
             ("text/*;q=0.1", true, false),
             ("application/json", false, false),
             ("text/event-stream;q=0", false, false),
-            ("text/event-stream; q=0.0, */*", true, false),
-            ("", false, false),
+            ("text/event-stream; q=0.0, */*", false, false),
+            ("", true, false),
         ] {
             assert_eq!(
                 (is_acceptable(&headers(accept)), is_wanted(&headers(accept))),

@@ -108,10 +108,14 @@ pub(crate) enum StreamAction {
     Close(Code),
 }
 
+/// The delay after which a kicked client reconnects, in milliseconds. An `EventSource` cannot be told to stay away, and a
+/// client that is kicked by mistake should come back without help.
+pub(crate) const KICKED_RETRY: u32 = 5 * 60 * 1000;
+
 /// A `retry:` line that ends the stream of an `EventSource`. The delay is random, so that clients do not reconnect all
-/// at once; a kicked client gets the longest delay there is.
+/// at once; a kicked client gets [`KICKED_RETRY`].
 pub(crate) fn retry_chunk(code: Code) -> Bytes {
-    let ms = if code == Code::Kicked { i32::MAX } else { fastrand::i32(1_000..4_000) };
+    let ms = if code == Code::Kicked { KICKED_RETRY } else { fastrand::u32(1_000..4_000) };
     chunk::of(format!("retry: {ms}\n").as_bytes())
 }
 

@@ -63,6 +63,9 @@ fn publish_read_and_channel_commands() {
     run(url, &["channels", "delete", "orders", "--before", &after]).ok();
     assert_eq!(run(url, &["channels", "show", "orders"]).ok()[0]["first"], 6);
     run(url, &["channels", "delete", "orders"]).ok();
+    for unknown in [["channels", "show", "order"], ["channels", "delete", "order"], ["channels", "delete", "orders"]] {
+        run(url, &unknown).fails(3, "channel order");
+    }
     assert_eq!(run(url, &["read", "orders"]).ok().len(), 0);
 }
 
@@ -232,6 +235,8 @@ fn presence_and_connections_commands_list_and_kick() {
     assert_eq!((connections.len(), &connections[0]["transport"]), (1, &json!("sse")));
     assert!(run(url, &["connections", "--subject", "user-7"]).ok().is_empty());
     run(url, &["connections", "kick"]).fails(2, "--subject");
+    run(url, &["connections", "kick", "--subject", ""]).fails(3, "subject is empty");
+    run(url, &["connections", "kick", "--id", "nothing"]).fails(3, "no connection nothing");
     let id = connections[0]["id"].as_str().unwrap();
     assert_eq!(run(url, &["connections", "kick", "--id", id]).ok(), [json!({ "kicked": 1 })]);
     // A kicked command does not reconnect.

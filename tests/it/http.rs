@@ -1,8 +1,11 @@
 //! The HTTP API: publish, channels, consumers, operations.
 
-use serde_json::json;
+use std::io::Write as _;
 
-use crate::support::weir;
+use serde_json::json;
+use weir::compat::ganomede::Config as Ganomede;
+
+use crate::support::{Request, Weir, weir};
 
 // === publish ===
 
@@ -54,6 +57,170 @@ async fn the_body_is_published_as_data() {
     let page = weir.get("/v1/events?channel=b").await.json();
     assert_eq!(page["events"][0].get("data"), None);
     assert_eq!(page["events"][1]["data_base64"], "AP8=");
+}
+
+#[tokio::test]
+async fn a_body_that_is_declared_as_json_must_be_json() {
+    let weir = weir().await;
+    let post = |kind: &str, path: &str, body: &'static [u8]| {
+        weir.request("POST", path).header("content-type", kind).body(body)
+    };
+    let data = "/v1/events?channel=a";
+    for kind in [
+        "application/json",
+        "Application/JSON; charset=utf-8",
+        "application/json;charset=iso-8859-1",
+        "application/cloudevents+json",
+        "application/x-ndjson",
+    ] {
+        for body in [&b"{\"id\":7"[..], b"hello", b"1 2", b"{} x", b"\xff", b"\"\xff\"", b" "] {
+            post(kind, data, body).await.expect_problem("parse_error");
+        }
+        post(kind, data, b" {\"id\":7}\n").await.expect(201);
+        // An event without data.
+        post(kind, data, b"").await.expect(201);
+    }
+    for kind in ["text/plain", "application/octet-stream", "application/x-json", "text/csv"] {
+        post(kind, data, b"{\"id\":7").await.expect(201);
+    }
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 14);
+    assert_eq!(weir.get("/v1/events?channel=a&last=1").await.json()["events"][0]["data"], "{\"id\":7");
+}
+
+#[tokio::test]
+async fn a_byte_order_mark_before_json_is_skipped() {
+    let weir = weir().await;
+    let bom = |json: &str| format!("\u{feff}{json}");
+    weir.post("/v1/events?channel=a", bom(r#"{"id":7}"#)).await.expect(201);
+    weir.post("/v1/events", bom(r#"{"channel":"a","data":{"id":7}}"#)).await.expect(201);
+    weir.post("/v1/events", bom(r#"[{"channel":"a","data":{"id":7}}]"#)).await.expect(201);
+    let lines = weir.request("POST", "/v1/events").header("content-type", "application/x-ndjson");
+    lines.body(bom("{\"channel\":\"a\",\"data\":{\"id\":7}}\n")).await.expect(201);
+    for event in weir.get("/v1/events?channel=a").await.json()["events"].as_array().unwrap() {
+        assert_eq!(event["data"], json!({ "id": 7 }));
+    }
+    // Text remains as it is.
+    weir.post("/v1/events?channel=text", bom("text")).await.expect(201);
+    assert_eq!(weir.get("/v1/events?channel=text").await.json()["events"][0]["data"], "\u{feff}text");
+    assert_eq!(weir.post("/v1/services/weir/echo", bom("[1]")).await.expect(200).text(), "[1]");
+    let call = bom(r#"{"jsonrpc":"2.0","id":1,"method":"weir.ping"}"#);
+    assert_eq!(weir.post("/v1/rpc", call).await.expect(200).json()["id"], 1);
+    weir.get("/v1/events?channel=a&consumer=n").await.expect(200);
+    weir.post("/v1/consumers/n/seek", bom(r#"{"channel":"a","after":"now"}"#)).await.expect(204);
+}
+
+#[tokio::test]
+async fn two_different_idempotency_keys_are_rejected() {
+    let weir = weir().await;
+    let post = |keys: [&str; 2]| {
+        let request = weir.request("POST", "/v1/events?channel=a").body("1");
+        keys.into_iter().fold(request, |request, key| request.header("idempotency-key", key))
+    };
+    post(["a", "b"]).await.expect_problem("invalid_params");
+    post(["a", "a"]).await.expect(201);
+    weir.request("POST", "/v1/events?channel=a").header("idempotency-key", "").body("1").await.expect(400);
+}
+
+// === codings of bodies ===
+
+fn gzip(data: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(data).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn encoded(weir: &Weir, path: &str, coding: &str, body: impl Into<bytes::Bytes>) -> Request {
+    let request = weir.request("POST", path).header("content-encoding", coding);
+    request.header("content-type", "application/json").body(body)
+}
+
+#[tokio::test]
+async fn encoded_bodies_are_decoded_on_every_route() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec!["ganomede", "node-sse", "grip"];
+            config.compat.get_mut::<Ganomede>().unwrap().secret = "s".into();
+        })
+        .await;
+    encoded(&weir, "/v1/events?channel=a", "gzip", gzip(b"{\"id\":7}")).await.expect(201);
+    encoded(&weir, "/v1/events", "x-gzip", gzip(br#"[{"channel":"a","data":{"id":7}}]"#)).await.expect(201);
+    encoded(&weir, "/v1/events?channel=a", "identity", "{\"id\":7}").await.expect(201);
+    let mut deflate = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    deflate.write_all(b"{\"id\":7}").unwrap();
+    encoded(&weir, "/v1/events?channel=a", "identity, deflate", deflate.finish().unwrap()).await.expect(201);
+    let page = weir.get("/v1/events?channel=a&consumer=n").await.expect(200).json();
+    let events = page["events"].as_array().unwrap();
+    assert!(events.len() == 4 && events.iter().all(|event| event["data"] == json!({ "id": 7 })), "{page}");
+    let seek = gzip(br#"{"channel":"a","after":"now"}"#);
+    encoded(&weir, "/v1/consumers/n/seek", "gzip", seek).await.expect(204);
+    assert_eq!(encoded(&weir, "/v1/services/weir/echo", "gzip", gzip(b"[1]")).await.expect(200).text(), "[1]");
+    let call = gzip(br#"{"jsonrpc":"2.0","id":1,"method":"weir.ping"}"#);
+    assert_eq!(encoded(&weir, "/v1/rpc", "gzip", call).await.expect(200).json()["id"], 1);
+    // Adapters.
+    let event = br#"{"clientId":"w","secret":"s","channel":"g","from":"f","type":"t"}"#;
+    encoded(&weir, "/events/v1/events", "gzip", gzip(event)).await.expect(200);
+    let event = br#"{"events":[{"channelName":"g","type":"t","payload":"p"}]}"#;
+    encoded(&weir, "/publish", "gzip", gzip(event)).await.expect(200);
+    let item = br#"{"items":[{"channel":"g","formats":{"http-stream":{"content":"x"}}}]}"#;
+    encoded(&weir, "/grip/publish/", "gzip", gzip(item)).await.expect(200);
+    assert_eq!(weir.get("/v1/channels?channel=g").await.json()["top"], 3);
+}
+
+#[tokio::test]
+async fn other_codings_and_damaged_bodies_are_rejected() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec!["ganomede", "node-sse", "microstream", "grip"];
+            config.compat.get_mut::<Ganomede>().unwrap().secret = "s".into();
+        })
+        .await;
+    for path in [
+        "/v1/events?channel=a",
+        "/v1/events",
+        "/v1/rpc",
+        "/v1/services/weir/echo",
+        "/v1/consumers/n/commit",
+        "/events/v1/events",
+        "/publish",
+        "/socket.io/?EIO=4&transport=polling&sid=x",
+        "/grip/publish/",
+    ] {
+        for coding in ["br", "zstd", "x-made-up", "gzip, gzip"] {
+            let reply = encoded(&weir, path, coding, gzip(b"{\"id\":7}")).await;
+            assert_eq!(reply.header("accept-encoding"), Some("gzip, deflate"), "{path} {coding}");
+            reply.expect_problem("unsupported_media_type");
+        }
+    }
+    let whole = gzip(b"{\"id\":7}");
+    for body in [&whole[..whole.len() - 3], b"{\"id\":7}", &[&whole[..], b"x"].concat()] {
+        encoded(&weir, "/v1/events?channel=a", "gzip", body.to_vec()).await.expect_problem("invalid_request");
+    }
+    // A media type that is not supported has nothing to do with codings.
+    let text = weir.request("POST", "/v1/events?channel=a").header("origin", "http://localhost:1").body("1").await;
+    assert_eq!(text.header("accept-encoding"), None);
+    text.expect_problem("unsupported_media_type");
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 0);
+}
+
+#[tokio::test]
+async fn limits_apply_to_the_decoded_body() {
+    let weir = weir().with(|config| config.limits.publish_bytes = 100_000).await;
+    let bomb = gzip(&vec![b' '; 50_000_000]);
+    let problem = encoded(&weir, "/v1/events?channel=a", "gzip", bomb).await.expect_problem("too_large");
+    assert_eq!(problem["limit"], "limits.publish_bytes");
+    encoded(&weir, "/v1/events?channel=a", "gzip", gzip(&vec![b'1'; 50_000])).await.expect(201);
+}
+
+#[tokio::test]
+async fn chunked_is_the_only_transfer_coding() {
+    let weir = weir().await;
+    for coding in ["gzip, chunked", "chunked, chunked", "x, chunked"] {
+        let head =
+            format!("POST /v1/events?channel=a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: {coding}\r\n\r\n");
+        let mut client = weir.write(format!("{head}1\r\n1\r\n0\r\n\r\n")).await;
+        client.response().await.expect(501).expect_problem("not_implemented");
+    }
+    assert_eq!(weir.get("/v1/channels?channel=a").await.json()["top"], 0);
 }
 
 #[tokio::test]
@@ -267,9 +434,13 @@ async fn trims_and_deletes_are_shown_and_announced() {
     // A reader that had received everything has no gap.
     let page = weir.get(format!("/v1/events?channel=a,b/50%25&after={}", at[4])).await.json();
     assert_eq!(page["gaps"], json!([]));
-    weir.delete("/v1/events?channel=nobody").await.expect(204);
+    // Nothing is left to delete, and a misspelled name is no success.
+    weir.delete("/v1/events?channel=a,b/50%25").await.expect_problem("not_found");
+    weir.delete("/v1/events?channel=nobody").await.expect_problem("not_found");
     weir.delete("/v1/events").await.expect_problem("invalid_params");
     weir.delete("/v1/events?channel=a&before=earliest").await.expect_problem("invalid_position");
+    // An empty position is not an absent one, with which all events are deleted.
+    weir.delete("/v1/events?channel=a&before=").await.expect_problem("invalid_position");
     weir.delete("/v1/events?channel=%24services").await.expect_problem("forbidden");
 }
 

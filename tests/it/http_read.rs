@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Weir, event, eventually, weir};
+use crate::support::{EventStream, Weir, event, eventually, weir};
 
 fn data(page: &Value) -> Vec<i64> {
     page["events"].as_array().unwrap().iter().map(|event| event["data"].as_i64().unwrap()).collect()
@@ -18,6 +18,39 @@ fn next(page: &Value) -> &str {
 async fn waiting(weir: &Weir, channel: &str, readers: u32) {
     let waiting = async || weir.bus().inspect(&event::channel(channel)).await.unwrap().readers >= readers;
     eventually("the readers wait", waiting).await;
+}
+
+#[tokio::test]
+async fn an_empty_parameter_that_selects_nothing_is_as_if_absent() {
+    let weir = weir().await;
+    for n in 1..=3 {
+        weir.publish("a", &n.to_string()).await;
+    }
+    let empty = "channel=a&after=&last=&last_event_id=&lastEventId=&limit=&wait=&min=";
+    let page = weir.request("GET", format!("/v1/events?{empty}")).header("last-event-id", "").await.expect(200).json();
+    assert_eq!((data(&page), &page["gaps"]), (vec![1, 2, 3], &json!([])));
+    weir.get("/v1/events?channel=a&consumer=n&start=&commit=").await.expect(200);
+    weir.get("/v1/channels?prefix=&limit=&page=").await.expect(200);
+    weir.get("/v1/presence?channel=a&count=&limit=&page=").await.expect(200);
+    weir.post("/v1/services/weir/echo?timeout=", "[1]").await.expect(200);
+    let mut stream =
+        EventStream::resume(weir.address, "channel=a&after=earliest&last_event_id=&format=&ids=&present=c&info=", "")
+            .await;
+    stream.opening().await;
+    for n in 1..=3 {
+        let block = stream.block().await.unwrap();
+        assert_eq!((&*block.event, block.offset()), ("", n), "no gap");
+    }
+    let mut socket = weir.socket().await;
+    let page = socket.call("weir.read", json!({ "channels": ["a"], "after": "", "last": 1 })).await;
+    assert_eq!(data(&page), [3]);
+    let subscribed = socket.call("weir.subscribe", json!({ "channels": ["a"], "after": "" })).await;
+    assert_eq!(subscribed[0]["gap"], json!(null), "{subscribed}");
+    // Without these, a request would do something else.
+    for query in ["channel=", "channel=a&type=", "channel=a&consumer="] {
+        weir.get(format!("/v1/events?{query}")).await.expect_problem("invalid_params");
+    }
+    weir.get("/v1/sse?channel=a&present=").await.expect_problem("invalid_params");
 }
 
 #[tokio::test]

@@ -1,6 +1,9 @@
 //! Rules for every request: methods, unknown paths, CORS, host names.
 
-use weir::compat::ganomede::Config as Ganomede;
+use weir::compat::{
+    event_stream::{Config as EventStream, SseRoute},
+    ganomede::Config as Ganomede,
+};
 
 use crate::support::{Request, event::channel, eventually, weir};
 
@@ -72,6 +75,86 @@ async fn head_answers_headers_and_starts_nothing() {
     client.send("HEAD", "/nowhere", &[], b"").await;
     client.head().await.expect(404);
     client.get("/health/live").await.expect(200);
+}
+
+/// RFC 9110, section 8.6: the `Content-Length` is that of `GET`, or there is none.
+#[tokio::test]
+async fn head_answers_the_length_of_get_or_none() {
+    let weir = weir()
+        .with(|config| {
+            config.compat.enable = vec!["ganomede", "node-sse"];
+            config.compat.get_mut::<Ganomede>().unwrap().secret = "s".into();
+            config.compat.get_mut::<EventStream>().unwrap().routes =
+                vec![SseRoute { path: "/api/{id}".into(), channels: vec!["{id}".into()] }];
+        })
+        .await;
+    weir.publish("a", "1").await;
+    for path in ["/v1/events?channel=a", "/v1/sse?channel=a", "/subscribe?channels=a", "/api/a"] {
+        let mut client = weir.client().await;
+        client.send("HEAD", path, &[], b"").await;
+        let head = client.head().await.expect(200);
+        assert_eq!((head.header("content-length"), head.header("transfer-encoding")), (None, None), "{path}");
+        assert!(head.header("content-type").is_some(), "{path}");
+        client.get("/health/live").await.expect(200);
+    }
+    for path in [
+        "/",
+        "/openapi.json",
+        "/health/live",
+        "/health/ready",
+        "/v1/channels",
+        "/v1/channels?channel=a",
+        "/v1/connections",
+        "/v1/consumers",
+        "/v1/consumers/n",
+        "/v1/services",
+        "/v1/presence?channel=a",
+        "/v1/events",
+        "/v1/ws",
+        "/nowhere",
+        "/lastEvent?channel=a",
+        "/events/v1/ping/x",
+    ] {
+        let get = weir.get(path).await;
+        let mut client = weir.client().await;
+        client.send("HEAD", path, &[], b"").await;
+        let head = client.head().await.expect(get.status);
+        for name in ["content-length", "content-type", "cache-control", "vary"] {
+            assert_eq!(head.header(name), get.header(name), "{path} {name}");
+        }
+        client.get("/health/live").await.expect(200);
+    }
+}
+
+#[tokio::test]
+async fn accept_chooses_the_representation_of_events() {
+    let weir = weir().await;
+    weir.publish("a", "1").await;
+    for (accept, kind) in [
+        ("*/*", "application/json"),
+        ("application/json, text/event-stream;q=0.1", "application/json"),
+        ("text/event-stream;q=0.4, */*;q=0.5", "application/json"),
+        ("text/event-stream;q=0, */*", "application/json"),
+        ("", "application/json"),
+        ("text/html", "application/json"),
+        ("text/event-stream", "text/event-stream"),
+        ("application/json;q=0.1, text/event-stream", "text/event-stream"),
+        ("application/json, text/event-stream", "text/event-stream"),
+        ("application/json;q=0, text/event-stream;q=0.1", "text/event-stream"),
+    ] {
+        let mut client = weir.client().await;
+        client.send("GET", "/v1/events?channel=a", &[("accept", accept)], b"").await;
+        let head = client.head().await.expect(200);
+        assert_eq!(head.header("content-type"), Some(kind), "{accept}");
+        assert_eq!(head.all("vary"), "Accept, Origin");
+    }
+    let rejected = async |path: &str, accept| {
+        weir.request("GET", path).header("accept", accept).await.expect_problem("not_acceptable");
+    };
+    rejected("/v1/events?channel=a", "application/json;q=0").await;
+    rejected("/v1/events?channel=a", "*/*;q=0").await;
+    rejected("/v1/sse?channel=a", "application/json").await;
+    rejected("/v1/sse?channel=a", "text/event-stream;q=0, */*").await;
 }
 
 #[tokio::test]
@@ -334,6 +417,11 @@ async fn admin_routes_move_to_the_admin_listener() {
         get(admin, path).await.expect(200);
     }
     Request::new(clients, "DELETE", "/v1/events?channel=a").await.expect_problem("method_not_allowed");
+    Request::new(clients, "POST", "/v1/events?channel=a").body("1").await.expect(201);
+    get(clients, "/v1/events?channel=a&consumer=n").await.expect(200);
+    get(clients, "/v1/consumers/n").await.expect(200);
+    Request::new(clients, "DELETE", "/v1/consumers/n").await.expect_problem("method_not_allowed");
+    Request::new(admin, "DELETE", "/v1/consumers/n").await.expect(204);
     Request::new(admin, "DELETE", "/v1/events?channel=a").await.expect(204);
     for path in ["/v1/events?channel=a", "/"] {
         get(clients, path).await.expect(200);

@@ -111,7 +111,7 @@ async fn an_invalid_position_is_a_gap_and_not_an_error_status() {
     let next = Position { offset: top.offset + 1, ..top }.to_string();
     for (query, header) in [
         ("after=what", None),
-        ("last_event_id=", None),
+        ("last_event_id=+", None),
         ("", Some("nonsense")),
         ("after=earliest", Some("\u{fffd}\u{e9}")),
         ("", Some("wAAAA")),

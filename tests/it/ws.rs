@@ -617,3 +617,32 @@ async fn ten_thousand_abrupt_disconnects_leave_nothing() {
     drop(steady);
     weir.idle().await;
 }
+
+/// Libraries send an empty array for a method without arguments.
+#[tokio::test]
+async fn methods_without_arguments_accept_every_form_of_no_params() {
+    let weir = weir().await;
+    let mut socket = weir.socket().await;
+    let requests: Vec<_> = ["weir.ping", "weir.services"]
+        .into_iter()
+        .flat_map(|method| {
+            ["", r#","params":null"#, r#","params":{}"#, r#","params":[]"#, r#","params":[{}]"#]
+                .map(|params| (method, params))
+        })
+        .enumerate()
+        .map(|(id, (method, params))| format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"{method}"{params}}}"#))
+        .collect();
+    for request in &requests {
+        socket.send(request.clone()).await;
+        assert!(socket.next().await.get("result").is_some(), "{request}");
+        assert!(weir.post("/v1/rpc", request.clone()).await.expect(200).json().get("result").is_some(), "{request}");
+    }
+    let batch = format!("[{}]", requests.join(","));
+    for answer in weir.post("/v1/rpc", batch).await.expect(200).json().as_array().unwrap() {
+        assert!(answer.get("result").is_some(), "{answer}");
+    }
+    // A method with arguments names the one that is missing.
+    let error = socket.call_error("weir.publish", json!([])).await;
+    assert!(error["message"].as_str().unwrap().contains("channel"), "{error}");
+    socket.call_error("weir.ping", json!([1])).await;
+}

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use super::wire::GanomedeError;
 use crate::{
     compat::form::Form,
-    json::{JsonStr, read_json_str},
+    json::{JsonStr, read_json_str, without_bom},
 };
 
 pub(super) enum GanomedeBody<'a> {
@@ -36,7 +36,7 @@ impl<'a> GanomedeBody<'a> {
         }
         let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        let text = std::str::from_utf8(body);
+        let text = std::str::from_utf8(without_bom(body));
         if kind == "application/json" || kind.ends_with("+json") {
             let invalid = |error: &dyn std::fmt::Display| GanomedeError::invalid(format!("Invalid JSON: {error}"));
             let text = text.map_err(|error| invalid(&error))?;

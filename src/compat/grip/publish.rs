@@ -23,8 +23,10 @@ use crate::{
     channel::{Channel, MAX_LABEL},
     error::{Code, Error},
     event::Draft,
+    json::without_bom,
     metrics::Transport,
     position::Start,
+    transport::accept,
 };
 
 /// The publisher to which idempotency keys belong.
@@ -85,7 +87,7 @@ impl GripProxy {
             Ok(Err(_)) => return Err(PublishError::new(StatusCode::BAD_REQUEST, "Body ended early.\n")),
             Err(_) => return Err(PublishError::new(StatusCode::REQUEST_TIMEOUT, "Body did not arrive in time.\n")),
         };
-        let items = item::read(&body).map_err(|text| PublishError::new(StatusCode::BAD_REQUEST, text))?;
+        let items = item::read(without_bom(&body)).map_err(|text| PublishError::new(StatusCode::BAD_REQUEST, text))?;
         // All items are validated before the first is stored.
         let mut drafts = Vec::with_capacity(items.len());
         for item in &items {
@@ -235,19 +237,19 @@ impl PublishError {
 impl AckFormat {
     /// The first acceptable format of `Accept`, if any.
     fn of(headers: &HeaderMap) -> Option<Self> {
-        let mut accept = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).peekable();
-        if accept.peek().is_none() {
+        let mut ranges = accept::ranges(headers).peekable();
+        if ranges.peek().is_none() {
             return Some(AckFormat::Text);
         }
-        let kinds =
-            accept.flat_map(|value| value.split(',')).map(|kind| kind.split(';').next().unwrap_or_default().trim());
-        kinds
-            .filter_map(|kind| match kind {
-                "text/plain" | "text/*" | "*/*" => Some(AckFormat::Text),
-                "application/json" | "application/*" => Some(AckFormat::Json),
-                _ => None,
-            })
-            .next()
+        // The first of those with the highest quality.
+        let formats = ranges.filter_map(|(kind, quality)| match &*kind {
+            "text/plain" | "text/*" | "*/*" => Some((quality, AckFormat::Text)),
+            "application/json" | "application/*" => Some((quality, AckFormat::Json)),
+            _ => None,
+        });
+        let best =
+            formats.filter(|(quality, _)| *quality > 0).reduce(|best, next| if next.0 > best.0 { next } else { best });
+        best.map(|(_, format)| format)
     }
 
     fn published(self) -> Response<AxumBody> {

@@ -19,7 +19,7 @@ use crate::{
     compat::publish::publish,
     error::{Code, Error},
     event::{Draft, DraftParts, EventData, check_kind},
-    json::well_formed,
+    json::{well_formed, without_bom},
     net::body::read_body,
 };
 
@@ -59,7 +59,7 @@ impl NodeSse {
         let unreadable = |error: &dyn std::fmt::Display| {
             NodeSseError::Page(StatusCode::BAD_REQUEST, format!("SyntaxError: {error} in JSON"))
         };
-        let text = well_formed(std::str::from_utf8(&body).map_err(|error| unreadable(&error))?);
+        let text = well_formed(std::str::from_utf8(without_bom(&body)).map_err(|error| unreadable(&error))?);
         let whole: &RawValue = serde_json::from_str(&text).map_err(|error| unreadable(&error))?;
         if !whole.get().starts_with(['{', '[']) {
             return Err(unreadable(&"a value that is neither an object nor a list"));

@@ -4,7 +4,7 @@ use std::{sync::Arc, task::Context, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
-    http::{HeaderValue, Method, Response, Version, header, request::Parts as Head},
+    http::{HeaderValue, Method, Response, StatusCode, Version, header, request::Parts as Head},
 };
 use serde_json::{Value, json};
 
@@ -19,9 +19,9 @@ use crate::{
     bus::{ReadLimit, Subscriptions},
     channel::Channel,
     compat::form::Form,
-    error::{Code, Result},
+    error::{Code, Error, Result},
     event::Event,
-    net::chunk,
+    net::{body::not_generated, chunk},
     node::Node,
     position::{Position, Start},
     transport::{
@@ -60,7 +60,8 @@ impl NodeSse {
             let _ = identity.may_subscribe(channel)?;
         }
         // The list of online clients is sent to all of them.
-        let _ = identity.may_connect()?;
+        let forbidden = |error: Error| NodeSseError::Page(StatusCode::FORBIDDEN, error.detail().to_owned());
+        let _ = identity.may_connect().map_err(forbidden)?;
         let given = query.texts("clientId").collect::<Vec<_>>().join(",");
         if given.len() > MAX_CLIENT {
             return Err(bad());
@@ -75,7 +76,7 @@ impl NodeSse {
             headers.insert(header::CONNECTION, HeaderValue::from_static("keep-alive"));
         }
         if head.method == Method::HEAD {
-            return Ok(answer.map(|()| Body::empty()));
+            return Ok(answer.map(|()| not_generated()));
         }
 
         let mut subs = Subscriptions::new(&wire::EVENT);

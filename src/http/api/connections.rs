@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::{Listing, to_json};
 use crate::{
     auth::Identity,
-    error::{Error, Result},
+    error::{Code, Error, Result},
     http::schema::{self, ProblemSchema},
     node::Node,
     sessions::{ConnectionFilter, ConnectionInfo},
@@ -44,8 +44,8 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
     description = "Closes the connections of a subject, or one connection, on all nodes. A client whose credentials are still valid can reconnect.",
     params(schema::KickQuery),
     responses(
-        (status = 200, body = Kicked),
-        (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = 200, description = "The connections are being closed.", body = Kicked),
+        (status = "4XX", description = "`invalid_params`, `not_found` (no node has a connection of this id), `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
 pub(crate) async fn kick(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<Response> {
@@ -57,11 +57,19 @@ pub(crate) async fn kick(State(node): State<Arc<Node>>, identity: Identity, head
     }
     let _ = identity.may_administer()?;
     let kicked = node.cluster_connections.kick(&filter).await;
+    // A subject may have no connection at the moment, but an id is of one.
+    if let Some(id) = filter.id.filter(|_| kicked.found == 0 && kicked.silent.is_empty()) {
+        return Err(Error::new(Code::NotFound, format!("there is no connection {id}")));
+    }
     Ok(to_json(&Kicked { kicked: kicked.found, silent: kicked.silent }))
 }
 
+/// An empty selector is an error: as absent it would select all connections, and as a subject all anonymous ones.
 fn filter(query: &mut Query<'_>) -> Result<ConnectionFilter> {
-    let mut text = |name| Ok::<_, Error>(query.take(name)?.map(|text| text.into_owned()));
+    let mut text = |name| match query.take(name)? {
+        Some(text) if text.is_empty() => Err(Error::params(format!("{name} is empty"))),
+        text => Ok(text.map(|text| text.into_owned())),
+    };
     let (id, subject) = (text("id")?, text("subject")?);
     let channel = query.channel()?.map(|channel| channel.as_str().to_owned());
     Ok(ConnectionFilter { id, subject, channel })

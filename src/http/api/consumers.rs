@@ -21,7 +21,7 @@ use crate::{
         extract::{check_declared_json, read_body},
         schema::{self, After, ChannelName, ProblemSchema},
     },
-    json::{json_error_at_path, well_formed},
+    json::{json_error_at_path, json_text, well_formed},
     node::Node,
     position::{Position, Start},
     transport::{
@@ -144,6 +144,7 @@ pub(crate) async fn seek(
 pub(crate) async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
+    let _ = identity.may_administer()?;
     let _ = identity.may_consume(&name)?;
     match node.bus.forget(&name).await? {
         true => Ok(StatusCode::NO_CONTENT),
@@ -241,7 +242,7 @@ async fn read<T: DeserializeOwned>(node: &Node, request: Request<Body>, action: 
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, action)?;
     let body = read_body(body, MAX_BODY, "64 KiB", node.config.limits.body_time).await?;
-    let text = std::str::from_utf8(&body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
+    let text = json_text(&body)?;
     let read = serde_json::from_str(&well_formed(text)).map_err(|error| json_error_at_path::<T>(text, &error))?;
     Ok((name, read))
 }

@@ -22,16 +22,16 @@ use crate::{
     error::{Code, Error, Result},
     event::{self, Draft, EventData, IncomingEvent},
     http::{
-        extract::{check_declared_json, header_text, is_ndjson, read_body},
+        extract::{check_declared_json, header_text, is_json, is_ndjson, read_body},
         schema::{self, PageSchema, ProblemSchema, Published},
     },
-    json::{JsonStr, json_error, json_error_at_path},
+    json::{JsonStr, json_error, json_error_at_path, json_text},
     metrics::Transport,
-    net::server::PeerAddr,
+    net::{body::not_generated, server::PeerAddr},
     node::Node,
     position::Position,
     transport::{
-        publishing,
+        accept, publishing,
         query::Query,
         reading::{PageRequest, ReadPage},
         sse,
@@ -52,8 +52,8 @@ enum PublishRequest {
 /// `POST /v1/events`.
 #[utoipa::path(post, path = "/v1/events", tag = "events",
     description = "Publishes events. The body is an event, an array of events, or NDJSON. With the parameter `channel` the body is \
-        the data of one event (a body that is not JSON becomes a JSON string). The Content-Type is ignored unless the request has \
-        an Origin or a Cookie.",
+        the data of one event (a body that is not JSON becomes a JSON string, unless it is declared as JSON). A request with an \
+        Origin or a Cookie must declare JSON. A body may have the Content-Encoding gzip or deflate.",
     params(schema::PublishQuery, ("Idempotency-Key" = Option<schema::LabelSchema>, Header, description = "The idempotency key of one event. An event with the same key and content within 5 minutes is not stored again.")),
     request_body(description = "The events to publish.", content((schema::PublishSchema = "application/json"), (String = "application/x-ndjson"))),
     responses(
@@ -128,17 +128,14 @@ fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<PublishRequest> {
     let (kind, from, key) = (query.take("type")?, query.take("from")?, query.take("key")?);
     query.finish()?;
     let key = one_key(header_key, key.as_deref())?;
-    let raw;
-    let data = match std::str::from_utf8(body) {
-        Ok("") => EventData::None,
-        Ok(text) => match serde_json::from_str::<&RawValue>(text) {
-            Ok(json) => {
-                raw = json;
-                EventData::Json(raw)
-            }
-            Err(_) => EventData::Text(text),
-        },
-        Err(_) => EventData::Bytes(body),
+    // A body that is declared as JSON and is not would otherwise be stored as text, and every reader would fail on it.
+    let declared = is_json(&head.headers) || is_ndjson(&head.headers);
+    let data = match json_text(body).map(serde_json::from_str::<&RawValue>) {
+        _ if body.is_empty() => EventData::None,
+        Ok(Ok(json)) => EventData::Json(json),
+        Ok(Err(error)) if declared => return Err(json_error(&error)),
+        Err(error) if declared => return Err(error),
+        _ => std::str::from_utf8(body).map_or(EventData::Bytes(body), EventData::Text),
     };
     let parts = event::DraftParts { kind: kind.as_deref(), from: from.as_deref(), meta: None, data, key };
     Ok(PublishRequest::One(channel, Draft::new(parts, limit)?))
@@ -147,7 +144,7 @@ fn read(head: &Parts, body: &Bytes, node: &Node) -> Result<PublishRequest> {
 /// Parses whole events: an object, an array, or newline-delimited JSON.
 fn read_events(head: &Parts, body: &Bytes, header_key: Option<&str>, node: &Node) -> Result<PublishRequest> {
     let limits = &node.config.limits;
-    let text = std::str::from_utf8(body).map_err(|_| Error::new(Code::ParseError, "the body is not UTF-8"))?;
+    let text = json_text(body)?;
     let lines = is_ndjson(&head.headers);
     let mut events = Vec::new();
     if text.trim_ascii_start().starts_with('[') && !lines {
@@ -263,6 +260,9 @@ pub(crate) async fn get_by_route(
 pub(crate) async fn get(node: &Arc<Node>, identity: &Identity, head: &Parts) -> Response {
     let answer = match sse::is_wanted(&head.headers) {
         true => sse::open(node, identity, head).await,
+        false if accept::preference(&head.headers, "application/json").is_some_and(|json| json.quality == 0) => Err(
+            Error::new(Code::NotAcceptable, "events are application/json or text/event-stream, which Accept excludes"),
+        ),
         false => page(node, identity, head).await,
     };
     let mut answer = answer.unwrap_or_else(IntoResponse::into_response);
@@ -275,7 +275,9 @@ async fn page(node: &Node, identity: &Identity, head: &Parts) -> Result<Response
     let reading = PageRequest::from_query(query, header_text(&head.headers, &LAST_EVENT_ID)?, &node.config.limits)?;
     reading.permit(identity)?;
     if head.method == Method::HEAD {
-        return Ok(json(StatusCode::OK, Bytes::new()));
+        let mut answer = json(StatusCode::OK, Bytes::new());
+        *answer.body_mut() = not_generated();
+        return Ok(answer);
     }
     let answer = match reading.waits() {
         false => reading.read(&node.bus, &node.draining).await?,
@@ -304,7 +306,7 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &PageRe
     params(schema::DeleteQuery),
     responses(
         (status = 204, description = "The events are deleted."),
-        (status = "4XX", description = "`invalid_params`, `invalid_position`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
+        (status = "4XX", description = "`not_found` (the channel has no log), `invalid_params`, `invalid_position`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
@@ -321,6 +323,9 @@ pub(crate) async fn delete(State(node): State<Arc<Node>>, identity: Identity, he
     };
     let _ = identity.may_administer()?;
     let _ = identity.may_publish(&channel)?;
+    if node.bus.inspect(&channel).await?.epoch.is_absent() {
+        return Err(Error::new(Code::NotFound, format!("channel {channel} has no log")));
+    }
     node.bus.remove(&channel, before).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -17,6 +17,7 @@ use crate::{
         extract::{Admitted, check_declared_json, read_body},
         schema::ProblemSchema,
     },
+    json::without_bom,
     node::Node,
     transport::{query::Query, ws},
 };
@@ -59,7 +60,7 @@ pub(crate) async fn post(
     Query::parse(head.uri.query())?.finish()?;
     let limits = &node.config.limits;
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
-    Ok(match ws::post(&node, identity, &body).await? {
+    Ok(match ws::post(&node, identity, without_bom(&body)).await? {
         Some(answer) => json(StatusCode::OK, answer),
         None => StatusCode::NO_CONTENT.into_response(),
     })

@@ -21,6 +21,7 @@ use crate::{
         extract::{check_declared_json, read_body},
         schema::ProblemSchema,
     },
+    json::without_bom,
     node::Node,
     rpc::{Call, CallError, ProviderError, ServiceInfo, call_once},
     transport::query::{Query, decode},
@@ -79,9 +80,10 @@ pub(crate) async fn call(
     let permit = identity.may_call(service)?;
     let limits = &node.config.limits;
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
+    let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
     let call = Call {
         caller: permit.subject(),
-        traceparent: head.headers.get("traceparent").and_then(|value| value.to_str().ok()),
+        traceparent: traceparent.filter(|value| !value.is_empty()),
         timeout,
         ..Call::new(service, method, params(&body)?)
     };
@@ -98,7 +100,7 @@ fn params(body: &[u8]) -> Result<Option<&RawValue>> {
         return Ok(None);
     }
     let params: &RawValue =
-        serde_json::from_slice(body).map_err(|error| Error::new(Code::ParseError, error.to_string()))?;
+        serde_json::from_slice(without_bom(body)).map_err(|error| Error::new(Code::ParseError, error.to_string()))?;
     match params.get() {
         "null" => Ok(None),
         text if text.starts_with(['{', '[']) => Ok(Some(params)),

@@ -14,15 +14,12 @@ use crate::{
     position::Position,
     presence::PresenceLease,
     token::TokenEncoder,
-    transport::subscription_stream::{HeartbeatPolicy, StreamAction, StreamContext, StreamHandler},
+    transport::subscription_stream::{HeartbeatPolicy, KICKED_RETRY, StreamAction, StreamContext, StreamHandler},
 };
 
 /// A token of more bytes than this is sent at most once in [`TOKEN_PAUSE`].
 const LONG_TOKEN: usize = 64;
 const TOKEN_PAUSE: Duration = Duration::from_secs(1);
-
-/// Milliseconds: 25 days, the longest delay that the timers of browsers support. They take more for no delay at all.
-const NEVER: u64 = i32::MAX as u64;
 
 /// The source of a stream's `id:` lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +193,7 @@ impl StreamHandler for SseHandler {
     fn on_end(&mut self, stream: &mut StreamContext<'_>, code: Code) {
         // The `retry:` line: a delay is all that an `EventSource` understands, also for "do not reconnect".
         let kicked = code == Code::Kicked;
-        let after_ms = if kicked { NEVER } else { self.retry_ms.into() };
+        let after_ms = if kicked { KICKED_RETRY.into() } else { self.retry_ms.into() };
         stream.out.push(frame::retry(code.as_str(), after_ms, kicked));
     }
 }

@@ -19,13 +19,15 @@ use crate::{
     transport::{present::PresentParam, query::duration},
 };
 
-/// The one object in `params`: `{…}` or `[{…}]`. Absent params are `{}`.
+/// The one object in `params`: `{…}` or `[{…}]`. Absent params and `[]` are `{}`: libraries send an empty array for a method
+/// without arguments.
 pub(super) fn object(params: Option<&RawValue>) -> Result<&str> {
     let Some(params) = params else { return Ok("{}") };
     if params.get().starts_with('{') {
         return Ok(params.get());
     }
-    match serde_json::from_str::<[&RawValue; 1]>(params.get()) {
+    match serde_json::from_str::<Vec<&RawValue>>(params.get()).as_deref() {
+        Ok([]) => Ok("{}"),
         Ok([object]) if object.get().starts_with('{') => Ok(object.get()),
         _ => Err(Error::params("params of weir's methods are an object, or an array that holds just that")),
     }
@@ -124,14 +126,17 @@ pub(super) struct SubscribeRequest {
 
 impl SubscribeParams<'_> {
     /// Checks everything but permissions.
-    pub(super) fn requests(self) -> Result<Vec<SubscribeRequest>> {
+    pub(super) fn requests(mut self) -> Result<Vec<SubscribeRequest>> {
+        // As in a URL, an empty position is none.
+        let is_position = |after: &AfterText<'_>| !after.as_str().is_empty();
+        self.after = self.after.filter(is_position);
         if self.channels.is_empty() {
             return Err(Error::params("channels is empty"));
         }
         let mut requests = Vec::with_capacity(self.channels.len());
         for ChannelParam(topic) in self.channels {
             let channel = Channel::parse(&topic.channel)?;
-            let start = match (&topic.after, topic.last, &self.after) {
+            let start = match (topic.after.as_ref().filter(|after| is_position(after)), topic.last, &self.after) {
                 (None, None, _) => None,
                 (_, _, Some(_)) | (Some(_), Some(_), _) => {
                     return Err(Error::params(format!("channel {channel} has more than one of after and last")));
@@ -339,8 +344,8 @@ mod tests {
     #[test]
     fn one_object_in_an_array_is_that_object() {
         assert_eq!(object(raw(r#"[ {"a":1} ]"#)).unwrap(), r#"{"a":1}"#);
-        assert_eq!(object(None).unwrap(), "{}");
-        for bad in ["[]", "[1]", r#"[{},{}]"#, r#"[[{}]]"#] {
+        assert_eq!((object(None).unwrap(), object(raw("[ ]")).unwrap()), ("{}", "{}"));
+        for bad in ["[1]", r#"[{},{}]"#, r#"[[{}]]"#] {
             assert_eq!(object(raw(bad)).unwrap_err().code(), Code::InvalidParams, "{bad}");
         }
     }
@@ -374,6 +379,8 @@ mod tests {
         assert!(list[1].filter.is_some());
         assert_eq!(list[2].start, Some(Start::Last(20)));
         assert_eq!(list[3].start, Some(Start::AfterOffset(7)));
+        let list = requests(r#"{"channels":["a",{"channel":"b","after":"","last":2}],"after":""}"#).unwrap();
+        assert_eq!((list[0].start, list[1].start), (None, Some(Start::Last(2))));
         for bad in [
             r#"{"channels":[]}"#,
             r#"{"channels":["a","a"]}"#,
