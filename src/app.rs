@@ -1,6 +1,6 @@
 //! [`App`]: builds the parts of a node in one direction, runs them, and shuts them down in one order.
 
-use std::{future::Future, io, iter, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow};
 use serde_json::value::to_raw_value;
@@ -17,13 +17,14 @@ use crate::{
     cluster::{self, Cluster},
     compat::{self, Adapter},
     config::Config,
+    error,
     event::{Draft, DraftParts, EventData},
     http::{Endpoint, ListenerRole},
     metrics::Metrics,
     net::{server::HttpConnections, timer::TimerWheel},
     node::Node,
     presence::Presence,
-    rpc::{Hub, RemoteNodes},
+    rpc::{Hub, RemoteNodes, UnpublishedChange},
     sessions::{ConnectionRegistry, cluster::ClusterConnections},
 };
 
@@ -59,7 +60,7 @@ impl App {
     /// Builds the parts and binds the addresses of `config`. Requires a tokio runtime.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new());
-        let redis = backend::connect(&config, metrics.clone()).await?;
+        let redis = backend::connect(&config, metrics.clone())?;
         // The URL is formatted without the password.
         let bus_name = redis.as_ref().map_or_else(|| "memory".to_owned(), |topology| topology.url.to_string());
         let node = node(config, redis.as_ref(), metrics);
@@ -219,34 +220,35 @@ async fn announce_services(node: Arc<Node>) {
     let Ok(channel) = Channel::parse("$services") else { return };
     let mut pause = MIN_RETRY;
     loop {
-        let mut changes = node.hub.next_changes().await.into_iter();
-        while let Some(pending) = changes.next() {
-            let change = &pending.change;
-            let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
-                let parts = DraftParts {
-                    kind: Some(change.kind.as_str()),
-                    data: EventData::Json(&data),
-                    ..DraftParts::default()
-                };
-                Draft::new(parts, node.config.limits.event).map_err(|error| error.to_string())
-            });
-            let draft = match draft {
-                Ok(draft) => draft,
-                Err(error) => {
-                    tracing::warn!(service = change.service, %error, "cannot announce a change of its providers");
-                    continue;
-                }
-            };
-            if let Err(error) = node.bus.publish_one("", &channel, draft).await {
-                tracing::debug!(service = change.service, %error, "could not announce a change of its providers yet");
-                node.hub.requeue_changes(iter::once(pending).chain(changes));
+        match publish_changes(&node, &channel, node.hub.next_changes().await).await {
+            Ok(()) => pause = MIN_RETRY,
+            Err(error) => {
+                tracing::debug!(%error, "could not announce all changes of services yet");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(MAX_RETRY);
-                break;
             }
-            pause = MIN_RETRY;
         }
     }
+}
+
+/// Publishes changes in their order. At an error the rest is dropped, which queues it again.
+async fn publish_changes(node: &Node, channel: &Channel, changes: Vec<UnpublishedChange>) -> error::Result<()> {
+    for pending in changes {
+        let change = pending.change();
+        let draft = to_raw_value(change).map_err(|error| error.to_string()).and_then(|data| {
+            let parts =
+                DraftParts { kind: Some(change.kind.as_str()), data: EventData::Json(&data), ..DraftParts::default() };
+            Draft::new(parts, node.config.limits.event).map_err(|error| error.to_string())
+        });
+        match draft {
+            Ok(draft) => drop(node.bus.publish_one("", channel, draft).await?),
+            Err(error) => {
+                tracing::warn!(service = change.service, %error, "cannot announce a change of its providers");
+            }
+        }
+        pending.published();
+    }
+    Ok(())
 }
 
 fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandle<()> {

@@ -17,22 +17,26 @@ use crate::{
     metrics::Metrics,
 };
 
-/// How long the start waits for Redis.
+/// After this time without a connection to Redis, the log says why.
 const REDIS_CONNECT: Duration = Duration::from_secs(3);
 
-/// Connects to Redis, if it is the backend. An unavailable Redis is no error, because it may become available.
-pub(crate) async fn connect(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Topology>>> {
+/// Begins to connect to Redis, if it is the backend, and does not wait for it: clients of a node that starts get their
+/// answers as those of any other node do. An unavailable Redis is no error, because it may become available.
+pub(crate) fn connect(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Option<Arc<Topology>>> {
     if config.bus.backend == Backend::Memory {
         return Ok(None);
     }
     let url = redis_url(config).map_err(|(key, error)| anyhow!("{key}: {error}"))?;
     let tls = url.tls;
     let topology = Topology::start(url, metrics);
-    if let Err(reason) = topology.ready(REDIS_CONNECT).await {
-        // A port without TLS does not answer a TLS handshake, so the reason is a timeout.
-        let hint = tls.then_some("rediss:// requires a port with TLS; weir doctor --redis checks it");
-        tracing::warn!(%reason, hint, "Redis cannot be reached yet");
-    }
+    let connecting = topology.clone();
+    tokio::spawn(async move {
+        if let Err(reason) = connecting.ready(REDIS_CONNECT).await {
+            // A port without TLS does not answer a TLS handshake, so the reason is a timeout.
+            let hint = tls.then_some("rediss:// requires a port with TLS; weir doctor --redis checks it");
+            tracing::warn!(%reason, hint, "Redis cannot be reached yet");
+        }
+    });
     Ok(Some(topology))
 }
 
@@ -51,7 +55,12 @@ pub(crate) async fn open_bus(
     clock: WallClock,
     metrics: Arc<Metrics>,
 ) -> anyhow::Result<Bus> {
-    Ok(bus_on(connect(config, metrics).await?.as_ref(), config, limits, clock))
+    let redis = connect(config, metrics)?;
+    if let Some(topology) = &redis {
+        // The first operation reports the reason.
+        let _ = topology.ready(REDIS_CONNECT).await;
+    }
+    Ok(bus_on(redis.as_ref(), config, limits, clock))
 }
 
 /// Validates the settings that only the backend can parse. The error is a key and the reason.

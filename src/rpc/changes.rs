@@ -24,11 +24,14 @@ pub struct ServiceChange {
     pub kind: ServiceChangeKind,
 }
 
-/// A change that is about to be published.
-#[must_use = "a change that could not be published has to be requeued"]
+/// A change that is about to be published. Unless it [was published](Self::published) when it is dropped, it is queued
+/// again, and returned with the providers of that moment.
 pub struct UnpublishedChange {
-    pub change: ServiceChange,
-    service: Arc<ServiceEntry>,
+    change: ServiceChange,
+    taken: u64,
+    /// None once it was published.
+    service: Option<Arc<ServiceEntry>>,
+    unpublished: Arc<Mutex<Unpublished>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +50,7 @@ pub enum ServiceChangeKind {
 pub(super) struct ServiceChanges {
     queue: Mutex<VecDeque<Arc<ServiceEntry>>>,
     ready: Notify,
-    unpublished: Mutex<Unpublished>,
+    unpublished: Arc<Mutex<Unpublished>>,
     /// When this node was last cut off from all others, and had no leader.
     cut_off: AtomicU64,
     leads: AtomicBool,
@@ -55,6 +58,28 @@ pub(super) struct ServiceChanges {
 
 /// By name, with the time of the change.
 type Unpublished = BTreeMap<Arc<str>, (u64, Arc<ServiceEntry>)>;
+
+impl UnpublishedChange {
+    pub fn change(&self) -> &ServiceChange {
+        &self.change
+    }
+
+    /// States that it was published, or never can be.
+    pub fn published(mut self) {
+        self.service = None;
+    }
+}
+
+impl Drop for UnpublishedChange {
+    fn drop(&mut self) {
+        let Some(service) = self.service.take() else { return };
+        let mut unpublished = self.unpublished.lock();
+        // The same service may have changed again.
+        if !unpublished.contains_key(&service.name) {
+            ServiceChanges::keep(&mut unpublished, self.taken, service);
+        }
+    }
+}
 
 impl ServiceChangeKind {
     /// The event's type.
@@ -106,26 +131,20 @@ impl ServiceChanges {
             let Some(change) = Self::take_change(&service) else { continue };
             if leads {
                 unpublished.remove(&service.name);
-                due.push(UnpublishedChange { change, service });
+                due.push(self.unpublished(change, service, now));
             } else {
                 Self::keep(&mut unpublished, now, service);
             }
         }
         if leads {
             let backlog = std::mem::take(&mut *unpublished).into_values();
-            due.extend(backlog.map(|(_, service)| UnpublishedChange { change: Self::current(&service), service }));
+            due.extend(backlog.map(|(_, service)| self.unpublished(Self::current(&service), service, now)));
         }
         due
     }
 
-    /// Takes back changes that could not be published, unless the same service has changed again.
-    pub(super) fn requeue(&self, changes: impl Iterator<Item = UnpublishedChange>, now: u64) {
-        let mut unpublished = self.unpublished.lock();
-        for change in changes {
-            if !unpublished.contains_key(&change.service.name) {
-                Self::keep(&mut unpublished, now, change.service);
-            }
-        }
+    fn unpublished(&self, change: ServiceChange, service: Arc<ServiceEntry>, taken: u64) -> UnpublishedChange {
+        UnpublishedChange { change, taken, service: Some(service), unpublished: self.unpublished.clone() }
     }
 
     fn keep(unpublished: &mut Unpublished, now: u64, service: Arc<ServiceEntry>) {

@@ -195,11 +195,6 @@ impl Hub {
         }
     }
 
-    /// Takes back changes that could not be published. They are returned again soon, with the providers of that moment.
-    pub fn requeue_changes(&self, changes: impl Iterator<Item = UnpublishedChange>) {
-        self.registry.changes.requeue(changes, self.clock.now());
-    }
-
     /// The changes that this node has to publish now.
     pub fn take_changes(&self) -> Vec<UnpublishedChange> {
         self.registry.changes.take(self.cluster.is_leader(), self.clock.now())

@@ -152,14 +152,24 @@ impl Registration {
     async fn run(&self) -> Result<AcceptedProvider> {
         let methods: Vec<&str> = self.request.methods.iter().map(String::as_str).collect();
         let request = self.request.borrow(&methods);
+        let begun = self.hub.clock.now();
         loop {
             let service = self.hub.registry.find_or_create(request.service);
-            let _one_at_a_time = service.registration.clone().lock_owned().await;
+            let mut unreachable = service.registration.clone().lock_owned().await;
+            if unreachable.is_some_and(|at| at > begun) {
+                return Err(unclaimed(request.service));
+            }
             // None: it was removed from the registry meanwhile.
             let Some(_guard) = RegisteringGuard::new(&self.hub, &service) else { continue };
             self.check_limits(&service)?;
             let lease = match self.required_claim(&service, &request).await? {
-                Some(claim) => Some(self.claim(&service.name, claim, &request).await?),
+                Some(claim) => {
+                    let claimed = self.claim(&service.name, claim, &request).await;
+                    if claimed.as_ref().is_err_and(|error| error.code() == Code::BusUnavailable) {
+                        *unreachable = Some(self.hub.clock.now());
+                    }
+                    Some(claimed?)
+                }
                 None => None,
             };
             return self.register(&service, &request, lease);
@@ -220,10 +230,7 @@ impl Registration {
             let holders = match hub.cluster.claim(&name, claim).await {
                 Ok(lease) => return Ok(lease),
                 Err(ClaimError::Held(holders)) => holders,
-                Err(ClaimError::Unreachable) => {
-                    let detail = format!("the bus is unavailable, so {service} cannot be claimed");
-                    return Err(Error::new(Code::BusUnavailable, detail));
-                }
+                Err(ClaimError::Unreachable) => return Err(unclaimed(service)),
             };
             let mut all_released = true;
             let queries: Vec<_> = holders.iter().map(|node| self.query(*node, service, request)).collect();
@@ -382,6 +389,10 @@ impl OwnedProvideRequest {
     fn borrow<'a>(&'a self, methods: &'a [&'a str]) -> ProvideRequest<'a> {
         ProvideRequest { service: &self.service, subject: &self.subject, methods, ..self.options }
     }
+}
+
+fn unclaimed(service: &str) -> Error {
+    Error::new(Code::BusUnavailable, format!("the bus is unavailable, so {service} cannot be claimed"))
 }
 
 fn held_elsewhere(service: &str, claim: Claim) -> Error {

@@ -67,8 +67,9 @@ pub(super) struct ProviderSlot {
 pub(super) struct ServiceEntry {
     pub(super) name: Arc<str>,
     pub(super) state: Mutex<ServiceState>,
-    /// One registration at a time: it may have to wait for the cluster.
-    pub(super) registration: Arc<tokio::sync::Mutex<()>>,
+    /// One registration at a time: it may have to wait for the cluster. Holds when the cluster could last not be reached,
+    /// in milliseconds of the hub's clock: registrations that waited meanwhile fail with the same error.
+    pub(super) registration: Arc<tokio::sync::Mutex<Option<u64>>>,
 }
 
 #[derive(Default)]

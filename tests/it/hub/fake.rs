@@ -149,7 +149,12 @@ impl World {
 
     /// Takes the changes of services, as if they were published.
     pub fn take_changes(&self) -> Vec<ServiceChange> {
-        self.hub.take_changes().into_iter().map(|telling| telling.change).collect()
+        let published = |change: weir::rpc::UnpublishedChange| {
+            let service_change = change.change().clone();
+            change.published();
+            service_change
+        };
+        self.hub.take_changes().into_iter().map(published).collect()
     }
 
     pub fn sweep(&self) {

@@ -442,7 +442,7 @@ async fn a_change_wakes_the_publisher() {
     tokio::task::yield_now().await;
     let _provider = world.provider("a");
     let changes = waiter.await.unwrap();
-    let change = &changes[0].change;
+    let change = changes[0].change();
     assert_eq!(serde_json::to_string(change).unwrap(), r#"{"service":"a","providers":1,"exclusive":false}"#);
     assert_eq!((changes.len(), change.kind), (1, ServiceChangeKind::Provided));
 }
