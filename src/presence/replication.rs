@@ -138,8 +138,8 @@ impl<'a> Replication<'a> {
                 table.end_snapshot(from, now);
                 peer.link_lost = None;
             }
-            // The announcer itself decides what is announced.
-            _ if table.is_announcing() => {}
+            // The announcer takes them too: another node that announced, because it took itself for the leader, is to be
+            // corrected, and its events are in the log.
             PresenceRecord::BeginAnnounced => (peer.announced, peer.positions) = (Vec::new(), Some(Vec::new())),
             PresenceRecord::Joined(key, info) => peer.announced.push((key, Some(info))),
             PresenceRecord::Left(key) => peer.announced.push((key, None)),

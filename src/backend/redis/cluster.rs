@@ -3,15 +3,17 @@
 //! ```text
 //! weir:{nodes}              ZSET   nodes by the time at which they joined: an index of sessions
 //! weir:{node:ID}            HASH   a session, expires 10 s after the last heartbeat: infos of the node's names
-//! weir:{name:N}             HASH   f: the last fencing token of the name · a node: it holds the name, shared
+//! weir:{name:N}             HASH   f: the last fencing token of the name · a node: it holds the name, shared or (x)
+//!                                  exclusively
 //! weir:{name:N}:x           STRING the node that holds it exclusively, expires 10 s after the last renewal
-//! weir:{nodes}:news         channel   announcements: hello, goodbye, and changes of sessions
+//! weir:{nodes}:news         channel   announcements: hello with each heartbeat, goodbye, and changes of sessions
 //! weir:{node:ID}:mail       channel   batches of messages for a node
 //! ```
 //!
 //! A node reads all sessions when it joins and whenever it has subscribed to the announcements again, then follows
 //! these; each second it compares the revisions of the sessions with what it knows. No decision compares the clocks of
-//! two machines: Redis lets keys expire, and a node measures with its own clock the time since its last heartbeat.
+//! two machines, or trusts that of Redis alone: Redis lets keys expire, early if its clock is set forward, and a node is
+//! gone once its session has expired and it has not announced itself for as long, by the clock of the node that waits.
 
 mod announcement;
 mod context;

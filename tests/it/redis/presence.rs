@@ -8,7 +8,9 @@ use crate::support::{
     redis::on_each_deployment, socket::members, weir_on,
 };
 
-on_each_deployment!(members_of_a_killed_process_are_announced_as_gone connections_of_several_processes_are_listed_and_kicked);
+on_each_deployment!(members_of_a_killed_process_are_announced_as_gone
+    members_stay_while_redis_loses_the_sessions_of_their_nodes
+    connections_of_several_processes_are_listed_and_kicked);
 
 fn names(list: &Value) -> Vec<&str> {
     list["members"].as_array().unwrap().iter().map(|member| member["client"].as_str().unwrap()).collect()
@@ -56,6 +58,53 @@ async fn members_of_a_killed_process_are_announced_as_gone<D: RedisDeployment>()
     assert_eq!((replay.joins, replay.leaves), (4, 3));
     drop(ann);
     lists(&both[..1], &[]).await;
+}
+
+/// Session keys are lost while their nodes live: by eviction, in a failover, or if the clock of Redis is set forward.
+async fn members_stay_while_redis_loses_the_sessions_of_their_nodes<D: RedisDeployment>() {
+    let mut redis = D::start().await;
+    let url = redis.url();
+    let nodes = [weir_on(&url).await, weir_on(&url).await, weir_on(&url).await];
+    let at = nodes.each_ref().map(|node| node.address);
+    let _ann = EventStream::opened(at[0], "channel=chat&present=ann").await;
+    let _bob = EventStream::opened(at[1], "channel=chat&present=bob").await;
+    lists(&at, &["ann", "bob"]).await;
+    let mut provider = nodes[1].socket().await;
+    provider.call("weir.provide", json!({ "service": "own", "exclusive": true })).await;
+    let mut other = nodes[2].socket().await;
+    let own = json!({ "service": "own", "exclusive": true });
+    let mut masters = Vec::new();
+    for server in &*redis.servers() {
+        if server.info("role").await.as_deref() == Some("master") {
+            masters.push(server);
+        }
+    }
+    let masters = &masters;
+    // More often than once: right after they have connected, nodes do not draw conclusions from an absent key.
+    for _ in 0..3 {
+        for server in masters {
+            for key in server.cli(&["KEYS", "weir:{n*"]).await.lines().filter(|key| !key.is_empty()) {
+                server.cli(&["DEL", key]).await;
+            }
+        }
+        assert_eq!(other.call_error("weir.provide", own.clone()).await["data"]["code"], "service_taken");
+        eventually_within(MINUTE, "the nodes have written their sessions again", async || {
+            let mut sessions = 0;
+            for server in masters {
+                let keys = server.cli(&["KEYS", "weir:{node:*"]).await;
+                sessions += keys.lines().filter(|key| !key.is_empty()).count();
+            }
+            sessions == 3
+        })
+        .await;
+    }
+    lists(&at, &["ann", "bob"]).await;
+    let replay = PresenceReplay::of(&nodes[0], "chat", "earliest").await;
+    assert_eq!((replay.joins, replay.leaves), (2, 0));
+    // The links between the nodes are as before.
+    let listed = get_json(at[2], "/v1/connections").await;
+    assert!(listed["silent"].is_null(), "{listed}");
+    assert_eq!(listed["connections"].as_array().unwrap().len(), 4, "{listed}");
 }
 
 async fn connections_of_several_processes_are_listed_and_kicked<D: RedisDeployment>() {

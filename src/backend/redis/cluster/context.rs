@@ -72,6 +72,8 @@ pub(super) struct ClusterState {
 #[derive(Default)]
 pub(super) struct PeerSession {
     pub(super) joined: u64,
+    /// When it last announced something, in milliseconds of this node's clock.
+    pub(super) heard: Option<u64>,
     pub(super) rev: u64,
     pub(super) infos: HashMap<Arc<str>, (u64, Bytes)>,
     /// An announcement is missing: the session has to be read.
@@ -159,6 +161,23 @@ impl ClusterContext {
     pub(super) fn is_alive(&self) -> bool {
         let state = self.state.lock();
         !state.left && self.clock.now() < state.until
+    }
+
+    /// Whether a node has announced itself lately, whether or not Redis has its session: that key is lost early if the
+    /// clock of Redis is set forward, if it is evicted, or with the data of a failover.
+    pub(super) fn is_heard(&self, node: NodeId) -> bool {
+        let heard = self.state.lock().peers.get(&node).and_then(|peer| peer.heard);
+        heard.is_some_and(|heard| self.clock.now() < heard + TTL.as_millis() as u64)
+    }
+
+    /// The nodes that have announced `name` and live.
+    pub(super) fn announcers(&self, name: &str) -> Vec<NodeId> {
+        let announcers: Vec<NodeId> = {
+            let state = self.state.lock();
+            let peers = state.peers.iter().filter(|(_, peer)| peer.infos.contains_key(name));
+            peers.map(|(node, _)| *node).collect()
+        };
+        announcers.into_iter().filter(|node| self.is_heard(*node)).collect()
     }
 
     /// The node that joined first is the leader.

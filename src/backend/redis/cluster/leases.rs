@@ -104,10 +104,14 @@ impl LeaseManager {
     ) -> Result<Result<u64, Vec<NodeId>>, ClaimError> {
         let (holders, owner) = self.context.name_keys(name);
         let keys = [holders.as_bytes(), owner.as_bytes()];
+        let announcers = self.context.announcers(name);
         // Idempotent: a second run takes the same name with a higher fencing token.
         let run = self.context.topology.run::<Vec<String>>(&CLAIM, &keys, OnLostReply::Retry, |_, command| {
             command.arg(id.to_string()).arg(u8::from(claim == Claim::Exclusive));
             command.arg(TTL.as_millis() as u64).arg(FENCE);
+            for node in &announcers {
+                command.arg(node.to_string());
+            }
         });
         match run.await.as_ref().map(|(reply, _)| &reply[..]) {
             Ok([taken, fence, ..]) if taken == "1" => Ok(Ok(fence.parse().unwrap_or_default())),
@@ -122,10 +126,13 @@ impl LeaseManager {
         }
     }
 
-    /// Releases a name that dead nodes hold: shared names do not expire by themselves. True if there was one.
+    /// Releases a name that dead nodes hold: its record does not expire by itself. True if there was one.
     async fn release_dead(&self, name: &str, holders: &[NodeId]) -> bool {
         let mut any = false;
         for node in holders {
+            if self.context.is_heard(*node) {
+                continue;
+            }
             let session = self.context.session_key(*node);
             let exists = self.context.call::<u64>(&session, cmd("EXISTS").arg(&session)).await;
             let Ok((exists, connection)) = exists else { continue };

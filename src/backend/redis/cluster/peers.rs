@@ -12,10 +12,15 @@ use tokio::time::timeout;
 
 use super::{
     announcement::{Announcement, SessionChange},
-    context::{ClusterContext, ClusterState, PeerSession, REFRESH},
+    context::{ClusterContext, ClusterState, PeerSession, REFRESH, TTL},
     messages::MessageCarrier,
 };
-use crate::cluster::{NodeId, RosterEntry};
+use crate::{
+    backend::redis::client::{CommandResult, OnLostReply, Script},
+    cluster::{NodeId, RosterEntry},
+};
+
+static READ: Script = Script::new(include_str!("read_session.lua"));
 
 pub(super) struct PeerSessions {
     context: Arc<ClusterContext>,
@@ -36,6 +41,7 @@ impl PeerSessions {
     }
 
     pub(super) fn on_announcement(&self, announcement: Announcement) {
+        let heard = Some(self.context.clock.now());
         let mut state = self.context.state.lock();
         if announcement.from() == state.id {
             return;
@@ -44,7 +50,7 @@ impl PeerSessions {
             Announcement::Goodbye { from } => self.remove(&mut state, from),
             Announcement::Hello { from, joined, rev } => {
                 let peer = state.peers.entry(from).or_default();
-                peer.joined = joined;
+                (peer.joined, peer.heard) = (joined, heard);
                 peer.stale |= peer.rev != rev;
                 if peer.stale {
                     self.context.refresh.notify_one();
@@ -54,6 +60,7 @@ impl PeerSessions {
             Announcement::Changes { from, after, rev, changes } => {
                 let ClusterState { peers, watchers, .. } = &mut *state;
                 let peer = peers.entry(from).or_insert_with(|| PeerSession { stale: true, ..PeerSession::default() });
+                peer.heard = heard;
                 if peer.stale || peer.rev != after {
                     if rev > peer.rev {
                         peer.stale = true;
@@ -128,14 +135,18 @@ impl PeerSessions {
     async fn refresh_node(&self, node: NodeId, indexed: bool) {
         let context = &self.context;
         let session = context.session_key(node);
-        let head = cmd("HMGET").arg(&session).arg("v").arg("r").take();
-        let Ok(((header, rev), connection)) = context.call::<(Option<Bytes>, Option<u64>)>(&session, &head).await
-        else {
-            return;
-        };
+        let keys = [session.as_bytes()];
+        let read = context.topology.run(&READ, &keys, OnLostReply::Retry, |_, command| {
+            command.arg(TTL.as_millis() as u64);
+        });
+        let Ok(((header, rev), connection)): CommandResult<(Option<Bytes>, Option<u64>)> = read.await else { return };
         let Some(joined) = header.and_then(parse_header) else {
             if !context.topology.is_settled(session.as_bytes(), &connection) {
                 // A Redis that has lost its data gets the sessions of live nodes again.
+                return;
+            }
+            if context.is_heard(node) {
+                // It writes its session again with its next heartbeat.
                 return;
             }
             self.remove(&mut context.state.lock(), node);

@@ -17,7 +17,8 @@ else
   for _, node in ipairs(redis.call('HKEYS', holders)) do
     if node ~= 'f' and node ~= me and node ~= before then return 0 end
   end
-  redis.call('HSET', holders, 'f', string.format('%d', fence))
+  if before ~= me then redis.call('HDEL', holders, before) end
+  redis.call('HSET', holders, 'f', string.format('%d', fence), me, '\1x')
   redis.call('SET', owner, '\1' .. me, 'PX', ARGV[4])
 end
 redis.call('PEXPIRE', holders, ARGV[5])

@@ -103,7 +103,7 @@ impl OwnSession {
         let beat = context.topology.run(&BEAT, &keys, OnLostReply::Retry, |_, command| {
             command.arg(TTL.as_millis() as u64);
         });
-        let Ok(((rev, time), _)): CommandResult<(Option<u64>, u64)> = beat.await else {
+        let Ok(((rev, time, renewed), _)): CommandResult<(Option<u64>, u64, u8)> = beat.await else {
             if !context.is_alive() {
                 self.peers.disconnect();
             }
@@ -136,9 +136,15 @@ impl OwnSession {
             if late || rev.is_none_or(|rev| rev > state.rev) {
                 state.unknown = true;
             }
-            state.until = asked + TTL.as_millis() as u64;
             late.then_some(state.id)
         };
+        // A session that Redis does not renew, because it rejects writes, expires. Then this alone keeps the node a member.
+        let heard = timeout(PART, self.announce_itself()).await.unwrap_or(false);
+        if renewed == 1 || heard {
+            context.state.lock().until = asked + TTL.as_millis() as u64;
+        } else if !context.is_alive() {
+            self.peers.disconnect();
+        }
         if let Some(id) = renamed {
             self.pubsub.unsubscribe(context.mail_channel(before).as_bytes());
             self.pubsub.subscribe(context.mail_channel(id).into());
@@ -153,7 +159,20 @@ impl OwnSession {
         let _ = timeout(PART, self.renew_leases(before, renamed.is_some(), turn)).await;
         let _ = timeout(PART, self.send_note()).await;
         context.choose_leader();
-        written
+        // What Redis rejects now is written with a later heartbeat.
+        written || renewed == 0
+    }
+
+    /// Announces that this node lives and can be reached.
+    async fn announce_itself(&self) -> bool {
+        if !self.pubsub.is_subscribed(self.context.mail_channel(self.context.id()).as_bytes()) {
+            return false;
+        }
+        let hello = {
+            let state = self.context.state.lock();
+            Announcement::Hello { from: state.id, joined: state.joined, rev: state.written }
+        };
+        self.context.announce(&hello).await
     }
 
     /// Sends a note to this node itself. The connection for messages may lead to a server that no other node writes to
@@ -261,14 +280,10 @@ impl OwnSession {
     /// The channel of this node is subscribed to, perhaps again.
     pub(super) fn on_subscribed(self: &Arc<Self>) {
         self.unreceived.store(0, SeqCst);
-        let (id, joined, rev) = {
-            let state = self.context.state.lock();
-            (state.id, state.joined, state.written)
-        };
         // Other nodes may have found no subscriber.
-        if joined != 0 {
+        if self.context.state.lock().joined != 0 {
             let this = self.clone();
-            tokio::spawn(async move { this.context.announce(&Announcement::Hello { from: id, joined, rev }).await });
+            tokio::spawn(async move { this.announce_itself().await });
         }
         // A Redis that was away may have lost the session.
         self.context.beat.notify_one();
