@@ -177,6 +177,7 @@ struct ErrorDetails {
     detail: Cow<'static, str>,
     executed: Option<Executed>,
     retry_after: Option<Duration>,
+    read_only: bool,
     data: Map<String, Value>,
 }
 
@@ -193,6 +194,7 @@ impl Error {
             detail: detail.into(),
             executed: code.executed(),
             retry_after,
+            read_only: false,
             data: Map::new(),
         }))
     }
@@ -218,6 +220,17 @@ impl Error {
     pub(crate) fn with(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.0.data.insert(name.to_owned(), value.into());
         self
+    }
+
+    /// Marks the error of a store that rejects writes for now and can still be read.
+    pub(crate) fn read_only(mut self) -> Self {
+        self.0.read_only = true;
+        self
+    }
+
+    /// Whether the store rejects writes for now and can still be read: a read goes on without what it could not store.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.0.read_only
     }
 
     pub fn code(&self) -> Code {

@@ -4,7 +4,9 @@
 //! [`Bus`](super::Bus). `tests/it/conformance.rs` proves these rules on every backend:
 //!
 //! * offsets are dense in a channel, events become visible in the order of their offsets, `time` never decreases;
-//! * an event that one reader has seen can be read by all, and reads never write;
+//! * an event that one reader has seen can be read by all;
+//! * a read never creates a channel, and works while the store rejects writes: what it would mark, as the last use of a
+//!   consumer, it marks if it can;
 //! * a position that cannot be proven contiguous yields a [`Gap`](super::Gap), never silence.
 
 use std::sync::Arc;

@@ -332,6 +332,8 @@ pub(crate) struct PageConsumer {
     /// True if the consumer had no cursor: it is new, or weir has deleted it.
     #[schema(nullable = false)]
     new: Option<bool>,
+    /// False if a position could not be stored, because Redis rejects writes for now: the events are delivered again.
+    committed: Option<bool>,
 }
 
 /// Requested events that are no longer available.

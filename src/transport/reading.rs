@@ -58,6 +58,17 @@ struct ConsumerRead {
     auto: bool,
 }
 
+/// Where a request begins to read.
+#[derive(Debug)]
+struct ConsumerStarts {
+    /// By channel.
+    starts: Vec<Start>,
+    /// The consumer had no cursor.
+    new: bool,
+    /// A cursor could not be stored.
+    unstored: bool,
+}
+
 /// A page of events, of one or more channels.
 #[derive(Debug, Default)]
 pub(crate) struct ReadPage {
@@ -72,6 +83,8 @@ pub(crate) struct ReadPage {
     /// A gap follows, behind events of its channel: it begins the next page.
     cut: bool,
     new: bool,
+    /// The bus rejects writes for now: positions of the consumer could not be stored.
+    unstored: bool,
     /// The consumer that will get the same page again until it commits.
     uncommitted: Option<String>,
 }
@@ -243,13 +256,14 @@ impl PageRequest {
     ///
     /// When `draining` is cancelled, a waiting request returns what there is, possibly an empty page.
     pub(crate) async fn read(&self, bus: &Bus, draining: &CancellationToken) -> Result<ReadPage> {
-        let (starts, new) = self.starts(bus).await?;
+        let ConsumerStarts { starts, new, unstored } = self.starts(bus).await?;
         let uncommitted =
             self.consumer.as_ref().filter(|consumer| !consumer.auto).map(|consumer| consumer.name.clone());
         let mut page = ReadPage {
             next: Vec::new(),
             included: vec![false; self.channels.len()],
             new,
+            unstored,
             uncommitted,
             ..ReadPage::default()
         };
@@ -259,43 +273,51 @@ impl PageRequest {
         }
         if let Some(ConsumerRead { name, auto: true, .. }) = &self.consumer {
             for (channel, next) in self.channels.iter().zip(&page.next) {
-                bus.commit(name, channel, *next).await?;
+                page.unstored |= !is_stored(bus.commit(name, channel, *next).await)?;
             }
         }
         Ok(page)
     }
 
-    /// Resolves the start of each channel, and whether the consumer is new.
-    async fn starts(&self, bus: &Bus) -> Result<(Vec<Start>, bool)> {
+    /// Resolves the start of each channel. While the bus rejects writes, a consumer reads on from the position that it
+    /// could not commit.
+    async fn starts(&self, bus: &Bus) -> Result<ConsumerStarts> {
         let Some(consumer) = &self.consumer else {
-            return Ok((self.start.starts(&self.channels, Start::Earliest)?, false));
+            let starts = self.start.starts(&self.channels, Start::Earliest)?;
+            return Ok(ConsumerStarts { starts, new: false, unstored: false });
         };
-        match &self.start {
-            StartParam::Default => {}
-            StartParam::After(after) => commit(bus, &consumer.name, &self.channels, after).await?,
+        let commits = match &self.start {
+            StartParam::Default => Vec::new(),
+            StartParam::After(after) => commit_positions(bus, &self.channels, after).await?,
             StartParam::Last(_) => {
                 return Err(Error::params("a consumer reads on from its cursor: there is start=now, and seek"));
             }
+        };
+        let mut unstored = Vec::new();
+        for (channel, position) in commits {
+            if !is_stored(bus.commit(&consumer.name, channel, position).await)? {
+                unstored.push((channel, position));
+            }
         }
-        let mut starts = Vec::with_capacity(self.channels.len());
-        let mut new = true;
+        let starts = Vec::with_capacity(self.channels.len());
+        let mut all = ConsumerStarts { starts, new: true, unstored: !unstored.is_empty() };
         for channel in &self.channels {
-            let cursor = match bus.cursor(&consumer.name, channel).await? {
-                Some(cursor) => {
-                    new = false;
-                    cursor
-                }
+            let cursor = bus.cursor(&consumer.name, channel).await?;
+            all.new &= cursor.is_none();
+            let uncommitted = unstored.iter().find(|(of, _)| *of == channel).map(|(_, position)| *position);
+            let start = match uncommitted.or(cursor) {
+                Some(position) => position,
                 // Stored at the first poll: otherwise events that are published between two polls from `now` would be
                 // lost.
                 None => {
                     let at = bus.locate(channel, consumer.start).await?.0;
-                    bus.seek(&consumer.name, channel, at).await?;
+                    all.unstored |= !is_stored(bus.seek(&consumer.name, channel, at).await)?;
                     at
                 }
             };
-            starts.push(Start::After(cursor));
+            all.starts.push(Start::After(start));
         }
-        Ok((starts, new))
+        Ok(all)
     }
 
     /// The first read. After it, `page.next` has a position of every channel.
@@ -414,7 +436,13 @@ impl PageRequest {
         if let Some(consumer) = &self.consumer {
             out.extend_from_slice(br#","consumer":{"name":"#);
             write_json_str(&consumer.name, out);
-            out.extend_from_slice(if page.new { br#","new":true}"# } else { b"}" });
+            if page.new {
+                out.extend_from_slice(br#","new":true"#);
+            }
+            if page.unstored {
+                out.extend_from_slice(br#","committed":false"#);
+            }
+            out.push(b'}');
         }
         out.push(b'}');
     }
@@ -457,8 +485,28 @@ impl ReadPage {
     }
 }
 
+/// Whether a position was stored. False: the bus rejects writes for now, and can be read.
+fn is_stored(result: Result<()>) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.is_read_only() => {
+            tracing::debug!(%error, "cannot store a position of a consumer yet");
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Advances the cursors of `consumer` to `after`: a token of these channels, or the position of the only one.
 pub(crate) async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str) -> Result<()> {
+    for (channel, position) in commit_positions(bus, channels, after).await? {
+        bus.commit(consumer, channel, position).await?;
+    }
+    Ok(())
+}
+
+/// The positions of `channels` in `after`, all of which the channels have reached.
+async fn commit_positions<'a>(bus: &Bus, channels: &'a [Channel], after: &str) -> Result<Vec<(&'a Channel, Position)>> {
     let unreadable = |error| Error::new(Code::InvalidPosition, format!("after is {error}"));
     let after: AfterParam = after.parse().map_err(unreadable)?;
     if !matches!(after, AfterParam::Position(_) | AfterParam::Token(_)) {
@@ -471,10 +519,7 @@ pub(crate) async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], afte
         check_ahead(bus, channel, position).await?;
         positions.push((channel, position));
     }
-    for (channel, position) in positions {
-        bus.commit(consumer, channel, position).await?;
-    }
-    Ok(())
+    Ok(positions)
 }
 
 /// Like [`commit`], for a consumer that exists. A token does not contain names: it is of `channels`, or else of all

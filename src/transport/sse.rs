@@ -6,23 +6,26 @@
 pub mod frame;
 mod handler;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Method, header, request::Parts};
+use tokio::time::timeout;
 
-use self::handler::{Ids, SseHandler};
+use self::handler::{Ids, SseHandler, SseOpening};
 use crate::{
     auth::Identity,
-    bus::{Filter, Format, Gap, GapReason, Subscriptions},
+    bus::{Filter, Format, Subscriptions},
     channel::Channel,
     error::{Code, Error, Result, Retry},
     metrics::Transport,
     net::{body::not_generated, chunk, server::PeerAddr},
     node::Node,
-    position::{Position, Start},
+    position::Start,
     presence::{PresenceLease, PresentClient},
+    sessions::ChannelSet,
     transport::{
         accept, present,
         query::{Query, StartParam},
@@ -31,6 +34,10 @@ use crate::{
 };
 
 const EVENT_STREAM: &str = "text/event-stream";
+
+/// How long the response waits for the positions of its channels. It does not wait for a bus that is unavailable: clients
+/// and proxies give up streams that say nothing.
+const FIRST_BYTES: Duration = Duration::from_millis(250);
 
 /// The parameters of a stream.
 struct SseParams {
@@ -124,7 +131,7 @@ fn read(node: &Node, head: &Parts) -> Result<SseParams> {
 }
 
 /// The positions are resolved here, so that events which are published before the client has read the head are not
-/// missed.
+/// missed; unless the bus takes long: then the stream says that it lives, and `weir.open` follows.
 async fn begin(
     node: &Arc<Node>,
     identity: &Identity,
@@ -148,26 +155,22 @@ async fn begin(
     if ids == Ids::Each {
         subs = subs.one_by_one();
     }
-    let mut gaps = Vec::new();
-    let watches = node.bus.watch(&channels).await?;
-    for (watch, start) in watches.into_iter().zip(starts) {
-        let added = subs.add(watch, start, filter.clone());
-        gaps.extend(added.gap);
-        if unreadable {
-            gaps.extend(subs.channel(added.slot).map(|channel| bad_position(channel.clone(), added.position)));
-        }
-    }
     let leases = present::enter(&node.presence, identity, channels.iter(), present.as_ref(), Transport::Sse)?;
     let leases: Box<[PresenceLease]> = leases.into_iter().flatten().collect();
-    gaps.iter().for_each(|gap| node.metrics.gap(gap.reason.as_str()));
-    let (handler, first) = SseHandler::new(&subs, leases, &gaps, ids, filter.is_some(), node.timers.now());
-    Ok((SubscriptionStream::for_client(node, identity, remote, subs, handler), first))
-}
-
-/// The gap for a position that could not be parsed. The stream continues at `at`.
-fn bad_position(channel: Channel, at: Position) -> Gap {
-    let next = if at.epoch.is_absent() { at } else { Position { offset: at.offset + 1, ..at } };
-    Gap { channel, reason: GapReason::BadPosition, after: None, next, missed: None }
+    let now = node.timers.now();
+    let mut handler = SseHandler::new(leases, ids, filter.is_some(), now);
+    let mut watches = {
+        let (node, channels) = (node.clone(), channels.clone());
+        async move { node.bus.watch(&channels).await }.boxed()
+    };
+    let watched = timeout(FIRST_BYTES, &mut watches).await;
+    let opening = SseOpening { watches, starts, unreadable, filter, metrics: node.metrics.clone() };
+    let first = match watched {
+        Ok(watches) => handler.open(opening.subscribe(watches?, &mut subs), &subs, now),
+        Err(_) => vec![handler.open_later(opening)],
+    };
+    let channels = ChannelSet::new(channels);
+    Ok((SubscriptionStream::for_client(node, identity, remote, channels, subs, handler), first))
 }
 
 #[cfg(test)]

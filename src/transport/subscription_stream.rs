@@ -138,22 +138,24 @@ pub(crate) struct SubscriptionStream<H> {
 impl<H: StreamHandler> SubscriptionStream<H> {
     /// A stream of an anonymous client.
     pub(crate) fn new(node: &Arc<Node>, subscriptions: Subscriptions, handler: H) -> Self {
-        Self::for_client(node, &Identity::anonymous(), None, subscriptions, handler)
+        let channels = (0..subscriptions.len() as u32).filter_map(|slot| subscriptions.channel(slot).cloned());
+        let channels = ChannelSet::new(channels.collect());
+        Self::for_client(node, &Identity::anonymous(), None, channels, subscriptions, handler)
     }
 
-    /// `remote` is the client's address, where the stream runs inside hyper and cannot find out.
+    /// `remote` is the client's address, where the stream runs inside hyper and cannot find out. `channels` are those that
+    /// the handler has subscribed to, or will.
     pub(crate) fn for_client(
         node: &Arc<Node>,
         identity: &Identity,
         remote: Option<SocketAddr>,
+        channels: ChannelSet,
         subscriptions: Subscriptions,
         handler: H,
     ) -> Self {
         let first = period(&handler, node).unwrap_or_else(|| TimerWheel::ticks(REPORT));
         let mut timer = node.timers.timer(TICK * first);
-        let channels = (0..subscriptions.len() as u32).filter_map(|slot| subscriptions.channel(slot).cloned());
-        let registration =
-            node.sessions.register(Transport::Sse, identity, remote, ChannelSet::new(channels.collect()));
+        let registration = node.sessions.register(Transport::Sse, identity, remote, channels);
         timer.set_owner(registration.number());
         node.metrics.subscriptions[Transport::Sse].add(subscriptions.len() as i64);
         SubscriptionStream {

@@ -7,4 +7,6 @@ mod client;
 mod faults;
 mod node;
 mod presence;
+mod rejected_writes;
 mod tls;
+mod unavailable;

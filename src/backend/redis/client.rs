@@ -34,5 +34,6 @@ pub(crate) use self::{
     crate_client::crate_client,
     pipeline::NoPush,
     reconnect::ReconnectingConnection,
+    topology::{Deadline, deadline},
     url::{Address, TopologyKind},
 };

@@ -16,13 +16,16 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
-use tokio::{task::JoinHandle, time::MissedTickBehavior};
+use tokio::{
+    task::JoinHandle,
+    time::{MissedTickBehavior, timeout, timeout_at},
+};
 
 use self::{
     acks::ReplicaAcks, append::Appender, consumers::ConsumerStore, context::LogContext, keys::KeyNames, probe::Probes,
     read::LogReader, retention::RetentionRules, tail::Tails, write::LogWriter,
 };
-use super::client::Topology;
+use super::client::{CommandError, Topology, deadline};
 use crate::{
     bus::{ChannelInfo, ConsumerInfo, CursorOp, Log, LogPage, Placed, ReadLimit, Tail, Topic, Topics},
     channel::Channel,
@@ -32,8 +35,10 @@ use crate::{
     position::{Position, Start},
 };
 
-/// How often probes, tails and retention rules are maintained.
+/// How often probes and tails are maintained.
 const TICK: Duration = Duration::from_secs(1);
+/// How long an operation of several steps may take in all, whatever Redis does: each step waits almost as long by itself.
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// The log of a bus that many nodes share. Dropped, it ends its subscriptions.
 pub struct Redis {
@@ -44,8 +49,8 @@ pub struct Redis {
     appender: Arc<Appender>,
     tails: Arc<Tails>,
     probes: Arc<Probes>,
-    consumers: ConsumerStore,
-    maintenance: JoinHandle<()>,
+    consumers: Arc<ConsumerStore>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 #[derive(Clone, Debug)]
@@ -72,9 +77,9 @@ impl Redis {
             acks: (settings.ack == Ack::Replicated).then(|| ReplicaAcks::new(context.clone())),
             queues: Mutex::default(),
         });
-        let consumers = ConsumerStore::new(context.clone(), reader.clone(), retention.clone());
+        let consumers = Arc::new(ConsumerStore::new(context.clone(), reader.clone(), retention.clone()));
         let maintenance = tokio::spawn({
-            let (probes, tails, retention) = (probes.clone(), tails.clone(), retention.clone());
+            let (probes, tails) = (probes.clone(), tails.clone());
             async move {
                 let mut ticks = tokio::time::interval(TICK);
                 ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -82,12 +87,11 @@ impl Redis {
                     ticks.tick().await;
                     probes.tick(&tails.pubsub);
                     tails.audit();
-                    let retention = retention.clone();
-                    tokio::spawn(async move { retention.exchange().await });
                 }
             }
         });
-        Redis { context, reader, writer, retention, appender, tails, probes, consumers, maintenance }
+        let tasks = [maintenance, tokio::spawn(retention.clone().run())];
+        Redis { context, reader, writer, retention, appender, tails, probes, consumers, tasks }
     }
 
     /// Audits all channels now, for tests whose clock stands still.
@@ -103,8 +107,19 @@ impl Redis {
 
 impl Drop for Redis {
     fn drop(&mut self) {
-        self.maintenance.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
+}
+
+/// Bounds the time of a read. What it waits for goes on without it.
+async fn read_in_time<T>(read: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = || CommandError::NotExecuted("Redis does not reply".into());
+    timeout(ANSWER, read).await.unwrap_or_else(|_| Err(late().into()))
+}
+
+/// Bounds the time of a write, a step of which may have been sent.
+async fn write_in_time<T>(write: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(ANSWER, write).await.unwrap_or_else(|_| Err(CommandError::Unconfirmed.into()))
 }
 
 impl Log for Redis {
@@ -132,20 +147,21 @@ impl Log for Redis {
     fn read<'a>(&'a self, channel: &'a Channel, start: Start, limit: ReadLimit) -> BoxFuture<'a, Result<LogPage>> {
         async move {
             let limit = if start == Start::Now { ReadLimit { events: 0, bytes: 0 } } else { limit };
-            let page = self.reader.page(channel, start, limit).await?;
+            let deadline = deadline();
+            let page = read_in_time(self.reader.page(channel, start, limit)).await?;
             // A client that reads and then waits must not find a ring that is older than the page.
-            self.tails.catch_up_with(channel, page.next).await;
+            let _ = timeout_at(deadline, self.tails.catch_up_with(channel, page.next)).await;
             Ok(page)
         }
         .boxed()
     }
 
     fn tail<'a>(&'a self, topic: &'a Arc<Topic>) -> BoxFuture<'a, Result<Tail>> {
-        self.tails.tail(topic).boxed()
+        read_in_time(self.tails.tail(topic)).boxed()
     }
 
     fn inspect<'a>(&'a self, channel: &'a Channel) -> BoxFuture<'a, Result<ChannelInfo>> {
-        self.reader.describe(channel).boxed()
+        read_in_time(self.reader.describe(channel)).boxed()
     }
 
     fn list<'a>(
@@ -159,10 +175,11 @@ impl Log for Redis {
 
     fn remove<'a>(&'a self, channel: &'a Channel, before: Option<Position>) -> BoxFuture<'a, Result<()>> {
         async move {
-            let keep = self.retention.of(channel).await?;
-            self.writer.remove(&self.context.keys.channel(channel), &keep, before).await?;
+            let deadline = deadline();
+            let keep = self.retention.for_write(channel, deadline).await?;
+            write_in_time(self.writer.remove(&self.context.keys.channel(channel), &keep, before)).await?;
             // A caller that reads on this node sees the removal.
-            self.tails.refresh(channel).await;
+            let _ = timeout_at(deadline, self.tails.refresh(channel)).await;
             Ok(())
         }
         .boxed()
@@ -174,11 +191,15 @@ impl Log for Redis {
         channel: &'a Channel,
         act: CursorOp,
     ) -> BoxFuture<'a, Result<Option<Position>>> {
-        self.consumers.act(consumer, channel, act).boxed()
+        let result = self.consumers.act(consumer, channel, act);
+        match act {
+            CursorOp::Get => read_in_time(result).boxed(),
+            CursorOp::Commit(_) | CursorOp::Seek(_) => write_in_time(result).boxed(),
+        }
     }
 
     fn consumer<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<Option<ConsumerInfo>>> {
-        self.consumers.describe(consumer).boxed()
+        read_in_time(self.consumers.describe(consumer)).boxed()
     }
 
     fn consumers<'a>(
@@ -191,6 +212,6 @@ impl Log for Redis {
     }
 
     fn forget<'a>(&'a self, consumer: &'a str) -> BoxFuture<'a, Result<bool>> {
-        self.consumers.forget(consumer).boxed()
+        write_in_time(self.consumers.forget(consumer)).boxed()
     }
 }

@@ -1,17 +1,24 @@
 //! [`SseHandler`]: what native SSE sends beside events: ids, heartbeats, gaps, and when to reconnect.
 
-use std::{hash::BuildHasher, time::Duration};
+use std::{
+    hash::BuildHasher,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
+use futures_util::{FutureExt as _, future::BoxFuture};
 
 use super::frame;
 use crate::{
-    bus::{Gap, Subscriptions},
+    bus::{Filter, Gap, GapReason, Subscriptions, Watch},
     channel::Channel,
-    error::Code,
+    error::{Code, Result},
+    metrics::Metrics,
     net::{stream::StreamOutput, timer::TimerWheel},
     node::Node,
-    position::Position,
+    position::{Position, Start},
     presence::PresenceLease,
     token::TokenEncoder,
     transport::subscription_stream::{HeartbeatPolicy, KICKED_RETRY, StreamAction, StreamContext, StreamHandler},
@@ -51,6 +58,8 @@ enum LastChunk {
 
 /// Handles one native stream, whose subscriptions are in slots counted from 0 and never change.
 pub(super) struct SseHandler {
+    /// The beginning, while the bus does not reply.
+    opening: Option<Box<SseOpening>>,
     /// Keep the client present on its channels.
     _leases: Box<[PresenceLease]>,
     /// Encodes the positions of several channels.
@@ -69,17 +78,43 @@ pub(super) struct SseHandler {
     last_chunk: LastChunk,
 }
 
+/// The subscriptions with which a stream begins.
+pub(super) struct SseOpening {
+    pub(super) watches: BoxFuture<'static, Result<Vec<Watch>>>,
+    pub(super) starts: Vec<Start>,
+    /// The requested position cannot be parsed.
+    pub(super) unreadable: bool,
+    pub(super) filter: Option<Arc<Filter>>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl SseOpening {
+    /// Adds the subscriptions, and returns what is missing before their positions.
+    pub(super) fn subscribe(self, watches: Vec<Watch>, subscriptions: &mut Subscriptions) -> Vec<Gap> {
+        let mut gaps = Vec::new();
+        for (watch, start) in watches.into_iter().zip(self.starts) {
+            let added = subscriptions.add(watch, start, self.filter.clone());
+            gaps.extend(added.gap);
+            if self.unreadable {
+                let channel = subscriptions.channel(added.slot);
+                gaps.extend(channel.map(|channel| bad_position(channel.clone(), added.position)));
+            }
+        }
+        gaps.iter().for_each(|gap| self.metrics.gap(gap.reason.as_str()));
+        gaps
+    }
+}
+
+/// The gap for a position that could not be parsed. The stream continues at `at`.
+fn bad_position(channel: Channel, at: Position) -> Gap {
+    let next = if at.epoch.is_absent() { at } else { Position { offset: at.offset + 1, ..at } };
+    Gap { channel, reason: GapReason::BadPosition, after: None, next, missed: None }
+}
+
 impl SseHandler {
-    /// Also returns the first blocks, as chunks. `gaps` are what is missing before the subscriptions' positions.
-    pub(super) fn new(
-        subscriptions: &Subscriptions,
-        leases: Box<[PresenceLease]>,
-        gaps: &[Gap],
-        ids: Ids,
-        filtered: bool,
-        now: u32,
-    ) -> (Self, Vec<Bytes>) {
-        let mut handler = SseHandler {
+    pub(super) fn new(leases: Box<[PresenceLease]>, ids: Ids, filtered: bool, now: u32) -> Self {
+        SseHandler {
+            opening: None,
             _leases: leases,
             token: None,
             token_at: now,
@@ -90,19 +125,29 @@ impl SseHandler {
             filtered,
             last_token: LastToken::Short,
             last_chunk: LastChunk::None,
-        };
+        }
+    }
+
+    /// The first blocks, as chunks. `gaps` are what is missing before the subscriptions' positions.
+    pub(super) fn open(&mut self, gaps: Vec<Gap>, subscriptions: &Subscriptions, now: u32) -> Vec<Bytes> {
         if subscriptions.len() > 1 {
             let channels: Vec<Channel> = positions(subscriptions).map(|(channel, _)| channel.clone()).collect();
-            handler.token = Some(Box::new(TokenEncoder::new(&channels)));
+            self.token = Some(Box::new(TokenEncoder::new(&channels)));
         }
-        handler.next_id(subscriptions, now);
+        self.next_id(subscriptions, now);
         // Until a gap is reported, ids lie before it: a client that loses its connection in between gets it again.
-        let opening = handler.id_before(subscriptions, gaps);
-        let mut first = vec![frame::opening(handler.retry_ms.into(), &opening, positions(subscriptions))];
+        let opening = self.id_before(subscriptions, &gaps);
+        let mut first = vec![frame::opening(self.retry_ms.into(), &opening, positions(subscriptions))];
         for (reported, gap) in gaps.iter().enumerate() {
-            first.push(frame::gap(&handler.id_before(subscriptions, &gaps[reported + 1..]), gap));
+            first.push(frame::gap(&self.id_before(subscriptions, &gaps[reported + 1..]), gap));
         }
-        (handler, first)
+        first
+    }
+
+    /// Has the stream begin when the bus replies. Returns the first chunk until then.
+    pub(super) fn open_later(&mut self, opening: SseOpening) -> Bytes {
+        self.opening = Some(Box::new(opening));
+        Bytes::from_static(frame::HEARTBEAT)
     }
 
     /// The position or token after everything that was pushed, which is to be sent now.
@@ -138,9 +183,27 @@ impl StreamHandler for SseHandler {
     fn on_heartbeat(&mut self, stream: &mut StreamContext<'_>) {
         self.jitter = fastrand::u16(..);
         stream.out.push(Bytes::from_static(frame::HEARTBEAT));
-        if self.filtered && fingerprint(self.id_before(stream.subscriptions, &[]).as_bytes()) != self.last_id {
+        if self.filtered
+            && self.opening.is_none()
+            && fingerprint(self.id_before(stream.subscriptions, &[]).as_bytes()) != self.last_id
+        {
             self.on_deadline(stream);
         }
+    }
+
+    fn poll_direct(&mut self, cx: &mut Context<'_>, stream: &mut StreamContext<'_>) -> StreamAction {
+        let Some(opening) = &mut self.opening else { return StreamAction::Continue };
+        let watches = match opening.watches.poll_unpin(cx) {
+            Poll::Pending => return StreamAction::Wait,
+            Poll::Ready(Err(error)) => return StreamAction::Close(error.code()),
+            Poll::Ready(Ok(watches)) => watches,
+        };
+        if let Some(opening) = self.opening.take() {
+            let gaps = opening.subscribe(watches, stream.subscriptions);
+            let first = self.open(gaps, stream.subscriptions, stream.now);
+            first.into_iter().for_each(|block| stream.out.push(block));
+        }
+        StreamAction::Continue
     }
 
     fn on_events(&mut self, stream: &mut StreamContext<'_>, _: u32, bytes: Bytes, count: u32) -> StreamAction {
@@ -194,7 +257,7 @@ impl StreamHandler for SseHandler {
         // The `retry:` line: a delay is all that an `EventSource` understands, also for "do not reconnect".
         let kicked = code == Code::Kicked;
         let after_ms = if kicked { KICKED_RETRY.into() } else { self.retry_ms.into() };
-        stream.out.push(frame::retry(code.as_str(), after_ms, kicked));
+        stream.out.push(frame::retry(code.as_str(), after_ms, kicked || self.opening.is_some()));
     }
 }
 

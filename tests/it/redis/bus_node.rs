@@ -60,6 +60,7 @@ impl BusNode {
         let config = Config {
             rules: vec![RetentionRule { pattern: Pattern::new("*"), retention: keep }],
             retention: keep,
+            max_consumers: 1000,
             ..Config::default()
         };
         let topics = Arc::new(Topics::new(config, WallClock::System));

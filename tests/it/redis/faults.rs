@@ -234,12 +234,18 @@ async fn a_master_that_was_a_replica_in_between_starts_a_new_term() {
         })
         .await;
     };
+    // With its first replica a master changes its replication id, which begins a term by itself.
+    follows(&b, &a).await;
     let node = BusNode::start(&a.url()).await;
     let reader = node.reader("c", Start::Now).await;
     for n in 1..=3 {
         node.publish("c", n).await.unwrap();
     }
-    follows(&b, &a).await;
+    let offset = a.info("master_repl_offset").await.unwrap();
+    eventually_within(MINUTE, "everything is replicated", async || {
+        b.info("slave_repl_offset").await.as_ref() >= Some(&offset)
+    })
+    .await;
     b.cli(&["REPLICAOF", "NO", "ONE"]).await;
     let lost = [node.publish("c", 4).await.unwrap(), node.publish("c", 5).await.unwrap()];
     reader.receives(5).await;
@@ -421,6 +427,29 @@ async fn a_publish_with_a_lost_reply_is_found_by_its_key() {
     assert!(again.duplicate && again.position.offset == 2, "{again:?}");
     assert_eq!(a.bus.publish_one("me", &channel("c"), draft(3, Some("k"))).await.unwrap_err().code(), Code::KeyReused);
     assert_eq!(numbers(&a.read("c", Start::Earliest).await), [1, 2]);
+}
+
+/// The owner of a slot on its way names the next one by an address, by its port alone, or by an unknown host.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_whose_slot_is_moving_is_written_and_read() {
+    let cluster = RedisCluster::start(3, 0).await;
+    for endpoint in ["ip", "unknown-endpoint", "hostname"] {
+        for server in &cluster.servers {
+            server.cli(&["CONFIG", "SET", "cluster-preferred-endpoint-type", endpoint]).await;
+        }
+        let node = BusNode::start(&cluster.url()).await;
+        let reader = node.reader(endpoint, Start::Earliest).await;
+        node.publish(endpoint, 1).await.unwrap();
+        let slot = cluster.slot(&format!("{{{endpoint}}}")).await;
+        let to = (cluster.owner(slot).await + 1) % 3;
+        cluster.begin_move(slot, to).await;
+        node.publish(endpoint, 2).await.unwrap();
+        assert_eq!(node.read(endpoint, Start::Last(1)).await.events.len(), 1);
+        cluster.move_slot(slot, to).await;
+        node.publish_until_accepted(endpoint, 3).await;
+        reader.receives(3).await;
+        assert_eq!(reader.numbers(), [1, 2, 3], "{endpoint}");
+    }
 }
 
 /// Keys are deleted one without the other, as by eviction.

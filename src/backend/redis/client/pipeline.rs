@@ -29,6 +29,8 @@ use super::resp::{self, InvalidResp};
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A server that sends nothing for this long is dead, even if its TCP connection is not.
 const SILENCE: Duration = Duration::from_secs(4);
+/// How Redis up to 7.0 rejects a command in a script that the user must not run, with the code `ERR`.
+const NOT_PERMITTED: &str = "The user executing the script can't run this command";
 /// Bytes that are worth a write of their own.
 const BATCH: usize = 4 << 10;
 /// Bytes that may wait to be sent on one connection, and commands that may wait for their reply.
@@ -308,10 +310,13 @@ async fn read_loop(pipeline: Arc<Pipeline>, mut socket: impl AsyncRead + Unpin, 
     pipeline.end();
 }
 
-/// The text of an error. Redis 6.2 wraps the errors of commands in scripts:
+/// The text of an error, beginning with its code. Redis 6.2 wraps the errors of commands in scripts:
 /// `ERR Error running script (call to f_…): @user_script:34: … -OOM …`.
 fn message(error: &ServerError) -> Box<str> {
     let details = error.details().unwrap_or_default();
+    if let Some(rest) = details.strip_prefix(NOT_PERMITTED) {
+        return format!("NOPERM {NOT_PERMITTED}{rest}").into();
+    }
     match details.strip_prefix("Error running script").and_then(|rest| rest.split_once(": -")) {
         Some((_, inner)) => inner.into(),
         None => format!("{} {details}", error.code()).trim_end().into(),
@@ -406,6 +411,8 @@ mod tests {
         let old =
             "ERR Error running script (call to f_0c1e): @user_script:34: @user_script: 34: -OOM command not allowed";
         assert_eq!(&*text(old), "OOM command not allowed");
+        let not_permitted = "ERR The user executing the script can't run this command or subcommand script: f_0c1e";
+        assert_eq!(*text(not_permitted), not_permitted.replacen("ERR", "NOPERM", 1));
         for other in ["OOM command not allowed when used memory > 'maxmemory'. script: f_0c1e", "ERR unknown: -x"] {
             assert_eq!(&*text(other), other);
         }

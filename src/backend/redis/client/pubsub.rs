@@ -387,7 +387,7 @@ impl PushHandler for RoutePushHandler {
 
     fn on_error(&self, error: &str) {
         let Some(pubsub) = self.pubsub.upgrade() else { return };
-        match ErrorReply::parse(error) {
+        match ErrorReply::parse(error, &self.server) {
             ErrorReply::Moved(slot, address) => pubsub.topology.moved(slot, &address),
             ErrorReply::TryAgain | ErrorReply::Ask(_) => pubsub.topology.doubt(),
             // A subscription that is not confirmed is sent again.

@@ -50,7 +50,11 @@ async fn master_of(url: &RedisUrl, sentinel: &Address, name: &str) -> Result<Add
     let connection = RedisConnection::open_guide(url, sentinel).await?;
     let reply = connection.ask(cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name));
     match reply.parse::<Option<(String, u16)>>().await {
-        Ok(Some((host, port))) => Ok(Address { host: host.into(), port }),
+        // A sentinel that cannot resolve the name of the master replies with an empty host.
+        Ok(Some((host, _))) if matches!(&*host, "" | "?") => Err(format!("{sentinel} knows no address of {name:?}")),
+        Ok(Some((host, port))) => {
+            Address::of_host(sentinel, &host, port).ok_or_else(|| format!("{sentinel} knows no port of {name:?}"))
+        }
         Ok(None) => Err(format!("{sentinel} knows no master {name:?}")),
         Err(CommandError::Rejected(error)) => Err(format!("{sentinel}: {error}")),
         Err(_) => Err(format!("{sentinel}: the connection broke")),

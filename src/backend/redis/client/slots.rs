@@ -31,12 +31,9 @@ pub(super) fn parse_slots(reply: &[Vec<Value>], asked: &Address) -> Option<Vec<S
         let [from, to, Value::Array(master), ..] = &range[..] else { return None };
         let [host, port, ..] = &master[..] else { return None };
         let (from, to): (usize, usize) = (from_redis_value_ref(from).ok()?, from_redis_value_ref(to).ok()?);
-        let host = match from_redis_value_ref::<Option<String>>(host).ok()?.as_deref() {
-            // The server does not know its own name: it is where it was asked.
-            None | Some("" | "?") => asked.host.clone(),
-            Some(host) => host.into(),
-        };
-        (from <= to && to < SLOTS).then_some((from, to, Address { host, port: from_redis_value_ref(port).ok()? }))
+        let host: Option<String> = from_redis_value_ref(host).ok()?;
+        let address = Address::of_host(asked, &host.unwrap_or_default(), from_redis_value_ref(port).ok()?)?;
+        (from <= to && to < SLOTS).then_some((from, to, address))
     };
     let ranges: Vec<_> = reply.iter().map(range).collect::<Option<_>>()?;
     (!ranges.is_empty()).then_some(ranges)

@@ -4,7 +4,7 @@
 //! each with some of 16,384 slots; the text in a key's braces decides its slot.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     sync::{Arc, Weak},
     time::Duration,
@@ -16,7 +16,7 @@ use redis::{Cmd, FromRedisValue, Value, cmd};
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
@@ -32,8 +32,9 @@ use super::{
 };
 use crate::metrics::{Metrics, RedisConnectionKind};
 
-/// How long a command may wait for a connection, or for a server that is loading or handing over a slot.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a command may take in all: the wait for a connection, or for a server that is loading or handing over a slot,
+/// and for the reply. A little less than the two seconds within which clients get an answer.
+const PATIENCE: Duration = Duration::from_millis(1_800);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(25);
 /// How often the slot map is read while nothing seems wrong: servers report moved slots by themselves...
@@ -91,8 +92,16 @@ pub enum OnLostReply {
     Report,
 }
 
+/// When a command that has no result yet fails.
+pub(crate) type Deadline = Instant;
+
 /// A reply, and the connection that it came from.
 pub type CommandResult<T> = Result<(T, Arc<RedisConnection>), CommandError>;
+
+/// The deadline of a command that begins now.
+pub(crate) fn deadline() -> Deadline {
+    Instant::now() + PATIENCE
+}
 
 impl Topology {
     /// Begins to connect. Needs a tokio runtime.
@@ -224,7 +233,7 @@ impl Topology {
 
     /// Runs a command about `key` on the server that owns it.
     ///
-    /// Retries for two seconds a command that was not executed, and one that may have been only as `lost` says.
+    /// Retries for almost two seconds a command that was not executed, and one that may have been only as `lost` says.
     pub async fn call<T: FromRedisValue>(&self, key: &[u8], lost: OnLostReply, command: &Cmd) -> CommandResult<T> {
         self.call_while(key, lost, command, || true).await
     }
@@ -242,13 +251,38 @@ impl Topology {
             let make = if wanted() { Ok(command.clone()) } else { Err(CommandError::Rejected("ERR given up".into())) };
             async { make }
         };
-        let (value, connection) = self.attempt(key, lost, None, make).await?;
+        let owner = || Some(self.owner_of(key)?.0);
+        let (value, connection) = self.attempt(owner, lost, None, deadline(), make).await?;
+        Ok((parse(value)?, connection))
+    }
+
+    /// Runs an idempotent command on one server.
+    pub(crate) async fn call_at<T: FromRedisValue>(
+        &self,
+        server: &Arc<RedisServer>,
+        command: &Cmd,
+    ) -> CommandResult<T> {
+        let make = |_| async { Ok(command.clone()) };
+        let owner = || Some(server.clone());
+        let (value, connection) = self.attempt(owner, OnLostReply::Retry, None, deadline(), make).await?;
         Ok((parse(value)?, connection))
     }
 
     /// Runs a script about keys of one slot. `fill` appends the arguments for the server that will run it.
     pub async fn run<T: FromRedisValue>(
         &self,
+        script: &'static Script,
+        keys: &[&[u8]],
+        lost: OnLostReply,
+        fill: impl Fn(&RedisConnection, &mut Cmd),
+    ) -> CommandResult<T> {
+        self.run_by(deadline(), script, keys, lost, fill).await
+    }
+
+    /// Runs a script as [`run`](Self::run) does. After `deadline` it is not sent any more, and its reply is not awaited.
+    pub(crate) async fn run_by<T: FromRedisValue>(
+        &self,
+        deadline: Deadline,
         script: &'static Script,
         keys: &[&[u8]],
         lost: OnLostReply,
@@ -261,18 +295,19 @@ impl Topology {
             fill(&connection, &mut command);
             Ok(command)
         };
-        let (value, connection) = self.attempt(first, lost, Some(script), make).await?;
+        let owner = || Some(self.owner_of(first)?.0);
+        let (value, connection) = self.attempt(owner, lost, Some(script), deadline, make).await?;
         Ok((parse(value)?, connection))
     }
 
     async fn attempt<F: Future<Output = Result<Cmd, CommandError>>>(
         &self,
-        key: &[u8],
+        owner: impl Fn() -> Option<Arc<RedisServer>>,
         lost: OnLostReply,
         script: Option<&Script>,
+        deadline: Deadline,
         make: impl Fn(Arc<RedisConnection>) -> F,
     ) -> CommandResult<Value> {
-        let deadline = Instant::now() + PATIENCE;
         let mut ask: Option<Address> = None;
         // Once a reply was lost, the command may have been executed, whatever later attempts say.
         let mut unconfirmed = false;
@@ -280,7 +315,7 @@ impl Topology {
             let redirected = ask.is_some();
             let server = match ask.take() {
                 Some(address) => Some(self.server(&address)),
-                None => self.owner_of(key).map(|(server, _)| server),
+                None => owner(),
             };
             let connection = match &server {
                 Some(server) => server.commands.ready(deadline).await,
@@ -288,11 +323,19 @@ impl Topology {
             };
             let error = match connection {
                 Err(reason) => CommandError::NotExecuted(reason.as_ref().into()),
+                Ok(_) if Instant::now() >= deadline => CommandError::NotExecuted("Redis is too slow".into()),
                 Ok(connection) => {
-                    let reply = match make(connection.clone()).await {
-                        Ok(command) if redirected => connection.ask_after(&cmd("ASKING"), &command).await,
-                        Ok(command) => connection.ask(&command).await,
-                        Err(error) => Err(error),
+                    // A server that accepts commands and does not reply, as a suspended one, keeps its connection.
+                    let reply = match timeout_at(deadline, make(connection.clone())).await {
+                        Ok(Ok(command)) => {
+                            let reply = match redirected {
+                                true => connection.ask_after(&cmd("ASKING"), &command),
+                                false => connection.ask(&command),
+                            };
+                            timeout_at(deadline, reply).await.unwrap_or(Err(CommandError::Unconfirmed))
+                        }
+                        Ok(Err(error)) => Err(error),
+                        Err(_) => Err(CommandError::NotExecuted("Redis does not reply".into())),
                     };
                     match reply {
                         Ok(value) => return Ok((value, connection)),
@@ -300,14 +343,15 @@ impl Topology {
                             return Err(CommandError::Unconfirmed);
                         }
                         Err(CommandError::Rejected(error)) => {
-                            match ErrorReply::parse(&error) {
+                            match ErrorReply::parse(&error, &connection.address) {
                                 ErrorReply::Final => return Err(CommandError::Rejected(error)),
                                 ErrorReply::Moved(slot, address) => self.moved(slot, &address),
                                 ErrorReply::Ask(address) => ask = Some(address),
                                 ErrorReply::NoScript => {
                                     if let Some(script) = script
-                                        && let Err(CommandError::Rejected(error)) = script.load(&connection).await
-                                        && ErrorReply::parse(&error) == ErrorReply::Final
+                                        && let Ok(Err(CommandError::Rejected(error))) =
+                                            timeout_at(deadline, script.load(&connection)).await
+                                        && ErrorReply::parse(&error, &connection.address) == ErrorReply::Final
                                     {
                                         return Err(CommandError::Rejected(error));
                                     }
@@ -337,7 +381,7 @@ impl Topology {
             if Instant::now() >= deadline {
                 return Err(if unconfirmed { CommandError::Unconfirmed } else { error });
             }
-            if ask.is_none() && matches!(error, CommandError::NotExecuted(_)) && self.owner_of(key).is_none() {
+            if ask.is_none() && matches!(error, CommandError::NotExecuted(_)) && owner().is_none() {
                 self.doubt();
                 sleep(PAUSE).await;
             }
@@ -421,10 +465,15 @@ impl Topology {
             ConnectTo::Address(address) => Some(address.clone()),
             ConnectTo::Master => None,
         });
-        for guide in known.chain(seeds.iter().cloned()) {
-            if let Ok(connection) = RedisConnection::open_guide(&self.url, &guide).await
-                && let Some(ranges) = slots_seen_by(&connection).await
-            {
+        // All at the same time: one that does not reply must not delay the others.
+        let guides: BTreeSet<Address> = known.chain(seeds.iter().cloned()).collect();
+        let ask = async |guide: &Address| {
+            let connection = RedisConnection::open_guide(&self.url, guide).await.ok()?;
+            slots_seen_by(&connection).await
+        };
+        let mut replies: FuturesUnordered<_> = guides.iter().map(ask).collect();
+        while let Some(reply) = replies.next().await {
+            if let Some(ranges) = reply {
                 return self.adopt(&ranges);
             }
         }
@@ -479,13 +528,6 @@ impl Drop for Topology {
         if let Some(refresher) = self.refresher.lock().take() {
             refresher.abort();
         }
-    }
-}
-
-impl RedisServer {
-    /// The connection for commands, if it is up.
-    pub(crate) fn connection(&self) -> Option<Arc<RedisConnection>> {
-        self.commands.get()
     }
 }
 

@@ -134,6 +134,22 @@ impl Address {
     }
 }
 
+impl Address {
+    /// The address `host:port` that the server at `asked` has named. IPv6 addresses have brackets or none.
+    pub(super) fn named_by(asked: &Address, text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        Self::of_host(asked, host, port.parse().ok()?)
+    }
+
+    /// The address of a host and a port that the server at `asked` has named. No host, or an unknown one, stands for the
+    /// host that was asked: the server does not know by which name clients reach it.
+    pub(super) fn of_host(asked: &Address, host: &str, port: u16) -> Option<Self> {
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let host = if matches!(host, "" | "?") { &asked.host } else { host };
+        (port > 0).then(|| Address { host: host.into(), port })
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.host.contains(':') {

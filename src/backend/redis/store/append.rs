@@ -8,11 +8,13 @@
 use std::{
     collections::{HashMap, VecDeque, hash_map},
     sync::Arc,
-    time::Instant,
 };
 
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     acks::ReplicaAcks,
@@ -23,7 +25,7 @@ use super::{
     write::{AppendError, AppendResult, LogWriter, PublishBatch},
 };
 use crate::{
-    backend::redis::client::{CommandError, RedisConnection},
+    backend::redis::client::{CommandError, Deadline, RedisConnection, deadline},
     bus::Placed,
     channel::Channel,
     error::{Code, Error, Result},
@@ -56,6 +58,7 @@ pub(super) struct AppendQueues {
 struct WaitingPublish {
     batch: PublishBatch,
     since: Instant,
+    deadline: Deadline,
     result: oneshot::Sender<AppendResult>,
 }
 
@@ -76,7 +79,8 @@ impl Appender {
         subject: &str,
         drafts: Vec<Draft>,
     ) -> Result<Vec<Placed>> {
-        let result = self.submit(channel, PublishBatch { subject: subject.into(), drafts })?;
+        let deadline = deadline();
+        let result = self.submit(channel, PublishBatch { subject: subject.into(), drafts }, deadline)?;
         let (placed, connection) = match result.await.unwrap_or(Err(CommandError::Unconfirmed.into())) {
             Ok(placed) => placed,
             Err(AppendError::Command(error)) => return Err(error.into()),
@@ -87,7 +91,9 @@ impl Appender {
         };
         if let Some(acks) = &self.acks {
             // Duplicates wait as well: the first publish may have been placed a moment ago.
-            acks.replicated(self.context.keys.channel(channel).meta().as_bytes(), &connection).await?;
+            let meta = self.context.keys.channel(channel).meta();
+            let replicated = acks.replicated(meta.as_bytes(), &connection);
+            timeout_at(deadline, replicated).await.unwrap_or(Err(CommandError::Unconfirmed))?;
         }
         Ok(placed)
     }
@@ -97,6 +103,7 @@ impl Appender {
         self: &Arc<Self>,
         channel: &Channel,
         batch: PublishBatch,
+        deadline: Deadline,
     ) -> Result<oneshot::Receiver<AppendResult>, CommandError> {
         let (tx, result) = oneshot::channel();
         let size = batch.size();
@@ -105,7 +112,7 @@ impl Appender {
             return Err(CommandError::NotExecuted("too many events wait for Redis".into()));
         }
         queues.bytes += size;
-        let waiting = WaitingPublish { batch, since: Instant::now(), result: tx };
+        let waiting = WaitingPublish { batch, since: Instant::now(), deadline, result: tx };
         match queues.waiting.entry(channel.clone()) {
             hash_map::Entry::Occupied(mut queue) => queue.get_mut().push_back(waiting),
             hash_map::Entry::Vacant(free) => {
@@ -160,10 +167,11 @@ impl ChannelAppender {
 
     async fn append(&self, keys: &ChannelKeys, mut publishes: Vec<WaitingPublish>) {
         let appender = &self.appender;
-        while !publishes.is_empty() {
+        // The first publish has waited longest.
+        while let Some(deadline) = publishes.first().map(|waiting| waiting.deadline) {
             let batches: Vec<&PublishBatch> = publishes.iter().map(|waiting| &waiting.batch).collect();
-            let result = match appender.retention.of(&self.channel).await {
-                Ok(keep) => appender.writer.append(keys, &keep, &batches).await,
+            let result = match appender.retention.for_write(&self.channel, deadline).await {
+                Ok(keep) => appender.writer.append(keys, &keep, &batches, deadline).await,
                 Err(error) => Err(error.into()),
             };
             match result {

@@ -28,9 +28,10 @@ if ARGV[3] == 'set' then
   redis.call('HSET', key, field, ARGV[6], 's', text)
   known = ARGV[6]
 elseif seen and not forgotten then
-  redis.call('HSET', key, 's', text)
+  -- Reading renews the consumer where Redis takes writes, and works where it does not.
+  redis.pcall('HSET', key, 's', text)
 else
   return {text, 'ok', known}
 end
-redis.call('PEXPIRE', key, string.format('%d', idle))
+redis.pcall('PEXPIRE', key, string.format('%d', idle))
 return {text, 'ok', known}

@@ -37,7 +37,7 @@ pub(super) struct ConsumerStore {
     context: Arc<LogContext>,
     reader: Arc<LogReader>,
     retention: Arc<RetentionRules>,
-    /// When names of expired consumers were last swept, Unix milliseconds; the lock makes it one sweep at a time.
+    /// When names of expired consumers were last swept, Unix milliseconds. Only the task of a sweep holds the lock.
     swept: Mutex<Option<u64>>,
 }
 
@@ -53,7 +53,12 @@ impl ConsumerStore {
     }
 
     /// Reads or moves a cursor.
-    pub(super) async fn act(&self, consumer: &str, channel: &Channel, act: CursorOp) -> Result<Option<Position>> {
+    pub(super) async fn act(
+        self: &Arc<Self>,
+        consumer: &str,
+        channel: &Channel,
+        act: CursorOp,
+    ) -> Result<Option<Position>> {
         let mut known = self.cursor(consumer, channel).await?;
         for _ in 0..ATTEMPTS {
             let to = match act {
@@ -85,7 +90,7 @@ impl ConsumerStore {
 
     /// The later of two positions.
     async fn later(&self, channel: &Channel, known: Option<Position>, to: Position) -> Result<Position> {
-        let (keys, keep) = (self.context.keys.channel(channel), self.retention.of(channel).await?);
+        let (keys, keep) = (self.context.keys.channel(channel), self.retention.for_read(channel).await?);
         let limit = ReadLimit { events: 0, bytes: 0 };
         let bounds = self.reader.snapshot(&keys, &keep, Start::Now, limit).await?.bounds;
         if !to.epoch.is_absent() && to.epoch == bounds.epoch && to.offset > bounds.top {
@@ -141,7 +146,7 @@ impl ConsumerStore {
     }
 
     /// Adds a new name if there is room, perhaps after a sweep.
-    async fn admit(&self, consumer: &str) -> Result<()> {
+    async fn admit(self: &Arc<Self>, consumer: &str) -> Result<()> {
         let max = self.context.topics.config().max_consumers;
         let names = self.context.keys.consumers();
         for swept in [false, true] {
@@ -154,7 +159,9 @@ impl ConsumerStore {
                 return Ok(());
             }
             if !swept {
-                self.sweep().await?;
+                // In a task: a sweep of many names takes longer than a request may wait, and the next one finds it done.
+                let this = self.clone();
+                tokio::spawn(async move { this.sweep().await }).await.map_err(Error::internal)??;
             }
         }
         Err(limit_reached("limits.consumers", max))

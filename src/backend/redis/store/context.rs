@@ -48,14 +48,15 @@ impl From<CommandError> for Error {
             CommandError::Rejected(error) => error,
         };
         match error.split(' ').next().unwrap_or_default() {
-            "OOM" => {
-                Error::new(Code::Overloaded, "Redis has no memory left (its maxmemory)").with("limit", "maxmemory")
-            }
+            "OOM" => Error::new(Code::Overloaded, "Redis has no memory left (its maxmemory)")
+                .with("limit", "maxmemory")
+                .read_only(),
             "VERSION" => Error::new(Code::BusUnavailable, "a newer weir wrote this channel: this node must be updated"),
             code @ ("MISCONF" | "NOREPLICAS" | "NOPERM" | "NOAUTH" | "WRONGTYPE") => {
                 tracing::warn!(%error, "Redis rejects a command");
                 let reason = format!("Redis rejects the command ({code}); the reason is in the log of this node");
-                Error::new(Code::BusUnavailable, reason)
+                let rejected = Error::new(Code::BusUnavailable, reason);
+                if matches!(code, "MISCONF" | "NOREPLICAS" | "NOPERM") { rejected.read_only() } else { rejected }
             }
             _ => Error::internal(format!("Redis: {error}")),
         }

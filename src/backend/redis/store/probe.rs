@@ -19,7 +19,7 @@ use super::{
     write::{LogWriter, PublishBatch},
 };
 use crate::{
-    backend::redis::client::{Address, PubSub},
+    backend::redis::client::{Address, PubSub, deadline},
     bus::Retention,
     event::{Draft, DraftParts},
 };
@@ -94,7 +94,8 @@ impl Probes {
         let begun = Instant::now();
         let Ok(draft) = Draft::new(DraftParts::default(), 1000) else { return };
         let batch = PublishBatch { subject: "".into(), drafts: vec![draft] };
-        let placed = self.writer.append(&self.context.keys.tagged(name), &KEEP, &[&batch]).await.is_ok();
+        let keys = self.context.keys.tagged(name);
+        let placed = self.writer.append(&keys, &KEEP, &[&batch], deadline()).await.is_ok();
         let mut probes = self.probes.lock();
         let Some(probe) = probes.get_mut(server) else { return };
         // A probe that was not placed proves nothing about the subscription; and it may have come back already.

@@ -1,6 +1,9 @@
 //! [`RetentionRules`]: how much the nodes together keep. Each node announces its rules every few seconds, and of a
 //! channel the most is kept that any of them promises its readers: a node with smaller limits, as during an update,
 //! trims no log of the others. Less is kept only after all have agreed for a minute.
+//!
+//! A task exchanges the rules, and nothing else waits for Redis here. A node that has not yet read the rules of others
+//! places and removes no events, since it could trim theirs; its readers see what its own rules keep.
 
 use std::{
     collections::BTreeMap,
@@ -10,11 +13,14 @@ use std::{
 
 use parking_lot::RwLock;
 use redis::Cmd;
-use tokio::sync::Mutex;
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout_at},
+};
 
 use super::context::{LogContext, millis};
 use crate::{
-    backend::redis::client::{CommandError, OnLostReply, RedisConnection, Script},
+    backend::redis::client::{CommandError, Deadline, OnLostReply, RedisConnection, Script, deadline},
     bus::{Retention, RetentionRule},
     channel::Channel,
     pattern::Pattern,
@@ -24,6 +30,8 @@ static RETENTION: Script = Script::new(include_str!("retention.lua"));
 
 /// How often rules are announced.
 const EVERY: Duration = Duration::from_secs(5);
+/// Between two attempts to announce them.
+const RETRY: Duration = Duration::from_millis(500);
 /// Rules that were not announced for this long no longer count.
 const FORGET: Duration = Duration::from_secs(60);
 
@@ -32,10 +40,19 @@ pub(super) struct RetentionRules {
     /// Random: the field of this node.
     node: String,
     own: String,
-    /// The rules of other nodes that differ from this node's, by their text. None before the first exchange.
-    others: RwLock<Option<BTreeMap<String, OtherRules>>>,
-    /// The time of the last exchange; the lock makes it one at a time.
-    exchanged: Mutex<Option<Instant>>,
+    /// The rules of other nodes that differ from this node's, by their text.
+    others: RwLock<BTreeMap<String, OtherRules>>,
+    exchanged: watch::Sender<Exchanged>,
+}
+
+/// What is known of the rules of other nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Exchanged {
+    /// The first exchange is under way.
+    Pending,
+    /// No exchange has succeeded yet.
+    Failed,
+    Known,
 }
 
 struct OtherRules {
@@ -49,35 +66,72 @@ impl RetentionRules {
     pub(super) fn new(context: Arc<LogContext>) -> Self {
         let own = to_text(&context.topics.config().rules, context.topics.config().retention);
         let node = format!("{:016x}", fastrand::u64(..));
-        RetentionRules { context, node, own, others: RwLock::default(), exchanged: Mutex::default() }
+        // A bus with a clock of its own, as that of an import, is no node, and uses its own rules.
+        let exchanged = if context.topics.is_manual() { Exchanged::Known } else { Exchanged::Pending };
+        RetentionRules { context, node, own, others: RwLock::default(), exchanged: watch::Sender::new(exchanged) }
     }
 
-    /// How much of a channel all nodes together keep.
-    pub(super) async fn of(&self, channel: &Channel) -> Result<Retention, CommandError> {
-        let known = self.others.read().is_some();
-        if !known {
-            // The announcement is idempotent: to lose its reply is no reason to doubt anything else.
-            self.exchange().await.map_err(CommandError::of_read)?;
+    /// How much of a channel all nodes together keep, for a write. The error is that this is not known by `deadline`.
+    pub(super) async fn for_write(&self, channel: &Channel, deadline: Deadline) -> Result<Retention, CommandError> {
+        self.exchanged_by(deadline, |state| state == Exchanged::Known).await?;
+        Ok(self.known(channel))
+    }
+
+    /// How much of a channel is shown to a reader. A read does not fail because rules cannot be exchanged.
+    pub(super) async fn for_read(&self, channel: &Channel) -> Result<Retention, CommandError> {
+        self.exchanged_by(deadline(), |state| state != Exchanged::Pending).await?;
+        Ok(self.known(channel))
+    }
+
+    async fn exchanged_by(&self, deadline: Deadline, is: impl Fn(Exchanged) -> bool) -> Result<(), CommandError> {
+        if is(*self.exchanged.borrow()) {
+            return Ok(());
         }
-        Ok(self.max_with(self.context.topics.config().retention_of(channel), channel))
+        let mut exchanged = self.exchanged.subscribe();
+        let wait = timeout_at(deadline, exchanged.wait_for(|state| is(*state)));
+        match wait.await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(CommandError::NotExecuted("the retention rules of other nodes are not known yet".into())),
+        }
+    }
+
+    /// How much of a channel all nodes together keep, as far as is known.
+    fn known(&self, channel: &Channel) -> Retention {
+        self.max_with(self.context.topics.config().retention_of(channel), channel)
     }
 
     /// The larger of `own` and what other nodes keep of a channel.
     pub(super) fn max_with(&self, own: Retention, channel: &Channel) -> Retention {
         let others = self.others.read();
-        others.iter().flat_map(BTreeMap::values).fold(own, |most, other| max_with(most, other, channel))
+        others.values().fold(own, |most, other| max_with(most, other, channel))
     }
 
-    /// Announces the rules of this node and reads those of others, unless that was just done. A bus with a clock of its
-    /// own, as that of an import, is no node, and uses its own rules.
-    pub(super) async fn exchange(&self) -> Result<(), CommandError> {
-        if self.context.topics.is_manual() {
-            return Ok(());
+    /// Exchanges the rules of all nodes for as long as it is polled.
+    pub(super) async fn run(self: Arc<Self>) {
+        while !self.context.topics.is_manual() {
+            let pause = match self.exchange().await {
+                Ok(()) => {
+                    self.exchanged.send_replace(Exchanged::Known);
+                    EVERY
+                }
+                Err(error) => {
+                    tracing::debug!(?error, "cannot exchange retention rules yet");
+                    self.exchanged.send_if_modified(|state| {
+                        let first = *state == Exchanged::Pending;
+                        if first {
+                            *state = Exchanged::Failed;
+                        }
+                        first
+                    });
+                    RETRY
+                }
+            };
+            sleep(pause).await;
         }
-        let mut exchanged = self.exchanged.lock().await;
-        if exchanged.is_some_and(|last| last.elapsed() < EVERY) {
-            return Ok(());
-        }
+    }
+
+    /// Announces the rules of this node and reads those of others.
+    async fn exchange(&self) -> Result<(), CommandError> {
         let key = self.context.keys.retention();
         let fill = |_: &RedisConnection, command: &mut Cmd| {
             command.arg(&self.node).arg(&self.own).arg(FORGET.as_millis() as u64);
@@ -85,9 +139,7 @@ impl RetentionRules {
         let keys = [key.as_bytes()];
         let run = self.context.topology.run(&RETENTION, &keys, OnLostReply::Retry, fill);
         let (announced, _): (Vec<String>, _) = run.await?;
-        let now = Instant::now();
-        update(self.others.write().get_or_insert_default(), &announced, &self.own, now);
-        *exchanged = Some(now);
+        update(&mut self.others.write(), &announced, &self.own, Instant::now());
         Ok(())
     }
 }

@@ -29,7 +29,7 @@ use super::{
     wire::{EventMessage, LogSnapshot, position},
 };
 use crate::{
-    backend::redis::client::{PubSub, PubSubHandler},
+    backend::redis::client::{PubSub, PubSubHandler, deadline},
     bus::{Backfill, LiveOutcome, Placed, ReadLimit, Tail, Topic},
     channel::Channel,
     error::{Code, Error, Result},
@@ -38,8 +38,6 @@ use crate::{
     position::{Position, Start},
 };
 
-/// How long a reader waits for its subscription.
-const SUBSCRIBE: Duration = Duration::from_secs(4);
 /// Rings that are resynchronised at a time: after a break all of them need it.
 const RESYNCS: usize = 64;
 /// The back-off between attempts, at first and at most.
@@ -141,7 +139,7 @@ impl Tails {
             })
         };
         self.pubsub.subscribe(events.clone());
-        let deadline = Instant::now() + SUBSCRIBE;
+        let deadline = deadline();
         loop {
             let subscribed = guard.channel.subscribed.notified();
             tokio::pin!(subscribed);
@@ -183,7 +181,7 @@ impl Tails {
             let ring = topic.lock();
             (ring.epoch(), ring.top())
         };
-        let keep = self.retention.of(&channel.channel).await?;
+        let keep = self.retention.for_read(&channel.channel).await?;
         let newest = Start::Last(WINDOW.events as u64);
         let start = if epoch.is_absent() { newest } else { Start::After(Position { epoch, offset: top }) };
         let mut snapshot = self.reader.snapshot(&channel.keys, &keep, start, WINDOW).await?;
@@ -273,7 +271,7 @@ impl Tails {
 
     /// True if a reader has received events.
     async fn fetch_after(&self, channel: &TailedChannel, topic: &Topic, position: Position) -> Result<bool> {
-        let keep = self.retention.of(&channel.channel).await?;
+        let keep = self.retention.for_read(&channel.channel).await?;
         let mut snapshot = self.reader.snapshot(&channel.keys, &keep, Start::After(position), PAGE).await?;
         let (next, gap) = snapshot.bounds.resolve(&channel.channel, Start::After(position), snapshot.now);
         let mut events = std::mem::take(&mut snapshot.events);
@@ -409,7 +407,7 @@ impl Tails {
     async fn keep_alive(&self, channel: &TailedChannel) {
         let topic = channel.topic.lock().clone();
         let now = self.context.topics.now();
-        let Ok(keep) = self.retention.of(&channel.channel).await else { return };
+        let Ok(keep) = self.retention.for_write(&channel.channel, deadline()).await else { return };
         // Well before the log would expire, and not much more often.
         let often = (keep.age.as_millis() as u64 / 4).clamp(AUDIT.as_millis() as u64 / 2, 3_600_000);
         let absent = topic.lock().epoch().is_absent();

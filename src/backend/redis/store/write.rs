@@ -10,7 +10,7 @@ use super::{
     keys::ChannelKeys,
 };
 use crate::{
-    backend::redis::client::{CommandError, OnLostReply, RedisConnection, Script},
+    backend::redis::client::{CommandError, Deadline, OnLostReply, RedisConnection, Script},
     bus::{Placed, Retention},
     error::{Code, Error, Result},
     event::Draft,
@@ -67,7 +67,13 @@ impl LogWriter {
     }
 
     /// Places several publishes of one channel in one step, all or none.
-    pub(super) async fn append(&self, keys: &ChannelKeys, keep: &Retention, batches: &[&PublishBatch]) -> AppendResult {
+    pub(super) async fn append(
+        &self,
+        keys: &ChannelKeys,
+        keep: &Retention,
+        batches: &[&PublishBatch],
+        deadline: Deadline,
+    ) -> AppendResult {
         let context = &self.0;
         let (meta, stream, events) = (keys.meta(), keys.stream(), keys.events());
         let mut idempotency: IndexSet<String> = IndexSet::new();
@@ -99,7 +105,8 @@ impl LogWriter {
                 command.arg(&stored[..]);
             }
         };
-        let (reply, connection) = context.topology.run::<Vec<Value>>(&APPEND, &all, OnLostReply::Report, fill).await?;
+        let (reply, connection) =
+            context.topology.run_by::<Vec<Value>>(deadline, &APPEND, &all, OnLostReply::Report, fill).await?;
         match AppendReply::parse(&reply) {
             Some(AppendReply::Placed(placed)) if placed.len() == drafts.len() => Ok((placed, connection)),
             Some(AppendReply::KeyReused(at)) => {

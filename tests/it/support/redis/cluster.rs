@@ -102,6 +102,16 @@ impl RedisCluster {
     /// Moves a slot with its keys, one key after the other, as `redis-cli --cluster reshard` does.
     pub async fn move_slot(&self, slot: u16, to: usize) {
         let from = self.owner(slot).await;
+        self.begin_move(slot, to).await;
+        let target_id = self.servers[to].cli(&["CLUSTER", "MYID"]).await;
+        for server in [&self.servers[to], &self.servers[from]] {
+            server.cli(&["CLUSTER", "SETSLOT", &slot.to_string(), "NODE", &target_id]).await;
+        }
+    }
+
+    /// Moves the keys of a slot, and leaves the slot on its way: its owner answers with ASK.
+    pub async fn begin_move(&self, slot: u16, to: usize) {
+        let from = self.owner(slot).await;
         let (source, target) = (&self.servers[from], &self.servers[to]);
         let (source_id, target_id) = (source.cli(&["CLUSTER", "MYID"]).await, target.cli(&["CLUSTER", "MYID"]).await);
         let (slot, port) = (slot.to_string(), target.port.to_string());
@@ -116,9 +126,6 @@ impl RedisCluster {
             for key in keys {
                 source.cli(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]).await;
             }
-        }
-        for server in [target, source] {
-            server.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &target_id]).await;
         }
     }
 }
