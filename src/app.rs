@@ -5,7 +5,7 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context, anyhow};
 use serde_json::value::to_raw_value;
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     backend::{
@@ -175,7 +175,12 @@ impl App {
             task.await.context("an accept loop has failed")?;
         }
         node.timers.drain(drain.window);
-        if tokio::time::timeout(drain.grace, connections.closed()).await.is_err() {
+        let completed = async {
+            connections.closed().await;
+            node.background.close();
+            node.background.wait().await;
+        };
+        if tokio::time::timeout(drain.grace, completed).await.is_err() {
             tracing::warn!(open = connections.len(), "connections are aborted after drain.grace");
         }
         drop(present);
@@ -212,6 +217,7 @@ pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<M
         metrics,
         config,
         draining: CancellationToken::new(),
+        background: TaskTracker::new(),
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     bus::Bus,
@@ -30,4 +30,6 @@ pub struct Node {
     pub config: Arc<Config>,
     /// Cancelled when this node begins to shut down: waiting reads answer, streams and sockets end.
     pub draining: CancellationToken,
+    /// Work that was acknowledged before it is done: a shutdown waits for it.
+    pub background: TaskTracker,
 }

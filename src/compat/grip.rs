@@ -24,10 +24,12 @@ mod reliable_stream;
 mod response;
 mod response_hold;
 mod route;
+mod sequence;
 mod stream_hold;
 mod stream_parts;
 mod token;
 mod tunnel;
+mod waiting_items;
 
 use std::sync::Arc;
 

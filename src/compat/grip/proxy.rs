@@ -14,6 +14,7 @@ use super::{
     origin_client::{OriginClient, OriginError, OriginRequest},
     response::OriginBody,
     route::OriginRoute,
+    waiting_items::WaitingItems,
 };
 use crate::{
     bus::ReadLimit,
@@ -31,6 +32,7 @@ pub(crate) struct GripProxy {
     pub(super) config: Config,
     /// The longest path first.
     pub(super) routes: Vec<OriginRoute>,
+    pub(super) waiting: WaitingItems,
     client: OriginClient,
 }
 
@@ -45,7 +47,7 @@ impl GripProxy {
         }
         let tls = routes.iter().any(|route| route.scheme == Scheme::HTTPS);
         let client = OriginClient::new(&config, tls, node.timers.clone()).map_err(Error::params)?;
-        Ok(GripProxy { node: node.clone(), config, routes, client })
+        Ok(GripProxy { node: node.clone(), config, routes, waiting: WaitingItems::default(), client })
     }
 
     /// The index of the route that a path belongs to.

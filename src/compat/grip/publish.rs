@@ -1,6 +1,6 @@
 //! Publishing: `POST /publish/` on a separate listener, or `/grip/publish/` on the main ones. The texts are Pushpin's.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use axum::body::Body as AxumBody;
 use base64::{
@@ -17,22 +17,14 @@ use super::{
     proxy::GripProxy,
     response::text_response,
     route::OriginRoute,
+    waiting_items::AcceptedItem,
 };
 use crate::{
-    bus::{Format, Subscriptions},
     channel::{Channel, MAX_LABEL},
     error::{Code, Error},
-    event::Draft,
     json::without_bom,
-    metrics::Transport,
-    position::Start,
     transport::accept,
 };
-
-/// The publisher to which idempotency keys belong.
-const SUBJECT: &str = "grip";
-/// How long an item waits for its predecessor, at most.
-const SEQUENCE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The media type of a success response.
 #[derive(Clone, Copy)]
@@ -50,7 +42,7 @@ struct PublishError {
 
 impl GripProxy {
     /// Answers a request to the publish listener.
-    pub(super) async fn publish(&self, request: Request<AxumBody>) -> Response<AxumBody> {
+    pub(super) async fn publish(self: &Arc<Self>, request: Request<AxumBody>) -> Response<AxumBody> {
         let path = request.uri().path();
         let path = path.strip_suffix('/').unwrap_or(path);
         match path.strip_prefix("/grip").unwrap_or(path) {
@@ -73,7 +65,7 @@ impl GripProxy {
         }
     }
 
-    async fn try_publish(&self, request: Request<AxumBody>) -> Result<(), PublishError> {
+    async fn try_publish(self: &Arc<Self>, request: Request<AxumBody>) -> Result<(), PublishError> {
         let (head, body) = request.into_parts();
         let allowed = self.authorized(&head.headers)?;
         let limits = &self.node.config.limits;
@@ -89,28 +81,14 @@ impl GripProxy {
         };
         let items = item::read(without_bom(&body)).map_err(|text| PublishError::new(StatusCode::BAD_REQUEST, text))?;
         // All items are validated before the first is stored.
-        let mut drafts = Vec::with_capacity(items.len());
-        for item in &items {
-            let draft = self.draft(&allowed, item).map_err(|error| rejected(&error))?;
-            drafts.extend(draft.map(|(channel, draft)| (item, channel, draft)));
-        }
-        for (item, channel, draft) in drafts {
-            self.await_previous(item, &channel).await.map_err(|error| rejected(&error))?;
-            let size = draft.size();
-            match self.node.bus.publish_one(SUBJECT, &channel, draft).await {
-                Ok(placed) => self.node.metrics.event_published(Transport::Http, placed.duplicate, size),
-                // Items with the same id are the same item, even if their contents differ.
-                Err(error) if error.code() == Code::KeyReused => self.node.metrics.duplicates.add(1),
-                Err(error) => {
-                    self.node.metrics.publish_failed(error.code());
-                    return Err(rejected(&error));
-                }
-            }
-        }
-        Ok(())
+        let accepted: Result<Vec<_>, Error> =
+            items.into_iter().filter_map(|item| self.accept(&allowed, item).transpose()).collect();
+        let accepted = accepted.map_err(|error| rejected(&error))?;
+        self.store_all(accepted).await.map_err(|error| rejected(&error))
     }
 
-    fn draft(&self, allowed: &[&OriginRoute], item: &PublishItem) -> Result<Option<(Channel, Draft)>, Error> {
+    /// `None` for an item without a supported format.
+    fn accept(&self, allowed: &[&OriginRoute], item: PublishItem) -> Result<Option<AcceptedItem>, Error> {
         let channel = Channel::parse(&full_name(allowed, &item.channel))?;
         channel.writable()?;
         // An id becomes an idempotency key, but may be longer than one.
@@ -119,36 +97,9 @@ impl GripProxy {
             true => id.to_owned(),
             false => format!("sha256:{}", BASE64URL.encode(Sha256::digest(id))),
         });
-        let draft = item_event::draft(item, key.as_deref(), self.node.config.limits.event)?;
-        Ok(draft.map(|draft| (channel, draft)))
-    }
-
-    /// Waits until the predecessor of an item is stored, for a limited time because it may never be published.
-    ///
-    /// The publisher waits too: an item is acknowledged after it is stored.
-    async fn await_previous(&self, item: &PublishItem, channel: &Channel) -> Result<(), Error> {
-        let Some(prev) = item.prev_id.as_ref().filter(|_| !item.unordered) else { return Ok(()) };
-        let is_next = |last: Option<String>| last.is_none_or(|last| last == *prev || Some(&last) == item.id.as_ref());
-        if is_next(self.last_item_id(channel).await) {
-            return Ok(());
-        }
-        let watches = self.node.bus.watch(std::slice::from_ref(channel)).await?;
-        let mut subs = Subscriptions::new(Format::NONE);
-        let slots: Vec<u32> = watches.into_iter().map(|watch| subs.add(watch, Start::Now, None).slot).collect();
-        let mut timeout = std::pin::pin!(tokio::time::sleep(SEQUENCE_TIMEOUT));
-        let mut draining = std::pin::pin!(self.node.draining.cancelled());
-        // Read after the subscription: an item that was stored before it does not wake this task.
-        while !is_next(self.last_item_id(channel).await) {
-            tokio::select! {
-                () = std::future::poll_fn(|cx| subs.poll_changed(cx)) => {}
-                () = &mut timeout => break,
-                () = &mut draining => break,
-            }
-            for slot in &slots {
-                subs.seek(*slot, Start::Now);
-            }
-        }
-        Ok(())
+        let draft = item_event::draft(&item, key.as_deref(), self.node.config.limits.event)?;
+        let prev_id = item.prev_id.filter(|_| !item.unordered);
+        Ok(draft.map(|draft| AcceptedItem { channel, id: item.id.filter(|id| !id.is_empty()), prev_id, draft }))
     }
 
     /// The routes whose keys a request has.

@@ -5,7 +5,7 @@ use serde_json::json;
 use weir::compat::ganomede;
 
 use super::{Grip, Origin, before, behind, route};
-use crate::support::{Request, Response, weir};
+use crate::support::{Request, Response, eventually, weir};
 
 async fn without_clients() -> Grip {
     before(&Origin::start().await).await
@@ -124,17 +124,64 @@ async fn an_item_waits_for_the_one_before_it() {
         json!({"items": [{"channel": "a", "id": id, "prev-id": prev, "http-stream": {"content": id}}]}).to_string()
     };
     ask(&grip, "POST", "/publish/", &[], &body("1", "0")).await.expect(200);
-    let publish = grip.publish;
-    let third = tokio::spawn(Request::new(publish, "POST", "/publish/").body(body("3", "2")).into_future());
+    // Its publisher does not.
+    ask(&grip, "POST", "/publish/", &[], &body("3", "2")).await.expect(200);
     grip.readers("a", 1).await;
+    assert_eq!(data(&grip, "a").await, ["1"]);
     ask(&grip, "POST", "/publish/", &[], &body("2", "1")).await.expect(200);
-    third.await.unwrap().expect(200);
-    let read = grip.weir.get("/v1/events?channel=a").await.expect(200).json();
-    let order: Vec<_> = read["events"].as_array().unwrap().iter().map(|event| event["data"].clone()).collect();
-    assert_eq!(order, ["1", "2", "3"]);
+    eventually("all are stored", async || data(&grip, "a").await == ["1", "2", "3"]).await;
     grip.readers("a", 0).await;
     // An item is published after a timeout if its predecessor does not arrive.
     ask(&grip, "POST", "/publish/", &[], &body("9", "8")).await.expect(200);
+    assert_eq!(data(&grip, "a").await, ["1", "2", "3"]);
+    eventually("its patience has ended", async || data(&grip, "a").await == ["1", "2", "3", "9"]).await;
+    grip.readers("a", 0).await;
+}
+
+/// The data of the events of a channel.
+async fn data(grip: &Grip, channel: &str) -> Vec<String> {
+    let read = grip.weir.get(format!("/v1/events?channel={channel}")).await.expect(200).json();
+    read["events"].as_array().unwrap().iter().map(|event| event["data"].as_str().unwrap().to_owned()).collect()
+}
+
+fn ordered(channel: &str, id: u32, prev: u32) -> serde_json::Value {
+    let content = format!("{channel}{id}");
+    json!({"channel": channel, "id": id.to_string(), "prev-id": prev.to_string(), "http-stream": {"content": content}})
+}
+
+#[tokio::test]
+async fn items_of_one_request_are_stored_in_the_order_of_their_channel() {
+    let grip = without_clients().await;
+    let grip = &grip;
+    let publish = async |items: &[serde_json::Value]| {
+        grip.publish_raw(json!({ "items": items }).to_string()).await.expect(200);
+    };
+    publish(&[ordered("a", 3, 2), ordered("b", 2, 1), ordered("a", 1, 0), ordered("a", 2, 1), ordered("b", 1, 0)])
+        .await;
+    assert_eq!(data(grip, "a").await, ["a1", "a2", "a3"]);
+    assert_eq!(data(grip, "b").await, ["b1", "b2"]);
+    // An item whose predecessor is missing holds up neither its publisher nor another channel.
+    publish(&[ordered("a", 9, 8), ordered("a", 10, 9), ordered("b", 3, 2), ordered("a", 4, 3)]).await;
+    assert_eq!(data(grip, "a").await, ["a1", "a2", "a3", "a4"]);
+    assert_eq!(data(grip, "b").await, ["b1", "b2", "b3"]);
+    // A repetition of an item that waits is the same item.
+    publish(&[ordered("a", 9, 8)]).await;
+    assert_eq!(grip.metric("weir_publish_duplicates_total"), 1);
+    eventually("the rest is stored", async || data(grip, "a").await.len() == 6).await;
+    assert_eq!(data(grip, "a").await[4..], ["a9", "a10"]);
+    grip.weir.idle().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_stores_the_items_that_wait() {
+    let grip = without_clients().await;
+    grip.publish_raw(json!({ "items": [ordered("a", 1, 0), ordered("a", 3, 2)] }).to_string()).await.expect(200);
+    assert_eq!(data(&grip, "a").await, ["a1"]);
+    let bus = grip.weir.node().bus.clone();
+    grip.weir.shut_down();
+    eventually("the node has stopped", async || grip.weir.has_stopped()).await;
+    let channel = weir::channel::Channel::parse("a").unwrap();
+    assert_eq!(bus.inspect(&channel).await.unwrap().top, 2);
 }
 
 #[tokio::test]
