@@ -7,7 +7,6 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use weir::{
     app::App,
@@ -24,7 +23,7 @@ use weir::{
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match Cli::parse().into_command() {
+    match Cli::from_process().into_command() {
         Command::Serve(serve) => serve_node(&serve),
         Command::Client(command) => cli::run(command),
         Command::Import { command } => import_command(&command),

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
+use clap::{ArgGroup, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use super::connect::BaseUrl;
 use crate::{
@@ -502,6 +502,14 @@ fn position(text: &str) -> Result<String, String> {
 // === impl Cli, Serve ===
 
 impl Cli {
+    /// Parses the arguments of the process. Ends the process if they are invalid, or if they ask for help.
+    pub fn from_process() -> Self {
+        let mut command = <Cli as CommandFactory>::command();
+        command.build();
+        let matches = with_whole_usage(command).get_matches();
+        Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
     /// The command; without one it is `serve`.
     pub fn into_command(self) -> Command {
         self.command.unwrap_or(Command::Serve(self.serve))
@@ -515,6 +523,14 @@ impl Serve {
         let flags = flags.into_iter().filter(|(_, _, values)| !values.is_empty());
         flags.map(|(flag, key, values)| Override { flag, key, value: values.join(",") }).collect()
     }
+}
+
+/// Lets errors show the same usage lines as the help. The lines that clap makes for an error have no `[OPTIONS]`, and an
+/// option with a value from the environment looks required.
+fn with_whole_usage(command: clap::Command) -> clap::Command {
+    let mut command = command.mut_subcommands(with_whole_usage);
+    let usage = command.render_usage().to_string();
+    command.override_usage(usage.trim_start_matches("Usage: ").to_owned())
 }
 
 // === impl ImportCommand ===

@@ -470,6 +470,15 @@ fn every_command_and_argument_has_help_and_usage_lines_show_what_is_required() {
     assert_eq!(usage(&["connections", "kick"]), "connections kick [OPTIONS] <--subject <SUBJECT>|--id <ID>>");
     assert_eq!(usage(&["publish"]), "publish [OPTIONS] <CHANNEL> [DATA]");
     assert_eq!(usage(&["provide"]), "provide [OPTIONS] <SERVICE> [-- <CMD>...]");
+    // Errors show the same lines, also if the URL is in the environment.
+    for (command, line) in [
+        ("tail", "Usage: weir tail [OPTIONS] <CHANNEL>..."),
+        ("connections kick", "Usage: weir connections kick [OPTIONS] <--subject <SUBJECT>|--id <ID>>"),
+        ("channels lst", "Usage: weir channels [OPTIONS]\n       weir channels <COMMAND>"),
+        ("import ganomede", "Usage: weir import ganomede [OPTIONS] --from <URL>"),
+    ] {
+        run("localhost:1", &command.split(' ').collect::<Vec<_>>()).fails(2, line);
+    }
 }
 
 #[tokio::test]
