@@ -57,6 +57,3 @@ pub trait Cluster: Send + Sync {
     /// Releases all names and tells the other nodes, which see this node as gone at once.
     fn leave(&self) -> BoxFuture<'static, ()>;
 }
-
-#[cfg(test)]
-mod tests;

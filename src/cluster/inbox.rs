@@ -57,7 +57,7 @@ impl Inbox {
     }
 
     /// Takes all events since the last call.
-    pub(crate) fn take(&self) -> VecDeque<InboxEvent> {
+    pub fn take(&self) -> VecDeque<InboxEvent> {
         std::mem::take(&mut *self.0.events.lock()).queue
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// Identifies one membership of a node. A node whose membership expires joins again under a new id.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct NodeId(pub(crate) u64);
+pub struct NodeId(pub u64);
 
 impl NodeId {
     pub fn random() -> Self {

@@ -198,14 +198,14 @@ impl PeerLinks {
 
     /// To be called right before a batch is written. From then on it may have reached the other end. False: it must not be
     /// sent any more, because its link has ended and its messages were returned.
-    pub(crate) fn begin_send(&self, batch: &MessageBatch) -> bool {
+    pub fn begin_send(&self, batch: &MessageBatch) -> bool {
         let mut state = self.state.lock();
         let link = state.links.get_mut(&batch.to).filter(|link| link.carries(batch));
         link.map(|link| link.maybe_sent = true).is_some()
     }
 
     /// States that a batch has certainly not been sent yet, so that its messages are returned if the link ends now.
-    pub(crate) fn not_sent(&self, batch: &MessageBatch) {
+    pub fn not_sent(&self, batch: &MessageBatch) {
         if let Some(link) = self.state.lock().links.get_mut(&batch.to).filter(|link| link.carries(batch)) {
             link.maybe_sent = false;
         }

@@ -1,5 +1,7 @@
 //! Members, leases and rosters of several nodes in one process, under a clock that only the test advances.
 
+mod links;
+
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering::SeqCst},

@@ -1,9 +1,12 @@
+//! Links between two nodes: order, losses, bounds and the wire format of batches.
+
 use std::collections::{BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use proptest::prelude::*;
-
-use super::*;
+use weir::cluster::{
+    BatchOutcome, Inbox, InboxEvent, MessageKind, NodeId, PeerLinks, Priority, ReceiveOutcome, SendOutcome,
+};
 
 const KIND: MessageKind = MessageKind::Calls;
 
