@@ -59,7 +59,8 @@ impl TextTable {
         if self.rows.is_empty() {
             return Vec::new();
         }
-        let mut lines = vec![self.columns.iter().map(|name| name.to_uppercase().replace('_', " ")).collect::<Vec<_>>()];
+        let title = |name: &String| name.replace("_ms", "_time").replace('_', " ").to_uppercase();
+        let mut lines = vec![self.columns.iter().map(title).collect::<Vec<_>>()];
         for row in &self.rows {
             let mut cells = vec!["-".to_owned(); self.columns.len()];
             for (column, cell) in row {
@@ -86,6 +87,7 @@ fn objects(value: &Value) -> Option<Vec<&Map<String, Value>>> {
 fn cell(name: &str, value: &Value) -> String {
     let text = match value {
         Value::Number(ms) if TIMES.contains(&name) => ms.as_u64().map_or_else(|| ms.to_string(), utc),
+        Value::Number(ms) if name.ends_with("_ms") => ms.as_u64().map_or_else(|| ms.to_string(), rounded),
         Value::Null => "-".into(),
         Value::String(text) if text.is_empty() => "-".into(),
         Value::String(text) => text.clone(),
@@ -95,6 +97,17 @@ fn cell(name: &str, value: &Value) -> String {
     // Names and subjects come from clients: a control character would reach the terminal.
     let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(shown).collect()
+}
+
+/// Milliseconds as a duration with one unit.
+fn rounded(ms: u64) -> String {
+    match ms {
+        0..1_000 => format!("{ms}ms"),
+        1_000..60_000 => format!("{:.1}s", ms as f64 / 1e3),
+        60_000..3_600_000 => format!("{}m", ms / 60_000),
+        3_600_000..172_800_000 => format!("{}h", ms / 3_600_000),
+        _ => format!("{}d", ms / 86_400_000),
+    }
 }
 
 #[cfg(test)]
@@ -124,16 +137,16 @@ mod tests {
 
     #[test]
     fn a_list_of_objects_has_a_row_for_each() {
-        let channels = serde_json::json!([{"channel": "a", "lag": 1}, {"channel": "b", "lag": 2}]);
+        let channels = serde_json::json!([{"channel": "a", "lag_ms": 1}, {"channel": "b", "lag_ms": 172_800_000}]);
         let shown = lines(&[
             serde_json::json!({"name": "x", "channels": channels, "seen": 0}),
             serde_json::json!({"name": "y", "channels": [], "seen": 0}),
         ]);
         let expected = [
-            "NAME  CHANNEL  LAG  SEEN",
-            "x     a        1    1970-01-01T00:00:00.000Z",
-            "x     b        2    1970-01-01T00:00:00.000Z",
-            "y     -        -    1970-01-01T00:00:00.000Z",
+            "NAME  CHANNEL  LAG TIME  SEEN",
+            "x     a        1ms       1970-01-01T00:00:00.000Z",
+            "x     b        2d        1970-01-01T00:00:00.000Z",
+            "y     -        -         1970-01-01T00:00:00.000Z",
         ];
         assert_eq!(shown, expected);
     }

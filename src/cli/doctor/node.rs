@@ -428,8 +428,8 @@ impl Probe<'_> {
                 self.published += u64::from(response.status.is_success());
                 return report.ok("body", format!("{LARGE} bytes arrive"));
             }
-            Ok(response) => format!("{} to {LARGE} bytes", response.reason()),
-            Err(Failure::Unavailable(reason)) => format!("{reason} at {LARGE} bytes"),
+            Ok(response) => format!("{LARGE} bytes: {}", response.reason()),
+            Err(Failure::Unavailable(reason)) => format!("{LARGE} bytes: {reason}"),
             Err(other) => return Err(other),
         };
         report.problem("body", found, change)
