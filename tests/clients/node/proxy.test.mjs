@@ -97,7 +97,7 @@ test("an EventSource outlives a restart of weir behind nginx, which answers 200 
   assert.deepEqual(await page.evaluate(() => window.received), ["before", "after"]);
 });
 
-test("breaks without it: the 502 of nginx ends an EventSource for good", { skip }, async t => {
+test("without that, the 502 of nginx ends an EventSource for good", { skip }, async t => {
   const weir = await Weir.start(t, { env: settings });
   const proxy = await nginx(t, weir.port, text => text.replace(/error_page .*/, ""));
   const page = await streaming(t, proxy.url);
