@@ -16,13 +16,13 @@ use crate::{
 };
 
 /// `GET /health/live`, without authentication. It depends on no other server.
-#[utoipa::path(get, path = "/health/live", tag = "operations", description = "Liveness probe.", responses((status = 200, description = "The process is alive.", body = Healthy)))]
+#[utoipa::path(get, path = "/health/live", operation_id = "getLiveness", tag = "operations", description = "Liveness probe.", responses((status = 200, description = "The process is alive.", body = Healthy)))]
 pub(crate) async fn live() -> Response {
     healthy()
 }
 
 /// `GET /health/ready`, without authentication: whether the node accepts clients.
-#[utoipa::path(get, path = "/health/ready", tag = "operations", description = "Readiness probe.", responses(
+#[utoipa::path(get, path = "/health/ready", operation_id = "getReadiness", tag = "operations", description = "Readiness probe.", responses(
     (status = 200, description = "The node accepts clients.", body = Healthy),
     (status = 503, description = "`draining`: this node is shutting down. `bus_unavailable`: events cannot be stored and delivered.", body = schema::ProblemSchema, content_type = "application/problem+json"),
 ))]
@@ -37,8 +37,8 @@ pub(crate) async fn ready(State(node): State<Arc<Node>>) -> Response {
 }
 
 /// `GET /metrics` in the Prometheus text format.
-#[utoipa::path(get, path = "/metrics", tag = "operations", description = "Metrics in the Prometheus text format.",
-    responses((status = 200, body = String, content_type = "text/plain")))]
+#[utoipa::path(get, path = "/metrics", operation_id = "getMetrics", tag = "operations", description = "Metrics in the Prometheus text format.",
+    responses((status = 200, description = "The metrics.", body = String, content_type = "text/plain")))]
 pub(crate) async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;
     observe(&node);

@@ -10,7 +10,10 @@ use utoipa::OpenApi;
 
 use super::{
     admin, api,
-    schema::{EventSchema, GapSchema, NewEvent, PageSchema, PlacedSchema, PresentChannelName, ProblemSchema},
+    schema::{
+        EventSchema, GapSchema, NewEvent, PageName, PageSchema, PlacedSchema, PositionSchema, PresentChannelName,
+        ProblemSchema,
+    },
 };
 
 #[derive(OpenApi)]
@@ -20,7 +23,7 @@ use super::{
         description = "One bus with three transports. Streams (`/v1/sse`) and WebSockets (`/v1/ws`) cannot be described fully in OpenAPI.\n\n\
             A position is `EPOCH-OFFSET`. A duration has a unit: `500ms`, `5s`, `2m`. Errors are problem documents (RFC 9457) with a stable `code`. \
             Unknown parameters are rejected unless they begin with `_`.",
-        license(name = "MIT OR Apache-2.0"),
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
     paths(
         api::events::publish_by_route,
@@ -51,14 +54,17 @@ use super::{
         PageSchema,
         GapSchema,
         ProblemSchema,
-        PresentChannelName
+        PresentChannelName,
+        // Only parameters refer to these, whose schemas are not collected.
+        PageName,
+        PositionSchema
     ))
 )]
 struct Document;
 
 /// `GET /openapi.json`.
-#[utoipa::path(get, path = "/openapi.json", tag = "operations", description = "This document.",
-    responses((status = 200, content_type = "application/json", body = std::collections::BTreeMap<String, Value>)))]
+#[utoipa::path(get, path = "/openapi.json", operation_id = "getOpenApi", tag = "operations", description = "This document.",
+    responses((status = 200, description = "The document.", content_type = "application/json", body = std::collections::BTreeMap<String, Value>)))]
 pub(crate) async fn document() -> Response {
     static TEXT: LazyLock<Bytes> = LazyLock::new(|| {
         let mut document = serde_json::to_value(Document::openapi()).unwrap_or_default();

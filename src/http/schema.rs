@@ -176,10 +176,12 @@ pub(crate) struct ListQuery {
 #[into_params(parameter_in = Query)]
 pub(crate) struct ConnectionQuery {
     /// Returns only connections of this authenticated subject.
+    #[param(min_length = 1)]
     subject: Option<String>,
     /// Returns only connections that read this channel.
     channel: Option<ChannelName>,
     /// Returns only the connection with this id.
+    #[param(min_length = 1)]
     id: Option<String>,
 }
 
@@ -197,7 +199,9 @@ pub(crate) struct PageQuery {
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct KickQuery {
+    #[param(min_length = 1)]
     subject: Option<String>,
+    #[param(min_length = 1)]
     id: Option<String>,
     /// Closes only connections that read this channel.
     channel: Option<ChannelName>,

@@ -17,11 +17,11 @@ use crate::{
 };
 
 /// `GET /v1/channels`: one channel if `channel` is present, otherwise a list.
-#[utoipa::path(get, path = "/v1/channels", tag = "administration",
+#[utoipa::path(get, path = "/v1/channels", operation_id = "getChannels", tag = "administration",
     description = "Returns one channel if `channel` is present, otherwise a list of the channels that have a log.",
     params(ChannelQuery, ListQuery),
     responses(
-        (status = 200, body = ChannelOrChannels),
+        (status = 200, description = "The channel, or a page of the list.", body = ChannelOrChannels),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),

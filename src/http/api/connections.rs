@@ -17,11 +17,11 @@ use crate::{
 };
 
 /// `GET /v1/connections`.
-#[utoipa::path(get, path = "/v1/connections", tag = "administration",
+#[utoipa::path(get, path = "/v1/connections", operation_id = "listConnections", tag = "administration",
     description = "Lists the streams, WebSockets and waiting reads of all nodes, sorted by id.",
     params(schema::ConnectionQuery, schema::PageQuery),
     responses(
-        (status = 200, body = Connections),
+        (status = 200, description = "A page of the list.", body = Connections),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
@@ -40,7 +40,7 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
 }
 
 /// `DELETE /v1/connections`.
-#[utoipa::path(delete, path = "/v1/connections", tag = "administration",
+#[utoipa::path(delete, path = "/v1/connections", operation_id = "kickConnections", tag = "administration",
     description = "Closes the connections of a subject, or one connection, on all nodes. A client whose credentials are still valid can reconnect.",
     params(schema::KickQuery),
     responses(

@@ -34,10 +34,11 @@ use crate::{
 const MAX_BODY: usize = 64 * 1024;
 
 /// `GET /v1/consumers`.
-#[utoipa::path(get, path = "/v1/consumers", tag = "consumers",
+#[utoipa::path(get, path = "/v1/consumers", operation_id = "listConsumers",
+    description = "Lists the consumers, sorted by name.", tag = "consumers",
     params(schema::ListQuery),
     responses(
-        (status = 200, body = Consumers),
+        (status = 200, description = "A page of the list.", body = Consumers),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
@@ -57,10 +58,11 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
 }
 
 /// `GET /v1/consumers/N`.
-#[utoipa::path(get, path = "/v1/consumers/{name}", tag = "consumers",
+#[utoipa::path(get, path = "/v1/consumers/{name}", operation_id = "getConsumer",
+    description = "Returns a consumer and its lag.", tag = "consumers",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses(
-        (status = 200, body = Consumer),
+        (status = 200, description = "The consumer, with its lag in each channel.", body = Consumer),
         (status = "4XX", description = "`not_found`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
         (status = "5XX", description = "`bus_unavailable`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
@@ -74,7 +76,7 @@ pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head:
 }
 
 /// `POST /v1/consumers/N/commit`.
-#[utoipa::path(post, path = "/v1/consumers/{name}/commit", tag = "consumers",
+#[utoipa::path(post, path = "/v1/consumers/{name}/commit", operation_id = "commitConsumer", tag = "consumers",
     description = "Commits: moves the cursors forward. A position older than the cursor has no effect.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     request_body = Commit,
@@ -97,7 +99,7 @@ pub(crate) async fn commit(
 }
 
 /// `POST /v1/consumers/N/seek`.
-#[utoipa::path(post, path = "/v1/consumers/{name}/seek", tag = "consumers",
+#[utoipa::path(post, path = "/v1/consumers/{name}/seek", operation_id = "seekConsumer", tag = "consumers",
     description = "Moves one cursor to any position, also backward.",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     request_body = Seek,
@@ -133,7 +135,8 @@ pub(crate) async fn seek(
 }
 
 /// `DELETE /v1/consumers/N`.
-#[utoipa::path(delete, path = "/v1/consumers/{name}", tag = "consumers",
+#[utoipa::path(delete, path = "/v1/consumers/{name}", operation_id = "deleteConsumer",
+    description = "Deletes a consumer and its cursors. With admin.listen set, only that listener serves it.", tag = "consumers",
     params(("name" = String, Path, pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses(
         (status = 204, description = "The consumer is deleted."),

@@ -50,7 +50,7 @@ enum PublishRequest {
 }
 
 /// `POST /v1/events`.
-#[utoipa::path(post, path = "/v1/events", tag = "events",
+#[utoipa::path(post, path = "/v1/events", operation_id = "publishEvents", tag = "events",
     description = "Publishes events. The body is an event, an array of events, or NDJSON. With the parameter `channel` the body is \
         the data of one event (a body that is not JSON becomes a JSON string, unless it is declared as JSON). A request with an \
         Origin or a Cookie must declare JSON. A body may have the Content-Encoding gzip or deflate.",
@@ -239,7 +239,7 @@ impl<'de> Visitor<'de> for Events {
 }
 
 /// `GET /v1/events`.
-#[utoipa::path(get, path = "/v1/events", tag = "events",
+#[utoipa::path(get, path = "/v1/events", operation_id = "readEvents", tag = "events",
     description = "Reads events. With `wait` the request waits until there are events (long-poll). With `consumer` weir stores the cursor.",
     params(schema::ReadQuery, ("Last-Event-ID" = Option<schema::After>, Header, description = "Overrides `after`.")),
     responses(
@@ -301,7 +301,7 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &PageRe
 }
 
 /// `DELETE /v1/events`.
-#[utoipa::path(delete, path = "/v1/events", tag = "administration",
+#[utoipa::path(delete, path = "/v1/events", operation_id = "deleteEvents", tag = "administration",
     description = "Trims a channel, or deletes its log.",
     params(schema::DeleteQuery),
     responses(

@@ -40,7 +40,7 @@ pub(crate) async fn upgrade(State(node): State<Arc<Node>>, Admitted(admitted): A
 }
 
 /// `POST /v1/rpc`: one message or batch. The status is 200, or 204 without a response; errors are those of JSON-RPC.
-#[utoipa::path(post, path = "/v1/rpc", tag = "services",
+#[utoipa::path(post, path = "/v1/rpc", operation_id = "postJsonRpc", tag = "services",
     description = "JSON-RPC 2.0 over HTTP: one request or a batch, with the methods of the WebSocket except weir.subscribe, \
         weir.unsubscribe, weir.provide and weir.withdraw. JSON-RPC errors have the status 200. Closing the connection cancels the calls.",
     request_body(description = "A request or a batch.", content((serde_json::Value = "application/json"))),

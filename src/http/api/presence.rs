@@ -15,11 +15,11 @@ use crate::{
 };
 
 /// `GET /v1/presence`.
-#[utoipa::path(get, path = "/v1/presence", tag = "events",
+#[utoipa::path(get, path = "/v1/presence", operation_id = "getPresence", tag = "events",
     description = "Lists the presence members of a channel, as announced on `$presence/CHANNEL` up to `position`. It requires permission to read the channel.",
     params(PresenceQuery),
     responses(
-        (status = 200, body = crate::http::schema::PresenceSchema),
+        (status = 200, description = "A page of the members.", body = crate::http::schema::PresenceSchema),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]

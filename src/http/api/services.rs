@@ -28,11 +28,11 @@ use crate::{
 };
 
 /// `GET /v1/services`.
-#[utoipa::path(get, path = "/v1/services", tag = "services",
+#[utoipa::path(get, path = "/v1/services", operation_id = "listServices", tag = "services",
     description = "Lists the services that have a provider.",
     params(("prefix" = Option<String>, Query, description = "Returns only names with this prefix.")),
     responses(
-        (status = 200, body = Services),
+        (status = 200, description = "The services that the client may call.", body = Services),
         (status = "4XX", description = "`invalid_params`, `forbidden`", body = ProblemSchema, content_type = "application/problem+json"),
     ),
 )]
@@ -47,7 +47,7 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
 }
 
 /// `POST /v1/services/{service}/{method}`.
-#[utoipa::path(post, path = "/v1/services/{service}/{method}", tag = "services",
+#[utoipa::path(post, path = "/v1/services/{service}/{method}", operation_id = "callService", tag = "services",
     description = "Calls a method. The body holds the params: an object, an array, or nothing. The response body is the result. The path is \
         split at its last `/`, so a service name can contain `/`. Closing the connection cancels the call.",
     params(

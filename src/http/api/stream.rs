@@ -9,7 +9,7 @@ use crate::transport::sse;
 use crate::{auth::Identity, error::Result, http::schema, node::Node};
 
 /// `GET /v1/sse`.
-#[utoipa::path(get, path = "/v1/sse", tag = "events",
+#[utoipa::path(get, path = "/v1/sse", operation_id = "streamEvents", tag = "events",
     description = "Streams events. Equivalent to `GET /v1/events` with `Accept: text/event-stream`.",
     params(schema::StreamQuery, ("Last-Event-ID" = Option<String>, Header, description = "The position after which to resume. Overrides `after`.")),
     responses(
