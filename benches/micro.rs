@@ -19,7 +19,10 @@ use weir::{
     cluster::{MonotonicClock, single::single_node},
     event::{Draft, DraftParts, Event, EventData},
     position::{Epoch, Position, Start},
-    rpc::{Call, CallAnswer, CallId, CallerId, ForwardedCall, Hub, HubConnection, Peer, ProvideRequest, WriteOutcome},
+    rpc::{
+        Call, CallAnswer, CallId, CallerId, ForwardedCall, Hub, HubConnection, Peer, PeerRoom, ProvideRequest,
+        WriteOutcome,
+    },
     token::{AfterParam, ResumeToken},
     transport::sse::frame,
 };
@@ -144,11 +147,14 @@ impl Peer for Quiet {
 
     fn cancel(&self, _: CallId) {}
 
-    fn answer(&self, _: &CallerId, answer: CallAnswer<'_>) {
+    fn answer(&self, _: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         assert!(matches!(answer, CallAnswer::Result(_)));
+        PeerRoom::Free
     }
 
-    fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
+    fn late(&self, _: &CallerId, _: CallAnswer<'_>) -> PeerRoom {
+        PeerRoom::Free
+    }
 
     fn withdrawn(&self, _: &str, _: &str) {}
 }

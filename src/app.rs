@@ -21,7 +21,10 @@ use crate::{
     event::{Draft, DraftParts, EventData},
     http::{Endpoint, ListenerRole},
     metrics::Metrics,
-    net::{server::HttpConnections, timer::TimerWheel},
+    net::{
+        server::HttpConnections,
+        timer::{self, Standstill, TimerWheel},
+    },
     node::Node,
     presence::Presence,
     rpc::{Hub, RemoteNodes, UnpublishedChange},
@@ -180,7 +183,7 @@ impl App {
             node.background.close();
             node.background.wait().await;
         };
-        if tokio::time::timeout(drain.grace, completed).await.is_err() {
+        if timer::timeout(drain.grace, completed).await.is_err() {
             tracing::warn!(open = connections.len(), "connections are aborted after drain.grace");
         }
         drop(present);
@@ -261,8 +264,11 @@ fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandl
     tokio::spawn(async move {
         let mut ticks = tokio::time::interval(period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The replies that sockets hold are read before calls are found overdue.
+        let mut standstill = Standstill::new(period);
         loop {
             ticks.tick().await;
+            let _ = standstill.resume().await;
             work();
         }
     })

@@ -14,6 +14,8 @@ mod peer_links;
 pub mod single;
 mod watchers;
 
+use std::task::{Context, Poll};
+
 use futures_util::future::BoxFuture;
 
 pub use self::{
@@ -44,6 +46,11 @@ pub trait Cluster: Send + Sync {
     /// Queues a message. A queued message arrives in order and at most once, or is returned, or is reported with the
     /// [loss of the link](InboxEvent::LinkLost).
     fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome;
+
+    /// Waits until a node takes messages of [normal priority](Priority::Normal) again, or cannot be reached.
+    fn poll_room(&self, _: NodeId, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
 
     /// The messages of one kind for this node. There is one reader per kind.
     fn inbox(&self, kind: MessageKind) -> Inbox;

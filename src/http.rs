@@ -37,6 +37,7 @@ use crate::{
     transport::sse,
 };
 use api::events;
+use error::problem;
 use origin::{OriginPolicy, RequestOrigin};
 
 /// The purpose of a listener.
@@ -225,6 +226,19 @@ impl HttpService for Endpoint {
 
     fn is_probe(&self, path: &str) -> bool {
         matches!(path, "/health/live" | "/health/ready" | "/metrics")
+    }
+
+    fn reject(&self, head: &Parts, status: StatusCode, error: &Error) -> Response {
+        let mut answer = problem(error, Some(status.as_u16()), None);
+        answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        let adapter = self.adapters.iter().find(|adapter| adapter.owns(head.uri.path()));
+        if matches!(self.role, ListenerRole::Adapter(_)) || adapter.is_some_and(|adapter| !adapter.our_cors) {
+            // The originals allow every origin.
+            answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+        } else {
+            self.origins.classify(head).mark(answer.headers_mut());
+        }
+        self.finish(Version::HTTP_11, answer)
     }
 }
 

@@ -41,8 +41,9 @@ fn serve_node(serve: &Serve) -> ExitCode {
         let variables = loaded.service_links.join(" ");
         tracing::debug!(variables, "ignoring the variables that Kubernetes sets for a Service");
     }
-    raise_open_files(loaded.config.limits.connections);
-    match run(loaded.config) {
+    let mut config = loaded.config;
+    config.limits.connections = affordable_connections(config.limits.connections);
+    match run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The chain of causes on one line, without a backtrace.
@@ -97,19 +98,28 @@ fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-/// Raises the limit of open files to the maximum: each connection is a file, and the usual default is about a thousand.
-fn raise_open_files(connections: usize) {
+/// Files that are not connections of clients: listeners, Redis, logs. And what is left for probes.
+const OTHER_FILES: usize = 64;
+
+/// Raises the limit of open files to the maximum, as each connection is a file and the usual default is about a thousand.
+/// Returns how many connections it allows, at most `connections`.
+fn affordable_connections(connections: usize) -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     // Fails only in a sandbox that forbids it, and then the old limit applies.
     let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).map_or(current, |()| maximum);
-    if raised.is_some_and(|files| files < connections as u64) {
-        tracing::debug!(
-            files = raised,
-            connections,
-            "limits.connections exceeds the number of files that this process may open"
+    let Some(files) = raised.and_then(|files| usize::try_from(files).ok()) else { return connections };
+    // A sixteenth and 16 more than the limit are accepted, to be rejected with an answer.
+    let affordable = (files.saturating_sub((OTHER_FILES + 16).min(files / 2)) * 16 / 17).max(1);
+    if affordable < connections {
+        tracing::warn!(
+            files,
+            connections = affordable,
+            "limits.connections is lowered from {connections}: this process may open only {files} files; raise the hard \
+             limit (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile of docker) or lower limits.connections"
         );
     }
+    affordable.min(connections)
 }
 
 fn import_command(command: &ImportCommand) -> ExitCode {

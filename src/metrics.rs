@@ -380,6 +380,9 @@ fn render_process(out: &mut String) {
     if let Ok(open) = std::fs::read_dir("/proc/self/fd") {
         gauge("process_open_fds", "gauge", "Open file descriptors.", open.count() as f64);
     }
+    if let Some(files) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current {
+        gauge("process_max_fds", "gauge", "Maximum number of open file descriptors.", files as f64);
+    }
 }
 
 #[cfg(test)]

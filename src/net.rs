@@ -5,6 +5,7 @@ pub(crate) mod body;
 pub mod chunk;
 pub(crate) mod content_coding;
 pub mod hijack;
+pub(crate) mod linger;
 pub mod server;
 pub(crate) mod stream;
 pub mod timer;

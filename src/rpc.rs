@@ -42,7 +42,9 @@ pub(crate) use connection::ProvidedServices;
 pub use hub::{Hub, HubCounts, ReplyOutcome};
 #[cfg(test)]
 pub(crate) use peer::RelayInfo;
-pub use peer::{CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, ProbeCallback, ProviderError, WriteOutcome};
+pub use peer::{
+    CallAnswer, CallMeta, ForwardedCall, MethodNames, Peer, PeerRoom, ProbeCallback, ProviderError, WriteOutcome,
+};
 pub use provider::ProvideRequest;
 pub use registration::{AcceptedProvider, ProvideFuture};
 pub use remote_nodes::RemoteNodes;

@@ -16,10 +16,13 @@
 //!
 //! Nothing here waits or performs I/O: a backend takes batches to send and hands in batches that it has received.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    task::{Context, Poll, Waker},
+};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use super::{
@@ -54,6 +57,8 @@ struct PeerLinksState {
     /// Peers with something to send and no batch in flight.
     due: VecDeque<NodeId>,
     inboxes: [InboxSender; MessageKind::ALL.len()],
+    /// Tasks that wait until a peer's queue is shorter.
+    writers: Vec<Waker>,
     /// Inboxes that have not been asked for yet: messages may arrive while this node is still starting.
     unclaimed: [Option<Inbox>; MessageKind::ALL.len()],
 }
@@ -109,7 +114,15 @@ impl PeerLinks {
     pub fn new(me: NodeId) -> Self {
         let [(calls, one), (connections, two), (presence, three)] = MessageKind::ALL.map(|_| Inbox::new());
         let (inboxes, unclaimed) = ([one, two, three], [Some(calls), Some(connections), Some(presence)]);
-        let state = PeerLinksState { me, links: HashMap::new(), lives: 0, due: VecDeque::new(), inboxes, unclaimed };
+        let state = PeerLinksState {
+            me,
+            links: HashMap::new(),
+            lives: 0,
+            due: VecDeque::new(),
+            inboxes,
+            writers: Vec::new(),
+            unclaimed,
+        };
         PeerLinks { state: Mutex::new(state), changed: Notify::new() }
     }
 
@@ -132,6 +145,7 @@ impl PeerLinks {
         for peer in peers {
             state.remove_peer(peer);
         }
+        wake_writers(state);
     }
 
     /// Starts exchanging messages with `peer`. False: it is a peer already, or this node itself.
@@ -157,7 +171,10 @@ impl PeerLinks {
 
     /// Ends the link to a node that is gone or cannot be reached. False: it was not a peer.
     pub fn remove_peer(&self, peer: NodeId) -> bool {
-        self.state.lock().remove_peer(peer)
+        let mut state = self.state.lock();
+        let removed = state.remove_peer(peer);
+        wake_writers(state);
+        removed
     }
 
     pub fn has_peer(&self, node: NodeId) -> bool {
@@ -186,9 +203,24 @@ impl PeerLinks {
         SendOutcome::Queued
     }
 
+    /// See [`Cluster::poll_room`](super::Cluster::poll_room).
+    pub fn poll_room(&self, to: NodeId, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state.lock();
+        if state.links.get(&to).is_none_or(|link| link.waiting.len() < SOFT_LIMIT) {
+            return Poll::Ready(());
+        }
+        if !state.writers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            state.writers.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
     /// The next batch to send, if there is one.
     pub fn next_batch(&self) -> Option<MessageBatch> {
-        self.state.lock().next_batch()
+        let mut state = self.state.lock();
+        let batch = state.next_batch();
+        wake_writers(state);
+        batch
     }
 
     /// Waits until there may be a [next batch](Self::next_batch). For one task only.
@@ -226,7 +258,7 @@ impl PeerLinks {
             }
             BatchOutcome::Unknown => state.break_link(batch.to),
         }
-        drop(state);
+        wake_writers(state);
         self.changed.notify_one();
     }
 
@@ -234,7 +266,7 @@ impl PeerLinks {
     pub fn receive(&self, batch: &Bytes) -> ReceiveOutcome {
         let mut state = self.state.lock();
         let outcome = state.receive(batch);
-        drop(state);
+        wake_writers(state);
         self.changed.notify_one();
         outcome
     }
@@ -397,6 +429,13 @@ impl PeerLinksState {
         self.schedule(from);
         ReceiveOutcome::Accepted
     }
+}
+
+/// Wakes the tasks that wait for shorter queues, after a change that may have shortened one.
+fn wake_writers(mut state: MutexGuard<'_, PeerLinksState>) {
+    let writers = std::mem::take(&mut state.writers);
+    drop(state);
+    writers.into_iter().for_each(Waker::wake);
 }
 
 /// The length of the messages at the start of `messages` that fit into one batch, at least one message.

@@ -135,7 +135,8 @@ section! {
 section! {
     /// Limits per client or in total. An error caused by a limit names its key.
     LimitsSection {
-        /// Maximum number of connections of all kinds on all listeners.
+        /// Maximum number of connections of all kinds on all listeners. Lowered at start, with a warning, to what the limit of
+        /// open files of the process allows.
         connections: usize as Count = 100_000,
         /// Maximum size of one encoded event.
         event: usize as Size = 1_000_000,
@@ -177,7 +178,8 @@ section! {
         presences: usize as Count = 100_000,
         /// Maximum size of the `info` of a presence member.
         present_info: usize as Size = KIB,
-        /// Size of the write queue of one connection above which weir stops reading from its channels (backpressure).
+        /// Size of the write queue of one connection above which weir stops reading from its channels, from the connection and
+        /// from the providers that answer it (backpressure).
         queued: usize as Size = 2 * MIB,
         /// A connection whose peer reads none of its queued bytes for this long is closed with the code `slow`.
         stalled: Duration as Time = seconds(30),

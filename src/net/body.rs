@@ -8,6 +8,7 @@ use http_body_util::BodyExt as _;
 use crate::{
     duration,
     error::{Code, Error, Result},
+    net::timer,
 };
 
 /// The body of a response to `HEAD` whose content is not generated. Its length is unknown: an empty body would get a
@@ -23,7 +24,7 @@ pub(crate) fn not_generated() -> Body {
 /// `time`.
 pub(crate) async fn read_body(body: Body, limit: usize, name: &'static str, time: Duration) -> Result<Bytes> {
     // The timer costs nothing if the body arrived with the head: it is registered when it is first polled.
-    tokio::time::timeout(time, collect(body, limit, name)).await.unwrap_or_else(|_| {
+    timer::timeout(time, collect(body, limit, name)).await.unwrap_or_else(|_| {
         let time = duration::format(time);
         Err(Error::new(Code::InvalidRequest, format!("the body did not arrive within {time} (limits.body_time)")))
     })
@@ -39,7 +40,8 @@ async fn collect(mut body: Body, limit: usize, name: &'static str) -> Result<Byt
     let mut first = Bytes::new();
     let mut rest: Vec<u8> = Vec::new();
     while let Some(frame) = body.frame().await {
-        let detail = "the body ended early, or it is not encoded as its Content-Encoding says";
+        let detail =
+            "the body ended early, its chunks are malformed, or it is not encoded as its Content-Encoding says";
         let frame = frame.map_err(|_| Error::new(Code::InvalidRequest, detail))?;
         let Ok(data) = frame.into_data() else { continue };
         if first.len() + rest.len() + data.len() > limit {

@@ -27,7 +27,8 @@ use crate::{
     net::{
         chunk,
         hijack::{BodyFraming, Conn, ConnectionPermit, Hijack, HijackedConn},
-        timer::{Timer, TimerWheel},
+        linger,
+        timer::{Due, Timer, TimerWheel},
         write_queue::WriteQueue,
     },
 };
@@ -151,7 +152,7 @@ impl<S: StreamSource> HijackedStream<S> {
             return Poll::Ready(());
         }
         if self.closing {
-            return Pin::new(&mut self.io).poll_shutdown(cx).map(drop);
+            return self.poll_close(cx);
         }
         self.source.poll_timer(cx, !self.out.is_empty(), &mut self.out);
         // First the rest of the last poll. While it is stuck, the source is not polled: an unpolled subscription leaves
@@ -175,9 +176,25 @@ impl<S: StreamSource> HijackedStream<S> {
             }
             Progress::Ended => {
                 self.closing = true;
-                Pin::new(&mut self.io).poll_shutdown(cx).map(drop)
+                self.source.timer().reset(linger::SILENCE);
+                self.poll_close(cx)
             }
         }
+    }
+
+    /// Ends this side of the connection, and waits for a peer that sends something to end its own: see [`linger`].
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match Pin::new(&mut self.io).poll_shutdown(cx) {
+            Poll::Ready(Ok(())) if self.unexpected > 0 => {}
+            Poll::Ready(_) => return Poll::Ready(()),
+            Poll::Pending => return Poll::Pending,
+        }
+        while let Poll::Ready(due) = self.source.timer().poll(cx) {
+            if due == Due::Time {
+                return Poll::Ready(());
+            }
+        }
+        Poll::Pending
     }
 
     /// Ready when the peer has closed or sends too much.
@@ -205,7 +222,7 @@ impl<S: StreamSource> HijackedStream<S> {
                     }
                 }
                 Poll::Ready(Err(_)) => {
-                    self.source.connected().closed_by_peer();
+                    self.peer_closed();
                     return Poll::Ready(());
                 }
             }
@@ -216,13 +233,20 @@ impl<S: StreamSource> HijackedStream<S> {
     fn ends_after_read(&mut self, n: usize) -> bool {
         let unexpected = usize::from(self.unexpected) + n;
         if n == 0 {
-            self.source.connected().closed_by_peer();
+            self.peer_closed();
         } else if unexpected > MAX_UNEXPECTED {
             self.source.connected().closed_with(Code::Protocol);
         } else {
             self.unexpected = unexpected as u16;
         }
         n == 0 || unexpected > MAX_UNEXPECTED
+    }
+
+    fn peer_closed(&mut self) {
+        // After the end of the stream it is expected, and not the reason.
+        if !self.closing {
+            self.source.connected().closed_by_peer();
+        }
     }
 
     /// Ready when all is written; `None` if the connection has failed or the peer has stalled for too long.

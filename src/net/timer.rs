@@ -2,6 +2,11 @@
 //!
 //! A `tokio::time::Sleep` per connection costs memory and a lock of the runtime's own wheel. Heartbeats, stall timeouts
 //! and draining need no more precision than 250 ms, and here share one waker per connection.
+//!
+//! The wheel counts the time in which the process **runs**. A process that stood still (SIGSTOP, a frozen container or
+//! virtual machine) has neither read what its peers sent nor written what they wait for, so the pause counts for no
+//! deadline of a peer: every one of them is as far away as before. The wheel also rests for a moment afterwards, in which
+//! the sockets are read.
 
 use std::{
     collections::HashSet,
@@ -18,7 +23,7 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
-use tokio::time::Instant;
+use tokio::time::{Instant, error::Elapsed};
 
 /// The precision of all timers.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
@@ -200,11 +205,61 @@ impl TimerWheel {
     }
 }
 
-async fn run(wheel: Weak<TimerWheel>) {
+/// A loop that is later than this has stood still, with the whole process.
+const STANDSTILL: Duration = Duration::from_secs(1);
+/// How long the sockets are read after a standstill before anything is judged by the time.
+const RESUME: Duration = Duration::from_secs(1);
+
+/// Notices that the process stood still, for a loop that does something in every `period`.
+pub(crate) struct Standstill {
+    period: Duration,
+    expected: Instant,
+}
+
+impl Standstill {
+    pub(crate) fn new(period: Duration) -> Self {
+        Standstill { period, expected: Instant::now() + period }
+    }
+
+    /// To be awaited in each round, before its work: if the process stood still since the last round, lets the sockets be
+    /// read first, and returns for how long it stood.
+    pub(crate) async fn resume(&mut self) -> Option<Duration> {
+        let late = Instant::now().saturating_duration_since(self.expected);
+        let stood = (late >= STANDSTILL).then_some(late);
+        if stood.is_some() {
+            tokio::time::sleep(RESUME).await;
+        }
+        self.expected = Instant::now() + self.period;
+        stood
+    }
+}
+
+/// Like [`tokio::time::timeout`], for a deadline that judges a peer: after a standstill of the process, what the peer has
+/// sent meanwhile is read first.
+///
+/// # Errors
+/// The future is not ready in time.
+pub(crate) async fn timeout<F: Future>(time: Duration, future: F) -> Result<F::Output, Elapsed> {
+    let mut future = std::pin::pin!(future);
     let start = Instant::now();
+    match tokio::time::timeout(time, &mut future).await {
+        Err(_) if start.elapsed() >= time.saturating_add(STANDSTILL) => tokio::time::timeout(RESUME, future).await,
+        result => result,
+    }
+}
+
+async fn run(wheel: Weak<TimerWheel>) {
+    let mut next = Instant::now() + TICK;
+    let mut standstill = Standstill::new(TICK);
     let mut wakers = Vec::new();
-    for tick in 1.. {
-        tokio::time::sleep_until(start + TICK * tick).await;
+    loop {
+        tokio::time::sleep_until(next).await;
+        // A little delay is made up for, so that the wheel does not lag behind the time.
+        next += TICK;
+        if let Some(stood) = standstill.resume().await {
+            tracing::warn!(?stood, "this process stood still: the deadlines of its connections are postponed");
+            next = Instant::now() + TICK;
+        }
         // Ends when the wheel is dropped: it is not held between ticks.
         let Some(wheel) = wheel.upgrade() else { return };
         wheel.tick(&mut wakers);

@@ -44,6 +44,11 @@ impl WriteQueue {
         self.len == 0
     }
 
+    /// Whether nothing waits, not even in the writer: one that buffers, such as TLS, may hold what was written.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.is_empty() && !self.unflushed
+    }
+
     pub(crate) fn push(&mut self, piece: Bytes) {
         if piece.is_empty() {
             return;
@@ -251,6 +256,31 @@ mod tests {
             prop_assert!(queue.rest.capacity() <= KEPT);
             prop_assert_eq!(String::from_utf8(io.got).unwrap(), want);
         }
+    }
+
+    #[test]
+    fn a_writer_that_buffers_is_flushed_until_nothing_is_left() {
+        /// Takes everything and needs two flushes.
+        struct Buffering(usize);
+        impl AsyncWrite for Buffering {
+            fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+                Poll::Ready(Ok(bytes.len()))
+            }
+            fn poll_flush(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+                self.0 += 1;
+                if self.0 < 2 { Poll::Pending } else { Poll::Ready(Ok(())) }
+            }
+            fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+                Poll::Ready(Ok(()))
+            }
+        }
+        let (mut queue, mut io) = (WriteQueue::new(), Buffering(0));
+        let mut cx = Context::from_waker(Waker::noop());
+        queue.push(Bytes::from_static(b"a"));
+        assert!(queue.poll_write(&mut cx, &mut io).is_pending());
+        assert!(queue.is_empty() && !queue.is_flushed());
+        assert!(queue.poll_write(&mut cx, &mut io).is_ready());
+        assert!(queue.is_flushed());
     }
 
     #[test]

@@ -134,6 +134,9 @@ impl fmt::Debug for CallId {
 
 impl CallerId {
     const SHORT: usize = 39;
+    /// Longest id of a caller that transports accept, in bytes as sent. An id is kept as long as its call, and for five
+    /// minutes more if the call accepts a late reply.
+    pub(crate) const MAX: usize = 256;
 
     /// `id` as the caller sent it: `7`, `"a1"` with its quotes, `null`.
     pub fn new(id: &[u8]) -> Self {

@@ -15,7 +15,7 @@ use super::{
     call_id::{CallId, CallerId},
     connection::HubConnection,
     hub::Hub,
-    peer::{CallAnswer, ForwardedCall, Peer, ProviderError, WriteOutcome},
+    peer::{CallAnswer, ForwardedCall, Peer, PeerRoom, ProviderError, WriteOutcome},
 };
 use crate::error::Error;
 
@@ -66,7 +66,7 @@ impl Peer for OneCall {
 
     fn cancel(&self, _: CallId) {}
 
-    fn answer(&self, _: &CallerId, answer: CallAnswer<'_>) {
+    fn answer(&self, _: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         let answer = match answer {
             CallAnswer::Result(result) => Ok(result.to_owned()),
             CallAnswer::Error(error) => Err(CallError::Provider(error.into_owned())),
@@ -76,9 +76,12 @@ impl Peer for OneCall {
             // The future may have been dropped.
             let _ = sender.send(answer);
         }
+        PeerRoom::Free
     }
 
-    fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
+    fn late(&self, _: &CallerId, _: CallAnswer<'_>) -> PeerRoom {
+        PeerRoom::Free
+    }
 
     fn withdrawn(&self, _: &str, _: &str) {}
 }

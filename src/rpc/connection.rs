@@ -1,8 +1,11 @@
 //! [`HubConnection`]: the hub's interface to transports, one value per connection.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::Ordering::{Relaxed, SeqCst},
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::Ordering::{Relaxed, SeqCst},
+    },
+    task::{Context, Poll, ready},
 };
 
 use super::{
@@ -95,6 +98,26 @@ impl HubConnection {
     /// A provider's reply. [`CallAnswer::bad_reply`] replaces one that cannot be passed on.
     pub fn reply(&self, id: CallId, answer: CallAnswer<'_>) -> ReplyOutcome {
         self.hub.reply(&self.conn, id, answer)
+    }
+
+    /// Waits until the callers that this connection has answered have room for more answers. To be called before more
+    /// replies are read: what this connection is not asked for yet needs no memory.
+    pub(crate) fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        // A statement of its own: no lock may be held while a peer is called.
+        let Some(caller) = self.conn.held_by.lock().clone() else { return Poll::Ready(()) };
+        if let Some(caller) = caller.upgrade() {
+            ready!(caller.peer.poll_room(cx));
+        }
+        *self.conn.held_by.lock() = None;
+        Poll::Ready(())
+    }
+
+    /// Ends the wait of [`poll_room`](Self::poll_room): other callers must not wait for a slow one for long.
+    pub(crate) fn abandon_wait(&self) {
+        let held_by = self.conn.held_by.lock().take();
+        if let Some(caller) = held_by.and_then(|caller| caller.upgrade()) {
+            caller.peer.abandon_wait();
+        }
     }
 
     /// Registers this connection as a provider, or changes its registration. It takes a moment if other nodes have to be

@@ -21,7 +21,7 @@ use super::{
     in_flight::{DequeuedCall, ExpiredCall, ExpiryCause},
     late::LateCalls,
     name_queries::NameQueries,
-    peer::{CallAnswer, CallMeta, ForwardedCall, RelayInfo, WriteOutcome},
+    peer::{CallAnswer, CallMeta, ForwardedCall, PeerRoom, RelayInfo, WriteOutcome},
     registry::ServiceRegistry,
     service::ServiceInfo,
     tables::{
@@ -603,7 +603,13 @@ impl Hub {
         finished: Option<(FinishedCall, FollowUp<'_>)>,
     ) -> ReplyOutcome {
         if let Some((call, _follow_up)) = finished {
-            return if self.settle(&call, answer) { ReplyOutcome::Answered } else { ReplyOutcome::Unmatched };
+            return match self.settle(&call, answer) {
+                None => ReplyOutcome::Unmatched,
+                Some(room) => {
+                    conn.hold_back(room, &call.caller);
+                    ReplyOutcome::Answered
+                }
+            };
         }
         let Some(call) = self.late.take(id, conn) else { return ReplyOutcome::Unmatched };
         if !conn.is_link() {
@@ -611,17 +617,16 @@ impl Hub {
             self.metrics.calls_late.add(1);
         }
         if let Some(caller_id) = &call.caller_id {
-            call.caller.peer.late(caller_id, answer);
+            conn.hold_back(call.caller.peer.late(caller_id, answer), &call.caller);
         }
         ReplyOutcome::Late
     }
 
-    /// Answers a call. False: it was answered before.
-    pub(super) fn settle(&self, call: &FinishedCall, answer: CallAnswer<'_>) -> bool {
-        let Some(in_flight) = call.caller.take(call.at, call.seq) else { return false };
+    /// Answers a call. None: it was answered before.
+    pub(super) fn settle(&self, call: &FinishedCall, answer: CallAnswer<'_>) -> Option<PeerRoom> {
+        let in_flight = call.caller.take(call.at, call.seq)?;
         self.record(&call.caller, &in_flight, outcome(&answer));
-        call.caller.peer.answer(&in_flight.caller_id, answer);
-        true
+        Some(call.caller.peer.answer(&in_flight.caller_id, answer))
     }
 
     /// Counts a call that is about to be answered.

@@ -7,7 +7,7 @@ use slab::Slab;
 use super::{
     call::StoredRequest,
     call_id::CallId,
-    peer::Peer,
+    peer::{Peer, PeerRoom},
     tables::{
         CallEntry, CallKey, CallPlace, CallTable, CallTarget, FinishedCall, InFlight, NO_ENTRY, PeerState, Provider,
         ServiceState,
@@ -52,6 +52,7 @@ impl PeerState {
             node,
             in_flight: Default::default(),
             provides: Default::default(),
+            held_by: Default::default(),
             late: Default::default(),
             closed: Default::default(),
         }
@@ -80,6 +81,13 @@ impl PeerState {
     /// Whether this is the link to another node. The calls of a node are counted there.
     pub(super) fn is_link(&self) -> bool {
         self.node.is_some()
+    }
+
+    /// Records that a reply of this connection has filled up `caller`.
+    pub(super) fn hold_back(&self, room: PeerRoom, caller: &Arc<PeerState>) {
+        if room == PeerRoom::Full {
+            *self.held_by.lock() = Some(Arc::downgrade(caller));
+        }
     }
 
     pub(super) fn is_closed(&self) -> bool {

@@ -8,12 +8,15 @@
 //! A node places a call of another node with a provider of its own and does not let it wait. If it has none, it rejects the
 //! call unmodified, and the caller's node, which knows all nodes, places it elsewhere or lets it wait.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{
-        AtomicBool, AtomicU64,
-        Ordering::{Relaxed, SeqCst},
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
+    task::{Context, Poll},
 };
 
 use super::{
@@ -21,7 +24,7 @@ use super::{
     call_id::{CallId, CallerId},
     hub::Hub,
     message::{self, RemoteCall},
-    peer::{CallAnswer, ForwardedCall, Peer, WriteOutcome},
+    peer::{CallAnswer, ForwardedCall, Peer, PeerRoom, WriteOutcome},
 };
 use crate::{
     cluster::{Cluster, MessageKind, NodeId, Priority, SendOutcome},
@@ -63,12 +66,14 @@ impl LinkPeer {
         sent
     }
 
-    fn reply(&self, to: &CallerId, answer: &CallAnswer<'_>) {
+    /// The result is always `Full`: only [`Peer::poll_room`] knows whether the link is.
+    fn reply(&self, to: &CallerId, answer: &CallAnswer<'_>) -> PeerRoom {
         let service = message::parse_remote_caller_id(to.id()).map(|(_, service)| service);
         let service = self.hub.upgrade().zip(service).and_then(|(hub, service)| hub.registry.find(service));
         let load = service.map_or(0, |service| service.state.lock().local_load());
         // A reply that is not accepted counts as lost: the call ends with its deadline.
         self.send(Priority::High, &message::encode_reply(to.id(), load as u64, answer));
+        PeerRoom::Full
     }
 }
 
@@ -104,15 +109,20 @@ impl Peer for LinkPeer {
         self.send(Priority::High, &message::encode_cancel(id.to_u64()));
     }
 
-    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         // The caller's node has the same deadline and answers by itself.
-        if !matches!(&answer, CallAnswer::Failed(error) if error.code() == Code::Timeout) {
-            self.reply(to, &answer);
+        match &answer {
+            CallAnswer::Failed(error) if error.code() == Code::Timeout => PeerRoom::Free,
+            _ => self.reply(to, &answer),
         }
     }
 
-    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
-        self.reply(to, &answer);
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
+        self.reply(to, &answer)
+    }
+
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.cluster.poll_room(self.node, cx)
     }
 
     fn withdrawn(&self, _: &str, _: &str) {

@@ -1,6 +1,9 @@
 //! [`Peer`]: the hub writes calls to a provider and answers to a caller.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    task::{Context, Poll},
+};
 
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -23,10 +26,18 @@ pub trait Peer: Send + Sync {
     fn cancel(&self, id: CallId);
 
     /// The one answer to the call that this connection made under `to`.
-    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>);
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom;
 
     /// The reply to a call that was answered with `timeout` and that asked for late replies.
-    fn late(&self, to: &CallerId, answer: CallAnswer<'_>);
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom;
+
+    /// After [`PeerRoom::Full`]: waits until the caller has read, or ends.
+    fn poll_room(&self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    /// Nothing waits for this caller any more until it has read.
+    fn abandon_wait(&self) {}
 
     /// This connection no longer provides `service`, and its replies are dropped. `reason` is `replaced` or `lost`.
     fn withdrawn(&self, service: &str, reason: &str);
@@ -37,6 +48,14 @@ pub trait Peer: Send + Sync {
         // A peer without a probe counts as alive.
         callback(true);
     }
+}
+
+/// Whether a caller has room for more answers. One that has not still takes them, within hard limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerRoom {
+    Free,
+    /// The provider should be held back until [`Peer::poll_room`] is ready.
+    Full,
 }
 
 /// Called once, with whether the client is alive.

@@ -2,10 +2,12 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    future::poll_fn,
     sync::{
         Arc,
         atomic::Ordering::{Relaxed, SeqCst},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -29,6 +31,9 @@ use crate::{
 
 /// How often a link with calls sends a heartbeat, in milliseconds.
 const HEARTBEAT: u64 = 1_000;
+
+/// How long all that other nodes send may wait for one caller that does not read.
+const MAX_WAIT: Duration = Duration::from_millis(250);
 
 /// The hub's links to the other nodes of the cluster.
 pub struct RemoteNodes {
@@ -74,6 +79,18 @@ impl RemoteNodes {
                 () = self.roster.ready() => {}
             }
             self.process_events();
+            self.wait_for_callers().await;
+        }
+    }
+
+    /// Waits for a caller that has not read the answers of other nodes, so that the inbox, which is bounded, holds the
+    /// rest.
+    async fn wait_for_callers(&self) {
+        let links: Vec<NodeLink> = self.nodes.lock().values().filter_map(|node| node.link.clone()).collect();
+        for NodeLink { connection, .. } in links {
+            if tokio::time::timeout(MAX_WAIT, poll_fn(|cx| connection.poll_room(cx))).await.is_err() {
+                connection.abandon_wait();
+            }
         }
     }
 

@@ -13,7 +13,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicUsize},
     },
 };
@@ -39,6 +39,8 @@ pub(super) struct PeerState {
     pub(super) node: Option<NodeId>,
     /// Its registrations; the index is the slot in a [`CallId`], except of links. Locked before a service, never after.
     pub(super) provides: Mutex<Slab<ProviderSlot>>,
+    /// The caller that its last reply has filled up: no more of its replies are read until that caller has read.
+    pub(super) held_by: Mutex<Option<Weak<PeerState>>>,
     /// Late calls in which it is caller or provider.
     pub(super) late: AtomicUsize,
     pub(super) closed: AtomicBool,

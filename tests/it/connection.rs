@@ -12,7 +12,7 @@ use tokio::{
 };
 use weir::net::hijack::Conn;
 
-use crate::support::{Client, EventStream, Weir, eventually, in_time, weir};
+use crate::support::{Client, EventStream, Process, Weir, eventually, in_time, weir};
 
 const GET: &str = "GET /v1/sse?channel=a HTTP/1.1\r\nhost: localhost\r\n\r\n";
 const OTHER: &str = "GET /v1/channels HTTP/1.1\r\nhost: localhost\r\n\r\n";
@@ -252,6 +252,112 @@ async fn a_request_head_over_the_limit_is_rejected() {
     let weir = weir().await;
     let request = format!("GET /v1/sse?channel=a HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n", "x".repeat(20_000));
     weir.write(request).await.head().await.expect(431);
+}
+
+#[tokio::test]
+async fn heads_that_cannot_be_read_are_answered_with_problem_documents() {
+    let weir = weir().with(|config| config.limits.header_time = Duration::from_secs(1)).await;
+    let origin = "host: localhost\r\norigin: http://localhost:3000";
+    let long = "x".repeat(20_000);
+    for (request, status, code) in [
+        (format!("GET /v1/sse?channel={long} HTTP/1.1\r\n{origin}\r\n\r\n"), 431, "too_large"),
+        (format!("GET /v1/sse HTTP/1.1\r\n{origin}\r\nx: {long}\r\n\r\n"), 431, "too_large"),
+        (format!("GET /v1/sse HTTP/1.1\r\n{origin}\r\nno colon\r\n\r\n"), 400, "invalid_request"),
+        (format!("GET /v1/sse HTTP/3.0\r\n{origin}\r\n\r\n"), 400, "invalid_request"),
+        (format!("POST /v1/events HTTP/1.1\r\n{origin}\r\ncontent-length: x\r\n\r\n"), 400, "invalid_request"),
+        (
+            format!(
+                "POST /v1/rpc HTTP/1.1\r\n{origin}\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nx\r\n"
+            ),
+            400,
+            "invalid_request",
+        ),
+        (format!("GET /v1/sse HTTP/1.1\r\n{origin}\r\nunfinished"), 408, "timeout"),
+    ] {
+        let mut client = weir.write(&request).await;
+        let response = client.response().await;
+        assert_eq!(response.status, status, "{request:.60}");
+        assert_eq!(response.header("content-type"), Some("application/problem+json"), "{request:.60}");
+        let problem = response.json();
+        assert_eq!((&problem["status"], &problem["code"]), (&json!(status), &json!(code)), "{request:.60}");
+        let page = response.header("access-control-allow-origin");
+        // A browser sends no such length; by then hyper has dropped the head.
+        let read = !request.contains("content-length: x");
+        assert_eq!(page, read.then_some("http://localhost:3000"), "{request:.60}");
+        client.closed().await;
+    }
+    // A response before it is complete.
+    let mut client = weir.write(format!("{OTHER}GET / HTTP/1.1\r\nno colon\r\n\r\n")).await;
+    assert!(client.response().await.text().contains("channels"));
+    assert_eq!(client.response().await.json()["code"], "invalid_request");
+    client.closed().await;
+    weir.idle().await;
+}
+
+#[tokio::test]
+async fn a_client_that_sends_everything_before_it_reads_gets_an_early_answer() {
+    let weir = weir().await;
+    for path in ["/v1/events?channel=a", "/v1/rpc", "/v1/services/weir/echo", "/nowhere"] {
+        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 20000000\r\n\r\n");
+        let mut client = weir.write(head).await;
+        client.write(vec![b'x'; 20_000_000]).await;
+        let response = client.response().await;
+        assert_eq!(response.status, if path == "/nowhere" { 404 } else { 413 }, "{path}");
+        client.closed().await;
+    }
+    let mut client = weir.write(format!("GET / HTTP/1.1\r\n{}\r\n\r\n", "x".repeat(1_000_000))).await;
+    assert_eq!(client.response().await.status, 431);
+    drop(client);
+    weir.idle().await;
+}
+
+#[tokio::test]
+async fn a_socket_that_sends_a_message_over_the_limit_can_read_why_it_is_closed() {
+    let weir = weir().await;
+    let mut tcp = weir.socket().await.tcp();
+    let mut frame = vec![0x82, 0x80 | 127];
+    frame.extend_from_slice(&20_000_000_u64.to_be_bytes());
+    frame.resize(14 + 20_000_000, 0);
+    in_time(tcp.write_all(&frame)).await.unwrap();
+    let mut end = Vec::new();
+    in_time(tcp.read_to_end(&mut end)).await.unwrap();
+    assert_eq!(end, [&[0x88, 11, 0x03, 0xf1][..], b"too_large"].concat());
+    drop(tcp);
+    weir.idle().await;
+}
+
+// === descriptors ===
+
+#[tokio::test]
+async fn a_node_with_few_descriptors_lowers_its_limit_and_goes_on_answering_probes() {
+    let weir = Process::start_with_files(160);
+    assert!(weir.log().contains("limits.connections is lowered"), "{}", weir.log());
+    let mut clients = Vec::new();
+    for _ in 0..200 {
+        let mut client = Client::connect(weir.address).await;
+        client.write(GET).await;
+        clients.push(client);
+    }
+    // Connections that ask for nothing do not keep probes out.
+    for _ in 0..40 {
+        clients.push(Client::connect(weir.address).await);
+    }
+    eventually("a probe is answered", async || {
+        let mut probe = TcpStream::connect(weir.address).await.unwrap();
+        let _ = probe.write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+        let mut metrics = Vec::new();
+        let _ = in_time(probe.read_to_end(&mut metrics)).await;
+        String::from_utf8_lossy(&metrics).contains("process_max_fds 160")
+    })
+    .await;
+    // The limit is lowered below what is open: only the reserve is left.
+    weir.limit_files(16);
+    for _ in 0..3 {
+        assert_eq!(Client::connect(weir.address).await.get("/health/live").await.status, 200);
+    }
+    assert_eq!(Client::connect(weir.address).await.get("/v1/channels").await.status, 503);
+    assert!(weir.log().matches("cannot accept connections").count() == 1, "{}", weir.log());
+    drop(clients);
 }
 
 #[tokio::test]

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use serde_json::{Value, json, value::RawValue};
 use tokio::sync::mpsc;
 use weir::rpc::{
-    CallAnswer, CallId, CallerId, ForwardedCall, HubConnection, Peer, ProvideRequest, ProviderError, WriteOutcome,
+    CallAnswer, CallId, CallerId, ForwardedCall, HubConnection, Peer, PeerRoom, ProvideRequest, ProviderError,
+    WriteOutcome,
 };
 
 use crate::support::{Weir, weir};
@@ -39,8 +40,14 @@ impl Peer for ChannelPeer {
         let _ = self.0.send(ProviderMessage::Cancelled(id));
     }
 
-    fn answer(&self, _: &CallerId, _: CallAnswer<'_>) {}
-    fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
+    fn answer(&self, _: &CallerId, _: CallAnswer<'_>) -> PeerRoom {
+        PeerRoom::Free
+    }
+
+    fn late(&self, _: &CallerId, _: CallAnswer<'_>) -> PeerRoom {
+        PeerRoom::Free
+    }
+
     fn withdrawn(&self, _: &str, _: &str) {}
 }
 

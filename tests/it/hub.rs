@@ -309,10 +309,13 @@ fn a_provider_that_replies_at_once() {
             WriteOutcome::Written
         }
         fn cancel(&self, _: CallId) {}
-        fn answer(&self, _: &CallerId, _: CallAnswer<'_>) {
+        fn answer(&self, _: &CallerId, _: CallAnswer<'_>) -> PeerRoom {
             self.1.fetch_add(1, Relaxed);
+            PeerRoom::Free
         }
-        fn late(&self, _: &CallerId, _: CallAnswer<'_>) {}
+        fn late(&self, _: &CallerId, _: CallAnswer<'_>) -> PeerRoom {
+            PeerRoom::Free
+        }
         fn withdrawn(&self, _: &str, _: &str) {}
     }
     let world = World::new();

@@ -23,6 +23,7 @@ mod presence_nodes;
 mod redis;
 mod sse;
 mod sse_frames;
+mod standstill;
 mod structure;
 mod support;
 mod ws;

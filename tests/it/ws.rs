@@ -179,7 +179,7 @@ async fn ids_come_back_byte_for_byte() {
         "null",
         r#""a\u0041\/""#,
         r#""""#,
-        &format!(r#""{}""#, "x".repeat(300)),
+        &format!(r#""{}""#, "x".repeat(254)),
     ] {
         socket.send(format!(r#"{{"jsonrpc":"2.0","id": {id} ,"method":"weir/echo","params":[{id}]}}"#)).await;
         assert_eq!(socket.text().await, format!(r#"{{"jsonrpc":"2.0","id":{id},"result":[{id}]}}"#));

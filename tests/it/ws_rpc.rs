@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt as _;
 
 use crate::support::{Socket, Weir, eventually, in_time, socket::members, weir};
 
@@ -463,4 +464,103 @@ async fn a_late_reply_over_http_is_dropped() {
     };
     let (answers, ()) = tokio::join!(async { answers.await.expect(200).json() }, provide);
     assert_eq!((&answers[0]["error"]["code"], &answers[1]["result"]), (&json!(-32023), &json!("other")), "{answers}");
+}
+
+/// Answers every call of the service `s` with a text of so many bytes.
+async fn provide_texts(weir: &Weir, bytes: usize) -> tokio::task::JoinHandle<()> {
+    let mut provider = weir.socket().await;
+    provider.provide("s").await;
+    let text = json!("x".repeat(bytes));
+    tokio::spawn(async move {
+        loop {
+            let request = provider.next_request().await;
+            provider.reply(&request, text.clone()).await;
+        }
+    })
+}
+
+#[tokio::test]
+async fn a_caller_that_reads_gets_every_answer_however_many_wait() {
+    let weir = weir().with(|config| config.limits.queued = 100_000).await;
+    let provider = provide_texts(&weir, 20_000).await;
+    let mut caller = weir.socket().await;
+    for id in 0..500 {
+        caller.feed(call(id, "s/m")).await;
+    }
+    caller.flush().await;
+    for _ in 0..500 {
+        let answer = caller.next().await;
+        assert_eq!(answer["result"].as_str().map(str::len), Some(20_000), "{answer}");
+    }
+    // The same for large answers of weir itself to requests that arrive at once.
+    let echo = json!({ "jsonrpc": "2.0", "id": 1, "method": "weir/echo", "params": ["x".repeat(20_000)] }).to_string();
+    for _ in 0..100 {
+        caller.feed(echo.clone()).await;
+    }
+    caller.flush().await;
+    for _ in 0..100 {
+        assert!(caller.next().await["result"].is_array());
+    }
+    provider.abort();
+}
+
+#[tokio::test]
+async fn a_caller_that_does_not_read_is_closed_and_holds_up_others_only_for_a_moment() {
+    let weir =
+        weir().with(|config| (config.limits.queued, config.limits.stalled) = (100_000, Duration::from_secs(4))).await;
+    let provider = provide_texts(&weir, 50_000).await;
+    let mut stuck = weir.socket().await;
+    for id in 0..900 {
+        stuck.feed(call(id, "s/m")).await;
+    }
+    stuck.flush().await;
+    let closed = || weir.metric(r#"weir_connections_closed_total{transport="ws",reason="slow"}"#);
+    let mut other = weir.socket().await;
+    for id in 0..20 {
+        other.send(call(id, "s/m")).await;
+        assert!(other.next().await["result"].is_string());
+    }
+    eventually("closed as slow", async || closed() == 1).await;
+    // What it asked for is not kept: it reads some results, errors in place of others, and the reason.
+    let mut end = Vec::new();
+    in_time(stuck.tcp().read_to_end(&mut end)).await.ok();
+    assert!(end.len() < 20 << 20, "{}", end.len());
+    provider.abort();
+}
+
+#[tokio::test]
+async fn the_parts_of_a_batch_for_which_there_is_no_room_are_errors() {
+    let weir = weir().with(|config| config.limits.queued = 10_000).await;
+    let provider = provide_texts(&weir, 9_000).await;
+    let batch = (0..20).map(|id| call(id, "s/m")).collect::<Vec<_>>().join(",");
+    let mut caller = weir.socket().await;
+    caller.send(format!("[{batch}]")).await;
+    let of_socket = caller.next().await;
+    let of_request: Value = weir.post("/v1/rpc", format!("[{batch}]")).await.json();
+    for answers in [of_socket, of_request] {
+        let answers = answers.as_array().unwrap().clone();
+        let (results, errors): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer["result"].is_string());
+        assert_eq!(answers.len(), 20);
+        assert!(!results.is_empty() && !errors.is_empty(), "{} {}", results.len(), errors.len());
+        for error in errors {
+            let data = &error["error"]["data"];
+            assert_eq!((&data["code"], &data["executed"]), (&json!("too_large"), &json!("maybe")), "{error}");
+        }
+    }
+    provider.abort();
+}
+
+#[tokio::test]
+async fn what_a_client_makes_weir_remember_is_bounded() {
+    let weir = weir().await;
+    let mut socket = weir.socket().await;
+    let id = "i".repeat(255);
+    socket.send_json(json!({ "jsonrpc": "2.0", "id": id, "method": "weir.ping" })).await;
+    let refused = socket.next().await;
+    assert_eq!((&refused["id"], &refused["error"]["data"]["code"]), (&Value::Null, &json!("invalid_request")));
+    socket.send_json(json!({ "jsonrpc": "2.0", "id": id[1..], "method": "weir.ping" })).await;
+    assert_eq!(socket.next().await["id"], id[1..]);
+    let methods: Vec<_> = (0..400).map(|n| format!("{n:0100}")).collect();
+    let refused = socket.call_error("weir.provide", json!({ "service": "s", "methods": methods })).await;
+    assert_eq!(refused["data"]["code"], "invalid_params");
 }

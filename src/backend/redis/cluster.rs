@@ -22,9 +22,12 @@ mod messages;
 mod peers;
 mod session;
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{AtomicU32, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -145,6 +148,10 @@ impl Cluster for RedisCluster {
 
     fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome {
         self.context.links.send(to, kind, priority, message)
+    }
+
+    fn poll_room(&self, node: NodeId, cx: &mut Context<'_>) -> Poll<()> {
+        self.context.links.poll_room(node, cx)
     }
 
     fn inbox(&self, kind: MessageKind) -> Inbox {

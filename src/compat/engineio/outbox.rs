@@ -6,7 +6,10 @@
 use std::task::{Context, Poll};
 
 use super::packet::{Framing, reframe};
-use crate::net::websocket::outbox::{OfferOutcome, Outbox, OutboxContent, OutboxExtra};
+use crate::{
+    net::websocket::outbox::{OfferOutcome, Outbox, OutboxContent, OutboxExtra},
+    rpc::PeerRoom,
+};
 
 /// The outbound side of one session.
 pub(crate) struct PacketOutbox(Outbox<PacketTransport>);
@@ -35,7 +38,9 @@ impl PacketOutbox {
             return Poll::Ready(OutboxContent::Closed);
         }
         let content = state.poll_take(cx, into);
-        if content.is_pending() && framing == Framing::Polling && state.extra.upgrading {
+        let noop = content.is_pending() && framing == Framing::Polling && state.extra.upgrading;
+        self.0.wake_writers(state);
+        if noop {
             into.push(b'6');
             return Poll::Ready(OutboxContent::Bytes);
         }
@@ -45,6 +50,35 @@ impl PacketOutbox {
     /// Appends packets, unless the session is ending.
     pub(crate) fn send(&self, write: impl FnOnce(Framing, &mut Vec<u8>)) {
         self.0.append(|state| write(state.extra.framing, &mut state.bytes));
+    }
+
+    /// Appends packets, or `instead` if so much waits that there is no room for large ones. Returns whether the client has
+    /// to read before more is produced for it.
+    pub(crate) fn answer(
+        &self,
+        write: impl FnOnce(Framing, &mut Vec<u8>),
+        instead: impl FnOnce(Framing, &mut Vec<u8>),
+    ) -> PeerRoom {
+        let mut room = PeerRoom::Free;
+        self.0.append(|state| {
+            match self.0.is_overfull(state) {
+                false => write(state.extra.framing, &mut state.bytes),
+                true => instead(state.extra.framing, &mut state.bytes),
+            }
+            if self.0.is_full(state) {
+                room = PeerRoom::Full;
+            }
+        });
+        room
+    }
+
+    /// See [`Peer::poll_room`](crate::rpc::Peer::poll_room).
+    pub(crate) fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.poll_room(cx)
+    }
+
+    pub(crate) fn abandon_wait(&self) {
+        self.0.abandon_wait();
     }
 
     /// Appends packets if the limit is not reached.

@@ -1,6 +1,6 @@
 //! A session over HTTP: one request at a time that waits until there is something to read, and one that writes.
 
-use std::{future::poll_fn, sync::Arc};
+use std::{future::poll_fn, sync::Arc, task::ready, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -15,7 +15,13 @@ use super::{
     session::EngineSession,
     settings::EngineSettings,
 };
-use crate::{error::Code, net::websocket::outbox::OutboxContent};
+use crate::{
+    error::Code,
+    net::{timer, websocket::outbox::OutboxContent},
+};
+
+/// How long the packets of a body wait for clients that have not read what they are sent.
+const MAX_HELD: Duration = Duration::from_secs(2);
 
 /// Answers a poll with the packets that wait for the client, or as soon as there are some.
 pub(super) async fn poll(session: &Arc<EngineSession>) -> Result<Response<Body>, EngineError> {
@@ -71,22 +77,37 @@ pub(super) async fn post(
             return Ok(response);
         }
     };
-    let read = str::from_utf8(&body).map_err(drop).and_then(|body| {
-        packet::read_body(body).try_for_each(|packet| session.receive(&packet.ok_or(())?).map_err(drop))
-    });
+    let read = receive(session, &body).await;
     request.done();
-    if read.is_err() {
+    if read.is_none() {
         session.close(Code::Protocol);
         return Err(EngineError::BadRequest);
     }
     Ok(response("text/html", Bytes::from_static(b"ok")))
 }
 
+/// Handles the packets of a body, which waits while the client or the receivers of its responses have too much to read.
+/// `None` if a packet violates the protocol.
+async fn receive(session: &EngineSession, body: &[u8]) -> Option<()> {
+    for packet in packet::read_body(str::from_utf8(body).ok()?) {
+        let ready = poll_fn(|cx| {
+            ready!(session.outbox.poll_room(cx));
+            session.poll_ready(cx)
+        });
+        if tokio::time::timeout(MAX_HELD, ready).await.is_err() {
+            session.outbox.abandon_wait();
+            session.abandon_wait();
+        }
+        session.receive(&packet?).ok()?;
+    }
+    Some(())
+}
+
 async fn read(settings: &EngineSettings, body: Body) -> Result<Bytes, Code> {
     if http_body::Body::size_hint(&body).lower() > settings.max_payload as u64 {
         return Err(Code::TooLarge);
     }
-    match tokio::time::timeout(settings.body_time, Limited::new(body, settings.max_payload).collect()).await {
+    match timer::timeout(settings.body_time, Limited::new(body, settings.max_payload).collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Code::TooLarge),
         Ok(Err(_)) => Err(Code::Protocol),

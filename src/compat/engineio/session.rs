@@ -52,6 +52,12 @@ pub(crate) trait SessionHandler: Send {
 
     /// Whether nothing is in flight.
     fn is_quiet(&self) -> bool;
+
+    /// Waits until others have taken what earlier messages of the client have caused. Until then none are read.
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// Ends the wait of [`poll_ready`](Self::poll_ready), which takes too long.
+    fn abandon_wait(&mut self);
 }
 
 /// The client violated the protocol: its session ends.
@@ -196,6 +202,17 @@ impl EngineSession {
             Err(ProtocolError) => self.close(Code::Protocol),
         }
         result
+    }
+
+    /// See [`SessionHandler::poll_ready`].
+    pub(super) fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.handler.lock().as_deref_mut().map_or(Poll::Ready(()), |handler| handler.poll_ready(cx))
+    }
+
+    pub(super) fn abandon_wait(&self) {
+        if let Some(handler) = self.handler.lock().as_deref_mut() {
+            handler.abandon_wait();
+        }
     }
 
     fn with(

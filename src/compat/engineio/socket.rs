@@ -125,6 +125,14 @@ impl SocketHandler for EngineSocket {
         self.session.outbox.is_full()
     }
 
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.session.poll_ready(cx)
+    }
+
+    fn abandon_wait(&mut self) {
+        self.session.abandon_wait();
+    }
+
     fn stall_timeout(&self) -> Duration {
         self.settings.stalled
     }

@@ -1,8 +1,11 @@
 //! [`MicroStreamClient`]: the conversation with one MicroStream client.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{AtomicU32, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
 };
 
 use parking_lot::Mutex;
@@ -23,7 +26,7 @@ use crate::{
     },
     error::{Code, Error, Retry},
     net::timer::TimerWheel,
-    rpc::{AcceptedProvider, Call, HubConnection, ProvideRequest},
+    rpc::{AcceptedProvider, Call, CallAnswer, CallerId, HubConnection, Peer as _, ProvideRequest},
 };
 
 /// One client and its packets.
@@ -241,6 +244,11 @@ impl MicroStreamClient {
             return;
         };
         let Some(RequestPayload { id, event, data }) = translate::object(Some(sent)) else { return };
+        if id.is_some_and(|id| id.get().len() > CallerId::MAX) {
+            let error = Error::new(Code::InvalidRequest, "an id has at most 256 bytes");
+            self.port.answer(&port::tag(id, None), CallAnswer::Failed(error));
+            return;
+        }
         let (service, event) = (translate::name(target), translate::name(event));
         let params = translate::params(data);
         let identity = Identity::anonymous();
@@ -294,7 +302,8 @@ impl SessionHandler for MicroStreamClient {
 
     fn on_bytes(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
         let partial = self.partial.as_mut().ok_or(ProtocolError)?;
-        partial.size += bytes.len();
+        // An empty one takes memory too.
+        partial.size += bytes.len() + size_of::<Vec<u8>>();
         if partial.size > self.hub.config.max_payload.saturating_mul(ATTACHED) {
             return Err(ProtocolError);
         }
@@ -354,6 +363,16 @@ impl SessionHandler for MicroStreamClient {
 
     fn is_quiet(&self) -> bool {
         self.link.as_ref().is_none_or(HubConnection::is_idle)
+    }
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.link.as_ref().map_or(Poll::Ready(()), |link| link.poll_room(cx))
+    }
+
+    fn abandon_wait(&mut self) {
+        if let Some(link) = &self.link {
+            link.abandon_wait();
+        }
     }
 }
 

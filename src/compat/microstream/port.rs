@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Weak},
+    task::{Context, Poll},
 };
 
 use foldhash::fast::RandomState;
@@ -15,9 +16,10 @@ use crate::{
         engineio::{EngineSession, PacketOutbox, packet::Framing},
         socketio::{close_event, open_event},
     },
+    error::{Code, Error},
     json::write_json_str,
     net::{timer::TimerWheel, websocket::outbox::OfferOutcome},
-    rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, ProbeCallback, WriteOutcome},
+    rpc::{CallAnswer, CallId, CallerId, ForwardedCall, Peer, PeerRoom, ProbeCallback, WriteOutcome},
 };
 
 /// Maximum number of requests that a client has not answered; beyond it older ones are forgotten.
@@ -86,7 +88,8 @@ impl Port {
 
     /// Records a request with the sender's id. `false` if the id is in use, or too many requests are recorded.
     fn remember(&self, id: &str, call: CallId) -> bool {
-        if own(id).is_some() {
+        // A request of another node may have a longer id.
+        if own(id).is_some() || id.len() > CallerId::MAX {
             return false;
         }
         let now = self.wheel.now();
@@ -102,13 +105,15 @@ impl Port {
         true
     }
 
-    /// Sends a `response` event.
-    fn respond(&self, id: &str, response: &str) {
+    /// Sends a `response` event, or an error if so much waits for the client that there is no room for it.
+    fn respond(&self, id: &str, response: &str) -> PeerRoom {
         let before = match id {
             "" => ["", "", "{\"response\":"],
             id => ["{\"id\":", id, ",\"response\":"],
         };
-        self.outbox.send(event("response", before, response, "}"));
+        let error = Error::new(Code::TooLarge, "the client has not read the responses before this one");
+        let error = translate::response_to(&error, None, id).unwrap_or_default();
+        self.outbox.answer(event("response", before, response, "}"), event("response", before, &error, "}"))
     }
 
     /// Sends a `request` event: the payload as it was sent, or one that weir has built.
@@ -197,23 +202,30 @@ impl Peer for Port {
         // MicroStream has no cancellation.
     }
 
-    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         let (id, target) = split(to);
         match answer {
             CallAnswer::Result(result) if result.get() == "null" => self.respond(id, "{}"),
             CallAnswer::Result(result) => self.respond(id, result.get()),
             CallAnswer::Error(error) => self.respond(id, &translate::response_of(&error, target, id)),
-            CallAnswer::Failed(error) => {
-                if let Some(response) = translate::response_to(&error, target, id) {
-                    self.respond(id, &response);
-                }
-            }
+            CallAnswer::Failed(error) => match translate::response_to(&error, target, id) {
+                Some(response) => self.respond(id, &response),
+                None => PeerRoom::Free,
+            },
         }
     }
 
-    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         // MicroStream has no such message.
-        self.answer(to, answer);
+        self.answer(to, answer)
+    }
+
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.outbox.poll_room(cx)
+    }
+
+    fn abandon_wait(&self) {
+        self.outbox.abandon_wait();
     }
 
     fn withdrawn(&self, _: &str, reason: &str) {

@@ -15,8 +15,10 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::Code;
 
-/// An outbox that exceeds its limit so many times is closed: its client does not read what it asks for.
+/// So many times the limit, an outbox [takes no more](Outbox::is_overfull) large messages.
 const HARD_LIMIT: usize = 4;
+/// So many times the limit, the client is closed: it reads nothing, and small messages alone have filled the outbox.
+const CLOSE_LIMIT: usize = 8;
 
 /// State that a protocol keeps beside the bytes of an [`Outbox`], under the same lock.
 pub(crate) trait OutboxExtra {
@@ -35,11 +37,21 @@ pub(crate) struct Outbox<X> {
 pub(crate) struct OutboxState<X> {
     pub(crate) bytes: Vec<u8>,
     /// Bytes that `extra` holds, and that count towards the limit too.
-    pub(crate) held: usize,
+    pub(crate) held: u32,
     pub(crate) extra: X,
     end: OutboxEnd,
     /// `None` while the task is awake: it looks at the outbox before it sleeps.
     waker: Option<Waker>,
+    /// The writers that wait for room; `None` while there are none.
+    writers: Option<Box<WaitingWriters>>,
+}
+
+/// The tasks that write to an outbox beyond its limit and wait until its client has read.
+#[derive(Default)]
+struct WaitingWriters {
+    wakers: Vec<Waker>,
+    /// The client is too slow to be waited for, until it has read what was over the limit.
+    abandoned: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +89,7 @@ pub(crate) enum OfferOutcome {
 
 impl<X: OutboxExtra> Outbox<X> {
     pub(crate) fn new(limit: usize, extra: X) -> Self {
-        let state = OutboxState { bytes: Vec::new(), held: 0, extra, end: OutboxEnd::Open, waker: None };
+        let state = OutboxState { bytes: Vec::new(), held: 0, extra, end: OutboxEnd::Open, waker: None, writers: None };
         Outbox { limit, woken: AtomicBool::new(true), state: Mutex::new(state) }
     }
 
@@ -106,7 +118,56 @@ impl<X: OutboxExtra> Outbox<X> {
             Poll::Pending => self.woken.store(false, Release),
             Poll::Ready(_) => taken(&mut state.extra),
         }
+        self.wake_writers(state);
         content
+    }
+
+    /// Whether so much waits that writers should wait until the client has read. Bytes that `extra` holds do not count:
+    /// they are not ready to be read.
+    pub(crate) fn is_full(&self, state: &OutboxState<X>) -> bool {
+        state.bytes.len() >= self.limit && state.writers.as_ref().is_none_or(|writers| !writers.abandoned)
+    }
+
+    /// Whether so much waits that a large message has to be replaced by a small one that reports its loss: the writers
+    /// could not wait any longer.
+    pub(crate) fn is_overfull(&self, state: &OutboxState<X>) -> bool {
+        state.weight() >= self.limit.saturating_mul(HARD_LIMIT)
+    }
+
+    /// Waits until the outbox is not [full](Self::is_full).
+    pub(crate) fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state.lock();
+        if !self.is_full(&state) {
+            return Poll::Ready(());
+        }
+        let wakers = &mut state.writers.get_or_insert_default().wakers;
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            wakers.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Ends the wait of all writers, which do not wait again before the client has read what is over the limit.
+    pub(crate) fn abandon_wait(&self) {
+        let mut state = self.state.lock();
+        if self.is_full(&state) {
+            state.writers.get_or_insert_default().abandoned = true;
+            self.wake_writers(state);
+        }
+    }
+
+    /// Wakes the writers if there is room for them.
+    pub(crate) fn wake_writers(&self, mut state: MutexGuard<'_, OutboxState<X>>) {
+        if state.writers.is_none() || self.is_full(&state) {
+            return;
+        }
+        let writers = match state.bytes.len() >= self.limit {
+            // They stay abandoned.
+            true => state.writers.as_mut().map(|writers| std::mem::take(&mut writers.wakers)),
+            false => state.writers.take().map(|writers| writers.wakers),
+        };
+        drop(state);
+        writers.into_iter().flatten().for_each(Waker::wake);
     }
 
     /// Appends a message, unless the outbox is ending.
@@ -116,7 +177,7 @@ impl<X: OutboxExtra> Outbox<X> {
             return;
         }
         write(&mut state);
-        if state.bytes.len() + state.held > self.limit.saturating_mul(HARD_LIMIT) {
+        if state.weight() > self.limit.saturating_mul(CLOSE_LIMIT) {
             state.close_with(Code::Slow);
         }
         self.wake(state);
@@ -128,7 +189,7 @@ impl<X: OutboxExtra> Outbox<X> {
         if state.end != OutboxEnd::Open {
             return OfferOutcome::Closed;
         }
-        if state.bytes.len() + state.held >= self.limit {
+        if state.weight() >= self.limit {
             return OfferOutcome::Full;
         }
         write(&mut state);
@@ -143,16 +204,25 @@ impl<X: OutboxExtra> Outbox<X> {
         self.wake(state);
     }
 
-    /// Wakes the client's task, unless it is awake.
+    /// Wakes the client's task, unless it is awake, and the writers if there is room for them.
     fn wake(&self, mut state: MutexGuard<'_, OutboxState<X>>) {
-        let Some(waker) = state.waker.take() else { return };
-        self.woken.store(true, Release);
-        drop(state);
-        waker.wake();
+        let waker = state.waker.take();
+        if waker.is_some() {
+            self.woken.store(true, Release);
+        }
+        self.wake_writers(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 }
 
 impl<X: OutboxExtra> OutboxState<X> {
+    /// Bytes that wait, including those that `extra` holds.
+    fn weight(&self) -> usize {
+        self.bytes.len() + self.held as usize
+    }
+
     /// Swaps the bytes for the empty `into`. `Pending`: there are none, and the task will be woken.
     pub(crate) fn poll_take(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<OutboxContent> {
         debug_assert!(into.is_empty());

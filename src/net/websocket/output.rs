@@ -34,9 +34,14 @@ impl SocketOutput {
         self.len() == 0
     }
 
+    /// Whether nothing waits, not even in the connection.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.is_empty() && self.queue.is_flushed()
+    }
+
     /// Frees what an idle connection does not need.
     pub(crate) fn shrink(&mut self) {
-        if self.is_empty() {
+        if self.is_flushed() {
             *self = SocketOutput::default();
         }
     }

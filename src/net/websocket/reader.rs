@@ -24,7 +24,7 @@ thread_local! {
 /// A connection and the state of reading it.
 pub(super) struct SocketReader {
     pub(super) io: Conn,
-    /// Bytes that were read behind the request.
+    /// Bytes that are to be read before those of the socket: they were read behind the request, or put back.
     early: Bytes,
     /// The socket holds our waker for when it becomes readable.
     armed: bool,
@@ -43,7 +43,7 @@ impl SocketReader {
 
     /// Reads once. `None` if the peer is gone.
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Option<ReadBytes>> {
-        if self.armed && !self.io.is_readable() {
+        if self.early.is_empty() && self.armed && !self.io.is_readable() {
             return Poll::Pending;
         }
         let mut read = ReadBytes::new();
@@ -60,6 +60,14 @@ impl SocketReader {
         let whole = ready!(polled).is_ok() && len > 0;
         read.len = len;
         Poll::Ready(whole.then_some(read))
+    }
+
+    /// Puts back what was read last and could not be handled yet: the next read returns it.
+    pub(super) fn put_back(&mut self, rest: &[u8]) {
+        self.early = match self.early.is_empty() {
+            true => Bytes::copy_from_slice(rest),
+            false => [rest, &self.early].concat().into(),
+        };
     }
 }
 

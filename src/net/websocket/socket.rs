@@ -23,6 +23,7 @@ use crate::{
     error::Code,
     net::{
         hijack::{ConnectionPermit, HijackedConn},
+        linger::MAX_DISCARDED,
         timer::{Due, TICK, Timer, TimerWheel},
     },
 };
@@ -32,6 +33,10 @@ const TURNS: usize = 2;
 /// Unwritten bytes beyond which a peer that does not read gets no pongs. Only its last ping needs one (RFC 6455
 /// §5.5.3).
 const MAX_BEFORE_PONG: usize = 64 * 1024;
+
+/// How long a peer is not read from because a caller has not read its earlier replies. Then it is read from again: other
+/// callers wait for its replies too.
+const MAX_HELD: Duration = Duration::from_secs(2);
 
 /// The protocol that is spoken on one WebSocket. All methods are called by one task, and none but
 /// [`stall_timeout`](Self::stall_timeout) and [`close_timeout`](Self::close_timeout) after [`on_end`](Self::on_end).
@@ -53,6 +58,14 @@ pub(crate) trait SocketHandler: Send + Unpin + 'static {
 
     /// Whether so much waits for the peer that it must read before it is read from again.
     fn is_full(&self) -> bool;
+
+    /// Waits until others have taken what earlier messages of the peer have caused. Until then it is not read from.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    /// Ends the wait of [`poll_ready`](Self::poll_ready), which takes too long.
+    fn abandon_wait(&mut self) {}
 
     /// How often the peer is pinged; one that sends nothing until the next ping is dead. `None`: it is not pinged.
     fn ping_interval(&self) -> Option<Duration> {
@@ -98,10 +111,18 @@ pub(crate) struct WebSocket<H> {
     ping: u32,
     /// The tick since which the peer has read nothing; 0 if it reads.
     blocked: u32,
+    /// The tick since which the peer is not read from, because others have to read first; 0 if it is.
+    held: u32,
     /// The tick at which a connection that is no longer open is dropped.
     until: u32,
+    /// Bytes that were read and discarded after the end of the conversation, as in [`linger`](crate::net::linger).
+    discarded: u32,
     /// Something was read since the last ping.
     alive: bool,
+    /// The last read found nothing: otherwise nothing follows from the silence of the peer.
+    drained: bool,
+    /// No more will be written, as the peer knows.
+    shut: bool,
     phase: SocketPhase,
     _permit: ConnectionPermit,
 }
@@ -111,6 +132,8 @@ enum SocketPhase {
     Open,
     /// Our close frame is sent or queued; the peer's is awaited.
     Closing,
+    /// Our close frame is sent or queued, and the peer sends what cannot be decoded. The end of its bytes is awaited.
+    Discarding,
     /// Both close frames are sent or queued.
     Closed,
 }
@@ -141,8 +164,12 @@ impl<H: SocketHandler> WebSocket<H> {
             handler,
             timer,
             blocked: 0,
+            held: 0,
             until: 0,
+            discarded: 0,
             alive: true,
+            drained: false,
+            shut: false,
             phase: SocketPhase::Open,
             _permit: conn.permit,
         };
@@ -185,12 +212,30 @@ impl<H: SocketHandler> WebSocket<H> {
         self.phase == SocketPhase::Open
     }
 
+    /// Whether nothing is decoded any more.
+    fn is_over(&self) -> bool {
+        matches!(self.phase, SocketPhase::Discarding | SocketPhase::Closed)
+    }
+
     // --- time ---
 
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Result<(), SocketOver> {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
-                Due::Time => self.tick()?,
+                Due::Time => {
+                    // The peer may have read meanwhile.
+                    if self.blocked != 0
+                        && let Poll::Ready(Err(over)) = self.poll_write(cx)
+                    {
+                        return Err(over);
+                    }
+                    let held = self.held != 0;
+                    self.tick()?;
+                    if held && self.held == 0 {
+                        // The peer is read from again.
+                        cx.waker().wake_by_ref();
+                    }
+                }
                 Due::Leave if self.is_open() => {
                     self.handler.on_leave();
                     self.shorten_to_deadline();
@@ -223,6 +268,10 @@ impl<H: SocketHandler> WebSocket<H> {
         if self.is_open() && self.blocked != 0 && TimerWheel::span(self.blocked, now) >= stall {
             self.close(Code::Slow);
         }
+        if self.held != 0 && TimerWheel::span(self.held, now) >= MAX_HELD {
+            self.held = 0;
+            self.handler.abandon_wait();
+        }
         if self.is_open() && now >= self.ping {
             self.ping(now);
         }
@@ -231,6 +280,9 @@ impl<H: SocketHandler> WebSocket<H> {
             next = self.ping.min(self.handler.deadline().unwrap_or(u32::MAX));
             if self.blocked != 0 {
                 next = next.min(after(self.blocked, stall));
+            }
+            if self.held != 0 {
+                next = next.min(after(self.held, MAX_HELD));
             }
         }
         self.timer.reset(TICK * next.saturating_sub(now).max(1));
@@ -242,7 +294,7 @@ impl<H: SocketHandler> WebSocket<H> {
         self.handler.shrink();
         // To a peer that does not read no ping gets through: the stall timeout decides.
         if self.handler.ping_interval().is_some() && self.blocked == 0 {
-            if !self.alive {
+            if !self.alive && self.drained {
                 return self.close(Code::DeadPeer);
             }
             self.alive = false;
@@ -256,19 +308,35 @@ impl<H: SocketHandler> WebSocket<H> {
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SocketOver>> {
         if self.blocked != 0 && self.is_open() && self.handler.is_full() {
             // The peer does not read the answers to its requests: no more are accepted. The write wakes us.
+            self.drained = false;
             return Poll::Pending;
         }
-        let Some(mut read) = ready!(self.reader.poll_read(cx)) else { return Poll::Ready(Err(self.lost())) };
+        if self.is_open() && self.handler.poll_ready(cx).is_pending() {
+            self.drained = false;
+            if self.held == 0 {
+                self.held = self.timer.now();
+                self.timer.shorten(MAX_HELD);
+            }
+            return Poll::Pending;
+        }
+        self.held = 0;
+        let read = self.reader.poll_read(cx);
+        self.drained = read.is_pending();
+        let Some(mut read) = ready!(read) else { return Poll::Ready(Err(self.lost())) };
         self.alive = true;
+        if self.is_over() {
+            self.discarded = self.discarded.saturating_add(read.len() as u32);
+            return Poll::Ready(if self.discarded as usize > MAX_DISCARDED { Err(SocketOver) } else { Ok(()) });
+        }
         if self.is_open() {
             self.handler.on_read();
         }
-        self.receive(&mut read);
+        self.receive(cx, &mut read);
         Poll::Ready(Ok(()))
     }
 
     /// Handles the bytes that were read.
-    fn receive(&mut self, mut input: &mut [u8]) {
+    fn receive(&mut self, cx: &mut Context<'_>, mut input: &mut [u8]) {
         let mut replies = Vec::new();
         loop {
             match self.decoder.next(&mut input, &mut replies) {
@@ -280,6 +348,14 @@ impl<H: SocketHandler> WebSocket<H> {
                     {
                         self.close(code);
                     }
+                    // One read may hold hundreds of messages, and each may cause a large answer.
+                    if self.is_open()
+                        && !input.is_empty()
+                        && (self.handler.is_full() || self.handler.poll_ready(cx).is_pending())
+                    {
+                        self.reader.put_back(input);
+                        break;
+                    }
                 }
                 Ok(Some(Incoming::Close)) if self.is_open() => {
                     let mut last = Vec::new();
@@ -287,8 +363,13 @@ impl<H: SocketHandler> WebSocket<H> {
                     last.extend_from_slice(&replies);
                     return self.finish(last, SocketPhase::Closed, self.handler.close_timeout());
                 }
-                Err(FrameError(code)) if self.is_open() => return self.close(code),
-                Ok(Some(Incoming::Close)) | Err(_) => return self.phase = SocketPhase::Closed,
+                Err(FrameError(code)) => {
+                    if self.is_open() {
+                        self.close(code);
+                    }
+                    return self.phase = SocketPhase::Discarding;
+                }
+                Ok(Some(Incoming::Close)) => return self.phase = SocketPhase::Closed,
             }
         }
         if self.is_open() && !replies.is_empty() && (self.blocked == 0 || self.out.len() < MAX_BEFORE_PONG) {
@@ -303,7 +384,7 @@ impl<H: SocketHandler> WebSocket<H> {
         // A partly written piece goes first, and there may be more behind it. Whole control frames do not count: a peer
         // that sends a ping with everything it sends is to get its replies.
         let more = if self.out.is_empty() || self.blocked == 0 { self.gather(cx) } else { true };
-        if self.out.is_empty() {
+        if self.out.is_flushed() {
             return Poll::Ready(Ok(more));
         }
         let before = self.out.len();
@@ -335,14 +416,17 @@ impl<H: SocketHandler> WebSocket<H> {
 
     /// Takes turns until there is nothing to do or other connections should have theirs.
     fn run(&mut self, cx: &mut Context<'_>) -> Poll<SocketOver> {
-        if let Err(over) = self.poll_timer(cx) {
-            return Poll::Ready(over);
-        }
-        for _ in 0..TURNS {
+        for turn in 0..TURNS {
             let mut busy = match self.poll_read(cx) {
                 Poll::Ready(Err(over)) => return Poll::Ready(over),
                 read => read.is_ready(),
             };
+            // Deadlines of the peer are judged by what it has sent until now.
+            if turn == 0
+                && let Err(over) = self.poll_timer(cx)
+            {
+                return Poll::Ready(over);
+            }
             if self.is_open() {
                 match self.handler.poll_work(cx) {
                     Ok(more) => busy |= more,
@@ -354,9 +438,14 @@ impl<H: SocketHandler> WebSocket<H> {
                 Poll::Ready(Ok(more)) => busy |= more,
                 Poll::Pending => {}
             }
-            if self.phase == SocketPhase::Closed && self.out.is_empty() {
-                ready!(Pin::new(&mut self.reader.io).poll_shutdown(cx)).ok();
-                return Poll::Ready(SocketOver);
+            if self.is_over() && self.out.is_flushed() {
+                if !self.shut && ready!(Pin::new(&mut self.reader.io).poll_shutdown(cx)).is_err() {
+                    return Poll::Ready(SocketOver);
+                }
+                self.shut = true;
+                if self.phase == SocketPhase::Closed && self.drained {
+                    return Poll::Ready(SocketOver);
+                }
             }
             if !busy {
                 return Poll::Pending;

@@ -114,6 +114,16 @@ impl SocketHandler for RpcSocket {
         self.session.as_ref().is_some_and(|session| session.outbox.is_full())
     }
 
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.session.as_ref().map_or(Poll::Ready(()), |session| session.poll_ready(cx))
+    }
+
+    fn abandon_wait(&mut self) {
+        if let Some(session) = &self.session {
+            session.abandon_wait();
+        }
+    }
+
     fn ping_interval(&self) -> Option<Duration> {
         Some(self.node.config.ws.ping)
     }

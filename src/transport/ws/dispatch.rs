@@ -1,7 +1,10 @@
 //! Dispatches the messages of an [`RpcSession`]: calls and replies go to the hub as they are read; what concerns the
 //! bus is [queued](super::bus_methods).
 
-use std::str::Utf8Error;
+use std::{
+    str::Utf8Error,
+    task::{Context, Poll},
+};
 
 use serde_json::value::RawValue;
 
@@ -99,7 +102,11 @@ impl RpcSession {
                         self.outbox.answer(to, |out| jsonrpc::result(out, to.id(), &json));
                     }
                 }
-                Ok(MethodOutcome::Later { work, bytes, order }) => self.enqueue(to, work, bytes, order),
+                Ok(MethodOutcome::Later { work, bytes, order }) => {
+                    // A job holds what its params hold, such as names and tokens.
+                    let bytes = request.params.map_or(0, |params| params.get().len()).max(bytes);
+                    self.enqueue(to, work, bytes, order);
+                }
                 Err(error) => reject(&self.outbox, to.as_ref(), &error),
             }
         }
@@ -323,6 +330,17 @@ impl RpcSession {
         // Cannot fail: the service is registered.
         let _ = self.hub().withdraw(service);
         reject(&self.outbox, to, why);
+    }
+
+    /// Waits until the callers that this client has answered have room for more answers.
+    pub(super) fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.hub.as_ref().map_or(Poll::Ready(()), |hub| hub.poll_room(cx))
+    }
+
+    pub(super) fn abandon_wait(&self) {
+        if let Some(hub) = &self.hub {
+            hub.abandon_wait();
+        }
     }
 
     /// Withdraws all services: no new calls come in, those in flight go on.

@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 use crate::{
     error::{Code, Error, Result},
     json::{read_json_str, write_json_str},
+    rpc::CallerId,
 };
 
 /// The content of one frame or body.
@@ -108,9 +109,14 @@ impl<'a> RpcMessage<'a> {
             return Ok(RpcMessage::Reply(RpcReply { id, result: members.result, error: members.error }));
         }
         let usable = id.filter(|id| id.starts_with(['"', '-', 'n']) || id.starts_with(|c: char| c.is_ascii_digit()));
+        let too_long = usable.is_some_and(|id| id.len() > CallerId::MAX);
+        let usable = usable.filter(|_| !too_long);
         let reject = |detail: &'static str| {
             Err(Unusable { id: usable.unwrap_or("null"), error: Error::new(Code::InvalidRequest, detail) })
         };
+        if too_long {
+            return reject("an id has at most 256 bytes");
+        }
         if members.jsonrpc.is_none_or(|version| version.get() != r#""2.0""#) {
             return reject(r#"a message has "jsonrpc":"2.0""#);
         }

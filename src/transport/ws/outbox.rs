@@ -6,13 +6,16 @@ use slab::Slab;
 
 use super::jsonrpc;
 use crate::{
-    error::{Code, Error},
+    error::{Code, Error, Executed},
     net::websocket::{
         frame,
         outbox::{OfferOutcome, Outbox, OutboxContent, OutboxExtra, OutboxState},
     },
-    rpc::{CallAnswer, CallId, CallerId, ForwardedCall, MethodNames, Peer, WriteOutcome},
+    rpc::{CallAnswer, CallId, CallerId, ForwardedCall, MethodNames, Peer, PeerRoom, WriteOutcome},
 };
+
+/// An answer of up to this size, in bytes, is written however much waits: it is no larger than an error.
+const SMALL_ANSWER: usize = 512;
 
 /// The outbound side of one connection, shared with the hub, which encodes calls and answers into it.
 pub(crate) struct RpcOutbox(Outbox<RpcQueue>);
@@ -68,7 +71,7 @@ impl RpcOutbox {
     /// not count: the replies to them must be read.
     pub(crate) fn is_full(&self) -> bool {
         let state = self.0.lock();
-        state.bytes.len() - state.extra.calls as usize + state.held >= self.0.limit()
+        state.bytes.len() - state.extra.calls as usize + state.held as usize >= self.0.limit()
     }
 
     /// Whether so many answers wait to be written that no more should be produced. Parts of a batch do not count: it is
@@ -107,19 +110,37 @@ impl RpcOutbox {
         });
     }
 
-    /// Answers the request with the id `to`: alone, or as part of its batch.
-    pub(crate) fn answer(&self, to: &CallerId, write: impl FnOnce(&mut Vec<u8>)) {
+    /// Answers the request with the id `to`: alone, or as part of its batch. An answer for which there is no room left is
+    /// replaced by an error.
+    pub(crate) fn answer(&self, to: &CallerId, write: impl FnOnce(&mut Vec<u8>)) -> PeerRoom {
+        let mut room = PeerRoom::Free;
         self.0.append(|state| {
-            let Some(note) = to.note.checked_sub(1) else { return message(state, write) };
+            let overfull = self.0.is_overfull(state);
+            let write = |out: &mut Vec<u8>| {
+                let before = out.len();
+                write(out);
+                if overfull && out.len() - before > SMALL_ANSWER {
+                    out.truncate(before);
+                    jsonrpc::error(out, to.id(), &no_room());
+                }
+            };
+            let Some(note) = to.note.checked_sub(1) else {
+                message(state, write);
+                if self.0.is_full(state) {
+                    room = PeerRoom::Full;
+                }
+                return;
+            };
             let Some(batch) = state.extra.batches.get_mut(note as usize) else { return };
             let before = batch.out.len();
             if before > 1 {
                 batch.out.push(b',');
             }
             write(&mut batch.out);
-            state.held += batch.out.len() - before;
+            state.held += (batch.out.len() - before) as u32;
             settle(state, note);
         });
+        room
     }
 
     /// Opens an answer of `requests` parts. The result is the note for their [`CallerId`]s. Each has to be answered,
@@ -157,7 +178,7 @@ fn settle(state: &mut OutboxState<RpcQueue>, at: u32) {
         return;
     }
     let batch = state.extra.batches.remove(at as usize);
-    state.held -= batch.out.len() - 1;
+    state.held -= batch.out.len() as u32 - 1;
     // A batch of notifications is not answered, not even by an empty array.
     if batch.out.len() > 1 {
         message(state, |out| {
@@ -193,20 +214,40 @@ impl Peer for RpcOutbox {
         });
     }
 
-    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         RpcOutbox::answer(self, to, |out| match answer {
             CallAnswer::Result(result) => jsonrpc::result(out, to.id(), result.get().as_bytes()),
             CallAnswer::Error(error) => jsonrpc::error_json(out, to.id(), error.to_raw().get().as_bytes()),
             CallAnswer::Failed(error) => jsonrpc::error(out, to.id(), &error),
-        });
+        })
     }
 
-    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
-        self.send(|out| match answer {
-            CallAnswer::Result(result) => jsonrpc::late(out, to.id(), "result", result.get().as_bytes()),
-            CallAnswer::Error(error) => jsonrpc::late(out, to.id(), "error", error.to_raw().get().as_bytes()),
-            CallAnswer::Failed(error) => jsonrpc::late(out, to.id(), "error", error.to_rpc().to_string().as_bytes()),
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
+        let mut room = PeerRoom::Free;
+        self.0.append(|state| {
+            // The call was answered with `timeout`: a late reply for which there is no room is dropped.
+            if state.extra.framed && !self.0.is_overfull(state) {
+                message(state, |out| match answer {
+                    CallAnswer::Result(result) => jsonrpc::late(out, to.id(), "result", result.get().as_bytes()),
+                    CallAnswer::Error(error) => jsonrpc::late(out, to.id(), "error", error.to_raw().get().as_bytes()),
+                    CallAnswer::Failed(error) => {
+                        jsonrpc::late(out, to.id(), "error", error.to_rpc().to_string().as_bytes());
+                    }
+                });
+            }
+            if self.0.is_full(state) {
+                room = PeerRoom::Full;
+            }
         });
+        room
+    }
+
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.poll_room(cx)
+    }
+
+    fn abandon_wait(&self) {
+        self.0.abandon_wait();
     }
 
     fn withdrawn(&self, service: &str, reason: &str) {
@@ -215,6 +256,12 @@ impl Peer for RpcOutbox {
             jsonrpc::notification(out, "weir.withdrawn", &params);
         });
     }
+}
+
+/// The error in place of an answer that the client is too slow to read.
+fn no_room() -> Error {
+    let detail = "the answer was dropped: this connection has not read the ones before it (limits.queued)";
+    Error::new(Code::TooLarge, detail).with("limit", "limits.queued").executed(Executed::Maybe)
 }
 
 /// Answers a failed request. A notification is not answered.
@@ -313,6 +360,36 @@ mod tests {
     }
 
     #[test]
+    fn a_writer_waits_until_the_client_has_read() {
+        let outbox = RpcOutbox::bare(100);
+        let count = Arc::new(WakeCounter(AtomicUsize::new(0)));
+        let waker = count.clone().into();
+        let mut writer = Context::from_waker(&waker);
+        let mut reader = Context::from_waker(Waker::noop());
+        let answer = |size| outbox.answer(&CallerId::new(b"1"), |out| out.extend(std::iter::repeat_n(b'x', size)));
+        assert_eq!(answer(50), PeerRoom::Free);
+        assert!(outbox.poll_room(&mut writer).is_ready());
+        assert_eq!(answer(50), PeerRoom::Full);
+        assert!(outbox.poll_room(&mut writer).is_pending() && outbox.poll_room(&mut writer).is_pending());
+        take(&outbox, &mut reader).unwrap();
+        assert_eq!(count.0.load(Relaxed), 1);
+        assert!(outbox.poll_room(&mut writer).is_ready());
+        // A client that does not read is not waited for again until it does.
+        assert_eq!(answer(100), PeerRoom::Full);
+        assert!(outbox.poll_room(&mut writer).is_pending());
+        outbox.abandon_wait();
+        assert_eq!((count.0.load(Relaxed), answer(1)), (2, PeerRoom::Free));
+        assert!(outbox.poll_room(&mut writer).is_ready());
+        take(&outbox, &mut reader).unwrap();
+        assert_eq!(answer(100), PeerRoom::Full);
+        // The end of the client ends the wait.
+        assert!(outbox.poll_room(&mut writer).is_pending());
+        outbox.close();
+        assert_eq!(count.0.load(Relaxed), 3);
+        assert!(outbox.poll_room(&mut writer).is_ready());
+    }
+
+    #[test]
     fn unread_messages_are_bounded() {
         let outbox = RpcOutbox::framed(100);
         while call(&outbox) == WriteOutcome::Written {}
@@ -322,6 +399,11 @@ mod tests {
         put(&outbox, 0, &"x".repeat(100));
         assert!(outbox.is_full());
         put(&outbox, 0, &"x".repeat(300));
+        // What is large is replaced from here on; what is small is not, until the outbox is closed.
+        let before = outbox.0.lock().bytes.len();
+        put(&outbox, 0, &"x".repeat(100_000));
+        assert!((before + 1..before + 400).contains(&outbox.0.lock().bytes.len()));
+        (0..10).for_each(|_| put(&outbox, 0, &"x".repeat(100)));
         // The outbox is closed and empty, although its task has not taken anything yet.
         assert!(!outbox.is_full() && !outbox.is_behind());
         assert_eq!(take(&outbox, &mut Context::from_waker(Waker::noop())).unwrap(), "slow");

@@ -19,6 +19,9 @@ use crate::{
     transport::{present::PresentParam, query::duration},
 };
 
+/// Bytes of the method names that one registration declares.
+const MAX_METHODS: usize = 32 * 1024;
+
 /// The one object in `params`: `{…}` or `[{…}]`. Absent params and `[]` are `{}`: libraries send an empty array for a method
 /// without arguments.
 pub(super) fn object(params: Option<&RawValue>) -> Result<&str> {
@@ -262,7 +265,12 @@ impl ProvideParams<'_> {
         if self.concurrency == Some(0) {
             return Err(Error::params("concurrency is at least 1"));
         }
-        self.methods.iter().try_for_each(|method| check_label("method", method))
+        self.methods.iter().try_for_each(|method| check_label("method", method))?;
+        // They are kept as long as the registration, and other nodes learn them.
+        match self.methods.iter().map(|method| method.len()).sum::<usize>() > MAX_METHODS {
+            true => Err(Error::params(format!("the names in methods have at most {MAX_METHODS} bytes together"))),
+            false => Ok(()),
+        }
     }
 }
 

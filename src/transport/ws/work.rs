@@ -36,7 +36,7 @@ pub(super) struct WorkQueue {
     run: Option<PublishRun>,
     /// Reads that wait for events, all at once.
     waits: Option<FuturesUnordered<BoxFuture<'static, FinishedJob>>>,
-    /// Encoded bytes of the events in the queue.
+    /// Bytes that the queued jobs hold.
     pub(super) bytes: usize,
     /// Registrations of services that are under way, and some that were.
     registering: Vec<(String, Weak<Notify>)>,
@@ -84,7 +84,7 @@ pub(super) enum JobOutput {
 }
 
 impl WorkQueue {
-    /// Queues a job that holds `bytes` of events.
+    /// Queues a job that holds `bytes`.
     pub(super) fn push(
         &mut self,
         to: Option<CallerId>,

@@ -116,7 +116,12 @@ async fn requests_to_a_stalled_target_are_answered_busy() {
 
 #[tokio::test]
 async fn a_client_that_does_not_read_its_responses_is_closed() {
-    let weir = hub(|config| config.compat.get_mut::<microstream::Config>().unwrap().queued = 20_000).await;
+    let weir = hub(|config| {
+        let microstream = config.compat.get_mut::<microstream::Config>().unwrap();
+        microstream.queued = 20_000;
+        (microstream.ping, microstream.ping_timeout) = (Duration::from_secs(1), Duration::from_secs(1));
+    })
+    .await;
     let (mut client, path) = poller(&weir, "client").await;
     let echo = r#"42["request",{"targetService":"weir","payload":{"id":"1","event":"echo","data":{"x":"DATA"}}}]"#;
     let echo = echo.replace("DATA", &"x".repeat(9_000));
@@ -125,6 +130,30 @@ async fn a_client_that_does_not_read_its_responses_is_closed() {
     eventually("the client is gone", async || weir.metric("weir_connections{transport=\"socketio\"}") == 0).await;
     drop(client);
     weir.idle().await;
+}
+
+#[tokio::test]
+async fn a_client_that_reads_gets_every_response_however_many_wait() {
+    let weir = hub(|config| config.compat.get_mut::<microstream::Config>().unwrap().queued = 20_000).await;
+    let (mut caller, mut provider) = (client(&weir, "caller").await, client(&weir, "provider").await);
+    let data = "x".repeat(5_000);
+    let providing = tokio::spawn(async move {
+        loop {
+            let text = provider.text().await;
+            let request: Value = serde_json::from_str(text.strip_prefix("42").unwrap_or("[]")).unwrap();
+            let response = json!(["response", { "id": request[1]["id"], "response": data }]);
+            provider.send(format!("42{response}")).await;
+        }
+    });
+    for id in 0..200 {
+        caller.feed(request("provider", id, "1")).await;
+    }
+    caller.flush().await;
+    for _ in 0..200 {
+        let text = caller.text().await;
+        assert!(text.len() > 5_000, "{text}");
+    }
+    providing.abort();
 }
 
 #[tokio::test]

@@ -84,12 +84,14 @@ impl Peer for RecordingPeer {
         self.cancels.lock().push(id);
     }
 
-    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) {
+    fn answer(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         self.answers.lock().push((tag(to), text(&answer)));
+        PeerRoom::Free
     }
 
-    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) {
+    fn late(&self, to: &CallerId, answer: CallAnswer<'_>) -> PeerRoom {
         self.late.lock().push((tag(to), text(&answer)));
+        PeerRoom::Free
     }
 
     fn withdrawn(&self, service: &str, reason: &str) {

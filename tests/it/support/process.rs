@@ -3,13 +3,13 @@
 use std::{
     io::{BufRead, BufReader},
     net::SocketAddr,
-    process::{Child, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, mpsc},
     thread::JoinHandle,
 };
 
 use parking_lot::Mutex;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::Value;
 
 use super::{command::weir_command, eventually::PATIENCE, eventually_blocking};
@@ -25,9 +25,31 @@ pub struct Process {
 impl Process {
     /// Starts `weir serve` on a free port, with environment variables, and returns when it listens.
     pub fn start(environment: &[(&str, &str)]) -> Self {
-        let mut child = weir_command()
+        let mut command = weir_command();
+        command.envs(environment.iter().copied());
+        Process::spawn(command)
+    }
+
+    /// Starts `weir serve` in a shell that allows it to open so many files.
+    pub fn start_with_files(files: u32) -> Self {
+        let weir = weir_command();
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {files}; exec \"$0\" \"$@\"")]).arg(weir.get_program());
+        for (name, value) in weir.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        if let Some(dir) = weir.get_current_dir() {
+            shell.current_dir(dir);
+        }
+        Process::spawn(shell)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0"])
-            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -72,6 +94,12 @@ impl Process {
         assert!(exit_status(&mut self.child).success());
         self.reader.take().unwrap().join().unwrap();
         self.log()
+    }
+
+    /// Changes how many files the running process may open.
+    pub fn limit_files(&self, files: u64) {
+        let limit = Rlimit { current: Some(files), maximum: Some(files) };
+        prlimit(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), Resource::Nofile, limit).unwrap();
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Weak},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -456,6 +457,10 @@ impl Cluster for TestNode {
 
     fn send(&self, to: NodeId, kind: MessageKind, priority: Priority, message: &[u8]) -> SendOutcome {
         self.links.send(to, kind, priority, message)
+    }
+
+    fn poll_room(&self, node: NodeId, cx: &mut Context<'_>) -> Poll<()> {
+        self.links.poll_room(node, cx)
     }
 
     fn inbox(&self, kind: MessageKind) -> Inbox {
