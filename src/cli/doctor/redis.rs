@@ -133,7 +133,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
         report.of(address.to_string());
         match ExaminedServer::connect(url, address, true).await {
             Ok(server) => {
-                first = Some(server);
+                first = Some((server, address));
                 break;
             }
             Err(error) if is_rejected(&error) => {
@@ -143,7 +143,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
             Err(error) => unreachable(url, address, &error, "reach", UNREACHABLE, report).await?,
         }
     }
-    let Some(mut server) = first else {
+    let Some((mut server, asked)) = first else {
         return Err(Failure::Unavailable("there is no server to examine".into()));
     };
     let known: String = match server.query(cmd("CLUSTER").arg("INFO")).await {
@@ -186,7 +186,7 @@ async fn cluster(url: &RedisUrl, seeds: &[Address], prefix: &str, report: &mut R
         )?;
     }
     for master in masters.iter().filter(|master| !master.failing) {
-        let address = Address::parse(&master.address, 6379).map_err(Failure::Failed)?;
+        let Some(address) = Address::named_by(asked, &master.address) else { continue };
         report.of(address.to_string());
         match ExaminedServer::connect(url, &address, true).await {
             Ok(mut server) => server.examine(ServerRole::Shard, prefix, report).await?,

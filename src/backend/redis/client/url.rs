@@ -136,7 +136,7 @@ impl Address {
 
 impl Address {
     /// The address `host:port` that the server at `asked` has named. IPv6 addresses have brackets or none.
-    pub(super) fn named_by(asked: &Address, text: &str) -> Option<Self> {
+    pub(crate) fn named_by(asked: &Address, text: &str) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         Self::of_host(asked, host, port.parse().ok()?)
     }

@@ -109,12 +109,17 @@ impl OwnSession {
             }
             return false;
         };
+        let (joined, until) = {
+            let state = context.state.lock();
+            (state.joined, state.until)
+        };
+        let late = joined != 0 && asked >= until;
+        let joined = if late || joined == 0 { self.next_joined(time).await } else { joined };
         let renamed = {
             let mut state = context.state.lock();
             if state.left {
                 return true;
             }
-            let late = state.joined != 0 && asked >= state.until;
             if late {
                 // Other nodes took this one for dead, and its names for free: it comes back under another id.
                 tracing::warn!(
@@ -130,17 +135,18 @@ impl OwnSession {
                     self.messages.add_peer(&mut state, node);
                 }
             }
-            if late || state.joined == 0 {
-                state.joined = time.max(1);
-            }
+            state.joined = joined;
             if late || rev.is_none_or(|rev| rev > state.rev) {
                 state.unknown = true;
             }
+            if renewed == 1 {
+                state.until = asked + TTL.as_millis() as u64;
+            }
             late.then_some(state.id)
         };
-        // A session that Redis does not renew, because it rejects writes, expires. Then this alone keeps the node a member.
         let heard = timeout(PART, self.announce_itself()).await.unwrap_or(false);
-        if renewed == 1 || heard {
+        // A session expires that Redis does not renew, because it rejects writes. Announcements alone keep the node then.
+        if renewed == 0 && heard {
             context.state.lock().until = asked + TTL.as_millis() as u64;
         } else if !context.is_alive() {
             self.peers.disconnect();
@@ -161,6 +167,16 @@ impl OwnSession {
         context.choose_leader();
         // What Redis rejects now is written with a later heartbeat.
         written || renewed == 0
+    }
+
+    /// When a node that joins now has joined: later than all others, also if the clock of Redis was set back. A node that
+    /// knows nothing yet must not become the leader.
+    async fn next_joined(&self, now: u64) -> u64 {
+        let index = self.context.index_key();
+        let last = cmd("ZRANGE").arg(&index).arg(-1).arg(-1).arg("WITHSCORES").take();
+        let last = timeout(PART, self.context.call::<Vec<(String, f64)>>(&index, &last)).await;
+        let last = last.ok().and_then(Result::ok).and_then(|(last, _)| last.first().map(|(_, joined)| *joined as u64));
+        last.map_or(0, |last| last + 1).max(now).max(1)
     }
 
     /// Announces that this node lives and can be reached.
