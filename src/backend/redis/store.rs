@@ -37,7 +37,8 @@ use crate::{
 
 /// How often probes and tails are maintained.
 const TICK: Duration = Duration::from_secs(1);
-/// How long an operation of several steps may take in all, whatever Redis does: each step waits almost as long by itself.
+/// How long an operation of several steps may take in all, whatever Redis does: each step waits almost as long by
+/// itself.
 const ANSWER: Duration = Duration::from_millis(1_900);
 
 /// The log of a bus that many nodes share. Dropped, it ends its subscriptions.

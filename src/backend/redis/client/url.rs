@@ -141,8 +141,8 @@ impl Address {
         Self::of_host(asked, host, port.parse().ok()?)
     }
 
-    /// The address of a host and a port that the server at `asked` has named. No host, or an unknown one, stands for the
-    /// host that was asked: the server does not know by which name clients reach it.
+    /// The address of a host and a port that the server at `asked` has named. No host, or an unknown one, stands for
+    /// the host that was asked: the server does not know by which name clients reach it.
     pub(super) fn of_host(asked: &Address, host: &str, port: u16) -> Option<Self> {
         let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         let host = if matches!(host, "" | "?") { &asked.host } else { host };

@@ -145,7 +145,7 @@ impl OwnSession {
             late.then_some(state.id)
         };
         let heard = timeout(PART, self.announce_itself()).await.unwrap_or(false);
-        // A session expires that Redis does not renew, because it rejects writes. Announcements alone keep the node then.
+        // A session expires that Redis does not renew, because it rejects writes. Then announcements keep the node.
         if renewed == 0 && heard {
             context.state.lock().until = asked + TTL.as_millis() as u64;
         } else if !context.is_alive() {
@@ -169,8 +169,8 @@ impl OwnSession {
         written || renewed == 0
     }
 
-    /// When a node that joins now has joined: later than all others, also if the clock of Redis was set back. A node that
-    /// knows nothing yet must not become the leader.
+    /// The time at which a node joins now: later than all others, also if the clock of Redis was set back. A node
+    /// that knows nothing yet must not become the leader.
     async fn next_joined(&self, now: u64) -> u64 {
         let index = self.context.index_key();
         let last = cmd("ZRANGE").arg(&index).arg(-1).arg(-1).arg("WITHSCORES").take();

@@ -15,7 +15,7 @@ use parking_lot::RwLock;
 use redis::Cmd;
 use tokio::{
     sync::watch,
-    time::{sleep, timeout_at},
+    time::{sleep, timeout, timeout_at},
 };
 
 use super::context::{LogContext, millis};
@@ -30,6 +30,8 @@ static RETENTION: Script = Script::new(include_str!("retention.lua"));
 
 /// How often rules are announced.
 const EVERY: Duration = Duration::from_secs(5);
+/// How long an attempt may take: reads of a node that has just started wait for the first one.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Between two attempts to announce them.
 const RETRY: Duration = Duration::from_millis(500);
 /// Rules that were not announced for this long no longer count.
@@ -108,14 +110,21 @@ impl RetentionRules {
 
     /// Exchanges the rules of all nodes for as long as it is polled.
     pub(super) async fn run(self: Arc<Self>) {
+        let mut warned = false;
         while !self.context.topics.is_manual() {
-            let pause = match self.exchange().await {
+            let exchange = timeout(PATIENCE, self.exchange()).await;
+            let pause = match exchange.unwrap_or(Err(CommandError::NotExecuted("Redis does not reply".into()))) {
                 Ok(()) => {
                     self.exchanged.send_replace(Exchanged::Known);
                     EVERY
                 }
                 Err(error) => {
-                    tracing::debug!(?error, "cannot exchange retention rules yet");
+                    if matches!(error, CommandError::Rejected(_)) && !std::mem::replace(&mut warned, true) {
+                        tracing::warn!(
+                            ?error,
+                            "Redis rejects the exchange of retention rules, without which nothing is published"
+                        );
+                    }
                     self.exchanged.send_if_modified(|state| {
                         let first = *state == Exchanged::Pending;
                         if first {
