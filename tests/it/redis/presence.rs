@@ -136,10 +136,15 @@ async fn connections_of_several_processes_are_listed_and_kicked<D: RedisDeployme
     assert_eq!(one.closed().await, (4503, "kicked".to_owned()));
     // A node that does not answer is named, and clients of other nodes are kicked.
     let name = id.split('-').next().unwrap().to_owned();
+    let all = list(local.address, "").await;
+    let ids = all["connections"].as_array().unwrap().iter().map(|connection| connection["id"].as_str().unwrap());
+    let (there, here): (Vec<_>, Vec<_>) = ids.filter(|other| *other != id).partition(|id| id.starts_with(&name));
     other.signal(Signal::STOP);
-    let silent = kick("subject=").await;
-    assert_eq!((&silent["kicked"], silent["silent"].as_array().unwrap().len()), (&json!(1), 1), "{silent}");
-    assert!(silent["silent"][0].as_str().unwrap().starts_with(&name), "{silent} {id}");
+    for (id, kicked) in [(here[0], 1), (there[0], 0)] {
+        let silent = kick(&format!("id={id}")).await;
+        assert_eq!((&silent["kicked"], silent["silent"].as_array().unwrap().len()), (&json!(kicked), 1), "{silent}");
+        assert!(silent["silent"][0].as_str().unwrap().starts_with(&name), "{silent} {id}");
+    }
     assert_eq!(near.closed().await, (4503, "kicked".to_owned()));
     other.signal(Signal::CONT);
     // The node executes the kick when it continues.
