@@ -43,8 +43,8 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 const MIN_RETRY: Duration = Duration::from_millis(100);
 const MAX_RETRY: Duration = Duration::from_secs(2);
 
-/// Interval at which the samples of histograms are collected.
-const METRICS_UPKEEP: Duration = Duration::from_secs(1);
+/// Interval at which the readiness is measured.
+const READINESS: Duration = Duration::from_secs(1);
 
 /// A node that is bound to its addresses, and not yet serving.
 pub struct App {
@@ -150,12 +150,11 @@ impl App {
                     remote_nodes.send_heartbeats();
                 }
             }),
-            every(METRICS_UPKEEP, {
+            every(READINESS, {
                 let node = node.clone();
                 move || {
                     let ready = !node.draining.is_cancelled() && node.bus.ready().is_ok();
                     node.metrics.ready.set(ready.into());
-                    node.metrics.upkeep();
                 }
             }),
             tokio::spawn(async move { remote_nodes.run().await }),

@@ -8,7 +8,7 @@ pub(crate) mod openapi;
 pub(crate) mod origin;
 pub(crate) mod schema;
 
-use std::{panic::AssertUnwindSafe, sync::Arc};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use axum::{
     Router,
@@ -28,7 +28,7 @@ use crate::{
     auth::Identity,
     compat::{Adapter, Listener},
     error::{Code, Error, Result, Retry},
-    metrics::StatusClass,
+    metrics::{RouteClass, StatusClass},
     net::{
         content_coding::{check_transfer_coding, decode_content},
         server::{HttpService, ListenerOptions, Rejected},
@@ -77,16 +77,16 @@ impl Endpoint {
         B::Error: Into<axum::BoxError>,
     {
         let (mut head, body) = request.into_parts();
-        let version = head.version;
+        let begun = RequestStart::new(&head);
         let body = self.decode(&mut head, Body::new(body));
         if let ListenerRole::Adapter(listener) = &self.role {
             let answer = catch_panic(self.answer_on(listener, head, body)).await;
-            return self.finish(version, answer);
+            return self.finish(begun.of_adapter(), answer);
         }
         if !matches!(self.role, ListenerRole::Admin)
             && let Some(adapter) = self.adapters.iter().find(|adapter| adapter.owns(head.uri.path()))
         {
-            return self.answer_by(adapter, head, body).await;
+            return self.answer_by(adapter, begun.of_adapter(), head, body).await;
         }
         let origin = self.origins.classify(&head);
         let mut answer = match self.admit(&mut head, true, Some((&origin, true))) {
@@ -105,7 +105,7 @@ impl Endpoint {
         let headers = answer.headers_mut();
         headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
         origin.mark(headers);
-        self.finish(version, answer)
+        self.finish(begun, answer)
     }
 
     /// Removes the coding of the body, on every path. A request with an unsupported one gets the error as its
@@ -142,8 +142,7 @@ impl Endpoint {
     }
 
     /// Answers at an adapter's path on a main listener. weir's CORS rules apply if the adapter asks for them.
-    async fn answer_by(&self, adapter: &Adapter, mut head: Parts, body: Body) -> Response {
-        let version = head.version;
+    async fn answer_by(&self, adapter: &Adapter, begun: RequestStart, mut head: Parts, body: Body) -> Response {
         let origin = self.origins.classify(&head);
         let admitted = self.admit(&mut head, true, Some((&origin, adapter.our_cors)));
         let origin = adapter.our_cors.then_some(origin);
@@ -157,7 +156,7 @@ impl Endpoint {
                     answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, every);
                 }
             }
-            return self.finish(version, answer);
+            return self.finish(begun, answer);
         }
         let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
         let method = head.method.clone();
@@ -166,7 +165,7 @@ impl Endpoint {
             answer = complete_method_not_allowed(answer, &method, preflight, &origin);
             origin.mark(answer.headers_mut());
         }
-        self.finish(version, answer)
+        self.finish(begun, answer)
     }
 
     /// Applies the rules of the server and for hosts, and those for origins if there is one; with it comes whether weir's
@@ -200,8 +199,10 @@ impl Endpoint {
     }
 
     /// Completes every response, including those of adapters.
-    fn finish(&self, version: Version, mut answer: Response) -> Response {
+    fn finish(&self, begun: RequestStart, mut answer: Response) -> Response {
+        let RequestStart { version, route, time } = begun;
         self.node.metrics.requests[StatusClass::new(answer.status().as_u16())].add(1);
+        self.node.metrics.request_seconds[route].record(time.elapsed());
         let upgrades = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
         // `Connection: close` while draining, so that clients reconnect to another node. HTTP/2 has a GOAWAY frame
         // instead.
@@ -239,6 +240,41 @@ impl HttpService for Endpoint {
             self.origins.classify(head).mark(answer.headers_mut());
         }
         self.finish(Version::HTTP_11, answer)
+    }
+}
+
+/// What a response is finished with.
+struct RequestStart {
+    version: Version,
+    route: RouteClass,
+    time: Instant,
+}
+
+impl RequestStart {
+    fn new(head: &Parts) -> Self {
+        RequestStart { version: head.version, route: route_class(&head.method, head.uri.path()), time: Instant::now() }
+    }
+
+    fn of_adapter(self) -> Self {
+        RequestStart { route: RouteClass::Adapter, ..self }
+    }
+}
+
+fn route_class(method: &Method, path: &str) -> RouteClass {
+    let (first, rest) = path.strip_prefix("/v1/").map_or(("", path), |path| path.split_once('/').unwrap_or((path, "")));
+    match (first, rest) {
+        ("events", "") if *method == Method::POST => RouteClass::Publish,
+        ("events", "") if *method == Method::GET => RouteClass::Read,
+        ("events" | "channels", "") => RouteClass::Channels,
+        ("consumers", _) => RouteClass::Consumers,
+        ("presence", "") => RouteClass::Presence,
+        ("connections", "") => RouteClass::Connections,
+        ("services", "") => RouteClass::Services,
+        ("services", _) => RouteClass::Call,
+        ("rpc", "") => RouteClass::Rpc,
+        ("sse" | "ws", "") => RouteClass::Stream,
+        ("", "/" | "/health/live" | "/health/ready" | "/metrics" | "/openapi.json") => RouteClass::Operations,
+        _ => RouteClass::Other,
     }
 }
 

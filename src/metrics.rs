@@ -4,16 +4,23 @@
 //! Each `App` has its own [`Metrics`], so that several in one test process do not add up. Parts keep clones of the handles
 //! that they use. Updating one is an atomic operation; transports accumulate what happens per delivery.
 
+mod histogram;
 mod registry;
 mod repeat_detector;
 
 use std::{
     hash::Hash,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{SystemTime, UNIX_EPOCH},
 };
 
-pub(crate) use self::registry::{Counter, Gauge, Histogram, MetricLabel};
+pub(crate) use self::{
+    histogram::Histogram,
+    registry::{Counter, Gauge, MetricLabel},
+};
 use self::{
     registry::{MetricRegistry, PerLabel, RareCounter},
     repeat_detector::RepeatDetector,
@@ -83,6 +90,33 @@ label! {
 }
 
 label! {
+    /// What an HTTP request is for, by its path and method.
+    pub(crate) RouteClass as "route" {
+        /// `POST /v1/events`.
+        Publish = "publish",
+        /// `GET /v1/events`. A long-poll includes the time that it waits.
+        Read = "read",
+        /// Trims and deletes, and everything else about channels and consumers.
+        Channels = "channels",
+        Consumers = "consumers",
+        Presence = "presence",
+        Connections = "connections",
+        Services = "services",
+        /// `POST /v1/services/…`: a call with its reply.
+        Call = "call",
+        /// `POST /v1/rpc`.
+        Rpc = "rpc",
+        /// The response head of an SSE stream or a WebSocket.
+        Stream = "stream",
+        /// Health checks, metrics and documents.
+        Operations = "operations",
+        /// Paths and listeners of adapters.
+        Adapter = "adapter",
+        Other = "other",
+    }
+}
+
+label! {
     /// The purpose of a connection to Redis.
     pub RedisConnectionKind as "lane" {
         Commands = "commands",
@@ -101,21 +135,29 @@ macro_rules! metrics {
             $($(#[doc = $help])+ pub(crate) $field: $type,)+
             repeats: RepeatDetector,
             registry: MetricRegistry,
+            /// The metrics of Redis, and whether this node uses it.
+            redis_registry: MetricRegistry,
+            uses_redis: AtomicBool,
         }
 
         impl Metrics {
             pub fn new() -> Self {
-                let registry = MetricRegistry::new();
+                let (registry, redis_registry) = (MetricRegistry::new(), MetricRegistry::new());
+                let registry_of = |name: &str| if name.starts_with("weir_redis_") { &redis_registry } else { &registry };
                 registry.info("weir_build_info", "Always 1. The label is the version.", "version", env!("CARGO_PKG_VERSION"));
                 let started =
                     registry.gauge("weir_start_time_seconds", "Unix time at which this node started, in seconds.");
                 started.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64));
-                Metrics {
+                let metrics = Metrics {
                     // The lines of a doc comment begin with a space.
-                    $($field: registry.$register($name, concat!($($help),+).trim_start() $(, $labels)?),)+
+                    $($field: registry_of($name).$register($name, concat!($($help),+).trim_start() $(, $labels)?),)+
                     repeats: RepeatDetector::default(),
+                    uses_redis: AtomicBool::new(false),
                     registry,
-                }
+                    redis_registry,
+                };
+                metrics.begin_at_zero();
+                metrics
             }
         }
     };
@@ -135,6 +177,8 @@ metrics! {
     connections_refused: Counter = counter("weir_connections_refused_total");
     /// HTTP requests answered, by class of the status code.
     requests: PerLabel<StatusClass, Counter> = counters("weir_http_requests_total");
+    /// Time from the head of an HTTP request to that of its response.
+    request_seconds: PerLabel<RouteClass, Histogram> = histograms("weir_http_request_duration_seconds");
 
     /// Active subscriptions, one per reader and channel.
     subscriptions: PerLabel<Transport, Gauge> = gauges("weir_subscriptions");
@@ -154,15 +198,26 @@ metrics! {
     delivered_bytes: PerLabel<Transport, Counter> = counters("weir_events_delivered_bytes_total");
     /// Gaps reported to readers: requested history is no longer available.
     gaps: RareCounter<1> = rare("weir_gaps_total", ["reason"]);
-    /// Bytes of all events in the memory backend.
+    /// Memory of all events, idempotency keys and channels on this node.
     bus_memory_bytes: Gauge = gauge("weir_bus_memory_bytes");
+    /// The upper bound of weir_bus_memory_bytes in the memory backend (bus.memory.budget).
+    bus_memory_limit: Gauge = gauge("weir_bus_memory_limit_bytes");
+    /// Events that the memory backend removed early, because the budget was used up.
+    bus_evictions: Counter = counter("weir_bus_evicted_events_total");
 
     /// Pages that a consumer read for at least the third time within a second, because it does not commit.
     consumer_repeats: Counter = counter("weir_consumer_repeats_total");
 
+    /// Consumers, up to the 1,000 that are examined.
+    consumers: Gauge = gauge("weir_consumers");
+    /// Unread events of the consumer and channel with the most of them, of up to 1,000.
+    consumer_lag: Gauge = gauge("weir_consumer_lag_events");
+    /// Age of the oldest event that one of these consumers has not read.
+    consumer_lag_seconds: Gauge = gauge("weir_consumer_lag_seconds");
+
     /// Calls completed.
     calls: PerLabel<CallOutcome, Counter> = counters("weir_rpc_calls_total");
-    /// Duration of calls, from request to reply. Sampled at high rates.
+    /// Duration of calls, from request to reply. Every call counts; rejected ones as zero.
     call_seconds: PerLabel<CallOutcome, Histogram> = histograms("weir_rpc_duration_seconds");
     /// Calls in flight.
     calls_in_flight: Gauge = gauge("weir_rpc_in_flight");
@@ -209,17 +264,54 @@ metrics! {
     ws_unreadable: Counter = counter("weir_ws_unreadable_total");
 }
 
+/// The errors of publishes, and why connections end, as far as these are ordinary.
+const PUBLISH_ERRORS: [Code; 10] = [
+    Code::BusUnavailable,
+    Code::Draining,
+    Code::Forbidden,
+    Code::InvalidParams,
+    Code::InvalidRequest,
+    Code::KeyReused,
+    Code::Overloaded,
+    Code::ParseError,
+    Code::TooLarge,
+    Code::Unconfirmed,
+];
+const CLOSE_REASONS: [&str; 7] = ["done", "peer", "error", "draining", "slow", "dead_peer", "kicked"];
+
 impl Metrics {
     /// The Prometheus text format 0.0.4, with the standard `process_` metrics.
     pub fn render(&self) -> String {
+        // Every call is in the histogram: a counter of its own would cost another atomic operation per call.
+        for (calls, seconds) in self.calls.iter().zip(self.call_seconds.iter()) {
+            calls.set(seconds.count());
+        }
         let mut out = self.registry.render();
+        if self.uses_redis.load(Relaxed) {
+            out += &self.redis_registry.render();
+        }
         render_process(&mut out);
         out
     }
 
-    /// Moves pending samples into the buckets of histograms. To be called every second.
-    pub(crate) fn upkeep(&self) {
-        self.registry.upkeep();
+    /// Renders the metrics of Redis from now on.
+    pub(crate) fn use_redis(&self) {
+        self.uses_redis.store(true, Relaxed);
+    }
+
+    /// Creates the series of the label values that are known, so that a rate is known from their first event on.
+    fn begin_at_zero(&self) {
+        for reason in ["trimmed", "budget", "reset", "failover", "deleted", "bad_position"] {
+            self.gaps.of([reason]).add(0);
+        }
+        for code in PUBLISH_ERRORS {
+            self.publish_failures.of([code.as_str()]).add(0);
+        }
+        for transport in Transport::ALL {
+            for reason in CLOSE_REASONS {
+                self.connections_closed.of([transport.value(), reason]).add(0);
+            }
+        }
     }
 
     /// The value of a series as it is rendered, or 0 if there is none. For tests.
@@ -268,12 +360,10 @@ impl Metrics {
         }
     }
 
-    /// `took` is `None` for calls whose duration is not sampled.
-    pub(crate) fn call_ended(&self, outcome: CallOutcome, took: Option<Duration>) {
-        self.calls[outcome].add(1);
-        if let Some(took) = took {
-            self.call_seconds[outcome].record(took);
-        }
+    /// Counts a call that took this time.
+    #[inline]
+    pub(crate) fn call_ended(&self, outcome: CallOutcome, micros: u64) {
+        self.call_seconds[outcome].record_micros(micros);
     }
 }
 
@@ -395,9 +485,9 @@ mod tests {
         metrics.delivered[Transport::Sse].add(7);
         metrics.gap("trimmed");
         metrics.publish_failed(Code::TooLarge);
-        metrics.call_ended(CallOutcome::Ok, Some(Duration::from_micros(70)));
-        metrics.call_ended(CallOutcome::Ok, Some(Duration::from_micros(50)));
-        metrics.call_ended(CallOutcome::Ok, Some(Duration::from_secs(600)));
+        metrics.call_ended(CallOutcome::Ok, 70);
+        metrics.call_ended(CallOutcome::Ok, 50);
+        metrics.call_ended(CallOutcome::Ok, 600_000_000);
         let text = metrics.render();
         for line in [
             "# TYPE weir_events_delivered_total counter",
@@ -410,6 +500,10 @@ mod tests {
             "weir_rpc_duration_seconds_bucket{result=\"ok\",le=\"+Inf\"} 3",
             "weir_rpc_duration_seconds_sum{result=\"ok\"} 600.00012",
             "weir_rpc_duration_seconds_count{result=\"ok\"} 3",
+            "weir_rpc_calls_total{result=\"ok\"} 3",
+            "weir_gaps_total{reason=\"failover\"} 0",
+            "weir_publish_failures_total{code=\"overloaded\"} 0",
+            "weir_connections_closed_total{transport=\"ws\",reason=\"slow\"} 0",
             concat!("weir_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
         ] {
             assert!(text.lines().any(|other| other == line), "no {line} in\n{text}");
@@ -418,7 +512,11 @@ mod tests {
 
     #[test]
     fn names_follow_the_conventions() {
-        let text = Metrics::new().render();
+        let metrics = Metrics::new();
+        assert!(!metrics.render().contains("weir_redis_"));
+        metrics.use_redis();
+        let text = metrics.render();
+        assert!(text.contains("weir_redis_append_seconds_count 0"));
         for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
             let (name, kind) = line.split_once(' ').unwrap();
             assert_eq!(name.ends_with("_total"), kind == "counter", "{name}");

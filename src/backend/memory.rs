@@ -115,9 +115,11 @@ impl Memory {
     fn evict(&self) -> bool {
         let Some(topic) = self.topics.sample_oldest() else { return false };
         let mut ring = topic.edit();
-        for _ in 0..ring.events().len().div_ceil(2) {
+        let evicted = ring.events().len().div_ceil(2);
+        for _ in 0..evicted {
             drop_oldest(&mut ring, GapReason::Budget);
         }
+        self.topics.budget().add_evicted(evicted);
         ring.clear_frames();
         true
     }

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicUsize, Ordering::Relaxed},
+    atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
 };
 
 /// Memory of all topics and idempotency keys, in bytes, and its upper bound. Memory is
@@ -10,6 +10,8 @@ use std::sync::{
 pub(crate) struct MemoryBudget {
     limit: usize,
     used: AtomicUsize,
+    /// Events removed early to keep the limit.
+    evicted: AtomicU64,
 }
 
 /// Memory accounted for until this is dropped.
@@ -20,7 +22,7 @@ pub(crate) struct MemoryCharge {
 
 impl MemoryBudget {
     pub(crate) fn new(limit: usize) -> Self {
-        MemoryBudget { limit, used: AtomicUsize::new(0) }
+        MemoryBudget { limit, used: AtomicUsize::new(0), evicted: AtomicU64::new(0) }
     }
 
     pub(crate) fn limit(&self) -> usize {
@@ -29,6 +31,14 @@ impl MemoryBudget {
 
     pub(crate) fn used(&self) -> usize {
         self.used.load(Relaxed)
+    }
+
+    pub(crate) fn evicted(&self) -> u64 {
+        self.evicted.load(Relaxed)
+    }
+
+    pub(crate) fn add_evicted(&self, events: usize) {
+        self.evicted.fetch_add(events as u64, Relaxed);
     }
 
     /// Accounts for memory that grew or shrank.

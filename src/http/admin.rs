@@ -1,6 +1,6 @@
 //! Health checks and metrics.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     extract::State,
@@ -8,12 +8,18 @@ use axum::{
 };
 use http::{HeaderValue, StatusCode, header};
 
-use super::{api, schema};
+use super::{
+    api::{self, consumers},
+    schema,
+};
 use crate::{
     auth::Identity,
     error::{Code, Error, Result},
     node::Node,
 };
+
+/// How long `/metrics` waits for the lag of consumers, which may be in Redis.
+const LAG_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// `GET /health/live`, without authentication. It depends on no other server.
 #[utoipa::path(get, path = "/health/live", operation_id = "getLiveness", tag = "operations", description = "Liveness probe.", responses((status = 200, description = "The process is alive.", body = Healthy)))]
@@ -41,18 +47,22 @@ pub(crate) async fn ready(State(node): State<Arc<Node>>) -> Response {
     responses((status = 200, description = "The metrics.", body = String, content_type = "text/plain")))]
 pub(crate) async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Result<Response> {
     let _ = identity.may_administer()?;
-    observe(&node);
+    observe(&node).await;
     let mut response = node.metrics.render().into_response();
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     Ok(response)
 }
 
-/// Updates the gauges whose values bus, presence and hub count themselves.
-fn observe(node: &Node) {
+/// Updates the metrics whose values bus, presence and hub count themselves.
+async fn observe(node: &Node) {
     let topics = node.bus.topics();
     node.metrics.channels.set(topics.count() as i64);
     node.metrics.bus_memory_bytes.set(topics.used() as i64);
+    node.metrics.bus_memory_limit.set(topics.budget().limit() as i64);
+    node.metrics.bus_evictions.set(topics.budget().evicted());
+    // Without Redis for a while, the last known lag is better than no metrics.
+    let _ = tokio::time::timeout(LAG_TIMEOUT, consumers::observe_lag(node)).await;
     node.metrics.presence_members.set(node.presence.members() as i64);
     node.hub.update_gauges();
 }

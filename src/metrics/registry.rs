@@ -1,9 +1,12 @@
 //! Handles of metrics, which make an update an atomic operation without a lookup, and the registry that they come from.
 
-use std::{marker::PhantomData, ops::Index, sync::Arc, time::Duration};
+use std::{fmt::Write as _, marker::PhantomData, ops::Index, sync::Arc};
 
-use metrics::{Key, KeyName, Metadata, Recorder, Unit};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
+use metrics::{Key, KeyName, Metadata, Recorder};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
+use parking_lot::Mutex;
+
+use super::histogram::Histogram;
 
 /// A value that only increases. Clones share the value.
 #[derive(Clone, Debug)]
@@ -12,14 +15,6 @@ pub(crate) struct Counter(metrics::Counter);
 /// A value that goes up and down. Clones share the value.
 #[derive(Clone, Debug)]
 pub(crate) struct Gauge(metrics::Gauge);
-
-/// A distribution of durations. Clones share it.
-#[derive(Clone, Debug)]
-pub(crate) struct Histogram(metrics::Histogram);
-
-/// Upper bounds of the buckets in seconds: a local call takes tens of microseconds, a long-poll a minute.
-const BOUNDS: [f64; 14] =
-    [50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 50e-3, 250e-3, 1.0, 5.0, 30.0, 120.0];
 
 /// A label with a closed set of values, so that clients cannot create series.
 pub(crate) trait MetricLabel: Copy + 'static {
@@ -44,16 +39,31 @@ pub(crate) struct RareCounter<const N: usize> {
 
 /// Creates handles and renders their values. Not the global recorder of the process: each `App` has its own.
 #[derive(Clone)]
-pub(super) struct MetricRegistry(Arc<PrometheusRecorder>);
+pub(super) struct MetricRegistry {
+    recorder: Arc<PrometheusRecorder>,
+    histograms: Arc<Mutex<Vec<HistogramFamily>>>,
+}
+
+/// The histograms of one name, with their labels as they are rendered.
+struct HistogramFamily {
+    name: &'static str,
+    help: &'static str,
+    series: Vec<(String, Histogram)>,
+}
 
 /// Required by the `Recorder` trait, but not used.
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), metrics::Level::INFO, None);
 
-// === impl Counter, Gauge, Histogram ===
+// === impl Counter, Gauge ===
 
 impl Counter {
     pub(crate) fn add(&self, n: u64) {
         self.0.increment(n);
+    }
+
+    /// Sets a count that is kept elsewhere.
+    pub(crate) fn set(&self, n: u64) {
+        self.0.absolute(n);
     }
 }
 
@@ -67,9 +77,9 @@ impl Gauge {
     }
 }
 
-impl Histogram {
-    pub(crate) fn record(&self, took: Duration) {
-        self.0.record(took.as_secs_f64());
+impl<L: MetricLabel, M> PerLabel<L, M> {
+    pub(super) fn iter(&self) -> std::slice::Iter<'_, M> {
+        self.0.iter()
     }
 }
 
@@ -85,7 +95,7 @@ impl<const N: usize> RareCounter<N> {
     /// The counter for these label values.
     pub(crate) fn of(&self, values: [&'static str; N]) -> Counter {
         let labels: Vec<_> = self.labels.into_iter().zip(values).collect();
-        Counter(self.registry.0.register_counter(&Key::from_parts(self.name, &labels), &METADATA))
+        Counter(self.registry.recorder.register_counter(&Key::from_parts(self.name, &labels), &METADATA))
     }
 }
 
@@ -93,11 +103,8 @@ impl<const N: usize> RareCounter<N> {
 
 impl MetricRegistry {
     pub(super) fn new() -> Self {
-        // Fails only for an empty list of bounds.
-        let builder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BOUNDS)
-            .unwrap_or_default();
-        MetricRegistry(Arc::new(builder.build_recorder()))
+        let recorder = Arc::new(PrometheusBuilder::new().build_recorder());
+        MetricRegistry { recorder, histograms: Arc::default() }
     }
 
     pub(super) fn counter(&self, name: &'static str, help: &'static str) -> Counter {
@@ -122,13 +129,20 @@ impl MetricRegistry {
     }
 
     pub(super) fn histogram(&self, name: &'static str, help: &'static str) -> Histogram {
-        self.0.describe_histogram(KeyName::from(name), Some(Unit::Seconds), help.into());
-        Histogram(self.0.register_histogram(&Key::from_static_name(name), &METADATA))
+        let histogram = Histogram::default();
+        self.add_histograms(name, help, vec![(String::new(), histogram.clone())]);
+        histogram
     }
 
     pub(super) fn histograms<L: MetricLabel>(&self, name: &'static str, help: &'static str) -> PerLabel<L, Histogram> {
-        self.0.describe_histogram(KeyName::from(name), Some(Unit::Seconds), help.into());
-        each(|labels| Histogram(self.0.register_histogram(&Key::from_parts(name, labels), &METADATA)))
+        let histograms: PerLabel<L, Histogram> = each(|_| Histogram::default());
+        let labels = L::ALL.iter().map(|label| format!("{}=\"{}\"", L::NAME, label.value()));
+        self.add_histograms(name, help, labels.zip(histograms.0.iter().cloned()).collect());
+        histograms
+    }
+
+    fn add_histograms(&self, name: &'static str, help: &'static str, series: Vec<(String, Histogram)>) {
+        self.histograms.lock().push(HistogramFamily { name, help, series });
     }
 
     pub(super) fn rare<const N: usize>(
@@ -137,27 +151,31 @@ impl MetricRegistry {
         help: &'static str,
         labels: [&'static str; N],
     ) -> RareCounter<N> {
-        self.0.describe_counter(KeyName::from(name), None, help.into());
+        self.recorder.describe_counter(KeyName::from(name), None, help.into());
         RareCounter { registry: self.clone(), name, labels }
     }
 
     pub(super) fn render(&self) -> String {
-        self.0.handle().render()
-    }
-
-    /// Moves pending samples into the buckets of histograms, which keep every sample until then.
-    pub(super) fn upkeep(&self) {
-        self.0.handle().run_upkeep();
+        let mut out = self.recorder.handle().render();
+        for HistogramFamily { name, help, series } in &*self.histograms.lock() {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
+            for (labels, histogram) in series {
+                let _ = histogram.render(name, labels, &mut out);
+            }
+            out.push('\n');
+        }
+        out
     }
 
     fn counter_of(&self, name: &'static str, help: &'static str, labels: &[(&'static str, &'static str)]) -> Counter {
-        self.0.describe_counter(KeyName::from(name), None, help.into());
-        Counter(self.0.register_counter(&Key::from_parts(name, labels), &METADATA))
+        self.recorder.describe_counter(KeyName::from(name), None, help.into());
+        Counter(self.recorder.register_counter(&Key::from_parts(name, labels), &METADATA))
     }
 
     fn gauge_of(&self, name: &'static str, help: &'static str, labels: &[(&'static str, &'static str)]) -> Gauge {
-        self.0.describe_gauge(KeyName::from(name), None, help.into());
-        Gauge(self.0.register_gauge(&Key::from_parts(name, labels), &METADATA))
+        self.recorder.describe_gauge(KeyName::from(name), None, help.into());
+        Gauge(self.recorder.register_gauge(&Key::from_parts(name, labels), &METADATA))
     }
 }
 

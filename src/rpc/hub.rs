@@ -86,8 +86,6 @@ pub struct Hub {
     /// Numbers calls; starts at random, so that a reply to a former process matches nothing.
     seq: AtomicU64,
     waiting_room: Arc<WaitingRoom>,
-    /// Calls whose duration was measured since the last sweep.
-    timed: AtomicU64,
 }
 
 /// A call that left the tables and has to be answered with an error.
@@ -137,8 +135,6 @@ type FollowUpWork = (Arc<ServiceEntry>, Effects, bool);
 // === impl Hub: what app and transports use ===
 
 impl Hub {
-    /// Calls whose duration is measured between two sweeps.
-    const MAX_TIMED: u64 = 64;
     /// The service that the hub itself provides.
     const BUILT_IN: &'static str = "weir";
 
@@ -160,7 +156,6 @@ impl Hub {
             connections: AtomicUsize::new(0),
             seq: AtomicU64::new(fastrand::u64(..)),
             waiting_room: Arc::default(),
-            timed: AtomicU64::new(0),
         })
     }
 
@@ -250,7 +245,7 @@ impl Hub {
     /// Makes a call of `conn`, which is answered once, perhaps before this returns.
     pub(super) fn call(&self, conn: &Arc<PeerState>, caller_id: CallerId, call: &Call<'_>) {
         if let Err((caller_id, error)) = self.try_call(conn, caller_id, call) {
-            self.metrics.call_ended(error.code().into(), None);
+            self.metrics.call_ended(error.code().into(), 0);
             conn.peer.answer(&caller_id, CallAnswer::Failed(error));
         }
     }
@@ -315,7 +310,7 @@ impl Hub {
                 return Err((caller_id, Error::new(Code::MethodNotFound, detail)));
             }
         };
-        self.metrics.call_ended(CallOutcome::Ok, None);
+        self.metrics.call_ended(CallOutcome::Ok, 0);
         conn.peer.answer(&caller_id, CallAnswer::Result(result));
         Ok(())
     }
@@ -635,13 +630,7 @@ impl Hub {
             // Counted on the caller's node.
             return;
         }
-        // The metrics keep a sample until they are collected, and it takes two readings of the clock.
-        let timed = self.timed.load(Relaxed) < Self::MAX_TIMED;
-        let duration = timed.then(|| {
-            self.timed.fetch_add(1, Relaxed);
-            Duration::from_micros(self.clock.micros().saturating_sub(call.started))
-        });
-        self.metrics.call_ended(outcome, duration);
+        self.metrics.call_ended(outcome, self.clock.micros().saturating_sub(call.started));
     }
 
     /// Removes a call whose [`InFlight`] was taken. Returns whether it may have been executed.
@@ -708,7 +697,6 @@ impl Hub {
     /// Finds what is due. One task calls it about every 20 ms.
     pub fn sweep(&self) {
         let now = self.clock.now();
-        self.timed.store(0, Relaxed);
         self.late.sweep(now);
         self.registry.retain_ticking(|service| self.sweep_calls(service, now));
         self.registry.forget_expired(now, self.config.limits.services);

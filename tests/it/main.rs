@@ -18,6 +18,7 @@ mod http_services;
 mod hub;
 mod import;
 mod jsonrpsee;
+mod metrics;
 mod presence;
 mod presence_nodes;
 mod redis;

@@ -8,6 +8,7 @@ use axum::{
     http::{Request, StatusCode, request::Parts},
     response::Response,
 };
+use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
 
@@ -32,6 +33,8 @@ use crate::{
 
 /// Maximum size of a request body in bytes: many times that of a token and a channel name.
 const MAX_BODY: usize = 64 * 1024;
+/// Consumers, and their cursors, of which the metrics show the lag.
+const MAX_OBSERVED: usize = 1_000;
 
 /// `GET /v1/consumers`.
 #[utoipa::path(get, path = "/v1/consumers", operation_id = "listConsumers",
@@ -222,6 +225,24 @@ impl Consumer {
         let ConsumerInfo { name, seen, expires, .. } = consumer;
         Ok(Consumer { name, mode: "cursor", channels, seen, expires })
     }
+}
+
+/// Updates the metrics of the lag of consumers.
+pub(crate) async fn observe_lag(node: &Node) -> Result<()> {
+    let consumers = node.bus.consumers("", None, MAX_OBSERVED).await?;
+    let cursors: Vec<_> = consumers.iter().flat_map(|consumer| consumer.cursors.iter()).take(MAX_OBSERVED).collect();
+    let mut lags: Vec<Lag> = Vec::with_capacity(cursors.len());
+    for some in cursors.chunks(64) {
+        let mut reads = Vec::with_capacity(some.len());
+        for (channel, position) in some {
+            reads.push(Lag::of(node, channel, *position));
+        }
+        lags.extend(try_join_all(reads).await?);
+    }
+    node.metrics.consumers.set(consumers.len() as i64);
+    node.metrics.consumer_lag.set(lags.iter().map(|lag| lag.lag).max().unwrap_or(0) as i64);
+    node.metrics.consumer_lag_seconds.set(lags.iter().map(|lag| lag.lag_ms).max().unwrap_or(0) as i64 / 1000);
+    Ok(())
 }
 
 impl Lag {

@@ -106,6 +106,7 @@ pub(crate) fn deadline() -> Deadline {
 impl Topology {
     /// Begins to connect. Needs a tokio runtime.
     pub fn start(url: RedisUrl, metrics: Arc<Metrics>) -> Arc<Self> {
+        metrics.use_redis();
         let topology = Arc::new(Topology {
             url: Arc::new(url),
             metrics,
