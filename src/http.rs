@@ -239,7 +239,8 @@ impl HttpService for Endpoint {
         } else {
             self.origins.classify(head).mark(answer.headers_mut());
         }
-        self.finish(Version::HTTP_11, answer)
+        let begun = RequestStart { version: Version::HTTP_11, route: RouteClass::Other, time: Instant::now() };
+        self.finish(begun, answer)
     }
 }
 
