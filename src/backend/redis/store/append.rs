@@ -113,13 +113,20 @@ impl Appender {
         }
         queues.bytes += size;
         let waiting = WaitingPublish { batch, since: Instant::now(), deadline, result: tx };
-        match queues.waiting.entry(channel.clone()) {
-            hash_map::Entry::Occupied(mut queue) => queue.get_mut().push_back(waiting),
+        let task = match queues.waiting.entry(channel.clone()) {
+            hash_map::Entry::Occupied(mut queue) => {
+                queue.get_mut().push_back(waiting);
+                None
+            }
             hash_map::Entry::Vacant(free) => {
                 free.insert(VecDeque::from([waiting]));
-                let task = ChannelAppender { appender: self.clone(), channel: channel.clone(), done: false };
-                tokio::spawn(task.run());
+                Some(ChannelAppender { appender: self.clone(), channel: channel.clone(), done: false })
             }
+        };
+        // A runtime that shuts down drops a new task at once, which locks the queues.
+        drop(queues);
+        if let Some(task) = task {
+            tokio::spawn(task.run());
         }
         Ok(result)
     }
