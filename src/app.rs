@@ -8,6 +8,7 @@ use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    auth::{AuthProblems, Authenticator},
     backend::{
         self,
         redis::{RedisCluster, client::Topology},
@@ -66,7 +67,8 @@ impl App {
         let redis = backend::connect(&config, metrics.clone())?;
         // The URL is formatted without the password.
         let bus_name = redis.as_ref().map_or_else(|| "memory".to_owned(), |topology| topology.url.to_string());
-        let node = node(config, redis.as_ref(), metrics);
+        let auth = Authenticator::new(&config.auth).map_err(|problems| anyhow!("{}", describe(&problems)))?;
+        let node = node(config, auth, redis.as_ref(), metrics);
         let remote_nodes = Arc::new(RemoteNodes::new(&node.hub));
         let config = node.config.clone();
         let connections = HttpConnections::new(config.limits.clone(), node.timers.clone(), node.metrics.clone());
@@ -136,6 +138,7 @@ impl App {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         let App { listeners, node, connections, remote_nodes, .. } = self;
         let drain = node.config.drain.clone();
+        let _key_sets = node.auth.start();
         let stop = CancellationToken::new();
         let _tasks = Tasks(vec![
             tokio::spawn(node.cluster_connections.clone().run()),
@@ -155,6 +158,7 @@ impl App {
                 move || {
                     let ready = !node.draining.is_cancelled() && node.bus.ready().is_ok();
                     node.metrics.ready.set(ready.into());
+                    node.sessions.close_expired(node.bus.now());
                 }
             }),
             tokio::spawn(async move { remote_nodes.run().await }),
@@ -195,8 +199,15 @@ impl App {
     }
 }
 
+/// The parts that handlers share, in memory and without credentials, for tests. Requires a tokio runtime.
+#[cfg(test)]
+pub(crate) fn open_node(config: Config) -> Arc<Node> {
+    let auth = Authenticator::new(&config.auth).unwrap();
+    node(config, auth, None, Arc::new(Metrics::new()))
+}
+
 /// The parts that handlers share. Requires a tokio runtime.
-pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<Metrics>) -> Arc<Node> {
+fn node(config: Config, auth: Authenticator, redis: Option<&Arc<Topology>>, metrics: Arc<Metrics>) -> Arc<Node> {
     let bus = Arc::new(backend::bus_on(redis, &config, bus::Config::new(&config), WallClock::System));
     let cluster: Arc<dyn Cluster> = match redis {
         Some(topology) => RedisCluster::start(topology.clone(), &config.bus.redis.prefix),
@@ -209,6 +220,7 @@ pub(crate) fn node(config: Config, redis: Option<&Arc<Topology>>, metrics: Arc<M
     let cluster_connections = ClusterConnections::new(sessions.clone(), cluster.clone());
     let hub = Hub::new(config.clone(), cluster::MonotonicClock::real(), cluster.clone(), metrics.clone());
     Arc::new(Node {
+        auth,
         bus,
         hub,
         presence,
@@ -257,6 +269,16 @@ async fn publish_changes(node: &Node, channel: &Channel, changes: Vec<Unpublishe
         pending.published();
     }
     Ok(())
+}
+
+/// The problems of credentials and roles in a configuration, as pairs of key and reason.
+pub fn check_auth(config: &Config) -> Vec<(String, String)> {
+    Authenticator::new(&config.auth).err().unwrap_or_default()
+}
+
+fn describe(problems: &AuthProblems) -> String {
+    let lines: Vec<_> = problems.iter().map(|(key, reason)| format!("{key}: {reason}")).collect();
+    lines.join("\n")
 }
 
 fn every(period: Duration, mut work: impl FnMut() + Send + 'static) -> JoinHandle<()> {

@@ -7,6 +7,7 @@ mod backoff;
 mod client;
 mod commands;
 mod connect;
+mod credentials;
 mod doctor;
 mod json_or_text;
 mod provide;
@@ -17,7 +18,7 @@ mod welcome;
 
 use std::process::ExitCode;
 
-pub use args::{Cli, ClientCommand, Command, ConfigCommand, ImportCommand, Serve};
+pub use args::{Cli, ClientCommand, Command, ConfigCommand, ImportCommand, KeyCommand, Serve, TokenCommand};
 pub use welcome::welcome;
 
 pub use crate::terminal::USAGE;
@@ -34,6 +35,16 @@ pub fn run(command: ClientCommand) -> ExitCode {
 /// Imports into the bus of `config`, in a tokio runtime of its own.
 pub fn import(command: &ImportCommand, config: Config) -> ExitCode {
     block_on(async |out| command.run(config, out).await)
+}
+
+/// Makes API keys.
+pub fn key(command: KeyCommand) -> ExitCode {
+    block_on(async |out| credentials::key(command, out).await)
+}
+
+/// Makes and checks tokens by `config`.
+pub fn token(command: TokenCommand, config: &Config) -> ExitCode {
+    block_on(async |out| credentials::token(command, config, out).await)
 }
 
 fn block_on(work: impl AsyncFnOnce(&mut Output) -> Result<(), Failure>) -> ExitCode {

@@ -8,6 +8,7 @@
 //! [`load`] brings them, in the defaults.
 
 mod adapter;
+mod auth;
 mod channel_rule;
 mod load;
 mod originals;
@@ -18,6 +19,7 @@ mod slot;
 mod value;
 
 pub use adapter::{AdapterConfig, AdapterContext, CompatSection};
+pub use auth::{AuthSection, JwtSection, KeyRule, RoleRule};
 pub use channel_rule::{ChannelRule, Keep};
 pub use load::{COMMAND_VARIABLES, ConfigProblem, ConfigProblems, Loaded, Override, Source, load, read};
 pub use originals::OriginalVariables;

@@ -100,6 +100,8 @@ codes! {
     BadReply("bad_reply", "Invalid reply of the provider", 502, -32026, 0, Key),
     NoProvider("no_provider", "No provider", 503, -32020, 0, Yes),
     Busy("busy", "All providers busy", 503, -32021, 0, Yes),
+    /// The credentials cannot be verified now.
+    AuthUnavailable("auth_unavailable", "Authentication unavailable", 503, -32014, 1013, Yes),
     /// The event was not stored.
     BusUnavailable("bus_unavailable", "Bus unavailable", 503, -32010, 0, Yes),
     Overloaded("overloaded", "Overloaded", 503, -32011, 1013, Yes),
@@ -185,7 +187,9 @@ impl Error {
     /// `detail` is a sentence for humans that names the mistake and its remedy. It must not contain a secret.
     pub(crate) fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
         let retry_after = match code {
-            Code::BusUnavailable | Code::Overloaded | Code::Draining => Some(Duration::from_secs(2)),
+            Code::AuthUnavailable | Code::BusUnavailable | Code::Overloaded | Code::Draining => {
+                Some(Duration::from_secs(2))
+            }
             Code::NoProvider | Code::Busy | Code::RateLimited => Some(Duration::from_secs(1)),
             _ => None,
         };

@@ -3,7 +3,7 @@
 //! An event is encoded once, when its draft is made, except for its epoch, offset and time, which the bus assigns. Every
 //! wire format is that encoding with a prefix and a suffix.
 
-use std::{collections::BTreeMap, fmt, hash::BuildHasher as _, ops::Range};
+use std::{borrow::Cow, collections::BTreeMap, fmt, hash::BuildHasher as _, ops::Range};
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde_json::value::RawValue;
@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use crate::{
     channel::{Channel, check_label},
     error::{Code, Error, Result},
-    json::{JsonStr, write_json_line, write_json_str},
+    json::{JsonStr, parse_json, write_json_line, write_json_str},
     position::{Epoch, Position},
 };
 
@@ -124,6 +124,11 @@ impl Draft {
         self.body.bytes.len()
     }
 
+    /// `from`, if it has one.
+    pub(crate) fn from(&self) -> Option<Cow<'_, str>> {
+        parse_json::<JsonStr<'_>>(self.body.sender_text()?).ok().map(|text| text.0)
+    }
+
     /// The body, and the idempotency key.
     pub(crate) fn parts(&self) -> (&EncodedBody, Option<&str>) {
         (&self.body, self.key.as_deref())
@@ -182,7 +187,7 @@ impl Event {
 
     /// `from`, as the JSON text of a string, quotes included.
     pub(crate) fn sender_json(&self) -> Option<&str> {
-        (self.body.from_start > 0).then(|| self.body.text(self.body.from_start as usize..self.body.tail as usize))
+        self.body.sender_text()
     }
 
     /// `meta`, as JSON text.
@@ -278,6 +283,10 @@ impl EncodedBody {
         }
         out.push(b'}');
         EncodedBody { bytes: out.into_boxed_slice(), kind_end, from_start, tail, data_start, binary }
+    }
+
+    fn sender_text(&self) -> Option<&str> {
+        (self.from_start > 0).then(|| self.text(self.from_start as usize..self.tail as usize))
     }
 
     /// Where the value of `meta` is.

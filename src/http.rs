@@ -13,7 +13,6 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 use axum::{
     Router,
     body::Body,
-    extract::FromRequestParts,
     http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version},
     response::{Html, IntoResponse, Response},
     routing::{any, delete, get, post},
@@ -38,7 +37,7 @@ use crate::{
 };
 use api::events;
 use error::problem;
-use origin::{OriginPolicy, RequestOrigin};
+use origin::{ForeignPage, OriginPolicy, RequestOrigin};
 
 /// The purpose of a listener.
 pub(crate) enum ListenerRole {
@@ -66,7 +65,8 @@ pub struct Endpoint {
 impl Endpoint {
     /// `loopback`: only this machine can reach the listener.
     pub(crate) fn new(node: Arc<Node>, adapters: Arc<[Adapter]>, loopback: bool, role: ListenerRole) -> Self {
-        let origins = OriginPolicy::new(loopback, &node.config.cors.origins, &node.config.server.hosts);
+        let origins =
+            OriginPolicy::new(loopback, !node.auth.is_on(), &node.config.cors.origins, &node.config.server.hosts);
         Endpoint { router: router(node.clone(), &role), role, origins, node, adapters }
     }
 
@@ -89,11 +89,16 @@ impl Endpoint {
             return self.answer_by(adapter, begun.of_adapter(), head, body).await;
         }
         let origin = self.origins.classify(&head);
-        let mut answer = match self.admit(&mut head, true, Some((&origin, true))) {
+        let admitted = match self.admit(&mut head, true, Some((&origin, true))) {
+            Ok(()) => self.authenticate(&head).await,
+            Err(error) => Err(error),
+        };
+        let mut answer = match admitted {
             Err(error) if head.uri.path() != "/v1/ws" => rejection(&head, error),
-            checked => {
-                if let Err(error) = checked {
-                    head.extensions.insert(Rejected(error));
+            admitted => {
+                match admitted {
+                    Ok(identity) => drop(head.extensions.insert(identity)),
+                    Err(error) => drop(head.extensions.insert(Rejected(error))),
                 }
                 let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
                 let method = head.method.clone();
@@ -123,6 +128,23 @@ impl Endpoint {
         })
     }
 
+    /// The client of a request. Requests that need no permission are not authenticated.
+    async fn authenticate(&self, head: &Parts) -> Result<Identity> {
+        let path = head.uri.path();
+        let public = matches!(path, "/" | "/openapi.json") || path.starts_with("/health/");
+        if public || head.method == Method::OPTIONS {
+            return Ok(self.node.auth.anonymous(false));
+        }
+        let at_admin = matches!(self.role, ListenerRole::Admin);
+        // Scrapers have no credentials; clients cannot reach admin.listen.
+        if path == "/metrics" && at_admin {
+            return Ok(Identity::open(true));
+        }
+        let identity = self.node.auth.authenticate(head, self.origins.is_loopback() || at_admin).await?;
+        let foreign = head.extensions.get::<ForeignPage>().is_some();
+        Ok(if foreign { identity.read_only() } else { identity })
+    }
+
     /// The purpose of the listener, for the log.
     pub(crate) fn purpose(&self) -> &'static str {
         match &self.role {
@@ -144,19 +166,26 @@ impl Endpoint {
     /// Answers at an adapter's path on a main listener. weir's CORS rules apply if the adapter asks for them.
     async fn answer_by(&self, adapter: &Adapter, begun: RequestStart, mut head: Parts, body: Body) -> Response {
         let origin = self.origins.classify(&head);
-        let admitted = self.admit(&mut head, true, Some((&origin, adapter.our_cors)));
+        let admitted = match self.admit(&mut head, true, Some((&origin, adapter.our_cors))) {
+            Ok(()) if adapter.authenticates => self.authenticate(&head).await,
+            Ok(()) => Ok(self.node.auth.anonymous(false)),
+            Err(error) => Err(error),
+        };
         let origin = adapter.our_cors.then_some(origin);
-        if let Err(error) = admitted {
-            let mut answer = rejection(&head, error);
-            match origin {
-                Some(origin) => origin.mark(answer.headers_mut()),
-                // The originals allow every origin. A page that cannot read the error would not reconnect.
-                None => {
-                    let every = HeaderValue::from_static("*");
-                    answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, every);
+        match admitted {
+            Ok(identity) => drop(head.extensions.insert(identity)),
+            Err(error) => {
+                let mut answer = rejection(&head, error);
+                match origin {
+                    Some(origin) => origin.mark(answer.headers_mut()),
+                    // The originals allow every origin. A page that cannot read the error would not reconnect.
+                    None => {
+                        let every = HeaderValue::from_static("*");
+                        answer.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, every);
+                    }
                 }
+                return self.finish(begun, answer);
             }
-            return self.finish(begun, answer);
         }
         let preflight = (head.method == Method::OPTIONS).then(|| head.headers.clone());
         let method = head.method.clone();
@@ -180,16 +209,14 @@ impl Endpoint {
         origin.map_or(Ok(()), |(origin, cors)| self.origins.check_origin(head, origin, cors))
     }
 
-    async fn route(&self, mut head: Parts, body: Body) -> Response {
+    async fn route(&self, head: Parts, body: Body) -> Response {
         // The most frequent requests bypass the router, whose boxed futures would cost a sixth of a publish.
         let frequent = head.uri.path() == "/v1/events" && !matches!(self.role, ListenerRole::Admin);
         if frequent && (head.method == Method::POST || head.method == Method::GET) {
-            return match Identity::from_request_parts(&mut head, &self.node).await {
-                Ok(identity) if head.method == Method::POST => {
-                    events::publish(&self.node, &identity, &head, body).await.into_response()
-                }
-                Ok(identity) => events::get(&self.node, &identity, &head).await,
-                Err(error) => error.into_response(),
+            let identity = Identity::of(&head.extensions);
+            return match head.method {
+                Method::POST => events::publish(&self.node, &identity, &head, body).await.into_response(),
+                _ => events::get(&self.node, &identity, &head).await,
             };
         }
         match self.router.clone().oneshot(Request::from_parts(head, body)).await {

@@ -9,9 +9,9 @@ use std::{
 
 use tokio::signal::unix::{SignalKind, signal};
 use weir::{
-    app::App,
+    app::{self, App},
     backend,
-    cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, USAGE, welcome},
+    cli::{self, Cli, Command, ConfigCommand, ImportCommand, Serve, TokenCommand, USAGE, welcome},
     compat,
     config::{self, ConfigProblem, ConfigProblems, Loaded},
     telemetry,
@@ -28,6 +28,8 @@ fn main() -> ExitCode {
         Command::Client(command) => cli::run(command),
         Command::Import { command } => import_command(&command),
         Command::Config { command } => config_command(command),
+        Command::Key { command } => cli::key(command),
+        Command::Token { command } => token_command(command),
     }
 }
 
@@ -129,6 +131,13 @@ fn import_command(command: &ImportCommand) -> ExitCode {
     }
 }
 
+fn token_command(command: TokenCommand) -> ExitCode {
+    match load(&Serve { config: command.config().cloned(), ..Serve::default() }) {
+        Ok(Loaded { config, .. }) => cli::token(command, &config),
+        Err(problems) => report(&problems),
+    }
+}
+
 fn config_command(command: ConfigCommand) -> ExitCode {
     let (serve, show, explain) = match command {
         ConfigCommand::Check(serve) => (serve, false, false),
@@ -153,13 +162,18 @@ fn load(serve: &Serve) -> Result<Loaded, ConfigProblems> {
         .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
     let file = serve.config.as_deref().map(Path::new);
     let loaded = config::load(&compat::default_config(), file, environment, &serve.overrides())?;
-    match backend::check(&loaded.config) {
-        Ok(()) => Ok(loaded),
-        Err((key, reason)) => {
-            let source = loaded.sources.get(key).cloned();
-            Err(ConfigProblems(vec![ConfigProblem { key: key.into(), source, reason }]))
-        }
+    let mut found = app::check_auth(&loaded.config);
+    if let Err((key, reason)) = backend::check(&loaded.config) {
+        found.push((key.to_owned(), reason));
     }
+    if found.is_empty() {
+        return Ok(loaded);
+    }
+    let problem = |(key, reason): (String, String)| {
+        let source = loaded.sources.get(&key).cloned();
+        ConfigProblem { key, source, reason }
+    };
+    Err(ConfigProblems(found.into_iter().map(problem).collect()))
 }
 
 fn report(problems: &ConfigProblems) -> ExitCode {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    auth::Authenticator,
     bus::Bus,
     cluster::Cluster,
     config::Config,
@@ -17,6 +18,7 @@ use crate::{
 
 /// One running weir. Built by `app`, shared by every transport, HTTP handler and adapter.
 pub struct Node {
+    pub(crate) auth: Authenticator,
     pub bus: Arc<Bus>,
     pub hub: Arc<Hub>,
     pub presence: Arc<Presence>,

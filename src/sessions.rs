@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, Ordering::Relaxed},
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     task::Poll,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -23,6 +23,7 @@ use utoipa::ToSchema;
 use crate::{
     auth::Identity,
     channel::Channel,
+    error::{Code, Error},
     metrics::{MetricLabel as _, Transport},
     net::timer::{Due, Timer, TimerWheel},
     rpc::ProvidedServices,
@@ -40,6 +41,8 @@ pub struct ConnectionRegistry {
     wheel: Arc<TimerWheel>,
     numbers: AtomicU32,
     entries: Mutex<Slab<ConnectionEntry>>,
+    /// The earliest time at which a credential of a connection expires, in Unix milliseconds.
+    next_expiry: AtomicU64,
 }
 
 /// One registered connection. Dropping it removes the entry.
@@ -55,7 +58,7 @@ pub(crate) struct WaitingRead {
     timer: Timer,
 }
 
-/// Kept small, about seventy bytes: there is one per connection.
+/// Kept small, at most eighty bytes: there is one per connection.
 struct ConnectionEntry {
     number: u32,
     since: u64,
@@ -119,7 +122,13 @@ pub struct ConnectionInfo {
 impl ConnectionRegistry {
     pub fn new(wheel: Arc<TimerWheel>) -> Arc<Self> {
         let node = fastrand::u64(1..);
-        Arc::new(ConnectionRegistry { node, wheel, numbers: AtomicU32::new(0), entries: Mutex::default() })
+        Arc::new(ConnectionRegistry {
+            node,
+            wheel,
+            numbers: AtomicU32::new(0),
+            entries: Mutex::default(),
+            next_expiry: AtomicU64::new(u64::MAX),
+        })
     }
 
     /// This run of the node, as in [`ConnectionInfo::node`].
@@ -156,6 +165,9 @@ impl ConnectionRegistry {
             // Grow by an eighth: doubling would leave up to half of the memory unused.
             let more = (entries.len() / 8).max(16);
             entries.reserve_exact(more);
+        }
+        if let Some(expires) = identity.expires() {
+            self.next_expiry.fetch_min(expires, Relaxed);
         }
         let key = entries.insert(entry) as u32;
         ConnectionRegistration { registry: self.clone(), key, number }
@@ -212,16 +224,33 @@ impl ConnectionRegistry {
 
     /// Ends the connections that match `filter` and returns their number.
     pub(crate) fn kick(&self, filter: &ConnectionFilter) -> usize {
+        self.close(Code::Kicked, |entry| self.matches(entry, filter))
+    }
+
+    /// Ends the connections whose credentials have expired. `now`: Unix milliseconds.
+    pub(crate) fn close_expired(&self, now: u64) {
+        if now < self.next_expiry.load(Relaxed) {
+            return;
+        }
+        let is_expired = |entry: &ConnectionEntry| entry.identity.expires().is_some_and(|expires| expires <= now);
+        self.close(Code::TokenExpired, is_expired);
+        let entries = self.entries.lock();
+        let later = entries.iter().filter_map(|(_, entry)| entry.identity.expires().filter(|expires| *expires > now));
+        // Under the lock, so that a registration meanwhile is not forgotten.
+        self.next_expiry.store(later.min().unwrap_or(u64::MAX), Relaxed);
+    }
+
+    fn close(&self, code: Code, matches: impl Fn(&ConnectionEntry) -> bool) -> usize {
         let matching: HashSet<u32> = {
             let entries = self.entries.lock();
-            entries.iter().filter(|(_, entry)| self.matches(entry, filter)).map(|(_, entry)| entry.number).collect()
+            entries.iter().filter(|(_, entry)| matches(entry)).map(|(_, entry)| entry.number).collect()
         };
         let mut left = matching.clone();
         for _ in 0..KICK_PASSES {
             if left.is_empty() {
                 break;
             }
-            self.wheel.kick(&mut left);
+            self.wheel.kick(&mut left, code);
         }
         matching.len() - left.len()
     }
@@ -230,6 +259,14 @@ impl ConnectionRegistry {
         filter.id.as_ref().is_none_or(|id| parse(id) == Some((self.node, entry.number)))
             && filter.subject.as_ref().is_none_or(|subject| entry.identity.subject() == subject)
             && filter.channel.as_ref().is_none_or(|channel| entry.channels.contains(channel))
+    }
+}
+
+/// The error of a request that the registry has closed.
+pub(crate) fn closed(code: Code) -> Error {
+    match code {
+        Code::TokenExpired => Error::new(code, "the credential has expired during this request: get a new one"),
+        code => Error::new(code, "this request was closed by an administrator"),
     }
 }
 
@@ -268,12 +305,12 @@ impl ConnectionEntry {
 // === impl WaitingRead ===
 
 impl WaitingRead {
-    /// Waits until the request is kicked.
-    pub(crate) async fn kicked(&mut self) {
+    /// Waits until the request is closed by the registry, and returns the code.
+    pub(crate) async fn kicked(&mut self) -> Code {
         std::future::poll_fn(|cx| {
             loop {
                 match self.timer.poll(cx) {
-                    Poll::Ready(Due::Kicked) => return Poll::Ready(()),
+                    Poll::Ready(Due::Kicked(code)) => return Poll::Ready(code),
                     // The handler itself ends the read when the node drains.
                     Poll::Ready(Due::Leave) => {}
                     Poll::Ready(Due::Time) => self.timer.reset(READ_TIMER),
@@ -281,7 +318,7 @@ impl WaitingRead {
                 }
             }
         })
-        .await;
+        .await
     }
 }
 
@@ -333,6 +370,16 @@ impl ConnectionRegistration {
         self.change(|entry| entry.channels = channels);
     }
 
+    /// Replaces the client of the connection, which has logged in or sent a new token.
+    pub(crate) fn set_identity(&self, identity: Identity) {
+        self.change(|entry| {
+            if let Some(expires) = identity.expires() {
+                self.registry.next_expiry.fetch_min(expires, Relaxed);
+            }
+            entry.identity = identity;
+        });
+    }
+
     /// Sets the services that the connection provides.
     pub(crate) fn set_services(&self, services: ProvidedServices) {
         self.change(|entry| entry.services = Some(services));
@@ -368,13 +415,13 @@ mod tests {
         let mut registrations: Vec<_> = (0..100)
             .map(|n| {
                 let channels = channels([&["a", "b"][..], &["a"], &[]][n % 3]);
-                registry.register(Transport::Sse, &Identity::anonymous(), remote, channels)
+                registry.register(Transport::Sse, &Identity::open(false), remote, channels)
             })
             .collect();
         // Slots are reused, numbers are not.
         drop(registrations.drain(10..30));
         registrations
-            .extend((0..20).map(|_| registry.register(Transport::Ws, &Identity::anonymous(), None, channels(&["b"]))));
+            .extend((0..20).map(|_| registry.register(Transport::Ws, &Identity::open(false), None, channels(&["b"]))));
         let (mut all, mut after): (Vec<ConnectionInfo>, Option<String>) = (Vec::new(), None);
         loop {
             let page = registry.list(&ConnectionFilter::default(), after.as_deref(), 7);
@@ -402,6 +449,6 @@ mod tests {
 
     #[test]
     fn an_entry_is_small() {
-        assert!(size_of::<ConnectionEntry>() <= 72, "{}", size_of::<ConnectionEntry>());
+        assert!(size_of::<ConnectionEntry>() <= 80, "{}", size_of::<ConnectionEntry>());
     }
 }

@@ -51,6 +51,16 @@ pub enum Command {
         #[command(subcommand)]
         command: ImportCommand,
     },
+    /// Make API keys, which `auth.keys` in the configuration accepts
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+    /// Make and check tokens, by the configuration of a node
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
     /// Check or show the configuration
     Config {
         #[command(subcommand)]
@@ -85,6 +95,75 @@ pub struct Serve {
 pub struct ImportCommand {
     name: String,
     args: ArgMatches,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key: prints it once as JSON, and the lines for the configuration to standard error
+    New {
+        /// Name of the key, which its subject contains: key:NAME
+        name: String,
+        /// Role of the key, repeatable
+        #[arg(long = "role", value_name = "ROLE", required = true)]
+        roles: Vec<String>,
+        /// Time at which the key expires, as 2027-01-31T00:00:00Z [default: never]
+        #[arg(long, value_name = "TIME")]
+        expires: Option<String>,
+    },
+    /// Print the hash of a key that is read from standard input
+    Hash,
+}
+
+/// The configuration of the node that issues or verifies a token.
+#[derive(Debug, Args)]
+pub struct AuthConfig {
+    /// Configuration file [default: none, the environment only]
+    #[arg(long, value_name = "FILE", env = "WEIR_CONFIG", hide_env_values = true)]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token, signed with auth.jwt.secret
+    Make {
+        #[command(flatten)]
+        auth: AuthConfig,
+        /// Subject of the token
+        #[arg(long, value_name = "SUBJECT")]
+        sub: String,
+        /// Permission as VERB=PATTERN, for example subscribe=news.*, repeatable
+        #[arg(long = "grant", value_name = "VERB=PATTERN")]
+        grants: Vec<String>,
+        /// Role of the token, repeatable
+        #[arg(long = "role", value_name = "ROLE")]
+        roles: Vec<String>,
+        /// Lifetime of the token
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration::parse)]
+        ttl: Duration,
+    },
+    /// Check a key or token, which is read from standard input or WEIR_TOKEN
+    Check {
+        #[command(flatten)]
+        auth: AuthConfig,
+    },
+    /// Explain whether a key or token permits something
+    Explain {
+        #[command(flatten)]
+        auth: AuthConfig,
+        /// Permission, for example subscribe
+        verb: String,
+        /// Name of the channel, service, service/method, consumer or operation
+        name: String,
+    },
+}
+
+impl TokenCommand {
+    /// The configuration file.
+    pub fn config(&self) -> Option<&PathBuf> {
+        let (TokenCommand::Make { auth, .. } | TokenCommand::Check { auth } | TokenCommand::Explain { auth, .. }) =
+            self;
+        auth.config.as_ref()
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,13 +5,14 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request::Parts},
 };
 use clap::ArgMatches;
 use futures_util::future::{BoxFuture, LocalBoxFuture};
 use tower::ServiceExt as _;
 
 use crate::{
+    auth::Identity,
     config::{AdapterConfig, ChannelRule, Config, Keep},
     error::Result,
     node::Node,
@@ -42,6 +43,8 @@ pub(crate) struct Adapter {
     router: Router,
     /// Whether weir's CORS rules (`cors.origins`) apply to its paths. Otherwise the adapter sets its own headers.
     pub(crate) our_cors: bool,
+    /// Whether clients are authenticated by weir's rules. Otherwise the adapter has its own.
+    pub(crate) authenticates: bool,
     /// Taken by the application, which binds them.
     pub(crate) listeners: Vec<Listener>,
 }
@@ -62,15 +65,40 @@ pub(crate) struct Listener {
 /// Answers the requests of a [`Listener`].
 pub(crate) type Handler = Box<dyn Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
 
+/// The clients of an adapter: those with weir's credentials have the permissions of these, others the roles of the adapter.
+pub(super) struct AdapterClients {
+    without_credentials: Identity,
+}
+
+impl AdapterClients {
+    /// `roles` is the setting `compat.NAME.roles`.
+    pub(super) fn new(node: &Node, roles: &[String]) -> Self {
+        AdapterClients { without_credentials: node.auth.with_roles("", roles, false) }
+    }
+
+    /// The client of a request. The roles of the adapter do not serve pages of other origins.
+    pub(super) fn identity(&self, head: &Parts) -> Identity {
+        let identity = Identity::of(&head.extensions);
+        match identity.subject().is_empty() && !identity.is_read_only() {
+            true => self.without_credentials.clone(),
+            false => identity,
+        }
+    }
+}
+
 impl Adapter {
     /// An adapter on the main listeners. `router` gets every request whose path is one that it `owns`, of any method,
     /// so that 404 and 405 are the original's.
     pub(super) fn new(owns: impl Fn(&str) -> bool + Send + Sync + 'static, router: Router) -> Self {
-        Adapter { owns: Box::new(owns), router, our_cors: false, listeners: Vec::new() }
+        Adapter { owns: Box::new(owns), router, our_cors: false, authenticates: true, listeners: Vec::new() }
     }
 
     pub(super) fn with_our_cors(self) -> Self {
         Adapter { our_cors: true, ..self }
+    }
+
+    pub(super) fn without_authentication(self) -> Self {
+        Adapter { authenticates: false, ..self }
     }
 
     pub(super) fn with_listeners(self, listeners: Vec<Listener>) -> Self {

@@ -19,7 +19,7 @@ mod session_table;
 mod settings;
 mod socket;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     body::Body,
@@ -47,8 +47,9 @@ use crate::{
     transport::query::Query,
 };
 
-/// Creates the handler of a session, from the query of the client's first request.
-pub(crate) type OpenHandler = Box<dyn Fn(&Arc<EngineSession>, Query<'_>) -> Box<dyn SessionHandler> + Send + Sync>;
+/// Creates the handler of a session, from the client's first request and its query.
+pub(crate) type OpenHandler =
+    Box<dyn Fn(&Arc<EngineSession>, &Parts, Query<'_>) -> Box<dyn SessionHandler> + Send + Sync>;
 
 /// The server of one adapter.
 pub(crate) struct EngineServer {
@@ -94,7 +95,6 @@ impl EngineServer {
             _ => return Err(EngineError::UnknownTransport),
         };
         let upgrade = Handshake::is_wanted(head);
-        let remote = PeerAddr::of(head);
         match sid.filter(|sid| !sid.is_empty()) {
             Some(sid) => {
                 let session = self.sessions.find(&sid).ok_or(EngineError::UnknownSession)?;
@@ -120,7 +120,7 @@ impl EngineServer {
             }
             None if framing == Framing::WebSocket => {
                 let handshake = Handshake::read(head, &[]).map_err(|_| EngineError::BadRequest)?;
-                let session = self.begin(framing, query, remote);
+                let session = self.begin(framing, head, query);
                 // Ends the session if the client disconnects before the connection is hijacked.
                 let unclaimed = Unclaimed(Some(session));
                 let server = self.clone();
@@ -131,15 +131,16 @@ impl EngineServer {
                 })))
             }
             None => {
-                let session = self.begin(framing, query, remote);
+                let session = self.begin(framing, head, query);
                 polling::poll(&session).await
             }
         }
     }
 
     /// Creates a session, with its opening packet in the outbox.
-    fn begin(&self, framing: Framing, query: Query<'_>, remote: Option<SocketAddr>) -> Arc<EngineSession> {
-        let session = EngineSession::new(&self.settings, &self.node, framing, remote);
+    fn begin(&self, framing: Framing, head: &Parts, query: Query<'_>) -> Arc<EngineSession> {
+        let identity = Identity::of(&head.extensions);
+        let session = EngineSession::new(&self.settings, &self.node, framing, &identity, PeerAddr::of(head));
         let EngineSettings { ping, ping_timeout, max_payload, .. } = &*self.settings;
         let upgrades = if framing == Framing::Polling { r#"["websocket"]"# } else { "[]" };
         session.outbox.text(&format!(
@@ -148,7 +149,7 @@ impl EngineServer {
             ping.as_millis(),
             ping_timeout.as_millis(),
         ));
-        session.begin((self.open)(&session, query));
+        session.begin((self.open)(&session, head, query));
         self.sessions.insert(session.clone());
         session
     }

@@ -16,17 +16,16 @@ use axum::{
 pub use self::config::{Config, SseRoute};
 use self::path_template::{PathTemplate, fill};
 use super::{
-    adapter::{Adapter, AdapterEntry},
+    adapter::{Adapter, AdapterClients, AdapterEntry},
     form::Form,
 };
 use crate::{
-    auth::Identity,
     bus::{Format, Subscriptions},
     channel::Channel,
     error::{Code, Error, Result, Retry},
     event::Event,
     json::read_json_str,
-    net::{body::not_generated, chunk},
+    net::{body::not_generated, chunk, server::PeerAddr},
     node::Node,
     position::Start,
     transport::{
@@ -45,6 +44,7 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// State of the handlers.
 struct EventStream {
     node: Arc<Node>,
+    access: AdapterClients,
     routes: Arc<[SseStreamRoute]>,
 }
 
@@ -79,7 +79,7 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
     let routes: Arc<[SseStreamRoute]> = routes.iter().map(route).collect::<Result<_>>()?;
     let own = routes.clone();
     let owns = move |path: &str| own.iter().any(|route| route.path.matches(path).is_some());
-    let it = EventStream { node: node.clone(), routes };
+    let it = EventStream { node: node.clone(), access: AdapterClients::new(node, &[]), routes };
     Ok(Adapter::new(owns, Router::new().fallback(answer).with_state(Arc::new(it))).with_our_cors())
 }
 
@@ -119,7 +119,7 @@ impl EventStream {
             let detail = format!("{} channels, limits.stream_channels is {most}.", channels.len());
             return Err(Error::params(detail));
         }
-        let identity = Identity::of(&head.extensions);
+        let identity = self.access.identity(head);
         for channel in &channels {
             let _ = identity.may_subscribe(channel)?;
         }
@@ -130,7 +130,7 @@ impl EventStream {
         for watch in self.node.bus.watch(&channels).await? {
             subs.add(watch, Start::Now, None);
         }
-        Ok(SubscriptionStream::new(&self.node, subs, EventStreamHandler)
+        Ok(SubscriptionStream::new(&self.node, &identity, PeerAddr::of(head), subs, EventStreamHandler)
             .respond(sse::response(()), vec![chunk::of(OPEN)]))
     }
 

@@ -105,16 +105,19 @@ impl Ganomede {
         let is_equal = |text: &str| text.as_bytes().ct_eq(secret.as_bytes()).into();
         let is_secret = |text: Option<&str>| text.is_some_and(|text| !text.is_empty() && is_equal(text));
         let knows_secret = is_secret(body.text("secret").as_deref()) || is_secret(query.text("secret"));
-        if route.requires_secret() && !knows_secret {
+        let identity = self.identity(head, knows_secret);
+        if route.requires_secret() && !knows_secret && identity.subject().is_empty() {
             // The original sends an empty message by mistake.
             return Err(GanomedeError::new(StatusCode::UNAUTHORIZED, "InvalidCredentialsError", ""));
         }
         match route {
-            GanomedeRoute::Events if head.method == Method::GET => self.poll(head, &query).await.map(wire::json),
-            GanomedeRoute::Events => self.emit(&body).await.map(wire::json),
-            GanomedeRoute::Latest => self.latest(&query).await.map(wire::json),
-            GanomedeRoute::Indices => self.define(&body).await.map(wire::json),
-            GanomedeRoute::Index { id, value } => self.look_up(&id, &value).await.map(wire::json),
+            GanomedeRoute::Events if head.method == Method::GET => {
+                self.poll(head, &identity, &query).await.map(wire::json)
+            }
+            GanomedeRoute::Events => self.emit(&identity, &body).await.map(wire::json),
+            GanomedeRoute::Latest => self.latest(&identity, &query).await.map(wire::json),
+            GanomedeRoute::Indices => self.define(&identity, &body).await.map(wire::json),
+            GanomedeRoute::Index { id, value } => self.look_up(&identity, &id, &value).await.map(wire::json),
             GanomedeRoute::About => {
                 let mut answer = wire::json(self.about.clone());
                 let kind = HeaderValue::from_static("application/json; charset=UTF-8");

@@ -61,5 +61,6 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
     });
     let owns = |path: &str| matches!(path, "/grip/publish" | "/grip/publish/");
     let router = axum::Router::new().fallback(async move |request| proxy.publish(request).await);
-    Ok(Adapter::new(owns, router).with_listeners(proxy_listener.into_iter().chain(publish_listener).collect()))
+    let listeners = proxy_listener.into_iter().chain(publish_listener).collect();
+    Ok(Adapter::new(owns, router).without_authentication().with_listeners(listeners))
 }

@@ -18,7 +18,7 @@ use axum::{Router, body::Body, extract::State, http::Request};
 pub use self::config::Config;
 use self::{client::MicroStreamClient, hub::MicroStreamHub};
 use super::{
-    adapter::{Adapter, AdapterEntry},
+    adapter::{Adapter, AdapterClients, AdapterEntry},
     engineio::{EngineServer, EngineSettings},
 };
 use crate::{error::Result, node::Node};
@@ -41,13 +41,19 @@ fn build(node: &Arc<Node>) -> Result<Adapter> {
 
 fn serve(node: &Arc<Node>) -> Arc<EngineServer> {
     let hub = Arc::new(MicroStreamHub::new(node));
+    let access = AdapterClients::new(node, &node.config.compat.get::<Config>().roles);
     EngineServer::start(
         Arc::new(settings(node)),
         node.clone(),
-        Box::new(move |session, mut query| {
+        Box::new(move |session, head, mut query| {
             // If there are several, the first applies.
             let names = query.take_all("serviceName");
-            Box::new(MicroStreamClient::new(hub.clone(), session, names.first().map(|name| &**name)))
+            Box::new(MicroStreamClient::new(
+                hub.clone(),
+                session,
+                access.identity(head),
+                names.first().map(|name| &**name),
+            ))
         }),
     )
 }

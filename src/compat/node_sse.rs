@@ -74,7 +74,7 @@ impl NodeSse {
         match NodeSseRoute::find(path) {
             Some(NodeSseRoute::Root) if reads => Ok(Response::new(Body::from("ROOT"))),
             Some(NodeSseRoute::Subscribe) if reads => self.subscribe(head, &query).await,
-            Some(NodeSseRoute::LastEvent) if reads => self.last_event(&query).await,
+            Some(NodeSseRoute::LastEvent) if reads => self.last_event(head, &query).await,
             Some(NodeSseRoute::Publish) if head.method == Method::POST => self.publish(head, body).await,
             _ => Err(NodeSseError::Page(StatusCode::NOT_FOUND, format!("Cannot {} {path}", head.method))),
         }

@@ -4,12 +4,11 @@ use crate::{
     auth::Identity, bus::Placed, channel::Channel, error::Result, event::Draft, metrics::Transport, node::Node,
 };
 
-/// Publishes events on behalf of an anonymous client. Metrics count them as published over HTTP.
-pub(super) async fn publish(node: &Node, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
-    let identity = Identity::anonymous();
+/// Publishes events of a client. Metrics count them as published over HTTP.
+pub(super) async fn publish(node: &Node, identity: &Identity, events: Vec<(Channel, Draft)>) -> Result<Vec<Placed>> {
     let sizes: Vec<usize> = events.iter().map(|(_, draft)| draft.size()).collect();
-    for (channel, _) in &events {
-        let _ = identity.may_publish(channel)?;
+    for (channel, draft) in &events {
+        let _ = identity.may_publish(channel, draft)?;
     }
     let (placed, failed) = match node.bus.publish(identity.subject(), events).await {
         Ok(placed) => (placed.into_iter().map(Some).collect(), None),

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use super::{
     adapter::{AdapterConfig, CompatSection},
+    auth::AuthSection,
     channel_rule::ChannelRule,
     section::{KIB, MIB, seconds, section},
     value::{Ack, Backend, Level, LogFormat, Secret},
@@ -199,15 +200,6 @@ section! {
 }
 
 section! {
-    /// Access control.
-    AuthSection {
-        /// Allows listeners on addresses that other machines can reach, without authentication. If false, weir accepts
-        /// loopback addresses only, because this version has no credentials.
-        allow_anonymous: bool as Flag = false,
-    }
-}
-
-section! {
     /// Cross-origin resource sharing (CORS).
     CorsSection {
         /// Allowed origins (`*` matches any run of characters) besides the same origin. A listener on a loopback address
@@ -303,10 +295,11 @@ impl Config {
             if key.starts_with("compat.") {
                 continue;
             }
-            if !address.ip().is_loopback() && !self.auth.allow_anonymous {
+            if !address.ip().is_loopback() && !self.auth.allow_anonymous && !self.auth.is_on() {
                 let reason = format!(
-                    "{address} can be reached from other machines, and this version has no authentication: listen on \
-                     127.0.0.1:{}, or allow this with auth.allow_anonymous = true (WEIR__AUTH__ALLOW_ANONYMOUS=true)",
+                    "{address} can be reached from other machines, and clients are not asked for credentials: add a key \
+                     (weir key new ops --role admin), listen on 127.0.0.1:{}, or allow this with \
+                     auth.allow_anonymous = true (WEIR__AUTH__ALLOW_ANONYMOUS=true)",
                     address.port()
                 );
                 found.push((key, reason));

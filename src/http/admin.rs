@@ -13,7 +13,7 @@ use super::{
     schema,
 };
 use crate::{
-    auth::Identity,
+    auth::{AdminOperation, Identity},
     error::{Code, Error, Result},
     node::Node,
 };
@@ -46,7 +46,7 @@ pub(crate) async fn ready(State(node): State<Arc<Node>>) -> Response {
 #[utoipa::path(get, path = "/metrics", operation_id = "getMetrics", tag = "operations", description = "Metrics in the Prometheus text format.",
     responses((status = 200, description = "The metrics.", body = String, content_type = "text/plain")))]
 pub(crate) async fn metrics(State(node): State<Arc<Node>>, identity: Identity) -> Result<Response> {
-    let _ = identity.may_administer()?;
+    let _ = identity.may_administer(AdminOperation::Metrics)?;
     observe(&node).await;
     let mut response = node.metrics.render().into_response();
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");

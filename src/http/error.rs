@@ -17,6 +17,17 @@ impl IntoResponse for Error {
     }
 }
 
+/// `WWW-Authenticate` (RFC 6750, section 3). An error without the member `permission` is about the credential itself.
+fn challenge(error: &Error) -> Option<&'static str> {
+    let permission = error.data().get("permission").is_some();
+    match error.code() {
+        Code::Unauthorized if permission => Some("Bearer"),
+        Code::Unauthorized | Code::TokenExpired => Some(r#"Bearer error="invalid_token""#),
+        Code::Forbidden if permission => Some(r#"Bearer error="insufficient_scope""#),
+        _ => None,
+    }
+}
+
 /// The problem document of `error`. `status` overrides its status; `member` is a name and JSON to add.
 pub(crate) fn problem(error: &Error, status: Option<u16>, member: Option<(&str, &[u8])>) -> Response {
     let status = status.and_then(|status| StatusCode::from_u16(status).ok());
@@ -44,8 +55,8 @@ pub(crate) fn problem(error: &Error, status: Option<u16>, member: Option<(&str, 
     if error.data().contains_key("accept_encoding") {
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));
     }
-    if matches!(error.code(), Code::Unauthorized | Code::TokenExpired) {
-        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    if let Some(challenge) = challenge(error) {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
     }
     response
 }

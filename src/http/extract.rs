@@ -24,6 +24,7 @@ pub(crate) struct Admitted(pub(crate) Result<Identity>);
 impl FromRequestParts<Arc<Node>> for Identity {
     type Rejection = Error;
 
+    /// The endpoint has authenticated the request.
     async fn from_request_parts(head: &mut Parts, _: &Arc<Node>) -> Result<Self> {
         Ok(Identity::of(&head.extensions))
     }

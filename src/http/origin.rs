@@ -14,7 +14,7 @@ use http::{HeaderName, header};
 use parking_lot::Mutex;
 
 use crate::{
-    auth::{Identity, foreign_page},
+    auth::foreign_page,
     error::{Code, Error, Result},
     pattern::Pattern,
 };
@@ -41,6 +41,10 @@ pub(crate) struct OriginPolicy {
     rejected_hosts: LogOnce,
 }
 
+/// Marks a request of a page that may only read.
+#[derive(Clone, Copy)]
+pub(crate) struct ForeignPage;
+
 /// The web page that a request comes from.
 #[derive(Debug)]
 pub(crate) enum RequestOrigin {
@@ -59,20 +63,23 @@ struct LogOnce(Mutex<HashSet<Box<str>>>);
 impl OriginPolicy {
     /// `loopback`: only this machine can reach the listener. `origins` are patterns of `cors.origins`, `hosts` those of
     /// `server.hosts`.
-    pub(crate) fn new(loopback: bool, origins: &[String], hosts: &[String]) -> Self {
+    pub(crate) fn new(loopback: bool, anonymous: bool, origins: &[String], hosts: &[String]) -> Self {
         let patterns = |texts: &[String]| {
             // An empty pattern would match an empty header.
             texts.iter().filter(|text| !text.is_empty()).map(|text| Pattern::new(text)).collect()
         };
         OriginPolicy {
             loopback,
-            // This version has no credentials.
-            anonymous: true,
+            anonymous,
             allowed: patterns(origins),
             hosts: patterns(hosts),
             denied_origins: LogOnce::default(),
             rejected_hosts: LogOnce::default(),
         }
+    }
+
+    pub(crate) fn is_loopback(&self) -> bool {
+        self.loopback
     }
 
     /// Rejects requests to a loopback listener whose `Host` does not name this machine (DNS rebinding).
@@ -167,7 +174,7 @@ impl OriginPolicy {
             return Err(foreign_page());
         }
         if reads && !socket && (self.loopback || cors) {
-            head.extensions.insert(Identity::read_only());
+            head.extensions.insert(ForeignPage);
         }
         Ok(())
     }
@@ -262,7 +269,7 @@ mod tests {
     }
 
     fn origins() -> OriginPolicy {
-        OriginPolicy::new(true, &[], &[])
+        OriginPolicy::new(true, true, &[], &[])
     }
 
     #[test]
@@ -275,9 +282,10 @@ mod tests {
         for host in ["evil.example", "localhost.evil.example", "10.0.0.1", "", "[::2]:1", "127.0.0.1.evil.example"] {
             assert!(origins().check_host(&head("GET", &[("host", host)])).is_err(), "{host}");
         }
-        let open = OriginPolicy::new(false, &[], &[]);
+        let open = OriginPolicy::new(false, true, &[], &[]);
         assert!(open.check_host(&head("GET", &[("host", "weir.example")])).is_ok());
-        let named = OriginPolicy::new(true, &[], &["weir.example".into(), "*.weir.example".into(), String::new()]);
+        let named =
+            OriginPolicy::new(true, true, &[], &["weir.example".into(), "*.weir.example".into(), String::new()]);
         for (host, accepted) in [
             ("weir.example", true),
             ("Weir.Example:8443", true),
@@ -300,7 +308,7 @@ mod tests {
         assert!(!allowed(&origins(), "http://localhost.evil.example", "localhost:8000"));
         assert!(!allowed(&origins(), "https://evil.example", "localhost:8000"));
         assert!(!allowed(&origins(), "null", "localhost:8000"));
-        let open = OriginPolicy::new(false, &["https://*.shop.example".into()], &[]);
+        let open = OriginPolicy::new(false, true, &["https://*.shop.example".into()], &[]);
         assert!(!allowed(&open, "http://localhost:3000", "weir.example"));
         assert!(!allowed(&open, "null", "weir.example"));
         assert!(allowed(&open, "https://weir.example", "weir.example"));
@@ -314,9 +322,9 @@ mod tests {
         let check = |policy: &OriginPolicy, method, headers: &[(&str, &str)]| {
             let mut head = head(method, headers);
             let origin = policy.classify(&head);
-            policy.check_origin(&mut head, &origin, true).map(|()| Identity::of(&head.extensions).may_connect().is_ok())
+            policy.check_origin(&mut head, &origin, true).map(|()| head.extensions.get::<ForeignPage>().is_none())
         };
-        let (local, public) = (origins(), OriginPolicy::new(false, &[], &[]));
+        let (local, public) = (origins(), OriginPolicy::new(false, true, &[], &[]));
         let page = ("origin", "https://evil.example");
         let image = ("sec-fetch-site", "cross-site");
         for denied in [page, image, ("origin", "null")] {

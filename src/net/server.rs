@@ -471,7 +471,7 @@ async fn drive<S: HttpService>(
                     judge = true;
                     timer.reset(check);
                 }
-                Due::Kicked => {}
+                Due::Kicked(_) => {}
             }
         }
         loop {
@@ -635,15 +635,19 @@ async fn drive_h2<S: HttpService>(
                     judge = true;
                     timer.reset(check);
                 }
-                Due::Kicked => {}
+                Due::Kicked(_) => {}
             }
         }
         loop {
             match connection.as_mut().poll(cx) {
                 Poll::Pending => {}
-                Poll::Ready(Ok(())) => return Poll::Ready(connected.completed()),
+                Poll::Ready(Ok(())) => {
+                    connected.completed();
+                    return Poll::Ready(());
+                }
                 Poll::Ready(Err(error)) => {
-                    return Poll::Ready(tracing::debug!(%peer, %error, "an HTTP/2 connection failed"));
+                    tracing::debug!(%peer, %error, "an HTTP/2 connection failed");
+                    return Poll::Ready(());
                 }
             }
             // Only now, when everything is read that has arrived.
@@ -653,7 +657,8 @@ async fn drive_h2<S: HttpService>(
             // Hyper limits the time of heads itself: bytes between requests may be the answer to a ping.
             state.reading.store(0, Relaxed);
             if let Some(code) = state.timed_out(limits) {
-                return Poll::Ready(connected.closed_with(code));
+                connected.closed_with(code);
+                return Poll::Ready(());
             }
             if !state.is_idle(limits) {
                 return Poll::Pending;
@@ -683,7 +688,7 @@ async fn detect_h2(
                 Poll::Ready(_) => return Poll::Ready(None),
                 Poll::Pending => match ready!(timer.poll(cx)) {
                     // No request has begun: nothing is lost.
-                    Due::Leave | Due::Kicked => return Poll::Ready(None),
+                    Due::Leave | Due::Kicked(_) => return Poll::Ready(None),
                     Due::Time if state.is_idle(limits) => return Poll::Ready(None),
                     Due::Time if state.timed_out(limits).is_some() => {
                         // Reported as HTTP/1.1.

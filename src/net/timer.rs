@@ -25,6 +25,8 @@ use parking_lot::{Mutex, MutexGuard};
 use slab::Slab;
 use tokio::time::{Instant, error::Elapsed};
 
+use crate::error::Code;
+
 /// The precision of all timers.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
 const BUCKETS: u32 = 128;
@@ -50,7 +52,7 @@ struct TimerSlot {
     /// The connection's number; 0 if it cannot be kicked.
     owner: u32,
     leave: bool,
-    kicked: bool,
+    kicked: Option<Code>,
     waker: Option<Waker>,
 }
 
@@ -74,8 +76,8 @@ pub enum Due {
     Time,
     /// The node drains, and it is this connection's turn to leave. Reported once.
     Leave,
-    /// The connection is kicked. Reported once.
-    Kicked,
+    /// The connection is closed with this code. Reported once.
+    Kicked(Code),
 }
 
 // === impl TimerWheel ===
@@ -117,20 +119,20 @@ impl TimerWheel {
             due,
             owner: 0,
             leave: false,
-            kicked: false,
+            kicked: None,
             waker: None,
         }) as u32;
         Timer { wheel: self.clone(), due, key, kicks: 0, bucket, left: false, task: 0 }
     }
 
-    /// Kicks the connections with these numbers, and leaves in `owners` those that were not found: they are gone, or
+    /// Closes the connections with these numbers with a code, and leaves in `owners` those that were not found: they are gone, or
     /// were moving to another bucket.
-    pub(crate) fn kick(&self, owners: &mut HashSet<u32>) {
+    pub(crate) fn kick(&self, owners: &mut HashSet<u32>, code: Code) {
         let mut wakers = Vec::new();
         for bucket in &self.buckets {
             for (_, slot) in bucket.lock().iter_mut() {
                 if slot.owner != 0 && owners.remove(&slot.owner) {
-                    slot.kicked = true;
+                    slot.kicked = Some(code);
                     wakers.extend(slot.waker.take());
                 }
             }
@@ -349,9 +351,9 @@ impl Timer {
         let mut bucket = self.wheel.buckets[self.bucket as usize].lock();
         let Some(slot) = bucket.get_mut(self.key as usize) else { return Poll::Pending };
         // The waker may have been used: the next poll has to leave one again.
-        if std::mem::take(&mut slot.kicked) {
+        if let Some(code) = slot.kicked.take() {
             self.task = 0;
-            return Poll::Ready(Due::Kicked);
+            return Poll::Ready(Due::Kicked(code));
         }
         if !self.left && slot.leave {
             self.left = true;
@@ -491,9 +493,10 @@ mod tests {
         });
         let woken = count.0.load(Relaxed);
         let mut owners = HashSet::from([3, 7, 99]);
-        wheel.kick(&mut owners);
+        wheel.kick(&mut owners, Code::Kicked);
         assert_eq!((owners, count.0.load(Relaxed) - woken), (HashSet::from([99]), 2));
-        let kicked: Vec<usize> = (0..10).filter(|at| timers[*at].poll(&mut cx) == Poll::Ready(Due::Kicked)).collect();
+        let kicked: Vec<usize> =
+            (0..10).filter(|at| timers[*at].poll(&mut cx) == Poll::Ready(Due::Kicked(Code::Kicked))).collect();
         assert_eq!(kicked, [2, 6]);
         assert!(timers.iter_mut().all(|timer| timer.poll(&mut cx).is_pending()));
     }

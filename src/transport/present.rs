@@ -99,9 +99,9 @@ impl MembersRequest {
         Ok(MembersRequest { channel, count, limit: limit as usize, after, bytes: limits.page_bytes })
     }
 
-    /// Checks that `identity` may list the members: it must be permitted to subscribe to the channel.
+    /// Checks that `identity` may list the members.
     pub(crate) fn permit(&self, identity: &Identity) -> Result<()> {
-        let _ = identity.may_subscribe(&self.channel)?;
+        let _ = identity.may_list_members(&self.channel)?;
         Ok(())
     }
 
@@ -171,7 +171,7 @@ pub(crate) fn enter<'a>(
         if channel.is_reserved() && !all_reserved {
             return Ok(None);
         }
-        let permit = identity.may_enter(channel)?;
+        let permit = identity.may_join(channel)?;
         presence.enter(channel, client, permit.subject(), transport.value()).map(Some)
     };
     channels.map(enter).collect()

@@ -497,14 +497,6 @@ fn is_stored(result: Result<()>) -> Result<bool> {
     }
 }
 
-/// Advances the cursors of `consumer` to `after`: a token of these channels, or the position of the only one.
-pub(crate) async fn commit(bus: &Bus, consumer: &str, channels: &[Channel], after: &str) -> Result<()> {
-    for (channel, position) in commit_positions(bus, channels, after).await? {
-        bus.commit(consumer, channel, position).await?;
-    }
-    Ok(())
-}
-
 /// The positions of `channels` in `after`, all of which the channels have reached.
 async fn commit_positions<'a>(bus: &Bus, channels: &'a [Channel], after: &str) -> Result<Vec<(&'a Channel, Position)>> {
     let unreadable = |error| Error::new(Code::InvalidPosition, format!("after is {error}"));
@@ -522,14 +514,29 @@ async fn commit_positions<'a>(bus: &Bus, channels: &'a [Channel], after: &str) -
     Ok(positions)
 }
 
-/// Like [`commit`], for a consumer that exists. A token does not contain names: it is of `channels`, or else of all
-/// channels that the consumer reads.
-pub(crate) async fn commit_named(bus: &Bus, consumer: &str, channels: Option<Vec<Channel>>, after: &str) -> Result<()> {
+/// Advances the cursors of a consumer that exists to `after`: a token, or the position of the only channel. A token does not
+/// contain names: it is of `channels`, or else of all channels that the consumer reads.
+pub(crate) async fn commit_named(
+    bus: &Bus,
+    identity: &Identity,
+    consumer: &str,
+    channels: Option<Vec<Channel>>,
+    after: &str,
+) -> Result<()> {
+    for channel in channels.iter().flatten() {
+        let _ = identity.may_subscribe(channel)?;
+    }
     let Some(known) = bus.consumer(consumer).await? else {
         return Err(Error::new(Code::NotFound, format!("there is no consumer {consumer}")));
     };
     let channels = channels.unwrap_or_else(|| known.cursors.into_iter().map(|(channel, _)| channel).collect());
-    commit(bus, consumer, &channels, after).await
+    // Cursors of channels that the client may not read stay where they are.
+    for (channel, position) in commit_positions(bus, &channels, after).await? {
+        if identity.may_subscribe(channel).is_ok() {
+            bus.commit(consumer, channel, position).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Rejects a position that the channel has not reached: a cursor there could not be moved back by a commit.

@@ -170,7 +170,7 @@ async fn begin(
         Err(_) => vec![handler.open_later(opening)],
     };
     let channels = ChannelSet::new(channels);
-    Ok((SubscriptionStream::for_client(node, identity, remote, channels, subs, handler), first))
+    Ok((SubscriptionStream::for_channels(node, identity, remote, channels, subs, handler), first))
 }
 
 #[cfg(test)]

@@ -136,16 +136,22 @@ pub(crate) struct SubscriptionStream<H> {
 }
 
 impl<H: StreamHandler> SubscriptionStream<H> {
-    /// A stream of an anonymous client.
-    pub(crate) fn new(node: &Arc<Node>, subscriptions: Subscriptions, handler: H) -> Self {
+    /// A stream of the channels that it has subscribed to.
+    pub(crate) fn new(
+        node: &Arc<Node>,
+        identity: &Identity,
+        remote: Option<SocketAddr>,
+        subscriptions: Subscriptions,
+        handler: H,
+    ) -> Self {
         let channels = (0..subscriptions.len() as u32).filter_map(|slot| subscriptions.channel(slot).cloned());
         let channels = ChannelSet::new(channels.collect());
-        Self::for_client(node, &Identity::anonymous(), None, channels, subscriptions, handler)
+        Self::for_channels(node, identity, remote, channels, subscriptions, handler)
     }
 
     /// `remote` is the client's address, where the stream runs inside hyper and cannot find out. `channels` are those that
     /// the handler has subscribed to, or will.
-    pub(crate) fn for_client(
+    pub(crate) fn for_channels(
         node: &Arc<Node>,
         identity: &Identity,
         remote: Option<SocketAddr>,
@@ -283,7 +289,7 @@ impl<H: StreamHandler> StreamSource for SubscriptionStream<H> {
         while let Poll::Ready(due) = self.timer.poll(cx) {
             match due {
                 Due::Leave => self.end(Code::Draining, out),
-                Due::Kicked => self.end(Code::Kicked, out),
+                Due::Kicked(code) => self.end(code, out),
                 Due::Time => self.tick(blocked, out),
             }
         }
@@ -352,7 +358,6 @@ mod tests {
         channel::Channel,
         config::{ChannelRule, Config, Keep},
         event::{Draft, DraftParts, EventData},
-        metrics::Metrics,
         net::stream,
         position::Start,
     };
@@ -400,7 +405,7 @@ mod tests {
             let keep = Keep { count: 5, ..Keep::default() };
             let channels = vec![ChannelRule { pattern: "*".into(), keep }];
             let config = Config { channels, ..Config::default() };
-            let node = app::node(config, None, Arc::new(Metrics::new()));
+            let node = app::open_node(config);
             let channels = ["a", "b"].map(|name| Channel::parse(name).unwrap()).into();
             Fixture { node, channels }
         }
@@ -414,7 +419,7 @@ mod tests {
             for watch in self.node.bus.watch(&self.channels).await.unwrap() {
                 subs.add(watch, Start::Now, None);
             }
-            let held = SubscriptionStream::new(&self.node, subs, handler);
+            let held = SubscriptionStream::new(&self.node, &Identity::open(false), None, subs, handler);
             held.respond(Response::new(()), vec![chunk::of(b"first;")]).into_body()
         }
 

@@ -8,6 +8,7 @@ mod bus_methods;
 mod connection;
 mod dispatch;
 mod jsonrpc;
+mod login;
 mod outbox;
 mod params;
 mod session;
@@ -55,7 +56,7 @@ pub(crate) async fn upgrade(node: &Arc<Node>, head: &Parts, admitted: Result<Ide
             let (node, code) = (node.clone(), error.code());
             return Ok(handshake.response(Hijack::new(move |conn| {
                 let outbox = Arc::new(RpcOutbox::framed(0));
-                let session = RpcSession::new(node.clone(), Identity::anonymous(), outbox, false);
+                let session = RpcSession::new(node.clone(), node.auth.anonymous(false), outbox, false);
                 let mut socket = RpcSocket::open(node, session, conn);
                 socket.close(code);
                 tokio::spawn(socket);

@@ -5,7 +5,7 @@ mod conversions;
 mod event_stream;
 mod ganomede;
 mod grip;
-mod microstream;
+pub mod microstream;
 mod node_sse;
 
 use weir::compat::event_stream::{Config as EventStreamConfig, SseRoute};

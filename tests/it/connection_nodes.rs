@@ -10,6 +10,7 @@ use std::{
 use weir::{
     auth::Identity,
     cluster::MonotonicClock,
+    error::Code,
     metrics::Transport,
     net::timer::{Due, TimerWheel},
     sessions::{ChannelSet, ConnectionFilter, ConnectionRegistry, cluster::ClusterConnections},
@@ -74,7 +75,7 @@ async fn requests_reach_all_nodes_and_silent_nodes_are_named() {
     let mut kicked = 0;
     for (_, timer) in &mut registrations {
         let polled = std::future::poll_fn(|cx| Poll::Ready(timer.poll(cx))).await;
-        kicked += usize::from(polled == Poll::Ready(Due::Kicked));
+        kicked += usize::from(polled == Poll::Ready(Due::Kicked(Code::Kicked)));
     }
     assert_eq!(kicked, 1);
 

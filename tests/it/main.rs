@@ -1,5 +1,6 @@
 //! All integration tests are one binary, which is linked once.
 
+mod auth;
 mod cli;
 mod cluster;
 mod compat;

@@ -127,12 +127,12 @@ impl EngineSession {
         settings: &Arc<EngineSettings>,
         node: &Arc<Node>,
         framing: Framing,
+        identity: &Identity,
         remote: Option<SocketAddr>,
     ) -> Arc<Self> {
         let now = node.timers.now();
         let connected = node.metrics.connected(Transport::SocketIo);
-        let registration =
-            node.sessions.register(Transport::SocketIo, &Identity::anonymous(), remote, ChannelSet::Empty);
+        let registration = node.sessions.register(Transport::SocketIo, identity, remote, ChannelSet::Empty);
         let mut timer = node.timers.timer(LONG);
         timer.set_owner(registration.number());
         Arc::new(EngineSession {
@@ -273,11 +273,11 @@ impl EngineSession {
         }
         let due = state.listing.as_mut().and_then(SessionListing::poll_due);
         let ending = state.until != 0;
-        state.kicked |= due == Some(Due::Kicked);
+        state.kicked |= matches!(due, Some(Due::Kicked(_)));
         drop(state);
         match due {
             Some(Due::Leave) => self.leave(),
-            Some(Due::Kicked) => {
+            Some(Due::Kicked(_)) => {
                 if let Some(handler) = self.handler.lock().as_deref_mut() {
                     handler.on_kick();
                 }

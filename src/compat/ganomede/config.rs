@@ -19,6 +19,8 @@ section! {
     Config {
         /// Shared secret of the clients (`API_SECRET`). Required if the adapter is enabled.
         secret: Secret as Secret = Secret::default(),
+        /// Names of the roles of clients that send the secret, if authentication is on.
+        roles: Vec<String> as Texts = vec!["client".to_owned()],
         /// How long a poll waits for events before it returns an empty array.
         poll_timeout: Duration as Pause = seconds(5),
     }

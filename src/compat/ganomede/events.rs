@@ -9,6 +9,7 @@ use super::{
     wire::{self, GanomedeError, is_void},
 };
 use crate::{
+    auth::Identity,
     bus::{LogPage, ReadLimit},
     channel::{Channel, check_label},
     compat::{form::Form, publish::publish},
@@ -22,7 +23,7 @@ const MAX_LATEST: usize = 8 << 20;
 
 impl Ganomede {
     /// Publishes one event. The response is the event as it is stored.
-    pub(super) async fn emit(&self, body: &GanomedeBody<'_>) -> Result<Vec<u8>, GanomedeError> {
+    pub(super) async fn emit(&self, identity: &Identity, body: &GanomedeBody<'_>) -> Result<Vec<u8>, GanomedeError> {
         if body.text("clientId").is_none() {
             return Err(GanomedeError::invalid("Invalid Client ID"));
         }
@@ -37,7 +38,7 @@ impl Ganomede {
         let parts = DraftParts { kind: Some(&kind), from: Some(&from), data, ..DraftParts::default() };
         let draft = Draft::new(parts, self.node.config.limits.event)?;
         let stored = draft.clone();
-        let placed = publish(&self.node, vec![(channel, draft)]).await?;
+        let placed = publish(&self.node, identity, vec![(channel, draft)]).await?;
         let placed = placed.first().ok_or_else(|| Error::internal("a backend placed nothing and did not fail"))?;
         let mut out = Vec::with_capacity(stored.size() + 96);
         wire::event(&stored.place(placed.position, placed.time), &mut out);
@@ -45,9 +46,10 @@ impl Ganomede {
     }
 
     /// The newest events, oldest first.
-    pub(super) async fn latest(&self, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
+    pub(super) async fn latest(&self, identity: &Identity, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
         let channel =
             query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let _ = identity.may_subscribe(&channel)?;
         let limit = limit(query, self.node.config.limits.page_events);
         let events = self.newest(&channel, limit, MAX_LATEST).await?;
         Ok(wire::array(events.iter().map(|event| &**event)))

@@ -15,6 +15,7 @@ use super::{
     wire::{self, GanomedeError, is_void},
 };
 use crate::{
+    auth::Identity,
     bus::ReadLimit,
     channel::Channel,
     error::Result,
@@ -33,24 +34,26 @@ const PAGE: ReadLimit = ReadLimit { events: 500, bytes: 1 << 20 };
 
 impl Ganomede {
     /// Defines an index. The response is `"OK"`, or `null` if the id is in use.
-    pub(super) async fn define(&self, body: &GanomedeBody<'_>) -> Result<Vec<u8>, GanomedeError> {
+    pub(super) async fn define(&self, identity: &Identity, body: &GanomedeBody<'_>) -> Result<Vec<u8>, GanomedeError> {
         let name = |member| body.text(member).filter(|text| text.len() <= MAX_NAME);
         let id = name("id").ok_or_else(|| GanomedeError::invalid("Invalid index ID"))?;
-        let channel = body.text("channel").filter(|name| channel(name).is_some());
-        let channel = channel.ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let text = body.text("channel");
+        let channel = text.as_deref().and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let _ = identity.may_subscribe(&channel)?;
         let field = name("field").ok_or_else(|| GanomedeError::invalid("Invalid field"))?;
-        let created = self.indices.define(&id, &channel, &field).await?;
+        let created = self.indices.define(&id, channel.as_str(), &field).await?;
         Ok(if created { wire::string("OK") } else { b"null".to_vec() })
     }
 
     /// The events whose member has this value, newest first.
-    pub(super) async fn look_up(&self, id: &str, value: &str) -> Result<Vec<u8>, GanomedeError> {
+    pub(super) async fn look_up(&self, identity: &Identity, id: &str, value: &str) -> Result<Vec<u8>, GanomedeError> {
         let Some((_, index)) = self.indices.find(id).await? else {
             // The original crashes.
             let message = format!("index {id} does not exist");
             return Err(GanomedeError::new(StatusCode::NOT_FOUND, "NotFound", message));
         };
         let channel = channel(&index.channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
+        let _ = identity.may_subscribe(&channel)?;
         let rows = self.rows(&channel, &index.field, value).await?;
         let mut out = br#"{"id":"#.to_vec();
         write_json_str(&index.id, &mut out);

@@ -19,10 +19,11 @@ use crate::{
     bus::{Format, GapReason, LogPage, ReadLimit, Subscriptions},
     channel::Channel,
     compat::form::Form,
-    error::{Code, Error},
+    error::Error,
     metrics::Transport,
     net::server::PeerAddr,
     position::{Position, Start},
+    sessions,
     transport::reading::EventWait,
 };
 
@@ -39,25 +40,30 @@ struct PollState {
 }
 
 impl Ganomede {
-    pub(super) async fn poll(&self, head: &Head, query: &Form<'_>) -> Result<Vec<u8>, GanomedeError> {
+    pub(super) async fn poll(
+        &self,
+        head: &Head,
+        identity: &Identity,
+        query: &Form<'_>,
+    ) -> Result<Vec<u8>, GanomedeError> {
         let client = query.text("clientId").filter(|client| !client.is_empty()).and_then(consumer);
         let client = client.ok_or_else(|| GanomedeError::invalid("Invalid Client ID"))?;
         let channel =
             query.text("channel").and_then(channel).ok_or_else(|| GanomedeError::invalid("Invalid Channel"))?;
-        let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
-        let identity = Identity::of(&head.extensions);
         let _ = identity.may_consume(&client)?;
+        let _ = identity.may_subscribe(&channel)?;
+        let after = query.has("after").then(|| whole(query.text("after").unwrap_or_default()).unwrap_or(0));
         let limits = &self.node.config.limits;
         let limit = ReadLimit { events: limit(query, limits.page_events), bytes: limits.page_bytes };
 
         let mut place = self.place(&client, &channel, after, limit).await?;
         let epoch = place.page.next.epoch;
         if place.page.events.is_empty() && !self.config.poll_timeout.is_zero() {
-            let mut listed = self.node.sessions.register_read(&identity, PeerAddr::of(head), vec![channel.clone()]);
+            let mut listed = self.node.sessions.register_read(identity, PeerAddr::of(head), vec![channel.clone()]);
             tokio::select! {
                 biased;
                 waited = self.wait(&channel, &mut place, limit) => waited?,
-                () = listed.kicked() => return Err(Error::new(Code::Kicked, "this poll was closed by an administrator").into()),
+                code = listed.kicked() => return Err(sessions::closed(code).into()),
             }
         }
         let next = place.page.next;

@@ -105,6 +105,10 @@ impl GripProxy {
     /// The routes whose keys a request has.
     fn authorized(&self, headers: &HeaderMap) -> Result<Vec<&OriginRoute>, PublishError> {
         if self.routes.iter().all(|route| route.publish_key.is_none()) {
+            if self.node.auth.is_on() {
+                let text = "Publishing needs the key of a route: set it in compat.grip.routes.\n";
+                return Err(PublishError::new(StatusCode::FORBIDDEN, text));
+            }
             // Otherwise any web page that a user on this network visits could publish.
             return match headers.contains_key(header::ORIGIN) {
                 true => Err(PublishError::new(StatusCode::FORBIDDEN, "Pages may not publish without a key.\n")),

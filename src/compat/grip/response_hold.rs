@@ -16,7 +16,6 @@ use super::{
     response::{OriginBody, OriginResponse},
 };
 use crate::{
-    auth::Identity,
     bus::{Format, ReadLimit, Subscriptions},
     channel::Channel,
     metrics::{Metrics, Transport},
@@ -71,7 +70,7 @@ pub(super) async fn hold_response(
         watched.push(WatchedChannel { slot: added.slot, index, channel, position: added.position, prev_id });
     }
     let _counted = CountedSubscriptions::new(&node.metrics, &subs);
-    let mut registration = node.sessions.register_read(&Identity::anonymous(), site.remote, channels);
+    let mut registration = node.sessions.register_read(&node.auth.anonymous(false), site.remote, channels);
     let retry = || {
         let mut last_ids = HeaderMap::new();
         for held in &instructions.channels {
@@ -100,7 +99,7 @@ pub(super) async fn hold_response(
             () = &mut timeout => break,
             // Handled as a timeout, so that the client polls another node.
             () = &mut draining => break,
-            () = registration.kicked() => break,
+            _ = registration.kicked() => break,
         }
         for watched in &mut watched {
             let limit = ReadLimit { events: PAGE, bytes: node.config.limits.page_bytes };

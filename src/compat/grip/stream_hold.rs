@@ -37,6 +37,7 @@ pub(super) async fn hold_stream(
     response: OriginResponse,
 ) -> Result<Response<AxumBody>, OriginError> {
     let proxy = site.proxy.clone();
+    let (identity, remote) = (proxy.node.auth.anonymous(false), site.remote);
     let channels = proxy.channels(&proxy.routes[site.route], &instructions)?;
     let per_item = instructions.inspect_items();
     let mut subs = match per_item {
@@ -57,7 +58,7 @@ pub(super) async fn hold_stream(
     if !per_item {
         let keep_alive = instructions.keep_alive.map(|keep_alive| Box::new(StreamKeepAlive::new(keep_alive)));
         let stream = ContentStream { body, keep_alive };
-        return Ok(SubscriptionStream::new(&proxy.node, subs, stream).respond(head, first));
+        return Ok(SubscriptionStream::new(&proxy.node, &identity, remote, subs, stream).respond(head, first));
     }
     let mut outdated = false;
     for (channel, held) in channels.iter().zip(&instructions.channels) {
@@ -70,7 +71,7 @@ pub(super) async fn hold_stream(
         outdated |= proxy.last_item_id(channel).await.is_some_and(|last| last != *prev);
     }
     let stream = ReliableStream::new(site, instructions, slots, body, outdated);
-    Ok(SubscriptionStream::new(&proxy.node, subs, stream).respond(head, first))
+    Ok(SubscriptionStream::new(&proxy.node, &identity, remote, subs, stream).respond(head, first))
 }
 
 /// The head of a response of unknown length.

@@ -10,7 +10,6 @@ use tokio::io::AsyncWriteExt as _;
 
 use super::headers::{strip_grip, strip_hop_by_hop};
 use crate::{
-    auth::Identity,
     error::Code,
     metrics::Transport,
     net::{
@@ -46,7 +45,8 @@ pub(super) fn tunnel(mut response: Response<Incoming>, node: Arc<Node>) -> Respo
 async fn run(conn: HijackedConn, upgrade: OnUpgrade, node: Arc<Node>) {
     let HijackedConn { io: client, peer, early, permit: _permit, .. } = conn;
     let mut connected = node.metrics.connected(Transport::Ws);
-    let registration = node.sessions.register(Transport::Ws, &Identity::anonymous(), Some(peer), ChannelSet::Empty);
+    let registration =
+        node.sessions.register(Transport::Ws, &node.auth.anonymous(false), Some(peer), ChannelSet::Empty);
     let mut timer = node.timers.timer(TIMER_PERIOD);
     timer.set_owner(registration.number());
     let Ok(upgraded) = upgrade.await else { return };
@@ -55,7 +55,7 @@ async fn run(conn: HijackedConn, upgrade: OnUpgrade, node: Arc<Node>) {
         loop {
             match timer.poll(cx) {
                 Poll::Ready(Due::Leave) => return Poll::Ready(Code::Draining),
-                Poll::Ready(Due::Kicked) => return Poll::Ready(Code::Kicked),
+                Poll::Ready(Due::Kicked(code)) => return Poll::Ready(code),
                 Poll::Ready(Due::Time) => timer.reset(TIMER_PERIOD),
                 Poll::Pending => return Poll::Pending,
             }

@@ -26,13 +26,14 @@ use crate::{
     },
     error::{Code, Error, Retry},
     net::timer::TimerWheel,
-    rpc::{AcceptedProvider, Call, CallAnswer, CallerId, HubConnection, Peer as _, ProvideRequest},
+    rpc::{AcceptedProvider, Call, CallAnswer, CallerId, HubConnection, Peer as _, ProvideFuture, ProvideRequest},
 };
 
 /// One client and its packets.
 pub(super) struct MicroStreamClient {
     hub: Arc<MicroStreamHub>,
     session: Weak<EngineSession>,
+    identity: Identity,
     port: Arc<Port>,
     /// Set while the client is connected.
     link: Option<HubConnection>,
@@ -65,11 +66,34 @@ struct PendingRegistration {
     task: JoinHandle<()>,
 }
 
-type RegistrationResult = (HubConnection, Result<AcceptedProvider, Error>);
+type RegistrationResult = Result<(Identity, HubConnection, AcceptedProvider), Error>;
 
 impl Drop for PendingRegistration {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+/// What a registration needs besides the identity of the client.
+struct RegistrationRequest {
+    hub: Arc<MicroStreamHub>,
+    port: Arc<Port>,
+    name: Box<str>,
+}
+
+impl RegistrationRequest {
+    fn provide(&self, identity: &Identity) -> Result<(HubConnection, ProvideFuture), Error> {
+        let permit = identity.may_provide(&self.name)?;
+        let link = HubConnection::with_max_calls(&self.hub.rpc, self.port.clone(), self.hub.config.calls);
+        let providing = link.provide(&ProvideRequest {
+            subject: permit.subject(),
+            exclusive: true,
+            // A client that reconnects after an unclean disconnect would find its own name taken.
+            probe: true,
+            concurrency: u32::try_from(self.hub.config.calls).unwrap_or(u32::MAX).saturating_mul(16),
+            ..ProvideRequest::new(&self.name)
+        });
+        Ok((link, providing))
     }
 }
 
@@ -84,10 +108,16 @@ struct PartialPacket {
 // === impl MicroStreamClient: packets ===
 
 impl MicroStreamClient {
-    pub(super) fn new(hub: Arc<MicroStreamHub>, session: &Arc<EngineSession>, name: Option<&str>) -> Self {
+    pub(super) fn new(
+        hub: Arc<MicroStreamHub>,
+        session: &Arc<EngineSession>,
+        identity: Identity,
+        name: Option<&str>,
+    ) -> Self {
         let now = hub.wheel.now();
         MicroStreamClient {
             session: Arc::downgrade(session),
+            identity,
             port: Arc::new(Port::new(Arc::downgrade(session), session.outbox.clone(), hub.wheel.clone())),
             link: None,
             // The original registers clients without a name as this.
@@ -118,7 +148,7 @@ impl MicroStreamClient {
             if self.stage != ClientStage::Fresh {
                 return Err(ProtocolError);
             }
-            self.register();
+            self.register(packet.payload);
             return Ok(());
         }
         if packet.namespace != "/" || self.stage == ClientStage::Fresh {
@@ -164,13 +194,51 @@ impl MicroStreamClient {
 
     // --- registration ---
 
-    fn register(&mut self) {
-        match self.provide() {
-            Ok(Some((link, provided))) => self.connected(link, provided),
-            // The session is woken when it ends.
-            Ok(None) => self.stage = ClientStage::Registering,
-            Err(error) => self.refuse(&error),
+    /// `auth` is the payload of the connect packet. Its `token` is a credential.
+    fn register(&mut self, auth: &str) {
+        #[derive(serde::Deserialize)]
+        struct ConnectAuth {
+            token: String,
         }
+        let token = serde_json::from_str::<ConnectAuth>(auth).ok().map(|auth| auth.token);
+        let token = token.filter(|_| self.hub.node.auth.is_on());
+        let request = RegistrationRequest { hub: self.hub.clone(), port: self.port.clone(), name: self.name.clone() };
+        let done = match token {
+            None => match request.provide(&self.identity) {
+                Err(error) => return self.refuse(&error),
+                Ok((link, providing)) => match providing.try_finish() {
+                    Err(providing) => {
+                        let identity = self.identity.clone();
+                        self.wait(async move { Ok((identity, link, providing.await?)) })
+                    }
+                    Ok(Ok(provided)) => return self.connected(link, provided),
+                    Ok(Err(error)) => return self.refuse(&error),
+                },
+            },
+            Some(token) => self.wait(async move {
+                let identity = request.hub.node.auth.verify(&token).await?;
+                let (link, providing) = request.provide(&identity)?;
+                Ok((identity, link, providing.await?))
+            }),
+        };
+        self.registering = Some(done);
+        self.stage = ClientStage::Registering;
+    }
+
+    /// Runs a registration, and wakes the session when it has ended.
+    fn wait(&self, registering: impl Future<Output = RegistrationResult> + Send + 'static) -> PendingRegistration {
+        let done = Arc::new(Mutex::new(None));
+        let task = tokio::spawn({
+            let (done, session) = (done.clone(), self.session.clone());
+            async move {
+                let registered = registering.await;
+                *done.lock() = Some(registered);
+                if let Some(session) = session.upgrade() {
+                    session.wake();
+                }
+            }
+        });
+        PendingRegistration { done, task }
     }
 
     fn refuse(&mut self, error: &Error) {
@@ -188,38 +256,6 @@ impl MicroStreamClient {
             _ => translate::refused(error, &self.name),
         };
         self.send_packet(&connect_error("/", &message, Some(&data)));
-    }
-
-    /// `None` if the registration has to wait.
-    fn provide(&mut self) -> Result<Option<(HubConnection, AcceptedProvider)>, Error> {
-        let identity = Identity::anonymous();
-        let permit = identity.may_provide(&self.name)?;
-        let link = HubConnection::with_max_calls(&self.hub.rpc, self.port.clone(), self.hub.config.calls);
-        let providing = link.provide(&ProvideRequest {
-            subject: permit.subject(),
-            exclusive: true,
-            // A client that reconnects after an unclean disconnect would find its own name taken.
-            probe: true,
-            concurrency: u32::try_from(self.hub.config.calls).unwrap_or(u32::MAX).saturating_mul(16),
-            ..ProvideRequest::new(&self.name)
-        });
-        let providing = match providing.try_finish() {
-            Ok(provided) => return Ok(Some((link, provided?))),
-            Err(providing) => providing,
-        };
-        let done = Arc::new(Mutex::new(None));
-        let task = tokio::spawn({
-            let (done, session) = (done.clone(), self.session.clone());
-            async move {
-                let provided = providing.await;
-                *done.lock() = Some((link, provided));
-                if let Some(session) = session.upgrade() {
-                    session.wake();
-                }
-            }
-        });
-        self.registering = Some(PendingRegistration { done, task });
-        Ok(None)
     }
 
     fn connected(&mut self, link: HubConnection, provided: AcceptedProvider) {
@@ -251,14 +287,21 @@ impl MicroStreamClient {
         }
         let (service, event) = (translate::name(target), translate::name(event));
         let params = translate::params(data);
-        let identity = Identity::anonymous();
+        let permitted = self.identity.may_call(&service, &event).map(|permit| permit.subject());
+        let caller = match permitted {
+            Ok(subject) => subject,
+            Err(error) => {
+                self.port.answer(&port::tag(id, target), CallAnswer::Failed(error));
+                return;
+            }
+        };
         let call = Call {
             // A caller that waits longer gets a late response, like any other.
             late: true,
             // The original responds at once, without waiting for a provider.
             wait: Some(std::time::Duration::ZERO),
             as_sent: Some(sent),
-            caller: identity.subject(),
+            caller,
             ..Call::new(&service, &event, params.as_deref())
         };
         link.call(port::tag(id, target), &call);
@@ -277,7 +320,7 @@ impl MicroStreamClient {
         let name = translate::name(service_name);
         if *name == *self.name {
             self.beat.store(self.hub.wheel.now(), Relaxed);
-        } else {
+        } else if !self.hub.node.auth.is_on() {
             self.hub.heartbeat(&name);
         }
     }
@@ -339,10 +382,13 @@ impl SessionHandler for MicroStreamClient {
 
     fn on_wake(&mut self) {
         let done = self.registering.as_ref().and_then(|registering| registering.done.lock().take());
-        let Some((link, provided)) = done else { return };
+        let Some(registered) = done else { return };
         self.registering = None;
-        match provided {
-            Ok(provided) => self.connected(link, provided),
+        match registered {
+            Ok((identity, link, provided)) => {
+                self.identity = identity;
+                self.connected(link, provided);
+            }
             Err(error) => self.refuse(&error),
         }
     }

@@ -11,6 +11,8 @@ section! {
     /// The `microstream` adapter: a hub for MicroStream clients, which use Socket.IO at /socket.io/. The defaults equal
     /// those of MicroStream.
     Config {
+        /// Names of the roles of clients without credentials, if authentication is on.
+        roles: Vec<String> as Texts = Vec::new(),
         /// A client that sends no heartbeat for this long is disconnected, and its name is released.
         heartbeat_timeout: Duration as Time = seconds(15),
         /// Interval at which missing heartbeats are checked.

@@ -22,6 +22,7 @@ pub(super) const CONNECT: Duration = Duration::from_secs(45);
 
 /// What the clients share.
 pub(super) struct MicroStreamHub {
+    pub(super) node: Arc<Node>,
     pub(super) rpc: Arc<Hub>,
     pub(super) wheel: Arc<TimerWheel>,
     pub(super) config: Config,
@@ -38,6 +39,7 @@ impl MicroStreamHub {
     pub(super) fn new(node: &Arc<Node>) -> Self {
         let rpc = &node.config.rpc;
         MicroStreamHub {
+            node: node.clone(),
             rpc: node.hub.clone(),
             wheel: node.timers.clone(),
             config: node.config.compat.get(),

@@ -1,25 +1,19 @@
-//! The configuration of the adapter, which has no settings.
+//! The section `compat.node-sse`.
 
 use crate::{
     compat::adapter::permanent,
-    config::{
-        AdapterConfig, ChannelRule, OriginalVariables,
-        section::{ConfigItem, Section},
-    },
+    config::{AdapterConfig, ChannelRule, OriginalVariables, section::section},
 };
 
 /// The channel whose offsets are the numbers of clients, on Redis.
 pub(super) const CLIENTS: &str = "$node-sse/clients";
 
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Config;
-
-impl Section for Config {
-    fn doc(&self) -> &'static str {
-        ""
+section! {
+    /// The `node-sse` adapter: node-sse-server at /subscribe, /publish and /lastEvent.
+    Config {
+        /// Names of the roles of clients without credentials, if authentication is on.
+        roles: Vec<String> as Texts = Vec::new(),
     }
-
-    fn items<'a>(&'a mut self, _at: &str, _items: &mut Vec<ConfigItem<'a>>) {}
 }
 
 impl AdapterConfig for Config {

@@ -8,9 +8,14 @@ use std::sync::{
 use axum::http::StatusCode;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{config::CLIENTS, known_channels::KnownChannels, online::OnlineClients};
+use super::{
+    config::{CLIENTS, Config},
+    known_channels::KnownChannels,
+    online::OnlineClients,
+};
 use crate::{
     channel::Channel,
+    compat::adapter::AdapterClients,
     config::Backend,
     error::Error,
     event::{Draft, DraftParts},
@@ -19,6 +24,7 @@ use crate::{
 
 pub(super) struct NodeSse {
     pub(super) node: Arc<Node>,
+    pub(super) access: AdapterClients,
     pub(super) online: Arc<OnlineClients>,
     pub(super) known: KnownChannels,
     /// The last number of a client, with the memory backend.
@@ -48,6 +54,7 @@ impl NodeSse {
         let replication = tokio::spawn(OnlineClients::replicate(online.clone(), node.cluster.clone()));
         NodeSse {
             node: node.clone(),
+            access: AdapterClients::new(node, &node.config.compat.get::<Config>().roles),
             online,
             known: KnownChannels::default(),
             clients: AtomicU64::new(0),

@@ -76,7 +76,7 @@ impl NodeSse {
             batch.push(self.draft(event, &batch).await?);
         }
         if !batch.is_empty() {
-            publish(&self.node, batch).await?;
+            publish(&self.node, &self.access.identity(head), batch).await?;
         }
         Ok(Response::default())
     }
@@ -95,6 +95,7 @@ impl NodeSse {
             return Err(incomplete());
         }
         let channel = Channel::parse(&js::text(&event.channel))?;
+        channel.writable().map_err(|error| NodeSseError::Text(format!("Bad Request: {}", error.detail())))?;
         let kind = js::text(&event.kind);
         check_kind(&kind)?;
         let exists = before.iter().any(|(other, _)| *other == channel) || self.exists(&channel).await?;

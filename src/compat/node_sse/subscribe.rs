@@ -15,13 +15,12 @@ use super::{
     wire,
 };
 use crate::{
-    auth::Identity,
     bus::{ReadLimit, Subscriptions},
     channel::Channel,
     compat::form::Form,
     error::{Code, Error, Result},
     event::Event,
-    net::{body::not_generated, chunk},
+    net::{body::not_generated, chunk, server::PeerAddr},
     node::Node,
     position::{Position, Start},
     transport::{
@@ -55,7 +54,7 @@ impl NodeSse {
         if channels.is_empty() || channels.len() > self.node.config.limits.stream_channels {
             return Err(bad());
         }
-        let identity = Identity::of(&head.extensions);
+        let identity = self.access.identity(head);
         for channel in &channels {
             let _ = identity.may_subscribe(channel)?;
         }
@@ -103,13 +102,20 @@ impl NodeSse {
         let heartbeat = u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX);
         // Last, because it sends the list to all clients including this one.
         let member = OnlineClients::join(&self.online, &js::text(&id));
-        Ok(SubscriptionStream::new(&self.node, subs, NodeSseStream { member, heartbeat }).respond(answer, first))
+        Ok(SubscriptionStream::new(
+            &self.node,
+            &identity,
+            PeerAddr::of(head),
+            subs,
+            NodeSseStream { member, heartbeat },
+        )
+        .respond(answer, first))
     }
 
-    pub(super) async fn last_event(&self, query: &Form<'_>) -> Result<Response<Body>, NodeSseError> {
+    pub(super) async fn last_event(&self, head: &Head, query: &Form<'_>) -> Result<Response<Body>, NodeSseError> {
         let channel = query.text("channel").and_then(|name| Channel::parse(name).ok());
         let channel = channel.ok_or_else(|| NodeSseError::Text("Bad Request".to_owned()))?;
-        let _ = Identity::anonymous().may_subscribe(&channel)?;
+        let _ = self.access.identity(head).may_subscribe(&channel)?;
         let newest = ReadLimit { events: 1, bytes: 0 };
         let page = self.node.bus.read(&channel, Start::Last(1), newest, None).await?;
         let mut out = Vec::new();

@@ -109,7 +109,13 @@ fn parse(json: &str) -> Value {
 /// The response to an error of weir: a sentence for a mistake of the client, as in the original, else a page.
 pub(super) fn failure(error: &Error) -> Response<Body> {
     match StatusCode::from_u16(error.code().status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR) {
-        StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN => bad_request(format!("Bad Request: {}", error.detail())),
+        StatusCode::BAD_REQUEST => bad_request(format!("Bad Request: {}", error.detail())),
+        // The original has no credentials.
+        status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+            let mut answer = Response::new(Body::from(error.detail().to_owned()));
+            *answer.status_mut() = status;
+            answer
+        }
         status => page(status, error.detail()),
     }
 }

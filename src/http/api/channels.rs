@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::{Listing, to_json};
 use crate::{
-    auth::Identity,
+    auth::{AdminOperation, Identity},
     bus::ChannelInfo,
     error::Result,
     http::schema::{ChannelQuery, ListQuery, ProblemSchema},
@@ -35,7 +35,7 @@ pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head:
         let _ = identity.may_subscribe(&channel)?;
         return Ok(to_json(&ChannelOrChannels::One(node.bus.inspect(&channel).await?)));
     }
-    let _ = identity.may_administer()?;
+    let _ = identity.may_administer(AdminOperation::ListChannels)?;
     let mut channels = node.bus.list(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
     let page = listing.page(&mut channels, |info| info.channel.as_str());
     Ok(to_json(&ChannelOrChannels::Many(Channels { channels, page })))

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::{Listing, to_json};
 use crate::{
-    auth::Identity,
+    auth::{AdminOperation, Identity},
     error::{Code, Error, Result},
     http::schema::{self, ProblemSchema},
     node::Node,
@@ -33,7 +33,7 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
     let listing = Listing::take(&mut query)?;
     let filter = filter(&mut query)?;
     query.finish()?;
-    let _ = identity.may_administer()?;
+    let _ = identity.may_administer(AdminOperation::ListConnections)?;
     let mut found = node.cluster_connections.list(&filter, listing.after.as_deref(), listing.limit + 1).await;
     let page = listing.page(&mut found.found, |connection| &connection.id);
     Ok(to_json(&Connections { connections: found.found, page, silent: found.silent }))
@@ -55,7 +55,7 @@ pub(crate) async fn kick(State(node): State<Arc<Node>>, identity: Identity, head
     if filter.id.is_none() && filter.subject.is_none() {
         return Err(Error::params("subject or id is required"));
     }
-    let _ = identity.may_administer()?;
+    let _ = identity.may_administer(AdminOperation::KickConnections)?;
     let kicked = node.cluster_connections.kick(&filter).await;
     // A subject may have no connection at the moment, but an id is of one.
     if let Some(id) = filter.id.filter(|_| kicked.found == 0 && kicked.silent.is_empty()) {

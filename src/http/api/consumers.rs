@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::{Listing, to_json};
 use crate::{
-    auth::Identity,
+    auth::{AdminOperation, Identity},
     bus::{ConsumerInfo, ReadLimit},
     channel::Channel,
     error::{Code, Error, Result},
@@ -50,12 +50,12 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
     let mut query = Query::parse(head.uri.query())?;
     let listing = Listing::take(&mut query)?;
     query.finish()?;
-    let _ = identity.may_administer()?;
+    let _ = identity.may_administer(AdminOperation::ListConsumers)?;
     let mut found = node.bus.consumers(&listing.prefix, listing.after.as_deref(), listing.limit + 1).await?;
     let page = listing.page(&mut found, |consumer| &consumer.name);
     let mut consumers = Vec::with_capacity(found.len());
     for consumer in found {
-        consumers.push(Consumer::of(&node, consumer).await?);
+        consumers.push(Consumer::of(&node, &identity, consumer).await?);
     }
     Ok(to_json(&Consumers { consumers, page }))
 }
@@ -75,7 +75,7 @@ pub(crate) async fn get(State(node): State<Arc<Node>>, identity: Identity, head:
     let name = name(&head, "")?;
     let _ = identity.may_consume(&name)?;
     let consumer = node.bus.consumer(&name).await?.ok_or_else(|| unknown(&name))?;
-    Ok(to_json(&Consumer::of(&node, consumer).await?))
+    Ok(to_json(&Consumer::of(&node, &identity, consumer).await?))
 }
 
 /// `POST /v1/consumers/N/commit`.
@@ -97,7 +97,7 @@ pub(crate) async fn commit(
     let (name, Commit { after, channels }) = read(&node, request, "/commit").await?;
     let _ = identity.may_consume(&name)?;
     let channels = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
-    reading::commit_named(&node.bus, &name, channels.transpose()?, &after).await?;
+    reading::commit_named(&node.bus, &identity, &name, channels.transpose()?, &after).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -150,7 +150,6 @@ pub(crate) async fn seek(
 pub(crate) async fn delete(State(node): State<Arc<Node>>, identity: Identity, head: Parts) -> Result<StatusCode> {
     Query::parse(head.uri.query())?.finish()?;
     let name = name(&head, "")?;
-    let _ = identity.may_administer()?;
     let _ = identity.may_consume(&name)?;
     match node.bus.forget(&name).await? {
         true => Ok(StatusCode::NO_CONTENT),
@@ -217,10 +216,13 @@ struct Lag {
 }
 
 impl Consumer {
-    async fn of(node: &Node, consumer: ConsumerInfo) -> Result<Self> {
+    /// Cursors of channels that the client may not read are left out.
+    async fn of(node: &Node, identity: &Identity, consumer: ConsumerInfo) -> Result<Self> {
         let mut channels = Vec::with_capacity(consumer.cursors.len());
         for (channel, position) in &consumer.cursors {
-            channels.push(Lag::of(node, channel, *position).await?);
+            if identity.may_subscribe(channel).is_ok() {
+                channels.push(Lag::of(node, channel, *position).await?);
+            }
         }
         let ConsumerInfo { name, seen, expires, .. } = consumer;
         Ok(Consumer { name, mode: "cursor", channels, seen, expires })

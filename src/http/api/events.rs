@@ -17,7 +17,7 @@ use serde_json::value::RawValue;
 
 use super::{super::error::problem, json};
 use crate::{
-    auth::Identity,
+    auth::{AdminOperation, Identity},
     channel::Channel,
     error::{Code, Error, Result},
     event::{self, Draft, EventData, IncomingEvent},
@@ -30,6 +30,7 @@ use crate::{
     net::{body::not_generated, server::PeerAddr},
     node::Node,
     position::Position,
+    sessions,
     transport::{
         accept, publishing,
         query::Query,
@@ -86,7 +87,7 @@ pub(crate) async fn publish(node: &Node, identity: &Identity, head: &Parts, body
 }
 
 async fn publish_one(node: &Node, identity: &Identity, channel: Channel, draft: Draft) -> Result<Response> {
-    let subject = identity.may_publish(&channel)?.subject();
+    let subject = identity.may_publish(&channel, &draft)?.subject();
     let size = draft.size();
     let placed = node.bus.publish_one(subject, &channel, draft).await?;
     node.metrics.event_published(Transport::Http, placed.duplicate, size);
@@ -97,8 +98,8 @@ async fn publish_one(node: &Node, identity: &Identity, channel: Channel, draft: 
 
 async fn publish_many(node: &Node, identity: &Identity, events: Vec<(Channel, Draft)>) -> Result<Response> {
     // All channels are checked before any event is stored.
-    for (channel, _) in &events {
-        let _ = identity.may_publish(channel)?;
+    for (channel, draft) in &events {
+        let _ = identity.may_publish(channel, draft)?;
     }
     let published = publishing::publish_many(node, identity.subject(), Transport::Http, events).await;
     if let Some(error) = published.error {
@@ -296,7 +297,7 @@ async fn listed(node: &Node, identity: &Identity, head: &Parts, reading: &PageRe
     tokio::select! {
         biased;
         answer = reading.read(&node.bus, &node.draining) => answer,
-        () = waiting.kicked() => Err(Error::new(Code::Kicked, "this read was closed by an administrator")),
+        code = waiting.kicked() => Err(sessions::closed(code)),
     }
 }
 
@@ -321,8 +322,8 @@ pub(crate) async fn delete(State(node): State<Arc<Node>>, identity: Identity, he
         })?),
         None => None,
     };
-    let _ = identity.may_administer()?;
-    let _ = identity.may_publish(&channel)?;
+    let _ = identity.may_administer(AdminOperation::DeleteEvents)?;
+    let _ = identity.may_write(&channel)?;
     if node.bus.inspect(&channel).await?.epoch.is_absent() {
         return Err(Error::new(Code::NotFound, format!("channel {channel} has no log")));
     }

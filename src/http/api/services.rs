@@ -42,7 +42,7 @@ pub(crate) async fn list(State(node): State<Arc<Node>>, identity: Identity, head
     query.finish()?;
     let mut services = node.hub.services(&prefix, node.config.limits.services);
     // A client sees only the services that it may call.
-    services.retain(|info| identity.may_call(&info.service).is_ok());
+    services.retain(|info| identity.may_see(&info.service));
     Ok(to_json(&Services { services }))
 }
 
@@ -77,7 +77,7 @@ pub(crate) async fn call(
     query.finish()?;
     let path = decode(head.uri.path().strip_prefix("/v1/services/").unwrap_or_default(), false)?;
     let (service, method) = Call::split(&path)?;
-    let permit = identity.may_call(service)?;
+    let permit = identity.may_call(service, method)?;
     let limits = &node.config.limits;
     let body = read_body(body, limits.frame, "limits.frame", limits.body_time).await?;
     let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());

@@ -240,8 +240,8 @@ impl<H: SocketHandler> WebSocket<H> {
                     self.handler.on_leave();
                     self.shorten_to_deadline();
                 }
-                Due::Kicked if self.is_open() => self.close(Code::Kicked),
-                Due::Leave | Due::Kicked => {}
+                Due::Kicked(code) if self.is_open() => self.close(code),
+                Due::Leave | Due::Kicked(_) => {}
             }
         }
         Ok(())

@@ -38,7 +38,7 @@ impl RpcSession {
         match PublishParams::read(params)? {
             PublishParams::One(event) => {
                 let (channel, draft) = event.draft(limits.event)?;
-                let _ = identity.may_publish(&channel)?;
+                let _ = identity.may_publish(&channel, &draft)?;
                 let size = draft.size();
                 let order = JobOrder::Behind(channel.clone());
                 let work = async move {
@@ -64,7 +64,7 @@ impl RpcSession {
                 let mut drafts = Vec::with_capacity(events.len());
                 for event in &events {
                     let (channel, draft) = event.draft(limits.event)?;
-                    let _ = identity.may_publish(&channel)?;
+                    let _ = identity.may_publish(&channel, &draft)?;
                     drafts.push((channel, draft));
                 }
                 let bytes = drafts.iter().map(|(_, draft)| draft.size()).sum();
@@ -180,10 +180,10 @@ impl RpcSession {
         let params::CommitParams { consumer, after, channels } = params::read(params)?;
         let _ = self.identity.may_consume(&consumer)?;
         let names = channels.map(|names| names.iter().map(|name| Channel::parse(name)).collect::<Result<Vec<_>>>());
-        let (names, node) = (names.transpose()?, self.node.clone());
+        let (names, node, identity) = (names.transpose()?, self.node.clone(), self.identity.clone());
         let (consumer, after) = (consumer.0.into_owned(), after.as_str().to_owned());
         let work = async move {
-            reading::commit_named(&node.bus, &consumer, names, &after).await?;
+            reading::commit_named(&node.bus, &identity, &consumer, names, &after).await?;
             Ok(JobOutput::Result(NULL.to_vec()))
         };
         Ok(MethodOutcome::Later { work: Box::pin(work), bytes: 0, order: JobOrder::Alone })
@@ -245,6 +245,21 @@ impl RpcSession {
                 if let Some(to) = &to {
                     outbox.answer(to, |out| jsonrpc::result(out, to.id(), &result));
                 }
+            }
+            Ok(JobOutput::Login(verified)) => match verified.and_then(|identity| self.log_in(identity)) {
+                Ok(answer) => {
+                    if let Some(to) = &to {
+                        self.outbox.answer(to, |out| jsonrpc::result(out, to.id(), &answer));
+                    }
+                }
+                Err(error) => {
+                    self.count_failed_login(&error);
+                    reject(&self.outbox, to.as_ref(), &error);
+                }
+            },
+            // The client may have logged in meanwhile, with fewer permissions.
+            Ok(JobOutput::Subscribe(list)) if let Some(error) = self.first_refused(&list) => {
+                reject(&self.outbox, to.as_ref(), &error);
             }
             Ok(JobOutput::Subscribe(list)) => {
                 let reader = self.subscriptions.as_deref();

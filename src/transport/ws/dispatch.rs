@@ -134,11 +134,7 @@ impl RpcSession {
                 let params::NoParams {} = params::read(params)?;
                 Ok(MethodOutcome::Result(format!(r#"{{"time":{}}}"#, self.node.bus.now()).into_bytes()))
             }
-            "weir.auth" => {
-                let params::AuthParams { .. } = params::read(params)?;
-                // There are no credentials yet: every client is anonymous, whatever its token. The answer says so.
-                Ok(json(&serde_json::json!({ "subject": "", "expires": null, "anonymous": true })))
-            }
+            "weir.auth" => self.authenticate(params),
             "weir.read" => self.read(params),
             "weir.presence" => self.presence(params),
             "weir.commit" => self.commit(params),
@@ -147,7 +143,7 @@ impl RpcSession {
                 let params::ServicesParams { prefix } = params::read(params)?;
                 let mut services = self.node.hub.services(prefix.as_deref().unwrap_or_default(), MAX_SERVICES);
                 // Services that the client may not call are not listed.
-                services.retain(|info| self.identity.may_call(&info.service).is_ok());
+                services.retain(|info| self.identity.may_see(&info.service));
                 // The same shape as over HTTP.
                 Ok(json(&serde_json::json!({ "services": services })))
             }
@@ -199,7 +195,7 @@ impl RpcSession {
     /// `service/method`.
     fn short_call(&mut self, name: &str, params: Option<&RawValue>, to: Option<CallerId>) {
         let permitted = Call::split(name).and_then(|(service, method)| {
-            let permit = self.identity.may_call(service)?;
+            let permit = self.identity.may_call(service, method)?;
             Ok(Call { caller: permit.subject(), ..Call::new(service, method, params) })
         });
         let hub = self.hub.get_or_insert_with(|| HubConnection::new(&self.node.hub, self.outbox.clone()));
@@ -214,7 +210,7 @@ impl RpcSession {
     fn call(&mut self, params: Option<&RawValue>, to: Option<&CallerId>) -> Result<MethodOutcome> {
         let params: params::CallParams<'_> = params::read(params)?;
         params.check()?;
-        let permit = self.identity.may_call(&params.service)?;
+        let permit = self.identity.may_call(&params.service, &params.method)?;
         let call = Call {
             caller: permit.subject(),
             timeout: params.timeout()?,

@@ -48,9 +48,7 @@ pub(super) struct NoParams {}
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AuthParams {
-    /// Not used yet.
-    #[serde(rename = "token")]
-    pub(super) _token: Box<str>,
+    pub(super) token: Box<str>,
 }
 
 /// `weir.publish`.

@@ -31,6 +31,7 @@ pub(super) struct RpcSession {
     pub(super) over_http: bool,
     /// Unreadable messages, since this tick.
     pub(super) unreadable: (u32, u32),
+    pub(super) failed_logins: u8,
 }
 
 /// The result of a method of weir.
@@ -59,6 +60,7 @@ impl RpcSession {
             registration: None,
             over_http,
             unreadable: (0, 0),
+            failed_logins: 0,
         }
     }
 }

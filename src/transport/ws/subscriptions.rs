@@ -150,6 +150,23 @@ impl SocketSubscriptions {
         true
     }
 
+    /// Ends the subscriptions of channels that the client may not read, and its presence where it may not join. Returns the
+    /// channels of the former.
+    pub(super) fn end_unless(
+        &mut self,
+        may_read: impl Fn(&Channel) -> bool,
+        may_join: impl Fn(&Channel) -> bool,
+    ) -> Vec<String> {
+        let ended: Vec<_> = self.places.lock().keys().filter(|channel| !may_read(channel)).cloned().collect();
+        for channel in &ended {
+            self.unsubscribe(channel);
+        }
+        if let Some(leases) = &mut self.leases {
+            leases.0.retain(|channel, _| may_join(channel));
+        }
+        ended.into_iter().map(|channel| channel.as_str().to_owned()).collect()
+    }
+
     /// Begins the subscriptions whose answer is no longer held by an open batch.
     #[inline]
     pub(super) fn begin_answered(&mut self, is_open: impl Fn(u32) -> bool) {

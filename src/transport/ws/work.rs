@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 
 use super::subscriptions::ReadySubscription;
 use crate::{
+    auth::Identity,
     channel::Channel,
     error::Result,
     rpc::{AcceptedProvider, CallerId},
@@ -73,6 +74,7 @@ pub(super) struct FinishedJob {
 pub(super) enum JobOutput {
     /// JSON.
     Result(Vec<u8>),
+    Login(Result<Identity>),
     Subscribe(Vec<ReadySubscription>),
     Unsubscribe(Vec<Channel>),
     Provide {
