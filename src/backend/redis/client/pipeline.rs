@@ -300,7 +300,11 @@ async fn read_loop(pipeline: Arc<Pipeline>, mut socket: impl AsyncRead + Unpin, 
                     break;
                 }
             }
-            _ = beat.tick() => {
+            due = beat.tick() => {
+                // This process itself stood still: the runtime may report the time before it reports the bytes that arrived.
+                if due.elapsed() >= HEARTBEAT {
+                    last_read = Instant::now();
+                }
                 if last_read.elapsed() > SILENCE {
                     break;
                 }
