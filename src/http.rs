@@ -90,7 +90,7 @@ impl Endpoint {
         }
         let origin = self.origins.classify(&head);
         let admitted = match self.admit(&mut head, true, Some((&origin, true))) {
-            Ok(()) => self.authenticate(&head).await,
+            Ok(()) => self.authenticate(&head, &origin).await,
             Err(error) => Err(error),
         };
         let mut answer = match admitted {
@@ -129,7 +129,7 @@ impl Endpoint {
     }
 
     /// The client of a request. Requests that need no permission are not authenticated.
-    async fn authenticate(&self, head: &Parts) -> Result<Identity> {
+    async fn authenticate(&self, head: &Parts, origin: &RequestOrigin) -> Result<Identity> {
         let path = head.uri.path();
         let public = matches!(path, "/" | "/openapi.json") || path.starts_with("/health/");
         if public || head.method == Method::OPTIONS {
@@ -141,7 +141,9 @@ impl Endpoint {
             return Ok(Identity::open(true));
         }
         let identity = self.node.auth.authenticate(head, self.origins.is_loopback() || at_admin).await?;
-        let foreign = head.extensions.get::<ForeignPage>().is_some();
+        // The roles of clients without credentials let no page of another origin write.
+        let denied = matches!(origin, RequestOrigin::Denied) && self.node.auth.is_on() && identity.subject().is_empty();
+        let foreign = denied || head.extensions.get::<ForeignPage>().is_some();
         Ok(if foreign { identity.read_only() } else { identity })
     }
 
@@ -167,7 +169,7 @@ impl Endpoint {
     async fn answer_by(&self, adapter: &Adapter, begun: RequestStart, mut head: Parts, body: Body) -> Response {
         let origin = self.origins.classify(&head);
         let admitted = match self.admit(&mut head, true, Some((&origin, adapter.our_cors))) {
-            Ok(()) if adapter.authenticates => self.authenticate(&head).await,
+            Ok(()) if adapter.authenticates => self.authenticate(&head, &origin).await,
             Ok(()) => Ok(self.node.auth.anonymous(false)),
             Err(error) => Err(error),
         };

@@ -235,9 +235,10 @@ impl ConnectionRegistry {
         let is_expired = |entry: &ConnectionEntry| entry.identity.expires().is_some_and(|expires| expires <= now);
         self.close(Code::TokenExpired, is_expired);
         let entries = self.entries.lock();
-        let later = entries.iter().filter_map(|(_, entry)| entry.identity.expires().filter(|expires| *expires > now));
+        // Those that have just been closed are still there: they are looked at again, as their timer may have been missed.
+        let next = entries.iter().filter_map(|(_, entry)| entry.identity.expires()).min();
         // Under the lock, so that a registration meanwhile is not forgotten.
-        self.next_expiry.store(later.min().unwrap_or(u64::MAX), Relaxed);
+        self.next_expiry.store(next.unwrap_or(u64::MAX), Relaxed);
     }
 
     fn close(&self, code: Code, matches: impl Fn(&ConnectionEntry) -> bool) -> usize {

@@ -35,10 +35,18 @@ pub(crate) struct Authenticator {
     roles: HashMap<Box<str>, Arc<Role>>,
     /// Names of the roles of every client.
     common: Vec<String>,
-    issuers: Vec<TokenIssuer>,
+    issuers: Vec<Arc<TokenIssuer>>,
     /// Identities of tokens, by the digest of the token. A rejected token is not remembered: it could be accepted later.
-    verified: Mutex<IndexMap<KeyDigest, Identity>>,
+    verified: Mutex<IndexMap<KeyDigest, VerifiedToken>>,
     now: fn() -> u64,
+}
+
+/// A token that was verified, and is valid while its issuer has the same keys.
+#[derive(Clone)]
+struct VerifiedToken {
+    identity: Identity,
+    issuer: Arc<TokenIssuer>,
+    generation: u64,
 }
 
 struct TokenIssuer {
@@ -103,7 +111,7 @@ impl Authenticator {
         for (n, key) in config.keys.iter().enumerate() {
             check_roles(format!("auth.keys[{n}].roles"), &key.roles, &mut problems);
         }
-        let mut issuers: Vec<TokenIssuer> = Vec::new();
+        let mut issuers: Vec<Arc<TokenIssuer>> = Vec::new();
         for (key, section) in config.issuers() {
             check_roles(format!("{key}.roles"), &section.roles, &mut problems);
             match token_issuer(section) {
@@ -112,12 +120,13 @@ impl Authenticator {
                         if other.issuer.issuer == issuer.issuer.issuer {
                             problems.push((format!("{key}.issuer"), "is the issuer of another entry".into()));
                         }
-                        if other.issuer.prefix == issuer.issuer.prefix {
-                            let reason = "is the prefix of another entry, so their subjects could be the same";
+                        let (one, two) = (&other.issuer.prefix, &issuer.issuer.prefix);
+                        if one.starts_with(two.as_str()) || two.starts_with(one.as_str()) {
+                            let reason = "begins like the prefix of another entry, so their subjects could be the same";
                             problems.push((format!("{key}.prefix"), reason.into()));
                         }
                     }
-                    issuers.push(issuer);
+                    issuers.push(Arc::new(issuer));
                 }
                 Err((name, reason)) => problems.push((format!("{key}.{name}"), reason)),
             }
@@ -150,7 +159,8 @@ impl Authenticator {
 
     /// Begins to fetch the keys of issuers. Requires a tokio runtime.
     pub(crate) fn start(&self) -> JwksTasks {
-        let run = |issuer: &TokenIssuer| issuer.jwks.clone().map(|jwks| tokio::spawn(jwks.run(issuer.issuer.clone())));
+        let run =
+            |issuer: &Arc<TokenIssuer>| issuer.jwks.clone().map(|jwks| tokio::spawn(jwks.run(issuer.issuer.clone())));
         JwksTasks(self.issuers.iter().filter_map(run).collect())
     }
 
@@ -198,7 +208,9 @@ impl Authenticator {
         let digest = KeyDigest::of(credential);
         let known = match self.keys.get(&digest) {
             Some((_, identity)) => Some(identity.clone()),
-            None => self.verified.lock().get(&digest).cloned(),
+            None => {
+                self.verified.lock().get(&digest).filter(|token| token.is_current()).map(|token| token.identity.clone())
+            }
         };
         match known {
             Some(identity) if identity.expires().is_none_or(|expires| expires > (self.now)()) => Ok(identity),
@@ -207,19 +219,21 @@ impl Authenticator {
                 Err(expired())
             }
             None => {
-                let identity = self.identity(&self.verify_token(credential).await?);
+                let (credential, issuer, generation) = self.verify_token(credential).await?;
+                let identity = self.identity(&credential);
                 let mut verified = self.verified.lock();
                 if verified.len() >= MAX_VERIFIED {
                     let victim = fastrand::usize(..verified.len());
                     verified.swap_remove_index(victim);
                 }
-                verified.insert(digest, identity.clone());
+                verified.insert(digest, VerifiedToken { identity: identity.clone(), issuer, generation });
                 Ok(identity)
             }
         }
     }
 
-    async fn verify_token(&self, token: &str) -> Result<Credential> {
+    /// Also returns the issuer, and the generation of its keys before the verification.
+    async fn verify_token(&self, token: &str) -> Result<(Credential, Arc<TokenIssuer>, u64)> {
         if token.starts_with(PREFIX) || self.issuers.is_empty() || !UnverifiedToken::is_token(token) {
             return Err(Error::new(Code::Unauthorized, "the key or token is not valid"));
         }
@@ -227,6 +241,7 @@ impl Authenticator {
         let unknown = || Error::new(Code::Unauthorized, "no issuer of this token is configured");
         let first = UnverifiedToken::read(token).map_err(rejected)?;
         let issuer = self.issuers.iter().find(|issuer| issuer.issuer.issuer == first.issuer()).ok_or_else(unknown)?;
+        let mut generation = issuer.generation();
         let verified = match &issuer.jwks {
             None => issuer.issuer.verify(first, now),
             Some(jwks) => {
@@ -237,9 +252,11 @@ impl Authenticator {
                     let detail = "the keys of the issuer of this token cannot be fetched now";
                     return Err(Error::new(Code::AuthUnavailable, detail));
                 }
+                generation = issuer.generation();
                 match issuer.issuer.verify(first, now) {
                     Err(TokenError::UnknownKey) => {
                         jwks.demand().await;
+                        generation = issuer.generation();
                         issuer.issuer.verify(UnverifiedToken::read(token).map_err(rejected)?, now)
                     }
                     verified => verified,
@@ -252,7 +269,7 @@ impl Authenticator {
         }
         let roles = issuer.roles.iter().cloned().chain(roles).chain(provider_roles).collect();
         let expires = Some((expires + issuer.issuer.leeway) * 1000);
-        Ok(Credential { subject, labels, roles, rules, expires })
+        Ok((Credential { subject, labels, roles, rules, expires }, issuer.clone(), generation))
     }
 
     /// Explains whether a credential permits something: the answer, and the role or claim that permits it, or the patterns
@@ -268,7 +285,7 @@ impl Authenticator {
         let granted = match self.keys.get(&KeyDigest::of(credential)) {
             Some((key, _)) => key,
             None => {
-                of_token = self.verify_token(credential).await?;
+                (of_token, ..) = self.verify_token(credential).await?;
                 &of_token
             }
         };
@@ -372,7 +389,7 @@ fn keys(config: &AuthSection, problems: &mut AuthProblems) -> HashMap<KeyDigest,
         let expires = match &**expires {
             "" => None,
             text => match OffsetDateTime::parse(text, &Rfc3339) {
-                Ok(time) => u64::try_from(time.unix_timestamp()).ok().map(|seconds| seconds * 1000),
+                Ok(time) => Some(u64::try_from(time.unix_timestamp()).unwrap_or(0) * 1000),
                 Err(_) => {
                     problem("expires", format!("{text:?} is not a time as 2027-01-31T00:00:00Z"));
                     None
@@ -444,6 +461,21 @@ fn token_issuer(section: &JwtSection) -> Result<TokenIssuer, (&'static str, Stri
         keys: RwLock::new(keys.into()),
     };
     Ok(TokenIssuer { issuer: Arc::new(issuer), jwks, roles: section.roles.clone() })
+}
+
+// === impl TokenIssuer ===
+
+impl TokenIssuer {
+    /// Changes with the keys.
+    fn generation(&self) -> u64 {
+        self.jwks.as_ref().map_or(0, |jwks| jwks.generation())
+    }
+}
+
+impl VerifiedToken {
+    fn is_current(&self) -> bool {
+        self.generation == self.issuer.generation() && self.issuer.jwks.as_ref().is_none_or(|jwks| jwks.is_usable())
+    }
 }
 
 // === impl JwksTasks ===

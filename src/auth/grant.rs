@@ -291,7 +291,9 @@ impl PatternTemplate {
                     (label.map_or("", |(_, value)| value), *delimiter)
                 }
             };
-            if value.is_empty() || delimiter.is_some_and(|delimiter| value.contains(delimiter)) {
+            // A value does not make a pattern one of reserved names.
+            let reserved = value.starts_with('$') && pattern.as_exact() == Some("");
+            if value.is_empty() || reserved || delimiter.is_some_and(|delimiter| value.contains(delimiter)) {
                 return None;
             }
             pattern.push_literal(value);

@@ -53,6 +53,10 @@ pub(super) struct JwksSource {
 
 #[derive(Default)]
 struct FetchState {
+    /// Counts the different key sets.
+    generation: u64,
+    /// The last key set, as fetched.
+    text: Bytes,
     /// The last successful fetch.
     succeeded: Option<Instant>,
     /// The last fetch that a token with an unknown key has caused.
@@ -91,6 +95,11 @@ impl JwksSource {
         Ok(JwksSource { location, refresh, stale, state: Mutex::default(), wanted, fetched })
     }
 
+    /// Increases whenever the key set changes.
+    pub(super) fn generation(&self) -> u64 {
+        self.state.lock().generation
+    }
+
     /// Whether the keys are recent enough to be used.
     pub(super) fn is_usable(&self) -> bool {
         self.state.lock().succeeded.is_some_and(|at| at.elapsed() < self.stale)
@@ -120,9 +129,14 @@ impl JwksSource {
         let mut retry = MIN_RETRY;
         loop {
             let pause = match timeout(TIMEOUT, self.fetch()).await.unwrap_or_else(|_| Err("timeout".to_owned())) {
-                Ok(keys) => {
+                Ok((keys, text)) => {
                     *issuer.keys.write() = keys.into();
-                    self.state.lock().succeeded = Some(Instant::now());
+                    let mut state = self.state.lock();
+                    state.succeeded = Some(Instant::now());
+                    if state.text != text {
+                        state.generation += 1;
+                        state.text = text;
+                    }
                     retry = MIN_RETRY;
                     self.refresh
                 }
@@ -142,7 +156,7 @@ impl JwksSource {
         }
     }
 
-    async fn fetch(&self) -> Result<Vec<VerificationKey>, String> {
+    async fn fetch(&self) -> Result<(Vec<VerificationKey>, Bytes), String> {
         let text = match &self.location {
             JwksLocation::File(path) => {
                 let bytes = fs::read(path).map_err(|error| error.to_string())?;
@@ -172,6 +186,9 @@ impl JwksSource {
         // Keys of unknown kinds are ignored (RFC 7517, section 5).
         let usable = |key: serde_json::Value| VerificationKey::jwk(&serde_json::from_value::<Jwk>(key).ok()?);
         let keys: Vec<_> = set.keys.into_iter().filter_map(usable).collect();
-        if keys.is_empty() { Err("the set has no key that verifies signatures".into()) } else { Ok(keys) }
+        if keys.is_empty() {
+            return Err("the set has no key that verifies signatures".into());
+        }
+        Ok((keys, text))
     }
 }

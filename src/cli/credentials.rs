@@ -38,7 +38,7 @@ pub(super) async fn token(command: TokenCommand, config: &Config, out: &mut Outp
     };
     let auth = Authenticator::new(&config.auth).map_err(problems)?;
     if !auth.is_on() {
-        return Err(Failure::Usage("authentication is off: there is neither a key nor an issuer of tokens".into()));
+        return Err(Failure::Usage("authentication is off: there is neither a key nor an issuer of tokens; pass --config FILE or set WEIR_CONFIG".into()));
     }
     let _key_sets = auth.start();
     match command {
@@ -73,8 +73,15 @@ pub(super) async fn token(command: TokenCommand, config: &Config, out: &mut Outp
     }
 }
 
-/// The credential on standard input, or in `WEIR_TOKEN`.
+/// The credential on standard input, or in `WEIR_TOKEN`: bare, or as `weir key new` and `weir token make` print it.
 async fn credential() -> Result<String, Failure> {
+    let text = text().await?;
+    let printed = serde_json::from_str::<serde_json::Value>(&text).unwrap_or_default();
+    let member = printed.get("token").or_else(|| printed.get("key")).and_then(serde_json::Value::as_str);
+    Ok(member.map_or(text.clone(), str::to_owned))
+}
+
+async fn text() -> Result<String, Failure> {
     if let Ok(token) = std::env::var("WEIR_TOKEN") {
         return Ok(token);
     }

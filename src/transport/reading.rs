@@ -288,7 +288,7 @@ impl PageRequest {
         };
         let commits = match &self.start {
             StartParam::Default => Vec::new(),
-            StartParam::After(after) => commit_positions(bus, &self.channels, after).await?,
+            StartParam::After(after) => commit_positions(bus, &self.channels, after, |_| true).await?,
             StartParam::Last(_) => {
                 return Err(Error::params("a consumer reads on from its cursor: there is start=now, and seek"));
             }
@@ -498,7 +498,12 @@ fn is_stored(result: Result<()>) -> Result<bool> {
 }
 
 /// The positions of `channels` in `after`, all of which the channels have reached.
-async fn commit_positions<'a>(bus: &Bus, channels: &'a [Channel], after: &str) -> Result<Vec<(&'a Channel, Position)>> {
+async fn commit_positions<'a>(
+    bus: &Bus,
+    channels: &'a [Channel],
+    after: &str,
+    includes: impl Fn(&Channel) -> bool,
+) -> Result<Vec<(&'a Channel, Position)>> {
     let unreadable = |error| Error::new(Code::InvalidPosition, format!("after is {error}"));
     let after: AfterParam = after.parse().map_err(unreadable)?;
     if !matches!(after, AfterParam::Position(_) | AfterParam::Token(_)) {
@@ -508,6 +513,10 @@ async fn commit_positions<'a>(bus: &Bus, channels: &'a [Channel], after: &str) -
     let mut positions = Vec::with_capacity(channels.len());
     for (channel, start) in channels.iter().zip(starts) {
         let Start::After(position) = start else { continue };
+        // Nothing is said about channels that the client may not read, and their cursors stay where they are.
+        if !includes(channel) {
+            continue;
+        }
         check_ahead(bus, channel, position).await?;
         positions.push((channel, position));
     }
@@ -531,10 +540,9 @@ pub(crate) async fn commit_named(
     };
     let channels = channels.unwrap_or_else(|| known.cursors.into_iter().map(|(channel, _)| channel).collect());
     // Cursors of channels that the client may not read stay where they are.
-    for (channel, position) in commit_positions(bus, &channels, after).await? {
-        if identity.may_subscribe(channel).is_ok() {
-            bus.commit(consumer, channel, position).await?;
-        }
+    let readable = |channel: &Channel| identity.may_subscribe(channel).is_ok();
+    for (channel, position) in commit_positions(bus, &channels, after, readable).await? {
+        bus.commit(consumer, channel, position).await?;
     }
     Ok(())
 }

@@ -87,8 +87,11 @@ impl GripProxy {
         instructions: &Instructions,
     ) -> Result<Vec<Channel>, OriginError> {
         let invalid = |error: Error| OriginError::Invalid(format!("Grip-Channel: {}", error.detail()));
-        let parse =
-            |channel: &HeldChannel| Channel::parse(&format!("{}{}", route.prefix, channel.name)).map_err(invalid);
+        // Clients of the proxy read nothing of weir itself.
+        let parse = |channel: &HeldChannel| {
+            let channel = Channel::parse(&format!("{}{}", route.prefix, channel.name)).map_err(invalid)?;
+            channel.writable().map(|()| channel).map_err(invalid)
+        };
         instructions.channels.iter().map(parse).collect()
     }
 

@@ -33,6 +33,9 @@ use crate::{
 pub(super) struct MicroStreamClient {
     hub: Arc<MicroStreamHub>,
     session: Weak<EngineSession>,
+    /// The client of the first request.
+    handshake: Identity,
+    /// The client of the connect packet.
     identity: Identity,
     port: Arc<Port>,
     /// Set while the client is connected.
@@ -117,6 +120,7 @@ impl MicroStreamClient {
         let now = hub.wheel.now();
         MicroStreamClient {
             session: Arc::downgrade(session),
+            handshake: identity.clone(),
             identity,
             port: Arc::new(Port::new(Arc::downgrade(session), session.outbox.clone(), hub.wheel.clone())),
             link: None,
@@ -190,6 +194,15 @@ impl MicroStreamClient {
         // Before anything else: a registration that finds the name taken must find the new owner.
         self.link = None;
         self.hub.disconnected(&self.name, &self.beat);
+        self.set_identity(self.handshake.clone());
+    }
+
+    /// A connection is listed, kicked, and ends with its credential, by its identity.
+    fn set_identity(&mut self, identity: Identity) {
+        if let Some(session) = self.session.upgrade() {
+            session.with_registration(|registration| registration.set_identity(identity.clone()));
+        }
+        self.identity = identity;
     }
 
     // --- registration ---
@@ -202,6 +215,7 @@ impl MicroStreamClient {
         }
         let token = serde_json::from_str::<ConnectAuth>(auth).ok().map(|auth| auth.token);
         let token = token.filter(|_| self.hub.node.auth.is_on());
+        let handshake = self.handshake.clone();
         let request = RegistrationRequest { hub: self.hub.clone(), port: self.port.clone(), name: self.name.clone() };
         let done = match token {
             None => match request.provide(&self.identity) {
@@ -217,6 +231,9 @@ impl MicroStreamClient {
             },
             Some(token) => self.wait(async move {
                 let identity = request.hub.node.auth.verify(&token).await?;
+                if !handshake.subject().is_empty() && handshake.subject() != identity.subject() {
+                    return Err(Error::new(Code::Forbidden, "this connection belongs to another subject"));
+                }
                 let (link, providing) = request.provide(&identity)?;
                 Ok((identity, link, providing.await?))
             }),
@@ -386,7 +403,7 @@ impl SessionHandler for MicroStreamClient {
         self.registering = None;
         match registered {
             Ok((identity, link, provided)) => {
-                self.identity = identity;
+                self.set_identity(identity);
                 self.connected(link, provided);
             }
             Err(error) => self.refuse(&error),

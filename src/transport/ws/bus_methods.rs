@@ -171,7 +171,7 @@ impl RpcSession {
             let mut out = Vec::new();
             reading.write_json(&page, &mut out);
             page.count(&node.metrics, Transport::Ws, out.len());
-            Ok(JobOutput::Result(out))
+            Ok(JobOutput::Page { channels: reading.channels().to_vec(), json: out })
         };
         Ok(MethodOutcome::Later { work: Box::pin(work), bytes: 0, order })
     }
@@ -257,7 +257,16 @@ impl RpcSession {
                     reject(&self.outbox, to.as_ref(), &error);
                 }
             },
-            // The client may have logged in meanwhile, with fewer permissions.
+            Ok(JobOutput::Page { channels, json }) => {
+                match channels.iter().find_map(|channel| self.identity.may_subscribe(channel).err()) {
+                    Some(error) => reject(outbox, to.as_ref(), &error),
+                    None => {
+                        if let Some(to) = &to {
+                            outbox.answer(to, |out| jsonrpc::result(out, to.id(), &json));
+                        }
+                    }
+                }
+            }
             Ok(JobOutput::Subscribe(list)) if let Some(error) = self.first_refused(&list) => {
                 reject(&self.outbox, to.as_ref(), &error);
             }

@@ -310,6 +310,9 @@ impl RpcSession {
         if self.leaving {
             return self.take_back(to, service, &Error::new(Code::Draining, "this node is shutting down"));
         }
+        if let Err(error) = self.identity.clone().may_provide(service) {
+            return self.take_back(to, service, &error);
+        }
         let mut answer = serde_json::json!({ "service": service, "providers": provided.providers });
         if let Some(fence) = provided.fence {
             answer["fence"] = fence.into();

@@ -48,12 +48,14 @@ impl RpcSession {
         if !self.identity.subject().is_empty() && self.identity.subject() != identity.subject() {
             return Err(Error::new(Code::Forbidden, "this connection belongs to another subject: open another one"));
         }
-        let identity = if self.identity.is_read_only() { identity.read_only() } else { identity };
+        // A token is the authority of the page itself, whatever its origin: no browser adds it. What was begun without one
+        // does not become the subject's.
+        let renewed = self.identity.subject() == identity.subject();
         let mut channels = Vec::new();
         if let Some(subscriptions) = &mut self.subscriptions {
             channels = subscriptions.end_unless(
                 |channel| identity.may_subscribe(channel).is_ok(),
-                |channel| identity.may_join(channel).is_ok(),
+                |channel| renewed && identity.may_join(channel).is_ok(),
             );
             if subscriptions.len() == 0 {
                 self.subscriptions = None;
@@ -62,7 +64,9 @@ impl RpcSession {
         let mut services = Vec::new();
         if let Some(hub) = &self.hub {
             services = hub.provided_services().names();
-            services.retain(|service| identity.may_provide(service).is_err() && hub.withdraw(service).is_ok());
+            services.retain(|service| {
+                (!renewed || identity.may_provide(service).is_err()) && hub.withdraw(service).is_ok()
+            });
         }
         let answer = serde_json::json!({
             "subject": identity.subject(),
@@ -86,8 +90,12 @@ impl RpcSession {
         }
     }
 
-    /// The error for the first channel that the client may not read.
+    /// The error for the first subscription that the client may not have: it may have logged in meanwhile.
     pub(super) fn first_refused(&self, list: &[ReadySubscription]) -> Option<Error> {
-        list.iter().find_map(|(request, _, _)| self.identity.may_subscribe(&request.channel).err())
+        let joins =
+            |lease: &Option<_>, channel| lease.is_some().then(|| self.identity.may_join(channel).err()).flatten();
+        list.iter().find_map(|(request, _, lease)| {
+            self.identity.may_subscribe(&request.channel).err().or_else(|| joins(lease, &request.channel))
+        })
     }
 }

@@ -75,6 +75,11 @@ pub(super) enum JobOutput {
     /// JSON.
     Result(Vec<u8>),
     Login(Result<Identity>),
+    /// A page of these channels, as JSON.
+    Page {
+        channels: Vec<Channel>,
+        json: Vec<u8>,
+    },
     Subscribe(Vec<ReadySubscription>),
     Unsubscribe(Vec<Channel>),
     Provide {

@@ -246,6 +246,8 @@ async fn the_command_line_makes_checks_and_explains_credentials() {
     let token = made[0]["token"].as_str().unwrap().to_owned();
     let checked = run(&["token", "check"], &token).await.ok();
     assert_eq!((&checked[0]["valid"], &checked[0]["subject"]), (&json!(true), &json!("ann")));
+    // As it is printed.
+    assert_eq!(run(&["token", "check"], &made[0].to_string()).await.ok()[0]["subject"], "ann");
     let wrong = run(&["token", "check"], "a.b.c").await;
     wrong.fails(3, "not valid");
     assert_eq!(wrong.lines[0]["code"], "unauthorized");
