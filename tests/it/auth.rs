@@ -272,6 +272,44 @@ async fn a_connection_ends_when_its_credential_expires() {
 }
 
 #[tokio::test]
+async fn a_page_of_another_origin_writes_nothing_without_credentials() {
+    let weir = weir()
+        .with(|config| {
+            with_keys(config);
+            config.auth.roles[1].publish = texts(&["open"]);
+            config.server.listen = vec!["0.0.0.0:0".parse().unwrap()];
+        })
+        .await;
+    let foreign = |request: Request| request.header("origin", "https://evil.example");
+    let post = || weir.request("POST", "/v1/events?channel=open").header("content-type", "application/json").body("1");
+    post().await.expect(201);
+    foreign(post()).await.expect(403);
+    bearer(foreign(post()), ADMIN).await.expect(201);
+    let headers = [("origin", "https://evil.example")];
+    let (mut socket, _) = Socket::handshake(weir.address, "/v1/ws", &headers).await.unwrap();
+    socket.call("weir.subscribe", json!({ "channels": ["open"] })).await;
+    let denied = socket.call_error("weir.publish", json!({ "channel": "open", "data": 1 })).await;
+    assert_eq!(denied["data"]["code"], "forbidden");
+    socket.call("weir.auth", json!({ "token": ADMIN })).await;
+    socket.call("weir.publish", json!({ "channel": "open", "data": 1 })).await;
+}
+
+#[tokio::test]
+async fn a_login_ends_what_an_anonymous_client_provides() {
+    let weir = weir()
+        .with(|config| {
+            with_keys(config);
+            config.auth.roles[1].provide = texts(&["orders"]);
+        })
+        .await;
+    let mut socket = weir.socket().await;
+    socket.provide("orders").await;
+    let answer = socket.call("weir.auth", json!({ "token": READER })).await;
+    assert_eq!(answer["ended"], json!({ "channels": [], "services": ["orders"] }));
+    socket.provide("orders").await;
+}
+
+#[tokio::test]
 async fn administration_needs_a_permission_for_each_operation() {
     let weir = weir()
         .with(|config| {

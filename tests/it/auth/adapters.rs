@@ -110,6 +110,10 @@ async fn microstream_clients_log_in_when_they_connect() {
     let mut client = open("orders").await;
     client.send(format!("40{}", json!({ "token": READER }))).await;
     assert!(client.text().await.starts_with("40{\"sid\""));
+    // The connection is listed by its subject, so that it can be kicked, and ends with the credential.
+    let listed =
+        bearer(weir.request("GET", "/v1/connections?subject=key:reader"), super::ADMIN).await.expect(200).json();
+    assert_eq!(listed["connections"].as_array().unwrap().len(), 1, "{listed}");
     let request = json!(["request", { "targetService": "billing", "payload": { "id": "r1", "event": "pay" } }]);
     client.send(format!("42{request}")).await;
     let response = client.text().await;

@@ -11,7 +11,7 @@ use super::{bearer, role, texts};
 use crate::support::{
     Weir,
     command::{finish, weir_command},
-    weir,
+    eventually, weir,
 };
 
 const SECRET: &str = "a-shared-secret-of-at-least-32-bytes";
@@ -208,7 +208,8 @@ async fn a_key_set_is_fetched_again_for_a_new_key() {
     publish(vec![&first_jwk, &ignored]);
     let weir = weir()
         .with(|config| {
-            config.auth.jwt = JwtSection { jwks: format!("file:{}", path.display()), ..JwtSection::default() };
+            let (jwks, refresh) = (format!("file:{}", path.display()), std::time::Duration::from_secs(1));
+            config.auth.jwt = JwtSection { jwks, refresh, ..JwtSection::default() };
         })
         .await;
     assert_eq!(read(&weir, &sign_es256(&first, Some("first")), "news.eu").await, "");
@@ -217,6 +218,12 @@ async fn a_key_set_is_fetched_again_for_a_new_key() {
     assert_eq!(read(&weir, &sign_es256(&second, Some("second")), "news.eu").await, "");
     // With two keys, a token names its key.
     assert_eq!(read(&weir, &sign_es256(&first, None), "news.eu").await, "unauthorized");
+    // A token that was verified ends with its key.
+    let token = sign_es256(&first, Some("first"));
+    assert_eq!(read(&weir, &token, "news.eu").await, "");
+    publish(vec![&second_jwk]);
+    eventually("the withdrawn key verifies nothing", async || read(&weir, &token, "news.eu").await == "unauthorized")
+        .await;
     std::fs::remove_dir_all(folder).unwrap();
 }
 
