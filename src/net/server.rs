@@ -281,7 +281,10 @@ impl PeerAddr {
 /// It keeps one in reserve. With that it still accepts one connection at a time, answers probes and closes all others,
 /// instead of leaving every client, and the probe that would have the node killed, without an answer.
 struct AcceptBackoff {
+    /// `None` without a `/dev/null`: then there is no reserve.
     reserve: Option<File>,
+    /// The reserve has been used.
+    spent: bool,
     pause: Duration,
     logged: Option<Instant>,
 }
@@ -293,16 +296,17 @@ impl AcceptBackoff {
     const QUIET: Duration = Duration::from_secs(60);
 
     fn new() -> Self {
-        AcceptBackoff { reserve: File::open("/dev/null").ok(), pause: Self::MIN_PAUSE, logged: None }
+        AcceptBackoff { reserve: File::open("/dev/null").ok(), spent: false, pause: Self::MIN_PAUSE, logged: None }
     }
 
     /// Called after every accept: whether the connection has used up the reserve, which cannot be filled again yet.
     fn has_no_reserve(&mut self) -> bool {
         self.pause = Self::MIN_PAUSE;
-        if self.reserve.is_none() {
+        if self.spent {
             self.reserve = File::open("/dev/null").ok();
+            self.spent = self.reserve.is_none();
         }
-        self.reserve.is_none()
+        self.spent
     }
 
     async fn failed(&mut self, error: &io::Error, open: usize) {
@@ -316,7 +320,9 @@ impl AcceptBackoff {
             );
         }
         // The next accept uses the reserve.
-        if self.reserve.take().is_none() {
+        if self.reserve.take().is_some() {
+            self.spent = true;
+        } else {
             tokio::time::sleep(self.pause).await;
             self.pause = (self.pause * 2).min(Self::MAX_PAUSE);
         }

@@ -235,7 +235,10 @@ impl<S: StreamSource> HijackedStream<S> {
         if n == 0 {
             self.peer_closed();
         } else if unexpected > MAX_UNEXPECTED {
-            self.source.connected().closed_with(Code::Protocol);
+            // After the end of the stream it is not the reason.
+            if !self.closing {
+                self.source.connected().closed_with(Code::Protocol);
+            }
         } else {
             self.unexpected = unexpected as u16;
         }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 
 use super::{
@@ -87,11 +88,13 @@ impl RemoteNodes {
     /// rest.
     async fn wait_for_callers(&self) {
         let links: Vec<NodeLink> = self.nodes.lock().values().filter_map(|node| node.link.clone()).collect();
-        for NodeLink { connection, .. } in links {
+        // All at once: other nodes wait for the slowest of them, not for one after the other.
+        let waits = links.iter().map(async |NodeLink { connection, .. }| {
             if tokio::time::timeout(MAX_WAIT, poll_fn(|cx| connection.poll_room(cx))).await.is_err() {
                 connection.abandon_wait();
             }
-        }
+        });
+        join_all(waits).await;
     }
 
     /// Handles all that has come from the cluster. False: there was nothing.

@@ -21,7 +21,7 @@ impl RpcSession {
     pub(super) fn authenticate(&mut self, params: Option<&RawValue>) -> Result<MethodOutcome> {
         let params::AuthParams { token } = params::read(params)?;
         if !self.node.auth.is_on() {
-            // Every client is anonymous, whatever its token. The answer says so.
+            // Every client is anonymous, whatever its token: the answer has `anonymous`.
             let answer = serde_json::json!({ "subject": "", "expires": null, "anonymous": true });
             return Ok(MethodOutcome::Result(answer.to_string().into_bytes()));
         }
