@@ -90,7 +90,12 @@ async fn commands_and_subscriptions_recover_after_a_restart() {
     eventually_within(MINUTE, "the subscription has ended", async || redis.cli(&["PUBLISH", "c7", "two"]).await == "0")
         .await;
     assert_eq!(redis.cli(&["PUBLISH", "c8", "two"]).await, "1");
-    assert_eq!(next(&mut messages).await, "c8 two");
+    // A message that was published before the server has ended the subscription still arrives.
+    let mut message = next(&mut messages).await;
+    while message == "c7 two" {
+        message = next(&mut messages).await;
+    }
+    assert_eq!(message, "c8 two");
     for kind in ["normal", "pubsub"] {
         redis.cli(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"]).await;
     }
